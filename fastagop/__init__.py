@@ -1,0 +1,53 @@
+"""Average gradient outer products (AGOP) of kernel machines, and Deep RFM.
+
+Conventions: rows are samples. X (n, d) are training points (centers), Z (m, d) evaluation points, alpha (n, K)
+coefficients; a predictor is f_c(z) = sum_j alpha[j, c] k(z, X[j]). All tensors of one call share device and dtype,
+float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about three bf16 products) or "medium"
+(TF32), and means something for float32 on CUDA only.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from fastagop import collapse, datasets
+from fastagop.agop import agop
+from fastagop.explain import explain
+from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
+from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
+from fastagop.kernels.radial import Gaussian, Laplace
+from fastagop.solve import Solution, solve
+
+if TYPE_CHECKING:
+    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "DeepRFMClassifier",
+    "DeepRFMRegressor",
+    "Gaussian",
+    "Laplace",
+    "NumericalWarning",
+    "Solution",
+    "agop",
+    "collapse",
+    "datasets",
+    "explain",
+    "gradients",
+    "kernel_matmul",
+    "kernel_matrix",
+    "solve",
+]
+
+_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor")  # they import scikit-learn
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module("fastagop.estimators"), name)
+    raise AttributeError(f"module 'fastagop' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

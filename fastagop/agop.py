@@ -1,0 +1,96 @@
+"""The average gradient outer product of a kernel predictor."""
+
+from __future__ import annotations
+
+import torch
+
+from fastagop.kernels import _checks, torch_agop
+from fastagop.kernels._backends import choose, matmul_precision, precision_words
+from fastagop.kernels.radial import Radial
+
+
+def plan_agop(
+    kernel,
+    X,
+    alpha,
+    Z=None,
+    *,
+    reduction="mean",
+    center=False,
+    method="auto",
+    precision="highest",
+    backend="auto",
+    memory_limit=None,
+):
+    """(Plan, checked arguments) of an agop call."""
+    _checks.kernel(kernel)
+    _checks.choice("reduction", reduction, ("mean", "sum"))
+    _checks.choice("method", method, ("auto", "gradient", "gram"))
+    _checks.choice("precision", precision, _checks.PRECISIONS)
+    limit = _checks.memory_limit(memory_limit)
+    _, why = choose(backend, "agop")
+    Z = _checks.points(X, Z)
+    if reduction == "mean" and len(Z) == 0:
+        raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
+    _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
+    return torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X)), (
+        X,
+        alpha,
+        Z,
+        limit,
+    )
+
+
+@torch.no_grad()
+def agop(
+    kernel: Radial,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    center: bool = False,
+    method: str = "auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+) -> torch.Tensor:
+    """Average gradient outer product of f_c(z) = sum_j alpha[j, c] k(z, X[j]) over the points Z.
+
+    Formula: M = (1/m) sum_ic grad f_c(Z[i]) grad f_c(Z[i])^T (paper, section 3.3), symmetric and positive
+    semi-definite.
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
+        reduction: "mean" divides by m, "sum" does not.
+        center: subtract the mean gradient of each output first.
+        method: "gradient" (2 m n K d products, no n x n memory), "gram" (n^2 m products for any number of
+            outputs, stores the (m, n) weights), or "auto", the cheaper one that fits into memory. Near collapse
+            float32 cannot hold the gram form's cancellation; it is measured beforehand, and its products then
+            run in float64, or, with "auto", the gradient form may run (logged at INFO to "fastagop").
+        precision, backend: as in ``kernel_matrix``.
+        memory_limit: bytes the call may take beyond its inputs; default most of what is free.
+
+    Returns:
+        Tensor (d, d) of X's dtype and device, without autograd history.
+
+    Raises:
+        TypeError, ValueError: naming the argument. MemoryError: a single block exceeds memory_limit.
+        BackendUnavailable: the backend cannot serve the call.
+    """
+    plan, (X, alpha, Z, limit) = plan_agop(
+        kernel,
+        X,
+        alpha,
+        Z,
+        reduction=reduction,
+        center=center,
+        method=method,
+        precision=precision,
+        backend=backend,
+        memory_limit=memory_limit,
+    )
+    with matmul_precision(precision, X.device):
+        M = torch_agop.agop(kernel, X, alpha, Z, center=center, method=method, limit=limit, plan=plan)
+    return M.div_(len(Z)) if reduction == "mean" else M

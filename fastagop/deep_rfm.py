@@ -1,0 +1,205 @@
+"""Deep RFM, layer by layer (paper, algorithm 1): normalise, solve, AGOP, project by M^(1/2), random features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from fastagop import collapse, linalg
+from fastagop.agop import agop
+from fastagop.features import FeatureMap, random_features
+from fastagop.kernels import torch_agop, torch_blocks
+from fastagop.kernels._backends import matmul_precision
+from fastagop.kernels._plan import block_rows
+from fastagop.kernels.radial import Radial
+from fastagop.solve import Solution, plan_solve, solve_into
+
+AGOP_SCALES = ("max", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer needs to know; the estimators' parameters, checked."""
+
+    kernel: Radial
+    depth: int
+    features: str
+    width: int
+    feature_scale: float | None
+    ridge: float
+    agop_scale: str
+    precision: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What happened in one layer.
+
+    Attributes:
+        nc1, nc2: collapse measures of "input" (the normalised rows), "projected" (after M^(1/2)) and "features"
+            (after the random map); empty where there are no classes to measure.
+        solution: the kernel regression's Solution.
+        agop_scale: the number that the summed AGOP was divided by.
+        seconds: wall-clock time of the layer; ``stages`` splits it.
+        peak_bytes: memory beyond the layer's input: measured on CUDA, the plan's figure on the CPU.
+    """
+
+    nc1: Mapping[str, float]
+    nc2: Mapping[str, float]
+    solution: Solution
+    agop_scale: float
+    seconds: float
+    stages: Mapping[str, float]
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The trained part of a layer and its record; ``features`` is Phi(X M^(1/2)), the next layer's input."""
+
+    agop: torch.Tensor
+    root: torch.Tensor
+    map: FeatureMap
+    record: LayerRecord
+
+
+@dataclass(frozen=True)
+class LayerEvent:
+    """What callbacks see after each layer; tensors are valid during the call only.
+
+    Attributes:
+        layer: index from 0. depth: number of layers.
+        record: the LayerRecord.
+        projected: X M^(1/2), shape (n, d). features: Phi of it, shape (n, width).
+        classes: class indices (n,), or None in regression.
+    """
+
+    layer: int
+    depth: int
+    record: LayerRecord
+    projected: torch.Tensor
+    features: torch.Tensor
+    classes: torch.Tensor | None
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage; on CUDA the device is synchronised at every mark."""
+
+    device: torch.device
+    stages: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def mark(self, stage: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.stages[stage] = now - self.last
+        self.last = now
+
+
+def normalise_rows(X: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their length; a zero row stays zero."""
+    length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    return X / torch.where(length > 0, length, 1.0)
+
+
+def train_layer(
+    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None
+) -> tuple[Layer, torch.Tensor, torch.Tensor]:
+    """One layer on its input X (n, d); returns (layer, projected, features)."""
+    clock, base = _Clock(X.device), _reset_peak(X.device)
+    X = normalise_rows(X)
+    solution, M, planned = solve_and_agop(X, Y, settings, clock)
+    scale = _scale(M, settings.agop_scale, len(X))
+    M /= scale
+    root = linalg.psd_sqrt(M)
+    clock.mark("root")
+    projected = X @ root
+    phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
+    features = phi(projected)
+    clock.mark("features")
+    nc1, nc2 = _measures({"input": X, "projected": projected, "features": features}, classes)
+    clock.mark("measures")
+    peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
+    record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
+    return Layer(M, root, phi, record), projected, features
+
+
+def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
+    """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
+    kernel, precision = settings.kernel, settings.precision
+    plan, (_, _, ridge, dtype) = plan_solve(
+        kernel, X, Y, ridge=settings.ridge, precision=precision, backend=settings.backend
+    )
+    with matmul_precision(precision, X.device):
+        K = X.new_empty(len(X), len(X), dtype=dtype)
+        solution = solve_into(K, kernel, X, Y, ridge, plan)
+        clock.mark("solve")
+        # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
+        W = torch_blocks.weights_from_upper_(kernel, K) if dtype == torch.float64 else None
+        if W is None:
+            del K
+            M = agop(kernel, X, solution.alpha, reduction="sum", precision=precision, backend=settings.backend)
+        else:
+            rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
+            M = torch_agop.agop_from_weights(
+                W, X, solution.alpha, X, center=False, method="auto", limit=None, rows=rows
+            )
+    clock.mark("agop")
+    return solution, M, plan.peak_bytes
+
+
+def _scale(M: torch.Tensor, name: str, n: int) -> float:
+    if name == "max":
+        largest = float(M.max())
+        return largest if largest > 0 else 1.0
+    return float(n) if name == "mean" else 1.0
+
+
+def _measures(stages: dict[str, torch.Tensor], classes: torch.Tensor | None):
+    if classes is None or int(classes.max()) == 0:
+        return {}, {}
+    nc1, nc2 = {}, {}
+    for name, X in stages.items():
+        try:
+            nc1[name], nc2[name] = collapse.nc1(X, classes), collapse.nc2(X, classes)
+        except ValueError:  # class means coincide: there is no between-class scatter to compare with
+            nc1[name] = nc2[name] = float("inf")
+    return nc1, nc2
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, Solution]:
+    """The kernel machine after the last layer: (its normalised centers, its solution)."""
+    X = normalise_rows(X)
+    plan, (_, _, ridge, dtype) = plan_solve(
+        settings.kernel, X, Y, ridge=settings.ridge, precision=settings.precision, backend=settings.backend
+    )
+    with matmul_precision(settings.precision, X.device):
+        K = X.new_empty(len(X), len(X), dtype=dtype)
+        return X, solve_into(K, settings.kernel, X, Y, ridge, plan)
+
+
+def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """New rows through a trained layer, in X's dtype."""
+    return layer.map.to(X)(normalise_rows(X) @ layer.root.to(X))
+
+
+def seeds(random_state: np.random.RandomState, depth: int) -> list[int]:
+    """One seed per layer, so that a layer can be drawn again without its predecessors."""
+    return [int(s) for s in random_state.randint(0, 2**31 - 1, size=depth)]
+
+
+Callback = Callable[[LayerEvent], None]

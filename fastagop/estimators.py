@@ -1,0 +1,328 @@
+"""Deep RFM as scikit-learn estimators; NumPy or torch in, the same kind out."""
+
+from __future__ import annotations
+
+import numbers
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+from tqdm.auto import tqdm
+
+from fastagop import deep_rfm
+from fastagop.checkpoint import Checkpoint
+from fastagop.features import NAMES as FEATURES
+from fastagop.kernels import _checks
+from fastagop.kernels.operations import kernel_matmul
+from fastagop.kernels.radial import Laplace
+from fastagop.module import DeepRFMModule
+from fastagop.solve import report
+
+_LAPLACE = Laplace(2.0)
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class _DeepRFM(TransformerMixin, BaseEstimator):
+    """What the classifier and the regressor share; ``_targets`` and ``_answer`` are theirs."""
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        depth=20,
+        features="relu",
+        width=1024,
+        feature_scale=None,
+        ridge=0.0,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        random_state=None,
+        checkpoint_dir=None,
+        callbacks=(),
+        verbose=0,
+    ):
+        self.kernel = kernel
+        self.depth = depth
+        self.features = features
+        self.width = width
+        self.feature_scale = feature_scale
+        self.ridge = ridge
+        self.agop_scale = agop_scale
+        self.precision = precision
+        self.backend = backend
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.checkpoint_dir = checkpoint_dir
+        self.callbacks = callbacks
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []  # features have the estimator's dtype
+        tags.target_tags.required = True
+        return tags
+
+    @torch.no_grad()
+    def fit(self, X, y):
+        """Train layer by layer (paper, algorithm 1).
+
+        Args:
+            X: samples (n, d), NumPy array or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+
+        Returns:
+            self, with ``layers_``, ``agops_``, ``alphas_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+
+        Warns:
+            NumericalWarning: per solve whose result had to be altered.
+        """
+        settings = self._settings()
+        self._torch_in = isinstance(X, torch.Tensor)
+        features = self._samples(X, reset=True)
+        Y, classes = self._targets(y, features)
+        checkpoint, given = None, self.random_state is not None
+        seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
+        done: list[deep_rfm.Layer] = []
+        if self.checkpoint_dir is not None:
+            checkpoint = Checkpoint(self.checkpoint_dir, settings, features, Y, seeds if given else None)
+            checkpoint.start(seeds)
+            seeds = checkpoint.seeds or seeds
+            done, resumed = checkpoint.load()
+            features = features if resumed is None else resumed
+        bar = tqdm(total=settings.depth, initial=len(done), desc="Deep RFM", unit="layer", disable=not self.verbose)
+        self._layers = done
+        with bar:
+            for index in range(len(done), settings.depth):
+                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes)
+                report(layer.record.solution, stacklevel=5)
+                self._layers.append(layer)
+                if checkpoint is not None:
+                    checkpoint.save(index, layer, features)
+                event = deep_rfm.LayerEvent(index, settings.depth, layer.record, projected, features, classes)
+                for callback in self.callbacks:
+                    callback(event)
+                bar.update()
+                if "projected" in layer.record.nc1:
+                    bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
+        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings)
+        report(self.solution_, stacklevel=5)
+        self.layers_ = [layer.record for layer in self._layers]
+        self.agops_ = [self._out(layer.agop) for layer in self._layers]
+        self.alphas_ = [self._out(layer.record.solution.alpha) for layer in self._layers]
+        return self
+
+    @torch.no_grad()
+    def transform(self, X, layer=None):
+        """Features entering a layer.
+
+        Args:
+            X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
+
+        Returns:
+            (m, width) array or tensor of the estimator's dtype, as X.
+        """
+        check_is_fitted(self)
+        depth = len(self._layers)
+        if layer is None:
+            layer = depth
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= layer <= depth:
+            raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
+        features = self._through(self._samples(X), int(layer))
+        return self._out(features, like=X)
+
+    def to_module(self) -> torch.nn.Module:
+        """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
+        check_is_fitted(self)
+        binary = len(getattr(self, "classes_", ())) == 2
+        flat = not binary and getattr(self, "_flat", False)
+        return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, binary=binary, flat=flat)
+
+    def _settings(self) -> deep_rfm.Settings:
+        """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
+        _checks.kernel(self.kernel)
+        for name in ("depth", "width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        _checks.choice("features", self.features, FEATURES)
+        _checks.choice("agop_scale", self.agop_scale, deep_rfm.AGOP_SCALES)
+        _checks.choice("precision", self.precision, _checks.PRECISIONS)
+        _checks.choice("dtype", self.dtype, tuple(_DTYPES))
+        scale = self.feature_scale
+        if scale is not None and (self.features != "cos" or not _checks.nonnegative("feature_scale", scale)):
+            raise ValueError(
+                f"feature_scale is the positive scale of features='cos' and None otherwise, got {scale!r} with "
+                f"features={self.features!r}"
+            )
+        ridge = _checks.nonnegative("ridge", self.ridge)
+        self._kernel = self.kernel
+        device = self.device
+        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        return deep_rfm.Settings(
+            self.kernel,
+            int(self.depth),
+            self.features,
+            int(self.width),
+            scale,
+            ridge,
+            self.agop_scale,
+            self.precision,
+            self.backend,
+        )
+
+    def _samples(self, X, reset: bool = False) -> torch.Tensor:
+        """X checked and moved: the estimator's dtype in fit, float64 after it.
+
+        New rows are computed in float64, so that an answer does not depend on the batch a row comes in.
+        """
+        if isinstance(X, torch.Tensor):
+            if X.ndim != 2 or not X.is_floating_point():
+                raise ValueError(f"X must be a floating matrix, got {X.dtype} of shape {tuple(X.shape)}")
+            if not _checks.finite(X):
+                raise ValueError("X holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+            if reset:
+                self.n_features_in_ = X.shape[1]
+            elif X.shape[1] != self.n_features_in_:
+                raise ValueError(f"X has {X.shape[1]} features, but fit saw {self.n_features_in_}")
+            if 0 in X.shape:
+                raise ValueError(f"X must have at least one row and one column, got shape {tuple(X.shape)}")
+            tensor = X.detach()
+        else:
+            X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32])
+            tensor = torch.from_numpy(np.array(X, order="C"))
+        return tensor.to(self._device, _DTYPES[self.dtype] if reset else torch.float64)
+
+    def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
+        for step in self._layers[:layer]:
+            features = deep_rfm.apply_layer(features, step)
+        return features
+
+    @torch.no_grad()
+    def _outputs(self, X) -> torch.Tensor:
+        """f(X), shape (m, K), float64."""
+        check_is_fitted(self)
+        last = deep_rfm.normalise_rows(self._through(self._samples(X), len(self._layers)))
+        centers, alpha = self._centers.double(), self.solution_.alpha.double()
+        return kernel_matmul(self._kernel, last, centers, alpha, backend=self.backend)
+
+    def _out(self, value: torch.Tensor, like=None):
+        """A tensor as the caller's kind: like X where given, else as fit was given."""
+        value = value.to(_DTYPES[self.dtype])
+        if like is None:
+            return value if self._torch_in else value.cpu().numpy()
+        return value.to(like.device) if isinstance(like, torch.Tensor) else value.cpu().numpy()
+
+
+class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
+    """Deep RFM classifier: kernel ridge(less) regression on +-1 one-hot labels, layer by layer.
+
+    Each layer normalises its rows, solves (k(X, X) + ridge I) alpha = Y, takes M = AGOP of that predictor, and
+    maps X <- Phi(M^(1/2) X) with untrained random features Phi; a last kernel machine reads the labels off
+    (paper, algorithm 1; settings of appendix C).
+
+    Args:
+        kernel: ``Laplace(L)`` or ``Gaussian(L)``.
+        depth: number of layers. features: "relu", ReLU(W x) with standard Gaussian W, or "cos",
+            sqrt(2/width) cos(W x + b) with Cauchy W. width: number of features.
+        feature_scale: scale of the Cauchy distribution; None for 0.05. Only with "cos".
+        ridge: mu >= 0 added to the kernel matrix's diagonal.
+        agop_scale: "max" divides M by its largest entry (the authors' code), "mean" by n (the paper's definition),
+            "sum" not at all (the paper's algorithm 1).
+        precision, backend: as in ``fastagop.kernel_matrix``.
+        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64".
+        random_state: seed of the random features.
+        checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
+        callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
+        verbose: 1 shows a progress bar.
+
+    Attributes:
+        classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
+        alphas_: coefficients of each layer (n, K). solution_: ``Solution`` of the readout.
+        n_features_in_: d.
+    """
+
+    def _targets(self, y, X: torch.Tensor):
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        y = column_or_1d(check_array(_numpy(y), ensure_2d=False, dtype=None), warn=True)
+        _same_length(X, y)
+        check_classification_targets(y)
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
+        codes = torch.from_numpy(codes.reshape(-1)).to(X.device)
+        Y = torch.full((len(X), len(self.classes_)), -1.0, dtype=X.dtype, device=X.device)
+        Y[torch.arange(len(X), device=X.device), codes] = 1.0
+        return Y, codes
+
+    def decision_function(self, X):
+        """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
+        outputs = self._outputs(X)
+        return self._out(outputs[:, 1] if len(self.classes_) == 2 else outputs, like=X)
+
+    def predict(self, X):
+        """Labels (m,): the class of the largest output."""
+        labels = self.classes_[self._outputs(X).argmax(1).cpu().numpy()]
+        numeric = isinstance(X, torch.Tensor) and labels.dtype.kind in "biuf"
+        return torch.from_numpy(labels).to(X.device) if numeric else labels
+
+    def score(self, X, y, sample_weight=None):
+        """Accuracy of predict(X) against y."""
+        from sklearn.metrics import accuracy_score
+
+        return accuracy_score(_numpy(y), _numpy(self.predict(X)), sample_weight=sample_weight)
+
+
+class DeepRFMRegressor(RegressorMixin, _DeepRFM):
+    __doc__ = (
+        (DeepRFMClassifier.__doc__ or "")
+        .replace(
+            "Deep RFM classifier: kernel ridge(less) regression on +-1 one-hot labels, layer by layer.",
+            "Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.",
+        )
+        .replace("reads the labels off", "reads the targets off")
+        .replace("classes_: the labels. ", "")
+    )
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _targets(self, y, X: torch.Tensor):
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        y = check_array(_numpy(y), ensure_2d=False, dtype=np.float64)
+        self._flat = y.ndim == 1
+        y = y.reshape(len(y), -1)
+        _same_length(X, y)
+        return torch.from_numpy(y).to(X), None
+
+    def predict(self, X):
+        """Predicted targets, shape (m,) or (m, K) as y was in fit."""
+        outputs = self._outputs(X)
+        return self._out(outputs[:, 0] if self._flat else outputs, like=X)
+
+    def score(self, X, y, sample_weight=None):
+        """R^2 of predict(X) against y."""
+        from sklearn.metrics import r2_score
+
+        return r2_score(_numpy(y), _numpy(self.predict(X)), sample_weight=sample_weight)
+
+
+def _numpy(value):
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _same_length(X, y) -> None:
+    if len(y) != len(X):
+        raise ValueError(f"y must have one row per row of X: X has {len(X)}, y has {len(y)}")

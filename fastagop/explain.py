@@ -1,0 +1,36 @@
+"""What would run for a call, and what it would cost, without running it."""
+
+from __future__ import annotations
+
+from fastagop.agop import plan_agop
+from fastagop.kernels.operations import plan_gradients, plan_kernel_matmul, plan_kernel_matrix
+from fastagop.solve import plan_solve
+
+_PLANS = {
+    "kernel_matrix": plan_kernel_matrix,
+    "kernel_matmul": plan_kernel_matmul,
+    "gradients": plan_gradients,
+    "agop": plan_agop,
+    "solve": plan_solve,
+}
+
+
+def explain(op, *args, **kwargs) -> str:
+    """Say which backend and method would run for a call, why, its floating-point operations and peak memory.
+
+    Args:
+        op: "kernel_matrix", "kernel_matmul", "gradients", "agop" or "solve", or that function itself.
+        *args, **kwargs: what the call would be given; checked as the call would, but nothing runs.
+
+    Returns:
+        Text of a few lines.
+
+    Raises:
+        What the call itself would raise before it computes: TypeError, ValueError, MemoryError,
+        BackendUnavailable.
+    """
+    name = getattr(op, "__name__", op)
+    if name not in _PLANS:
+        raise ValueError(f"op must be one of {', '.join(map(repr, _PLANS))} or that function, got {op!r}")
+    plan, _ = _PLANS[name](*args, **kwargs)
+    return str(plan)

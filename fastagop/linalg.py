@@ -1,0 +1,91 @@
+"""Dense linear algebra on one n x n matrix: in-place Cholesky, symmetric products from one triangle, M^(1/2)."""
+
+from __future__ import annotations
+
+import torch
+
+_BLOCK = 256
+
+
+def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int = _BLOCK) -> int:
+    """Factor A = L L^T into A's own lower triangle and diagonal; the strict upper triangle is left as it was.
+
+    Args:
+        A: symmetric (n, n), both triangles filled; its stored diagonal is ignored in favour of ``diagonal``.
+        diagonal: the value on the diagonal of the matrix to factor.
+
+    Returns:
+        0, or the 1-based index of the first pivot that failed (then call ``restore_lower_``).
+    """
+    n = len(A)
+    A.diagonal().fill_(diagonal)
+    for start in range(0, n, block):  # left-looking: each column block is updated once, by one large product
+        stop = min(n, start + block)
+        done, panel = A[start:stop, :start], A[stop:, start:stop]
+        square = A[start:stop, start:stop]
+        L, info = torch.linalg.cholesky_ex(square.tril() - (done @ done.T).tril_() if start else square)
+        if int(info):
+            return start + int(info)
+        square.copy_(square.triu(1).add_(L))
+        if stop < n:
+            if start:
+                panel.addmm_(A[stop:, :start], done.T, alpha=-1.0)
+            panel.copy_(torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False))
+    return 0
+
+
+def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
+    """Copy the strict upper triangle over the lower one; the diagonal is left to the caller."""
+    for start in range(0, len(A), rows):
+        stop = min(len(A), start + rows)
+        A[start:stop, :start].copy_(A[:start, start:stop].T)
+        square = A[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+    return A
+
+
+def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """(L L^T)^-1 B with L in A's lower triangle, block by block so that A is never copied."""
+    n, X = len(A), B.clone()
+    starts = range(0, n, _BLOCK)
+    for start in starts:
+        stop = min(n, start + _BLOCK)
+        X[start:stop] -= A[start:stop, :start] @ X[:start]
+        X[start:stop] = torch.linalg.solve_triangular(A[start:stop, start:stop], X[start:stop], upper=False)
+    for start in reversed(starts):
+        stop = min(n, start + _BLOCK)
+        X[start:stop] -= A[stop:, start:stop].T @ X[stop:]
+        X[start:stop] = torch.linalg.solve_triangular(A[start:stop, start:stop].mT, X[start:stop], upper=True)
+    return X
+
+
+def upper_matmul(A: torch.Tensor, diagonal: float, V: torch.Tensor) -> torch.Tensor:
+    """S V in V's dtype, S being the symmetric matrix with A's strict upper triangle and a constant diagonal."""
+    out = diagonal * V
+    for start in range(0, len(A), _BLOCK):
+        stop = min(len(A), start + _BLOCK)
+        square = A[start:stop, start:stop].triu(1).to(V.dtype)
+        out[start:stop] += square @ V[start:stop] + square.T @ V[start:stop]
+        if stop < len(A):
+            right = A[start:stop, stop:].to(V.dtype)
+            out[start:stop] += right @ V[stop:]
+            out[stop:] += right.T @ V[start:stop]
+    return out
+
+
+def largest_row_sum(A: torch.Tensor) -> float:
+    """max_i sum_j A_ij of a matrix with non-negative entries, without a temporary of its size."""
+    ones = A.new_ones(A.shape[1], 1)
+    return float((A @ ones).max())
+
+
+def psd_sqrt(M: torch.Tensor) -> torch.Tensor:
+    """M^(1/2) of a positive semi-definite matrix, by a float64 eigendecomposition with negatives clipped to 0.
+
+    M is symmetrised first. float32 eigensolvers fail on low-rank matrices, and rank K out of d is what an AGOP
+    has near collapse.
+    """
+    wide = M.double()
+    values, vectors = torch.linalg.eigh((wide + wide.T).mul_(0.5))
+    root = vectors * values.clamp_(min=0.0).pow_(0.25)
+    return (root @ root.T).to(M.dtype)

@@ -1,0 +1,47 @@
+"""A fitted Deep RFM as the neural network it is."""
+
+from __future__ import annotations
+
+import torch
+
+from fastagop.deep_rfm import Layer, normalise_rows
+from fastagop.features import FeatureMap
+from fastagop.kernels.radial import Radial
+
+
+class DeepRFMModule(torch.nn.Module):
+    """Layers x -> Phi(M^(1/2) x / ||x||), then a kernel machine on the normalised features.
+
+    All trained and random numbers are buffers, so that state_dict holds everything. The network computes in
+    float64, as the estimators' own prediction does, and answers in its input's dtype.
+
+    Args:
+        layers: trained layers. kernel: of the readout.
+        centers: normalised features of the training points (n, width). alpha: readout coefficients (n, K).
+        binary: answer with the second of two outputs only, shape (m,), scikit-learn's convention.
+        flat: answer with shape (m,) for a single output.
+    """
+
+    def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool):
+        super().__init__()
+        self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
+        self.maps = [layer.map.name for layer in layers]
+        for i, layer in enumerate(layers):
+            self.register_buffer(f"root_{i}", layer.root.clone())
+            self.register_buffer(f"weight_{i}", layer.map.weight.clone())
+            bias = layer.map.bias
+            self.register_buffer(f"bias_{i}", None if bias is None else bias.clone())
+        self.register_buffer("centers", centers.clone())
+        self.register_buffer("alpha", alpha.clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
+        h = x.double()
+        for i, name in enumerate(self.maps):
+            root, weight, bias = (getattr(self, f"{part}_{i}") for part in ("root", "weight", "bias"))
+            phi = FeatureMap(name, weight.double(), None if bias is None else bias.double())
+            h = phi(normalise_rows(h) @ root.double())
+        distance = torch.cdist(normalise_rows(h), self.centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        f = self.kernel.value_(distance.square()) @ self.alpha.double()
+        f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
+        return f.to(x.dtype)

@@ -1,0 +1,256 @@
+"""Kernel ridge(less) regression: (k(X, X) + ridge I) alpha = Y, with one n x n matrix in memory."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from fastagop import linalg
+from fastagop.kernels import _checks, torch_blocks
+from fastagop.kernels._backends import choose, matmul_precision, precision_words
+from fastagop.kernels._checks import NumericalWarning
+from fastagop.kernels._plan import Plan, block_rows, budget, human
+from fastagop.kernels.radial import Radial
+
+# A residual above this is worth a warning: what each dtype can promise on a solvable problem.
+RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
+_WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
+_MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
+_CG_STEPS = 25
+_CG_GOAL = 1e-9
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What ``solve`` found and what it did to find it.
+
+    Attributes:
+        alpha: coefficients (n, K), in X's dtype.
+        residual: ||(k + ridge I) alpha - Y|| / ||Y|| (Frobenius), of the alpha returned, without the jitter.
+        ridge: the ridge asked for.
+        jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
+        method: what ran, "cholesky" or "eigh".
+        dtype: the dtype of the factorisation.
+        iterations: steps of float64 refinement after a float32 factorisation.
+        rank: eigenvalues kept by "eigh"; n otherwise.
+        seconds: wall-clock time.
+    """
+
+    alpha: torch.Tensor
+    residual: float
+    ridge: float
+    jitter: float
+    method: str
+    dtype: torch.dtype
+    iterations: int
+    rank: int
+    seconds: float
+
+
+def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", backend="auto", memory_limit=None):
+    """(Plan, checked arguments) of a solve call; the plan's precision is the factorisation's dtype."""
+    _checks.kernel(kernel)
+    _checks.choice("method", method, ("auto", "cholesky", "eigh"))
+    _checks.choice("precision", precision, _checks.PRECISIONS)
+    ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
+    _, why = choose(backend, "solve")
+    _checks.points(X, None)
+    _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
+    method, dtype, reason = _road(X, ridge, method, budget(limit, X.device))
+    n, size = len(X), dtype.itemsize
+    copies = 3.0 if method == "eigh" else 1.0 + _WORKSPACE
+    extra = 0 if X.dtype == dtype else X.numel() * size
+    rows = block_rows(n * size, 0, max(n * size, int(_WORKSPACE * n * n * size) // 3), n, "solve")
+    work = n * n * X.shape[1] + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * Y.shape[1]
+    words = str(dtype).removeprefix("torch.")
+    if dtype != X.dtype or X.dtype == torch.float64:
+        words = f"{words} factorisation"
+    else:
+        words = f"{precision_words(precision, X)} factorisation, float64 refinement"
+    peak = int(copies * n * n * size) + extra
+    return Plan("solve", "torch", method, f"{why}; {reason}", words, work, peak, rows), (X, Y, ridge, dtype)
+
+
+def _road(X: torch.Tensor, ridge: float, method: str, room: int) -> tuple[str, torch.dtype, str]:
+    """(method, dtype of the factorisation, why), or MemoryError with the plan."""
+    n = len(X)
+    need = {t: int((1 + _WORKSPACE) * n * n * t.itemsize) + X.numel() * 8 for t in RESIDUAL}
+    if method == "eigh":
+        needed, dtype, reason = 3 * n * n * 8, torch.float64, "eigh asked for; it runs in float64"
+    elif X.dtype == torch.float64:
+        needed, dtype, reason = need[torch.float64], torch.float64, "float64 input"
+    elif ridge == 0 and need[torch.float64] <= room:
+        needed, dtype = need[torch.float64], torch.float64
+        reason = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
+    else:
+        needed, dtype = need[torch.float32], torch.float32
+        reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {human(room)}"
+    if needed > room:
+        largest = int((room / (needed / n**2)) ** 0.5)
+        raise MemoryError(
+            f"solve with n = {n} needs {human(needed)} ({dtype} matrix of {human(n * n * dtype.itemsize)} and "
+            f"its workspace), but {human(room)} may be used; n up to about {largest} fits. "
+            "Use fewer points, or raise memory_limit where memory is free"
+        )
+    return ("cholesky" if method == "auto" else method), dtype, reason
+
+
+@torch.no_grad()
+def solve(
+    kernel: Radial,
+    X: torch.Tensor,
+    Y: torch.Tensor,
+    *,
+    ridge: float = 0.0,
+    method: str = "auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+) -> Solution:
+    """Solve (k(X, X) + ridge I) alpha = Y; ridge 0 is allowed and never gives NaN or a wild solution.
+
+    The matrix exists once and is factored in place, in float64 where X is float64 or where ridge is 0 and memory
+    allows, else in float32 with float64 refinement. A failed pivot adds jitter to the diagonal, from rounding
+    level upwards by tens; points that the kernel cannot tell apart but whose targets differ raise it further,
+    so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: points (n, d). Y: targets (n, K).
+        ridge: mu >= 0 on the diagonal.
+        method: "cholesky", "eigh" (float64, eigenvalues below n eps of the largest dropped), or "auto".
+        precision, backend: as in ``kernel_matrix``.
+        memory_limit: bytes the call may take beyond its inputs; default most of what is free.
+
+    Returns:
+        Solution.
+
+    Raises:
+        TypeError, ValueError: naming the argument. MemoryError: with the plan and the largest n that fits.
+        BackendUnavailable: the backend cannot serve the call.
+
+    Warns:
+        NumericalWarning: once, when jitter was added, eigenvalues were dropped, or the residual exceeds 1e-6
+        (float64) or 1e-3 (float32).
+    """
+    plan, (X, Y, ridge, dtype) = plan_solve(
+        kernel,
+        X,
+        Y,
+        ridge=ridge,
+        method=method,
+        precision=precision,
+        backend=backend,
+        memory_limit=memory_limit,
+    )
+    with matmul_precision(precision, X.device):
+        solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan)
+    report(solution)
+    return solution
+
+
+def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan) -> Solution:
+    """Solve using K (n, n) as the one large matrix; "cholesky" leaves k(X, X) in K's strict upper triangle."""
+    start = time.perf_counter()
+    torch_blocks.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
+    target = Y.double()
+    diagonal = 1.0 + ridge  # every profile has phi(0) = 1
+    jitter, iterations, rank = 0.0, 0, len(X)
+    if plan.method == "eigh":
+        alpha, rank = _solve_eigh(K, target, ridge)
+    else:
+        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, X.dtype)
+    alpha = alpha.to(X.dtype)
+    error = linalg.upper_matmul(K, diagonal, alpha.double()).sub_(target)
+    residual = _relative(error, target)
+    seconds = time.perf_counter() - start
+    return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
+
+
+def _relative(error: torch.Tensor, target: torch.Tensor) -> float:
+    size = float(torch.linalg.vector_norm(target))
+    return float(torch.linalg.vector_norm(error)) / size if size > 0 else 0.0
+
+
+def _solve_cholesky(K, Y: torch.Tensor, diagonal: float, out: torch.dtype) -> tuple[torch.Tensor, float, int]:
+    """(alpha in float64, jitter, refinement steps); K's lower triangle holds the factor afterwards."""
+    scale = linalg.largest_row_sum(K) + diagonal - 1.0
+    jitter = _factor(K, diagonal, 0.0, scale)
+    while True:
+        alpha, iterations = _refined(K, Y, diagonal)
+        error = linalg.upper_matmul(K, diagonal, alpha).sub_(Y)
+        solved = _relative(error, Y) <= RESIDUAL[out]
+        # Targets that differ where the kernel sees one point cannot be met: coefficients then grow like
+        # 1 / jitter, and in the working dtype their differences are noise. Bound them instead.
+        bound = float(Y.abs().max()) / torch.finfo(out).eps ** 0.5
+        if solved or float(alpha.abs().max()) <= bound or jitter >= _MAX_JITTER * scale:
+            return alpha, jitter, iterations
+        linalg.restore_lower_(K)
+        wanted = jitter * max(10.0, float(alpha.abs().max()) / bound)
+        jitter = _factor(K, diagonal, max(wanted, torch.finfo(K.dtype).eps * scale), scale)
+
+
+def _factor(K: torch.Tensor, diagonal: float, jitter: float, scale: float) -> float:
+    """Factor K in place with the least jitter >= the one given that works; returns it."""
+    while linalg.cholesky_lower_(K, diagonal + jitter):
+        linalg.restore_lower_(K)
+        jitter = max(10.0 * jitter, torch.finfo(K.dtype).eps * scale)
+    return jitter
+
+
+def _refined(K: torch.Tensor, Y: torch.Tensor, diagonal: float) -> tuple[torch.Tensor, int]:
+    """(alpha, steps): the factor's solution, refined by float64 conjugate gradients after a float32 factor."""
+    alpha = linalg.cholesky_solve(K, Y.to(K.dtype)).double()
+    if K.dtype == torch.float64:
+        return alpha, 0
+    best, best_error, step = alpha, float("inf"), 0
+    direction, rho = torch.zeros_like(alpha), torch.ones_like(Y[0])
+    for step in range(_CG_STEPS + 1):
+        R = Y - linalg.upper_matmul(K, diagonal, alpha)  # rebuilt every time: no drift
+        error = _relative(R, Y)
+        if error < best_error:
+            best, best_error = alpha.clone(), error
+        if best_error <= _CG_GOAL or step == _CG_STEPS or error > 10 * best_error:
+            break
+        P = linalg.cholesky_solve(K, R.to(K.dtype)).double()
+        fresh = (R * P).sum(0)
+        direction = P + direction * _ratio(fresh, rho)
+        rho = fresh
+        curvature = (direction * linalg.upper_matmul(K, diagonal, direction)).sum(0)
+        alpha = alpha + direction * _ratio(rho, curvature)
+    return best, step
+
+
+def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a / b by column; 0 where a column has converged or rounding has made its curvature meaningless."""
+    return torch.where(b > 0, a / b, 0.0)
+
+
+def _solve_eigh(K: torch.Tensor, Y: torch.Tensor, ridge: float) -> tuple[torch.Tensor, int]:
+    """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up."""
+    values, vectors = torch.linalg.eigh(K)
+    keep = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
+    inverse = torch.where(keep, 1.0 / (values + ridge), 0.0) if ridge == 0 else 1.0 / (values.clamp(min=0) + ridge)
+    rank = int(keep.sum()) if ridge == 0 else len(K)
+    return vectors @ (inverse[:, None] * (vectors.T @ Y)), rank
+
+
+def report(solution: Solution, stacklevel: int = 4) -> None:
+    """Warn once about what was altered, or about a residual larger than the dtype promises."""
+    said = []
+    if solution.jitter > 0:
+        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
+    if solution.rank < len(solution.alpha):
+        said.append(f"{len(solution.alpha) - solution.rank} of {len(solution.alpha)} eigenvalues were dropped")
+    if not solution.residual <= RESIDUAL[solution.alpha.dtype]:
+        said.append(f"the relative residual is {solution.residual:.1e}")
+    if said:
+        warnings.warn(
+            f"solve: {' and '.join(said)}; the kernel matrix is singular to rounding on these points. A ridge "
+            "above 0 makes the problem well posed",
+            NumericalWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,18 @@
+"""The operations that touch all pairs of points, one backend a module.
+
+This folder is installed as ``fastagop.kernels`` and only so: a top-level package called ``kernels`` belongs to
+another project. The room is flat and imports nothing from the packages above it:
+
+``radial``        kernel profiles: the one place where a kernel's formula lives
+``distance``      squared distances that stay accurate when classes collapse
+``torch_blocks``  torch backend, any device: kernel matrix, product, gradients
+``torch_agop``    torch backend: both exact forms of the AGOP
+``operations``    the public functions that check their input and pick a backend
+``reference``     plain float64 truth for tests; shares no code with the others
+"""
+
+if __name__ != "fastagop.kernels":
+    raise ImportError(
+        f"the fastagop kernels were imported as {__name__!r}: install the project (pip install -e .) and "
+        "import fastagop.kernels, or start python outside the repository's root"
+    )

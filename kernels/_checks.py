@@ -1,0 +1,94 @@
+"""One error vocabulary: what is wrong with an argument, what was given, what to do."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+
+from .radial import Radial
+
+PRECISIONS = ("highest", "high", "medium")
+
+
+class BackendUnavailable(RuntimeError):
+    """The requested backend cannot serve this call; the message says why and what to install or change."""
+
+
+class NumericalWarning(UserWarning):
+    """A result is usable but something had to be altered, or a residual is larger than the dtype promises."""
+
+
+def choice(name: str, value, allowed: tuple[str, ...]) -> None:
+    """Refuse a word that is not one of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def kernel(value) -> None:
+    """Refuse what is no kernel."""
+    if not isinstance(value, Radial):
+        raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
+
+
+def nonnegative(name: str, value) -> float:
+    """A finite number >= 0, as float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def memory_limit(value) -> int | None:
+    """Bytes as int, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 1:
+        raise ValueError(f"memory_limit must be a positive number of bytes or None, got {value!r}")
+    return int(float(value))
+
+
+def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, columns=None) -> None:
+    """Refuse anything but a finite (n, d) tensor of a supported dtype that fits its neighbours.
+
+    rows and columns, where given, are (count, what it must agree with).
+    """
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    if value.ndim != 2:
+        raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; convert it with {name}.float()")
+    if like is not None and (value.dtype != like.dtype or value.device != like.device):
+        raise ValueError(
+            f"{name} is {value.dtype} on {value.device} but X is {like.dtype} on {like.device}; "
+            f"move it with {name}.to(X)"
+        )
+    for axis, what in ((0, rows), (1, columns)):
+        if what is not None and value.shape[axis] != what[0]:
+            raise ValueError(
+                f"{name} must have {what[0]} {('rows', 'columns')[axis]} to agree with {what[1]}, "
+                f"got shape {tuple(value.shape)}"
+            )
+    if not finite(value):
+        raise ValueError(f"{name} holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+
+
+def finite(value: torch.Tensor) -> bool:
+    """Whether every item is finite; a sum is far cheaper than a mask, and decides nearly always."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def points(X, Z, *, least: int = 1) -> torch.Tensor:
+    """Check centers and evaluation points; returns the evaluation points, X itself where they are the same."""
+    matrix("X", X)
+    if len(X) < least or X.shape[1] == 0:
+        raise ValueError(f"X must have at least {least} row(s) and one column, got shape {tuple(X.shape)}")
+    if Z is None or Z is X:
+        return X
+    matrix("Z", Z, like=X, columns=(X.shape[1], "X"))
+    return X if same(X, Z) else Z
+
+
+def same(X: torch.Tensor, Z: torch.Tensor) -> bool:
+    """Whether two tensors are one piece of memory seen the same way."""
+    return X is Z or (X.data_ptr() == Z.data_ptr() and X.shape == Z.shape and X.stride() == Z.stride())

@@ -1,0 +1,78 @@
+"""What a call will do, decided before it does it: backend, method, cost, memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The road a call takes; ``fastagop.explain`` prints it, the call itself obeys it."""
+
+    op: str
+    backend: str
+    method: str
+    why: str
+    precision: str
+    flops: float
+    peak_bytes: int
+    block: int  # rows of one block
+
+    def __str__(self):
+        return (
+            f"{self.op}: backend {self.backend}, method {self.method}\n"
+            f"  why        {self.why}\n"
+            f"  precision  {self.precision}\n"
+            f"  work       {self.flops:.3g} floating-point operations\n"
+            f"  memory     {human(self.peak_bytes)} beyond the inputs, in blocks of {self.block} rows"
+        )
+
+
+def human(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 * 2**30
+
+
+def budget(limit: int | None, device: torch.device) -> int:
+    """Bytes a call may take beyond its inputs: the caller's limit, else most of what is free."""
+    return limit if limit is not None else int(0.9 * available_bytes(device))
+
+
+def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str) -> int:
+    """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
+
+    Blocks aim at 32 MB, so that elementwise work on a block stays near the caches, and at most 1024 rows.
+    """
+    room = (limit - fixed_bytes) // max(1, row_bytes)
+    if room < 1:
+        raise MemoryError(
+            f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but memory_limit leaves "
+            f"{human(limit)}; raise memory_limit, or free memory"
+        )
+    wish = max(128, min(512, 2**25 // max(1, row_bytes)))
+    return int(max(1, min(room, wish, most)))

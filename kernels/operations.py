@@ -1,0 +1,143 @@
+"""The public operations on all pairs: check the input, pick the backend, obey its plan."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _checks, torch_blocks
+from ._backends import choose, matmul_precision, precision_words
+from .radial import Radial
+
+
+def _begin(op: str, kernel: Radial, precision: str, backend: str) -> str:
+    _checks.kernel(kernel)
+    _checks.choice("precision", precision, _checks.PRECISIONS)
+    return choose(backend, op)[1]
+
+
+def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", backend="auto"):
+    """(Plan, checked arguments) of a kernel_matrix call."""
+    why = _begin("kernel_matrix", kernel, precision, backend)
+    Z = _checks.points(X, Z)
+    if out is not None:
+        if not isinstance(out, torch.Tensor) or out.shape != (len(X), len(Z)):
+            raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
+        if out.dtype != X.dtype or out.device != X.device:
+            raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
+    return torch_blocks.plan_kernel_matrix(X, Z, out, why, precision_words(precision, X)), (X, Z, out)
+
+
+def _describe(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
+
+
+@torch.no_grad()
+def kernel_matrix(
+    kernel: Radial,
+    X: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    precision: str = "highest",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Kernel matrix k(X, Z).
+
+    Formula: K_ij = phi(||X[i] - Z[j]||_2). With Z omitted half of it is computed and mirrored, and the diagonal
+    is exactly phi(0) = 1. Near pairs are measured by direct differences or around a local centre, so that
+    collapsed classes keep the dtype's accuracy.
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: points (n, d), float32 or float64.
+        Z: points (m, d); default X.
+        out: tensor (n, m) to write into.
+        precision: "highest", "high" or "medium"; see the package documentation.
+        backend: "auto", "torch", "triton" or "keops".
+
+    Returns:
+        Tensor (n, m) of X's dtype and device, without autograd history.
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
+    """
+    plan, (X, Z, out) = plan_kernel_matrix(kernel, X, Z, out=out, precision=precision, backend=backend)
+    with matmul_precision(precision, X.device):
+        return torch_blocks.kernel_matrix(kernel, X, Z, out, plan)
+
+
+def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
+    """(Plan, checked arguments) of a kernel_matmul call."""
+    why = _begin("kernel_matmul", kernel, precision, backend)
+    Z = _checks.points(X, Z)
+    _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
+    return torch_blocks.plan_kernel_matmul(X, Z, V, why, precision_words(precision, X)), (X, Z, V)
+
+
+@torch.no_grad()
+def kernel_matmul(
+    kernel: Radial,
+    X: torch.Tensor,
+    Z: torch.Tensor,
+    V: torch.Tensor,
+    *,
+    precision: str = "highest",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Kernel product k(X, Z) V without ever holding k(X, Z).
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: points (n, d). Z: points (m, d), or None for X. V: right-hand sides (m, p).
+        precision, backend: as in ``kernel_matrix``.
+
+    Returns:
+        Tensor (n, p).
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
+    """
+    plan, (X, Z, V) = plan_kernel_matmul(kernel, X, Z, V, precision=precision, backend=backend)
+    with matmul_precision(precision, X.device):
+        return torch_blocks.kernel_matmul(kernel, X, Z, V, plan)
+
+
+def plan_gradients(kernel, X, alpha, Z=None, *, precision="highest", backend="auto"):
+    """(Plan, checked arguments) of a gradients call."""
+    why = _begin("gradients", kernel, precision, backend)
+    Z = _checks.points(X, Z)
+    _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
+    return torch_blocks.plan_gradients(X, alpha, Z, why, precision_words(precision, X)), (X, alpha, Z)
+
+
+@torch.no_grad()
+def gradients(
+    kernel: Radial,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    precision: str = "highest",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Gradients of a kernel predictor f_c(z) = sum_j alpha[j, c] k(z, X[j]) at the points Z.
+
+    Formula: grad f_c(z) = sum_j w(||z - x_j||) alpha_jc (x_j - z) with w(r) = -phi'(r)/r; a pair at distance
+    zero, exact duplicates included, contributes nothing.
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
+        precision, backend: as in ``kernel_matrix``.
+
+    Returns:
+        Tensor (m, K, d); entry [i, c] is grad f_c(Z[i]).
+
+    Raises:
+        TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
+    """
+    plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
+    with matmul_precision(precision, X.device):
+        return torch_blocks.gradients(kernel, X, alpha, Z, plan)

@@ -1,0 +1,226 @@
+"""Torch backend: the AGOP in its two exact forms, summed over evaluation points and outputs.
+
+With weights W_ij = w(||z_i - x_j||), A = alpha and s = W A, the gradient of output c at z_i is
+g_ic = sum_j W_ij A_jc x_j - s_ic z_i, and M = sum_ic g_ic g_ic^T is either
+
+gradient form  M = sum_c G_c^T G_c, G_c = W (A_c o X) - s_c o Z: 2 m n K d products, W made block by block;
+gram form      M = X^T [(A A^T) o (W^T W)] X - X^T T^T Z - Z^T T X + Z^T diag(sum_c s_c^2) Z, T = W o (s A^T):
+               n^2 m products by symmetry, whatever K is, with W stored.
+
+The gram form's terms cancel: near collapse W has entries far larger than any gradient. It therefore runs only
+while ``amplification`` says that the cancelled digits do not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import torch
+
+from ._checks import NumericalWarning
+from ._plan import Plan, block_rows, budget, human
+from .distance import squared_norms
+from .radial import Radial
+from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
+
+log = logging.getLogger("fastagop")
+
+# The gram form loses about _LOSS eps amplification of M (measured: within a factor of three from spread 1 to 1e-6);
+# it runs in a dtype while that is below the dtype's limit.
+_LOSS = 4.0
+GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
+GRAM_SAID = 1e-4  # a gram form that was asked for warns above this
+_PROBES = 64
+# float64 products cost about this many float32 ones (two on CPUs; the H200 and A100 pay less).
+_FLOAT64_COST = 2.0
+
+
+def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
+    """Floating-point operations of each form, distances included."""
+    gradient = 2.0 * m * n * d * (K + 1) + 2.0 * m * K * d * d
+    if own:
+        gram = 1.0 * n * n * d + 1.0 * n**3 + 1.0 * n * n * d + 2.0 * n * d * d + 3.0 * n * n * K
+    else:
+        gram = 2.0 * m * n * d + 1.0 * n * n * m + 1.0 * n * n * d + 2.0 * m * n * d + 2.0 * (n + m) * d * d
+    return {"gradient": gradient, "gram": gram}
+
+
+def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError."""
+    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    if form == "gradient":
+        fixed, row, most = d * d * (8 + size) + n * K * size, ((BLOCKS_ALIVE + 1) * n + K * d) * size, m
+    else:
+        fixed, row, most = (
+            d * d * 16 + (m * n + n * d) * size,
+            (max(BLOCKS_ALIVE - 1, 2) * n + d) * size,
+            max(m, n),
+        )
+    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,")
+    return rows, fixed + rows * row
+
+
+def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) -> Plan:
+    """The road of agop: the cheaper form that fits into memory."""
+    (n, d), K, m = X.shape, alpha.shape[1], len(Z)
+    cost, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
+    reason = f"{why}; method asked for"
+    if method == "auto":
+        method = min(cost, key=lambda form: cost[form])
+        reason = f"{why}; gradient form {cost['gradient']:.2g} flop, gram form {cost['gram']:.2g} flop"
+        if method == "gram" and (m * n + n * d) * X.element_size() * 1.1 > room:
+            method, reason = "gradient", f"{reason}, but its stored weights do not fit into {human(room)}"
+    rows, peak = _plan_form(method, X, alpha, Z, room)
+    if method == "gram" and X.dtype == torch.float32:
+        reason += "; float32 is guarded: near collapse its products run in float64, or the gradient form does"
+    return Plan("agop", "torch", method, reason, precision, cost[method], peak, rows)
+
+
+def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
+    """sum_ic g_ic g_ic^T in float64 accumulation, shape (d, d), of X's dtype; method is what the caller said."""
+    if plan.method == "gradient":
+        blocks = ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
+        return _gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
+    W = _weights(kernel, X, Z, plan.block)
+    return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+
+
+def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int) -> torch.Tensor:
+    """The same from stored weights W (m, n), whose dtype may be wider than X's; zero diagonal where Z is X."""
+    form, wide = _safe_form(W, X, alpha, Z, method, limit)
+    if form == "gradient":
+        blocks = ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
+        return _gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
+    x = X.to(wide)
+    return _gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
+
+
+def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
+    """W (m, n) stored; the diagonal is zero where Z is X."""
+    W = X.new_empty(len(Z), len(X))
+    if Z is X:
+        return fill_symmetric(W, X, rows, kernel.weight_).fill_diagonal_(0.0)
+    for _, block in tiles(X, Z, rows, out=W):
+        kernel.weight_(block)
+    return W
+
+
+def amplification(W, X, alpha, Z) -> float:
+    """How much larger the gram form's uncancelled terms are than M, in trace.
+
+    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2. The trace of M, sum |g_ic|^2, is estimated on a few
+    evaluation points with one random sign vector over the outputs each, whose squared norm is unbiased.
+    """
+    spread = torch.linalg.vector_norm(W, dim=0).square_().to(X.dtype)
+    terms = squared_norms(alpha) * spread * squared_norms(X - X.mean(0))
+    m = len(Z)
+    index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
+    signs = torch.randint(0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0))
+    mixed = W[index].to(X.dtype) * (alpha @ signs.to(alpha).mul_(2).sub_(1)).T
+    g = mixed @ X - mixed.sum(1, keepdim=True) * Z[index]
+    trace = g.square().sum(dtype=torch.float64) * m / len(index)
+    total = terms.sum(dtype=torch.float64)
+    return float(total / trace) if trace > 0 else (float("inf") if total > 0 else 0.0)
+
+
+def _safe_form(W, X, alpha, Z, method: str, limit: int | None) -> tuple[str, torch.dtype]:
+    """The cheapest (form, dtype of its products) that loses no digits of M and fits into memory."""
+    if method == "gradient":
+        return method, X.dtype
+    growth = _LOSS * amplification(W, X, alpha, Z)
+    cost = flops(len(Z), *X.shape, alpha.shape[1], Z is X)
+    room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
+    safe, fitting = [], []
+    for dtype in (X.dtype, torch.float64) if X.dtype != torch.float64 else (torch.float64,):
+        items = 0 if W.dtype == dtype else W.numel() + X.numel() + (0 if Z is X else Z.numel())
+        if items * dtype.itemsize <= room:
+            fitting.append(dtype)
+            if torch.finfo(dtype).eps * growth <= GRAM_LIMIT[X.dtype]:
+                price = _FLOAT64_COST if dtype != X.dtype else 1.0
+                safe.append((price * cost["gram"], "gram", dtype))
+    if method == "gram":
+        return "gram", safe[0][2] if safe else _lossy_gram(growth, X.dtype, fitting)
+    _, form, dtype = min([*safe, (cost["gradient"], "gradient", X.dtype)], key=lambda option: option[0])
+    if not safe or dtype != X.dtype:
+        loss = torch.finfo(X.dtype).eps * growth
+        log.info(
+            "agop: the gram form would lose %.0e of M in %s; running %s form in %s",
+            loss,
+            X.dtype,
+            form,
+            dtype,
+        )
+    return form, dtype
+
+
+def _lossy_gram(growth: float, dtype: torch.dtype, fitting: list[torch.dtype]) -> torch.dtype:
+    """The gram form was asked for where it loses digits: the widest dtype that fits, said aloud if that is bad."""
+    widest = fitting[-1] if fitting else dtype
+    loss = torch.finfo(widest).eps * growth
+    if loss > GRAM_SAID:
+        warnings.warn(
+            f"agop: the gram form loses about {loss:.0e} of M on these points even in {widest}; use method='auto' "
+            "or 'gradient'",
+            NumericalWarning,
+            stacklevel=6,
+        )
+    return widest
+
+
+def _gradient_form(blocks, alpha, X, Z, center: bool) -> torch.Tensor:
+    """sum_c G_c^T G_c from row blocks of weights; float64 (d, d)."""
+    K, d = alpha.shape[1], X.shape[1]
+    shift = dominant_offset(X)
+    M = X.new_zeros(d, d, dtype=torch.float64)
+    total = X.new_zeros(K, d, dtype=torch.float64)
+    buffer = None
+    for row, W in blocks:
+        z = Z[row]
+        if buffer is None:
+            buffer = X.new_empty(len(z), K, d)
+        G = output_gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
+        if center:
+            total += G.sum(0, dtype=torch.float64)
+        G = G.view(-1, d)
+        M += G.T @ G
+    return M.sub_(total.T @ total, alpha=1.0 / len(Z)) if center else M
+
+
+def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
+    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only."""
+    own = Z is X
+    mean = X.mean(0)
+    X = X - mean  # S annihilates constants
+    Z = X if own else Z - mean
+    n, d = X.shape
+    s = W @ alpha
+    weight = s.square().sum(1)  # sum_c s_ic^2
+    Wt = W.T
+    half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
+    buffers = [X.new_empty(min(rows, n) * n) for _ in range(2)]
+    for start in range(0, n, rows):
+        stop = min(n, start + rows)
+        row, shape = slice(start, stop), (stop - start, stop)
+        S, other = (b[: shape[0] * stop].view(shape) for b in buffers)
+        torch.mm(Wt[row], Wt[:stop].T, out=S)
+        S.mul_(torch.mm(alpha[row], alpha[:stop].T, out=other))
+        if own:
+            # T + T^T = W o (s A^T + A s^T)
+            torch.addmm(torch.mm(s[row], alpha[:stop].T, out=other), alpha[row], s[:stop].T, out=other)
+            S.addcmul_(W[row, :stop], other, value=-1.0)
+            S.diagonal(start).add_(weight[row])
+        S.diagonal(start).mul_(0.5)
+        S[:, start:].tril_()
+        half += X[row].T @ (S @ X[:stop])
+    if not own:
+        for start in range(0, len(Z), rows):
+            row = slice(start, min(len(Z), start + rows))
+            z = Z[row]
+            T = W[row] * (s[row] @ alpha.T)
+            half -= z.T @ (T @ X).addcmul_(weight[row, None], z, value=-0.5)
+    M = half + half.T
+    if center:
+        total = (alpha * W.sum(0)[:, None]).T @ X - s.T @ Z  # column sums of every G_c
+        M -= (total.T @ total).double() / len(Z)
+    return M

@@ -1,0 +1,179 @@
+"""Torch backend, any device: kernel matrix, kernel product and gradients, one row block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ._plan import Plan, block_rows, budget
+from .distance import squared_distances, squared_norms
+from .radial import Radial
+
+# Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
+BLOCKS_ALIVE = 4
+
+
+def tiles(
+    X: torch.Tensor, Z: torch.Tensor, rows: int, *, lower: bool = False, out: torch.Tensor | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of ||Z[i] - X[j]||^2 as (rows of Z, block); a block is overwritten when the next one is asked for.
+
+    Args:
+        X, Z: points; ``Z is X`` says that self-pairs exist.
+        rows: rows of one block.
+        lower: only columns up to the block's own last row (needs Z is X).
+        out: (m, n) tensor to write the blocks into; by default one buffer serves all of them.
+    """
+    own = Z is X
+    x2 = squared_norms(X)
+    z2 = x2 if own else squared_norms(Z)
+    m, n = len(Z), len(X)
+    buffer = X.new_empty(min(rows, m) * n if out is None else 0)
+    for start in range(0, m, rows):
+        stop = min(m, start + rows)
+        width = stop if lower else n
+        if out is not None:
+            block = out[start:stop, :width]
+        else:
+            block = buffer[: (stop - start) * width].view(stop - start, width)
+        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, start if own else None)
+        yield slice(start, stop), block
+
+
+def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_) -> torch.Tensor:
+    """Write profile_(||X[i] - X[j]||^2) into out: lower blocks are computed and mirrored, symmetric to the bit."""
+    for row, block in tiles(X, X, rows, lower=True, out=out):
+        profile_(block)
+        square = block[:, row.start :]
+        square.copy_(square.tril() + square.tril(-1).T)
+        out[: row.start, row].copy_(block[:, : row.start].T)
+    return out
+
+
+def weights_from_upper_(kernel: Radial, K: torch.Tensor, rows: int = 256) -> torch.Tensor | None:
+    """Turn kernel values in K's strict upper triangle into the full symmetric weights, zero diagonal, in place.
+
+    None where the profile has no closed form for it; K is untouched then.
+    """
+    if kernel.weight_from_value_(K.new_empty(0)) is None:
+        return None
+    for start in range(0, len(K), rows):
+        stop = min(len(K), start + rows)
+        kernel.weight_from_value_(K[start:stop, start:])
+        square = K[start:stop, start:stop]
+        upper = square.triu(1)  # below it are leftovers of a factorisation
+        square.copy_(upper + upper.T)
+        K[stop:, start:stop].copy_(K[start:stop, stop:].T)
+    return K
+
+
+def _rows(op: str, X: torch.Tensor, m: int, row_items: int, fixed_items: int, limit: int | None) -> int:
+    size = X.element_size()
+    return block_rows(row_items * size, fixed_items * size, budget(limit, X.device), max(1, m), op)
+
+
+def plan_kernel_matrix(X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | None, why: str, precision: str) -> Plan:
+    """The road of kernel_matrix."""
+    m, n, d = len(X), len(Z), X.shape[1]
+    own = Z is X
+    fixed = 0 if out is not None else m * n
+    rows = _rows("kernel_matrix", X, m, (BLOCKS_ALIVE - 1) * n, fixed, None)
+    return Plan(
+        "kernel_matrix",
+        "torch",
+        "blocked, half of it and mirrored" if own else "blocked",
+        why,
+        precision,
+        (1.0 if own else 2.0) * m * n * d,
+        (fixed + rows * (BLOCKS_ALIVE - 1) * n) * X.element_size(),
+        rows,
+    )
+
+
+def kernel_matrix(kernel: Radial, X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | None, plan: Plan):
+    """k(X, Z), shape (n, m)."""
+    result = X.new_empty(len(X), len(Z)) if out is None else out
+    if Z is X:
+        return fill_symmetric(result, X, plan.block, kernel.value_)
+    for _, block in tiles(Z, X, plan.block, out=result):
+        kernel.value_(block)
+    return result
+
+
+def plan_kernel_matmul(X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, why: str, precision: str) -> Plan:
+    """The road of kernel_matmul."""
+    n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
+    rows = _rows("kernel_matmul", X, n, BLOCKS_ALIVE * m, n * p, None)
+    half = 1.0 if Z is X else 2.0
+    return Plan(
+        "kernel_matmul",
+        "torch",
+        "blocked, K never stored",
+        why,
+        precision,
+        half * n * m * d + 2.0 * n * m * p,
+        (n * p + rows * BLOCKS_ALIVE * m) * X.element_size(),
+        rows,
+    )
+
+
+def kernel_matmul(kernel: Radial, X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """k(X, Z) V, shape (n, p)."""
+    result = X.new_zeros(len(X), V.shape[1])
+    own = Z is X
+    for row, block in tiles(Z, X, plan.block, lower=own):
+        kernel.value_(block)
+        result[row].addmm_(block, V[: block.shape[1]])
+        if own:  # the mirrored block serves the rows above
+            result[: row.start].addmm_(block[:, : row.start].T, V[row])
+    return result
+
+
+def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str, precision: str) -> Plan:
+    """The road of gradients."""
+    (n, d), K, m = X.shape, alpha.shape[1], len(Z)
+    rows = _rows("gradients", X, m, BLOCKS_ALIVE * n, m * K * d, None)
+    return Plan(
+        "gradients",
+        "torch",
+        "blocked",
+        why,
+        precision,
+        2.0 * m * n * d * (K + 1),
+        (m * K * d + rows * BLOCKS_ALIVE * n) * X.element_size(),
+        rows,
+    )
+
+
+def gradients(kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """grad f_c(Z[i]), shape (m, K, d)."""
+    result = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
+    shift = dominant_offset(X)
+    for row, block in tiles(X, Z, plan.block):
+        output_gradients(kernel.weight_(block), alpha, X, Z[row], shift, result[row])
+    return result
+
+
+def output_gradients(
+    W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, shift, out: torch.Tensor
+) -> torch.Tensor:
+    """g_ic = sum_j W_ij alpha_jc x_j - s_ic z_i with s = W alpha, for one row block, into out (b, K, d)."""
+    if shift is not None:  # a gradient sees differences of points only
+        X, Z = X - shift, Z - shift
+    s = W @ alpha
+    scaled = torch.empty_like(W)
+    for c in range(alpha.shape[1]):
+        torch.mul(W, alpha[:, c], out=scaled)
+        torch.mm(scaled, X, out=out[:, c])
+        out[:, c].addcmul_(s[:, c, None], Z, value=-1.0)
+    return out
+
+
+def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
+    """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
+
+    Elsewhere centring would round the very differences that collapsed classes live on.
+    """
+    mean = X.mean(0)
+    return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None
