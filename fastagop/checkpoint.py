@@ -29,7 +29,7 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().contiguous().numpy())  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
 
 
@@ -108,7 +108,8 @@ class Checkpoint:
             if found == value:
                 continue
             if key == "settings":
-                differ = [f"{k} was {found.get(k)!r}, now {v!r}" for k, v in value.items() if found.get(k) != v]
+                old = found or {}
+                differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in value.items() if old.get(k) != v]
                 what = "; ".join(differ)
             else:
                 what = f"the {key} differ" if key in ("data", "seeds") else f"{key} was {found!r}, now {value!r}"
@@ -149,14 +150,10 @@ def _without_alpha(solution: Solution) -> Solution:
 
 
 def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10
     digest = hashlib.sha256()
-    while chunk := file.read(2**20):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

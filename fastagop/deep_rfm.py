@@ -118,7 +118,7 @@ def train_layer(
     solution, M, planned = solve_and_agop(X, Y, settings, clock)
     scale = _scale(M, settings.agop_scale, len(X))
     M /= scale
-    root = linalg.psd_sqrt(M)
+    root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
     clock.mark("root")
     projected = X @ root
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)

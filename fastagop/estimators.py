@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class _DeepRFM(TransformerMixin, BaseEstimator):
-    """What the classifier and the regressor share; ``_targets`` and ``_answer`` are theirs."""
+    """What the classifier and the regressor share; ``_targets`` is theirs."""
 
     def __init__(
         self,
@@ -64,9 +64,13 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = []  # features have the estimator's dtype
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = True
         return tags
+
+    def _targets(self, y, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(Y (n, K), class indices (n,) or None) from what fit was given."""
+        raise TypeError("use DeepRFMClassifier or DeepRFMRegressor")
 
     @torch.no_grad()
     def fit(self, X, y):
@@ -116,8 +120,8 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self._centers, self.solution_ = deep_rfm.readout(features, Y, settings)
         report(self.solution_, stacklevel=5)
         self.layers_ = [layer.record for layer in self._layers]
-        self.agops_ = [self._out(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._out(layer.record.solution.alpha) for layer in self._layers]
+        self.agops_ = [self._kept(layer.agop) for layer in self._layers]
+        self.alphas_ = [self._kept(layer.record.solution.alpha) for layer in self._layers]
         return self
 
     @torch.no_grad()
@@ -128,16 +132,16 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
             X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
 
         Returns:
-            (m, width) array or tensor of the estimator's dtype, as X.
+            (m, width), of X's kind and dtype.
         """
         check_is_fitted(self)
         depth = len(self._layers)
         if layer is None:
             layer = depth
-        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= layer <= depth:
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= int(layer) <= depth:
             raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
         features = self._through(self._samples(X), int(layer))
-        return self._out(features, like=X)
+        return self._answer(features, X)
 
     def to_module(self) -> torch.nn.Module:
         """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
@@ -151,7 +155,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         _checks.kernel(self.kernel)
         for name in ("depth", "width"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         _checks.choice("features", self.features, FEATURES)
         _checks.choice("agop_scale", self.agop_scale, deep_rfm.AGOP_SCALES)
@@ -214,12 +218,15 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         centers, alpha = self._centers.double(), self.solution_.alpha.double()
         return kernel_matmul(self._kernel, last, centers, alpha, backend=self.backend)
 
-    def _out(self, value: torch.Tensor, like=None):
-        """A tensor as the caller's kind: like X where given, else as fit was given."""
-        value = value.to(_DTYPES[self.dtype])
-        if like is None:
-            return value if self._torch_in else value.cpu().numpy()
-        return value.to(like.device) if isinstance(like, torch.Tensor) else value.cpu().numpy()
+    def _answer(self, value: torch.Tensor, X):
+        """A float64 result as X's kind, device and floating dtype."""
+        if isinstance(X, torch.Tensor):
+            return value.to(X)
+        return value.cpu().numpy().astype(np.float32 if getattr(X, "dtype", None) == np.float32 else np.float64)
+
+    def _kept(self, value: torch.Tensor):
+        """A trained tensor as the kind that fit was given."""
+        return value if self._torch_in else value.cpu().numpy()
 
 
 class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
@@ -253,7 +260,8 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
     def _targets(self, y, X: torch.Tensor):
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
-        y = column_or_1d(check_array(_numpy(y), ensure_2d=False, dtype=None), warn=True)
+        y = check_array(_numpy(y), ensure_2d=False, dtype=None)  # pyright: ignore[reportArgumentType]
+        y = column_or_1d(y, warn=True)
         _same_length(X, y)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -267,11 +275,12 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
     def decision_function(self, X):
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         outputs = self._outputs(X)
-        return self._out(outputs[:, 1] if len(self.classes_) == 2 else outputs, like=X)
+        return self._answer(outputs[:, 1] if len(self.classes_) == 2 else outputs, X)
 
     def predict(self, X):
         """Labels (m,): the class of the largest output."""
-        labels = self.classes_[self._outputs(X).argmax(1).cpu().numpy()]
+        best = self._outputs(X).argmax(1).cpu().numpy()
+        labels = self.classes_[best]
         numeric = isinstance(X, torch.Tensor) and labels.dtype.kind in "biuf"
         return torch.from_numpy(labels).to(X.device) if numeric else labels
 
@@ -283,15 +292,12 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
 
 
 class DeepRFMRegressor(RegressorMixin, _DeepRFM):
-    __doc__ = (
-        (DeepRFMClassifier.__doc__ or "")
-        .replace(
-            "Deep RFM classifier: kernel ridge(less) regression on +-1 one-hot labels, layer by layer.",
-            "Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.",
-        )
-        .replace("reads the labels off", "reads the targets off")
-        .replace("classes_: the labels. ", "")
-    )
+    """Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.
+
+    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled. Parameters, attributes and the
+    algorithm are those of ``DeepRFMClassifier`` without ``classes_``; the collapse measures of ``layers_`` are
+    empty, as there are no classes.
+    """
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -301,16 +307,16 @@ class DeepRFMRegressor(RegressorMixin, _DeepRFM):
     def _targets(self, y, X: torch.Tensor):
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
-        y = check_array(_numpy(y), ensure_2d=False, dtype=np.float64)
+        y = np.asarray(check_array(_numpy(y), ensure_2d=False, dtype="float64"))
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
         _same_length(X, y)
-        return torch.from_numpy(y).to(X), None
+        return torch.tensor(y).to(X), None
 
     def predict(self, X):
         """Predicted targets, shape (m,) or (m, K) as y was in fit."""
         outputs = self._outputs(X)
-        return self._out(outputs[:, 0] if self._flat else outputs, like=X)
+        return self._answer(outputs[:, 0] if self._flat else outputs, X)
 
     def score(self, X, y, sample_weight=None):
         """R^2 of predict(X) against y."""

@@ -28,7 +28,7 @@ class FeatureMap:
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor:
         """Phi(X), shape (n, width)."""
-        if self.name == "relu":
+        if self.bias is None:
             return torch.mm(X, self.weight.T).relu_()
         return torch.addmm(self.bias, X, self.weight.T).cos_().mul_(math.sqrt(2.0 / len(self.weight)))
 

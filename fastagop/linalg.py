@@ -79,13 +79,21 @@ def largest_row_sum(A: torch.Tensor) -> float:
     return float((A @ ones).max())
 
 
-def psd_sqrt(M: torch.Tensor) -> torch.Tensor:
+def psd_sqrt(M: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     """M^(1/2) of a positive semi-definite matrix, by a float64 eigendecomposition with negatives clipped to 0.
 
     M is symmetrised first. float32 eigensolvers fail on low-rank matrices, and rank K out of d is what an AGOP
     has near collapse.
+
+    Args:
+        M: (d, d). rows: points (n, d) whose span holds M's range, where known; the problem is then n x n for
+            n < d.
     """
     wide = M.double()
+    if rows is not None and len(rows) < len(M):
+        basis = torch.linalg.qr(rows.double().T).Q
+        inner = psd_sqrt(basis.T @ wide @ basis)
+        return (basis @ inner @ basis.T).to(M.dtype)
     values, vectors = torch.linalg.eigh((wide + wide.T).mul_(0.5))
     root = vectors * values.clamp_(min=0.0).pow_(0.25)
     return (root @ root.T).to(M.dtype)

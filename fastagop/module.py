@@ -22,6 +22,9 @@ class DeepRFMModule(torch.nn.Module):
         flat: answer with shape (m,) for a single output.
     """
 
+    centers: torch.Tensor
+    alpha: torch.Tensor
+
     def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool):
         super().__init__()
         self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
@@ -29,8 +32,8 @@ class DeepRFMModule(torch.nn.Module):
         for i, layer in enumerate(layers):
             self.register_buffer(f"root_{i}", layer.root.clone())
             self.register_buffer(f"weight_{i}", layer.map.weight.clone())
-            bias = layer.map.bias
-            self.register_buffer(f"bias_{i}", None if bias is None else bias.clone())
+            if layer.map.bias is not None:
+                self.register_buffer(f"bias_{i}", layer.map.bias.clone())
         self.register_buffer("centers", centers.clone())
         self.register_buffer("alpha", alpha.clone())
 
@@ -38,7 +41,8 @@ class DeepRFMModule(torch.nn.Module):
         """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
         h = x.double()
         for i, name in enumerate(self.maps):
-            root, weight, bias = (getattr(self, f"{part}_{i}") for part in ("root", "weight", "bias"))
+            root, weight = self.get_buffer(f"root_{i}"), self.get_buffer(f"weight_{i}")
+            bias = getattr(self, f"bias_{i}", None)
             phi = FeatureMap(name, weight.double(), None if bias is None else bias.double())
             h = phi(normalise_rows(h) @ root.double())
         distance = torch.cdist(normalise_rows(h), self.centers.double(), compute_mode="donot_use_mm_for_euclid_dist")

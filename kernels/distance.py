@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from ._products import product
+
 # A pair is near when r^2 < NEAR * (||x||^2 + ||z||^2). The expansion of a pair that is not near has a relative
 # error of a few eps / NEAR in r^2: below 1e-5 in float32 and 1e-12 in float64.
 NEAR = {torch.float32: 2.0**-6, torch.float64: 2.0**-10}
@@ -43,8 +45,7 @@ def squared_distances(
         out: result; any strides that a matrix product can write to.
         self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
     """
-    torch.addmm(x2, Z, X.T, alpha=-2.0, out=out)
-    out.add_(z2[:, None])
+    torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
     near = NEAR[out.dtype]
     own = None if self_offset is None else torch.diagonal(out, self_offset)
     if own is not None:
@@ -85,7 +86,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
         index = (rows[:, None], cols)
         z, x = Z[rows] - centre, X[cols] - centre
         zc2, xc2 = squared_norms(z), squared_norms(x)
-        fresh = torch.addmm(xc2, z, x.T, alpha=-2.0).add_(zc2[:, None])
+        fresh = product(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
         group = mask[index]
         good = group & (fresh >= near * (zc2[:, None] + xc2))
         sq[index] = torch.where(good, fresh, sq[index])

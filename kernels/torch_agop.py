@@ -20,6 +20,7 @@ import torch
 
 from ._checks import NumericalWarning
 from ._plan import Plan, block_rows, budget, human
+from ._products import product
 from .distance import squared_norms
 from .radial import Radial
 from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
@@ -32,6 +33,7 @@ _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
 GRAM_SAID = 1e-4  # a gram form that was asked for warns above this
 _PROBES = 64
+_SQUARE = 128  # rows of the steps along the diagonal
 # float64 products cost about this many float32 ones (two on CPUs; the H200 and A100 pay less).
 _FLOAT64_COST = 2.0
 
@@ -112,7 +114,7 @@ def amplification(W, X, alpha, Z) -> float:
     The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2. The trace of M, sum |g_ic|^2, is estimated on a few
     evaluation points with one random sign vector over the outputs each, whose squared norm is unbiased.
     """
-    spread = torch.linalg.vector_norm(W, dim=0).square_().to(X.dtype)
+    spread = torch.linalg.vector_norm(W, dim=1 if Z is X else 0).square_().to(X.dtype)
     terms = squared_norms(alpha) * spread * squared_norms(X - X.mean(0))
     m = len(Z)
     index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
@@ -129,7 +131,7 @@ def _safe_form(W, X, alpha, Z, method: str, limit: int | None) -> tuple[str, tor
     if method == "gradient":
         return method, X.dtype
     growth = _LOSS * amplification(W, X, alpha, Z)
-    cost = flops(len(Z), *X.shape, alpha.shape[1], Z is X)
+    cost = flops(len(Z), len(X), X.shape[1], alpha.shape[1], Z is X)
     room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
     safe, fitting = [], []
     for dtype in (X.dtype, torch.float64) if X.dtype != torch.float64 else (torch.float64,):
@@ -196,31 +198,41 @@ def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
     n, d = X.shape
     s = W @ alpha
     weight = s.square().sum(1)  # sum_c s_ic^2
-    Wt = W.T
+    Wt = W if own else W.T
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
-    buffers = [X.new_empty(min(rows, n) * n) for _ in range(2)]
     for start in range(0, n, rows):
         stop = min(n, start + rows)
-        row, shape = slice(start, stop), (stop - start, stop)
-        S, other = (b[: shape[0] * stop].view(shape) for b in buffers)
-        torch.mm(Wt[row], Wt[:stop].T, out=S)
-        S.mul_(torch.mm(alpha[row], alpha[:stop].T, out=other))
-        if own:
-            # T + T^T = W o (s A^T + A s^T)
-            torch.addmm(torch.mm(s[row], alpha[:stop].T, out=other), alpha[row], s[:stop].T, out=other)
+        row = slice(start, stop)
+        S = _lower_rows(Wt, start, stop)
+        S.mul_(product(alpha[row], alpha[:stop]))
+        if own:  # T + T^T = W o (s A^T + A s^T)
+            other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
             S.addcmul_(W[row, :stop], other, value=-1.0)
             S.diagonal(start).add_(weight[row])
         S.diagonal(start).mul_(0.5)
         S[:, start:].tril_()
-        half += X[row].T @ (S @ X[:stop])
+        half += X[row].T @ product(S, X[:stop].T)
     if not own:
         for start in range(0, len(Z), rows):
             row = slice(start, min(len(Z), start + rows))
             z = Z[row]
-            T = W[row] * (s[row] @ alpha.T)
-            half -= z.T @ (T @ X).addcmul_(weight[row, None], z, value=-0.5)
+            T = product(s[row], alpha).mul_(W[row])
+            half -= z.T @ product(T, X.T).addcmul_(weight[row, None], z, value=-0.5)
     M = half + half.T
     if center:
         total = (alpha * W.sum(0)[:, None]).T @ X - s.T @ Z  # column sums of every G_c
         M -= (total.T @ total).double() / len(Z)
     return M
+
+
+def _lower_rows(Wt: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows start:stop of W^T W up to the diagonal; of the square on the diagonal one half is mostly left undone."""
+    width = stop - start
+    if width < 2 * _SQUARE:
+        return product(Wt[start:stop], Wt[:stop])
+    out = Wt.new_zeros(width, stop)
+    out[:, :start] = product(Wt[start:stop], Wt[:start])
+    for i in range(0, width, _SQUARE):
+        j = min(width, i + _SQUARE)
+        out[i:j, start : start + j] = product(Wt[start + i : start + j], Wt[start : start + j])
+    return out

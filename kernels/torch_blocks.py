@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ._plan import Plan, block_rows, budget
+from ._products import product
 from .distance import squared_distances, squared_norms
 from .radial import Radial
 
@@ -165,8 +166,7 @@ def output_gradients(
     scaled = torch.empty_like(W)
     for c in range(alpha.shape[1]):
         torch.mul(W, alpha[:, c], out=scaled)
-        torch.mm(scaled, X, out=out[:, c])
-        out[:, c].addcmul_(s[:, c, None], Z, value=-1.0)
+        torch.addcmul(product(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
     return out
 
 

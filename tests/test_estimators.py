@@ -1,0 +1,220 @@
+"""Deep RFM as estimators: scikit-learn's rules, the contract, and the algorithm itself written out plainly."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import fastagop
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, NumericalWarning
+from fastagop.kernels import reference
+
+SMALL = {"depth": 2, "width": 64, "random_state": 0}
+# scikit-learn's checks feed duplicated, one-dimensional and constant data: singular on purpose.
+singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
+
+
+@singular
+@parametrize_with_checks([DeepRFMClassifier(**SMALL), DeepRFMRegressor(**SMALL)])
+def test_scikit_learn(estimator, check):
+    check(estimator)
+
+
+def blobs(n=90, d=6, classes=3, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % classes
+    return 3 * rng.normal(size=(classes, d))[y] + rng.normal(size=(n, d)), y
+
+
+def plain_deep_rfm(X, Y, kernel, maps):
+    """Algorithm 1 with dense float64 algebra and the reference AGOP, M divided by its largest entry."""
+    X = torch.from_numpy(X)
+    for phi in maps:
+        X = X / X.norm(dim=1, keepdim=True)
+        alpha = torch.linalg.solve(reference.kernel_matrix(kernel, X), Y)
+        M = reference.agop(kernel, X, alpha)
+        values, vectors = torch.linalg.eigh(M / M.max())
+        X = phi(X @ (vectors * values.clamp(min=0).sqrt()) @ vectors.T)
+    X = X / X.norm(dim=1, keepdim=True)
+    K = reference.kernel_matrix(kernel, X)
+    return X, K, torch.linalg.solve(K, Y)
+
+
+@pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0)])
+@pytest.mark.parametrize("features", ["relu", "cos"])
+def test_equals_algorithm_one(kernel, features):
+    X, y = blobs()
+    scale = None if features == "relu" else 0.5
+    model = DeepRFMClassifier(kernel, features=features, feature_scale=scale, dtype="float64", **SMALL).fit(X, y)
+    Y = torch.from_numpy(2.0 * np.eye(3)[y] - 1.0)
+    features, _, alpha = plain_deep_rfm(X, Y, kernel, [layer.map for layer in model._layers])
+    # The solution's error is eps times the kernel matrix's condition number, at most about 1e6 on these blobs.
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    normal = model.transform(X) / np.linalg.norm(model.transform(X), axis=1, keepdims=True)
+    torch.testing.assert_close(torch.from_numpy(normal), features, **close)
+    torch.testing.assert_close(model.solution_.alpha, alpha, rtol=1e-5, atol=1e-5 * float(alpha.abs().max()))
+    torch.testing.assert_close(torch.from_numpy(model.decision_function(X)), Y, **close)
+
+
+def test_classifier_contract():
+    X, y = blobs()
+    names = np.array(["ant", "bee", "cat"])[y]
+    model = DeepRFMClassifier(**SMALL).fit(X, names)
+    assert model.score(X, names) == 1.0
+    assert set(model.predict(X)) == {"ant", "bee", "cat"}
+    assert model.decision_function(X).shape == (90, 3)
+    assert [M.shape for M in model.agops_] == [(6, 6), (64, 64)]
+    assert [M.dtype for M in model.agops_] == [np.float32] * 2
+    assert all(M.max() == pytest.approx(1.0) for M in model.agops_)
+    assert [a.shape for a in model.alphas_] == [(90, 3)] * 2
+    for record in model.layers_:
+        assert set(record.nc1) == set(record.nc2) == {"input", "projected", "features"}
+        assert record.seconds > 0
+        assert record.peak_bytes > 0
+        assert record.solution.residual < 1e-3
+
+
+def test_records_measure_what_they_say():
+    X, y = blobs()
+    seen = []
+    model = DeepRFMClassifier(callbacks=[seen.append], dtype="float64", **SMALL).fit(X, y)
+    for index, event in enumerate(seen):
+        assert (event.layer, event.depth) == (index, 2)
+        assert model.layers_[index] is event.record
+    inputs = torch.from_numpy(model.transform(X, layer=1))
+    inputs = inputs / inputs.norm(dim=1, keepdim=True)
+    assert model.layers_[1].nc1["input"] == pytest.approx(fastagop.collapse.nc1(inputs, y), rel=1e-9)
+    root = torch.linalg.matrix_power(model._layers[1].root, 2)
+    torch.testing.assert_close(root, torch.from_numpy(model.agops_[1]), rtol=1e-9, atol=1e-9)
+    assert model.layers_[1].nc1["projected"] == pytest.approx(
+        fastagop.collapse.nc1(inputs @ model._layers[1].root, y), rel=1e-6
+    )
+
+
+def test_collapse_deepens():
+    """The paper's claim, in small: NC1 of the projected data falls from layer to layer."""
+    X, y = blobs(n=120)
+    model = DeepRFMClassifier(depth=5, width=128, random_state=0, dtype="float64").fit(X, y)
+    nc1 = [record.nc1["projected"] for record in model.layers_]
+    assert all(b < a for a, b in zip(nc1, nc1[1:], strict=False))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_same_seed_same_result(dtype):
+    X, y = blobs()
+    first, second = (DeepRFMClassifier(dtype=dtype, **SMALL).fit(X, y) for _ in range(2))
+    other = DeepRFMClassifier(**{**SMALL, "random_state": 1}, dtype=dtype).fit(X, y)
+    assert np.array_equal(first.transform(X), second.transform(X))
+    assert not np.array_equal(first.transform(X), other.transform(X))
+
+
+def test_torch_in_torch_out():
+    X, y = blobs()
+    tensors = torch.from_numpy(X).float(), torch.from_numpy(y)
+    model = DeepRFMClassifier(**SMALL).fit(*tensors)
+    arrays = DeepRFMClassifier(**SMALL).fit(X.astype(np.float32), y)
+    for name in ("predict", "decision_function", "transform"):
+        ours, theirs = getattr(model, name)(tensors[0]), getattr(arrays, name)(X.astype(np.float32))
+        assert isinstance(ours, torch.Tensor)
+        assert isinstance(theirs, np.ndarray)
+        assert np.array_equal(ours.numpy(), theirs)
+    assert isinstance(model.agops_[0], torch.Tensor)
+    assert model.score(*tensors) == 1.0
+
+
+def test_regressor_shapes_and_interpolation():
+    X, _ = blobs()
+    Y = np.stack([X[:, 0], X[:, 1] ** 2], 1)
+    model = DeepRFMRegressor(dtype="float64", **SMALL).fit(X, Y)
+    np.testing.assert_allclose(model.predict(X), Y, rtol=1e-6, atol=1e-6)
+    flat = DeepRFMRegressor(dtype="float64", **SMALL).fit(X, Y[:, 0])
+    assert flat.predict(X).shape == (90,)
+    assert flat.layers_[0].nc1 == {}
+    assert flat.score(X, Y[:, 0]) == pytest.approx(1.0)
+
+
+def test_agop_scale_changes_cosines_only():
+    X, y = blobs()
+    relu = [DeepRFMClassifier(agop_scale=s, dtype="float64", **SMALL).fit(X, y) for s in ("max", "mean", "sum")]
+    for model in relu[1:]:
+        np.testing.assert_allclose(model.decision_function(X), relu[0].decision_function(X), rtol=1e-6, atol=1e-8)
+    scales = [model.layers_[0].agop_scale for model in relu]
+    assert scales[1] == 90
+    assert scales[2] == 1
+    cos = [
+        DeepRFMClassifier(agop_scale=s, features="cos", feature_scale=0.5, dtype="float64", **SMALL).fit(X, y)
+        for s in ("max", "sum")
+    ]
+    assert not np.allclose(cos[0].transform(X), cos[1].transform(X))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [
+        ("kernel", "laplace"),
+        ("depth", 0),
+        ("depth", 2.5),
+        ("width", True),
+        ("features", "tanh"),
+        ("feature_scale", 0.1),  # means nothing with relu
+        ("ridge", -1.0),
+        ("agop_scale", "trace"),
+        ("precision", "low"),
+        ("dtype", "float16"),
+        ("backend", "cuda"),
+    ],
+)
+def test_bad_parameters_are_named(parameter, value):
+    X, y = blobs()
+    with pytest.raises((ValueError, TypeError), match=parameter):
+        DeepRFMClassifier(**{**SMALL, parameter: value}).fit(X, y)
+
+
+def test_bad_data():
+    X, y = blobs()
+    with pytest.raises(ValueError, match="two classes"):
+        DeepRFMClassifier(**SMALL).fit(X, np.zeros(90, int))
+    with pytest.raises(ValueError, match="NaN"):
+        DeepRFMClassifier(**SMALL).fit(torch.full((4, 2), float("nan")), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match="one row per row"):
+        DeepRFMClassifier(**SMALL).fit(X, y[:-1])
+    model = DeepRFMClassifier(**SMALL).fit(X, y)
+    with pytest.raises(ValueError, match="features"):
+        model.predict(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="layer"):
+        model.transform(X, layer=3)
+
+
+def test_altered_solves_are_reported():
+    """Contradicting labels on one point cannot be met: the fit warns and stays finite."""
+    X, y = blobs()
+    X[1] = X[0]
+    with pytest.warns(NumericalWarning, match="jitter"):
+        model = DeepRFMClassifier(dtype="float64", **SMALL).fit(X, y)
+    assert model.layers_[0].solution.jitter > 0
+    assert np.isfinite(model.decision_function(X)).all()
+
+
+@pytest.mark.parametrize("features", ["relu", "cos"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_to_module(features, classes):
+    X, y = blobs(classes=classes)
+    scale = None if features == "relu" else 0.5
+    model = DeepRFMClassifier(features=features, feature_scale=scale, **SMALL).fit(X, y)
+    module = model.to_module()
+    Z = torch.from_numpy(blobs(seed=1)[0])
+    expected = torch.from_numpy(model.decision_function(Z.numpy()))
+    torch.testing.assert_close(module(Z), expected, rtol=1e-9, atol=1e-9)
+    fresh = DeepRFMClassifier(features=features, feature_scale=scale, **{**SMALL, "random_state": 5}).fit(X, y)
+    other = fresh.to_module()
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(other(Z), module(Z))
+    exported = torch.export.export(module, (Z,))
+    torch.testing.assert_close(exported.module()(Z), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_to_module_of_a_regressor():
+    X, _ = blobs()
+    for y in (X[:, 0], X[:, :2]):
+        model = DeepRFMRegressor(dtype="float64", **SMALL).fit(X, y)
+        np.testing.assert_allclose(model.to_module()(torch.from_numpy(X)).numpy(), model.predict(X), atol=1e-9)
