@@ -119,7 +119,7 @@ class Checkpoint:
 
     def _load_layer(self, index: int, entry: dict) -> Layer:
         tensors = self._tensors(f"layer-{index:03d}.safetensors", entry["tensors"])
-        tensors = {name: tensor.to(self._like) for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(self._like.device) for name, tensor in tensors.items()}
         said = dict(entry["record"])
         words = dict(said.pop("solution"))
         words["dtype"] = getattr(torch, words["dtype"].removeprefix("torch."))

@@ -13,6 +13,11 @@ import torch
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 
+
+class EqualMeansError(ValueError):
+    """All class means coincide up to rounding: there is no between-class scatter to compare with."""
+
+
 _LARGEST = 1e140  # sums of squares of larger entries may overflow float64
 
 
@@ -93,7 +98,7 @@ def _about_global_mean(X: torch.Tensor, classes: list[torch.Tensor], means: torc
     shares = torch.tensor([len(rows) / len(X) for rows in classes], dtype=means.dtype, device=means.device)
     centred = means - shares @ means
     if not bool((torch.linalg.vector_norm(centred, dim=1) > _rounding(X)).any()):
-        raise ValueError(
+        raise EqualMeansError(
             "X has equal class means up to rounding (Sigma_B = 0), so collapse is undefined; check that y "
             "belongs to X and that the features are not constant"
         )

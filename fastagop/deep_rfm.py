@@ -42,8 +42,9 @@ class LayerRecord:
 
     Attributes:
         nc1, nc2: collapse measures of "input" (the normalised rows), "projected" (after M^(1/2)) and "features"
-            (after the random map); empty where there are no classes to measure.
-        solution: the kernel regression's Solution.
+            (after the random map); infinite where all class means coincide, empty where there are no classes.
+        solution: the kernel regression's Solution, with alpha in float64: rounded to float32 it would not solve a
+            nearly singular system.
         agop_scale: the number that the summed AGOP was divided by.
         seconds: wall-clock time of the layer; ``stages`` splits it.
         peak_bytes: memory beyond the layer's input: measured on CUDA, the plan's figure on the CPU.
@@ -139,13 +140,15 @@ def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, t
     )
     with matmul_precision(precision, X.device):
         K = X.new_empty(len(X), len(X), dtype=dtype)
-        solution = solve_into(K, kernel, X, Y, ridge, plan)
+        solution = solve_into(K, kernel, X, Y, ridge, plan, torch.float64)
         clock.mark("solve")
         # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
         W = torch_blocks.weights_from_upper_(kernel, K) if dtype == torch.float64 else None
         if W is None:
             del K
-            M = agop(kernel, X, solution.alpha, reduction="sum", precision=precision, backend=settings.backend)
+            M = agop(
+                kernel, X, solution.alpha.to(X.dtype), reduction="sum", precision=precision, backend=settings.backend
+            )
         else:
             rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
             M = torch_agop.agop_from_weights(
@@ -169,7 +172,7 @@ def _measures(stages: dict[str, torch.Tensor], classes: torch.Tensor | None):
     for name, X in stages.items():
         try:
             nc1[name], nc2[name] = collapse.nc1(X, classes), collapse.nc2(X, classes)
-        except ValueError:  # class means coincide: there is no between-class scatter to compare with
+        except collapse.EqualMeansError:
             nc1[name] = nc2[name] = float("inf")
     return nc1, nc2
 
@@ -189,7 +192,7 @@ def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch
     )
     with matmul_precision(settings.precision, X.device):
         K = X.new_empty(len(X), len(X), dtype=dtype)
-        return X, solve_into(K, settings.kernel, X, Y, ridge, plan)
+        return X, solve_into(K, settings.kernel, X, Y, ridge, plan, torch.float64)
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -121,7 +121,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         report(self.solution_, stacklevel=5)
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._kept(layer.record.solution.alpha) for layer in self._layers]
+        self.alphas_ = [self._kept(layer.record.solution.alpha.to(features)) for layer in self._layers]
         return self
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
 
     Attributes:
         classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
-        alphas_: coefficients of each layer (n, K). solution_: ``Solution`` of the readout.
+        alphas_: coefficients of each layer (n, K). solution_: ``Solution`` of the readout (float64).
         n_features_in_: d.
     """
 

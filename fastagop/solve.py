@@ -147,13 +147,17 @@ def solve(
         memory_limit=memory_limit,
     )
     with matmul_precision(precision, X.device):
-        solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan)
+        solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan, X.dtype)
     report(solution)
     return solution
 
 
-def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan) -> Solution:
-    """Solve using K (n, n) as the one large matrix; "cholesky" leaves k(X, X) in K's strict upper triangle."""
+def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, out: torch.dtype) -> Solution:
+    """Solve using K (n, n) as the one large matrix; "cholesky" leaves k(X, X) in K's strict upper triangle.
+
+    alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
+    everything else, so callers that go on computing ask for float64.
+    """
     start = time.perf_counter()
     torch_blocks.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
     target = Y.double()
@@ -162,8 +166,8 @@ def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan) 
     if plan.method == "eigh":
         alpha, rank = _solve_eigh(K, target, ridge)
     else:
-        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, X.dtype)
-    alpha = alpha.to(X.dtype)
+        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, out)
+    alpha = alpha.to(out)
     error = linalg.upper_matmul(K, diagonal, alpha.double()).sub_(target)
     residual = _relative(error, target)
     seconds = time.perf_counter() - start

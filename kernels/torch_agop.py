@@ -89,11 +89,11 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
 
 
 def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int) -> torch.Tensor:
-    """The same from stored weights W (m, n), whose dtype may be wider than X's; zero diagonal where Z is X."""
-    form, wide = _safe_form(W, X, alpha, Z, method, limit)
+    """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
+    form, wide = _safe_form(W, X, alpha.to(X.dtype), Z, method, limit)
     if form == "gradient":
         blocks = ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
-        return _gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
+        return _gradient_form(blocks, alpha.to(X.dtype), X, Z, center).to(X.dtype)
     x = X.to(wide)
     return _gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
 

@@ -79,7 +79,7 @@ def test_detects_damage(tmp_path, name):
     model(tmp_path).fit(X, y)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="corrupt|cannot be read"):
+    with pytest.raises(ValueError, match=r"corrupt|cannot be read"):
         model(tmp_path).fit(X, y)
 
 

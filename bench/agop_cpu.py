@@ -1,0 +1,132 @@
+"""AGOP of a Laplace machine on the CPU against its peers: time, peak memory and accuracy of each in one run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastagop
+from bench import machine
+
+L = 2.0
+CASES = ((4000, 784, 10), (2000, 784, 100))
+_PEAK = """
+import sys, torch
+from bench.agop_cpu import CONTENDERS, problem
+name, n, d, K = sys.argv[1], *map(int, sys.argv[2:])
+X, A = problem(n, d, K)
+small = problem(64, d, K)
+CONTENDERS[name](*small)  # libraries loaded, threads started
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")
+before = status("VmRSS")
+M = CONTENDERS[name](X, A)
+print(status("VmHWM") - before)
+"""
+
+
+def problem(n: int, d: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit rows around ten class centres, and the ridgeless coefficients of +-1 labels (random ones for K > 10)."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 10
+    X = torch.randn(10, d, generator=generator)[y] + 2.0 * torch.randn(n, d, generator=generator)
+    X = X / X.norm(dim=1, keepdim=True)
+    code = torch.randint(0, 2, (10, K), generator=generator) if K > 10 else torch.eye(10)
+    noise = (torch.rand(n, K, generator=generator) < 0.1) if K > 10 else torch.zeros(n, K)
+    Y = 2.0 * ((code[y] + noise) % 2) - 1.0
+    return X, fastagop.solve(fastagop.Laplace(L), X, Y).alpha
+
+
+def ours(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """fastagop.agop."""
+    return fastagop.agop(fastagop.Laplace(L), X, A, reduction="sum")
+
+
+def xrfm(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """xrfm.rfm_src.kernels.LaplaceKernel.get_agop."""
+    from xrfm.rfm_src.kernels import LaplaceKernel
+
+    return LaplaceKernel(bandwidth=L, exponent=1.0).get_agop(X, X, A.T.contiguous())
+
+
+def composition(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """What one writes by hand: cdist, weights, one product for all outputs, one for M."""
+    n, d = X.shape
+    r = torch.cdist(X, X).fill_diagonal_(torch.inf)
+    W = torch.exp(-r / L).nan_to_num_() / (L * r)
+    right = (A[:, :, None] * X[:, None, :]).reshape(n, -1)
+    G = (W @ right).view(n, -1, d) - (W @ A)[:, :, None] * X[:, None, :]
+    G = G.reshape(-1, d)
+    return G.T @ G
+
+
+CONTENDERS: dict[str, Callable] = {"fastagop": ours, "xrfm": xrfm, "torch composition": composition}
+
+
+def measure(n: int, d: int, K: int, repeats: int) -> list[dict]:
+    """One row per contender; runs are interleaved, so that the machine's drift meets all of them."""
+    X, A = problem(n, d, K)
+    truth = fastagop.agop(fastagop.Laplace(L), X.double(), A.double(), reduction="sum", method="gradient")
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    error = {}
+    for repeat in range(repeats + 1):
+        for name, run in CONTENDERS.items():
+            start = time.perf_counter()
+            M = run(X, A)
+            if repeat:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+            error[name] = float((M - truth).norm() / truth.norm())
+    rows = []
+    for name, times in seconds.items():
+        ratios = [t / own for t, own in zip(times, seconds["fastagop"], strict=True)]
+        rows.append(
+            {
+                "n": n,
+                "d": d,
+                "K": K,
+                "contender": name,
+                "seconds": statistics.median(times),
+                "ratio": statistics.median(ratios),
+                "peak_bytes": _peak(name, n, d, K),
+                "error": error[name],
+            }
+        )
+    return rows
+
+
+def _peak(name: str, n: int, d: int, K: int) -> int:
+    command = [sys.executable, "-c", _PEAK, name, *map(str, (n, d, K))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def main(out: Path, repeats: int) -> None:
+    """Measure every case, print the table, write the result file."""
+    rows = [row for case in CASES for row in measure(*case, repeats)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": machine.describe(), "repeats": repeats, "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| n | K | | seconds | times fastagop's | peak memory | relative error of M |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['n']} | {r['K']} | {r['contender']} | {r['seconds']:.2f} | {r['ratio']:.1f} "
+        f"| {r['peak_bytes'] / 1e6:.0f} MB | {r['error']:.0e} |"
+        for r in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""One Deep RFM run: settings in, a folder of records out; resumed where it stopped, reused once complete.
+
+A run folder holds settings.json, layers.csv (a line a layer), gram.npz (panels of the Gram figures), checkpoint/
+(the estimator's, until the run is complete) and, written last, record.json: with it the run is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastagop import DeepRFMClassifier, NumericalWarning, datasets
+from reproduce import files, layers
+from reproduce.settings import KERNELS, Place, Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run; ``record`` is its record.json."""
+
+    folder: Path
+    settings: Settings
+    record: dict[str, Any]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The layers, as in layers.csv."""
+        return self.record["layers"]
+
+    def panels(self) -> dict[int, np.ndarray]:
+        """Gram matrices by layer."""
+        arrays = files.read_arrays(self.folder / "gram.npz")
+        return {int(name.removeprefix("layer_")): array for name, array in sorted(arrays.items())}
+
+
+def check_data(settings: Settings, place: Place) -> None:
+    """Raise what loading raises, before any hours are spent; a complete run needs no data."""
+    if not (place.folder(settings) / "record.json").exists():
+        place.load(settings, n=1)
+
+
+def run(settings: Settings, place: Place) -> Run:
+    """Compute, resume or reuse a run, and print its table."""
+    folder = place.folder(settings)
+    print(f"\n{settings}\n{folder}")
+    with _alone(folder):
+        if (folder / "record.json").exists():
+            print("complete, nothing to compute")
+            done = Run(folder, settings, json.loads((folder / "record.json").read_text()))
+            print("\n".join([layers.HEADER, *map(layers.line, done.rows)]))
+        else:
+            done = Run(folder, settings, _compute(settings, place, folder))
+    _summarise(done)
+    return done
+
+
+def _compute(settings: Settings, place: Place, folder: Path) -> dict[str, Any]:
+    X, y, *test = _data(settings, place)
+    _mention_cost(settings, place)
+    checkpoint = folder / "checkpoint"
+    resumed = (checkpoint / "manifest.json").exists()
+    recorder = layers.Recorder(folder, X, y, settings.depth, resumed)
+    print("\n".join([layers.HEADER, *map(layers.line, recorder.lines)]), flush=True)
+    record: dict[str, Any] = {"settings": asdict(settings), "environment": files.environment(place.device)}
+    files.write_json(folder / "settings.json", record)
+    model = _model(settings, place, checkpoint, recorder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)  # the table and the summary say it of every layer
+        model.fit(X, y)
+    record |= {"resumed": resumed, "classes": len(model.classes_), "layers": recorder.complete(model)}
+    readout = model.solution_
+    record["readout"] = {name: getattr(readout, name) for name in ("residual", "jitter", "method", "seconds")}
+    record["seconds"] = sum(row["seconds"] for row in record["layers"]) + readout.seconds
+    if settings.score:
+        record["accuracy"] = {"training": model.score(X, y), "test": model.score(*test)}
+    files.write_json(folder / "record.json", record)
+    if not place.keep_checkpoint:
+        shutil.rmtree(checkpoint)
+    return record
+
+
+def _mention_cost(settings: Settings, place: Place) -> None:
+    on_cpu = place.device == "cpu" or (place.device == "auto" and not torch.cuda.is_available())
+    if on_cpu and settings.n > 10_000:
+        work = settings.n**3 / 3e12
+        print(f"on a CPU this takes long (each solve is {work:.0f} Tflop); --n 2000 shows the same shapes", flush=True)
+
+
+def _model(settings: Settings, place: Place, checkpoint: Path, recorder: layers.Recorder) -> DeepRFMClassifier:
+    return DeepRFMClassifier(
+        kernel=KERNELS[settings.kernel](settings.bandwidth),
+        depth=settings.depth,
+        features=settings.features,
+        width=settings.width,
+        feature_scale=settings.feature_scale,
+        ridge=settings.ridge,
+        agop_scale=settings.agop_scale,
+        device=place.device,
+        dtype=settings.dtype,
+        random_state=settings.seed,
+        checkpoint_dir=checkpoint,
+        callbacks=(recorder,),
+        verbose=1,
+    )
+
+
+def _data(settings: Settings, place: Place) -> list[torch.Tensor]:
+    """[X, y], and [X_test, y_test] after them where the run is scored."""
+    X, y = place.load(settings, n=settings.n)
+    test = place.load(settings, split="test") if settings.score else ()
+    if settings.standardize:
+        X, *shifted = datasets.standardize(X, *test[:1])
+        test = (*shifted, *test[1:])
+    return [X, y, *test]
+
+
+def _summarise(done: Run) -> None:
+    jitters = [layers.number(row["jitter"]) for row in done.rows]
+    residual = max(layers.number(row["residual"]) for row in done.rows)
+    altered = sum(jitter > 0 for jitter in jitters)
+    jitter = f"jitter in {altered} layers, at most {max(jitters):.1e}" if altered else "no jitter"
+    print(f"{done.record['seconds']:.1f} s; largest residual {residual:.1e}; {jitter}")
+    for split, accuracy in done.record.get("accuracy", {}).items():
+        print(f"accuracy on the {split} points: {accuracy:.4f}")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second process from the same run; the system drops the lock with its holder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process is computing this run: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,207 @@
+"""Data that hurts, and what the tests measure with.
+
+The tests import nothing from each other (pytest's importlib mode), so what they share comes as fixtures; these
+hold functions without state, and live for the whole session so that hypothesis may use them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastagop.kernels import _plan
+
+import fastagop
+
+CLASSES = 5
+
+
+def pytest_report_header(config):
+    return f"fastagop {fastagop.__version__} of {Path(fastagop.__file__).parent}, torch {torch.__version__}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Matrices of a few hundred rows: on a shared machine threads cost far more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _cloud(name: str, n: int = 120, d: int = 12, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise = normal(n, d) / math.sqrt(d)  # rows of length about 1
+    centres = torch.nn.functional.normalize(normal(CLASSES, d))
+    y = torch.arange(n) % CLASSES
+    word, _, spread = name.partition(" ")
+    if word == "spread":  # all distances near sqrt 2
+        X = noise
+    elif word == "collapsed":  # unit class centres, within-class distances near 1.4 times the spread
+        X = centres[y] + float(spread) * noise
+    elif word == "nested":  # crowds inside the classes: no single centre serves a class
+        X = centres[y] + 1e-2 * (normal(7, d) / math.sqrt(d))[torch.arange(n) % 7] + 1e-4 * noise
+    elif word == "offset":  # norms say nothing about distances
+        X = 1e3 + normal(n, d)
+    elif word == "zero-rows":  # what ReLU features of a dead row look like
+        X = noise * (torch.arange(n) % 3 > 0)[:, None]
+    elif word == "identical":
+        X = noise[:1].repeat(n, 1)
+    elif word == "scales":  # norms over seven decades
+        X = noise * 10.0 ** torch.linspace(-5, 2, n, dtype=torch.float64)[:, None]
+    elif word == "line":  # distances of every size, no crowds
+        X = centres[:1] + torch.linspace(0, 1, n, dtype=torch.float64)[:, None] * normal(1, d)
+    elif word == "pairs":  # every row has one close partner
+        X = (normal(n, d) / math.sqrt(d))[torch.arange(n) // 2] + 1e-4 * noise
+    else:
+        raise ValueError(name)
+    X = X.to(dtype)
+    if word in ("collapsed", "nested", "pairs") and n > 15:
+        X[7] = X[2]  # exact duplicates, of equal labels
+        X[12] = X[2]
+        X[n - 1] = X[n - 1 - CLASSES]
+    return X
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """cloud(name, n, d, dtype, seed): points of a named kind."""
+    return _cloud
+
+
+@pytest.fixture(scope="session")
+def targets():
+    """targets(n, dtype): +-1 one-hot columns of the classes that "collapsed" clouds are drawn from."""
+
+    def build(n: int, dtype=torch.float64) -> torch.Tensor:
+        return (2.0 * torch.nn.functional.one_hot(torch.arange(n) % CLASSES, CLASSES) - 1.0).to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def normal():
+    """normal(*shape, dtype, seed): standard normal numbers, the same in every dtype up to rounding."""
+
+    def build(*shape: int, dtype=torch.float64, seed: int = 1) -> torch.Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def relative():
+    """relative(a, b): Frobenius norm of a - b over that of b, in float64; of a alone where b is zero."""
+
+    def measure(a: torch.Tensor, b: torch.Tensor) -> float:
+        assert a.shape == b.shape
+        error, size = torch.linalg.vector_norm(a.double() - b.double()), torch.linalg.vector_norm(b.double())
+        return float(error / size if size > 0 else error)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def gradient_bound():
+    """gradient_bound(kernel, X, alpha, Z): relative error of the gradients that rounding explains.
+
+    g_ic = sum_j W_ij A_jc x_j - s_ic z_i sums terms of size w |a| (|x| + |z|). Each term carries a few roundings
+    of its own, and those of its weight: an exponent t = r / L or r^2 / L^2 has a relative error of a few eps, so
+    exp(-t) one of t times that. The bound is 4 eps times the sum of w (1 + t) |a| (|x| + |z|), over the norm of
+    the true gradients; a method may move the origin to the points' mean, so the better of the two counts.
+    """
+
+    def bound(kernel, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor | None = None) -> float:
+        eps = torch.finfo(X.dtype).eps
+        x, a = X.double(), alpha.double()
+        z = x if Z is None else Z.double()
+        difference = x[None] - z[:, None]
+        r = difference.square().sum(-1).sqrt()
+        L = kernel.bandwidth
+        if isinstance(kernel, fastagop.Laplace):
+            t = r / L
+            w = torch.where(r > 0, torch.exp(-t) / (L * r), 0.0)
+        else:
+            t = (r / L).square()
+            w = torch.exp(-t / 2) / L**2
+        true = torch.einsum("ij,jc,ijk->ick", w, a, difference)
+        w = w * (1.0 + t)
+        sizes = []
+        for origin in (torch.zeros_like(x[0]), x.mean(0)):
+            xs, zs = (x - origin).abs(), (z - origin).abs()
+            terms = torch.einsum("ij,jc,jk->ick", w, a.abs(), xs) + (w @ a.abs())[:, :, None] * zs[:, None, :]
+            sizes.append(float(torch.linalg.vector_norm(terms)))
+        return 4.0 * eps * min(sizes) / float(torch.linalg.vector_norm(true))
+
+    return bound
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """little_memory(bytes): operations without a memory_limit find that much free, and work in small blocks."""
+
+    def leave(count: float) -> None:
+        monkeypatch.setattr(_plan, "available_bytes", lambda device: int(count))
+
+    return leave
+
+
+@pytest.fixture(scope="session")
+def block_of():
+    """block_of(op, *args, **kwargs): rows of a block that the call would take, from explain's text."""
+
+    def read(*args, **kwargs) -> int:
+        text = fastagop.explain(*args, **kwargs)
+        found = re.search(r"blocks of (\d+) rows", text)
+        assert found, text
+        return int(found[1])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def least_memory():
+    """least_memory(op, *args, **kwargs): the smallest memory_limit that the call accepts."""
+
+    def search(*args, **kwargs) -> int:
+        low, high = 1, 2**40
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                fastagop.explain(*args, memory_limit=middle, **kwargs)
+            except MemoryError:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    return search
+
+
+@pytest.fixture(scope="session")
+def python():
+    """python(code): what a fresh interpreter prints when it runs the code, on one thread."""
+
+    def run(code: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parent,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

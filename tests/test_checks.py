@@ -1,0 +1,326 @@
+"""One error vocabulary: a bad argument is refused by name, with the documented type, before anything runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fastagop
+from fastagop import Gaussian, Laplace
+
+N, D, K = 20, 4, 3
+
+
+@pytest.fixture
+def valid(cloud, normal):
+    """valid(op): keyword arguments of a call that works."""
+
+    def build(op):
+        X, Z = cloud("spread", n=N, d=D), cloud("spread", n=8, d=D, seed=2)
+        words = {"kernel": Laplace(2.0), "X": X}
+        return {
+            "kernel_matrix": {**words, "Z": Z},
+            "kernel_matmul": {**words, "Z": Z, "V": normal(8, K)},
+            "gradients": {**words, "alpha": normal(N, K), "Z": Z},
+            "agop": {**words, "alpha": normal(N, K), "Z": Z},
+            "solve": {**words, "Y": normal(N, K)},
+        }[op]
+
+    return build
+
+
+def call(op, words):
+    return getattr(fastagop, op)(**words)
+
+
+TENSORS = {
+    "kernel_matrix": ["X", "Z"],
+    "kernel_matmul": ["X", "Z", "V"],
+    "gradients": ["X", "alpha", "Z"],
+    "agop": ["X", "alpha", "Z"],
+    "solve": ["X", "Y"],
+}
+EVERY_TENSOR = [(op, name) for op, names in TENSORS.items() for name in names]
+FOLLOWERS = [(op, name) for op, name in EVERY_TENSOR if name != "X"]  # those that must agree with X
+ops = pytest.mark.parametrize("op", TENSORS)
+every_tensor = pytest.mark.parametrize(("op", "name"), EVERY_TENSOR)
+followers = pytest.mark.parametrize(("op", "name"), FOLLOWERS)
+
+
+@ops
+def test_the_call_that_the_others_break_works(op, valid):
+    assert call(op, valid(op)) is not None
+
+
+# ---- tensors
+
+
+@every_tensor
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t.numpy(),  # arrays are for the estimators
+        lambda t: t.tolist(),
+        lambda t: 1.0,
+        lambda t: "data",
+    ],
+    ids=["array", "list", "number", "text"],
+)
+def test_no_tensor(op, name, make, valid):
+    words = valid(op)
+    with pytest.raises(TypeError, match=rf"^{name} must be a torch.Tensor"):
+        call(op, {**words, name: make(words[name])})
+
+
+@every_tensor
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int64, torch.int32, torch.bool, torch.float16, torch.bfloat16, torch.complex64, torch.complex128],
+    ids=str,
+)
+def test_dtype(op, name, dtype, valid):
+    words = valid(op)
+    with pytest.raises(TypeError, match=rf"^{name} must be float32 or float64, got {dtype}"):
+        call(op, {**words, name: words[name].to(dtype)})
+
+
+@every_tensor
+@pytest.mark.parametrize(
+    "make", [lambda t: t[0], lambda t: t[None], lambda t: t.sum()], ids=["vector", "stack", "scalar"]
+)
+def test_dimensions(op, name, make, valid):
+    words = valid(op)
+    with pytest.raises(ValueError, match=rf"^{name} must be a matrix, got shape"):
+        call(op, {**words, name: make(words[name])})
+
+
+@every_tensor
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [(0, 0), (-1, -1)])  # first and last: nothing is skipped
+def test_not_finite(op, name, value, place, valid):
+    words = valid(op)
+    bad = words[name].clone()
+    bad[place] = value
+    with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity"):
+        call(op, {**words, name: bad})
+
+
+@every_tensor
+def test_infinities_that_cancel(op, name, valid):
+    words = valid(op)
+    bad = words[name].clone()
+    bad[0, 0], bad[1, 0] = math.inf, -math.inf
+    with pytest.raises(ValueError, match=rf"^{name} holds NaN or infinity"):
+        call(op, {**words, name: bad})
+
+
+@pytest.mark.parametrize("name", ["alpha", "Y", "V"])
+def test_large_numbers_are_finite(name, valid):
+    """A sum that overflows is no infinity in the data."""
+    op = {"alpha": "gradients", "Y": "solve", "V": "kernel_matmul"}[name]
+    words = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in valid(op).items()}
+    words[name] = torch.full_like(words[name], 1e37)
+    assert call(op, words) is not None
+
+
+@followers
+def test_dtype_of_the_others(op, name, valid):
+    words = valid(op)
+    with pytest.raises(ValueError, match=rf"^{name} is torch.float32 .*X is torch.float64"):
+        call(op, {**words, name: words[name].float()})
+
+
+@followers
+def test_device_of_the_others(op, name, valid):
+    words = valid(op)
+    with pytest.raises(ValueError, match=rf"^{name} is .* on meta but X is .* on cpu"):
+        call(op, {**words, name: words[name].to("meta")})
+
+
+@followers
+def test_shapes_that_do_not_fit(op, name, valid):
+    words = valid(op)
+    axis = "columns" if name == "Z" else "rows"
+    short = words[name][:, :-1] if name == "Z" else words[name][:-1]
+    partner = "Z" if name == "V" else "X"
+    with pytest.raises(ValueError, match=rf"^{name} must have \d+ {axis} to agree with {partner}, got shape"):
+        call(op, {**words, name: short})
+
+
+def test_right_hand_side_without_evaluation_points(valid):
+    words = {**valid("kernel_matmul"), "Z": None}
+    with pytest.raises(ValueError, match=rf"^V must have {N} rows"):  # then it belongs to X
+        call("kernel_matmul", words)
+
+
+@ops
+@pytest.mark.parametrize("shape", [(0, D), (N, 0), (0, 0)])
+def test_no_data(op, shape, valid):
+    with pytest.raises(ValueError, match=r"^X must have at least 1 row\(s\) and one column, got shape"):
+        call(op, {**valid(op), "X": torch.zeros(shape, dtype=torch.float64)})
+
+
+@ops
+def test_missing(op, valid):
+    with pytest.raises(TypeError, match=r"^X must be"):
+        call(op, {**valid(op), "X": None})
+
+
+# ---- kernels, words, numbers
+
+
+@ops
+@pytest.mark.parametrize("kernel", [None, 2.0, "laplace", Laplace, object()])
+def test_kernel(op, kernel, valid):
+    with pytest.raises(TypeError, match=r"^kernel must be a fastagop kernel"):
+        call(op, {**valid(op), "kernel": kernel})
+
+
+@ops
+@pytest.mark.parametrize("word", ["double", "HIGHEST", "", None, 32])
+def test_precision(op, word, valid):
+    with pytest.raises(ValueError, match=r"^precision must be one of 'highest', 'high', 'medium'"):
+        call(op, {**valid(op), "precision": word})
+
+
+@ops
+@pytest.mark.parametrize("word", ["cuda", "Torch", "", None])
+def test_unknown_backend(op, word, valid):
+    with pytest.raises(ValueError, match=r"^backend must be one of 'auto', 'torch', 'triton', 'keops'"):
+        call(op, {**valid(op), "backend": word})
+
+
+@ops
+@pytest.mark.parametrize("word", ["triton", "keops"])
+def test_backend_that_cannot_serve(op, word, valid):
+    with pytest.raises(fastagop.BackendUnavailable) as error:
+        call(op, {**valid(op), "backend": word})
+    said = str(error.value)
+    assert repr(word) in said  # which
+    assert op in said  # for what
+    assert "installed" in said  # why
+    assert "use backend=" in said  # what to do
+    assert isinstance(error.value, RuntimeError)
+
+
+@ops
+@pytest.mark.parametrize("word", ["auto", "torch"])
+def test_backend_that_can(op, word, valid):
+    assert call(op, {**valid(op), "backend": word}) is not None
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "allowed"),
+    [
+        ("agop", "method", ("auto", "gradient", "gram")),
+        ("agop", "reduction", ("mean", "sum")),
+        ("solve", "method", ("auto", "cholesky", "eigh")),
+    ],
+)
+def test_words(op, name, allowed, valid):
+    for word in allowed:
+        assert call(op, {**valid(op), name: word}) is not None
+    for word in ("none", "", None, 1, [allowed[0]]):
+        with pytest.raises(ValueError, match=f"^{name} must be one of .*{allowed[-1]!r}.*, got "):
+            call(op, {**valid(op), name: word})
+
+
+@pytest.mark.parametrize("value", [-1e-3, -1, math.nan, math.inf, None, "0", True, [0.0]])
+def test_ridge(value, valid):
+    with pytest.raises(ValueError, match=r"^ridge must be a finite number >= 0, got "):
+        call("solve", {**valid("solve"), "ridge": value})
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, np.float32(0.5), np.int64(1)])
+def test_ridge_of_any_number_type(value, valid):
+    solution = call("solve", {**valid("solve"), "ridge": value})
+    assert solution.ridge == float(value)
+    assert type(solution.ridge) is float
+
+
+@pytest.mark.parametrize("op", ["agop", "solve"])
+@pytest.mark.parametrize("value", [0, -1, 0.5, math.nan, "1GB", True, [1]])
+def test_memory_limit(op, value, valid):
+    with pytest.raises(ValueError, match=r"^memory_limit must be a positive number of bytes or None, got "):
+        call(op, {**valid(op), "memory_limit": value})
+
+
+@pytest.mark.parametrize("op", ["agop", "solve"])
+@pytest.mark.parametrize("value", [None, 10**9, 1e9, np.int64(10**9), np.float64(1e9)])
+def test_memory_limit_of_any_number_type(op, value, valid):
+    assert call(op, {**valid(op), "memory_limit": value}) is not None
+
+
+@pytest.mark.parametrize("op", ["agop", "solve"])
+@pytest.mark.xfail(raises=OverflowError, strict=True, reason="infinity is a positive number and no integer")
+def test_memory_limit_of_infinity(op, valid):
+    assert call(op, {**valid(op), "memory_limit": math.inf}) is not None
+
+
+@pytest.mark.xfail(strict=True, reason="center is not checked: any text is true")
+@pytest.mark.parametrize("value", ["no", "mean", None, 2])
+def test_center(value, valid):
+    with pytest.raises((TypeError, ValueError), match="center"):
+        call("agop", {**valid("agop"), "center": value})
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(8, N, dtype=torch.float64), "shape"),  # turned round
+        (torch.empty(N, 9, dtype=torch.float64), "shape"),
+        (torch.empty(N * 8, dtype=torch.float64), "shape"),
+        (torch.empty(N, 8), "float64"),
+        (torch.empty(N, 8, dtype=torch.float64, device="meta"), "on cpu"),
+        (np.empty((N, 8)), "tensor"),
+        ("here", "tensor"),
+    ],
+)
+def test_out(out, message, valid):
+    with pytest.raises(ValueError, match=f"^out must be .*{message}"):
+        call("kernel_matrix", {**valid("kernel_matrix"), "out": out})
+
+
+@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="layouts and devices are left to torch's own errors")
+@pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: t.to("meta")], ids=["sparse", "meta"])
+def test_tensors_without_plain_storage(make, valid):
+    words = valid("kernel_matrix")
+    with pytest.raises((TypeError, ValueError), match="X"):
+        call("kernel_matrix", {**words, "X": make(words["X"]), "Z": None})
+
+
+# ---- failures leave things as they were
+
+
+@ops
+def test_a_failure_leaves_nothing_behind(op, valid):
+    before = torch.get_float32_matmul_precision(), torch.is_grad_enabled()
+    words = valid(op)
+    with pytest.raises(ValueError, match="X"):
+        call(op, {**words, "X": words["X"] * math.nan})
+    assert (torch.get_float32_matmul_precision(), torch.is_grad_enabled()) == before
+
+
+def test_precision_is_restored_after_a_failure(valid, monkeypatch):
+    def fail(self, sq):
+        raise ArithmeticError("in the middle")
+
+    monkeypatch.setattr(Gaussian, "value_", fail)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ArithmeticError):
+            fastagop.kernel_matrix(Gaussian(1.0), valid("kernel_matrix")["X"])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_vocabulary_is_public():
+    assert issubclass(fastagop.BackendUnavailable, RuntimeError)
+    assert issubclass(fastagop.NumericalWarning, UserWarning)
+    assert fastagop.BackendUnavailable.__doc__
+    assert fastagop.NumericalWarning.__doc__

@@ -1,0 +1,309 @@
+"""kernel_matrix against the float64 reference, and the reference's own distances against their definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from fastagop.kernels import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastagop
+from fastagop import Gaussian, Laplace
+
+# Acceptance: relative Frobenius error on well-spread data.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Per entry: r is off by half of r^2's 4 eps / NEAR (see test_distance), and t exp(-t) <= 1/e, (t/2) exp(-t/2) <= 1/e
+# turn that into at most 2 eps / (e NEAR) of k; exp and its argument round to another 2 eps.
+ENTRY = {dtype: torch.finfo(dtype).eps * (2 / near / math.e + 2) for dtype, near in
+         ((torch.float32, 2.0**-6), (torch.float64, 2.0**-10))}  # fmt: skip
+DTYPES = [torch.float32, torch.float64]
+KERNELS = [
+    Laplace(2.0),  # the paper's
+    Gaussian(1.0),  # the paper's other one
+    Laplace(0.05),  # narrow: far pairs underflow, within-class distances decide
+]
+CLOUDS = [  # reasons in test_distance.py
+    "spread",
+    "collapsed 1",
+    "collapsed 1e-2",
+    "collapsed 1e-3",
+    "collapsed 1e-4",
+    "nested",
+    "offset",
+    "zero-rows",
+    "identical",
+    "scales",
+    "line",
+    "pairs",
+]
+kernels = pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def check(K, true):
+    assert K.shape == true.shape
+    assert bool(K.isfinite().all())
+    error = (K.double() - true).abs()
+    assert float(error.max() if error.numel() else 0.0) <= ENTRY[K.dtype]
+    assert float(torch.linalg.vector_norm(error)) <= TOLERANCE[K.dtype] * float(torch.linalg.vector_norm(true))
+
+
+# ---- the reference itself
+
+
+@kernels
+def test_reference_is_the_definition(kernel, cloud):
+    X, Z = cloud("collapsed 1e-2", n=20, d=3), cloud("spread", n=7, d=3)
+    K = reference.kernel_matrix(kernel, X, Z)
+    for i in range(len(X)):
+        for j in range(len(Z)):
+            r = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(X[i].tolist(), Z[j].tolist(), strict=True)))
+            L = kernel.bandwidth
+            k = math.exp(-r / L) if isinstance(kernel, Laplace) else math.exp(-r * r / (2 * L * L))
+            assert K[i, j] == pytest.approx(k, rel=1e-13, abs=1e-300)
+
+
+# ---- accuracy
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("name", CLOUDS)
+def test_own_points(kernel, dtype, name, cloud):
+    X = cloud(name, dtype=dtype)
+    K = fastagop.kernel_matrix(kernel, X)
+    assert K.dtype == dtype
+    check(K, reference.kernel_matrix(kernel, X))
+    assert torch.equal(K, K.T)
+    assert bool((K.diagonal() == 1).all())
+    assert bool((K <= 1).all())
+
+
+@dtypes
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize(
+    "other",
+    [
+        "the same object",
+        "a view",
+        "a copy",  # self-pairs nobody announces
+        "some rows",
+        "other points",
+    ],
+)
+def test_two_sets_of_points(dtype, name, other, cloud):
+    X = cloud(name, dtype=dtype)
+    Z = {
+        "the same object": X,
+        "a view": X[:],
+        "a copy": X.clone(),
+        "some rows": X[5::3],
+        "other points": cloud(name, n=31, dtype=dtype, seed=9),
+    }[other]
+    K = fastagop.kernel_matrix(Laplace(2.0), X, Z)
+    true = reference.kernel_matrix(Laplace(2.0), X, Z)
+    check(K, true)
+    assert bool((K[true == 1] == 1).all())  # exact duplicates
+
+
+@dtypes
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (1, 5), (2, 1), (7, 200), (3, 1000)])  # one row; d > n
+def test_shapes(dtype, n, d, cloud):
+    X, Z = cloud("spread", n=n, d=d, dtype=dtype), cloud("spread", n=4, d=d, dtype=dtype, seed=3)
+    check(fastagop.kernel_matrix(Laplace(1.0), X), reference.kernel_matrix(Laplace(1.0), X))
+    check(fastagop.kernel_matrix(Laplace(1.0), X, Z), reference.kernel_matrix(Laplace(1.0), X, Z))
+    check(fastagop.kernel_matrix(Laplace(1.0), X, Z[:1]), reference.kernel_matrix(Laplace(1.0), X, Z[:1]))
+
+
+@dtypes
+@pytest.mark.xfail(raises=IndexError, strict=True, reason="a block without columns has no smallest distance")
+def test_no_points_to_compare_with(dtype, cloud):
+    X = cloud("spread", n=9, dtype=dtype)
+    assert fastagop.kernel_matrix(Laplace(1.0), X, X[:0]).shape == (9, 0)
+
+
+# ---- blocks
+
+
+@kernels
+@pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "offset"])
+@pytest.mark.parametrize("own", [True, False])
+def test_many_blocks(kernel, name, own, cloud, little_memory, block_of):
+    X = cloud(name, n=131, dtype=torch.float32)
+    Z = None if own else cloud(name, n=90, dtype=torch.float32, seed=4)
+    m = 131 if own else 90
+    little_memory((131 * m + 40 * m) * 4 / 0.9)  # the result and about a dozen rows of work
+    block = block_of("kernel_matrix", kernel, X, Z)
+    assert 1 <= block < 40
+    assert 131 % block  # a last block of its own size
+    K = fastagop.kernel_matrix(kernel, X, Z)
+    check(K, reference.kernel_matrix(kernel, X, Z))
+    if own:
+        assert torch.equal(K, K.T)
+        assert bool((K.diagonal() == 1).all())
+
+
+@pytest.mark.parametrize("name", ["spread", "collapsed 1e-3"])
+def test_blocks_as_they_come(name, cloud, block_of):
+    X = cloud(name, n=1100, d=3, dtype=torch.float32)  # more than two blocks, the last one short
+    assert block_of("kernel_matrix", Laplace(2.0), X) < 1100
+    K = fastagop.kernel_matrix(Laplace(2.0), X)
+    check(K, reference.kernel_matrix(Laplace(2.0), X))
+    assert torch.equal(K, K.T)
+    check(fastagop.kernel_matrix(Laplace(2.0), X, X[:7].clone()), reference.kernel_matrix(Laplace(2.0), X, X[:7]))
+
+
+def test_too_little_memory(cloud, little_memory):
+    little_memory(100)
+    with pytest.raises(MemoryError, match="kernel_matrix"):
+        fastagop.kernel_matrix(Laplace(2.0), cloud("spread"))
+
+
+# ---- arguments as they come
+
+
+@dtypes
+@pytest.mark.parametrize("layout", ["transposed", "every other column", "every other row", "one row repeated"])
+def test_layouts(dtype, layout, cloud):
+    plain = cloud("collapsed 1e-2", n=80, d=24, dtype=dtype)
+    X = {
+        "transposed": plain.T.contiguous().T,
+        "every other column": plain[:, ::2],
+        "every other row": plain[::2],
+        "one row repeated": plain[:1].expand(9, 24),
+    }[layout]
+    assert not X.is_contiguous()
+    check(fastagop.kernel_matrix(Laplace(2.0), X), reference.kernel_matrix(Laplace(2.0), X))
+    Z = X[3:8]
+    check(fastagop.kernel_matrix(Laplace(2.0), X, Z), reference.kernel_matrix(Laplace(2.0), X, Z))
+
+
+@pytest.mark.parametrize("name", ["spread", "collapsed 1e-3"])
+@pytest.mark.parametrize("own", [True, False])
+def test_out(name, own, cloud):
+    X = cloud(name, n=60, dtype=torch.float32)
+    Z = None if own else cloud(name, n=33, dtype=torch.float32, seed=2)
+    m = 60 if own else 33
+    plain = fastagop.kernel_matrix(Laplace(2.0), X, Z)
+    out = torch.full((60, m), torch.nan)
+    assert fastagop.kernel_matrix(Laplace(2.0), X, Z, out=out) is out
+    assert torch.equal(out, plain)
+    wide = torch.full((64, m + 9), -7.0)  # a block of a larger matrix
+    block = wide[2:62, 5 : 5 + m]
+    assert fastagop.kernel_matrix(Laplace(2.0), X, Z, out=block) is block
+    assert torch.equal(block, plain)
+    wide[2:62, 5 : 5 + m] = -7.0
+    assert bool((wide == -7).all())  # nothing beside it was touched
+    columns = torch.full((m, 60), torch.nan).T  # column-major
+    fastagop.kernel_matrix(Laplace(2.0), X, Z, out=columns)
+    check(columns, reference.kernel_matrix(Laplace(2.0), X, Z))
+    assert columns.stride() == (1, 60)
+
+
+@pytest.mark.xfail(strict=True, reason="out is written while X is still read")
+def test_out_must_not_be_an_input(cloud, little_memory):
+    X = cloud("spread", n=90, d=90, dtype=torch.float32)
+    true = reference.kernel_matrix(Laplace(2.0), X)
+    little_memory(40 * 90 * 4 / 0.9)  # several blocks
+    try:
+        K = fastagop.kernel_matrix(Laplace(2.0), X, out=X)
+    except ValueError as error:
+        assert "out" in str(error)  # noqa: PT017
+    else:
+        check(K, true)
+
+
+def test_inputs_are_left_alone_and_no_history_is_kept(cloud):
+    X, Z = cloud("collapsed 1e-3", n=40).requires_grad_(), cloud("spread", n=20)
+    before = X.detach().clone(), Z.clone()
+    K = fastagop.kernel_matrix(Laplace(2.0), X, Z)
+    assert not K.requires_grad
+    assert K.is_contiguous()
+    assert torch.equal(X.detach(), before[0])
+    assert torch.equal(Z, before[1])
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("word", ["highest", "high", "medium"])
+def test_precision_words(word, cloud):
+    X = cloud("collapsed 1e-2", dtype=torch.float32)
+    check(fastagop.kernel_matrix(Laplace(2.0), X, precision=word), reference.kernel_matrix(Laplace(2.0), X))
+
+
+def test_process_settings_are_obeyed_by_nobody_and_kept(cloud):
+    X = cloud("spread", dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on processors that have it
+    try:
+        check(fastagop.kernel_matrix(Laplace(2.0), X), reference.kernel_matrix(Laplace(2.0), X))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="torch refuses to mix its old and new settings")
+def test_process_settings_of_the_newer_kind(python):
+    printed = python(
+        """
+import torch, fastagop
+from fastagop.kernels import reference
+if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+    print(0.0)
+    raise SystemExit
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+X = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) / 17
+error = fastagop.kernel_matrix(fastagop.Laplace(1.0), X).double() - reference.kernel_matrix(fastagop.Laplace(1.0), X)
+print(float(error.abs().max()))
+"""
+    )
+    assert float(printed) <= ENTRY[torch.float32]
+
+
+# ---- laws
+
+
+@settings(derandomize=True, deadline=None, max_examples=15)
+@given(seed=st.integers(0, 1000), spread=st.sampled_from(["1", "1e-2", "1e-4"]), kernel=st.sampled_from(KERNELS))
+def test_laws(seed, spread, kernel, cloud, normal):
+    X = cloud(f"collapsed {spread}", n=40, d=6, seed=seed)
+    Z = cloud(f"collapsed {spread}", n=25, d=6, seed=seed + 1)
+    K = fastagop.kernel_matrix(kernel, X, Z)
+    close = {"rtol": 0.0, "atol": ENTRY[torch.float64] * 2}  # both sides are rounded
+    assert torch.allclose(fastagop.kernel_matrix(kernel, Z, X), K.T, **close)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(fastagop.kernel_matrix(kernel, X[order], Z), K[order], **close)
+    # Moving or turning the points rounds them by about d eps of their size, whatever their distance: r changes by
+    # that, k by that over the bandwidth.
+    moved = {"rtol": 0.0, "atol": ENTRY[torch.float64] + 100 * 2.0**-52 * 5 / kernel.bandwidth}
+    shift = 3.0 * normal(1, 6, seed=seed)
+    assert torch.allclose(fastagop.kernel_matrix(kernel, X + shift, Z + shift), K, **moved)
+    turn = torch.linalg.qr(normal(6, 6, seed=seed)).Q
+    assert torch.allclose(fastagop.kernel_matrix(kernel, X @ turn, Z @ turn), K, **moved)
+    wider = type(kernel)(4.0 * kernel.bandwidth)  # a power of two: exact
+    assert torch.allclose(fastagop.kernel_matrix(wider, 4.0 * X, 4.0 * Z), K, **close)
+    if isinstance(kernel, Gaussian):
+        own = fastagop.kernel_matrix(kernel, X)
+        assert float(torch.linalg.eigvalsh(own)[0]) >= -40 * 2.0**-52 * 40
+
+
+@dtypes
+@pytest.mark.parametrize("size", [1e-15, 1e15])  # squares still fit into float32 (1e-38 .. 1e38)
+def test_units_do_not_matter(dtype, size, cloud):
+    X = cloud("collapsed 1", dtype=dtype) * size
+    check(fastagop.kernel_matrix(Laplace(size), X), reference.kernel_matrix(Laplace(size), X))
+
+
+@pytest.mark.xfail(strict=True, reason="squares overflow to inf - inf, or underflow to zero distances")
+@pytest.mark.parametrize("size", [1e-25, 1e25])  # float32 numbers whose squares are not
+def test_extreme_units(size, cloud):
+    X = cloud("collapsed 1", dtype=torch.float32) * size
+    try:
+        K = fastagop.kernel_matrix(Laplace(size), X)
+    except ValueError as error:
+        assert "X" in str(error)  # noqa: PT017
+    else:
+        check(K, reference.kernel_matrix(Laplace(size), X))

@@ -1,0 +1,203 @@
+"""Kernel profiles: values, gradient weights, and the kernels as values themselves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from fastagop.kernels.radial import Radial
+from fastagop.kernels.torch_blocks import weights_from_upper_
+
+import fastagop
+from fastagop import Gaussian, Laplace
+
+DTYPES = [torch.float32, torch.float64]
+KERNELS = [Laplace(2.0), Laplace(0.3), Gaussian(1.0), Gaussian(5.0)]  # bandwidths on both sides of 1
+
+
+def phi(kernel, r: float) -> float:
+    L = kernel.bandwidth
+    return math.exp(-r / L) if isinstance(kernel, Laplace) else math.exp(-(r**2) / (2 * L**2))
+
+
+def weight(kernel, r: float) -> float:
+    """-phi'(r) / r."""
+    L = kernel.bandwidth
+    return phi(kernel, r) / (L * r) if isinstance(kernel, Laplace) else phi(kernel, r) / L**2
+
+
+def close(got, wanted, kernel, radii):
+    """Within the roundings of the exponent t, which exp multiplies by t, and a few of the rest."""
+    eps = torch.finfo(got.dtype).eps
+    for g, w, r in zip(got.tolist(), wanted, radii, strict=True):
+        t = max(r / kernel.bandwidth, (r / kernel.bandwidth) ** 2)
+        assert abs(g - w) <= 4 * eps * (1 + t) * w, (r, g, w)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_and_weight(kernel, dtype):
+    radii = [1e-9, 1e-3, 0.5, 1.0, 2.0, 3.0]  # from collapsed to far, short of underflow
+    sq = torch.tensor(radii, dtype=torch.float64).square().to(dtype)
+    exact = sq.double().sqrt().tolist()  # r^2 is rounded to dtype: measure against what was given
+    close(kernel.value_(sq.clone()), [phi(kernel, r) for r in exact], kernel, exact)
+    close(kernel.weight_(sq.clone()), [weight(kernel, r) for r in exact], kernel, exact)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_weight_is_minus_the_derivative_over_r(kernel):
+    r = torch.linspace(0.1, 4.0, 40, dtype=torch.float64)
+    h = 1e-5  # central differences: error h^2 / 6 of the third derivative, up to 1/L^3 = 40
+    slope = (kernel.value_((r + h).square()) - kernel.value_((r - h).square())) / (2 * h)
+    assert torch.allclose(kernel.weight_(r.square()), -slope / r, rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_distance(kernel, dtype):
+    zero = torch.zeros(3, dtype=dtype)
+    assert kernel.value_(zero.clone()).tolist() == [1.0] * 3
+    got = kernel.weight_(zero.clone())
+    assert bool(got.isfinite().all())  # whatever it is, it multiplies x - z = 0
+    if isinstance(kernel, Laplace):
+        assert got.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_underflow_is_zero(kernel, dtype):
+    far = torch.tensor([1e4, 1e8], dtype=dtype).square()
+    assert kernel.value_(far.clone()).tolist() == [0.0, 0.0]
+    assert kernel.weight_(far.clone()).tolist() == [0.0, 0.0]
+    rebuilt = kernel.weight_from_value_(torch.zeros(2, dtype=dtype))
+    assert rebuilt is None or rebuilt.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_from_value(kernel, dtype):
+    r = torch.tensor([0.05, 0.5, 1.0, 3.0], dtype=dtype)
+    k = kernel.value_(r.square())
+    rebuilt = kernel.weight_from_value_(k.clone())
+    assert rebuilt is not None
+    # ln k of a rounded k is off by eps: relative to t that is eps / t, and t is at least (0.05 / 5)^2 / 2
+    eps = torch.finfo(dtype).eps
+    t = -torch.log(k.double())
+    allowed = 4 * eps * (1 + t + (1 / t if isinstance(kernel, Laplace) else 0.0))
+    wanted = torch.tensor([weight(kernel, x) for x in r.double().tolist()], dtype=torch.float64)
+    assert bool(((rebuilt.double() - wanted).abs() <= allowed * wanted).all())
+    assert bool(kernel.weight_from_value_(torch.ones(2, dtype=dtype)).isfinite().all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("rows", [1, 7, 30, 256])  # single rows, a short last block, one block, more than there is
+def test_weights_of_a_stored_matrix(kernel, rows, cloud):
+    """From kernel values above the diagonal, over whatever a factorisation left below: weights, zero for self."""
+    X = cloud("collapsed 1", n=30)
+    K = fastagop.kernel_matrix(kernel, X)
+    left = K.triu(1) + torch.full_like(K, torch.nan).tril()
+    W = weights_from_upper_(kernel, left, rows)
+    assert W is left
+    r = (X[:, None] - X[None]).square().sum(-1).sqrt()
+    true = torch.tensor([[weight(kernel, x) if x > 0 else 0.0 for x in row] for row in r.tolist()], dtype=X.dtype)
+    true.fill_diagonal_(0.0)
+    other = r > 0  # duplicates: any finite weight does, it multiplies nothing
+    # ln k is known to eps, and distances are 0.1 and more: t >= 2e-4
+    assert torch.allclose(W[other], true[other], rtol=4 * 2.0**-52 * 5000, atol=0.0)
+    assert torch.equal(W, W.T)
+    assert bool((W.diagonal() == 0).all())
+    assert bool(W.isfinite().all())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("method", ["value_", "weight_", "weight_from_value_"])
+def test_profiles_work_in_place(kernel, method):
+    block = torch.rand(4, 6)[:, 1:4]  # strided, as a block of a larger matrix is
+    assert getattr(kernel, method)(block).data_ptr() == block.data_ptr()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_call_is_kernel_matrix(kernel, cloud):
+    X, Z = cloud("collapsed 1e-2", n=30), cloud("spread", n=20)
+    assert torch.equal(kernel(X, Z), fastagop.kernel_matrix(kernel, X, Z))
+    assert torch.equal(kernel(X), fastagop.kernel_matrix(kernel, X))
+
+
+@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+def test_kernels_are_values(cls):
+    kernel = cls(2)
+    assert kernel == cls(2.0)
+    assert hash(kernel) == hash(cls(2.0))
+    assert kernel != cls(2.5)
+    assert type(kernel.bandwidth) is float
+    assert {kernel: "found"}[cls(2.0)] == "found"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        kernel.bandwidth = 3.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del kernel.bandwidth
+    for twin in (pickle.loads(pickle.dumps(kernel)), copy.copy(kernel), copy.deepcopy(kernel)):
+        assert twin == kernel
+        assert type(twin) is cls
+    assert repr(kernel) == f"{cls.__name__}(bandwidth=2.0)"
+    assert eval(repr(kernel), {cls.__name__: cls}) == kernel
+    assert cls(bandwidth=2.0) == kernel
+
+
+def test_kernels_of_different_kind_differ():
+    assert Laplace(2.0) != Gaussian(2.0)
+    assert len({Laplace(2.0), Gaussian(2.0), Laplace(2)}) == 2
+
+
+@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float32(0.5),  # not a float
+        np.float64(0.5),  # a subclass of float
+        np.array(0.5),
+        torch.tensor(0.5),
+        torch.tensor(0.5, dtype=torch.float64),
+        Fraction(1, 2),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_any_number_is_a_bandwidth(cls, value):
+    kernel = cls(value)
+    assert kernel == cls(0.5)
+    assert type(kernel.bandwidth) is float
+    assert pickle.loads(pickle.dumps(kernel)) == kernel
+
+
+@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (0.0, ValueError),
+        (-1.0, ValueError),
+        (math.nan, ValueError),
+        (math.inf, ValueError),
+        (np.float32(-1), ValueError),
+        (np.nan, ValueError),
+        (None, TypeError),
+        (1j, TypeError),
+        ([2.0], TypeError),
+        (np.array([1.0, 2.0]), TypeError),
+        ("wide", TypeError),
+    ],
+)
+def test_bad_bandwidth(cls, value, error):
+    with pytest.raises(error, match="bandwidth"):
+        cls(value)
+
+
+@pytest.mark.parametrize("method", ["value_", "weight_"])
+def test_radial_alone_has_no_profile(method):
+    with pytest.raises(TypeError, match="Radial defines no profile"):
+        getattr(Radial(1.0), method)(torch.ones(1))

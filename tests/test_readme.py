@@ -1,0 +1,32 @@
+"""The README's promises: its example runs, its commands exist, its figures come from the committed file."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(block.strip().splitlines()) <= 12
+    exec(compile(block, "README.md", "exec"), {})
+    assert "agop: backend torch" in capsys.readouterr().out
+
+
+def test_commands_and_files_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test"):
+        assert f"make {target}" in README
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_speed_table_is_the_committed_result():
+    from bench.agop_cpu import table
+
+    rows = json.loads((ROOT / "bench/results/agop_cpu.json").read_text())["rows"]
+    inside = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
+    assert inside.strip() == table(rows)
