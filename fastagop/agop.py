@@ -6,6 +6,7 @@ import torch
 
 from fastagop.kernels import _checks, torch_agop
 from fastagop.kernels._backends import choose, matmul_precision, precision_words
+from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
 
@@ -27,6 +28,7 @@ def plan_agop(
     _checks.choice("reduction", reduction, ("mean", "sum"))
     _checks.choice("method", method, ("auto", "gradient", "gram"))
     _checks.choice("precision", precision, _checks.PRECISIONS)
+    _checks.flag("center", center)
     limit = _checks.memory_limit(memory_limit)
     _, why = choose(backend, "agop")
     Z = _checks.points(X, Z)
@@ -91,6 +93,7 @@ def agop(
         backend=backend,
         memory_limit=memory_limit,
     )
+    kernel, X, Z, unit = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
         M = torch_agop.agop(kernel, X, alpha, Z, center=center, method=method, limit=limit, plan=plan)
-    return M.div_(len(Z)) if reduction == "mean" else M
+    return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)

@@ -30,7 +30,7 @@ def explain(op, *args, **kwargs) -> str:
         BackendUnavailable.
     """
     name = getattr(op, "__name__", op)
-    if name not in _PLANS:
+    if not isinstance(name, str) or name not in _PLANS:
         raise ValueError(f"op must be one of {', '.join(map(repr, _PLANS))} or that function, got {op!r}")
     plan, _ = _PLANS[name](*args, **kwargs)
     return str(plan)

@@ -13,6 +13,7 @@ from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._backends import choose, matmul_precision, precision_words
 from fastagop.kernels._checks import NumericalWarning
 from fastagop.kernels._plan import Plan, block_rows, budget, human
+from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
 # A residual above this is worth a warning: what each dtype can promise on a solvable problem.
@@ -146,6 +147,7 @@ def solve(
         backend=backend,
         memory_limit=memory_limit,
     )
+    kernel, X, _, _ = in_units(kernel, X, X)
     with matmul_precision(precision, X.device):
         solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan, X.dtype)
     report(solution)
@@ -164,14 +166,32 @@ def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, 
     diagonal = 1.0 + ridge  # every profile has phi(0) = 1
     jitter, iterations, rank = 0.0, 0, len(X)
     if plan.method == "eigh":
-        alpha, rank = _solve_eigh(K, target, ridge)
+        alpha, rank = _solve_eigh(K, target, ridge, out)
     else:
         alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, out)
     alpha = alpha.to(out)
-    error = linalg.upper_matmul(K, diagonal, alpha.double()).sub_(target)
-    residual = _relative(error, target)
+    residual = _residual(K, target, diagonal, alpha)
     seconds = time.perf_counter() - start
     return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
+
+
+def _residual(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor) -> float:
+    return _relative(linalg.upper_matmul(K, diagonal, alpha.double()).sub_(Y), Y)
+
+
+def _acceptable(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor, out: torch.dtype) -> float:
+    """0 where alpha, rounded to the dtype it is wanted in, solves the system or stays bounded; else its excess.
+
+    Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
+    in the working dtype their differences are noise.
+    """
+    bound = _largest(Y) / torch.finfo(out).eps ** 0.5
+    excess = _largest(alpha) / bound if bound > 0 else 0.0
+    return 0.0 if excess <= 1 or _residual(K, Y, diagonal, alpha.to(out)) <= RESIDUAL[out] else excess
+
+
+def _largest(A: torch.Tensor) -> float:
+    return float(A.abs().max()) if A.numel() else 0.0
 
 
 def _relative(error: torch.Tensor, target: torch.Tensor) -> float:
@@ -185,16 +205,11 @@ def _solve_cholesky(K, Y: torch.Tensor, diagonal: float, out: torch.dtype) -> tu
     jitter = _factor(K, diagonal, 0.0, scale)
     while True:
         alpha, iterations = _refined(K, Y, diagonal)
-        error = linalg.upper_matmul(K, diagonal, alpha).sub_(Y)
-        solved = _relative(error, Y) <= RESIDUAL[out]
-        # Targets that differ where the kernel sees one point cannot be met: coefficients then grow like
-        # 1 / jitter, and in the working dtype their differences are noise. Bound them instead.
-        bound = float(Y.abs().max()) / torch.finfo(out).eps ** 0.5
-        if solved or float(alpha.abs().max()) <= bound or jitter >= _MAX_JITTER * scale:
+        excess = _acceptable(K, Y, diagonal, alpha, out)
+        if not excess or jitter >= _MAX_JITTER * scale:
             return alpha, jitter, iterations
         linalg.restore_lower_(K)
-        wanted = jitter * max(10.0, float(alpha.abs().max()) / bound)
-        jitter = _factor(K, diagonal, max(wanted, torch.finfo(K.dtype).eps * scale), scale)
+        jitter = _factor(K, diagonal, max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale), scale)
 
 
 def _factor(K: torch.Tensor, diagonal: float, jitter: float, scale: float) -> float:
@@ -233,13 +248,17 @@ def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(b > 0, a / b, 0.0)
 
 
-def _solve_eigh(K: torch.Tensor, Y: torch.Tensor, ridge: float) -> tuple[torch.Tensor, int]:
-    """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up."""
+def _solve_eigh(K, Y: torch.Tensor, ridge: float, out: torch.dtype) -> tuple[torch.Tensor, int]:
+    """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
     values, vectors = torch.linalg.eigh(K)
-    keep = values > len(K) * torch.finfo(K.dtype).eps * values[-1]
-    inverse = torch.where(keep, 1.0 / (values + ridge), 0.0) if ridge == 0 else 1.0 / (values.clamp(min=0) + ridge)
-    rank = int(keep.sum()) if ridge == 0 else len(K)
-    return vectors @ (inverse[:, None] * (vectors.T @ Y)), rank
+    cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ Y
+    while True:
+        keep = values + ridge > cut
+        alpha = vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target)
+        excess = _acceptable(K, Y, 1.0 + ridge, alpha, out)
+        if not excess or int(keep.sum()) <= 1:
+            return alpha, int(keep.sum())
+        cut *= 10.0
 
 
 def report(solution: Solution, stacklevel: int = 4) -> None:

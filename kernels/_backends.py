@@ -32,24 +32,36 @@ def choose(backend: str, op: str) -> tuple[str, str]:
 def matmul_precision(precision: str, device: torch.device):
     """Run torch's float32 products at the precision asked for, whatever the process has set globally.
 
-    The CPU always computes at "highest": its faster modes round to bf16, which "high" does not allow.
+    torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
+    computes like "highest" here, and the CPU always does.
     """
-    wanted = precision if device.type == "cuda" else "highest"
-    before = torch.get_float32_matmul_precision()
-    if before == wanted:
-        yield
+    medium = precision == "medium" and device.type == "cuda"
+    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # torch >= 2.9
+    if all(hasattr(switch, "fp32_precision") for switch in switches):
+        before = [switch.fp32_precision for switch in switches]
+        wanted = ["tf32" if medium else "ieee", "ieee"]
+        try:
+            for switch, value in zip(switches, wanted, strict=True):
+                switch.fp32_precision = value
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
         return
-    torch.set_float32_matmul_precision(wanted)
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(old)
 
 
 def precision_words(precision: str, X: torch.Tensor) -> str:
     """What a precision means for this tensor, in words."""
     if X.dtype == torch.float64:
         return "float64 (float64 tensors always compute in float64)"
-    if X.device.type != "cuda" and precision != "highest":
-        return f"float32 ({precision!r} asked for; the CPU computes float32 at its full precision)"
-    return f"float32, {precision}"
+    if precision == "medium" and X.device.type == "cuda":
+        return "float32, medium (TF32)"
+    return "float32, highest" + (
+        "" if precision == "highest" else f" ({precision!r} asked for: at least that accurate)"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import torch
@@ -42,6 +43,8 @@ def memory_limit(value) -> int | None:
     """Bytes as int, or None."""
     if value is None:
         return None
+    if value == float("inf"):
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 1:
         raise ValueError(f"memory_limit must be a positive number of bytes or None, got {value!r}")
     return int(float(value))
@@ -63,6 +66,8 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
             f"{name} is {value.dtype} on {value.device} but X is {like.dtype} on {like.device}; "
             f"move it with {name}.to(X)"
         )
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise TypeError(f"{name} must be a dense tensor with storage, got {value.layout} on {value.device}")
     for axis, what in ((0, rows), (1, columns)):
         if what is not None and value.shape[axis] != what[0]:
             raise ValueError(
@@ -74,8 +79,32 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
 
 
 def finite(value: torch.Tensor) -> bool:
-    """Whether every item is finite; a sum is far cheaper than a mask, and decides nearly always."""
-    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    """Whether every item is finite; the extremes say it without a mask of value's size."""
+    return value.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(value))
+
+
+def flag(name: str, value) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def apart(name: str, value: torch.Tensor, *others: torch.Tensor) -> None:
+    """Refuse a tensor to be written whose memory reaches into one that is read."""
+    first, last = _span(value)
+    for other in others:
+        start, end = _span(other)
+        if first < end and start < last:
+            raise ValueError(
+                f"{name} shares memory with an input, which would change while it is read; pass a new tensor"
+            )
+
+
+def _span(value: torch.Tensor) -> tuple[int, int]:
+    if value.numel() == 0:
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (reach + 1) * value.element_size()
 
 
 def points(X, Z, *, least: int = 1) -> torch.Tensor:

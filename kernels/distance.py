@@ -45,6 +45,8 @@ def squared_distances(
         out: result; any strides that a matrix product can write to.
         self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
     """
+    if out.numel() == 0:
+        return out
     torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
     near = NEAR[out.dtype]
     own = None if self_offset is None else torch.diagonal(out, self_offset)

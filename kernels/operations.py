@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 
 from . import _checks, torch_blocks
 from ._backends import choose, matmul_precision, precision_words
 from .radial import Radial
 
+_EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
+
 
 def _begin(op: str, kernel: Radial, precision: str, backend: str) -> str:
     _checks.kernel(kernel)
     _checks.choice("precision", precision, _checks.PRECISIONS)
     return choose(backend, op)[1]
+
+
+def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
+    """(kernel, X, Z, unit) with lengths in a power-of-two unit, where squares of the points would leave their dtype.
+
+    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
+    """
+    largest = max(float(end.abs()) for points in (X, Z) if points.numel() for end in torch.aminmax(points))
+    if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
+        return kernel, X, Z, 1.0
+    exponent = math.frexp(largest)[1]
+    scale = X.new_tensor(-exponent, dtype=torch.int32)
+    own, X = Z is X, torch.ldexp(X, scale)
+    Z = X if own else torch.ldexp(Z, scale)
+    unit = math.ldexp(1.0, exponent)
+    return dataclasses.replace(kernel, bandwidth=kernel.bandwidth / unit), X, Z, unit
 
 
 def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", backend="auto"):
@@ -24,6 +45,7 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", back
             raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
         if out.dtype != X.dtype or out.device != X.device:
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
+        _checks.apart("out", out, X, Z)
     return torch_blocks.plan_kernel_matrix(X, Z, out, why, precision_words(precision, X)), (X, Z, out)
 
 
@@ -64,6 +86,7 @@ def kernel_matrix(
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, Z, out) = plan_kernel_matrix(kernel, X, Z, out=out, precision=precision, backend=backend)
+    kernel, X, Z, _ = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
         return torch_blocks.kernel_matrix(kernel, X, Z, out, plan)
 
@@ -100,6 +123,7 @@ def kernel_matmul(
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, Z, V) = plan_kernel_matmul(kernel, X, Z, V, precision=precision, backend=backend)
+    kernel, X, Z, _ = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
         return torch_blocks.kernel_matmul(kernel, X, Z, V, plan)
 
@@ -139,5 +163,7 @@ def gradients(
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
+    kernel, X, Z, unit = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
-        return torch_blocks.gradients(kernel, X, alpha, Z, plan)
+        result = torch_blocks.gradients(kernel, X, alpha, Z, plan)
+    return result if unit == 1.0 else result.div_(unit)

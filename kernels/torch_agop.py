@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -31,7 +32,7 @@ log = logging.getLogger("fastagop")
 # it runs in a dtype while that is below the dtype's limit.
 _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
-GRAM_SAID = 1e-4  # a gram form that was asked for warns above this
+GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 _PROBES = 64
 _SQUARE = 128  # rows of the steps along the diagonal
 # float64 products cost about this many float32 ones (two on CPUs; the H200 and A100 pay less).
@@ -71,8 +72,11 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) 
     if method == "auto":
         method = min(cost, key=lambda form: cost[form])
         reason = f"{why}; gradient form {cost['gradient']:.2g} flop, gram form {cost['gram']:.2g} flop"
-        if method == "gram" and (m * n + n * d) * X.element_size() * 1.1 > room:
-            method, reason = "gradient", f"{reason}, but its stored weights do not fit into {human(room)}"
+        try:
+            _plan_form(method, X, alpha, Z, room)
+        except MemoryError:
+            method = "gradient" if method == "gram" else "gram"
+            reason = f"{reason}, but the cheaper one does not fit into {human(room)}"
     rows, peak = _plan_form(method, X, alpha, Z, room)
     if method == "gram" and X.dtype == torch.float32:
         reason += "; float32 is guarded: near collapse its products run in float64, or the gradient form does"
@@ -81,8 +85,13 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) 
 
 def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
     """sum_ic g_ic g_ic^T in float64 accumulation, shape (d, d), of X's dtype; method is what the caller said."""
+    if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
+        return X.new_zeros(X.shape[1], X.shape[1])
     if plan.method == "gradient":
-        blocks = ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
+
+        def blocks():
+            return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
+
         return _gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
     W = _weights(kernel, X, Z, plan.block)
     return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
@@ -90,9 +99,12 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
 
 def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int) -> torch.Tensor:
     """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
-    form, wide = _safe_form(W, X, alpha.to(X.dtype), Z, method, limit)
+    form, wide = _safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit)
     if form == "gradient":
-        blocks = ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
+
+        def blocks():
+            return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
+
         return _gradient_form(blocks, alpha.to(X.dtype), X, Z, center).to(X.dtype)
     x = X.to(wide)
     return _gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
@@ -108,29 +120,40 @@ def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def amplification(W, X, alpha, Z) -> float:
-    """How much larger the gram form's uncancelled terms are than M, in trace.
+def amplification(W, X, alpha, Z, center: bool = False) -> float:
+    """How much larger the gram form's uncancelled terms are than M (centred where asked), in trace.
 
-    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2. The trace of M, sum |g_ic|^2, is estimated on a few
+    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2, and sum_ic s_ic^2 |z_i - mean|^2 for other points. The trace of M, sum |g_ic|^2, is estimated on a few
     evaluation points with one random sign vector over the outputs each, whose squared norm is unbiased.
     """
     spread = torch.linalg.vector_norm(W, dim=1 if Z is X else 0).square_().to(X.dtype)
-    terms = squared_norms(alpha) * spread * squared_norms(X - X.mean(0))
+    mean = X.mean(0)
+    total = (squared_norms(alpha) * spread * squared_norms(X - mean)).sum(dtype=torch.float64)
+    if Z is not X:
+        s = (W @ alpha.to(W.dtype)).to(X.dtype)
+        total += (squared_norms(s) * squared_norms(Z - mean)).sum(dtype=torch.float64)
     m = len(Z)
     index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
     signs = torch.randint(0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0))
-    mixed = W[index].to(X.dtype) * (alpha @ signs.to(alpha).mul_(2).sub_(1)).T
+    signs = signs.to(alpha).mul_(2).sub_(1)
+    mixed = W[index].to(X.dtype) * (alpha @ signs).T
     g = mixed @ X - mixed.sum(1, keepdim=True) * Z[index]
+    if center:
+        g -= signs.T @ (_gradient_sum(W.sum(0).to(X.dtype), (W @ alpha.to(W.dtype)).to(X.dtype), X, alpha, Z) / m)
     trace = g.square().sum(dtype=torch.float64) * m / len(index)
-    total = terms.sum(dtype=torch.float64)
     return float(total / trace) if trace > 0 else (float("inf") if total > 0 else 0.0)
 
 
-def _safe_form(W, X, alpha, Z, method: str, limit: int | None) -> tuple[str, torch.dtype]:
+def _gradient_sum(column_sums, s, X, alpha, Z) -> torch.Tensor:
+    """sum_i g_ic, shape (K, d), from the column sums of W and s = W alpha."""
+    return (alpha * column_sums[:, None]).T @ X - s.T @ Z
+
+
+def _safe_form(W, X, alpha, Z, center: bool, method: str, limit: int | None) -> tuple[str, torch.dtype]:
     """The cheapest (form, dtype of its products) that loses no digits of M and fits into memory."""
     if method == "gradient":
         return method, X.dtype
-    growth = _LOSS * amplification(W, X, alpha, Z)
+    growth = _LOSS * amplification(W, X, alpha, Z, center)
     cost = flops(len(Z), len(X), X.shape[1], alpha.shape[1], Z is X)
     room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
     safe, fitting = [], []
@@ -165,28 +188,43 @@ def _lossy_gram(growth: float, dtype: torch.dtype, fitting: list[torch.dtype]) -
             f"agop: the gram form loses about {loss:.0e} of M on these points even in {widest}; use method='auto' "
             "or 'gradient'",
             NumericalWarning,
-            stacklevel=6,
+            stacklevel=7,
         )
     return widest
 
 
-def _gradient_form(blocks, alpha, X, Z, center: bool) -> torch.Tensor:
-    """sum_c G_c^T G_c from row blocks of weights; float64 (d, d)."""
+def _gradient_form(blocks: Callable, alpha, X, Z, center: bool) -> torch.Tensor:
+    """sum_c G_c^T G_c; float64 (d, d). blocks() gives (rows of Z, weights) once more each time it is called.
+
+    Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along.
+    """
     K, d = alpha.shape[1], X.shape[1]
     shift = dominant_offset(X)
     M = X.new_zeros(d, d, dtype=torch.float64)
-    total = X.new_zeros(K, d, dtype=torch.float64)
+    mean = _mean_gradient(blocks(), alpha, X, Z, shift) if center else None
     buffer = None
-    for row, W in blocks:
+    for row, W in blocks():
         z = Z[row]
         if buffer is None:
             buffer = X.new_empty(len(z), K, d)
         G = output_gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
-        if center:
-            total += G.sum(0, dtype=torch.float64)
+        if mean is not None:
+            G -= mean
         G = G.view(-1, d)
         M += G.T @ G
-    return M.sub_(total.T @ total, alpha=1.0 / len(Z)) if center else M
+    return M
+
+
+def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
+    """mean_i g_ic, shape (K, d), from row blocks of weights."""
+    if shift is not None:
+        X, Z = X - shift, Z - shift
+    columns, against = X.new_zeros(len(X)), X.new_zeros(alpha.shape[1], X.shape[1])
+    for row, block in blocks:
+        W = block.to(X.dtype)
+        columns += W.sum(0)
+        against += (W @ alpha).T @ Z[row]
+    return ((alpha * columns[:, None]).T @ X - against) / len(Z)
 
 
 def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
@@ -220,7 +258,7 @@ def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
             half -= z.T @ product(T, X.T).addcmul_(weight[row, None], z, value=-0.5)
     M = half + half.T
     if center:
-        total = (alpha * W.sum(0)[:, None]).T @ X - s.T @ Z  # column sums of every G_c
+        total = _gradient_sum(W.sum(0), s, X, alpha, Z)
         M -= (total.T @ total).double() / len(Z)
     return M
 

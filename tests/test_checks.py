@@ -136,7 +136,8 @@ def test_dtype_of_the_others(op, name, valid):
 @followers
 def test_device_of_the_others(op, name, valid):
     words = valid(op)
-    with pytest.raises(ValueError, match=rf"^{name} is .* on meta but X is .* on cpu"):
+    # the only other device there is everywhere holds no data, which is worth an error of its own
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} .* on meta"):
         call(op, {**words, name: words[name].to("meta")})
 
 
@@ -255,12 +256,10 @@ def test_memory_limit_of_any_number_type(op, value, valid):
 
 
 @pytest.mark.parametrize("op", ["agop", "solve"])
-@pytest.mark.xfail(raises=OverflowError, strict=True, reason="infinity is a positive number and no integer")
 def test_memory_limit_of_infinity(op, valid):
     assert call(op, {**valid(op), "memory_limit": math.inf}) is not None
 
 
-@pytest.mark.xfail(strict=True, reason="center is not checked: any text is true")
 @pytest.mark.parametrize("value", ["no", "mean", None, 2])
 def test_center(value, valid):
     with pytest.raises((TypeError, ValueError), match="center"):
@@ -284,7 +283,6 @@ def test_out(out, message, valid):
         call("kernel_matrix", {**valid("kernel_matrix"), "out": out})
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="layouts and devices are left to torch's own errors")
 @pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: t.to("meta")], ids=["sparse", "meta"])
 def test_tensors_without_plain_storage(make, valid):
     words = valid("kernel_matrix")

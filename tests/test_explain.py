@@ -86,6 +86,12 @@ def test_runs_nothing(op, arguments, monkeypatch):
         getattr(fastagop, op)(*call)
 
 
+@pytest.mark.parametrize("op", ["kernel_matrix", "gradients", "agop"])
+def test_a_view_of_the_points_is_the_points(op, arguments):
+    kernel, X, *alpha = arguments(op)[: 2 if op == "kernel_matrix" else 3]
+    assert fastagop.explain(op, kernel, X, *alpha, X[:]) == fastagop.explain(op, kernel, X, *alpha)
+
+
 def test_out_is_not_written(arguments):
     out = torch.full((N, M), -7.0)
     fastagop.explain("kernel_matrix", *arguments("kernel_matrix"), out=out)
@@ -113,10 +119,7 @@ def test_refuses_what_the_call_refuses(op, arguments):
         assert str(ours.value) == str(theirs.value)
 
 
-unhashable = pytest.mark.xfail(raises=TypeError, strict=True, reason="looked up before it is looked at")
-
-
-@pytest.mark.parametrize("op", ["matmul", "", None, 3, len, pytest.param(["agop"], marks=unhashable)])
+@pytest.mark.parametrize("op", ["matmul", "", None, 3, len, ["agop"]])
 def test_unknown_op(op):
     with pytest.raises(ValueError, match=r"op must be one of 'kernel_matrix', .*'solve'"):
         fastagop.explain(op)

@@ -192,6 +192,11 @@ def test_psd_sqrt_of_a_matrix_that_rounding_made_indefinite(dtype, normal):
     assert float((wide @ wide - M.double()).abs().max()) <= 120 * torch.finfo(dtype).eps * float(M.abs().max())
 
 
+def test_psd_sqrt_clips_what_is_negative():
+    M = torch.diag(torch.tensor([4.0, -1e-3, 1.0], dtype=torch.float64))
+    assert torch.allclose(linalg.psd_sqrt(M), torch.diag(torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64)))
+
+
 def test_psd_sqrt_symmetrises(normal):
     B = normal(12, 12)
     M, skew = B @ B.T, 1e-3 * (B - B.T)
