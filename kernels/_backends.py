@@ -36,8 +36,9 @@ def matmul_precision(precision: str, device: torch.device):
     computes like "highest" here, and the CPU always does.
     """
     medium = precision == "medium" and device.type == "cuda"
-    switches = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # torch >= 2.9
-    if all(hasattr(switch, "fp32_precision") for switch in switches):
+    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
+    switches = [torch.backends.cuda.matmul, mkldnn]
+    if all(hasattr(switch, "fp32_precision") for switch in switches):  # torch >= 2.9
         before = [switch.fp32_precision for switch in switches]
         wanted = ["tf32" if medium else "ieee", "ieee"]
         try:

@@ -123,8 +123,9 @@ def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
 def amplification(W, X, alpha, Z, center: bool = False) -> float:
     """How much larger the gram form's uncancelled terms are than M (centred where asked), in trace.
 
-    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2, and sum_ic s_ic^2 |z_i - mean|^2 for other points. The trace of M, sum |g_ic|^2, is estimated on a few
-    evaluation points with one random sign vector over the outputs each, whose squared norm is unbiased.
+    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2, and sum_ic s_ic^2 |z_i - mean|^2 where Z is not X. The
+    trace of M, sum |g_ic|^2, is estimated on a few evaluation points with one random sign vector over the outputs
+    each, whose squared norm is unbiased.
     """
     spread = torch.linalg.vector_norm(W, dim=1 if Z is X else 0).square_().to(X.dtype)
     mean = X.mean(0)

@@ -146,6 +146,33 @@ def gradient_bound():
     return bound
 
 
+@pytest.fixture(scope="session")
+def peak_memory(python):
+    """peak_memory(setup, call): bytes beyond what is held before that evaluating call takes, on Linux.
+
+    The call runs in a fresh interpreter after the setup, which should warm up libraries and their work buffers.
+    glibc is told to map every large block and to give it back when it is freed: memory kept for later use would
+    hide what a call needs.
+    """
+    clear = Path("/proc/self/clear_refs")
+    if not (clear.exists() and os.access(clear, os.W_OK)):
+        pytest.skip("needs Linux's /proc/self/clear_refs")
+    measure = """
+def status(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again
+before = status("VmRSS")
+"""
+
+    def run(setup: str, call: str) -> int:
+        code = f"import torch, fastagop\ntorch.set_num_threads(1)\n{setup}\n{measure}\nresult = {call}\n"
+        map_all = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        return int(python(code + 'print(status("VmHWM") - before)', **map_all))
+
+    return run
+
+
 @pytest.fixture
 def little_memory(monkeypatch):
     """little_memory(bytes): operations without a memory_limit find that much free, and work in small blocks."""
@@ -190,15 +217,15 @@ def least_memory():
 
 @pytest.fixture(scope="session")
 def python():
-    """python(code): what a fresh interpreter prints when it runs the code, on one thread."""
+    """python(code, **environment): what a fresh interpreter prints when it runs the code, on one thread."""
 
-    def run(code: str) -> str:
+    def run(code: str, **environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             cwd=Path(__file__).parent,
         )
         assert done.returncode == 0, done.stderr

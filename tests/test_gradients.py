@@ -186,6 +186,16 @@ def test_inputs_are_left_alone_and_no_history_is_kept(cloud, normal):
         assert torch.equal(now, then)
 
 
+@kernels
+@pytest.mark.parametrize("size", [1e-20, 1e-12, 1e12, 1e20])  # squares of points, or of their inverses, are no float32
+def test_units_do_not_matter(kernel, size, cloud, normal, relative):
+    X, alpha = cloud("collapsed 1", dtype=torch.float32) * size, normal(120, 3, dtype=torch.float32)
+    kernel = type(kernel)(kernel.bandwidth * size)
+    for Z in (None, cloud("collapsed 1", n=30, dtype=torch.float32, seed=2) * size):
+        g = fastagop.gradients(kernel, X, alpha, Z)
+        assert relative(g, reference.gradients(kernel, X, alpha, Z)) <= TOLERANCE[torch.float32]
+
+
 # ---- gradients: laws
 
 
