@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from fastagop.kernels import _checks, torch_agop
-from fastagop.kernels._backends import choose, matmul_precision, precision_words
+from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
@@ -30,17 +32,14 @@ def plan_agop(
     _checks.choice("precision", precision, _checks.PRECISIONS)
     _checks.flag("center", center)
     limit = _checks.memory_limit(memory_limit)
-    _, why = choose(backend, "agop")
+    _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
+    backend, why = choose(backend, "agop", kernel, X)
     if reduction == "mean" and len(Z) == 0:
         raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    return torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X)), (
-        X,
-        alpha,
-        Z,
-        limit,
-    )
+    plan = torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X, backend))
+    return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
 @torch.no_grad()
@@ -95,5 +94,11 @@ def agop(
     )
     kernel, X, Z, unit = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
-        M = torch_agop.agop(kernel, X, alpha, Z, center=center, method=method, limit=limit, plan=plan)
+        how = {"center": center, "method": method, "limit": limit, "plan": plan}
+        if plan.backend == "triton":
+            from fastagop.kernels import triton_ops  # imports triton
+
+            M = triton_ops.agop(kernel, X, alpha, Z, precision=precision, **how)
+        else:
+            M = torch_agop.agop(kernel, X, alpha, Z, **how)
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)

@@ -10,7 +10,7 @@ import torch
 
 from fastagop import linalg
 from fastagop.kernels import _checks, torch_blocks
-from fastagop.kernels._backends import choose, matmul_precision, precision_words
+from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
 from fastagop.kernels._checks import NumericalWarning
 from fastagop.kernels._plan import Plan, block_rows, budget, human
 from fastagop.kernels.operations import in_units
@@ -57,8 +57,9 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     _checks.choice("method", method, ("auto", "cholesky", "eigh"))
     _checks.choice("precision", precision, _checks.PRECISIONS)
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
-    _, why = choose(backend, "solve")
+    _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
+    _, why = choose(backend, "solve", kernel, X)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
     method, dtype, reason = _road(X, ridge, method, budget(limit, X.device))
     n, size = len(X), dtype.itemsize

@@ -7,6 +7,8 @@ another project. The room is flat and imports nothing from the packages above it
 ``distance``      squared distances that stay accurate when classes collapse
 ``torch_blocks``  torch backend, any device: kernel matrix, product, gradients
 ``torch_agop``    torch backend: both exact forms of the AGOP
+``*_triton``      Triton backend, CUDA: device profiles, split operands, kernel matrix, product, AGOP
+``triton_ops``    its launches; ``_config`` their configurations by chip
 ``operations``    the public functions that check their input and pick a backend
 ``reference``     plain float64 truth for tests; shares no code with the others
 """

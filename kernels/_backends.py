@@ -8,24 +8,48 @@ import importlib.util
 import torch
 
 from ._checks import BackendUnavailable, choice
+from ._config import interpreted
+from .radial import Radial
 
-# Backends built into this version, in the order "auto" considers them.
-BUILT = ("torch",)
+# What each backend of this version serves; "auto" stays with torch until the Triton kernels were measured on a GPU.
+SERVES = {
+    "torch": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
+    "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop"),
+}
 NAMES = ("auto", "torch", "triton", "keops")
 
 
-def choose(backend: str, op: str) -> tuple[str, str]:
+def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor) -> tuple[str, str]:
     """(backend, why) for a call, or BackendUnavailable."""
     choice("backend", backend, NAMES)
     if backend == "auto":
         return "torch", "the torch backend serves every device"
-    if backend not in BUILT:
-        installed = importlib.util.find_spec("pykeops" if backend == "keops" else backend) is not None
+    reason = None
+    if op not in SERVES.get(backend, ()):
+        reason = f"this version of fastagop has no {backend} kernel for it"
+    elif backend == "triton":
+        reason = _no_triton(kernel, X)
+    if reason is not None:
         raise BackendUnavailable(
-            f"backend {backend!r} cannot serve {op}: this version of fastagop has no {backend} kernels "
-            f"({backend} is {'' if installed else 'not '}installed); use backend='torch' or 'auto'"
+            f"backend {backend!r} cannot serve {op}: {reason}; use backend='torch' or 'auto' to compute without it"
         )
     return backend, "asked for"
+
+
+def _no_triton(kernel: Radial, X: torch.Tensor) -> str | None:
+    """Why Triton cannot serve a call, and what to change; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux, CUDA)"
+    if X.dtype != torch.float32:
+        return f"it computes in float32 and X is {X.dtype}; convert with X.float()"
+    if not interpreted():
+        if X.device.type != "cuda":
+            return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
+        if torch.cuda.get_device_capability(X.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
+    from .radial_triton import kind
+
+    return None if kind(kernel) else f"{type(kernel).__name__} has no device profile; add one to radial_triton.py"
 
 
 @contextlib.contextmanager
@@ -57,8 +81,11 @@ def matmul_precision(precision: str, device: torch.device):
         torch.set_float32_matmul_precision(old)
 
 
-def precision_words(precision: str, X: torch.Tensor) -> str:
+def precision_words(precision: str, X: torch.Tensor, backend: str = "torch") -> str:
     """What a precision means for this tensor, in words."""
+    if backend == "triton":
+        words = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
+        return f"float32, {precision} ({words[precision]})"
     if X.dtype == torch.float64:
         return "float64 (float64 tensors always compute in float64)"
     if precision == "medium" and X.device.type == "cuda":

@@ -8,16 +8,31 @@ import math
 import torch
 
 from . import _checks, torch_blocks
-from ._backends import choose, matmul_precision, precision_words
+from ._backends import NAMES, choose, matmul_precision, precision_words
+from ._plan import Plan
 from .radial import Radial
 
 _EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
 
 
-def _begin(op: str, kernel: Radial, precision: str, backend: str) -> str:
+def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple[torch.Tensor, str, str]:
+    """(evaluation points, backend, why), everything that all operations share checked."""
     _checks.kernel(kernel)
     _checks.choice("precision", precision, _checks.PRECISIONS)
-    return choose(backend, op)[1]
+    _checks.choice("backend", backend, NAMES)
+    Z = _checks.points(X, Z)
+    return Z, *choose(backend, op, kernel, X)
+
+
+def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
+    """The plan as the chosen backend carries it out: blocks and costs are the same everywhere."""
+    return dataclasses.replace(plan, backend=backend, precision=precision_words(precision, X, backend))
+
+
+def _triton():
+    from . import triton_ops  # imports triton
+
+    return triton_ops
 
 
 def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
@@ -38,15 +53,15 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
 
 def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matrix call."""
-    why = _begin("kernel_matrix", kernel, precision, backend)
-    Z = _checks.points(X, Z)
+    Z, backend, why = _begin("kernel_matrix", kernel, X, Z, precision, backend)
     if out is not None:
         if not isinstance(out, torch.Tensor) or out.shape != (len(X), len(Z)):
             raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
         if out.dtype != X.dtype or out.device != X.device:
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
         _checks.apart("out", out, X, Z)
-    return torch_blocks.plan_kernel_matrix(X, Z, out, why, precision_words(precision, X)), (X, Z, out)
+    plan = torch_blocks.plan_kernel_matrix(X, Z, out, why, "")
+    return _served(plan, backend, precision, X), (X, Z, out)
 
 
 def _describe(value) -> str:
@@ -88,15 +103,17 @@ def kernel_matrix(
     plan, (X, Z, out) = plan_kernel_matrix(kernel, X, Z, out=out, precision=precision, backend=backend)
     kernel, X, Z, _ = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
+        if plan.backend == "triton":
+            return _triton().kernel_matrix(kernel, X, Z, out, precision)
         return torch_blocks.kernel_matrix(kernel, X, Z, out, plan)
 
 
 def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matmul call."""
-    why = _begin("kernel_matmul", kernel, precision, backend)
-    Z = _checks.points(X, Z)
+    Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
     _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
-    return torch_blocks.plan_kernel_matmul(X, Z, V, why, precision_words(precision, X)), (X, Z, V)
+    plan = torch_blocks.plan_kernel_matmul(X, Z, V, why, "")
+    return _served(plan, backend, precision, X), (X, Z, V)
 
 
 @torch.no_grad()
@@ -125,15 +142,17 @@ def kernel_matmul(
     plan, (X, Z, V) = plan_kernel_matmul(kernel, X, Z, V, precision=precision, backend=backend)
     kernel, X, Z, _ = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
+        if plan.backend == "triton":
+            return _triton().kernel_matmul(kernel, X, Z, V, precision)
         return torch_blocks.kernel_matmul(kernel, X, Z, V, plan)
 
 
 def plan_gradients(kernel, X, alpha, Z=None, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a gradients call."""
-    why = _begin("gradients", kernel, precision, backend)
-    Z = _checks.points(X, Z)
+    Z, backend, why = _begin("gradients", kernel, X, Z, precision, backend)
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    return torch_blocks.plan_gradients(X, alpha, Z, why, precision_words(precision, X)), (X, alpha, Z)
+    plan = torch_blocks.plan_gradients(X, alpha, Z, why, "")
+    return _served(plan, backend, precision, X), (X, alpha, Z)
 
 
 @torch.no_grad()
@@ -165,5 +184,8 @@ def gradients(
     plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
     kernel, X, Z, unit = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
-        result = torch_blocks.gradients(kernel, X, alpha, Z, plan)
+        if plan.backend == "triton":
+            result = _triton().gradients(kernel, X, alpha, Z, plan, precision)
+        else:
+            result = torch_blocks.gradients(kernel, X, alpha, Z, plan)
     return result if unit == 1.0 else result.div_(unit)

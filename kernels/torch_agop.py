@@ -194,7 +194,7 @@ def _lossy_gram(growth: float, dtype: torch.dtype, fitting: list[torch.dtype]) -
     return widest
 
 
-def _gradient_form(blocks: Callable, alpha, X, Z, center: bool) -> torch.Tensor:
+def _gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients) -> torch.Tensor:
     """sum_c G_c^T G_c; float64 (d, d). blocks() gives (rows of Z, weights) once more each time it is called.
 
     Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along.
@@ -208,7 +208,7 @@ def _gradient_form(blocks: Callable, alpha, X, Z, center: bool) -> torch.Tensor:
         z = Z[row]
         if buffer is None:
             buffer = X.new_empty(len(z), K, d)
-        G = output_gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
+        G = gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
         if mean is not None:
             G -= mean
         G = G.view(-1, d)
@@ -228,7 +228,7 @@ def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     return ((alpha * columns[:, None]).T @ X - against) / len(Z)
 
 
-def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
+def _gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tensor:
     """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only."""
     own = Z is X
     mean = X.mean(0)
@@ -242,14 +242,7 @@ def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
     for start in range(0, n, rows):
         stop = min(n, start + rows)
         row = slice(start, stop)
-        S = _lower_rows(Wt, start, stop)
-        S.mul_(product(alpha[row], alpha[:stop]))
-        if own:  # T + T^T = W o (s A^T + A s^T)
-            other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
-            S.addcmul_(W[row, :stop], other, value=-1.0)
-            S.diagonal(start).add_(weight[row])
-        S.diagonal(start).mul_(0.5)
-        S[:, start:].tril_()
+        S = _lower_s(W, Wt, alpha, s, weight, start, stop, own) if lower is None else lower(s, weight, start, stop)
         half += X[row].T @ product(S, X[:stop].T)
     if not own:
         for start in range(0, len(Z), rows):
@@ -262,6 +255,20 @@ def _gram_form(W, X, alpha, Z, center: bool, rows: int) -> torch.Tensor:
         total = _gradient_sum(W.sum(0), s, X, alpha, Z)
         M -= (total.T @ total).double() / len(Z)
     return M
+
+
+def _lower_s(W, Wt, alpha, s, weight, start: int, stop: int, own: bool) -> torch.Tensor:
+    """Rows start:stop of S up to the diagonal, which is halved."""
+    row = slice(start, stop)
+    S = _lower_rows(Wt, start, stop)
+    S.mul_(product(alpha[row], alpha[:stop]))
+    if own:  # T + T^T = W o (s A^T + A s^T)
+        other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
+        S.addcmul_(W[row, :stop], other, value=-1.0)
+        S.diagonal(start).add_(weight[row])
+    S.diagonal(start).mul_(0.5)
+    S[:, start:].tril_()
+    return S
 
 
 def _lower_rows(Wt: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -1,0 +1,60 @@
+"""Launch configurations: tiles, warps and stages per operation, precision and chip, frozen in one table."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of rows, columns and inner dimension; warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# (operation, precision) -> configuration, for compute capability 8.x and from 9.0 on. None spills registers and all
+# fit into shared memory: tests compile every entry for both.
+TABLE = {
+    8: {
+        ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("matrix", "tf32"): Config(128, 64, 32, 8, 3),
+        ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3),
+        ("matmul", "bf16x3"): Config(64, 32, 32, 4, 3),
+        ("matmul", "tf32"): Config(64, 32, 32, 4, 3),
+        ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 64, 32, 8, 3),
+        ("gram", "fp16x3"): Config(64, 64, 32, 8, 3),
+        ("gram", "bf16x3"): Config(64, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(64, 64, 32, 8, 3),
+    },
+}
+TABLE[9] = dict(TABLE[8])
+# The interpreter runs tile by tile in NumPy: small tiles keep tests short, and leave tails at small sizes.
+_INTERPRETER = Config(32, 32, 32, 4, 1)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def config(operation: str, precision: str, device: torch.device) -> Config:
+    """The configuration of a launch."""
+    if interpreted():
+        return _INTERPRETER
+    major, _ = torch.cuda.get_device_capability(device)
+    return TABLE[9 if major >= 9 else 8][operation, precision]

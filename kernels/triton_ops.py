@@ -1,0 +1,200 @@
+"""Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients and agop, float32.
+
+The algorithm around the AGOP kernels (blocks, guard, centring, float64 accumulation) is ``torch_agop``'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from . import torch_agop
+from ._config import config
+from ._plan import Plan
+from .agop_triton import _gradient_kernel, _gram_kernel
+from .distance import NEAR, squared_norms
+from .matmul_triton import _matmul_kernel
+from .matrix_triton import _matrix_kernel
+from .radial import Radial
+from .radial_triton import kind
+from .split_triton import Operand, operand
+
+_PRECISION = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}
+# The second product of kernel_matmul has a factor made on the fly: it is split inside the instruction.
+_SECOND = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
+
+
+def _rows(X: torch.Tensor) -> torch.Tensor:
+    return X if X.stride(1) == 1 or X.shape[1] == 1 else X.contiguous()
+
+
+def _current(X: torch.Tensor):
+    """Launches go to the current device: make it X's."""
+    return torch.cuda.device(X.device) if X.is_cuda else contextlib.nullcontext()
+
+
+def _grid(config, m: int, n: int, *more: int) -> tuple[int, ...]:
+    return (-(-m // config.rows), -(-n // config.columns), *more)
+
+
+class Points:
+    """Centers or evaluation points made ready once: float32 rows, operand, squared norms."""
+
+    def __init__(self, X: torch.Tensor, precision: str):
+        self.rows = _rows(X)
+        self.operand = operand(self.rows, _PRECISION[precision] == "fp16x3")
+        self.norms = squared_norms(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def part(self, rows: slice) -> Points:
+        """Some of the points."""
+        part = object.__new__(Points)
+        o = self.operand
+        part.rows, part.norms = self.rows[rows], self.norms[rows]
+        part.operand = Operand(o.high[rows], o.low[rows], o.scale[rows], o.split)
+        return part
+
+
+def _pair(Z: Points, X: Points) -> tuple:
+    z, x = Z.operand, X.operand
+    return Z.rows, X.rows, z.high, z.low, x.high, x.low, z.scale, x.scale, Z.norms, X.norms
+
+
+def _strides(Z: Points, X: Points) -> tuple:
+    return Z.rows.stride(0), X.rows.stride(0), Z.operand.high.stride(0), X.operand.high.stride(0)
+
+
+def fill(
+    kernel: Radial,
+    Z: Points,
+    X: Points,
+    out: torch.Tensor,
+    precision: str,
+    *,
+    weight: bool,
+    first: int | None,
+    lower=False,
+) -> torch.Tensor:
+    """Kernel values or weights of (Z, X) into out; ``first``: the row of X that Z starts at, None for other points."""
+    prec = _PRECISION[precision]
+    c = config("matrix", prec, out.device)
+    if out.numel():
+        with _current(out):
+            _matrix_kernel[_grid(c, len(Z), len(X))](
+                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[torch.float32],
+                1.0 / kernel.bandwidth, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
+                LOWER=lower, PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+            )  # fmt: skip
+    return out
+
+
+def kernel_matrix(kernel: Radial, X, Z, out, precision: str) -> torch.Tensor:
+    """k(X, Z), shape (n, m)."""
+    result = X.new_empty(len(X), len(Z)) if out is None else out
+    target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
+    x, own = Points(X, precision), Z is X
+    z = x if own else Points(Z, precision)
+    fill(kernel, x, z, target, precision, weight=False, first=0 if own else None, lower=own)
+    return result if target is result else result.copy_(target)
+
+
+def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
+    """k(X, Z) V, shape (n, p): K lives in registers only."""
+    prec, own, V = _PRECISION[precision], Z is X, _rows(V)
+    x = Points(X, precision)
+    z = x if own else Points(Z, precision)
+    out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
+    c = config("matmul", prec, out.device)
+    width = min(64, max(16, 1 << max(0, p - 1).bit_length()))
+    if out.numel() and len(z):
+        with _current(out):
+            _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
+                *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
+                NEAR[torch.float32], 1.0 / kernel.bandwidth, KIND=kind(kernel), SELF=own, PREC=prec,
+                SECOND=_SECOND[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
+            )  # fmt: skip
+    return out
+
+
+def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int, precision: str):
+    """(rows of Z, their weights) block by block."""
+    buffer = x.rows.new_empty(min(rows, len(z)), len(x))
+    for start in range(0, len(z), rows):
+        row = slice(start, min(len(z), start + rows))
+        block = buffer[: row.stop - start]
+        yield row, fill(kernel, z.part(row), x, block, precision, weight=True, first=start if own else None)
+
+
+def _output_gradients(x: Points, precision: str):
+    """The row-block step of the gradient form, as ``torch_blocks.output_gradients``."""
+    prec = _PRECISION[precision]
+
+    def gradients_of(W, alpha, X, Z, shift, out):
+        centers, Z = (x, Z) if shift is None else (Points(X - shift, precision), Z - shift)
+        Z, s, At = _rows(Z), W @ alpha, alpha.T.contiguous()
+        o, (b, n), (K, d) = centers.operand, W.shape, out.shape[1:]
+        c = config("gradient", prec, out.device)
+        with _current(out):
+            _gradient_kernel[_grid(c, b, d, K)](
+                W, At, s, o.high, o.low, o.scale, Z, out, b, n, d, K, W.stride(0), o.high.stride(0), Z.stride(0),
+                out.stride(0), out.stride(1), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+            )  # fmt: skip
+        return out
+
+    return gradients_of
+
+
+def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.Tensor:
+    """grad f_c(Z[i]), shape (m, K, d)."""
+    out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
+    if not out.numel():
+        return out
+    own, x = Z is X, Points(X, precision)
+    z, step = x if own else Points(Z, precision), _output_gradients(x, precision)
+    shift = torch_agop.dominant_offset(X)
+    for row, W in _blocks(kernel, x, z, own, plan.block, precision):
+        step(W, alpha, X, Z[row], shift, out[row])
+    return out
+
+
+def _lower_s(W: torch.Tensor, alpha: torch.Tensor, precision: str):
+    """The block rows of the gram form's S from stored weights."""
+    prec, alpha = _PRECISION[precision], alpha.contiguous()
+    halves = operand(W, prec == "fp16x3")
+
+    def lower(s, weight, start: int, stop: int) -> torch.Tensor:
+        out = W.new_empty(stop - start, stop)
+        c = config("gram", prec, W.device)
+        with _current(W):
+            _gram_kernel[_grid(c, stop - start, stop)](
+                W, halves.high, halves.low, halves.scale, alpha, s, weight, out, start, stop, len(W), alpha.shape[1],
+                W.stride(0), halves.high.stride(0), out.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner,
+                **c.launch,
+            )  # fmt: skip
+        return out
+
+    return lower
+
+
+def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str) -> torch.Tensor:
+    """sum_ic g_ic g_ic^T, shape (d, d)."""
+    if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
+        return X.new_zeros(X.shape[1], X.shape[1])
+    own, x = Z is X, Points(X, precision)
+    z, step = x if own else Points(Z, precision), _output_gradients(x, precision)
+
+    def blocks():
+        return _blocks(kernel, x, z, own, plan.block, precision)
+
+    if plan.method == "gradient":
+        return torch_agop._gradient_form(blocks, alpha, X, Z, center, step).to(X.dtype)
+    W = X.new_empty(len(Z), len(X))
+    fill(kernel, z, x, W, precision, weight=True, first=0 if own else None, lower=own)
+    form, dtype = torch_agop._safe_form(W, X, alpha, Z, center, method, limit)
+    if form == "gram" and dtype == torch.float32 and own:
+        lower = _lower_s(W, alpha, precision)
+        return torch_agop._gram_form(W, X, alpha, X, center, plan.block, lower).to(X.dtype)
+    return torch_agop.agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)

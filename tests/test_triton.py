@@ -1,0 +1,103 @@
+"""The Triton backend without a GPU: its cases interpreted, and every launch configuration compiled ahead of time.
+
+``triton_cases.py`` has the cases; on a machine with a GPU they run there unchanged.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastagop
+from fastagop import BackendUnavailable, Laplace
+
+triton = pytest.importorskip("triton")
+
+CASES = Path(__file__).parent / "triton_cases.py"
+SHARED = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may take
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+
+
+def test_cases():
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def compiled(operation, precision, capability):
+    """One launch configuration, compiled as it would be for 16-divisible sizes and pointers."""
+    from fastagop.kernels import _config, agop_triton, matmul_triton, matrix_triton
+
+    kernel = {
+        "matrix": matrix_triton._matrix_kernel,
+        "matmul": matmul_triton._matmul_kernel,
+        "gradient": agop_triton._gradient_kernel,
+        "gram": agop_triton._gram_kernel,
+    }[operation]
+    config = _config.TABLE[capability // 10][operation, precision]
+    second = {"fp16x3": "tf32x3"}.get(precision, precision)
+    constants = {
+        **{"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner, "KIND": "laplace"},
+        **{"WEIGHT": True, "SELF": True, "LOWER": True, "SECOND": second, "BP": 64},
+    }
+    names = kernel.arg_names
+    half = "*fp16" if precision == "fp16x3" else "*fp32"
+    counts = {"m", "n", "d", "p", "b", "K", "first", "stop"}
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("near", "inv"):
+            signature[name] = "fp32"
+        elif name in counts or name.startswith("stride"):
+            signature[name] = "i32"
+        else:
+            signature[name] = half if name in ("ZA", "ZL", "XA", "XL", "WA", "WL") else "*fp32"
+    divisible = [
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name.startswith("stride") or name in ("n", "d")
+    ]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(i,): constants[name] for i, name in enumerate(names) if name in constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("precision", ["fp16x3", "bf16x3", "tf32"])
+@pytest.mark.parametrize("operation", ["matrix", "matmul", "gradient", "gram"])
+def test_ahead_of_time(operation, precision, capability, monkeypatch):
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    binary = compiled(operation, precision, capability)
+    assembly = binary.asm["sass"]
+    assert not re.findall(r"\b(?:STL|LDL)\b", assembly), "registers spill"
+    assert binary.metadata.shared <= SHARED[capability]
+    assert re.search(rf"\b{MATRIX_INSTRUCTION[capability]}\b", assembly)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu():
+    X = torch.randn(5, 3)
+    with pytest.raises(BackendUnavailable, match=r"X is on cpu and it runs on CUDA; move the tensors with \.cuda\(\)"):
+        fastagop.kernel_matrix(Laplace(2.0), X, backend="triton")
+
+
+def test_what_it_does_not_serve():
+    X = torch.randn(5, 3, dtype=torch.float64)
+    with pytest.raises(BackendUnavailable, match="float32"):
+        fastagop.agop(Laplace(2.0), X, X, backend="triton")
+    with pytest.raises(BackendUnavailable, match="no triton kernel for it"):
+        fastagop.solve(Laplace(2.0), X, X, backend="triton")

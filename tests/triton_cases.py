@@ -1,0 +1,160 @@
+"""Every Triton kernel against the float64 reference: on a GPU as it is, elsewhere in Triton's interpreter.
+
+``test_triton.py`` runs this file in a process of its own, because the interpreter is chosen when triton is imported.
+Blocks are 32 x 32 x 32 there: 70 points and 37 features leave tails in every direction.
+"""
+
+import pytest
+import torch
+from fastagop.kernels import reference
+from fastagop.kernels._config import interpreted
+from fastagop.kernels.split_triton import operand
+
+import fastagop
+from fastagop import Gaussian, Laplace
+
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+EPS = torch.finfo(torch.float32).eps
+# Relative errors of sums of about 100 products in float32; "medium" rounds factors to 11 bits on a GPU.
+TOLERANCE = {"highest": 16 * EPS, "high": 1e-4, "medium": 1e-2}
+kernels = pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(2.0)], ids=repr)
+TRITON = {"backend": "triton"}
+
+
+def points(n=70, d=37, spread=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, d, generator=generator)
+    if spread is not None:
+        X = torch.randn(4, d, generator=generator)[torch.arange(n) % 4] + spread * X
+    return torch.nn.functional.normalize(X).to(DEVICE)
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+
+
+def error(result, truth):
+    assert bool(result.isfinite().all())
+    return float((result.cpu().double() - truth).norm() / truth.norm())
+
+
+@kernels
+@pytest.mark.parametrize("spread", [None, 1e-3])  # 1e-3: a quarter of all pairs take the direct differences
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_kernel_matrix(kernel, spread, precision):
+    if interpreted() and precision == "high":
+        pytest.skip("needs a GPU: the interpreter has no bf16 product")
+    X, Z = points(spread=spread), points(45, spread=spread, seed=1)
+    Z[:3] = X[:3]
+    poison = torch.full((70, 70), float("nan"), device=DEVICE)
+    K = fastagop.kernel_matrix(kernel, X, out=poison, precision=precision, **TRITON)
+    assert K is poison
+    assert error(K, reference.kernel_matrix(kernel, X)) <= TOLERANCE[precision]
+    assert torch.equal(K, K.T)
+    assert torch.equal(K.diagonal(), torch.ones(70, device=DEVICE))
+    cross = fastagop.kernel_matrix(kernel, X, Z, precision=precision, **TRITON)
+    assert error(cross, reference.kernel_matrix(kernel, X, Z)) <= TOLERANCE[precision]
+
+
+@kernels
+@pytest.mark.parametrize(("n", "d"), [(1, 5), (33, 1), (32, 32), (40, 130)])  # one row; tails; exact; d > n
+def test_shapes(kernel, n, d):
+    X, alpha = 3.0 * normal(n, d), normal(n, 1)
+    assert error(fastagop.kernel_matrix(kernel, X, **TRITON), reference.kernel_matrix(kernel, X)) <= 16 * EPS
+    truth = reference.agop(kernel, X, alpha)
+    for method in ("gradient", "gram"):
+        M = fastagop.agop(kernel, X, alpha, method=method, **TRITON)
+        assert float((M.cpu().double() - truth).norm()) <= 64 * EPS * max(float(truth.norm()), 1e-3)
+
+
+@kernels
+@pytest.mark.parametrize("p", [1, 16, 70])  # one column; a full tile; more than one pass of 64
+def test_kernel_matmul(kernel, p):
+    X, Z = points(), points(45, spread=1e-3, seed=1)
+    V = normal(45, p)
+    product = fastagop.kernel_matmul(kernel, X, Z, V, **TRITON)
+    assert error(product, reference.kernel_matmul(kernel, X, Z, V)) <= 16 * EPS
+    V = normal(70, p)
+    product = fastagop.kernel_matmul(kernel, X, None, V, **TRITON)
+    assert error(product, reference.kernel_matmul(kernel, X, X, V)) <= 16 * EPS
+
+
+@kernels
+@pytest.mark.parametrize("spread", [None, 1e-3])
+def test_gradients_and_agop(kernel, spread):
+    X, Z, alpha = points(spread=spread), points(45, seed=1), normal(70, 3)
+    # The gradient form loses about eps |x| / r near collapse (fastagop.kernels.torch_agop).
+    limit = 32 * EPS if spread is None or isinstance(kernel, Gaussian) else 1e-3
+    for where in (None, Z):
+        truth = reference.gradients(kernel, X, alpha, where)
+        assert error(fastagop.gradients(kernel, X, alpha, where, **TRITON), truth) <= limit
+        for method in ("gradient", "gram", "auto"):
+            for center in (False, True):
+                how = {"method": method, "center": center, "reduction": "sum"}
+                M = fastagop.agop(kernel, X, alpha, where, **how, **TRITON)
+                truth = reference.agop(kernel, X, alpha, where, center=center, reduction="sum")
+                assert error(M, truth) <= (1e-5 if method == "gram" else limit)
+
+
+def test_many_blocks():
+    """A small memory limit makes row blocks that start within X: self-pairs lie off the block's own diagonal."""
+    X, alpha = points(), normal(70, 3)
+    whole = fastagop.agop(Laplace(2.0), X, alpha, method="gradient", **TRITON)
+    block = 30 * 70 * 4 * 6 + 37 * 37 * 12 + 70 * 3 * 4
+    parts = fastagop.agop(Laplace(2.0), X, alpha, method="gradient", memory_limit=block, **TRITON)
+    assert error(parts, whole.cpu().double()) <= 16 * EPS
+
+
+def test_layouts():
+    X, alpha = points(), normal(70, 3)
+    wide = torch.zeros(140, 74, device=DEVICE)
+    wide[::2, ::2] = X
+    truth = reference.agop(Laplace(2.0), X, alpha)
+    for view in (X.T.contiguous().T, wide[::2, ::2]):
+        assert not view.is_contiguous()
+        M = fastagop.agop(Laplace(2.0), view, alpha.T.contiguous().T, **TRITON)
+        assert error(M, truth) <= 1e-5
+        out = torch.full((70, 140), float("nan"), device=DEVICE)
+        fastagop.kernel_matrix(Laplace(2.0), view, out=out[:, ::2], **TRITON)
+        assert error(out[:, ::2], reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+        assert bool(out[:, 1::2].isnan().all())
+
+
+def test_offsets_beyond_32_bits():
+    """Row 32 of this matrix starts 2^31 items in; pages that nobody touches cost nothing."""
+    X = points(40)
+    stride = 2**26
+    out = torch.empty(39 * stride + 40, device=DEVICE).as_strided((40, 40), (stride, 1))
+    K = fastagop.kernel_matrix(Laplace(2.0), X, out=out, **TRITON)
+    assert error(K, reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+
+
+def test_nothing_to_do():
+    X, alpha = points(), normal(70, 3)
+    assert fastagop.kernel_matrix(Laplace(2.0), X, X[:0], **TRITON).shape == (70, 0)
+    assert torch.equal(fastagop.kernel_matmul(Laplace(2.0), X, X[:0], alpha[:0], **TRITON), torch.zeros_like(alpha))
+    assert fastagop.gradients(Laplace(2.0), X, alpha, X[:0], **TRITON).shape == (0, 3, 37)
+    assert not fastagop.agop(Laplace(2.0), X, alpha[:, :0], **TRITON).any()
+
+
+def test_split_holds_22_bits_in_any_range():
+    X = normal(60, 37) * 10.0 ** torch.linspace(-30, 30, 60, device=DEVICE)[:, None]
+    halves = operand(X, True)
+    back = (halves.high.double() + halves.low.double() / 2048.0)[:, :37] * halves.scale.double()[:, None]
+    assert bool(((back - X.double()).abs().amax(1) <= 2.0**-22 * X.double().abs().amax(1)).all())
+    assert bool(halves.high.isfinite().all() & halves.low.isfinite().all())
+
+
+def test_wide_range():
+    """Rows over four decades: each row has its own scale, so small rows keep their digits among large ones."""
+    X = points() * 10.0 ** torch.linspace(-2, 2, 70, device=DEVICE)[:, None]
+    K, truth = fastagop.kernel_matrix(Laplace(1.0), X, **TRITON), reference.kernel_matrix(Laplace(1.0), X)
+    small = slice(0, 20)
+    assert error(K[small, small], truth[small, small]) <= 16 * EPS
+    assert error(K, truth) <= 16 * EPS
+
+
+def test_explain_names_the_backend():
+    text = fastagop.explain("agop", Laplace(2.0), points(), normal(70, 3), **TRITON)
+    assert "backend triton" in text
+    assert "three fp16 products" in text
