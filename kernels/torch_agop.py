@@ -92,22 +92,22 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
         def blocks():
             return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
 
-        return _gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
+        return gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
     W = _weights(kernel, X, Z, plan.block)
     return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
 
 
 def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int) -> torch.Tensor:
     """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
-    form, wide = _safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit)
+    form, wide = safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit)
     if form == "gradient":
 
         def blocks():
             return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
 
-        return _gradient_form(blocks, alpha.to(X.dtype), X, Z, center).to(X.dtype)
+        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center).to(X.dtype)
     x = X.to(wide)
-    return _gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
+    return gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
 
 
 def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _gradient_sum(column_sums, s, X, alpha, Z) -> torch.Tensor:
     return (alpha * column_sums[:, None]).T @ X - s.T @ Z
 
 
-def _safe_form(W, X, alpha, Z, center: bool, method: str, limit: int | None) -> tuple[str, torch.dtype]:
+def safe_form(W, X, alpha, Z, center: bool, method: str, limit: int | None) -> tuple[str, torch.dtype]:
     """The cheapest (form, dtype of its products) that loses no digits of M and fits into memory."""
     if method == "gradient":
         return method, X.dtype
@@ -194,7 +194,7 @@ def _lossy_gram(growth: float, dtype: torch.dtype, fitting: list[torch.dtype]) -
     return widest
 
 
-def _gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients) -> torch.Tensor:
+def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients) -> torch.Tensor:
     """sum_c G_c^T G_c; float64 (d, d). blocks() gives (rows of Z, weights) once more each time it is called.
 
     Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along.
@@ -228,7 +228,7 @@ def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     return ((alpha * columns[:, None]).T @ X - against) / len(Z)
 
 
-def _gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tensor:
+def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tensor:
     """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only."""
     own = Z is X
     mean = X.mean(0)

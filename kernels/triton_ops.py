@@ -190,11 +190,11 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
         return _blocks(kernel, x, z, own, plan.block, precision)
 
     if plan.method == "gradient":
-        return torch_agop._gradient_form(blocks, alpha, X, Z, center, step).to(X.dtype)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, center, step).to(X.dtype)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, precision, weight=True, first=0 if own else None, lower=own)
-    form, dtype = torch_agop._safe_form(W, X, alpha, Z, center, method, limit)
+    form, dtype = torch_agop.safe_form(W, X, alpha, Z, center, method, limit)
     if form == "gram" and dtype == torch.float32 and own:
         lower = _lower_s(W, alpha, precision)
-        return torch_agop._gram_form(W, X, alpha, X, center, plan.block, lower).to(X.dtype)
+        return torch_agop.gram_form(W, X, alpha, X, center, plan.block, lower).to(X.dtype)
     return torch_agop.agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
