@@ -54,7 +54,7 @@ def ours(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 def xrfm(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """xrfm.rfm_src.kernels.LaplaceKernel.get_agop."""
-    from xrfm.rfm_src.kernels import LaplaceKernel
+    from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
 
     return LaplaceKernel(bandwidth=L, exponent=1.0).get_agop(X, X, A.T.contiguous())
 
