@@ -52,7 +52,7 @@ def _cloud(name: str, n: int = 120, d: int = 12, dtype=torch.float64, seed: int 
     elif word == "nested":  # crowds inside the classes: no single centre serves a class
         X = centres[y] + 1e-2 * (normal(7, d) / math.sqrt(d))[torch.arange(n) % 7] + 1e-4 * noise
     elif word == "offset":  # norms say nothing about distances
-        X = 1e3 + normal(n, d)
+        X = 1e3 + float(spread or 1) * normal(n, d)
     elif word == "zero-rows":  # what ReLU features of a dead row look like
         X = noise * (torch.arange(n) % 3 > 0)[:, None]
     elif word == "identical":

@@ -185,7 +185,7 @@ def test_centring_gradients_that_nearly_agree(method, size, cloud, normal, relat
 
 
 @kernels
-@pytest.mark.parametrize("name", ["collapsed 1", "collapsed 1e-3", "collapsed 1e-5", "nested", "offset"])
+@pytest.mark.parametrize("name", ["collapsed 1", "collapsed 1e-3", "collapsed 1e-5", "nested", "offset", "offset 1e-2"])
 @pytest.mark.parametrize("other", ["own", "copy", "other"])
 def test_centring_near_pairs(kernel, name, other, cloud, normal, relative):
     X, alpha = cloud(name, dtype=torch.float32), normal(120, 20, dtype=torch.float32)
