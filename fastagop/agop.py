@@ -8,6 +8,7 @@ import torch
 
 from fastagop.kernels import _checks, torch_agop
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
+from fastagop.kernels._plan import block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
@@ -102,3 +103,20 @@ def agop(
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)
+
+
+def agop_from_weights(W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, precision: str, backend: str):
+    """Summed AGOP at X from its stored weights W (n, n), zero diagonal, by the backend that a plan named.
+
+    W and alpha may be wider than X.
+    """
+    rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
+    steps = torch_agop.TORCH_STEPS
+    with matmul_precision(precision, X.device):
+        if backend == "triton":
+            from fastagop.kernels import triton_ops  # imports triton
+
+            steps = triton_ops.steps(X, precision)
+        return torch_agop.agop_from_weights(
+            W, X, alpha, X, center=False, method="auto", limit=None, rows=rows, steps=steps
+        )

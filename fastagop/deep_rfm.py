@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from fastagop import collapse, linalg
-from fastagop.agop import agop
+from fastagop.agop import agop, agop_from_weights
 from fastagop.features import FeatureMap, random_features
-from fastagop.kernels import torch_agop, torch_blocks
-from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import block_rows
+from fastagop.kernels import torch_blocks
 from fastagop.kernels.radial import Radial
 from fastagop.solve import Solution, plan_solve, solve_into
 
@@ -134,26 +132,18 @@ def train_layer(
 
 def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
     """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
-    kernel, precision = settings.kernel, settings.precision
-    plan, (_, _, ridge, dtype) = plan_solve(
-        kernel, X, Y, ridge=settings.ridge, precision=precision, backend=settings.backend
-    )
-    with matmul_precision(precision, X.device):
-        K = X.new_empty(len(X), len(X), dtype=dtype)
-        solution = solve_into(K, kernel, X, Y, ridge, plan, torch.float64)
-        clock.mark("solve")
-        # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
-        W = torch_blocks.weights_from_upper_(kernel, K) if dtype == torch.float64 else None
-        if W is None:
-            del K
-            M = agop(
-                kernel, X, solution.alpha.to(X.dtype), reduction="sum", precision=precision, backend=settings.backend
-            )
-        else:
-            rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
-            M = torch_agop.agop_from_weights(
-                W, X, solution.alpha, X, center=False, method="auto", limit=None, rows=rows
-            )
+    kernel, precision, backend = settings.kernel, settings.precision, settings.backend
+    plan, (_, _, ridge, dtype) = plan_solve(kernel, X, Y, ridge=settings.ridge, precision=precision, backend=backend)
+    K = X.new_empty(len(X), len(X), dtype=dtype)
+    solution = solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64)
+    clock.mark("solve")
+    # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
+    W = torch_blocks.weights_from_upper_(kernel, K) if dtype == torch.float64 else None
+    del K
+    if W is None:
+        M = agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", precision=precision, backend=backend)
+    else:
+        M = agop_from_weights(W, X, solution.alpha, precision, plan.backend)
     clock.mark("agop")
     return solution, M, plan.peak_bytes
 
@@ -190,9 +180,8 @@ def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch
     plan, (_, _, ridge, dtype) = plan_solve(
         settings.kernel, X, Y, ridge=settings.ridge, precision=settings.precision, backend=settings.backend
     )
-    with matmul_precision(settings.precision, X.device):
-        K = X.new_empty(len(X), len(X), dtype=dtype)
-        return X, solve_into(K, settings.kernel, X, Y, ridge, plan, torch.float64)
+    K = X.new_empty(len(X), len(X), dtype=dtype)
+    return X, solve_into(K, settings.kernel, X, Y, ridge, plan, settings.precision, torch.float64)
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

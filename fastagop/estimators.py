@@ -216,7 +216,8 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         last = deep_rfm.normalise_rows(self._through(self._samples(X), len(self._layers)))
         centers, alpha = self._centers.double(), self.solution_.alpha.double()
-        return kernel_matmul(self._kernel, last, centers, alpha, backend=self.backend)
+        backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
+        return kernel_matmul(self._kernel, last, centers, alpha, backend=backend)
 
     def _answer(self, value: torch.Tensor, X):
         """A float64 result as X's kind, device and floating dtype."""
@@ -244,7 +245,8 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
         ridge: mu >= 0 added to the kernel matrix's diagonal.
         agop_scale: "max" divides M by its largest entry (the authors' code), "mean" by n (the paper's definition),
             "sum" not at all (the paper's algorithm 1).
-        precision, backend: as in ``fastagop.kernel_matrix``.
+        precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
+            rows are computed in float64 and Triton's products are float32.
         device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64".
         random_state: seed of the random features.
         checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 _BLOCK = 256
+_CUDA_BLOCK = 1024
 
 
-def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int = _BLOCK) -> int:
+def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int | None = None, update: Callable | None = None) -> int:
     """Factor A = L L^T into A's own lower triangle and diagonal; the strict upper triangle is left as it was.
+
+    Left-looking: each column block is updated once by one large product, lower part only, then factored by the
+    library. The extra memory is a few column blocks.
 
     Args:
         A: symmetric (n, n), both triangles filled; its stored diagonal is ignored in favour of ``diagonal``.
         diagonal: the value on the diagonal of the matrix to factor.
+        block: columns of a block; default by device.
+        update: (A, start, stop) does A[start:, start:stop] -= L[start:, :start] L[start:stop, :start]^T on and below
+            the diagonal; default torch's products.
 
     Returns:
         0, or the 1-based index of the first pivot that failed (then call ``restore_lower_``).
     """
-    n = len(A)
+    n, block = len(A), block or _block(A)
     A.diagonal().fill_(diagonal)
-    for start in range(0, n, block):  # left-looking: each column block is updated once, by one large product
+    for start in range(0, n, block):
         stop = min(n, start + block)
-        done, panel = A[start:stop, :start], A[stop:, start:stop]
-        square = A[start:stop, start:stop]
-        L, info = torch.linalg.cholesky_ex(square.tril() - (done @ done.T).tril_() if start else square)
+        panel, square = A[stop:, start:stop], A[start:stop, start:stop]
+        if start:
+            (update or _update)(A, start, stop)
+        L, info = torch.linalg.cholesky_ex(square)  # reads the lower triangle only
         if int(info):
             return start + int(info)
         square.copy_(square.triu(1).add_(L))
         if stop < n:
-            if start:
-                panel.addmm_(A[stop:, :start], done.T, alpha=-1.0)
             panel.copy_(torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False))
     return 0
+
+
+def _update(A: torch.Tensor, start: int, stop: int) -> None:
+    done = A[start:stop, :start]
+    A[start:stop, start:stop].sub_((done @ done.T).tril_())
+    if stop < len(A):
+        A[stop:, start:stop].addmm_(A[stop:, :start], done.T, alpha=-1.0)
+
+
+def _block(A: torch.Tensor) -> int:
+    """Columns of a block: A is read n / (2 block) times, which larger blocks save where products are fastest."""
+    return _CUDA_BLOCK if A.is_cuda else _BLOCK
 
 
 def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:

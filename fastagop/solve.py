@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +60,10 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
-    _, why = choose(backend, "solve", kernel, X)
+    backend, why = choose(backend, "solve", kernel, X)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
-    method, dtype, reason = _road(X, ridge, method, budget(limit, X.device))
+    coarse = backend == "triton" and precision != "highest"
+    method, dtype, reason = _road(X, ridge, method, budget(limit, X.device), coarse)
     n, size = len(X), dtype.itemsize
     copies = 3.0 if method == "eigh" else 1.0 + _WORKSPACE
     extra = 0 if X.dtype == dtype else X.numel() * size
@@ -71,25 +73,30 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     if dtype != X.dtype or X.dtype == torch.float64:
         words = f"{words} factorisation"
     else:
-        words = f"{precision_words(precision, X)} factorisation, float64 refinement"
+        words = f"{precision_words(precision, X, backend)} factorisation, float64 refinement"
     peak = int(copies * n * n * size) + extra
-    return Plan("solve", "torch", method, f"{why}; {reason}", words, work, peak, rows), (X, Y, ridge, dtype)
+    return Plan("solve", backend, method, f"{why}; {reason}", words, work, peak, rows), (X, Y, ridge, dtype)
 
 
-def _road(X: torch.Tensor, ridge: float, method: str, room: int) -> tuple[str, torch.dtype, str]:
-    """(method, dtype of the factorisation, why), or MemoryError with the plan."""
+def _road(X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool) -> tuple[str, torch.dtype, str]:
+    """(method, dtype of the factorisation, why), or MemoryError with the plan.
+
+    ``coarse``: products below float32's accuracy were asked for, so that the factor is a preconditioner anyway.
+    """
     n = len(X)
     need = {t: int((1 + _WORKSPACE) * n * n * t.itemsize) + X.numel() * 8 for t in RESIDUAL}
     if method == "eigh":
         needed, dtype, reason = 3 * n * n * 8, torch.float64, "eigh asked for; it runs in float64"
     elif X.dtype == torch.float64:
         needed, dtype, reason = need[torch.float64], torch.float64, "float64 input"
-    elif ridge == 0 and need[torch.float64] <= room:
+    elif ridge == 0 and not coarse and need[torch.float64] <= room:
         needed, dtype = need[torch.float64], torch.float64
         reason = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
     else:
         needed, dtype = need[torch.float32], torch.float32
         reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {human(room)}"
+        if coarse:
+            reason = "the precision asked for makes the factor a preconditioner"
     if needed > room:
         largest = int((room / (needed / n**2)) ** 0.5)
         raise MemoryError(
@@ -149,27 +156,63 @@ def solve(
         memory_limit=memory_limit,
     )
     kernel, X, _, _ = in_units(kernel, X, X)
-    with matmul_precision(precision, X.device):
-        solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan, X.dtype)
+    K = X.new_empty(len(X), len(X), dtype=dtype)
+    solution = solve_into(K, kernel, X, Y, ridge, plan, precision, X.dtype)
     report(solution)
     return solution
 
 
-def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, out: torch.dtype) -> Solution:
+@dataclass(frozen=True)
+class _Road:
+    """Where the large products of a direct solve are done.
+
+    Attributes:
+        fill: (K, X) writes k(X, X) into K, in K's dtype.
+        update: the column-block update of ``linalg.cholesky_lower_``.
+        steps: of refinement, at most.
+    """
+
+    fill: Callable
+    update: Callable | None
+    steps: int
+
+
+def _road_of(kernel: Radial, plan: Plan, dtype: torch.dtype, precision: str) -> _Road:
+    if plan.backend != "triton":
+        return _Road(
+            lambda K, X: torch_blocks.fill_symmetric(K, X.to(dtype), plan.block, kernel.value_), None, _CG_STEPS
+        )
+    from fastagop.kernels import triton_ops  # imports triton
+
+    # The library's float64 products are on tensor cores already. K is accurate at any precision: it is what the
+    # residuals of the refinement are taken from.
+    update = None if dtype == torch.float64 else triton_ops.cholesky_update(precision)
+    steps = _CG_STEPS if precision == "highest" else 4 * _CG_STEPS
+    return _Road(lambda K, X: triton_ops.fill_symmetric(K, kernel, X), update, steps)
+
+
+def solve_into(
+    K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, precision: str, out: torch.dtype
+) -> Solution:
     """Solve using K (n, n) as the one large matrix; "cholesky" leaves k(X, X) in K's strict upper triangle.
 
     alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
     everything else, so callers that go on computing ask for float64.
     """
+    with matmul_precision(precision, X.device):
+        return _solve_into(K, X, Y, ridge, plan, _road_of(kernel, plan, K.dtype, precision), out)
+
+
+def _solve_into(K, X, Y, ridge: float, plan: Plan, road: _Road, out: torch.dtype) -> Solution:
     start = time.perf_counter()
-    torch_blocks.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
+    road.fill(K, X)
     target = Y.double()
     diagonal = 1.0 + ridge  # every profile has phi(0) = 1
     jitter, iterations, rank = 0.0, 0, len(X)
     if plan.method == "eigh":
         alpha, rank = _solve_eigh(K, target, ridge, out)
     else:
-        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, out)
+        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, out, road)
     alpha = alpha.to(out)
     residual = _residual(K, target, diagonal, alpha)
     seconds = time.perf_counter() - start
@@ -200,40 +243,41 @@ def _relative(error: torch.Tensor, target: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(error)) / size if size > 0 else 0.0
 
 
-def _solve_cholesky(K, Y: torch.Tensor, diagonal: float, out: torch.dtype) -> tuple[torch.Tensor, float, int]:
+def _solve_cholesky(K, Y, diagonal: float, out: torch.dtype, road: _Road) -> tuple[torch.Tensor, float, int]:
     """(alpha in float64, jitter, refinement steps); K's lower triangle holds the factor afterwards."""
     scale = linalg.largest_row_sum(K) + diagonal - 1.0
-    jitter = _factor(K, diagonal, 0.0, scale)
+    jitter = _factor(K, diagonal, 0.0, scale, road)
     while True:
-        alpha, iterations = _refined(K, Y, diagonal)
+        alpha, iterations = _refined(K, Y, diagonal, road.steps)
         excess = _acceptable(K, Y, diagonal, alpha, out)
         if not excess or jitter >= _MAX_JITTER * scale:
             return alpha, jitter, iterations
         linalg.restore_lower_(K)
-        jitter = _factor(K, diagonal, max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale), scale)
+        more = max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale)
+        jitter = _factor(K, diagonal, more, scale, road)
 
 
-def _factor(K: torch.Tensor, diagonal: float, jitter: float, scale: float) -> float:
+def _factor(K: torch.Tensor, diagonal: float, jitter: float, scale: float, road: _Road) -> float:
     """Factor K in place with the least jitter >= the one given that works; returns it."""
-    while linalg.cholesky_lower_(K, diagonal + jitter):
+    while linalg.cholesky_lower_(K, diagonal + jitter, update=road.update):
         linalg.restore_lower_(K)
         jitter = max(10.0 * jitter, torch.finfo(K.dtype).eps * scale)
     return jitter
 
 
-def _refined(K: torch.Tensor, Y: torch.Tensor, diagonal: float) -> tuple[torch.Tensor, int]:
+def _refined(K: torch.Tensor, Y: torch.Tensor, diagonal: float, steps: int) -> tuple[torch.Tensor, int]:
     """(alpha, steps): the factor's solution, refined by float64 conjugate gradients after a float32 factor."""
     alpha = linalg.cholesky_solve(K, Y.to(K.dtype)).double()
     if K.dtype == torch.float64:
         return alpha, 0
     best, best_error, step = alpha, float("inf"), 0
     direction, rho = torch.zeros_like(alpha), torch.ones_like(Y[0])
-    for step in range(_CG_STEPS + 1):
+    for step in range(steps + 1):
         R = Y - linalg.upper_matmul(K, diagonal, alpha)  # rebuilt every time: no drift
         error = _relative(R, Y)
         if error < best_error:
             best, best_error = alpha.clone(), error
-        if best_error <= _CG_GOAL or step == _CG_STEPS or error > 10 * best_error:
+        if best_error <= _CG_GOAL or step == steps or error > 10 * best_error:
             break
         P = linalg.cholesky_solve(K, R.to(K.dtype)).double()
         fresh = (R * P).sum(0)

@@ -14,7 +14,7 @@ from .radial import Radial
 # What each backend of this version serves; "auto" stays with torch until the Triton kernels were measured on a GPU.
 SERVES = {
     "torch": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
-    "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop"),
+    "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
 }
 NAMES = ("auto", "torch", "triton", "keops")
 

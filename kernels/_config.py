@@ -31,18 +31,27 @@ TABLE = {
         ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3),
         ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("matrix", "tf32"): Config(128, 64, 32, 8, 3),
-        ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3),
-        ("matmul", "bf16x3"): Config(64, 32, 32, 4, 3),
-        ("matmul", "tf32"): Config(64, 32, 32, 4, 3),
-        ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
+        ("matrix", "fp64"): Config(64, 64, 16, 8, 3),
+        ("matmul", "fp16x3"): Config(32, 32, 32, 4, 3),
+        ("matmul", "bf16x3"): Config(64, 32, 32, 8, 3),
+        ("matmul", "tf32"): Config(64, 32, 32, 8, 3),
+        ("gradient", "fp16x3"): Config(128, 64, 32, 8, 3),
         ("gradient", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("gradient", "tf32"): Config(128, 64, 32, 8, 3),
         ("gram", "fp16x3"): Config(64, 64, 32, 8, 3),
         ("gram", "bf16x3"): Config(64, 64, 32, 8, 3),
         ("gram", "tf32"): Config(64, 64, 32, 8, 3),
+        ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
+        ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
+        ("update", "tf32"): Config(128, 128, 32, 8, 3),
     },
 }
-TABLE[9] = dict(TABLE[8])
+TABLE[9] = TABLE[8] | {
+    ("matmul", "fp16x3"): Config(64, 32, 32, 8, 3),
+    ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
+    ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
+    ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
+}
 # The interpreter runs tile by tile in NumPy: small tiles keep tests short, and leave tails at small sizes.
 _INTERPRETER = Config(32, 32, 32, 4, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split_triton import LOW, inner_products, origin
+from .split_triton import LOW, halves, inner_products, origin, power_of_two
 
 
 @triton.jit
@@ -34,11 +34,8 @@ def _gradient_kernel(
         w = tl.load(W + start + i[:, None] * stride_w + k[None, :], mask=row_in[:, None] & j_in[None, :], other=0.0)
         if PREC == "fp16x3":
             w = w * (weight * tl.load(x_scale + j, mask=j_in, other=0.0))[None, :]
-            largest = tl.max(tl.abs(w), 1)
-            power = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
-            w = w / power[:, None]
-            high = w.to(tl.float16)
-            low = ((w - high.to(tl.float32)) * 2048.0).to(tl.float16)
+            power, inverse = power_of_two(tl.max(tl.abs(w), 1))
+            high, low = halves(w * inverse[:, None])
             cross = tl.dot(low, x)
             cross = tl.dot(high, tl.load(origin(XL, start, stride_x) + col + x_at, mask=x_in, other=0.0), cross)
             acc += (tl.dot(high, x) + cross * LOW) * power[:, None]

@@ -31,7 +31,7 @@ def squared_distances(
         sq = tl.where((first + rows)[:, None] == cols[None, :], float("inf"), sq)
     close = sq < near * (zz[:, None] + xx[None, :])
     if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
-        direct = tl.zeros((BM, BN), tl.float32)
+        direct = tl.zeros((BM, BN), acc.dtype)
         z_at, x_at = (
             origin(Z, row, stride_z) + tl.arange(0, BM) * stride_z,
             origin(X, col, stride_x) + tl.arange(0, BN) * stride_x,
@@ -49,11 +49,15 @@ def squared_distances(
 @triton.jit
 def _matrix_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
-    near, inv, first,
+    near, inv_at, diagonal_at, first,
     KIND: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves."""
+    """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
+
+    With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and 1 / L are on the device, since
+    numbers of a launch have float32's digits only.
+    """
     row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
     if LOWER and col > row + BM - 1:
         return
@@ -61,11 +65,11 @@ def _matrix_kernel(
         Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, row, col, m, n, d, stride_z, stride_x, stride_za, stride_xa,
         near, first, SELF, PREC, BM, BN, BK,
     )  # fmt: skip
-    value = profile(sq, inv, KIND, WEIGHT)
+    value = profile(sq, tl.load(inv_at), KIND, WEIGHT)
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     mask = (row + i < m)[:, None] & (col + j < n)[None, :]
-    if SELF and WEIGHT:
-        value = tl.where((first + row + i)[:, None] == (col + j)[None, :], 0.0, value)
+    if SELF:
+        value = tl.where((first + row + i)[:, None] == (col + j)[None, :], tl.load(diagonal_at), value)
     if LOWER:
         mask = mask & ((row + i)[:, None] >= (col + j)[None, :])
         tl.store(origin(out, col, stride_out) + row + j[None, :] * stride_out + i[:, None], value, mask=mask)

@@ -51,9 +51,12 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
     return dataclasses.replace(kernel, bandwidth=kernel.bandwidth / unit), X, Z, unit
 
 
-def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", backend="auto"):
+def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matrix call."""
     Z, backend, why = _begin("kernel_matrix", kernel, X, Z, precision, backend)
+    ridge = _checks.nonnegative("ridge", ridge)
+    if ridge and Z is not X:
+        raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
     if out is not None:
         if not isinstance(out, torch.Tensor) or out.shape != (len(X), len(Z)):
             raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
@@ -61,7 +64,7 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, precision="highest", back
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
         _checks.apart("out", out, X, Z)
     plan = torch_blocks.plan_kernel_matrix(X, Z, out, why, "")
-    return _served(plan, backend, precision, X), (X, Z, out)
+    return _served(plan, backend, precision, X), (X, Z, out, ridge)
 
 
 def _describe(value) -> str:
@@ -77,20 +80,22 @@ def kernel_matrix(
     Z: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    ridge: float = 0.0,
     precision: str = "highest",
     backend: str = "auto",
 ) -> torch.Tensor:
     """Kernel matrix k(X, Z).
 
     Formula: K_ij = phi(||X[i] - Z[j]||_2). With Z omitted half of it is computed and mirrored, and the diagonal
-    is exactly phi(0) = 1. Near pairs are measured by direct differences or around a local centre, so that
-    collapsed classes keep the dtype's accuracy.
+    is exactly phi(0) + ridge = 1 + ridge. Near pairs are measured by direct differences or around a local centre,
+    so that collapsed classes keep the dtype's accuracy.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
         X: points (n, d), float32 or float64.
         Z: points (m, d); default X.
         out: tensor (n, m) to write into.
+        ridge: added to the diagonal of k(X, X), for a solver of your own; needs Z omitted.
         precision: "highest", "high" or "medium"; see the package documentation.
         backend: "auto", "torch", "triton" or "keops".
 
@@ -100,12 +105,14 @@ def kernel_matrix(
     Raises:
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
-    plan, (X, Z, out) = plan_kernel_matrix(kernel, X, Z, out=out, precision=precision, backend=backend)
+    plan, (X, Z, out, ridge) = plan_kernel_matrix(
+        kernel, X, Z, out=out, ridge=ridge, precision=precision, backend=backend
+    )
     kernel, X, Z, _ = in_units(kernel, X, Z)
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
-            return _triton().kernel_matrix(kernel, X, Z, out, precision)
-        return torch_blocks.kernel_matrix(kernel, X, Z, out, plan)
+            return _triton().kernel_matrix(kernel, X, Z, out, precision, ridge)
+        return torch_blocks.kernel_matrix(kernel, X, Z, out, plan, ridge)
 
 
 def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):

@@ -1,8 +1,8 @@
 """Operands of the device products: float32 as it is, or split once into two scaled fp16 halves.
 
-A row x is written as e (h + l / 2048) with e a power of two just above the row's largest entry, h and l in fp16. The
-product of two such rows takes three fp16 products (h h', h l', l h') and is as accurate as float32: the halves hold
-22 bits below the row's largest entry, wherever in the exponent range that is.
+A row x is written as e (h + l / 2048) with e the power of two at its largest entry, h and l in fp16. The product of
+two such rows takes three fp16 products (h h', h l', l h') and is as accurate as float32: the halves hold 22 bits
+below the row's largest entry, wherever in the exponent range that is.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 
 LOW = tl.constexpr(1.0 / 2048.0)
 _PAD = 64  # columns of the halves are padded with zeros, so that inner loops need no mask and loads stay wide
+_COLUMNS = 1024  # of a row that one step of the split holds
 
 
 @dataclass(frozen=True)
 class Operand:
-    """Rows for a device product: ``high`` and ``low`` (n, d padded) and ``scale`` (n,), or float32 rows thrice."""
+    """Rows for a device product: ``high`` and ``low`` (n, d padded) and ``scale`` (n,), or three times the rows."""
 
     high: torch.Tensor
     low: torch.Tensor
@@ -28,17 +29,16 @@ class Operand:
 
 
 def operand(X: torch.Tensor, split: bool) -> Operand:
-    """X (n, d) float32 as an operand."""
+    """X (n, d), rows contiguous, as an operand; a split one takes the bytes of one more float32 copy and no other."""
     if not split:
         return Operand(X, X, X, False)
     n, d = X.shape
-    largest = X.abs().amax(1) if d else X.new_zeros(n)
-    exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
-    scaled = torch.ldexp(X, -exponent[:, None])
-    high, low = (X.new_zeros(n, -(-max(d, 1) // _PAD) * _PAD, dtype=torch.float16) for _ in range(2))
-    high[:, :d] = scaled
-    low[:, :d] = (scaled - high[:, :d].float()).mul_(2048.0)
-    return Operand(high, low, torch.ldexp(torch.ones_like(largest), exponent), True)
+    width = -(-max(d, 1) // _PAD) * _PAD
+    high, low = (torch.empty(n, width, dtype=torch.float16, device=X.device) for _ in range(2))
+    scale = X.new_empty(n)
+    if n:
+        _split_kernel[(n,)](X, high, low, scale, d, width, X.stride(0), BLOCK=_COLUMNS, num_warps=4)
+    return Operand(high, low, scale, True)
 
 
 @triton.jit
@@ -48,12 +48,51 @@ def origin(pointer, row, stride):
 
 
 @triton.jit
+def power_of_two(largest):
+    """The power of two at or below a float32 >= 0, and its inverse, exactly: by their exponent bits.
+
+    Kept within 2^-126 and 2^125, where both are normal numbers; zero and the subnormals get 2^-126.
+    """
+    bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 0x00800000), 0x7E000000)
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halves(x):
+    """The fp16 halves (h, l) of float32 values below 4: x = h + l / 2048 to 22 bits."""
+    high = x.to(tl.float16)
+    return high, ((x - high.to(tl.float32)) * 2048.0).to(tl.float16)
+
+
+@triton.jit
+def _split_kernel(X, high, low, scale, d, width, stride_x, BLOCK: tl.constexpr):
+    """One row into its halves, zeros behind its end."""
+    row = tl.program_id(0)
+    j = tl.arange(0, BLOCK)
+    X, high, low = origin(X, row, stride_x), origin(high, row, width), origin(low, row, width)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, d, BLOCK):
+        largest = tl.maximum(largest, tl.abs(tl.load(X + start + j, mask=start + j < d, other=0.0)))
+    power, inverse = power_of_two(tl.max(largest, 0))
+    tl.store(scale + row, power)
+    for start in range(0, width, BLOCK):
+        h, l = halves(tl.load(X + start + j, mask=start + j < d, other=0.0) * inverse)
+        tl.store(high + start + j, h, mask=start + j < width)
+        tl.store(low + start + j, l, mask=start + j < width)
+
+
+@triton.jit
 def inner_products(
     A, AL, B, BL, row, col, m, n, d, stride_a, stride_b,
     PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """acc[i, j] = sum_k A[row + i, k] B[col + j, k] in float32; the caller applies the scales of split operands."""
-    acc = tl.zeros((BM, BN), tl.float32)
+    """acc[i, j] = sum_k A[row + i, k] B[col + j, k], float64 for PREC "fp64" and else float32.
+
+    The caller applies the scales of split operands.
+    """
+    DTYPE: tl.constexpr = tl.float64 if PREC == "fp64" else tl.float32
+    acc = tl.zeros((BM, BN), DTYPE)
     i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     a_at, b_at = i[:, None] * stride_a + k[None, :], j[None, :] * stride_b + k[:, None]
     a_in, b_in = (row + i < m)[:, None], (col + j < n)[None, :]
@@ -73,5 +112,8 @@ def inner_products(
         else:
             a = tl.load(A + start + a_at, mask=a_in & (start + k < d)[None, :], other=0.0)
             b = tl.load(B + start + b_at, mask=b_in & (start + k < d)[:, None], other=0.0)
-            acc += tl.dot(a, b, input_precision=PREC)
+            if PREC == "fp64":
+                acc += tl.dot(a, b, out_dtype=tl.float64)
+            else:
+                acc += tl.dot(a, b, input_precision=PREC)
     return acc

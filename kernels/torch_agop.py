@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -37,6 +38,20 @@ _PROBES = 64
 _SQUARE = 128  # rows of the steps along the diagonal
 # float64 products cost about this many float32 ones (two on CPUs; the H200 and A100 pay less).
 _FLOAT64_COST = 2.0
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Where the work of the two forms is done: a backend's version of each inner step.
+
+    Attributes:
+        gradients: (W, alpha, X, Z, shift, out) -> out, as ``torch_blocks.output_gradients``.
+        lower: (W, alpha) -> the function (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved, for the
+            gram form on Z = X in X's dtype.
+    """
+
+    gradients: Callable
+    lower: Callable
 
 
 def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
@@ -97,17 +112,23 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
     return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
 
 
-def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int) -> torch.Tensor:
+def agop_from_weights(
+    W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps | None = None
+) -> torch.Tensor:
     """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
     form, wide = safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit)
+    steps = steps or TORCH_STEPS
     if form == "gradient":
 
         def blocks():
             return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
 
-        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center).to(X.dtype)
-    x = X.to(wide)
-    return gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
+        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients).to(X.dtype)
+    W, x, alpha = W.to(wide), X.to(wide), alpha.to(wide)
+    if Z is not X:
+        return gram_form(W, x, alpha, Z.to(wide), center, rows).to(X.dtype)
+    lower = (steps if wide == X.dtype else TORCH_STEPS).lower(W, alpha)
+    return gram_form(W, x, alpha, x, center, rows, lower).to(X.dtype)
 
 
 def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
@@ -237,12 +258,12 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tens
     n, d = X.shape
     s = W @ alpha
     weight = s.square().sum(1)  # sum_c s_ic^2
-    Wt = W if own else W.T
+    lower = lower or _lower_s(W if own else W.T, W if own else None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
     for start in range(0, n, rows):
         stop = min(n, start + rows)
         row = slice(start, stop)
-        S = _lower_s(W, Wt, alpha, s, weight, start, stop, own) if lower is None else lower(s, weight, start, stop)
+        S = lower(s, weight, start, stop)
         half += X[row].T @ product(S, X[:stop].T)
     if not own:
         for start in range(0, len(Z), rows):
@@ -257,18 +278,25 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tens
     return M
 
 
-def _lower_s(W, Wt, alpha, s, weight, start: int, stop: int, own: bool) -> torch.Tensor:
-    """Rows start:stop of S up to the diagonal, which is halved."""
-    row = slice(start, stop)
-    S = _lower_rows(Wt, start, stop)
-    S.mul_(product(alpha[row], alpha[:stop]))
-    if own:  # T + T^T = W o (s A^T + A s^T)
-        other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
-        S.addcmul_(W[row, :stop], other, value=-1.0)
-        S.diagonal(start).add_(weight[row])
-    S.diagonal(start).mul_(0.5)
-    S[:, start:].tril_()
-    return S
+def _lower_s(Wt: torch.Tensor, W: torch.Tensor | None, alpha: torch.Tensor) -> Callable:
+    """The block rows of S up to the diagonal, which is halved; W where Z is X, and S then holds all of M."""
+
+    def lower(s, weight, start: int, stop: int) -> torch.Tensor:
+        row = slice(start, stop)
+        S = _lower_rows(Wt, start, stop)
+        S.mul_(product(alpha[row], alpha[:stop]))
+        if W is not None:  # T + T^T = W o (s A^T + A s^T)
+            other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
+            S.addcmul_(W[row, :stop], other, value=-1.0)
+            S.diagonal(start).add_(weight[row])
+        S.diagonal(start).mul_(0.5)
+        S[:, start:].tril_()
+        return S
+
+    return lower
+
+
+TORCH_STEPS = Steps(output_gradients, lambda W, alpha: _lower_s(W, W, alpha))
 
 
 def _lower_rows(Wt: torch.Tensor, start: int, stop: int) -> torch.Tensor:

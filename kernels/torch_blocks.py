@@ -92,11 +92,12 @@ def plan_kernel_matrix(X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | Non
     )
 
 
-def kernel_matrix(kernel: Radial, X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | None, plan: Plan):
-    """k(X, Z), shape (n, m)."""
+def kernel_matrix(kernel: Radial, X, Z, out: torch.Tensor | None, plan: Plan, ridge: float = 0.0) -> torch.Tensor:
+    """k(X, Z), shape (n, m); + ridge I where Z is X."""
     result = X.new_empty(len(X), len(Z)) if out is None else out
     if Z is X:
-        return fill_symmetric(result, X, plan.block, kernel.value_)
+        fill_symmetric(result, X, plan.block, kernel.value_).diagonal().add_(ridge)
+        return result
     for _, block in tiles(Z, X, plan.block, out=result):
         kernel.value_(block)
     return result

@@ -1,6 +1,7 @@
-"""Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients and agop, float32.
+"""Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients, agop and solve, float32.
 
-The algorithm around the AGOP kernels (blocks, guard, centring, float64 accumulation) is ``torch_agop``'s.
+The algorithms around the kernels (blocks, guard, centring, float64 accumulation; the factorisation) are those of
+``torch_agop`` and of ``fastagop.linalg``. Only the kernel matrix of a float64 factorisation is made in float64.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from . import torch_agop
 from ._config import config
 from ._plan import Plan
 from .agop_triton import _gradient_kernel, _gram_kernel
+from .cholesky_triton import _update_kernel
 from .distance import NEAR, squared_norms
 from .matmul_triton import _matmul_kernel
 from .matrix_triton import _matrix_kernel
@@ -21,8 +23,8 @@ from .radial_triton import kind
 from .split_triton import Operand, operand
 
 _PRECISION = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}
-# The second product of kernel_matmul has a factor made on the fly: it is split inside the instruction.
-_SECOND = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
+# Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
+_INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
 
 
 def _rows(X: torch.Tensor) -> torch.Tensor:
@@ -39,12 +41,14 @@ def _grid(config, m: int, n: int, *more: int) -> tuple[int, ...]:
 
 
 class Points:
-    """Centers or evaluation points made ready once: float32 rows, operand, squared norms."""
+    """Centers or evaluation points made ready once: rows, operand of the products, squared norms."""
 
-    def __init__(self, X: torch.Tensor, precision: str):
-        self.rows = _rows(X)
-        self.operand = operand(self.rows, _PRECISION[precision] == "fp16x3")
+    def __init__(self, X: torch.Tensor, prec: str):
+        self.rows = _rows(X.double() if prec == "fp64" else X)
+        with _current(X):
+            self.operand = operand(self.rows, prec == "fp16x3")
         self.norms = squared_norms(self.rows)
+        self.prec = prec
 
     def __len__(self):
         return len(self.rows)
@@ -52,7 +56,7 @@ class Points:
     def part(self, rows: slice) -> Points:
         """Some of the points."""
         part = object.__new__(Points)
-        o = self.operand
+        part.prec, o = self.prec, self.operand
         part.rows, part.norms = self.rows[rows], self.norms[rows]
         part.operand = Operand(o.high[rows], o.low[rows], o.scale[rows], o.split)
         return part
@@ -72,40 +76,64 @@ def fill(
     Z: Points,
     X: Points,
     out: torch.Tensor,
-    precision: str,
     *,
     weight: bool,
     first: int | None,
-    lower=False,
+    lower: bool = False,
+    ridge: float = 0.0,
 ) -> torch.Tensor:
-    """Kernel values or weights of (Z, X) into out; ``first``: the row of X that Z starts at, None for other points."""
-    prec = _PRECISION[precision]
-    c = config("matrix", prec, out.device)
+    """Kernel values or weights of (Z, X) into out; ``first``: the row of X that Z starts at, None for other points.
+
+    Self-pairs get phi(0) + ridge = 1 + ridge, or weight 0. ``lower`` computes half and stores it twice.
+    """
+    c = config("matrix", X.prec, out.device)
+    inv = out.new_full((1,), 1.0 / kernel.bandwidth)
+    diagonal = out.new_full((1,), 0.0 if weight else 1.0 + ridge)
     if out.numel():
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
-                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[torch.float32],
-                1.0 / kernel.bandwidth, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
-                LOWER=lower, PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[out.dtype],
+                inv, diagonal, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
+                LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
             )  # fmt: skip
     return out
 
 
-def kernel_matrix(kernel: Radial, X, Z, out, precision: str) -> torch.Tensor:
-    """k(X, Z), shape (n, m)."""
+def kernel_matrix(kernel: Radial, X, Z, out, precision: str, ridge: float = 0.0) -> torch.Tensor:
+    """k(X, Z), shape (n, m); + ridge I where Z is X."""
     result = X.new_empty(len(X), len(Z)) if out is None else out
     target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-    x, own = Points(X, precision), Z is X
-    z = x if own else Points(Z, precision)
-    fill(kernel, x, z, target, precision, weight=False, first=0 if own else None, lower=own)
+    x, own = Points(X, _PRECISION[precision]), Z is X
+    z = x if own else Points(Z, x.prec)
+    fill(kernel, x, z, target, weight=False, first=0 if own else None, lower=own, ridge=ridge)
     return result if target is result else result.copy_(target)
+
+
+def fill_symmetric(out: torch.Tensor, kernel: Radial, X) -> torch.Tensor:
+    """k(X, X) of float32 points into out, to the accuracy of out's dtype."""
+    x = Points(X, "fp64" if out.dtype == torch.float64 else "fp16x3")
+    return fill(kernel, x, x, out, weight=False, first=0, lower=True)
+
+
+def cholesky_update(precision: str):
+    """The column-block update of ``fastagop.linalg.cholesky_lower_`` for a float32 matrix."""
+    prec = _INSIDE[_PRECISION[precision]]
+
+    def update(A: torch.Tensor, start: int, stop: int) -> None:
+        c = config("update", prec, A.device)
+        with _current(A):
+            _update_kernel[_grid(c, len(A) - start, stop - start)](
+                A, start, stop, len(A), A.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch
+            )
+
+    return update
 
 
 def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
     """k(X, Z) V, shape (n, p): K lives in registers only."""
     prec, own, V = _PRECISION[precision], Z is X, _rows(V)
-    x = Points(X, precision)
-    z = x if own else Points(Z, precision)
+    x = Points(X, prec)
+    z = x if own else Points(Z, prec)
     out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
     c = config("matmul", prec, out.device)
     width = min(64, max(16, 1 << max(0, p - 1).bit_length()))
@@ -114,33 +142,41 @@ def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
                 NEAR[torch.float32], 1.0 / kernel.bandwidth, KIND=kind(kernel), SELF=own, PREC=prec,
-                SECOND=_SECOND[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
+                SECOND=_INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
             )  # fmt: skip
     return out
 
 
-def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int, precision: str):
+def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int):
     """(rows of Z, their weights) block by block."""
     buffer = x.rows.new_empty(min(rows, len(z)), len(x))
     for start in range(0, len(z), rows):
         row = slice(start, min(len(z), start + rows))
         block = buffer[: row.stop - start]
-        yield row, fill(kernel, z.part(row), x, block, precision, weight=True, first=start if own else None)
+        yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if own else None)
 
 
-def _output_gradients(x: Points, precision: str):
+def steps(X: torch.Tensor, precision: str) -> torch_agop.Steps:
+    """The device's steps of the two AGOP forms for these centers."""
+    return _steps(Points(X, _PRECISION[precision]))
+
+
+def _steps(x: Points) -> torch_agop.Steps:
+    return torch_agop.Steps(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec))
+
+
+def _output_gradients(x: Points):
     """The row-block step of the gradient form, as ``torch_blocks.output_gradients``."""
-    prec = _PRECISION[precision]
 
     def gradients_of(W, alpha, X, Z, shift, out):
-        centers, Z = (x, Z) if shift is None else (Points(X - shift, precision), Z - shift)
-        Z, s, At = _rows(Z), W @ alpha, alpha.T.contiguous()
+        centers, Z = (x, Z) if shift is None else (Points(X - shift, x.prec), Z - shift)
+        W, Z, s, At = _rows(W), _rows(Z), W @ alpha, alpha.T.contiguous()
         o, (b, n), (K, d) = centers.operand, W.shape, out.shape[1:]
-        c = config("gradient", prec, out.device)
+        c = config("gradient", x.prec, out.device)
         with _current(out):
             _gradient_kernel[_grid(c, b, d, K)](
                 W, At, s, o.high, o.low, o.scale, Z, out, b, n, d, K, W.stride(0), o.high.stride(0), Z.stride(0),
-                out.stride(0), out.stride(1), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+                out.stride(0), out.stride(1), PREC=x.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
             )  # fmt: skip
         return out
 
@@ -152,26 +188,27 @@ def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.
     out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     if not out.numel():
         return out
-    own, x = Z is X, Points(X, precision)
-    z, step = x if own else Points(Z, precision), _output_gradients(x, precision)
+    own, x = Z is X, Points(X, _PRECISION[precision])
+    z, step = x if own else Points(Z, x.prec), _output_gradients(x)
     shift = torch_agop.dominant_offset(X)
-    for row, W in _blocks(kernel, x, z, own, plan.block, precision):
+    for row, W in _blocks(kernel, x, z, own, plan.block):
         step(W, alpha, X, Z[row], shift, out[row])
     return out
 
 
-def _lower_s(W: torch.Tensor, alpha: torch.Tensor, precision: str):
+def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
     """The block rows of the gram form's S from stored weights."""
-    prec, alpha = _PRECISION[precision], alpha.contiguous()
-    halves = operand(W, prec == "fp16x3")
+    alpha = alpha.contiguous()
+    with _current(W):
+        pair = operand(W, prec == "fp16x3")
 
     def lower(s, weight, start: int, stop: int) -> torch.Tensor:
         out = W.new_empty(stop - start, stop)
         c = config("gram", prec, W.device)
         with _current(W):
             _gram_kernel[_grid(c, stop - start, stop)](
-                W, halves.high, halves.low, halves.scale, alpha, s, weight, out, start, stop, len(W), alpha.shape[1],
-                W.stride(0), halves.high.stride(0), out.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner,
+                W, pair.high, pair.low, pair.scale, alpha, s, weight, out, start, stop, len(W), alpha.shape[1],
+                W.stride(0), pair.high.stride(0), out.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner,
                 **c.launch,
             )  # fmt: skip
         return out
@@ -183,18 +220,16 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
     """sum_ic g_ic g_ic^T, shape (d, d)."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1])
-    own, x = Z is X, Points(X, precision)
-    z, step = x if own else Points(Z, precision), _output_gradients(x, precision)
-
-    def blocks():
-        return _blocks(kernel, x, z, own, plan.block, precision)
-
+    own, x = Z is X, Points(X, _PRECISION[precision])
+    z, inner = x if own else Points(Z, x.prec), _steps(x)
     if plan.method == "gradient":
-        return torch_agop.gradient_form(blocks, alpha, X, Z, center, step).to(X.dtype)
+
+        def blocks():
+            return _blocks(kernel, x, z, own, plan.block)
+
+        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients).to(X.dtype)
     W = X.new_empty(len(Z), len(X))
-    fill(kernel, z, x, W, precision, weight=True, first=0 if own else None, lower=own)
-    form, dtype = torch_agop.safe_form(W, X, alpha, Z, center, method, limit)
-    if form == "gram" and dtype == torch.float32 and own:
-        lower = _lower_s(W, alpha, precision)
-        return torch_agop.gram_form(W, X, alpha, X, center, plan.block, lower).to(X.dtype)
-    return torch_agop.agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+    fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
+    return torch_agop.agop_from_weights(
+        W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block, steps=inner
+    )

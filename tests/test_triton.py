@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastagop.kernels import _config
 
 import fastagop
 from fastagop import BackendUnavailable, Laplace
@@ -20,6 +21,7 @@ triton = pytest.importorskip("triton")
 CASES = Path(__file__).parent / "triton_cases.py"
 SHARED = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may take
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
+LAUNCHES = sorted(_config.TABLE[8])  # (operation, precision)
 
 
 def test_cases():
@@ -33,9 +35,10 @@ def test_cases():
 
 def compiled(operation, precision, capability):
     """One launch configuration, compiled as it would be for 16-divisible sizes and pointers."""
-    from fastagop.kernels import _config, agop_triton, matmul_triton, matrix_triton
+    from fastagop.kernels import agop_triton, cholesky_triton, matmul_triton, matrix_triton
 
     kernel = {
+        "update": cholesky_triton._update_kernel,
         "matrix": matrix_triton._matrix_kernel,
         "matmul": matmul_triton._matmul_kernel,
         "gradient": agop_triton._gradient_kernel,
@@ -48,7 +51,8 @@ def compiled(operation, precision, capability):
         **{"WEIGHT": True, "SELF": True, "LOWER": True, "SECOND": second, "BP": 64},
     }
     names = kernel.arg_names
-    half = "*fp16" if precision == "fp16x3" else "*fp32"
+    whole = "*fp64" if precision == "fp64" else "*fp32"
+    half = "*fp16" if precision == "fp16x3" else whole
     counts = {"m", "n", "d", "p", "b", "K", "first", "stop"}
     signature = {}
     for name in names:
@@ -59,11 +63,12 @@ def compiled(operation, precision, capability):
         elif name in counts or name.startswith("stride"):
             signature[name] = "i32"
         else:
-            signature[name] = half if name in ("ZA", "ZL", "XA", "XL", "WA", "WL") else "*fp32"
+            signature[name] = half if name in ("ZA", "ZL", "XA", "XL", "WA", "WL") else whole
+    whole_blocks = ("first",) if operation == "update" else ()
     divisible = [
         i
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name.startswith("stride") or name in ("n", "d")
+        if signature[name].startswith("*") or name.startswith("stride") or name in ("n", "d", *whole_blocks)
     ]
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -77,15 +82,15 @@ def compiled(operation, precision, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("precision", ["fp16x3", "bf16x3", "tf32"])
-@pytest.mark.parametrize("operation", ["matrix", "matmul", "gradient", "gram"])
+@pytest.mark.parametrize(("operation", "precision"), LAUNCHES)
 def test_ahead_of_time(operation, precision, capability, monkeypatch):
     monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
     binary = compiled(operation, precision, capability)
     assembly = binary.asm["sass"]
     assert not re.findall(r"\b(?:STL|LDL)\b", assembly), "registers spill"
     assert binary.metadata.shared <= SHARED[capability]
-    assert re.search(rf"\b{MATRIX_INSTRUCTION[capability]}\b", assembly)
+    instruction = "DMMA" if precision == "fp64" else MATRIX_INSTRUCTION[capability]
+    assert re.search(rf"\b{instruction}\b", assembly)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -99,5 +104,3 @@ def test_what_it_does_not_serve():
     X = torch.randn(5, 3, dtype=torch.float64)
     with pytest.raises(BackendUnavailable, match="float32"):
         fastagop.agop(Laplace(2.0), X, X, backend="triton")
-    with pytest.raises(BackendUnavailable, match="no triton kernel for it"):
-        fastagop.solve(Laplace(2.0), X, X, backend="triton")

@@ -6,12 +6,12 @@ Blocks are 32 x 32 x 32 there: 70 points and 37 features leave tails in every di
 
 import pytest
 import torch
-from fastagop.kernels import reference
+from fastagop.kernels import reference, triton_ops
 from fastagop.kernels._config import interpreted
 from fastagop.kernels.split_triton import operand
 
 import fastagop
-from fastagop import Gaussian, Laplace
+from fastagop import Gaussian, Laplace, linalg
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -52,6 +52,8 @@ def test_kernel_matrix(kernel, spread, precision):
     assert error(K, reference.kernel_matrix(kernel, X)) <= TOLERANCE[precision]
     assert torch.equal(K, K.T)
     assert torch.equal(K.diagonal(), torch.ones(70, device=DEVICE))
+    ridged = fastagop.kernel_matrix(kernel, X, ridge=0.5, precision=precision, **TRITON)
+    assert torch.equal(ridged, K + 0.5 * torch.eye(70, device=DEVICE))
     cross = fastagop.kernel_matrix(kernel, X, Z, precision=precision, **TRITON)
     assert error(cross, reference.kernel_matrix(kernel, X, Z)) <= TOLERANCE[precision]
 
@@ -94,6 +96,71 @@ def test_gradients_and_agop(kernel, spread):
                 M = fastagop.agop(kernel, X, alpha, where, **how, **TRITON)
                 truth = reference.agop(kernel, X, alpha, where, center=center, reduction="sum")
                 assert error(M, truth) <= (1e-5 if method == "gram" else limit)
+
+
+@kernels
+@pytest.mark.parametrize("spread", [None, 1e-5])
+def test_float64_kernel_matrix(kernel, spread):
+    """What a float64 factorisation gets: float64 throughout, from float32 points."""
+    X = points(spread=spread)
+    K = triton_ops.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
+    truth = reference.kernel_matrix(kernel, X)
+    assert error(K, truth) <= 1e-14
+    distance = (1.0 - K).cpu().fill_diagonal_(1.0), (1.0 - truth).fill_diagonal_(1.0)
+    if spread is None or isinstance(kernel, Laplace):  # 1 - k of a near pair is far above rounding
+        assert float(((distance[0] - distance[1]) / distance[1]).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("n", "block"), [(1, 48), (48, 48), (150, 48), (97, 33)])  # one row; one block; tails
+def test_cholesky_update(precision, n, block):
+    if interpreted() and precision == "high":
+        pytest.skip("needs a GPU: the interpreter has no bf16 product")
+    X = points(n)
+    A = fastagop.kernel_matrix(Laplace(2.0), X, backend="torch")
+    upper = A.triu(1)
+    assert linalg.cholesky_lower_(A, 1.5, block, triton_ops.cholesky_update(precision)) == 0
+    assert torch.equal(A.triu(1), upper)
+    L = A.tril().double()
+    truth = upper.double() + upper.double().T + 1.5 * torch.eye(n, device=DEVICE)
+    assert error(L @ L.T, truth.cpu()) <= {"highest": 16 * EPS, "high": 1e-4, "medium": 1e-2}[precision]
+
+
+@kernels
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])  # float64 and float32 factorisation
+def test_solve(kernel, ridge):
+    X, Y = points(), normal(70, 3)
+    solution = fastagop.solve(kernel, X, Y, ridge=ridge, **TRITON)
+    assert solution.dtype == (torch.float32 if ridge else torch.float64)
+    truth = fastagop.solve(kernel, X.double(), Y.double(), ridge=ridge, backend="torch")
+    K = reference.kernel_matrix(kernel, X) + ridge * torch.eye(70)
+    loss = float(torch.linalg.cond(K)) * EPS
+    assert error(solution.alpha, truth.alpha.cpu()) <= loss
+    rounding = EPS * float(K.norm() * solution.alpha.norm() / Y.norm())  # of alpha, to float32
+    assert solution.residual <= rounding
+
+
+def test_a_coarse_factor_is_a_preconditioner():
+    X, Y = points(), normal(70, 3)
+    solution = fastagop.solve(Laplace(2.0), X, Y, precision="medium", **TRITON)
+    assert solution.dtype == torch.float32
+    assert solution.iterations > 0
+    assert solution.residual <= 1e-6
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])  # weights from the stored float64 matrix; from the points again
+def test_a_layer_of_deep_rfm(ridge):
+    X, y = points(), (torch.arange(70) % 3).to(DEVICE)
+
+    def fit(backend, dtype):
+        how = {"depth": 2, "width": 48, "ridge": ridge, "random_state": 0, "device": DEVICE, "dtype": dtype}
+        return fastagop.DeepRFMClassifier(**how, backend=backend).fit(X, y)
+
+    truth, plain, fused = fit("torch", "float64"), fit("torch", "float32"), fit("triton", "float32")
+    for M, rounded, N in zip(truth.agops_, plain.agops_, fused.agops_, strict=True):
+        assert error(N, M.cpu()) <= 4 * error(rounded, M.cpu()) + 16 * EPS
+    outputs = truth.decision_function(X).cpu().double()
+    assert error(fused.decision_function(X), outputs) <= 4 * error(plain.decision_function(X), outputs) + 16 * EPS
 
 
 def test_many_blocks():
