@@ -1,21 +1,41 @@
-"""``python -m bench agop``: measure, print a table, write a result file."""
+"""``python -m bench``: measure, print a table, write a result file.
+
+suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
+agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
+calibrate  rates and launch configurations of this device, for fastagop's own choices
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from bench import agop_cpu
+import torch
+
+from bench import agop_cpu, calibrate, suite
 
 
 def main() -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("case", choices=["agop"])
-    parser.add_argument("--out", type=Path, default=Path("out/agop_cpu.json"))
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    agop_cpu.main(arguments.out, arguments.repeats)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("case", nargs="?", choices=["suite", "agop", "calibrate"], default="suite")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--out", type=Path, help="result file; default out/<case>_<device>.json")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--n", type=int, help="rows; default 50000 on CUDA")
+    parser.add_argument("--d", type=int, nargs="+", help="features; default 1024 3072 on CUDA")
+    given = parser.parse_args()
+    if given.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    out = given.out or Path(f"out/{given.case}_{given.device.type}.json")
+    if given.case == "suite":
+        suite.main(given.device, out, given.repeats, given.n, tuple(given.d) if given.d else None)
+    elif given.case == "agop":
+        agop_cpu.main(out, given.repeats)
+    else:
+        calibrate.main(given.device, out, given.repeats, given.n)
 
 
 if __name__ == "__main__":

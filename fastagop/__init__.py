@@ -4,6 +4,10 @@ Conventions: rows are samples. X (n, d) are training points (centers), Z (m, d) 
 coefficients; a predictor is f_c(z) = sum_j alpha[j, c] k(z, X[j]). All tensors of one call share device and dtype,
 float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about three bf16 products) or "medium"
 (TF32), and means something for float32 on CUDA only.
+
+With ``backend="triton"``, kernel_matrix, kernel_matmul, gradients and agop in its gradient form can be captured in a
+CUDA graph after one call to warm up. The host cannot look at values then: NaN is not refused, points must lie between
+2^-20 and 2^20, and an offset far larger than the spread is not subtracted.
 """
 
 import importlib

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastagop.kernels import _checks, torch_agop
-from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
+from fastagop.kernels._backends import NAMES, PRODUCTS, choose, matmul_precision, precision_words
 from fastagop.kernels._plan import block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
@@ -35,11 +35,19 @@ def plan_agop(
     limit = _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
-    backend, why = choose(backend, "agop", kernel, X)
+    backend, why = choose(backend, "agop", kernel, X, precision)
     if reduction == "mean" and len(Z) == 0:
         raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    plan = torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X, backend))
+    if not _checks.readable(X):  # the gram form's guard looks at values
+        if method == "gram":
+            raise ValueError(
+                "method='gram' measures its cancellation on the host, which a CUDA graph's capture forbids; "
+                "use method='gradient' there"
+            )
+        method = "gradient"
+    device = PRODUCTS[precision] if backend == "triton" else None
+    plan = torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X, backend), device)
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 

@@ -60,7 +60,7 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
-    backend, why = choose(backend, "solve", kernel, X)
+    backend, why = choose(backend, "solve", kernel, X, precision)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
     coarse = backend == "triton" and precision != "highest"
     method, dtype, reason = _road(X, ridge, method, budget(limit, X.device), coarse)

@@ -16,10 +16,11 @@ SERVES = {
     "torch": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
     "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
 }
+PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # of the Triton backend
 NAMES = ("auto", "torch", "triton", "keops")
 
 
-def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor) -> tuple[str, str]:
+def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor, precision: str = "highest") -> tuple[str, str]:
     """(backend, why) for a call, or BackendUnavailable."""
     choice("backend", backend, NAMES)
     if backend == "auto":
@@ -28,7 +29,7 @@ def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor) -> tuple[str,
     if op not in SERVES.get(backend, ()):
         reason = f"this version of fastagop has no {backend} kernel for it"
     elif backend == "triton":
-        reason = _no_triton(kernel, X)
+        reason = _no_triton(kernel, X, precision)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {op}: {reason}; use backend='torch' or 'auto' to compute without it"
@@ -36,7 +37,7 @@ def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor) -> tuple[str,
     return backend, "asked for"
 
 
-def _no_triton(kernel: Radial, X: torch.Tensor) -> str | None:
+def _no_triton(kernel: Radial, X: torch.Tensor, precision: str) -> str | None:
     """Why Triton cannot serve a call, and what to change; None where it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux, CUDA)"
@@ -47,9 +48,22 @@ def _no_triton(kernel: Radial, X: torch.Tensor) -> str | None:
             return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
         if torch.cuda.get_device_capability(X.device) < (8, 0):
             return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
+    if precision == "high" and "bf16x3" not in _input_precisions():
+        return (
+            "its Triton has no bf16x3 products, which precision='high' means; use another precision or a newer triton"
+        )
     from .radial_triton import kind
 
     return None if kind(kernel) else f"{type(kernel).__name__} has no device profile; add one to radial_triton.py"
+
+
+def _input_precisions() -> tuple[str, ...]:
+    """What the installed Triton's products can do with float32 factors."""
+    if interpreted():
+        from triton.runtime.interpreter import InterpreterOptions as Options
+    else:
+        from triton.backends.nvidia.compiler import CUDAOptions as Options
+    return Options().allowed_dot_input_precisions
 
 
 @contextlib.contextmanager

@@ -78,9 +78,14 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
         raise ValueError(f"{name} holds NaN or infinity; clean it first, for example with torch.nan_to_num")
 
 
+def readable(value: torch.Tensor) -> bool:
+    """Whether values may be looked at: not while a CUDA graph is captured, when the host must not wait."""
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def finite(value: torch.Tensor) -> bool:
-    """Whether every item is finite; the extremes say it without a mask of value's size."""
-    return value.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(value))
+    """Whether every item is finite (taken for granted in a capture); the extremes say it without a mask."""
+    return value.numel() == 0 or not readable(value) or all(math.isfinite(float(end)) for end in torch.aminmax(value))
 
 
 def flag(name: str, value) -> None:

@@ -1,11 +1,18 @@
-"""Launch configurations: tiles, warps and stages per operation, precision and chip, frozen in one table."""
+"""Launch configurations: tiles, warps and stages per operation, precision and chip, frozen in one table.
+
+A device that was calibrated uses what was fastest on it (``_measured``). Nothing is ever tuned inside a call.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 from dataclasses import dataclass
 
 import torch
+
+from ._measured import measured
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_on_trial: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("on trial", default=None)
+
+
+@contextlib.contextmanager
+def trial(operation: str, precision: str, candidate: Config):
+    """Launch an operation with a candidate, to time it."""
+    token = _on_trial.set((operation, precision, candidate))
+    try:
+        yield
+    finally:
+        _on_trial.reset(token)
+
+
 def config(operation: str, precision: str, device: torch.device) -> Config:
-    """The configuration of a launch."""
+    """The configuration of a launch: one on trial, the interpreter's, the one measured here, or the table's."""
+    on_trial = _on_trial.get()
+    if on_trial is not None and on_trial[:2] == (operation, precision):
+        return on_trial[2]
     if interpreted():
         return _INTERPRETER
+    if own := measured(device).configs.get(f"{operation} {precision}"):
+        return Config(*own)
     major, _ = torch.cuda.get_device_capability(device)
     return TABLE[9 if major >= 9 else 8][operation, precision]

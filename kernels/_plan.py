@@ -42,6 +42,8 @@ def human(count: float) -> str:
 
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

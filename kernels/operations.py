@@ -21,7 +21,7 @@ def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple
     _checks.choice("precision", precision, _checks.PRECISIONS)
     _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
-    return Z, *choose(backend, op, kernel, X)
+    return Z, *choose(backend, op, kernel, X, precision)
 
 
 def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
@@ -40,6 +40,8 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
 
     The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
     """
+    if not _checks.readable(X):
+        return kernel, X, Z, 1.0
     largest = max(float(end.abs()) for points in (X, Z) if points.numel() for end in torch.aminmax(points))
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
         return kernel, X, Z, 1.0

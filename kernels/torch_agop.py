@@ -23,6 +23,7 @@ import torch
 from ._checks import NumericalWarning
 from ._plan import Plan, block_rows, budget, human
 from ._products import product
+from ._rates import rate, source
 from .distance import squared_norms
 from .radial import Radial
 from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
@@ -36,8 +37,6 @@ GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 _PROBES = 64
 _SQUARE = 128  # rows of the steps along the diagonal
-# float64 products cost about this many float32 ones (two on CPUs; the H200 and A100 pay less).
-_FLOAT64_COST = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,12 @@ class Steps:
         gradients: (W, alpha, X, Z, shift, out) -> out, as ``torch_blocks.output_gradients``.
         lower: (W, alpha) -> the function (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved, for the
             gram form on Z = X in X's dtype.
+        products: what their rates are known by; None for X's dtype.
     """
 
     gradients: Callable
     lower: Callable
+    products: str | None = None
 
 
 def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
@@ -62,6 +63,18 @@ def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
     else:
         gram = 2.0 * m * n * d + 1.0 * n * n * m + 1.0 * n * n * d + 2.0 * m * n * d + 2.0 * (n + m) * d * d
     return {"gradient": gradient, "gram": gram}
+
+
+def products_of(X: torch.Tensor, Z: torch.Tensor, device: str | None) -> dict[str, str]:
+    """The word for each form's products: the dtype's own, or those of device steps, whose gram form is for Z = X."""
+    own = str(X.dtype).removeprefix("torch.")
+    return {"gradient": device or own, "gram": device if device and Z is X else own}
+
+
+def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) -> dict[str, float]:
+    """Estimated seconds of each form: its operations at its rate."""
+    work = flops(len(Z), len(X), X.shape[1], K, Z is X)
+    return {form: work[form] / rate(form, products[form], X.device) for form in work}
 
 
 def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
@@ -79,14 +92,16 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     return rows, fixed + rows * row
 
 
-def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) -> Plan:
+def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None) -> Plan:
     """The road of agop: the cheaper form that fits into memory."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
-    cost, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
+    work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
     reason = f"{why}; method asked for"
     if method == "auto":
+        cost = costs(X, Z, K, products_of(X, Z, device))
         method = min(cost, key=lambda form: cost[form])
-        reason = f"{why}; gradient form {cost['gradient']:.2g} flop, gram form {cost['gram']:.2g} flop"
+        each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
+        reason = f"{why}; {each} ({source(X.device)})"
         try:
             _plan_form(method, X, alpha, Z, room)
         except MemoryError:
@@ -95,7 +110,7 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) 
     rows, peak = _plan_form(method, X, alpha, Z, room)
     if method == "gram" and X.dtype == torch.float32:
         reason += "; float32 is guarded: near collapse its products run in float64, or the gradient form does"
-    return Plan("agop", "torch", method, reason, precision, cost[method], peak, rows)
+    return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
 def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
@@ -116,8 +131,8 @@ def agop_from_weights(
     W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps | None = None
 ) -> torch.Tensor:
     """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
-    form, wide = safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit)
     steps = steps or TORCH_STEPS
+    form, wide = safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products)
     if form == "gradient":
 
         def blocks():
@@ -171,12 +186,15 @@ def _gradient_sum(column_sums, s, X, alpha, Z) -> torch.Tensor:
     return (alpha * column_sums[:, None]).T @ X - s.T @ Z
 
 
-def safe_form(W, X, alpha, Z, center: bool, method: str, limit: int | None) -> tuple[str, torch.dtype]:
+def safe_form(
+    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None
+) -> tuple[str, torch.dtype]:
     """The cheapest (form, dtype of its products) that loses no digits of M and fits into memory."""
     if method == "gradient":
         return method, X.dtype
     growth = _LOSS * amplification(W, X, alpha, Z, center)
-    cost = flops(len(Z), len(X), X.shape[1], alpha.shape[1], Z is X)
+    work = flops(len(Z), len(X), X.shape[1], alpha.shape[1], Z is X)
+    cost = costs(X, Z, alpha.shape[1], products_of(X, Z, products))
     room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
     safe, fitting = [], []
     for dtype in (X.dtype, torch.float64) if X.dtype != torch.float64 else (torch.float64,):
@@ -184,8 +202,9 @@ def safe_form(W, X, alpha, Z, center: bool, method: str, limit: int | None) -> t
         if items * dtype.itemsize <= room:
             fitting.append(dtype)
             if torch.finfo(dtype).eps * growth <= GRAM_LIMIT[X.dtype]:
-                price = _FLOAT64_COST if dtype != X.dtype else 1.0
-                safe.append((price * cost["gram"], "gram", dtype))
+                wide = rate("gram", "float64", X.device)
+                price = cost["gram"] if dtype == X.dtype else work["gram"] / wide
+                safe.append((price, "gram", dtype))
     if method == "gram":
         return "gram", safe[0][2] if safe else _lossy_gram(growth, X.dtype, fitting)
     _, form, dtype = min([*safe, (cost["gradient"], "gradient", X.dtype)], key=lambda option: option[0])

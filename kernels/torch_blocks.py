@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ._checks import readable
 from ._plan import Plan, block_rows, budget
 from ._products import product
 from .distance import squared_distances, squared_norms
@@ -174,7 +175,9 @@ def output_gradients(
 def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
     """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
 
-    Elsewhere centring would round the very differences that collapsed classes live on.
+    Elsewhere centring would round the very differences that collapsed classes live on. None in a CUDA graph's capture.
     """
+    if not readable(X):
+        return None
     mean = X.mean(0)
     return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None

@@ -11,6 +11,7 @@ import contextlib
 import torch
 
 from . import torch_agop
+from ._backends import PRODUCTS
 from ._config import config
 from ._plan import Plan
 from .agop_triton import _gradient_kernel, _gram_kernel
@@ -22,9 +23,8 @@ from .radial import Radial
 from .radial_triton import kind
 from .split_triton import Operand, operand
 
-_PRECISION = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
-_INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
+INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
 
 
 def _rows(X: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def kernel_matrix(kernel: Radial, X, Z, out, precision: str, ridge: float = 0.0)
     """k(X, Z), shape (n, m); + ridge I where Z is X."""
     result = X.new_empty(len(X), len(Z)) if out is None else out
     target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-    x, own = Points(X, _PRECISION[precision]), Z is X
+    x, own = Points(X, PRODUCTS[precision]), Z is X
     z = x if own else Points(Z, x.prec)
     fill(kernel, x, z, target, weight=False, first=0 if own else None, lower=own, ridge=ridge)
     return result if target is result else result.copy_(target)
@@ -117,7 +117,7 @@ def fill_symmetric(out: torch.Tensor, kernel: Radial, X) -> torch.Tensor:
 
 def cholesky_update(precision: str):
     """The column-block update of ``fastagop.linalg.cholesky_lower_`` for a float32 matrix."""
-    prec = _INSIDE[_PRECISION[precision]]
+    prec = INSIDE[PRODUCTS[precision]]
 
     def update(A: torch.Tensor, start: int, stop: int) -> None:
         c = config("update", prec, A.device)
@@ -131,7 +131,7 @@ def cholesky_update(precision: str):
 
 def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
     """k(X, Z) V, shape (n, p): K lives in registers only."""
-    prec, own, V = _PRECISION[precision], Z is X, _rows(V)
+    prec, own, V = PRODUCTS[precision], Z is X, _rows(V)
     x = Points(X, prec)
     z = x if own else Points(Z, prec)
     out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
@@ -142,7 +142,7 @@ def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
                 NEAR[torch.float32], 1.0 / kernel.bandwidth, KIND=kind(kernel), SELF=own, PREC=prec,
-                SECOND=_INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
+                SECOND=INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
             )  # fmt: skip
     return out
 
@@ -158,11 +158,11 @@ def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int):
 
 def steps(X: torch.Tensor, precision: str) -> torch_agop.Steps:
     """The device's steps of the two AGOP forms for these centers."""
-    return _steps(Points(X, _PRECISION[precision]))
+    return _steps(Points(X, PRODUCTS[precision]))
 
 
 def _steps(x: Points) -> torch_agop.Steps:
-    return torch_agop.Steps(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec))
+    return torch_agop.Steps(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
 def _output_gradients(x: Points):
@@ -188,7 +188,7 @@ def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.
     out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     if not out.numel():
         return out
-    own, x = Z is X, Points(X, _PRECISION[precision])
+    own, x = Z is X, Points(X, PRODUCTS[precision])
     z, step = x if own else Points(Z, x.prec), _output_gradients(x)
     shift = torch_agop.dominant_offset(X)
     for row, W in _blocks(kernel, x, z, own, plan.block):
@@ -220,7 +220,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
     """sum_ic g_ic g_ic^T, shape (d, d)."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1])
-    own, x = Z is X, Points(X, _PRECISION[precision])
+    own, x = Z is X, Points(X, PRODUCTS[precision])
     z, inner = x if own else Points(Z, x.prec), _steps(x)
     if plan.method == "gradient":
 

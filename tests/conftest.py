@@ -27,6 +27,14 @@ def pytest_report_header(config):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _nothing_measured(tmp_path_factory):
+    """What somebody measured on this machine must not decide what the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTAGOP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """Matrices of a few hundred rows: on a shared machine threads cost far more than they bring."""
     threads = torch.get_num_threads()

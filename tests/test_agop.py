@@ -478,3 +478,16 @@ def test_units_do_not_matter(method, size, cloud, normal, relative):
             warnings.simplefilter("ignore", fastagop.NumericalWarning)
             M = fastagop.agop(kernel, X, alpha, Z, method=method)
         assert relative(M, reference.agop(kernel, X, alpha, Z)) <= GRAM
+
+
+def test_in_the_capture_of_a_cuda_graph(cloud, normal, monkeypatch, relative):
+    """The host must not look at values there: no guard can measure, so the gradient form runs."""
+    X, alpha = cloud("spread", n=40, d=6), normal(40, 8)
+    truth = reference.agop(Laplace(2.0), X, alpha)
+    assert "method gram" in fastagop.explain("agop", Laplace(2.0), X, alpha)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr("fastagop.kernels._checks.readable", lambda value: False)
+    assert "method gradient" in fastagop.explain("agop", Laplace(2.0), X, alpha)
+    assert relative(fastagop.agop(Laplace(2.0), X, alpha), truth) <= 1e-12
+    with pytest.raises(ValueError, match="method='gram' measures its cancellation on the host"):
+        fastagop.agop(Laplace(2.0), X, alpha, method="gram")

@@ -6,11 +6,12 @@ Blocks are 32 x 32 x 32 there: 70 points and 37 features leave tails in every di
 
 import pytest
 import torch
-from fastagop.kernels import reference, triton_ops
+from fastagop.kernels import _config, reference, triton_ops
 from fastagop.kernels._config import interpreted
 from fastagop.kernels.split_triton import operand
 
 import fastagop
+from bench import calibrate
 from fastagop import Gaussian, Laplace, linalg
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -219,6 +220,57 @@ def test_wide_range():
     small = slice(0, 20)
     assert error(K[small, small], truth[small, small]) <= 16 * EPS
     assert error(K, truth) <= 16 * EPS
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_cuda_graph():
+    X, alpha = points(), normal(70, 3)
+
+    def run():
+        M = fastagop.agop(Laplace(2.0), X, alpha, **TRITON)
+        return fastagop.kernel_matrix(Laplace(2.0), X, **TRITON), M
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        K, M = run()
+    X.copy_(points(seed=5))
+    graph.replay()
+    assert error(K, reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+    assert error(M, reference.agop(Laplace(2.0), X, alpha)) <= 32 * EPS
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_other_gpu():
+    X = points().to("cuda:1")
+    K = fastagop.kernel_matrix(Laplace(2.0), X, **TRITON)
+    assert K.device == X.device
+    assert error(K, reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+
+
+@pytest.mark.skipif(not interpreted(), reason="on a GPU it is there")
+def test_products_that_this_triton_has_not():
+    with pytest.raises(fastagop.BackendUnavailable, match="bf16x3"):
+        fastagop.kernel_matrix(Laplace(2.0), points(), precision="high", **TRITON)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_tuning(wrong, capsys, monkeypatch):
+    """Candidates are tried and compared; one that computes something else, or cannot run, is not taken."""
+    taken, fails = (64, 32, 32, 4, 1), (33, 32, 32, 4, 1)  # 33 is no power of two
+    monkeypatch.setattr(calibrate, "CANDIDATES", {"matrix": [taken, fails]})
+    X, seen = points(), []
+
+    def run():
+        seen.append(_config.config("matrix", "fp16x3", X.device))
+        K = fastagop.kernel_matrix(Laplace(2.0), X, **TRITON)
+        return K * 0.5 if wrong and seen[-1] == _config.Config(*taken) else K
+
+    best = calibrate.tune({("matrix", "fp16x3"): run}, X.device, 1)["matrix fp16x3"]
+    assert {_config.Config(*taken), _config.Config(*fails)} <= set(seen)
+    assert capsys.readouterr().out.count("skipped") == 1 + wrong
+    assert best != fails
+    assert best != taken or not wrong
 
 
 def test_explain_names_the_backend():

@@ -1,0 +1,139 @@
+"""Measure this device once: rates of the AGOP forms and, on CUDA, the fastest launch configurations.
+
+fastagop reads the file that this writes; nothing is ever tuned or timed inside a call.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from fastagop.kernels import _config, _measured, torch_agop
+from fastagop.kernels._backends import PRODUCTS
+from fastagop.kernels._config import Config
+
+import fastagop
+from bench import clock, machine
+
+KERNEL = fastagop.Laplace(2.0)
+_SIZES = {"cpu": (4000, 784, 10), "cuda": (16384, 1024, 10)}
+# (rows, columns, inner, warps, stages) worth a try beside the table's; what a chip cannot launch is skipped.
+CANDIDATES = {
+    "matrix": [(128, 128, 32, 8, 3), (128, 64, 32, 8, 4), (128, 64, 64, 8, 3), (64, 64, 32, 4, 4)],
+    "matmul": [(64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (128, 32, 32, 8, 3), (64, 32, 64, 4, 3), (32, 32, 32, 4, 3)],
+    "gradient": [(128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4)],
+    "gram": [(128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3)],
+    "update": [(128, 128, 16, 8, 3), (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
+}
+
+
+def points(n: int, d: int, K: int, device: torch.device, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit rows and coefficients."""
+    generator = torch.Generator(device).manual_seed(0)
+    X = torch.randn(n, d, generator=generator, device=device, dtype=dtype)
+    return torch.nn.functional.normalize(X), torch.randn(n, K, generator=generator, device=device, dtype=dtype)
+
+
+def rates(device: torch.device, n: int, d: int, K: int, repeats: int) -> dict[str, float]:
+    """Floating-point operations per second of each AGOP form with each kind of products."""
+    found = {}
+    work = torch_agop.flops(n, n, d, K, own=True)
+    ways = [("torch", "highest", torch.float32, "float32"), ("torch", "highest", torch.float64, "float64")]
+    if device.type == "cuda":
+        ways += [("triton", precision, torch.float32, word) for precision, word in PRODUCTS.items()]
+    for backend, precision, dtype, word in ways:
+        X, alpha = points(n, d, K, device, dtype)
+        for form in ("gradient", "gram"):
+
+            def run(form=form, X=X, alpha=alpha, backend=backend, precision=precision):
+                return fastagop.agop(KERNEL, X, alpha, method=form, backend=backend, precision=precision)
+
+            found[f"{form} {word}"] = work[form] / clock.seconds(run, device, repeats)
+    return found
+
+
+def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, str], Callable]:
+    """One call for each (operation, products) of the table, that returns something to compare."""
+    from fastagop.kernels import triton_ops  # imports triton
+
+    X, alpha = points(n, d, K, device)
+    W, wide = X.new_empty(n, n), X.new_empty(min(n, 8192), min(n, 8192), dtype=torch.float64)
+    W = fastagop.kernel_matrix(KERNEL, X, backend="triton", out=W)
+    out, block = X.new_empty(min(512, n), K, d), min(1024, n // 2)
+    s = W @ alpha
+    runs: dict[tuple[str, str], Callable] = {
+        ("matrix", "fp64"): lambda: triton_ops.fill_symmetric(wide, KERNEL, X[: len(wide)])
+    }
+    for precision, word in PRODUCTS.items():
+        steps = triton_ops.steps(X, precision)
+        lower, update = steps.lower(W, alpha), triton_ops.cholesky_update(precision)
+        inside = triton_ops.INSIDE[word]
+
+        def kernel_matrix(precision=precision):
+            return fastagop.kernel_matrix(KERNEL, X, backend="triton", precision=precision)
+
+        def kernel_matmul(precision=precision):
+            return fastagop.kernel_matmul(KERNEL, X, None, alpha, backend="triton", precision=precision)
+
+        def gradient(steps=steps):
+            return steps.gradients(W[: len(out)], alpha, X, X[: len(out)], None, out)
+
+        def gram(lower=lower):
+            return lower(s, s.square().sum(1), n - block, n)
+
+        def column_block(update=update):
+            A = W.clone()
+            update(A, n - block, n)
+            return A[n - block :]
+
+        runs |= {("matrix", word): kernel_matrix, ("matmul", word): kernel_matmul, ("gradient", word): gradient}
+        runs |= {("gram", word): gram, ("update", inside): column_block}
+    return runs
+
+
+def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: int) -> dict[str, tuple[int, ...]]:
+    """The fastest configuration of each launch; a candidate that fails or computes something else is no candidate."""
+    best = {}
+    for (operation, products), run in runs.items():
+        usual = _config.config(operation, products, device)
+        truth, fastest, chosen = run().clone(), clock.seconds(run, device, repeats), usual
+        for candidate in (Config(*numbers) for numbers in CANDIDATES[operation]):
+            with _config.trial(operation, products, candidate):
+                try:
+                    if not _agree(run(), truth, products):
+                        raise ValueError("it computes something else")
+                    took = clock.seconds(run, device, repeats, warm=0)
+                except Exception as error:  # resources that the chip lacks come as many kinds of error
+                    print(f"{operation} {products} {candidate}: skipped, {error}")
+                    continue
+            if took < 0.97 * fastest:  # less is noise
+                fastest, chosen = took, candidate
+        print(f"{operation} {products}: {chosen}, {fastest * 1e3:.3g} ms")
+        best[f"{operation} {products}"] = (chosen.rows, chosen.columns, chosen.inner, chosen.warps, chosen.stages)
+    return best
+
+
+def _agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
+    """Whether two configurations computed the same, up to the products' rounding."""
+    bound = {"tf32": 1e-2, "bf16x3": 1e-4, "fp64": 1e-12}.get(products, 1e-5)
+    return float((result - truth).norm()) <= bound * float(truth.norm())
+
+
+def main(device: torch.device, out: Path | None, repeats: int, n: int | None, *, configs: bool = True) -> Path:
+    """Measure, write the device's file, and a copy to ``out``."""
+    size = _SIZES[device.type]
+    size = size if n is None else (n, *size[1:])
+    best = tune(launches(device, *size), device, repeats) if device.type == "cuda" and configs else {}
+    result = rates(device, *size, repeats)
+    about = {"device": _measured.name(device), "date": datetime.date.today().isoformat(), "size": str(size)}
+    file = _measured.save(device, _measured.Measured(best, result, about))
+    for key, value in result.items():
+        print(f"{key:20} {value / 1e9:10.1f} GFLOP/s")
+    print(f"written to {file}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine.describe(), "rates": result, "configs": best}, indent=1) + "\n")
+    return file

@@ -1,0 +1,40 @@
+"""How fast each AGOP form runs: what the choice between them, and ``explain``, go by."""
+
+from __future__ import annotations
+
+import torch
+
+from ._measured import measured
+
+# Floating-point operations per second by form and products. Only ratios decide. The CPU's were measured by
+# `python -m bench calibrate` (bench/results/rates_cpu.json: n = 4000, d = 784, K = 10, two cores of an AMD EPYC);
+# CUDA's are the vendors' figures for library products and compiled estimates for ours, by compute capability: nothing
+# was measured on a GPU yet.
+_CPU = {
+    "gradient float32": 1.3e11,
+    "gram float32": 1.3e11,
+    "gradient float64": 6.5e10,
+    "gram float64": 6.5e10,
+}
+_CUDA = {
+    8: {"float32": 19e12, "float64": 19e12, "fp16x3": 90e12, "bf16x3": 50e12, "tf32": 120e12},
+    9: {"float32": 60e12, "float64": 60e12, "fp16x3": 220e12, "bf16x3": 160e12, "tf32": 400e12},
+}
+
+
+def rate(form: str, products: str, device: torch.device) -> float:
+    """Floating-point operations per second of "gradient" or "gram" with products such as "float32" or "fp16x3"."""
+    key = f"{form} {products}"
+    if key in (own := measured(device).rates):
+        return own[key]
+    if device.type != "cuda":
+        return _CPU.get(key, _CPU["gradient float32"])
+    return _CUDA[9 if torch.cuda.get_device_capability(device) >= (9, 0) else 8][products]
+
+
+def source(device: torch.device) -> str:
+    """Where the rates come from, in words."""
+    own = measured(device)
+    if own.rates:
+        return f"rates measured on this device, {own.about.get('date', 'undated')}"
+    return "default rates; `python -m bench calibrate` measures this device's"

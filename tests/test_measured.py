@@ -1,0 +1,85 @@
+"""What was measured on this device decides, and nothing is measured unless asked for."""
+
+import json
+
+import pytest
+import torch
+from fastagop.kernels import _config, _measured
+from fastagop.kernels._measured import Measured
+
+import fastagop
+from bench import calibrate
+from fastagop import Laplace
+
+CPU = torch.device("cpu")
+ABOUT = {"date": "2026-01-01"}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTAGOP_CACHE", str(tmp_path / "deep" / "cache"))
+    return tmp_path / "deep" / "cache"
+
+
+def problem():
+    return torch.randn(60, 5), torch.randn(60, 8)
+
+
+def test_nothing_measured(cache):
+    text = fastagop.explain("agop", Laplace(2.0), *problem())
+    assert "default rates; `python -m bench calibrate` measures this device's" in text
+    fastagop.agop(Laplace(2.0), *problem())
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("fast", ["gradient", "gram"])
+def test_measured_rates_choose_the_form(cache, fast):
+    slow = {"gradient": "gram", "gram": "gradient"}[fast]
+    rates = {
+        f"{form} {word}": 1e15 if form == fast else 1.0 for form in (fast, slow) for word in ("float32", "float64")
+    }
+    _measured.save(CPU, Measured({}, rates, ABOUT))
+    text = fastagop.explain("agop", Laplace(2.0), *problem())
+    assert f"method {fast}" in text
+    assert "rates measured on this device, 2026-01-01" in text
+
+
+def test_round_trip(cache):
+    measured = Measured({"matrix fp16x3": (64, 32, 32, 4, 1)}, {"gram float32": 1.5e11}, ABOUT)
+    file = _measured.save(CPU, measured)
+    assert _measured.measured(CPU) == measured
+    assert [p.name for p in cache.iterdir()] == [file.name]  # no draft is left
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"configs": {}}', '{"configs": {"matrix tf32": [1, 2]}, "rates": {}, "about": {}}',
+     '{"configs": {}, "rates": {"gram float32": -1}, "about": {}}', '{"configs": 3, "rates": {}, "about": {}}'],
+)  # fmt: skip
+def test_a_damaged_file_is_named(cache, text):
+    file = _measured.save(CPU, Measured())
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"delete it or calibrate again") as caught:
+        fastagop.agop(Laplace(2.0), *problem())
+    assert str(file) in str(caught.value)
+
+
+def test_measured_configurations_are_launched(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    table = _config.config("matrix", "tf32", CPU)
+    assert table == _config.TABLE[9]["matrix", "tf32"]
+    _measured.save(CPU, Measured({"matrix tf32": (64, 32, 32, 4, 1)}, {}, ABOUT))
+    assert _config.config("matrix", "tf32", CPU) == _config.Config(64, 32, 32, 4, 1)
+    assert _config.config("gram", "tf32", CPU) == _config.TABLE[9]["gram", "tf32"]
+    with _config.trial("gram", "tf32", table):
+        assert _config.config("gram", "tf32", CPU) == table
+        assert _config.config("matrix", "tf32", CPU) == _config.Config(64, 32, 32, 4, 1)
+
+
+def test_calibrating(cache, tmp_path):
+    out = tmp_path / "rates.json"
+    calibrate.main(CPU, out, 1, 100)
+    rates = _measured.measured(CPU).rates
+    assert set(rates) == {f"{form} {word}" for form in ("gradient", "gram") for word in ("float32", "float64")}
+    assert json.loads(out.read_text())["rates"] == rates
+    assert all(rate > 0 for rate in rates.values())
