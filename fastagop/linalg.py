@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
+
+log = logging.getLogger("fastagop")
 
 _BLOCK = 256
 _CUDA_BLOCK = 1024
@@ -114,6 +117,22 @@ def psd_sqrt(M: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         basis = torch.linalg.qr(rows.double().T).Q
         inner = psd_sqrt(basis.T @ wide @ basis)
         return (basis @ inner @ basis.T).to(M.dtype)
-    values, vectors = torch.linalg.eigh((wide + wide.T).mul_(0.5))
+    values, vectors = eigh((wide + wide.T).mul_(0.5))
     root = vectors * values.clamp_(min=0.0).pow_(0.25)
     return (root @ root.T).to(M.dtype)
+
+
+def eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and eigenvectors; where a device's solver fails, or answers NaN, LAPACK's on the host."""
+    try:
+        values, vectors = torch.linalg.eigh(A)
+        if bool(values.isfinite().all() & vectors.isfinite().all()):
+            return values, vectors
+        reason = "it returned NaN"
+    except torch.linalg.LinAlgError as error:
+        reason = str(error)
+    if A.device.type == "cpu":
+        raise torch.linalg.LinAlgError(f"no eigendecomposition of a {tuple(A.shape)} matrix: {reason}")
+    log.warning("eigh on %s failed (%s); computing on the CPU", A.device, reason.splitlines()[0])
+    values, vectors = eigh(A.cpu())
+    return values.to(A.device), vectors.to(A.device)

@@ -295,7 +295,7 @@ def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _solve_eigh(K, Y: torch.Tensor, ridge: float, out: torch.dtype) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
-    values, vectors = torch.linalg.eigh(K)
+    values, vectors = linalg.eigh(K)
     cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ Y
     while True:
         keep = values + ridge > cut

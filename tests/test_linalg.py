@@ -222,3 +222,37 @@ def test_psd_sqrt_within_the_span_of_rows(dtype, n, normal):
     M = B.T @ B
     R = linalg.psd_sqrt(M, rows=rows)
     is_root(R, M)
+
+
+@pytest.mark.parametrize("failure", ["raises", "nan"])
+def test_eigh_of_a_device_that_fails(failure, normal, monkeypatch, caplog):
+    """A GPU's solver is known to fail on low-rank matrices: the host's then answers, and says so."""
+    thin = normal(30, 3)
+    M, plain, asked = thin @ thin.T, torch.linalg.eigh, []
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")  # any device that is not the CPU
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    def fails(A):
+        asked.append(type(A))
+        if type(A) is not Elsewhere:
+            return plain(A)
+        if failure == "raises":
+            raise torch.linalg.LinAlgError("cusolver error: 7\nmore")
+        return tuple(torch.full_like(B, torch.nan) for B in plain(A.as_subclass(torch.Tensor)))
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+    values, vectors = linalg.eigh(M.as_subclass(Elsewhere))
+    assert asked == [Elsewhere, torch.Tensor]
+    assert torch.allclose(vectors * values @ vectors.T, M)
+    assert "computing on the CPU" in caplog.text
+
+
+def test_eigh_fails_aloud(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: (A[0] * torch.nan, A))
+    with pytest.raises(torch.linalg.LinAlgError, match="it returned NaN"):
+        linalg.eigh(torch.eye(3))
