@@ -102,8 +102,8 @@ def test_gradients_and_agop(kernel, spread):
 @kernels
 @pytest.mark.parametrize("spread", [None, 1e-5])
 def test_float64_kernel_matrix(kernel, spread):
-    """What a float64 factorisation gets: float64 throughout, from float32 points."""
-    X = points(spread=spread)
+    """What a float64 factorisation gets: float64 throughout, the bandwidth's digits included."""
+    kernel, X = type(kernel)(1.7), points(spread=spread)
     K = triton_ops.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
     truth = reference.kernel_matrix(kernel, X)
     assert error(K, truth) <= 1e-14
