@@ -133,7 +133,9 @@ def train_layer(
 def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
     """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
     kernel, precision, backend = settings.kernel, settings.precision, settings.backend
-    plan, (_, _, ridge, dtype) = plan_solve(kernel, X, Y, ridge=settings.ridge, precision=precision, backend=backend)
+    plan, (_, _, ridge, dtype) = plan_solve(
+        kernel, X, Y, ridge=settings.ridge, method="cholesky", precision=precision, backend=backend
+    )
     K = X.new_empty(len(X), len(X), dtype=dtype)
     solution = solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64)
     clock.mark("solve")
@@ -178,7 +180,13 @@ def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch
     """The kernel machine after the last layer: (its normalised centers, its solution)."""
     X = normalise_rows(X)
     plan, (_, _, ridge, dtype) = plan_solve(
-        settings.kernel, X, Y, ridge=settings.ridge, precision=settings.precision, backend=settings.backend
+        settings.kernel,
+        X,
+        Y,
+        ridge=settings.ridge,
+        method="cholesky",
+        precision=settings.precision,
+        backend=settings.backend,
     )
     K = X.new_empty(len(X), len(X), dtype=dtype)
     return X, solve_into(K, settings.kernel, X, Y, ridge, plan, settings.precision, torch.float64)
