@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fastagop import cg, linalg
+from fastagop import cg, direct
 from fastagop.cg import ConjugateGradients
+from fastagop.direct import RESIDUAL
 from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
-from fastagop.kernels._checks import NumericalWarning
+from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels._plan import Plan, block_rows, budget, human
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
-# A residual above this is worth a warning: what each dtype can promise on a solvable problem.
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
 _WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
-_MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
-_CG_STEPS = 25
-_CG_GOAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,11 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
     room = budget(limit, X.device)
     if method == "cg" or isinstance(method, ConjugateGradients):
+        if backend == "triton":
+            raise BackendUnavailable(
+                "backend 'triton' cannot serve solve with method 'cg': these products are in float64; use "
+                "backend='torch' or 'auto' to compute without it"
+            )
         options = ConjugateGradients() if method == "cg" else method
         plan, options = cg.plan(X, Y, ridge, options, room, f"{why}; cg asked for")
         return plan, (X, Y, ridge, options)
@@ -75,7 +75,7 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
     try:
         method, dtype, reason = _road(X, ridge, method, room, coarse)
     except MemoryError as error:
-        if method != "auto":
+        if method != "auto" or backend == "triton":
             raise
         plan, options = cg.plan(
             X, Y, ridge, ConjugateGradients(), room, f"{why}; no n x n matrix fits into {human(room)}", str(error)
@@ -194,35 +194,6 @@ def solve(
     return solution
 
 
-@dataclass(frozen=True)
-class _Road:
-    """Where the large products of a direct solve are done.
-
-    Attributes:
-        fill: (K, X) writes k(X, X) into K, in K's dtype.
-        update: the column-block update of ``linalg.cholesky_lower_``.
-        steps: of refinement, at most.
-    """
-
-    fill: Callable
-    update: Callable | None
-    steps: int
-
-
-def _road_of(kernel: Radial, plan: Plan, dtype: torch.dtype, precision: str) -> _Road:
-    if plan.backend != "triton":
-        return _Road(
-            lambda K, X: torch_blocks.fill_symmetric(K, X.to(dtype), plan.block, kernel.value_), None, _CG_STEPS
-        )
-    from fastagop.kernels import triton_ops  # imports triton
-
-    # The library's float64 products are on tensor cores already. K is accurate at any precision: it is what the
-    # residuals of the refinement are taken from.
-    update = None if dtype == torch.float64 else triton_ops.cholesky_update(precision)
-    steps = _CG_STEPS if precision == "highest" else 4 * _CG_STEPS
-    return _Road(lambda K, X: triton_ops.fill_symmetric(K, kernel, X), update, steps)
-
-
 def solve_into(
     K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, precision: str, out: torch.dtype
 ) -> Solution:
@@ -231,22 +202,16 @@ def solve_into(
     alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
     everything else, so callers that go on computing ask for float64.
     """
-    with matmul_precision(precision, X.device):
-        return _solve_into(K, X, Y, ridge, plan, _road_of(kernel, plan, K.dtype, precision), out)
-
-
-def _solve_into(K, X, Y, ridge: float, plan: Plan, road: _Road, out: torch.dtype) -> Solution:
-    start = time.perf_counter()
-    road.fill(K, X)
-    target = Y.double()
-    diagonal = 1.0 + ridge  # every profile has phi(0) = 1
+    start, target = time.perf_counter(), Y.double()
     jitter, iterations, rank = 0.0, 0, len(X)
-    if plan.method == "eigh":
-        alpha, rank = _solve_eigh(K, target, ridge, out)
-    else:
-        alpha, jitter, iterations = _solve_cholesky(K, target, diagonal, out, road)
-    alpha = alpha.to(out)
-    residual = _residual(K, target, diagonal, alpha)
+    with matmul_precision(precision, X.device):
+        system = direct.system(K, kernel, X, ridge, plan, precision, out)
+        if plan.method == "eigh":
+            alpha, rank = direct.eigh(system, target)
+        else:
+            alpha, jitter, iterations = direct.cholesky(system, target)
+        alpha = alpha.to(out)
+        residual = system.residual(alpha, target)
     seconds = time.perf_counter() - start
     return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
 
@@ -284,88 +249,6 @@ def solve_unstored(
     return Solution(
         alpha, residual, ridge, 0.0, "cg", torch.float64, outcome.iterations, rank, seconds, outcome.stopped
     )
-
-
-def _residual(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor) -> float:
-    return cg.relative(linalg.upper_matmul(K, diagonal, alpha.double()).sub_(Y), Y)
-
-
-def _acceptable(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor, out: torch.dtype) -> float:
-    """0 where alpha, rounded to the dtype it is wanted in, solves the system or stays bounded; else its excess.
-
-    Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
-    in the working dtype their differences are noise.
-    """
-    bound = _largest(Y) / torch.finfo(out).eps ** 0.5
-    excess = _largest(alpha) / bound if bound > 0 else 0.0
-    return 0.0 if excess <= 1 or _residual(K, Y, diagonal, alpha.to(out)) <= RESIDUAL[out] else excess
-
-
-def _largest(A: torch.Tensor) -> float:
-    return float(A.abs().max()) if A.numel() else 0.0
-
-
-def _solve_cholesky(K, Y, diagonal: float, out: torch.dtype, road: _Road) -> tuple[torch.Tensor, float, int]:
-    """(alpha in float64, jitter, refinement steps); K's lower triangle holds the factor afterwards."""
-    scale = linalg.largest_row_sum(K) + diagonal - 1.0
-    jitter = _factor(K, diagonal, 0.0, scale, road)
-    while True:
-        alpha, iterations = _refined(K, Y, diagonal, road.steps)
-        excess = _acceptable(K, Y, diagonal, alpha, out)
-        if not excess or jitter >= _MAX_JITTER * scale:
-            return alpha, jitter, iterations
-        linalg.restore_lower_(K)
-        more = max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale)
-        jitter = _factor(K, diagonal, more, scale, road)
-
-
-def _factor(K: torch.Tensor, diagonal: float, jitter: float, scale: float, road: _Road) -> float:
-    """Factor K in place with the least jitter >= the one given that works; returns it."""
-    while linalg.cholesky_lower_(K, diagonal + jitter, update=road.update):
-        linalg.restore_lower_(K)
-        jitter = max(10.0 * jitter, torch.finfo(K.dtype).eps * scale)
-    return jitter
-
-
-def _refined(K: torch.Tensor, Y: torch.Tensor, diagonal: float, steps: int) -> tuple[torch.Tensor, int]:
-    """(alpha, steps): the factor's solution, refined by float64 conjugate gradients after a float32 factor."""
-    alpha = linalg.cholesky_solve(K, Y.to(K.dtype)).double()
-    if K.dtype == torch.float64:
-        return alpha, 0
-    best, best_error, step = alpha, float("inf"), 0
-    direction, rho = torch.zeros_like(alpha), torch.ones_like(Y[0])
-    for step in range(steps + 1):
-        R = Y - linalg.upper_matmul(K, diagonal, alpha)  # rebuilt every time: no drift
-        error = cg.relative(R, Y)
-        if error < best_error:
-            best, best_error = alpha.clone(), error
-        if best_error <= _CG_GOAL or step == steps or error > 10 * best_error:
-            break
-        P = linalg.cholesky_solve(K, R.to(K.dtype)).double()
-        fresh = (R * P).sum(0)
-        direction = P + direction * _ratio(fresh, rho)
-        rho = fresh
-        curvature = (direction * linalg.upper_matmul(K, diagonal, direction)).sum(0)
-        alpha = alpha + direction * _ratio(rho, curvature)
-    return best, step
-
-
-def _ratio(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a / b by column; 0 where a column has converged or rounding has made its curvature meaningless."""
-    return torch.where(b > 0, a / b, 0.0)
-
-
-def _solve_eigh(K, Y: torch.Tensor, ridge: float, out: torch.dtype) -> tuple[torch.Tensor, int]:
-    """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
-    values, vectors = linalg.eigh(K)
-    cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ Y
-    while True:
-        keep = values + ridge > cut
-        alpha = vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target)
-        excess = _acceptable(K, Y, 1.0 + ridge, alpha, out)
-        if not excess or int(keep.sum()) <= 1:
-            return alpha, int(keep.sum())
-        cut *= 10.0
 
 
 def report(solution: Solution, stacklevel: int = 4) -> None:

@@ -469,3 +469,18 @@ def test_precision_words(word, cloud, normal):
     solution, said = quietly(Laplace(2.0), X, Y, ridge=1e-3, precision=word)
     assert not said
     honest(solution, system(Laplace(2.0), X, solution.ridge), Y)
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-3])
+def test_a_float32_factor_without_a_ridge_is_refined_from_the_points(spread, normal):
+    """The residual is that of the float64 kernel matrix, not of its float32 copy that was factored."""
+    X = (normal(5, 12)[torch.arange(120) % 5] + spread * normal(120, 12)).float()
+    Y = normal(120, 3, dtype=torch.float32)
+    solution = fastagop.solve(Laplace(2.0), X, Y, memory_limit=1.3 * 120**2 * 4 + 120 * 12 * 8)
+    assert solution.dtype == torch.float32
+    K = reference.kernel_matrix(Laplace(2.0), X)
+    alpha, target = solution.alpha.double(), Y.double()
+    true = float((K @ alpha - target).norm() / target.norm())
+    assert true == pytest.approx(solution.residual, rel=1e-4)
+    rounding = torch.finfo(torch.float32).eps * float(K.norm() * alpha.norm() / target.norm())
+    assert true <= rounding
