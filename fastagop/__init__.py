@@ -18,7 +18,7 @@ from fastagop.kernels.radial import Gaussian, Laplace
 from fastagop.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor
+    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor, load
 
 __version__ = "0.1.0"
 
@@ -37,10 +37,11 @@ __all__ = [
     "gradients",
     "kernel_matmul",
     "kernel_matrix",
+    "load",
     "solve",
 ]
 
-_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor")  # they import scikit-learn
+_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor", "load")  # they import scikit-learn
 
 
 def __getattr__(name: str):

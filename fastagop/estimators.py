@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,17 +13,19 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 from tqdm.auto import tqdm
 
-from fastagop import deep_rfm
+from fastagop import deep_rfm, storage
 from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
 from fastagop.kernels import _checks
 from fastagop.kernels.operations import kernel_matmul
-from fastagop.kernels.radial import Laplace
+from fastagop.kernels.radial import Laplace, Radial
 from fastagop.module import DeepRFMModule
 from fastagop.solve import report
 
 _LAPLACE = Laplace(2.0)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
+_NOT_SAVED = ("checkpoint_dir", "callbacks")
 
 
 class _DeepRFM(TransformerMixin, BaseEstimator):
@@ -97,7 +100,8 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
         done: list[deep_rfm.Layer] = []
         if self.checkpoint_dir is not None:
-            checkpoint = Checkpoint(self.checkpoint_dir, settings, features, Y, seeds if given else None)
+            task = "regression" if classes is None else "classification"
+            checkpoint = Checkpoint(self.checkpoint_dir, task, settings, features, Y, seeds if given else None)
             checkpoint.start(seeds)
             seeds = checkpoint.seeds or seeds
             done, resumed = checkpoint.load()
@@ -119,9 +123,14 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
                     bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
         self._centers, self.solution_ = deep_rfm.readout(features, Y, settings)
         report(self.solution_, stacklevel=5)
+        return self._publish()
+
+    def _publish(self):
+        """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._kept(layer.record.solution.alpha.to(features)) for layer in self._layers]
+        dtype = _DTYPES[self.dtype]
+        self.alphas_ = [self._kept(layer.record.solution.alpha.to(dtype)) for layer in self._layers]
         return self
 
     @torch.no_grad()
@@ -150,6 +159,52 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         flat = not binary and getattr(self, "_flat", False)
         return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, binary=binary, flat=flat)
 
+    def save(self, path) -> None:
+        """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
+
+        The file is there whole or not at all and carries a checksum. ``checkpoint_dir``, ``callbacks`` and a
+        ``random_state`` that is no integer belong to the process that trained: a loaded estimator has their defaults.
+
+        Raises:
+            NotFittedError: fit comes first. TypeError: a class of its own, which ``load`` would not know.
+        """
+        check_is_fitted(self)
+        if type(self) not in _SAVED.values():
+            raise TypeError(f"save knows {' and '.join(_SAVED)}, not {type(self).__name__}")
+        tensors = {"centers": self._centers, "alpha": self.solution_.alpha}
+        layers = []
+        for index, layer in enumerate(self._layers):
+            held, words = storage.pack_layer(layer)
+            tensors.update({f"{index}.{name}": value for name, value in held.items()})
+            layers.append(words)
+        words = {
+            "estimator": type(self).__name__,
+            "parameters": {k: _pack(v) for k, v in self.get_params(deep=False).items() if k not in _NOT_SAVED},
+            "kernel": storage.pack_kernel(self._kernel),
+            "layers": layers,
+            "solution": storage.pack_solution(self.solution_),
+            "attributes": {k: _pack(getattr(self, k)) for k in _ATTRIBUTES if hasattr(self, k)},
+            "versions": storage.versions(),
+        }
+        storage.write(Path(path), _KIND, tensors, words)
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        """Become the fitted estimator that was saved."""
+        self._settings()
+        self._kernel = storage.unpack_kernel(words["kernel"])
+        tensors = {name: value.to(self._device) for name, value in tensors.items()}
+        self._layers = []
+        for index, layer in enumerate(words["layers"]):
+            start = f"{index}."
+            held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            self._layers.append(storage.unpack_layer(held, layer, self._device))
+        self._centers = tensors["centers"]
+        self.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
+        for name in _ATTRIBUTES:
+            if name in words["attributes"]:
+                setattr(self, name, _unpack(words["attributes"][name]))
+        self._publish()
+
     def _settings(self) -> deep_rfm.Settings:
         """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
         _checks.kernel(self.kernel)
@@ -169,14 +224,13 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
             )
         ridge = _checks.nonnegative("ridge", self.ridge)
         self._kernel = self.kernel
-        device = self.device
-        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._device = _device(self.device)
         return deep_rfm.Settings(
             self.kernel,
             int(self.depth),
             self.features,
             int(self.width),
-            scale,
+            None if scale is None else float(scale),
             ridge,
             self.agop_scale,
             self.precision,
@@ -323,6 +377,65 @@ class DeepRFMRegressor(RegressorMixin, _DeepRFM):
         from sklearn.metrics import r2_score
 
         return r2_score(_numpy(y), _numpy(self.predict(X)), sample_weight=sample_weight)
+
+
+_KIND = "fitted estimator"
+_SAVED = {"DeepRFMClassifier": DeepRFMClassifier, "DeepRFMRegressor": DeepRFMRegressor}
+_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
+
+
+def load(path, device=None) -> DeepRFMClassifier | DeepRFMRegressor:
+    """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
+
+    Args:
+        path: the file. device: where its tensors go; default its own ``device`` parameter.
+
+    Returns:
+        DeepRFMClassifier or DeepRFMRegressor, fitted.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged or was not written by ``save``, its kernel
+        is defined nowhere, or its device is not there.
+    """
+    tensors, words = storage.read(Path(path), _KIND)
+    if words["estimator"] not in _SAVED:
+        raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
+    parameters = {name: _unpack(value) for name, value in words["parameters"].items()}
+    if device is not None:
+        parameters["device"] = str(device)
+    model = _SAVED[words["estimator"]](**parameters)
+    model._restore(tensors, words)
+    return model
+
+
+def _pack(value):
+    """A parameter or attribute as JSON; arrays keep their dtype."""
+    if isinstance(value, Radial):
+        return {"kernel": storage.pack_kernel(value)}
+    if isinstance(value, np.ndarray):
+        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
+        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.random.RandomState):
+        return None
+    return str(value) if isinstance(value, torch.device) else value
+
+
+def _unpack(value):
+    """What ``_pack`` was given."""
+    if not isinstance(value, dict):
+        return value
+    return storage.unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])
+
+
+def _device(name) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {name!r} is not there ({error}); use 'auto' or 'cpu'") from error
+    return device
 
 
 def _numpy(value):
