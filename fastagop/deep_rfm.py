@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, linalg
+from fastagop import collapse, distributed, linalg
 from fastagop.agop import agop
 from fastagop.features import FeatureMap, random_features
 from fastagop.kernels import torch_agop, torch_blocks
@@ -111,19 +111,23 @@ def normalise_rows(X: torch.Tensor) -> torch.Tensor:
 
 
 def train_layer(
-    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None
+    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None, group=None
 ) -> tuple[Layer, torch.Tensor, torch.Tensor]:
-    """One layer on its input X (n, d); returns (layer, projected, features)."""
+    """One layer on its input X (n, d); returns (layer, projected, features), the same on every rank of a group."""
     clock, base = _Clock(X.device), _reset_peak(X.device)
     X = normalise_rows(X)
-    solution, M, planned = solve_and_agop(X, Y, settings, clock)
+    solution, M, planned = (
+        solve_and_agop(X, Y, settings, clock) if group is None else _shared(X, Y, settings, clock, group)
+    )
     scale = _scale(M, settings.agop_scale, len(X))
     M /= scale
     root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
+    root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
     projected = X @ root
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
+    features = features if group is None else distributed.broadcast(features, group)
     clock.mark("features")
     nc1, nc2 = _measures({"input": X, "projected": projected, "features": features}, classes)
     clock.mark("measures")
@@ -158,6 +162,16 @@ def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, t
     return solution, M, plan.peak_bytes
 
 
+def _shared(X, Y, settings: Settings, clock: _Clock, group) -> tuple[Solution, torch.Tensor, int]:
+    """What solve_and_agop returns, by the ranks of a group together."""
+    kernel, how = settings.kernel, {"precision": settings.precision, "backend": settings.backend, "group": group}
+    solution, planned = distributed.solve_as(torch.float64, kernel, X, Y, ridge=settings.ridge, **how)
+    clock.mark("solve")
+    M = distributed.agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", **how)
+    clock.mark("agop")
+    return solution, M, planned
+
+
 def _scale(M: torch.Tensor, name: str, n: int) -> float:
     if name == "max":
         largest = float(M.max())
@@ -184,9 +198,12 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, Solution]:
+def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None) -> tuple[torch.Tensor, Solution]:
     """The kernel machine after the last layer: (its normalised centers, its solution)."""
     X = normalise_rows(X)
+    if group is not None:
+        how = {"precision": settings.precision, "backend": settings.backend, "group": group}
+        return X, distributed.solve_as(torch.float64, settings.kernel, X, Y, ridge=settings.ridge, **how)[0]
     plan, (_, _, ridge, dtype) = plan_solve(
         settings.kernel, X, Y, ridge=settings.ridge, precision=settings.precision, backend=settings.backend
     )

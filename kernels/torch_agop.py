@@ -93,7 +93,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
             return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
 
         return gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
-    W = _weights(kernel, X, Z, plan.block)
+    W = weights(kernel, X, Z, plan.block)
     return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
 
 
@@ -110,7 +110,7 @@ def agop_from_weights(W, X, alpha, Z, *, center: bool, method: str, limit: int |
     return gram_form(W.to(wide), x, alpha.to(wide), x if Z is X else Z.to(wide), center, rows).to(X.dtype)
 
 
-def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
+def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X."""
     W = X.new_empty(len(Z), len(X))
     if Z is X:
@@ -202,7 +202,7 @@ def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_
     K, d = alpha.shape[1], X.shape[1]
     shift = dominant_offset(X)
     M = X.new_zeros(d, d, dtype=torch.float64)
-    mean = _mean_gradient(blocks(), alpha, X, Z, shift) if center else None
+    mean = mean_gradient(blocks(), alpha, X, Z, shift) if center else None
     buffer = None
     for row, W in blocks():
         z = Z[row]
@@ -216,7 +216,7 @@ def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_
     return M
 
 
-def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
+def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     """mean_i g_ic, shape (K, d), from row blocks of weights."""
     if shift is not None:
         X, Z = X - shift, Z - shift
@@ -228,8 +228,11 @@ def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     return ((alpha * columns[:, None]).T @ X - against) / len(Z)
 
 
-def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tensor:
-    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only."""
+def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None, starts=None) -> torch.Tensor:
+    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only.
+
+    With starts, what these block rows of S contribute, for Z = X.
+    """
     own = Z is X
     mean = X.mean(0)
     X = X - mean  # S annihilates constants
@@ -239,7 +242,7 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tens
     weight = s.square().sum(1)  # sum_c s_ic^2
     Wt = W if own else W.T
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
-    for start in range(0, n, rows):
+    for start in range(0, n, rows) if starts is None else starts:
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = _lower_s(W, Wt, alpha, s, weight, start, stop, own) if lower is None else lower(s, weight, start, stop)
