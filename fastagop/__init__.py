@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastagop import collapse, datasets, distributed
 from fastagop.agop import agop
+from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "ConjugateGradients",
     "DeepRFMClassifier",
     "DeepRFMRegressor",
     "Gaussian",

@@ -140,7 +140,7 @@ def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, t
     """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
     kernel, precision = settings.kernel, settings.precision
     plan, (_, _, ridge, dtype) = plan_solve(
-        kernel, X, Y, ridge=settings.ridge, precision=precision, backend=settings.backend
+        kernel, X, Y, ridge=settings.ridge, method="cholesky", precision=precision, backend=settings.backend
     )
     with matmul_precision(precision, X.device):
         K = X.new_empty(len(X), len(X), dtype=dtype)
@@ -205,7 +205,13 @@ def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None) ->
         how = {"precision": settings.precision, "backend": settings.backend, "group": group}
         return X, distributed.solve_as(torch.float64, settings.kernel, X, Y, ridge=settings.ridge, **how)[0]
     plan, (_, _, ridge, dtype) = plan_solve(
-        settings.kernel, X, Y, ridge=settings.ridge, precision=settings.precision, backend=settings.backend
+        settings.kernel,
+        X,
+        Y,
+        ridge=settings.ridge,
+        method="cholesky",
+        precision=settings.precision,
+        backend=settings.backend,
     )
     with matmul_precision(settings.precision, X.device):
         K = X.new_empty(len(X), len(X), dtype=dtype)

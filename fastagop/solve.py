@@ -1,4 +1,4 @@
-"""Kernel ridge(less) regression: (k(X, X) + ridge I) alpha = Y, with one n x n matrix in memory."""
+"""Kernel ridge(less) regression: (k(X, X) + ridge I) alpha = Y, by factorising one n x n matrix, or without one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastagop import linalg
+from fastagop import cg, linalg
+from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
 from fastagop.kernels._checks import NumericalWarning
@@ -33,11 +34,12 @@ class Solution:
         residual: ||(k + ridge I) alpha - Y|| / ||Y|| (Frobenius), of the alpha returned, without the jitter.
         ridge: the ridge asked for.
         jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
-        method: what ran, "cholesky" or "eigh".
-        dtype: the dtype of the factorisation.
-        iterations: steps of float64 refinement after a float32 factorisation.
-        rank: eigenvalues kept by "eigh"; n otherwise.
+        method: what ran, "cholesky", "eigh" or "cg".
+        dtype: the dtype of the factorisation, or of the products of "cg".
+        iterations: steps of "cg", or of float64 refinement after a float32 factorisation.
+        rank: eigenvalues kept by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
+        stopped: why "cg" ended before its tolerance; "" where it did not.
     """
 
     alpha: torch.Tensor
@@ -49,19 +51,40 @@ class Solution:
     iterations: int
     rank: int
     seconds: float
+    stopped: str = ""
 
 
 def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", backend="auto", memory_limit=None):
-    """(Plan, checked arguments) of a solve call; the plan's precision is the factorisation's dtype."""
+    """(Plan, (X, Y, ridge, how)) of a solve call; how: the factorisation's dtype, or the options of method "cg"."""
     _checks.kernel(kernel)
-    _checks.choice("method", method, ("auto", "cholesky", "eigh"))
+    if not isinstance(method, ConjugateGradients):
+        _checks.choice("method", method, ("auto", "cholesky", "eigh", "cg"))
     _checks.choice("precision", precision, _checks.PRECISIONS)
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
     _, why = choose(backend, "solve", kernel, X)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
-    method, dtype, reason = _road(X, ridge, method, budget(limit, X.device))
+    room = budget(limit, X.device)
+    if method == "cg" or isinstance(method, ConjugateGradients):
+        options = ConjugateGradients() if method == "cg" else method
+        plan, options = cg.plan(X, Y, ridge, options, room, f"{why}; cg asked for")
+        return plan, (X, Y, ridge, options)
+    try:
+        method, dtype, reason = _road(X, ridge, method, room)
+    except MemoryError as error:
+        if method != "auto":
+            raise
+        plan, options = cg.plan(
+            X, Y, ridge, ConjugateGradients(), room, f"{why}; no n x n matrix fits into {human(room)}", str(error)
+        )
+        return plan, (X, Y, ridge, options)
+    plan = _plan_direct(X, Y, method, dtype, f"{why}; {reason}", precision)
+    return plan, (X, Y, ridge, dtype)
+
+
+def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str) -> Plan:
+    """The road with one n x n matrix."""
     n, size = len(X), dtype.itemsize
     copies = 3.0 if method == "eigh" else 1.0 + _WORKSPACE
     extra = 0 if X.dtype == dtype else X.numel() * size
@@ -72,8 +95,7 @@ def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", b
         words = f"{words} factorisation"
     else:
         words = f"{precision_words(precision, X)} factorisation, float64 refinement"
-    peak = int(copies * n * n * size) + extra
-    return Plan("solve", "torch", method, f"{why}; {reason}", words, work, peak, rows), (X, Y, ridge, dtype)
+    return Plan("solve", "torch", method, why, words, work, int(copies * n * n * size) + extra, rows)
 
 
 def _road(X: torch.Tensor, ridge: float, method: str, room: int) -> tuple[str, torch.dtype, str]:
@@ -95,7 +117,7 @@ def _road(X: torch.Tensor, ridge: float, method: str, room: int) -> tuple[str, t
         raise MemoryError(
             f"solve with n = {n} needs {human(needed)} ({dtype} matrix of {human(n * n * dtype.itemsize)} and "
             f"its workspace), but {human(room)} may be used; n up to about {largest} fits. "
-            "Use fewer points, or raise memory_limit where memory is free"
+            "Use fewer points, method='cg', or raise memory_limit where memory is free"
         )
     return ("cholesky" if method == "auto" else method), dtype, reason
 
@@ -107,7 +129,7 @@ def solve(
     Y: torch.Tensor,
     *,
     ridge: float = 0.0,
-    method: str = "auto",
+    method: str | ConjugateGradients = "auto",
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
@@ -119,11 +141,17 @@ def solve(
     level upwards by tens; points that the kernel cannot tell apart but whose targets differ raise it further,
     so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
+    Where no such matrix fits, preconditioned conjugate gradients solve for all outputs at once, with one float64 pass
+    over all pairs a step. A problem that they cannot bring to their tolerance, such as ridge 0 near collapse, is
+    reported, with the best alpha found.
+
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
         X: points (n, d). Y: targets (n, K).
         ridge: mu >= 0 on the diagonal.
-        method: "cholesky", "eigh" (float64, eigenvalues below n eps of the largest dropped), or "auto".
+        method: "cholesky", "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix)
+            or ``fastagop.ConjugateGradients(...)`` for "cg" with options; "auto" is "cholesky", and "cg" where that
+            does not fit.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
 
@@ -135,10 +163,10 @@ def solve(
         BackendUnavailable: the backend cannot serve the call.
 
     Warns:
-        NumericalWarning: once, when jitter was added, eigenvalues were dropped, or the residual exceeds 1e-6
-        (float64) or 1e-3 (float32).
+        NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, or
+        the residual exceeds 1e-6 (float64) or 1e-3 (float32).
     """
-    plan, (X, Y, ridge, dtype) = plan_solve(
+    plan, (X, Y, ridge, how) = plan_solve(
         kernel,
         X,
         Y,
@@ -150,7 +178,10 @@ def solve(
     )
     kernel, X, _, _ = in_units(kernel, X, X)
     with matmul_precision(precision, X.device):
-        solution = solve_into(X.new_empty(len(X), len(X), dtype=dtype), kernel, X, Y, ridge, plan, X.dtype)
+        if isinstance(how, ConjugateGradients):
+            solution = solve_unstored(kernel, X, Y, ridge, plan, how, X.dtype)
+        else:
+            solution = solve_into(X.new_empty(len(X), len(X), dtype=how), kernel, X, Y, ridge, plan, X.dtype)
     report(solution)
     return solution
 
@@ -176,8 +207,43 @@ def solve_into(K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, 
     return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
 
 
+def solve_unstored(
+    kernel: Radial,
+    X,
+    Y,
+    ridge: float,
+    plan: Plan,
+    options: ConjugateGradients,
+    out: torch.dtype,
+    product=torch_blocks.kernel_matmul,
+) -> Solution:
+    """Solve by conjugate gradients; ``product(kernel, X, X, V, plan)`` -> k(X, X) V may be a sharded one.
+
+    Products run in float64 whatever X's dtype is: in float32 they stop the residual near 1e-7 ||K|| ||alpha||.
+    """
+    start = time.perf_counter()
+    x, target = X.double(), Y.double()
+
+    def matmul(V):
+        return product(kernel, x, x, V, plan).add_(V, alpha=ridge)
+
+    def columns(index):
+        return torch_blocks.kernel_matrix(kernel, x, x[index], None, plan)
+
+    ones = x.new_ones(len(x))  # every profile has phi(0) = 1
+    low_rank = cg.preconditioner(cg.pivoted_cholesky(columns, ones, options.rank, ridge, options.seed), ridge)
+    outcome = cg.conjugate_gradients(matmul, target, low_rank, options)
+    alpha, residual = outcome.alpha.to(out), outcome.residual
+    if out != torch.float64:
+        residual = cg.relative(target - matmul(alpha.double()), target)
+    rank, seconds = low_rank.rank if low_rank else 0, time.perf_counter() - start
+    return Solution(
+        alpha, residual, ridge, 0.0, "cg", torch.float64, outcome.iterations, rank, seconds, outcome.stopped
+    )
+
+
 def _residual(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor) -> float:
-    return _relative(linalg.upper_matmul(K, diagonal, alpha.double()).sub_(Y), Y)
+    return cg.relative(linalg.upper_matmul(K, diagonal, alpha.double()).sub_(Y), Y)
 
 
 def _acceptable(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor, out: torch.dtype) -> float:
@@ -193,11 +259,6 @@ def _acceptable(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor, out: t
 
 def _largest(A: torch.Tensor) -> float:
     return float(A.abs().max()) if A.numel() else 0.0
-
-
-def _relative(error: torch.Tensor, target: torch.Tensor) -> float:
-    size = float(torch.linalg.vector_norm(target))
-    return float(torch.linalg.vector_norm(error)) / size if size > 0 else 0.0
 
 
 def _solve_cholesky(K, Y: torch.Tensor, diagonal: float, out: torch.dtype) -> tuple[torch.Tensor, float, int]:
@@ -230,7 +291,7 @@ def _refined(K: torch.Tensor, Y: torch.Tensor, diagonal: float) -> tuple[torch.T
     direction, rho = torch.zeros_like(alpha), torch.ones_like(Y[0])
     for step in range(_CG_STEPS + 1):
         R = Y - linalg.upper_matmul(K, diagonal, alpha)  # rebuilt every time: no drift
-        error = _relative(R, Y)
+        error = cg.relative(R, Y)
         if error < best_error:
             best, best_error = alpha.clone(), error
         if best_error <= _CG_GOAL or step == _CG_STEPS or error > 10 * best_error:
@@ -267,14 +328,18 @@ def report(solution: Solution, stacklevel: int = 4) -> None:
     said = []
     if solution.jitter > 0:
         said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
-    if solution.rank < len(solution.alpha):
+    if solution.method == "eigh" and solution.rank < len(solution.alpha):
         said.append(f"{len(solution.alpha) - solution.rank} of {len(solution.alpha)} eigenvalues were dropped")
-    if not solution.residual <= RESIDUAL[solution.alpha.dtype]:
+    if solution.stopped:
+        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
+    if solution.stopped or not solution.residual <= RESIDUAL[solution.alpha.dtype]:
         said.append(f"the relative residual is {solution.residual:.1e}")
     if said:
+        remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+        if solution.method == "cg":
+            remedy = "a larger rank, more max_iterations or a larger ridge helps"
         warnings.warn(
-            f"solve: {' and '.join(said)}; the kernel matrix is singular to rounding on these points. A ridge "
-            "above 0 makes the problem well posed",
+            f"solve: {' and '.join(said)}; {remedy}",
             NumericalWarning,
             stacklevel=stacklevel,
         )

@@ -217,7 +217,7 @@ def test_backend_that_can(op, word, valid):
     [
         ("agop", "method", ("auto", "gradient", "gram")),
         ("agop", "reduction", ("mean", "sum")),
-        ("solve", "method", ("auto", "cholesky", "eigh")),
+        ("solve", "method", ("auto", "cholesky", "eigh", "cg")),
     ],
 )
 def test_words(op, name, allowed, valid):
