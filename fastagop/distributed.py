@@ -18,12 +18,13 @@ import torch
 
 from fastagop.agop import agop as agop_here
 from fastagop.agop import plan_agop
+from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.ranks import RankLost, Ranks
-from fastagop.solve import Solution, plan_solve, report, solve_into
+from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
 
 __all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
 
@@ -277,9 +278,19 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
     def job(ask):
         plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
         with matmul_precision(options["precision"], X.device):
-            K = X.new_empty(len(X), len(X), dtype=how)
-            solution = solve_into(K, units, points, Y, ridge, plan, out or X.dtype)
+            if isinstance(how, ConjugateGradients):
+                most = _block(wide(), Y.shape[1], room)
+                shared = functools.partial(_asked, ask, most)
+                solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
+            else:
+                K = X.new_empty(len(X), len(X), dtype=how)
+                solution = solve_into(K, units, points, Y, ridge, plan, out or X.dtype)
         return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
 
     solution, planned = ranks.lead(job, lambda V, block: _area(units, wide(), V, block, ranks))
     return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+
+
+def _asked(ask, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:
+    """k(X, X) V as conjugate gradients want it, made by all ranks."""
+    return ask(V, most)

@@ -20,12 +20,13 @@ from fastagop.kernels import _checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Laplace, Radial
 from fastagop.module import DeepRFMModule
+from fastagop.ranks import Ranks
 from fastagop.solve import report
 
 _LAPLACE = Laplace(2.0)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
-_NOT_SAVED = ("checkpoint_dir", "callbacks")
+_NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 
 
 class _DeepRFM(TransformerMixin, BaseEstimator):
@@ -48,6 +49,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         checkpoint_dir=None,
         callbacks=(),
         verbose=0,
+        process_group=None,
     ):
         self.kernel = kernel
         self.depth = depth
@@ -64,6 +66,21 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self.checkpoint_dir = checkpoint_dir
         self.callbacks = callbacks
         self.verbose = verbose
+        self.process_group = process_group
+
+    def __sklearn_clone__(self):
+        """A clone works with the same process group: a group is a connection, and cannot be copied."""
+        group, self.process_group = self.process_group, None
+        try:
+            fresh = super().__sklearn_clone__()
+        finally:
+            self.process_group = group
+        fresh.process_group = group
+        return fresh
+
+    def __getstate__(self):
+        """Pickles and copies leave the process group behind."""
+        return {**super().__getstate__(), "process_group": None}
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -96,21 +113,14 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self._torch_in = isinstance(X, torch.Tensor)
         features = self._samples(X, reset=True)
         Y, classes = self._targets(y, features)
-        checkpoint, given = None, self.random_state is not None
+        group = self.process_group
         seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
-        done: list[deep_rfm.Layer] = []
-        if self.checkpoint_dir is not None:
-            task = "regression" if classes is None else "classification"
-            checkpoint = Checkpoint(self.checkpoint_dir, task, settings, features, Y, seeds if given else None)
-            checkpoint.start(seeds)
-            seeds = checkpoint.seeds or seeds
-            done, resumed = checkpoint.load()
-            features = features if resumed is None else resumed
-        bar = tqdm(total=settings.depth, initial=len(done), desc="Deep RFM", unit="layer", disable=not self.verbose)
-        self._layers = done
-        with bar:
-            for index in range(len(done), settings.depth):
-                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes)
+        begin = self._begin if group is None else self._begin_together
+        checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
+        quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
+        with tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet) as bar:
+            for index in range(done, settings.depth):
+                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
                 report(layer.record.solution, stacklevel=5)
                 self._layers.append(layer)
                 if checkpoint is not None:
@@ -121,9 +131,38 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
                 bar.update()
                 if "projected" in layer.record.nc1:
                     bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
-        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings)
+        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings, group)
         report(self.solution_, stacklevel=5)
         return self._publish()
+
+    def _begin(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+        """(checkpoint or None, seeds, finished layers, features entering the next one)"""
+        if self.checkpoint_dir is None:
+            return None, seeds, [], X
+        task = "regression" if classes is None else "classification"
+        wanted = None if self.random_state is None else seeds
+        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, X, Y, wanted)
+        checkpoint.start(seeds)
+        done, resumed = checkpoint.load()
+        return checkpoint, checkpoint.seeds or seeds, done, X if resumed is None else resumed
+
+    def _begin_together(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+        """What _begin says on the first rank, which alone reads and writes the checkpoint."""
+        ranks = Ranks(self.process_group, "fit", X.device)
+        given = "any" if self.random_state is None else seeds
+        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", X=X, Y=Y)
+        checkpoint = None
+
+        def first(_):
+            nonlocal checkpoint
+            checkpoint, own, done, features = self._begin(settings, X, Y, classes, seeds)
+            packed = [storage.pack_layer(layer) for layer in done]
+            sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
+            return own, sent, features.cpu() if done else None
+
+        seeds, packed, features = ranks.lead(first)
+        layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
+        return checkpoint, seeds, layers, X if features is None else features.to(X.device)
 
     def _publish(self):
         """Set the public attributes that are views of the trained layers."""
@@ -304,6 +343,9 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
         checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
         callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
         verbose: 1 shows a progress bar.
+        process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
+            every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
+            the progress bar; callbacks run on every rank. Prediction is not shared.
 
     Attributes:
         classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).

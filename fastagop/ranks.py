@@ -40,10 +40,12 @@ class Ranks:
                 f"distributed.{op} needs a process group: start the script with torchrun, and call "
                 "torch.distributed.init_process_group() first"
             )
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            if group == dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError(f"distributed.{op} was called by a process that is not in the group")
+            raise TypeError(f"the group must be a torch.distributed process group or None, got {group!r}")
         self.group, self.op, self.device = group, op, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise ValueError(f"distributed.{op} was called by a process that is not in the group")
         backend = dist.get_backend(group)
         if backend == "nccl" and device.type != "cuda":
             raise ValueError(
@@ -104,7 +106,7 @@ class Ranks:
 
     def _room(self) -> int:
         """Bytes this rank may take; processes of one machine share its memory."""
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.device.type == "cpu" else 1
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
         return budget(None, self.device) // sharing
 
     def rows(self, count: int) -> tuple[int, int]:
@@ -130,7 +132,7 @@ class Ranks:
         return wire.to(value.device)
 
     def concatenate(self, compute: Callable, count: int, tail: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """All rows (count, *tail), of which compute(first, last) gives this rank's; rows travel while others are made."""
+        """All rows (count, *tail); compute(first, last) makes this rank's, and they travel while the next are made."""
         share = -(-count // self.size)
         first, last = self.rows(count)
         step = max(1, min(share, _PIECE // max(1, torch.Size(tail).numel() * like.element_size())))
@@ -170,7 +172,7 @@ class Ranks:
     def _lead(self, job: Callable, serve: Callable | None):
         def ask(V: torch.Tensor, number: int) -> torch.Tensor:
             self._order([_ASK, *V.shape, number])
-            return self._serve(V.to(self._wire), number, serve)
+            return self._serve(V.to(self._wire).contiguous(), number, serve)
 
         try:
             result, error = job(ask), None
