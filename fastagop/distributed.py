@@ -78,18 +78,18 @@ def agop(
         return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, Z, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=Z)
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=Z)
     room = room if limit is None else limit
-    kernel, X, Z, unit = in_units(kernel, X, Z)
+    kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
         M = None
-        if plan.backend == "torch" and ranks.size > 1 and _stores_weights(X, alpha, Z, method, room, ranks.size):
+        if plan.backend == "torch" and ranks.size > 1 and _stores_weights(X, alpha, at, method, room, ranks.size):
             M = _rows_of_gram(kernel, X, alpha, center, method, room, plan.block, ranks)
         if M is None:
-            chosen = "gradient" if Z is X and method == "auto" and ranks.size > 1 else method
+            chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, Z, center, plan.block, ranks, how)
-    M = ranks.total(M).div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)
+            M = _rows_of_points(kernel, X, alpha, at, center, plan.block, ranks, how)
+    M = ranks.total(M).div_(unit).div_(unit * len(at) if reduction == "mean" else unit)
     return M.to(X.dtype)
 
 
@@ -165,12 +165,12 @@ def kernel_matmul(
     """
     options = {"precision": precision, "backend": backend}
     ranks = _ranks(group, "kernel_matmul", X)
-    (plan, (X, Z, V)), room = ranks.agree(
+    (plan, (X, at, V)), room = ranks.agree(
         lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options), f"{kernel!r}, {options}", X=X, Z=Z, V=V
     )
-    if Z is not X or plan.backend != "torch":
+    if at is not X or plan.backend != "torch":
         return ranks.concatenate(
-            lambda first, last: operations.kernel_matmul(kernel, X[first:last], Z, V, **options),
+            lambda first, last: operations.kernel_matmul(kernel, X[first:last], at, V, **options),
             len(X),
             (V.shape[1],),
             V,
@@ -215,12 +215,16 @@ def gradients(
     """
     options = {"precision": precision, "backend": backend}
     ranks = _ranks(group, "gradients", X)
-    (_, (X, alpha, Z)), _ = ranks.agree(
-        lambda: operations.plan_gradients(kernel, X, alpha, Z, **options), f"{kernel!r}, {options}", X=X, alpha=alpha, Z=Z
+    (_, (X, alpha, at)), _ = ranks.agree(
+        lambda: operations.plan_gradients(kernel, X, alpha, Z, **options),
+        f"{kernel!r}, {options}",
+        X=X,
+        alpha=alpha,
+        Z=Z,
     )
     return ranks.concatenate(
-        lambda first, last: operations.gradients(kernel, X, alpha, Z[first:last], **options),
-        len(Z),
+        lambda first, last: operations.gradients(kernel, X, alpha, at[first:last], **options),
+        len(at),
         (alpha.shape[1], X.shape[1]),
         X,
     )

@@ -75,8 +75,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
             fresh = super().__sklearn_clone__()
         finally:
             self.process_group = group
-        fresh.process_group = group
-        return fresh
+        return fresh.set_params(process_group=group)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __getstate__(self):
         """Pickles and copies leave the process group behind."""

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ class Ranks:
                 "RFM with checkpoint_dir goes on after its last layer"
             ) from error
 
-    def agree(self, prepare: Callable, said: str, **tensors: torch.Tensor | None):
+    def agree(self, prepare: Callable, said: str, **tensors: torch.Tensor | None) -> tuple[Any, int]:
         """(prepare(), bytes that every rank may take), once all ranks are known to want the same thing.
 
         An error of prepare is raised where it happens, and named everywhere else. Inputs are compared by hashes.
@@ -114,15 +115,16 @@ class Ranks:
         share = -(-count // self.size)
         return min(count, self.rank * share), min(count, (self.rank + 1) * share)
 
-    def blocks(self, count: int, most: int) -> tuple[int, range | list[int]]:
+    def blocks(self, count: int, most: int) -> tuple[int, list[int]]:
         """(rows of a block, first rows of this rank's blocks) of a triangle, so that every rank has as much area.
 
-        Blocks are dealt out forth and back: 0 1 2 2 1 0 0 1 2 and so on.
+        Blocks are dealt out forth and back, 0 1 2 2 1 0 0 1 2 and so on, the longest first: what is left over at the
+        end is short.
         """
         rows = max(1, min(most, -(-count // (4 * self.size))))
         turn = 2 * self.size
         mine = (self.rank, turn - 1 - self.rank)
-        return rows, [start for i, start in enumerate(range(0, count, rows)) if i % turn in mine]
+        return rows, [start for i, start in enumerate(reversed(range(0, count, rows))) if i % turn in mine]
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of value over ranks, the same bits everywhere."""
@@ -152,7 +154,7 @@ class Ranks:
                 work.wait()
         return everything.flatten(0, 1)[:count].to(like.device)
 
-    def lead(self, job: Callable, serve: Callable | None = None):
+    def lead(self, job: Callable, serve: Callable | None = None) -> Any:
         """What job(ask) returns on the first rank, on every rank; its error too.
 
         Other ranks wait. ask(V, number) makes every rank run serve(V, number) and gives the sum of the answers.
@@ -227,7 +229,7 @@ class Ranks:
             dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
-    def _broadcast(self, value):
+    def _broadcast(self, value) -> Any:
         box = [value]
         with self.exchange():
             dist.broadcast_object_list(box, self._first, group=self.group)
