@@ -13,7 +13,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 import importlib
 from typing import TYPE_CHECKING
 
-from fastagop import collapse, datasets
+from fastagop import collapse, datasets, distributed
 from fastagop.agop import agop
 from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
@@ -23,7 +23,7 @@ from fastagop.kernels.radial import Gaussian, Laplace
 from fastagop.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor
+    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor, load
 
 __version__ = "0.1.0"
 
@@ -39,14 +39,16 @@ __all__ = [
     "agop",
     "collapse",
     "datasets",
+    "distributed",
     "explain",
     "gradients",
     "kernel_matmul",
     "kernel_matrix",
+    "load",
     "solve",
 ]
 
-_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor")  # they import scikit-learn
+_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor", "load")  # they import scikit-learn
 
 
 def __getattr__(name: str):

@@ -1,60 +1,59 @@
 """Finished layers of a Deep RFM on disk, so that an interrupted fit resumes where it stopped.
 
-A checkpoint folder holds ``manifest.json`` (settings, data fingerprint, seeds, finished layers with their
-checksums) and one safetensors file a layer; the features entering the next layer are kept for the newest layer
-only. Files are written beside their place and renamed, the manifest last: whatever moment a run is killed at,
-the manifest names complete files.
+A checkpoint folder holds ``manifest.json`` (settings, data fingerprint, seeds, versions, checksums of the finished
+layers) and one safetensors file a layer; the features entering the next layer are kept for the newest layer only.
+Every file is written beside its place and renamed, the manifest last: whatever moment a run is killed at, the
+manifest names complete files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from fastagop.deep_rfm import Layer, LayerRecord, Settings
-from fastagop.features import random_features
-from fastagop.solve import Solution
+from fastagop import storage
+from fastagop.deep_rfm import Layer, Settings
 
-FORMAT = 1
-
-
-def fingerprint(*tensors: torch.Tensor) -> str:
-    """SHA-256 of shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())  # pyright: ignore[reportArgumentType]
-    return digest.hexdigest()
+_LAYER, _FEATURES = "Deep RFM layer", "Deep RFM layer's features"
 
 
 class Checkpoint:
-    """A checkpoint folder bound to one fit: its settings, data and seeds."""
+    """A checkpoint folder bound to one fit: what is trained, its settings, data and seeds.
 
-    def __init__(self, folder, settings: Settings, X: torch.Tensor, Y: torch.Tensor, seeds: list[int] | None):
+    Args:
+        folder: made where it does not exist. task: "classification" or "regression".
+        settings: of the fit. X, Y: its data as the first layer sees them.
+        seeds: of the layers, or None where any will do: those of an earlier run are then kept.
+
+    Raises:
+        ValueError: the folder belongs to another fit (naming what differs), or a file is damaged.
+    """
+
+    def __init__(
+        self, folder, task: str, settings: Settings, X: torch.Tensor, Y: torch.Tensor, seeds: list[int] | None
+    ):
         self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"checkpoint_dir must be a folder, but {self.folder} is a file")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "manifest.json"
         self._like = X
-        self._settings = settings
         wanted = {
-            "format": FORMAT,
+            "format": storage.FORMAT,
+            "task": task,
             "settings": {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)},
-            "data": fingerprint(X, Y),
-            "dtype": str(X.dtype),
+            "data": storage.fingerprint({"X": X, "Y": Y}),
+            "dtype": str(X.dtype).removeprefix("torch."),
         }
         if seeds is not None:
             wanted["seeds"] = seeds
         if self._path.exists():
-            self._manifest = self._read()
+            self._manifest = self._trusted(storage.read_json, self._path)
             self._refuse_other(wanted)
         else:
-            self._manifest = {**wanted, "layers": []}
+            self._manifest = {**wanted, "versions": storage.versions(), "layers": [], "features": None}
 
     @property
     def seeds(self) -> list[int] | None:
@@ -67,40 +66,43 @@ class Checkpoint:
 
     def load(self) -> tuple[list[Layer], torch.Tensor | None]:
         """(finished layers, features entering the next one); verifies every checksum."""
-        entries = self._manifest["layers"]
-        layers = [self._load_layer(index, entry) for index, entry in enumerate(entries)]
-        if not entries:
+        layers = []
+        for index, digest in enumerate(self._manifest["layers"]):
+            tensors, words = self._trusted(storage.read, self._file("layer", index), _LAYER, digest)
+            layers.append(storage.unpack_layer(tensors, words, self._like.device))
+        if not layers:
             return [], None
-        features = self._tensors(f"features-{len(entries) - 1:03d}.safetensors", entries[-1]["features"])
-        return layers, features["features"].to(self._like)
+        newest, digest = self._file("features", len(layers) - 1), self._manifest["features"]
+        tensors, _ = self._trusted(storage.read, newest, _FEATURES, digest)
+        self._forget(newest)
+        return layers, tensors["features"].to(self._like)
 
     def save(self, index: int, layer: Layer, features: torch.Tensor) -> None:
-        """Add a finished layer; the features of the layer before are dropped once they are not needed."""
-        record = dataclasses.asdict(dataclasses.replace(layer.record, solution=_without_alpha(layer.record.solution)))
-        record["solution"]["dtype"] = str(layer.record.solution.dtype)
-        del record["solution"]["alpha"]
-        name, kept = f"layer-{index:03d}.safetensors", f"features-{index:03d}.safetensors"
-        tensors = {"agop": layer.agop, "root": layer.root, "alpha": layer.record.solution.alpha}
-        entry = {
-            "record": record,
-            "tensors": self._write(name, tensors),
-            "features": self._write(kept, {"features": features}),
-        }
-        self._manifest["layers"].append(entry)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._manifest, indent=1))
-        _settle(temporary, self._path)
-        if index:
-            (self.folder / f"features-{index - 1:03d}.safetensors").unlink(missing_ok=True)
+        """Add a finished layer; the features of the layer before are dropped once nothing names them."""
+        tensors, words = storage.pack_layer(layer)
+        digest = storage.write(self._file("layer", index), _LAYER, tensors, words)
+        newest = self._file("features", index)
+        self._manifest["features"] = storage.write(newest, _FEATURES, {"features": features}, {})
+        self._manifest["layers"].append(digest)
+        storage.write_json(self._path, self._manifest)
+        self._forget(newest)
 
-    def _read(self) -> dict:
+    def _file(self, what: str, index: int) -> Path:
+        return self.folder / f"{what}-{index:03d}.safetensors"
+
+    def _forget(self, newest: Path) -> None:
+        """Remove features that the manifest no longer names, those of a killed run too."""
+        for path in self.folder.glob("features-*.safetensors"):
+            if path != newest:
+                path.unlink(missing_ok=True)
+
+    def _trusted(self, read, path: Path, *args):
+        """What a reader makes of a file; where it cannot be trusted, say what to do about it."""
         try:
-            return json.loads(self._path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"checkpoint_dir {self.folder} holds a manifest that cannot be read ({error}); "
-                "remove the folder to start again"
-            ) from error
+            return read(path, *args)
+        except (ValueError, FileNotFoundError) as error:
+            what = f"checkpoint file {path} is missing" if isinstance(error, FileNotFoundError) else str(error)
+            raise ValueError(f"checkpoint_dir: {what}. Remove the folder to start again") from error
 
     def _refuse_other(self, wanted: dict) -> None:
         for key, value in wanted.items():
@@ -109,56 +111,10 @@ class Checkpoint:
                 continue
             if key == "settings":
                 old = found or {}
-                differ = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in value.items() if old.get(k) != v]
-                what = "; ".join(differ)
+                names = [name for name in {**old, **value} if old.get(name) != value.get(name)]
+                what = "; ".join(f"{name} was {old.get(name)!r}, now {value.get(name)!r}" for name in names)
             else:
                 what = f"the {key} differ" if key in ("data", "seeds") else f"{key} was {found!r}, now {value!r}"
             raise ValueError(
                 f"checkpoint_dir {self.folder} belongs to another fit: {what}. Use another folder, or remove this one"
             )
-
-    def _load_layer(self, index: int, entry: dict) -> Layer:
-        tensors = self._tensors(f"layer-{index:03d}.safetensors", entry["tensors"])
-        tensors = {name: tensor.to(self._like.device) for name, tensor in tensors.items()}
-        said = dict(entry["record"])
-        words = dict(said.pop("solution"))
-        words["dtype"] = getattr(torch, words["dtype"].removeprefix("torch."))
-        record = LayerRecord(solution=Solution(alpha=tensors["alpha"], **words), **said)
-        s = self._settings
-        d = len(tensors["agop"])
-        phi = random_features(s.features, d, s.width, s.feature_scale, self._manifest["seeds"][index], self._like)
-        return Layer(tensors["agop"], tensors["root"], phi, record)
-
-    def _tensors(self, name: str, checksum: str) -> dict[str, torch.Tensor]:
-        path = self.folder / name
-        if not path.exists() or _checksum(path) != checksum:
-            raise ValueError(
-                f"checkpoint file {path} is missing, truncated or corrupt; remove the folder to start again"
-            )
-        return load_file(path)
-
-    def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> str:
-        temporary, path = self.folder / f"{name}.tmp", self.folder / name
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary)
-        checksum = _checksum(temporary)
-        _settle(temporary, path)
-        return checksum
-
-
-def _without_alpha(solution: Solution) -> Solution:
-    return dataclasses.replace(solution, alpha=torch.empty(0))
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _settle(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place: on disk before it is renamed."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, linalg
+from fastagop import collapse, distributed, linalg
 from fastagop.agop import agop, agop_from_weights
 from fastagop.features import FeatureMap, random_features
 from fastagop.kernels import torch_blocks
+from fastagop.kernels._plan import Plan
 from fastagop.kernels.radial import Radial
 from fastagop.solve import Solution, plan_solve, solve_into
 
@@ -109,19 +110,23 @@ def normalise_rows(X: torch.Tensor) -> torch.Tensor:
 
 
 def train_layer(
-    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None
+    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None, group=None
 ) -> tuple[Layer, torch.Tensor, torch.Tensor]:
-    """One layer on its input X (n, d); returns (layer, projected, features)."""
+    """One layer on its input X (n, d); returns (layer, projected, features), the same on every rank of a group."""
     clock, base = _Clock(X.device), _reset_peak(X.device)
     X = normalise_rows(X)
-    solution, M, planned = solve_and_agop(X, Y, settings, clock)
+    solution, M, planned = (
+        solve_and_agop(X, Y, settings, clock) if group is None else _shared(X, Y, settings, clock, group)
+    )
     scale = _scale(M, settings.agop_scale, len(X))
     M /= scale
     root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
+    root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
     projected = X @ root
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
+    features = features if group is None else distributed.broadcast(features, group)
     clock.mark("features")
     nc1, nc2 = _measures({"input": X, "projected": projected, "features": features}, classes)
     clock.mark("measures")
@@ -130,24 +135,41 @@ def train_layer(
     return Layer(M, root, phi, record), projected, features
 
 
-def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
-    """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
-    kernel, precision, backend = settings.kernel, settings.precision, settings.backend
+def _solve_stored(X, Y, settings: Settings) -> tuple[torch.Tensor, Solution, Plan]:
+    """(matrix that holds k(X, X) above its diagonal, solution in float64, plan)."""
+    kernel, precision = settings.kernel, settings.precision
     plan, (_, _, ridge, dtype) = plan_solve(
-        kernel, X, Y, ridge=settings.ridge, method="cholesky", precision=precision, backend=backend
+        kernel, X, Y, ridge=settings.ridge, method="cholesky", precision=precision, backend=settings.backend
     )
     K = X.new_empty(len(X), len(X), dtype=dtype)
-    solution = solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64)
+    return K, solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64), plan
+
+
+def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
+    """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
+    kernel, precision = settings.kernel, settings.precision
+    K, solution, plan = _solve_stored(X, Y, settings)
     clock.mark("solve")
     # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
-    W = torch_blocks.weights_from_upper_(kernel, K) if dtype == torch.float64 else None
+    W = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
     del K
     if W is None:
-        M = agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", precision=precision, backend=backend)
+        alpha = solution.alpha.to(X.dtype)
+        M = agop(kernel, X, alpha, reduction="sum", precision=precision, backend=settings.backend)
     else:
         M = agop_from_weights(W, X, solution.alpha, precision, plan.backend)
     clock.mark("agop")
     return solution, M, plan.peak_bytes
+
+
+def _shared(X, Y, settings: Settings, clock: _Clock, group) -> tuple[Solution, torch.Tensor, int]:
+    """What solve_and_agop returns, by the ranks of a group together."""
+    kernel, how = settings.kernel, {"precision": settings.precision, "backend": settings.backend, "group": group}
+    solution, planned = distributed.solve_as(torch.float64, kernel, X, Y, ridge=settings.ridge, **how)
+    clock.mark("solve")
+    M = distributed.agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", **how)
+    clock.mark("agop")
+    return solution, M, planned
 
 
 def _scale(M: torch.Tensor, name: str, n: int) -> float:
@@ -176,20 +198,13 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, Solution]:
+def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None) -> tuple[torch.Tensor, Solution]:
     """The kernel machine after the last layer: (its normalised centers, its solution)."""
     X = normalise_rows(X)
-    plan, (_, _, ridge, dtype) = plan_solve(
-        settings.kernel,
-        X,
-        Y,
-        ridge=settings.ridge,
-        method="cholesky",
-        precision=settings.precision,
-        backend=settings.backend,
-    )
-    K = X.new_empty(len(X), len(X), dtype=dtype)
-    return X, solve_into(K, settings.kernel, X, Y, ridge, plan, settings.precision, torch.float64)
+    if group is not None:
+        how = {"precision": settings.precision, "backend": settings.backend, "group": group}
+        return X, distributed.solve_as(torch.float64, settings.kernel, X, Y, ridge=settings.ridge, **how)[0]
+    return X, _solve_stored(X, Y, settings)[1]
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,17 +13,20 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 from tqdm.auto import tqdm
 
-from fastagop import deep_rfm
+from fastagop import deep_rfm, storage
 from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
 from fastagop.kernels import _checks
 from fastagop.kernels.operations import kernel_matmul
-from fastagop.kernels.radial import Laplace
+from fastagop.kernels.radial import Laplace, Radial
 from fastagop.module import DeepRFMModule
+from fastagop.ranks import Ranks
 from fastagop.solve import report
 
 _LAPLACE = Laplace(2.0)
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
+_NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 
 
 class _DeepRFM(TransformerMixin, BaseEstimator):
@@ -45,6 +49,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         checkpoint_dir=None,
         callbacks=(),
         verbose=0,
+        process_group=None,
     ):
         self.kernel = kernel
         self.depth = depth
@@ -61,6 +66,20 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self.checkpoint_dir = checkpoint_dir
         self.callbacks = callbacks
         self.verbose = verbose
+        self.process_group = process_group
+
+    def __sklearn_clone__(self):
+        """A clone works with the same process group: a group is a connection, and cannot be copied."""
+        group, self.process_group = self.process_group, None
+        try:
+            fresh = super().__sklearn_clone__()
+        finally:
+            self.process_group = group
+        return fresh.set_params(process_group=group)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __getstate__(self):
+        """Pickles and copies leave the process group behind."""
+        return {**super().__getstate__(), "process_group": None}
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -93,20 +112,14 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self._torch_in = isinstance(X, torch.Tensor)
         features = self._samples(X, reset=True)
         Y, classes = self._targets(y, features)
-        checkpoint, given = None, self.random_state is not None
+        group = self.process_group
         seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
-        done: list[deep_rfm.Layer] = []
-        if self.checkpoint_dir is not None:
-            checkpoint = Checkpoint(self.checkpoint_dir, settings, features, Y, seeds if given else None)
-            checkpoint.start(seeds)
-            seeds = checkpoint.seeds or seeds
-            done, resumed = checkpoint.load()
-            features = features if resumed is None else resumed
-        bar = tqdm(total=settings.depth, initial=len(done), desc="Deep RFM", unit="layer", disable=not self.verbose)
-        self._layers = done
-        with bar:
-            for index in range(len(done), settings.depth):
-                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes)
+        begin = self._begin if group is None else self._begin_together
+        checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
+        quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
+        with tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet) as bar:
+            for index in range(done, settings.depth):
+                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
                 report(layer.record.solution, stacklevel=5)
                 self._layers.append(layer)
                 if checkpoint is not None:
@@ -117,11 +130,45 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
                 bar.update()
                 if "projected" in layer.record.nc1:
                     bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
-        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings)
+        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings, group)
         report(self.solution_, stacklevel=5)
+        return self._publish()
+
+    def _begin(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+        """(checkpoint or None, seeds, finished layers, features entering the next one)"""
+        if self.checkpoint_dir is None:
+            return None, seeds, [], X
+        task = "regression" if classes is None else "classification"
+        wanted = None if self.random_state is None else seeds
+        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, X, Y, wanted)
+        checkpoint.start(seeds)
+        done, resumed = checkpoint.load()
+        return checkpoint, checkpoint.seeds or seeds, done, X if resumed is None else resumed
+
+    def _begin_together(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+        """What _begin says on the first rank, which alone reads and writes the checkpoint."""
+        ranks = Ranks(self.process_group, "fit", X.device)
+        given = "any" if self.random_state is None else seeds
+        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", X=X, Y=Y)
+        checkpoint = None
+
+        def first(_):
+            nonlocal checkpoint
+            checkpoint, own, done, features = self._begin(settings, X, Y, classes, seeds)
+            packed = [storage.pack_layer(layer) for layer in done]
+            sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
+            return own, sent, features.cpu() if done else None
+
+        seeds, packed, features = ranks.lead(first)
+        layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
+        return checkpoint, seeds, layers, X if features is None else features.to(X.device)
+
+    def _publish(self):
+        """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._kept(layer.record.solution.alpha.to(features)) for layer in self._layers]
+        dtype = _DTYPES[self.dtype]
+        self.alphas_ = [self._kept(layer.record.solution.alpha.to(dtype)) for layer in self._layers]
         return self
 
     @torch.no_grad()
@@ -150,6 +197,52 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         flat = not binary and getattr(self, "_flat", False)
         return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, binary=binary, flat=flat)
 
+    def save(self, path) -> None:
+        """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
+
+        The file is there whole or not at all and carries a checksum. ``checkpoint_dir``, ``callbacks`` and a
+        ``random_state`` that is no integer belong to the process that trained: a loaded estimator has their defaults.
+
+        Raises:
+            NotFittedError: fit comes first. TypeError: a class of its own, which ``load`` would not know.
+        """
+        check_is_fitted(self)
+        if type(self) not in _SAVED.values():
+            raise TypeError(f"save knows {' and '.join(_SAVED)}, not {type(self).__name__}")
+        tensors = {"centers": self._centers, "alpha": self.solution_.alpha}
+        layers = []
+        for index, layer in enumerate(self._layers):
+            held, words = storage.pack_layer(layer)
+            tensors.update({f"{index}.{name}": value for name, value in held.items()})
+            layers.append(words)
+        words = {
+            "estimator": type(self).__name__,
+            "parameters": {k: _pack(v) for k, v in self.get_params(deep=False).items() if k not in _NOT_SAVED},
+            "kernel": storage.pack_kernel(self._kernel),
+            "layers": layers,
+            "solution": storage.pack_solution(self.solution_),
+            "attributes": {k: _pack(getattr(self, k)) for k in _ATTRIBUTES if hasattr(self, k)},
+            "versions": storage.versions(),
+        }
+        storage.write(Path(path), _KIND, tensors, words)
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        """Become the fitted estimator that was saved."""
+        self._settings()
+        self._kernel = storage.unpack_kernel(words["kernel"])
+        tensors = {name: value.to(self._device) for name, value in tensors.items()}
+        self._layers = []
+        for index, layer in enumerate(words["layers"]):
+            start = f"{index}."
+            held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            self._layers.append(storage.unpack_layer(held, layer, self._device))
+        self._centers = tensors["centers"]
+        self.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
+        for name in _ATTRIBUTES:
+            if name in words["attributes"]:
+                setattr(self, name, _unpack(words["attributes"][name]))
+        self._publish()
+
     def _settings(self) -> deep_rfm.Settings:
         """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
         _checks.kernel(self.kernel)
@@ -169,14 +262,13 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
             )
         ridge = _checks.nonnegative("ridge", self.ridge)
         self._kernel = self.kernel
-        device = self.device
-        self._device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self._device = _device(self.device)
         return deep_rfm.Settings(
             self.kernel,
             int(self.depth),
             self.features,
             int(self.width),
-            scale,
+            None if scale is None else float(scale),
             ridge,
             self.agop_scale,
             self.precision,
@@ -252,6 +344,9 @@ class DeepRFMClassifier(ClassifierMixin, _DeepRFM):
         checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
         callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
         verbose: 1 shows a progress bar.
+        process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
+            every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
+            the progress bar; callbacks run on every rank. Prediction is not shared.
 
     Attributes:
         classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
@@ -325,6 +420,65 @@ class DeepRFMRegressor(RegressorMixin, _DeepRFM):
         from sklearn.metrics import r2_score
 
         return r2_score(_numpy(y), _numpy(self.predict(X)), sample_weight=sample_weight)
+
+
+_KIND = "fitted estimator"
+_SAVED = {"DeepRFMClassifier": DeepRFMClassifier, "DeepRFMRegressor": DeepRFMRegressor}
+_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
+
+
+def load(path, device=None) -> DeepRFMClassifier | DeepRFMRegressor:
+    """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
+
+    Args:
+        path: the file. device: where its tensors go; default its own ``device`` parameter.
+
+    Returns:
+        DeepRFMClassifier or DeepRFMRegressor, fitted.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged or was not written by ``save``, its kernel
+        is defined nowhere, or its device is not there.
+    """
+    tensors, words = storage.read(Path(path), _KIND)
+    if words["estimator"] not in _SAVED:
+        raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
+    parameters = {name: _unpack(value) for name, value in words["parameters"].items()}
+    if device is not None:
+        parameters["device"] = str(device)
+    model = _SAVED[words["estimator"]](**parameters)
+    model._restore(tensors, words)
+    return model
+
+
+def _pack(value):
+    """A parameter or attribute as JSON; arrays keep their dtype."""
+    if isinstance(value, Radial):
+        return {"kernel": storage.pack_kernel(value)}
+    if isinstance(value, np.ndarray):
+        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
+        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.random.RandomState):
+        return None
+    return str(value) if isinstance(value, torch.device) else value
+
+
+def _unpack(value):
+    """What ``_pack`` was given."""
+    if not isinstance(value, dict):
+        return value
+    return storage.unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])
+
+
+def _device(name) -> torch.device:
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {name!r} is not there ({error}); use 'auto' or 'cpu'") from error
+    return device
 
 
 def _numpy(value):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 log = logging.getLogger("fastagop")
 
 _BLOCK = 256
@@ -129,10 +130,10 @@ def eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if bool(values.isfinite().all() & vectors.isfinite().all()):
             return values, vectors
         reason = "it returned NaN"
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         reason = str(error)
     if A.device.type == "cpu":
-        raise torch.linalg.LinAlgError(f"no eigendecomposition of a {tuple(A.shape)} matrix: {reason}")
+        raise LinAlgError(f"no eigendecomposition of a {tuple(A.shape)} matrix: {reason}")
     log.warning("eigh on %s failed (%s); computing on the CPU", A.device, reason.splitlines()[0])
     values, vectors = eigh(A.cpu())
     return values.to(A.device), vectors.to(A.device)

@@ -50,7 +50,17 @@ class Solution:
     stopped: str = ""
 
 
-def plan_solve(kernel, X, Y, *, ridge=0.0, method="auto", precision="highest", backend="auto", memory_limit=None):
+def plan_solve(
+    kernel,
+    X,
+    Y,
+    *,
+    ridge: float = 0.0,
+    method: str | ConjugateGradients = "auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+):
     """(Plan, (X, Y, ridge, how)) of a solve call; how: the factorisation's dtype, or the options of method "cg"."""
     _checks.kernel(kernel)
     if not isinstance(method, ConjugateGradients):
@@ -240,7 +250,7 @@ def solve_unstored(
         return torch_blocks.kernel_matrix(kernel, x, x[index], None, plan)
 
     ones = x.new_ones(len(x))  # every profile has phi(0) = 1
-    low_rank = cg.preconditioner(cg.pivoted_cholesky(columns, ones, options.rank, ridge, options.seed), ridge)
+    low_rank = cg.preconditioner(cg.pivoted_cholesky(columns, ones, options.rank or 0, ridge, options.seed), ridge)
     outcome = cg.conjugate_gradients(matmul, target, low_rank, options)
     alpha, residual = outcome.alpha.to(out), outcome.residual
     if out != torch.float64:

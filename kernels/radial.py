@@ -106,3 +106,17 @@ class Gaussian(Radial):
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
         return value.mul_(1.0 / self.bandwidth**2)
+
+
+def named(name: str) -> type[Radial]:
+    """The kernel class of that name, among those defined here or by an imported module."""
+    known, todo = {}, [Radial]
+    while todo:
+        children = todo.pop().__subclasses__()
+        known.update({child.__name__: child for child in children})
+        todo += children
+    if name not in known:
+        raise ValueError(
+            f"kernel {name!r} is not known, only {', '.join(sorted(known))}; import the module that defines it first"
+        )
+    return known[name]

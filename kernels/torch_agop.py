@@ -123,7 +123,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
             return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
 
         return gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
-    W = _weights(kernel, X, Z, plan.block)
+    W = weights(kernel, X, Z, plan.block)
     return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
 
 
@@ -146,7 +146,7 @@ def agop_from_weights(
     return gram_form(W, x, alpha, x, center, rows, lower).to(X.dtype)
 
 
-def _weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
+def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X."""
     W = X.new_empty(len(Z), len(X))
     if Z is X:
@@ -242,7 +242,7 @@ def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_
     K, d = alpha.shape[1], X.shape[1]
     shift = dominant_offset(X)
     M = X.new_zeros(d, d, dtype=torch.float64)
-    mean = _mean_gradient(blocks(), alpha, X, Z, shift) if center else None
+    mean = mean_gradient(blocks(), alpha, X, Z, shift) if center else None
     buffer = None
     for row, W in blocks():
         z = Z[row]
@@ -256,7 +256,7 @@ def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_
     return M
 
 
-def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
+def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     """mean_i g_ic, shape (K, d), from row blocks of weights."""
     if shift is not None:
         X, Z = X - shift, Z - shift
@@ -268,8 +268,11 @@ def _mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
     return ((alpha * columns[:, None]).T @ X - against) / len(Z)
 
 
-def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tensor:
-    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only."""
+def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None, starts=None) -> torch.Tensor:
+    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only.
+
+    With starts, what these block rows of S contribute, for Z = X.
+    """
     own = Z is X
     mean = X.mean(0)
     X = X - mean  # S annihilates constants
@@ -279,7 +282,7 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None) -> torch.Tens
     weight = s.square().sum(1)  # sum_c s_ic^2
     lower = lower or _lower_s(W if own else W.T, W if own else None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
-    for start in range(0, n, rows):
+    for start in range(0, n, rows) if starts is None else starts:
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = lower(s, weight, start, stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,7 +17,13 @@ BLOCKS_ALIVE = 4
 
 
 def tiles(
-    X: torch.Tensor, Z: torch.Tensor, rows: int, *, lower: bool = False, out: torch.Tensor | None = None
+    X: torch.Tensor,
+    Z: torch.Tensor,
+    rows: int,
+    *,
+    lower: bool = False,
+    out: torch.Tensor | None = None,
+    starts: Iterable[int] | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of ||Z[i] - X[j]||^2 as (rows of Z, block); a block is overwritten when the next one is asked for.
 
@@ -26,13 +32,14 @@ def tiles(
         rows: rows of one block.
         lower: only columns up to the block's own last row (needs Z is X).
         out: (m, n) tensor to write the blocks into; by default one buffer serves all of them.
+        starts: first rows of the blocks wanted; default all, 0, rows, 2 rows and so on.
     """
     own = Z is X
     x2 = squared_norms(X)
     z2 = x2 if own else squared_norms(Z)
     m, n = len(Z), len(X)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
-    for start in range(0, m, rows):
+    for start in range(0, m, rows) if starts is None else starts:
         stop = min(m, start + rows)
         width = stop if lower else n
         if out is not None:
@@ -121,11 +128,13 @@ def plan_kernel_matmul(X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, why: s
     )
 
 
-def kernel_matmul(kernel: Radial, X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """k(X, Z) V, shape (n, p)."""
+def kernel_matmul(
+    kernel: Radial, X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, plan: Plan, starts: Iterable[int] | None = None
+) -> torch.Tensor:
+    """k(X, Z) V, shape (n, p); with starts, what these row blocks contribute to it."""
     result = X.new_zeros(len(X), V.shape[1])
     own = Z is X
-    for row, block in tiles(Z, X, plan.block, lower=own):
+    for row, block in tiles(Z, X, plan.block, lower=own, starts=starts):
         kernel.value_(block)
         result[row].addmm_(block, V[: block.shape[1]])
         if own:  # the mirrored block serves the rows above

@@ -1,11 +1,13 @@
 """An interrupted fit resumes to the same bits; other settings, other data and damaged files are refused."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastagop import DeepRFMClassifier, Laplace
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace, storage
 from tests.test_estimators import blobs
 
 X, y = blobs()
@@ -56,8 +58,9 @@ def test_keeps_the_newest_features_only(tmp_path):
     [
         ({"kernel": Laplace(3.0)}, r"kernel was 'Laplace\(bandwidth=2.0\)', now 'Laplace\(bandwidth=3.0\)'"),
         ({"width": 32}, "width was 48, now 32"),
-        ({"dtype": "float64"}, "differ|dtype"),
-        ({"random_state": 1}, "seeds"),
+        ({"ridge": np.float32(0.5), "depth": 5}, r"depth was 4, now 5; ridge was 0.0, now 0.5"),
+        ({"dtype": "float64"}, "the data differ"),
+        ({"random_state": 1}, "the seeds differ"),
     ],
 )
 def test_refuses_other_settings(tmp_path, changes, message):
@@ -74,13 +77,92 @@ def test_refuses_other_data(tmp_path):
         model(tmp_path).fit(moved, y)
 
 
+def test_refuses_another_task(tmp_path):
+    """The same numbers as targets: the data agree, but a regression has no collapse measures to resume."""
+    model(tmp_path).fit(X, y)
+    with pytest.raises(ValueError, match="task was 'classification', now 'regression'"):
+        DeepRFMRegressor(**model(tmp_path).get_params()).fit(X, 2 * np.eye(3)[y] - 1)
+
+
+def test_refuses_a_file_as_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="checkpoint_dir must be a folder"):
+        model(tmp_path / "file").fit(X, y)
+
+
+def halves(data):
+    return data[: len(data) // 2]
+
+
+def bit(data):
+    k = len(data) // 2
+    return data[:k] + bytes([data[k] ^ 1]) + data[k + 1 :]
+
+
 @pytest.mark.parametrize("name", ["layer-001.safetensors", "features-003.safetensors", "manifest.json"])
-def test_detects_damage(tmp_path, name):
+@pytest.mark.parametrize("damage", [halves, bit, lambda data: data[:-7], lambda _: b"", lambda _: b"[1, 2]", None])
+def test_detects_damage(tmp_path, name, damage):
     model(tmp_path).fit(X, y)
     path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"corrupt|cannot be read"):
+    if damage is None and name == "manifest.json":
+        pytest.skip("a folder without a manifest is a new checkpoint")
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"(?s){name}.*(corrupt|missing).*Remove the folder to start again"):
         model(tmp_path).fit(X, y)
+
+
+def test_detects_an_edited_manifest(tmp_path):
+    model(tmp_path).fit(X, y)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"width": 48', '"width": 64'))
+    with pytest.raises(ValueError, match="edited"):
+        model(tmp_path, width=64).fit(X, y)
+
+
+def test_detects_a_layer_of_another_run(tmp_path):
+    """Whole and self-consistent, but not the file that the manifest means."""
+    model(tmp_path / "a").fit(X, y)
+    model(tmp_path / "b", random_state=1).fit(X, y)
+    (tmp_path / "b" / "layer-001.safetensors").replace(tmp_path / "a" / "layer-001.safetensors")
+    with pytest.raises(ValueError, match=r"layer-001.safetensors was replaced"):
+        model(tmp_path / "a").fit(X, y)
+
+
+def test_manifest_says_what_was_run(tmp_path):
+    model(tmp_path).fit(X, y)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["settings"]["kernel"] == "Laplace(bandwidth=2.0)"
+    assert {"fastagop", "torch", "numpy", "python"} == set(manifest["versions"])
+    assert len(manifest["layers"]) == 4
+
+
+def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
+    """Contents reach the disk before the name, and the name before anything that relies on it."""
+    steps = []
+    for name in ("fsync", "replace"):
+        plain = getattr(os, name)
+
+        def spy(*args, name=name, plain=plain):
+            what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else os.fspath(args[1])
+            steps.append((name, what))
+            return plain(*args)
+
+        monkeypatch.setattr(os, name, spy)
+    storage.put(tmp_path / "a", b"1")
+    folder = str(tmp_path)
+    assert steps == [("fsync", f"{folder}/a.tmp"), ("replace", f"{folder}/a"), ("fsync", folder)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.parametrize("how", [("random", "5"), ("every",)], ids=lambda how: how[0])
+def test_kill_and_resume(python, how):
+    """SIGKILL, resume, and the features, coefficients and records are the same to the bit."""
+    folder = str(Path(__file__).parent)
+    printed = python(
+        f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(how)}\nimport kill_cases; kill_cases.main()"
+    )
+    assert "all resumed to the same bits" in printed
+    assert int(printed.split()[0]) >= (5 if how[0] == "random" else 18)  # nine steps on the disk a layer
 
 
 def test_a_half_written_layer_is_done_again(tmp_path):

@@ -1,0 +1,300 @@
+"""AGOP, kernel products, gradients and solves shared by the processes of a ``torch.distributed`` group.
+
+Every rank passes the same tensors, works on its share of the rows, and gets the same result. What travels are results
+and vectors, never blocks of the kernel matrix. Start the processes with ``torchrun``; gloo moves CPU tensors, NCCL
+CUDA tensors (one GPU a rank, ``torch.cuda.set_device`` first). The timeout given to ``init_process_group`` must cover
+the longest step that ranks wait for, a direct solve for example.
+
+All functions raise what their namesakes in ``fastagop`` raise, on every rank; ``ValueError`` where ranks pass different
+inputs; and ``RankLost`` where a process of the group died or did not answer within the timeout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from fastagop.agop import agop as agop_here
+from fastagop.agop import plan_agop
+from fastagop.cg import ConjugateGradients
+from fastagop.kernels import _checks, operations, torch_agop, torch_blocks
+from fastagop.kernels._backends import matmul_precision
+from fastagop.kernels._plan import block_rows
+from fastagop.kernels.operations import in_units
+from fastagop.ranks import RankLost, Ranks
+from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
+
+__all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
+
+_UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
+
+
+def broadcast(value: torch.Tensor, group) -> torch.Tensor:
+    """The first rank's tensor, on every rank."""
+    return _ranks(group, "broadcast", value).broadcast(value)
+
+
+def _ranks(group, op: str, X) -> Ranks:
+    return Ranks(group, op, X.device if isinstance(X, torch.Tensor) else torch.device("cpu"))
+
+
+@torch.no_grad()
+def agop(
+    kernel,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    center: bool = False,
+    method: str = "auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+    group=None,
+) -> torch.Tensor:
+    """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
+
+    The gradient form, 2 m n K d products, splits over the rows of Z. The gram form splits over the rows of S where
+    Z is X: every rank holds the (n, n) weights and does n^2 d + n^3 / ranks products; elsewhere over the rows of Z:
+    n^2 m / ranks + n^2 d. "auto" takes what is cheaper for one rank.
+
+    Args:
+        kernel, X, alpha, Z, reduction, center, method, precision, backend: as in ``fastagop.agop``, the same on
+            every rank.
+        memory_limit: bytes that each rank may take; default the least that any rank has free.
+        group: a process group; default all processes.
+
+    Returns:
+        Tensor (d, d), the same bits on every rank.
+    """
+    options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
+    ranks = _ranks(group, "agop", X)
+
+    def prepare():
+        _checks.choice("method", method, ("auto", "gradient", "gram"))
+        return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
+
+    said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=Z)
+    room = room if limit is None else limit
+    kernel, X, at, unit = in_units(kernel, X, at)
+    with matmul_precision(precision, X.device):
+        M = None
+        if plan.backend == "torch" and ranks.size > 1 and _stores_weights(X, alpha, at, method, room, ranks.size):
+            M = _rows_of_gram(kernel, X, alpha, center, method, room, plan.block, ranks)
+        if M is None:
+            chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
+            how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
+            M = _rows_of_points(kernel, X, alpha, at, center, plan.block, ranks, how)
+    M = ranks.total(M).div_(unit).div_(unit * len(at) if reduction == "mean" else unit)
+    return M.to(X.dtype)
+
+
+def _stores_weights(X, alpha, Z, method: str, room: int, size: int) -> bool:
+    """Whether every rank should hold the weights (n, n) and make its rows of S: it is asked for, or fits and pays."""
+    if Z is not X or method == "gradient":
+        return False
+    try:
+        torch_agop.plan(X, alpha, X, "gram", room, "", "", None)
+    except MemoryError:
+        if method == "gram":
+            raise
+        return False
+    (n, d), K = X.shape, alpha.shape[1]
+    gram = n * n * d * (1 + 1 / size) + (n**3 + 3.0 * n * n * K) / size + 2.0 * n * d * d / size
+    return method == "gram" or gram < torch_agop.flops(-(-n // size), n, d, K, False)["gradient"]
+
+
+def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Ranks):
+    """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
+    W = torch_agop.weights(kernel, X, X, most)
+    roads = [("gram", X.dtype), ("gram", torch.float64), ("gradient", X.dtype)]
+    mine = roads.index(torch_agop.safe_form(W, X, alpha, X, center, method, room))
+    form, wide = roads[max(ranks.everyone(mine))]
+    if form == "gradient":
+        return None
+    rows, starts = ranks.blocks(len(X), most)
+    x = X.to(wide)
+    return torch_agop.gram_form(W.to(wide), x, alpha.to(wide), x, center and ranks.rank == 0, rows, starts=starts)
+
+
+def _rows_of_points(kernel, X, alpha, Z, center: bool, block: int, ranks: Ranks, how: dict) -> torch.Tensor:
+    """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
+
+    Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
+    without losing digits.
+    """
+    first, last = ranks.rows(len(Z))
+    own = Z[first:last] if ranks.size > 1 else Z
+    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **how).double()
+    if center and ranks.size > 1:
+        mean = X.new_zeros(alpha.shape[1], X.shape[1])
+        if len(own):
+            weights = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
+            mean = torch_agop.mean_gradient(weights, alpha, X, own, torch_blocks.dominant_offset(X))
+        apart = mean.double() - ranks.total(mean.double() * len(own)) / len(Z)
+        M += len(own) * (apart.T @ apart)
+    return M
+
+
+@torch.no_grad()
+def kernel_matmul(
+    kernel,
+    X: torch.Tensor,
+    Z: torch.Tensor | None,
+    V: torch.Tensor,
+    *,
+    precision: str = "highest",
+    backend: str = "auto",
+    group=None,
+) -> torch.Tensor:
+    """``fastagop.kernel_matmul``, shared by the ranks of a group.
+
+    Rows of X are shared out, and the rows of the result travel while the next ones are made. Where Z is X, the torch
+    backend shares out half of the matrix instead, by equal area, and adds the partial results.
+
+    Args:
+        kernel, X, Z, V, precision, backend: as in ``fastagop.kernel_matmul``, the same on every rank.
+        group: a process group; default all processes.
+
+    Returns:
+        Tensor (n, p), the same bits on every rank.
+    """
+    options = {"precision": precision, "backend": backend}
+    ranks = _ranks(group, "kernel_matmul", X)
+    (plan, (X, at, V)), room = ranks.agree(
+        lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options), f"{kernel!r}, {options}", X=X, Z=Z, V=V
+    )
+    if at is not X or plan.backend != "torch":
+        return ranks.concatenate(
+            lambda first, last: operations.kernel_matmul(kernel, X[first:last], at, V, **options),
+            len(X),
+            (V.shape[1],),
+            V,
+        )
+    kernel, X, _, _ = in_units(kernel, X, X)
+    with matmul_precision(precision, X.device):
+        return ranks.total(_area(kernel, X, V, _block(X, V.shape[1], room), ranks))
+
+
+def _block(X: torch.Tensor, p: int, room: int) -> int:
+    """Rows of a block of k(X, X), the same on every rank."""
+    n, size = len(X), X.element_size()
+    return block_rows(torch_blocks.BLOCKS_ALIVE * n * size, n * p * size, room, n, "kernel_matmul")
+
+
+def _area(kernel, X: torch.Tensor, V: torch.Tensor, most: int, ranks: Ranks) -> torch.Tensor:
+    """What this rank's part of the lower half of k(X, X), and its mirror image, contributes to k(X, X) V."""
+    rows, starts = ranks.blocks(len(X), most)
+    plan = torch_blocks.plan_kernel_matmul(X, X, V, "", "")
+    return torch_blocks.kernel_matmul(kernel, X, X, V, dataclasses.replace(plan, block=rows), starts)
+
+
+@torch.no_grad()
+def gradients(
+    kernel,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    precision: str = "highest",
+    backend: str = "auto",
+    group=None,
+) -> torch.Tensor:
+    """``fastagop.gradients``, shared by the ranks of a group: rows of Z; they travel while the next ones are made.
+
+    Args:
+        kernel, X, alpha, Z, precision, backend: as in ``fastagop.gradients``, the same on every rank.
+        group: a process group; default all processes.
+
+    Returns:
+        Tensor (m, K, d), the same bits on every rank.
+    """
+    options = {"precision": precision, "backend": backend}
+    ranks = _ranks(group, "gradients", X)
+    (_, (X, alpha, at)), _ = ranks.agree(
+        lambda: operations.plan_gradients(kernel, X, alpha, Z, **options),
+        f"{kernel!r}, {options}",
+        X=X,
+        alpha=alpha,
+        Z=Z,
+    )
+    return ranks.concatenate(
+        lambda first, last: operations.gradients(kernel, X, alpha, at[first:last], **options),
+        len(at),
+        (alpha.shape[1], X.shape[1]),
+        X,
+    )
+
+
+def solve(
+    kernel,
+    X: torch.Tensor,
+    Y: torch.Tensor,
+    *,
+    ridge: float = 0.0,
+    method="auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+    group=None,
+) -> Solution:
+    """``fastagop.solve``, shared by the ranks of a group.
+
+    "cg" is the road that gains from more ranks: the first rank iterates and holds the preconditioner, and every
+    product with k(X, X) is shared out by equal area. "cholesky" and "eigh" are not distributed: the first rank solves
+    alone, with the memory it has, and the others wait for its result.
+
+    Args:
+        kernel, X, Y, ridge, method, precision, backend: as in ``fastagop.solve``, the same on every rank.
+        memory_limit: bytes that the first rank may take; default most of what it has free.
+        group: a process group; default all processes.
+
+    Returns:
+        Solution, the same bits on every rank.
+
+    Warns:
+        NumericalWarning: on every rank, where ``fastagop.solve`` would.
+    """
+    options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
+    solution, _ = solve_as(None, kernel, X, Y, group=group, memory_limit=memory_limit, **options)
+    report(solution, stacklevel=3)
+    return solution
+
+
+@torch.no_grad()
+def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None, **options) -> tuple[Solution, int]:
+    """(Solution with alpha in dtype ``out``, default X's, bytes planned), the same on every rank; nothing warns."""
+    options = {"ridge": 0.0, "method": "auto", "precision": "highest", "backend": "auto", **options}
+    ranks = _ranks(group, "solve", X)
+
+    def prepare():
+        _checks.memory_limit(memory_limit)
+        return plan_solve(kernel, X, Y, memory_limit=_UNLIMITED, **options)
+
+    _, room = ranks.agree(prepare, f"{kernel!r}, {options}, memory_limit={memory_limit}", X=X, Y=Y)
+    units, points, _, _ = in_units(kernel, X, X)
+    wide = functools.cache(points.double)
+
+    def job(ask):
+        plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
+        with matmul_precision(options["precision"], X.device):
+            if isinstance(how, ConjugateGradients):
+                most = _block(wide(), Y.shape[1], room)
+                shared = functools.partial(_asked, ask, most)
+                solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
+            else:
+                K = X.new_empty(len(X), len(X), dtype=how)
+                solution = solve_into(K, units, points, Y, ridge, plan, options["precision"], out or X.dtype)
+        return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
+
+    solution, planned = ranks.lead(job, lambda V, block: _area(units, wide(), V, block, ranks))
+    return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+
+
+def _asked(ask, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:
+    """k(X, X) V as conjugate gradients want it, made by all ranks."""
+    return ask(V, most)

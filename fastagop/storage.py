@@ -1,0 +1,162 @@
+"""Files to trust: tensors and their description in one safetensors file, there whole or not at all.
+
+A file carries a SHA-256 of its description and its tensors, so that damage is found whichever byte it hits. The
+description is JSON; nothing in a file can be executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from fastagop.deep_rfm import Layer, LayerRecord
+from fastagop.features import FeatureMap
+from fastagop.kernels.radial import Radial, named
+from fastagop.solve import Solution
+
+FORMAT = "2"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of names, shapes, dtypes and bytes of tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on, for the record."""
+    from fastagop import __version__
+
+    return {
+        "fastagop": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: settled on disk under another name, then renamed, then the name settled."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dict) -> str:
+    """Write tensors and their description as one file of a kind; returns its checksum."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({"kind": kind, **words})
+    digest = fingerprint(tensors, text)
+    put(path, save(tensors, metadata={"fastagop": FORMAT, "sha256": digest, "words": text}))
+    return digest
+
+
+def read(path: Path, kind: str, digest: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, description) of a file; ValueError where it is damaged, of another kind, or not the one wanted.
+
+    The tensors are copies, aligned as torch's own: products of unaligned ones may round differently.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+    if metadata.get("fastagop") != FORMAT:
+        found = metadata.get("fastagop")
+        said = "was not written by fastagop" if found is None else f"has format {found}"
+        raise ValueError(f"{path} {said}; this version of fastagop reads its own format {FORMAT}")
+    text, said = metadata.get("words", ""), metadata.get("sha256")
+    if fingerprint(tensors, text) != said:
+        raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
+    words = json.loads(text)
+    if words["kind"] != kind:
+        raise ValueError(f"{path} holds a {words['kind']}, not a {kind}")
+    if digest not in (None, said):
+        raise ValueError(f"{path} was replaced: it is whole, but not the file that was written here")
+    return tensors, words
+
+
+def write_json(path: Path, words: dict) -> None:
+    """Write a description with its own checksum."""
+    text = json.dumps(words, sort_keys=True)
+    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1, sort_keys=True).encode())
+
+
+def read_json(path: Path) -> dict:
+    """A description that ``write_json`` wrote; ValueError where it is damaged."""
+    try:
+        words = json.loads(path.read_bytes())
+        said = words.pop("sha256")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error!r})") from error
+    if fingerprint({}, json.dumps(words, sort_keys=True)) != said:
+        raise ValueError(f"{path} is corrupt or was edited: its contents do not match its checksum")
+    return words
+
+
+def pack_kernel(kernel: Radial) -> dict:
+    """A kernel's class name and parameters."""
+    return {"name": type(kernel).__name__, **dataclasses.asdict(kernel)}
+
+
+def unpack_kernel(words: dict) -> Radial:
+    """The kernel of ``pack_kernel``; its class must be one that this process knows."""
+    return named(words["name"])(**{key: value for key, value in words.items() if key != "name"})
+
+
+def pack_solution(solution: Solution) -> dict:
+    """A Solution without its alpha."""
+    words = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
+    del words["alpha"]
+    return {**words, "dtype": str(solution.dtype).removeprefix("torch.")}
+
+
+def unpack_solution(words: dict, alpha: torch.Tensor) -> Solution:
+    """The Solution of ``pack_solution`` with its alpha."""
+    return Solution(alpha=alpha, **{**words, "dtype": _DTYPES[words["dtype"]]})
+
+
+def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, description) of a trained layer; its random map is stored, not only its seed."""
+    record = layer.record
+    tensors = {"agop": layer.agop, "root": layer.root, "weight": layer.map.weight, "alpha": record.solution.alpha}
+    if layer.map.bias is not None:
+        tensors["bias"] = layer.map.bias
+    words = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return tensors, {"map": layer.map.name, "record": {**words, "solution": pack_solution(record.solution)}}
+
+
+def unpack_layer(tensors: dict[str, torch.Tensor], words: dict, device: torch.device) -> Layer:
+    """The layer of ``pack_layer`` on a device."""
+    tensors = {name: value.to(device) for name, value in tensors.items()}
+    record = words["record"]
+    record = LayerRecord(**{**record, "solution": unpack_solution(record["solution"], tensors["alpha"])})
+    phi = FeatureMap(words["map"], tensors["weight"], tensors.get("bias"))
+    return Layer(tensors["agop"], tensors["root"], phi, record)

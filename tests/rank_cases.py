@@ -1,0 +1,238 @@
+"""What every rank runs in test_distributed.py.
+
+    torchrun --nproc-per-node 2 tests/rank_cases.py functions guards deep_rfm=FOLDER
+    python tests/rank_cases.py 3:functions 2:lost=SIGKILL    forks the ranks, without a start of Python for each
+
+A case compares with the single-process result on every rank and raises where they differ.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from fastagop.kernels import reference
+from sklearn.base import clone
+
+import fastagop
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, distributed
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def collapsed(n, d, dtype, spread=1e-4):
+    """Five tight classes with exact duplicates: what the guards are for."""
+    X = torch.nn.functional.normalize(normal(5, d))[torch.arange(n) % 5] + spread * normal(n, d, seed=1)
+    X[7], X[12], X[n - 1] = X[2], X[2], X[n - 6]
+    return X.to(dtype)
+
+
+def error(a, b):
+    """Relative Frobenius error."""
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    assert a.shape == b.shape
+    size = torch.linalg.vector_norm(b)
+    return float(torch.linalg.vector_norm(a - b) / (size if size > 0 else 1.0))
+
+
+def same_everywhere(value):
+    """Every rank holds the same bits."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, np.asarray(value).tobytes())
+    assert len(set(everyone)) == 1
+
+
+def functions(_):
+    """Every function, form and option on data of every shape: n not divisible, m of one row, d > n, K = 1."""
+    bound = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
+    for dtype, most in bound.items():
+        for n, d, K, m in ((61, 5, 3, 40), (20, 30, 1, 1), (150, 4, 40, 33)):
+            X, alpha, Z = (
+                normal(n, d, dtype=dtype),
+                normal(n, K, seed=2, dtype=dtype),
+                normal(m, d, seed=3, dtype=dtype),
+            )
+            X, Z = X[:, torch.arange(d)], Z.T.contiguous().T  # Z is not contiguous
+            kernel = Laplace(2.0) if n % 2 else Gaussian(2.0)
+            for points in (None, Z):
+                for method in ("auto", "gradient", "gram"):
+                    for center in (False, True):
+                        options = {"method": method, "center": center, "reduction": "sum" if center else "mean"}
+                        M = distributed.agop(kernel, X, alpha, points, **options)
+                        assert error(M, fastagop.agop(kernel, X, alpha, points, **options)) < most, options
+                        assert M.dtype == dtype
+                        same_everywhere(M)
+                G = distributed.gradients(kernel, X, alpha, points)
+                assert error(G, fastagop.gradients(kernel, X, alpha, points)) < most
+                V = alpha if points is None else normal(m, 2, seed=4, dtype=dtype)
+                P = distributed.kernel_matmul(kernel, X, points, V)
+                assert error(P, fastagop.kernel_matmul(kernel, X, points, V)) < most
+                same_everywhere(P)
+                same_everywhere(G)
+
+
+def guards(_):
+    """Collapsed classes with duplicates: the gram form is refused where it is in one process, M is as good."""
+    for dtype in (torch.float64, torch.float32):
+        X, alpha = collapsed(120, 12, dtype), normal(120, 60, seed=2, dtype=dtype)
+        for points in (None, X[:50].clone()):  # a copy: duplicates of centers, not the centers themselves
+            truth = reference.agop(Laplace(1.0), X, alpha, points)
+            for method in ("auto", "gradient", "gram"):
+                here = error(fastagop.agop(Laplace(1.0), X, alpha, points, method=method), truth)
+                M = distributed.agop(Laplace(1.0), X, alpha, points, method=method)
+                assert error(M, truth) < 2 * here, (dtype, method)
+        V = normal(120, 2, dtype=dtype)
+        product = reference.kernel_matrix(Laplace(1.0), X) @ V.double()
+        here = error(fastagop.kernel_matmul(Laplace(1.0), X, None, V), product)
+        assert error(distributed.kernel_matmul(Laplace(1.0), X, None, V), product) < 2 * here
+
+
+def solving(_):
+    X, Y = normal(150, 6, dtype=torch.float32), normal(150, 3, seed=1, dtype=torch.float32)
+    for method in ("auto", "eigh", "cg", fastagop.ConjugateGradients(rank=0, max_iterations=400)):
+        shared = distributed.solve(Laplace(2.0), X, Y, ridge=0.1, method=method)
+        alone = fastagop.solve(Laplace(2.0), X, Y, ridge=0.1, method=method)
+        assert error(shared.alpha, alone.alpha) < 1e-5, method
+        assert (shared.method, shared.iterations, shared.rank) == (alone.method, alone.iterations, alone.rank)
+        same_everywhere(shared.alpha)
+    far = 2.0**30 * normal(50, 3)  # lengths whose squares need another unit
+    shared = distributed.solve(Laplace(2.0**30), far, Y[:50].double(), method="cg", ridge=0.1)
+    assert error(shared.alpha, fastagop.solve(Laplace(2.0**30), far, Y[:50].double(), ridge=0.1).alpha) < 1e-5
+    with pytest.raises(MemoryError, match="may be used"):
+        distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
+
+
+def deep_rfm(folder):
+    """Three layers on the group: the single-process features, the same bits on every rank; checkpoint and clone."""
+    X, y = normal(120, 12).numpy(), np.arange(120) % 3
+    X[:, 0] += y
+    group = dist.group.WORLD
+    settings = {"depth": 3, "width": 64, "random_state": 0, "dtype": "float64"}
+    alone = DeepRFMClassifier(**settings).fit(X, y)
+    model = clone(DeepRFMClassifier(**settings, process_group=group, checkpoint_dir=folder))
+    assert model.process_group is group
+    model.fit(X, y)
+    assert error(model.transform(X), alone.transform(X)) < 1e-9
+    assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
+    same_everywhere(model.transform(X))
+    seen = []
+    again = clone(model).set_params(callbacks=[seen.append]).fit(X, y)  # everything is in the checkpoint
+    assert seen == []
+    assert np.array_equal(again.transform(X), model.transform(X))
+    assert pickle.loads(pickle.dumps(model)).process_group is None
+    unseeded = DeepRFMRegressor(depth=1, width=16, process_group=group).fit(X, X[:, :2])
+    same_everywhere(unseeded.transform(X))
+    single = DeepRFMClassifier(**{**settings, "dtype": "float32"}, process_group=group).fit(X, y)
+    assert error(single.decision_function(X), alone.decision_function(X)) < 1e-4  # float32's own error
+
+
+def refused(message, error_type, call):
+    with pytest.raises(error_type, match=re.escape(message)):
+        call()
+
+
+def disagreement(_):
+    """Ranks that pass different things are told so, all of them, and can go on."""
+    rank, kernel, X, Y = dist.get_rank(), Laplace(2.0), normal(40, 3), normal(40, 2, seed=1)
+    other = X.clone()
+    other[17, 2] += 1e-15 * rank
+    swapped = X[torch.arange(40).roll(1)] if rank else X
+    refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
+    refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
+    refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
+    shapes = "shapes (40, 2) and (40, 1)"
+    refused(shapes, ValueError, lambda: distributed.agop(kernel, X, Y[:, : 2 - rank]))
+    options = {"reduction": "sum"} if rank else {}
+    refused("must make the same call", ValueError, lambda: distributed.agop(kernel, X, Y, **options))
+    refused("must make the same call", ValueError, lambda: distributed.agop(Laplace(2.0 + rank), X, Y))
+    call = distributed.agop if rank else distributed.solve
+    refused("must make the same call", ValueError, lambda: call(kernel, X, Y))
+    wrong = Y[:20] if rank else Y
+    said, kind = ("40 rows", ValueError) if rank else ("rank 1 refused its arguments", RuntimeError)
+    refused(said, kind, lambda: distributed.agop(kernel, X, wrong))
+    model = DeepRFMClassifier(depth=1, width=8, random_state=rank, process_group=dist.group.WORLD)
+    refused("must make the same call", ValueError, lambda: model.fit(X, np.arange(40) % 2))
+    refused("process group or None", TypeError, lambda: distributed.agop(kernel, X, Y, group="world"))
+    mine = dist.new_group([1])
+    if rank == 0:
+        refused("not in the group", ValueError, lambda: distributed.agop(kernel, X, Y, group=mine))
+    else:
+        assert error(distributed.agop(kernel, X, Y, group=mine), fastagop.agop(kernel, X, Y)) == 0
+        assert error(distributed.solve(kernel, X, Y, group=mine).alpha, fastagop.solve(kernel, X, Y).alpha) == 0
+
+
+def lost(how):
+    """Rank 1 dies or hangs in the middle of an iteration; rank 0 must say so instead of waiting for ever."""
+    X, Y = normal(60, 3), normal(60, 2, seed=1)
+    steps = 0
+    plain = distributed.torch_blocks.kernel_matmul
+
+    def dying(*args):
+        nonlocal steps
+        steps += 1
+        if dist.get_rank() == 1 and steps == 3:
+            os.kill(os.getpid(), getattr(signal, how))
+        return plain(*args)
+
+    distributed.torch_blocks.kernel_matmul = dying
+    start = time.perf_counter()
+    options = fastagop.ConjugateGradients(rank=0)
+    try:
+        distributed.solve(Laplace(2.0), X, Y, ridge=1e-3, method=options)
+    except distributed.RankLost as error_:
+        print(f"after {time.perf_counter() - start:.1f} s: {error_}", flush=True)
+        os._exit(3)
+
+
+def join(cases, **where):
+    """Join the group and run the cases."""
+    torch.set_num_threads(1)
+    seconds = 4 if cases[0].startswith("lost") else 60
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds), **where)
+    for case in cases:
+        name, _, argument = case.partition("=")
+        globals()[name](argument or None)
+    dist.destroy_process_group()
+
+
+def fork(size, case):
+    """Run a case on forked ranks; the first one's exit status."""
+    store, children = f"file://{tempfile.mktemp()}", []
+    for rank in range(size):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                join([case], init_method=store, rank=rank, world_size=size)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    if case.startswith("lost"):
+        os.kill(children[1], signal.SIGKILL)  # it may be stopped
+    others = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children[1:]]
+    return status if case.startswith("lost") else max(map(abs, [status, *others]))
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        join(sys.argv[1:])
+    else:
+        for word in sys.argv[1:]:
+            size, _, case = word.partition(":")
+            print(f"{word} ended with {fork(int(size), case)}", flush=True)

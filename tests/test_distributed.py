@@ -1,0 +1,102 @@
+"""Shared by the ranks of a group: the single-process results, the same bits everywhere, and errors instead of hangs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sklearn.base import clone
+
+import fastagop
+from fastagop import DeepRFMClassifier, Laplace, distributed
+from fastagop.ranks import Ranks
+
+CASES = Path(__file__).with_name("rank_cases.py")
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+def run(*words):
+    """What a command prints, on one thread a process."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_two_ranks(tmp_path):
+    """Under torchrun, and one start for all cases: it costs more than they do."""
+    cases = ("functions", "guards", "solving", f"deep_rfm={tmp_path / 'checkpoint'}", "disagreement")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
+
+
+def test_shares_of_nothing_and_lost_ranks():
+    """Three ranks for one row; a dead rank is noticed at once, a hung one in time.
+
+    Without torchrun, which would end the other ranks by itself.
+    """
+    said, errors = run(CASES, "3:functions", "2:lost=SIGKILL", "2:lost=SIGSTOP")
+    assert "3:functions ended with 0" in said, errors
+    for case, seconds in (("SIGKILL", 3), ("SIGSTOP", 7)):
+        report, said = said.split(f"2:lost={case} ended with 3", 1)
+        report = report[report.index("after") :]
+        assert "distributed.solve: rank 0 of 2 lost another rank" in report
+        assert "Start all ranks again" in report
+        assert float(report.split()[1]) < seconds
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_one_rank_is_the_plain_call(alone, cloud, normal):
+    X, alpha = cloud("spread", 50, 4), normal(50, 2)
+    assert torch.equal(distributed.agop(Laplace(2.0), X, alpha), fastagop.agop(Laplace(2.0), X, alpha))
+    assert torch.equal(distributed.gradients(Laplace(2.0), X, alpha), fastagop.gradients(Laplace(2.0), X, alpha))
+    shared, plain = (module.solve(Laplace(2.0), X, alpha, ridge=1e-3) for module in (distributed, fastagop))
+    assert torch.equal(shared.alpha, plain.alpha)
+    assert shared.residual == plain.residual
+
+
+def test_without_a_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        distributed.agop(Laplace(2.0), torch.zeros(3, 2), torch.zeros(3, 1))
+
+
+def test_groups_survive_clone_and_stay_out_of_copies(alone):
+    model = DeepRFMClassifier(process_group=alone)
+    assert clone(model).process_group is alone
+    assert clone(model).get_params() == model.get_params()
+    assert model.process_group is alone  # cloning has put it back
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 5, 64, 1000])
+def test_shares(size, count, alone):
+    """Rows and blocks are dealt out once each, and the triangle's area evenly."""
+    ranks = Ranks(alone, "agop", torch.device("cpu"))
+    ranks.size, rows, starts, area = size, [], [], []
+    for ranks.rank in range(size):
+        rows += range(*ranks.rows(count))
+        block, mine = ranks.blocks(count, 512)
+        starts += mine
+        area.append(sum(min(count, start + block) ** 2 - start**2 for start in mine))
+    assert rows == list(range(count))
+    assert sorted(starts) == list(range(0, count, block))
+    if count >= 20 * size:
+        assert max(area) < 1.2 * count**2 / size
