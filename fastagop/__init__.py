@@ -19,7 +19,7 @@ from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
-from fastagop.kernels.radial import Gaussian, Laplace
+from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solve import Solution, solve
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ __all__ = [
     "DeepRFMClassifier",
     "DeepRFMRegressor",
     "Gaussian",
+    "GeneralisedLaplace",
     "Laplace",
+    "Matern52",
     "NumericalWarning",
     "Solution",
     "agop",

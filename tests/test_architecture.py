@@ -139,6 +139,8 @@ CONTRACT = {
     "explain": "(op, *args, **kwargs)",
     "Laplace": "(bandwidth)",
     "Gaussian": "(bandwidth)",
+    "GeneralisedLaplace": "(bandwidth, exponent)",
+    "Matern52": "(bandwidth)",
 }
 
 
