@@ -23,8 +23,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class KernelEstimator(TransformerMixin, BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
-    Hooks: ``_targets`` (``Classifier`` and ``Regressor`` have it), ``_mapped``, ``_packed`` and ``_restore``. ``fit`` calls ``_machine``
-    first, and sets ``_centers`` (what the kernel machine sees of the training points) and ``solution_``.
+    Hooks: ``_targets`` (see ``Classifier`` and ``Regressor``), ``_mapped``, ``_packed``, ``_restore``. ``fit`` calls
+    ``_machine`` first, and sets ``_centers`` (what the kernel machine sees of the training points) and ``solution_``.
     """
 
     # parameters of every subclass
