@@ -4,6 +4,8 @@
 Blocks are 32 x 32 x 32 there: 70 points and 37 features leave tails in every direction.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from fastagop.kernels import _config, reference, triton_ops
@@ -127,6 +129,8 @@ def test_further_profiles(kernel, spread):
     assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
     wide = triton_ops.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
     assert error(wide, truth) <= 1e-14
+    narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
+    assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), torch.eye(40, device=DEVICE))
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

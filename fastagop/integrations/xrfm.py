@@ -93,8 +93,16 @@ class FastKernel(LaplaceKernel):
         """
         x, z = self._points(x, z, mat)
         alpha = coefs.T
-        how = {"precision": self.precision, "backend": self.backend}
-        M = agop(self.kernel, x, alpha, z, reduction="sum", center=center_grads, **how)
+        M = agop(
+            self.kernel,
+            x,
+            alpha,
+            z,
+            reduction="sum",
+            center=center_grads,
+            precision=self.precision,
+            backend=self.backend,
+        )
         if center_grads and alpha.shape[1] > 1:  # the outputs' own means were subtracted: put back how they differ
             mean = self._means(x, alpha, z)
             mean -= mean.mean(0)
