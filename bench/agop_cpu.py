@@ -54,8 +54,8 @@ def ours(X: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 CONTENDERS: dict[str, Callable] = {
     "fastagop": ours,
-    "xrfm": lambda X, A: peers.xrfm(X, A, L),
-    "torch composition": lambda X, A: peers.composition(X, A, L),
+    "xrfm": lambda X, A: peers.xrfm_agop(X, A, L),
+    "torch composition": lambda X, A: peers.composition(X, A, fastagop.Laplace(L)),
 }
 
 
