@@ -44,7 +44,8 @@ def test_a_failing_contender_is_a_row(tmp_path):
 def measured(tmp_path_factory):
     """A few of the pytest benchmarks, for real."""
     result = tmp_path_factory.mktemp("bench") / "result.json"
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--quick", "-k", "(test_agop and 500x) or (test_kernel_matmul and x16x)"]
+    some = "(test_agop and 500x) or (test_kernel_matmul and x16x)"
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--quick", "-k", some]
     command += [f"--benchmark-json={result}", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
