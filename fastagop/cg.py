@@ -272,12 +272,14 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             break
         Z = precondition(R)
         fresh = (R * Z).sum(0)
+        if not bool((fresh > 0)[active].all()):
+            stopped = "the preconditioner is not positive definite to rounding"
+            break
         direction = Z.add_(direction * torch.where(active, fresh / rho, 0.0))
         product = matmul(direction)
         curvature = (direction * product).sum(0)
-        singular = not bool((curvature > 0)[active].all())
-        if singular or not bool((fresh > 0)[active].all()):
-            stopped = f"the {'kernel matrix' if singular else 'preconditioner'} is not positive definite to rounding"
+        if not bool((curvature > 0)[active].all()):
+            singular, stopped = True, "the kernel matrix is not positive definite to rounding"
             break
         length = torch.where(active, fresh / curvature, 0.0)
         alpha, R, rho = alpha + direction * length, R.sub_(product.mul_(length)), fresh

@@ -41,6 +41,7 @@ class Solution:
         rank: eigenvalues kept by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
         stopped: why "cg" ended before its tolerance; "" where it did not.
+        tolerance: the residual "cg" was asked for; 0.0 for the others.
     """
 
     alpha: torch.Tensor
@@ -53,6 +54,7 @@ class Solution:
     rank: int
     seconds: float
     stopped: str = ""
+    tolerance: float = 0.0
 
 
 def plan_solve(
@@ -256,7 +258,8 @@ def solve_unstored(
     if out != torch.float64 or jitter:
         residual = cg.relative(target - matmul(alpha.double()), target)
     rank, seconds = low_rank.rank if low_rank else 0, time.perf_counter() - start
-    return Solution(alpha, residual, ridge, jitter, "cg", torch.float64, iterations, rank, seconds, outcome.stopped)
+    said = {"stopped": outcome.stopped, "tolerance": options.tolerance}
+    return Solution(alpha, residual, ridge, jitter, "cg", torch.float64, iterations, rank, seconds, **said)
 
 
 def _with_jitter(matmul, Y, low_rank, options, ridge: float, scale: float, out: torch.dtype):
@@ -367,7 +370,7 @@ def report(solution: Solution, stacklevel: int = 4) -> None:
         said.append(f"{len(solution.alpha) - solution.rank} of {len(solution.alpha)} eigenvalues were dropped")
     if solution.stopped:
         said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
-    if solution.stopped or not solution.residual <= RESIDUAL[solution.alpha.dtype]:
+    if solution.stopped or not solution.residual <= max(RESIDUAL[solution.alpha.dtype], solution.tolerance):
         said.append(f"the relative residual is {solution.residual:.1e}")
     if said:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
