@@ -2,6 +2,8 @@
 
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
+keops      KeOps against torch by number of features, on the CPU: where "auto" takes it
+cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 calibrate  rates and launch configurations of this device, for fastagop's own choices
 """
@@ -13,7 +15,11 @@ from pathlib import Path
 
 import torch
 
-from bench import agop_cpu, calibrate, report, suite
+from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, report, suite
+
+REPEATED = {"agop": agop_cpu, "keops": keops_cpu}  # timed several times over
+ONCE = {"cg": cg_cpu}  # minutes
+CASES = ("suite", *REPEATED, *ONCE, "report", "calibrate")
 
 
 def main() -> None:
@@ -21,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", nargs="?", choices=["suite", "agop", "calibrate", "report"], default="suite")
+    parser.add_argument("case", nargs="?", choices=CASES, default="suite")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     parser.add_argument("--result", type=Path, default=Path("bench/results/operations_cpu.json"), help="for report")
     parser.add_argument("--out", type=Path, help="result file; default out/<case>_<device>.json")
@@ -36,10 +42,12 @@ def main() -> None:
         suite.main(given.device, out, given.repeats, given.n, tuple(given.d) if given.d else None)
     elif given.case == "report":
         report.main(given.result, given.out or given.result.with_suffix(".md"))
-    elif given.case == "agop":
-        agop_cpu.main(out, given.repeats)
-    else:
+    elif given.case == "calibrate":
         calibrate.main(given.device, out, given.repeats, given.n)
+    elif given.case in ONCE:
+        ONCE[given.case].main(out)
+    else:
+        REPEATED[given.case].main(out, given.repeats)
 
 
 if __name__ == "__main__":
