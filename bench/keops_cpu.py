@@ -14,7 +14,7 @@ import torch
 import fastagop
 from bench import machine
 
-OPS = ("kernel_matmul", "gradients", "agop")
+OPS: tuple[str, ...] = ("kernel_matmul", "gradients", "agop")
 N, K, FEATURES = 4000, 10, (1, 2, 3, 4, 8, 16)
 LARGE = (20_000, 16)
 KERNEL = fastagop.Laplace(2.0)

@@ -102,8 +102,8 @@ def _of(kernel: Radial) -> Formulas:
 
 
 def _inverse(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
-    """1 / L as KeOps takes it, finite: infinity times distance zero would be NaN."""
-    return like.new_tensor([min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max)])
+    """1 / L as KeOps takes it, small enough that times a difference of points (below 2^21, in units) it is finite."""
+    return like.new_tensor([min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)])
 
 
 def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:

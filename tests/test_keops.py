@@ -7,8 +7,10 @@ cache is cold: all cases share D features and K outputs.
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +257,8 @@ def test_auto_takes_it_where_it_measured_faster_and_compiling_pays(cloud, normal
     assert "backend torch, method gram" in gram
     monkeypatch.setattr(keops_ops, "missing", lambda kernel, X: "not here")
     assert "backend torch" in calls["agop"](many)
+
+
+def test_what_auto_goes_by_is_what_was_measured():
+    measured = json.loads((Path(__file__).parents[1] / "bench" / "results" / "keops_cpu.json").read_text())
+    assert {("cpu", op): most for op, most in measured["crossover"].items()} == _backends.KEOPS_FEATURES
