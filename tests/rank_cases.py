@@ -26,7 +26,7 @@ from fastagop.kernels import reference
 from sklearn.base import clone
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, distributed
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, distributed, ranks
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -57,6 +57,7 @@ def same_everywhere(value):
 
 def functions(_):
     """Every function, form and option on data of every shape: n not divisible, m of one row, d > n, K = 1."""
+    ranks._PIECE, ranks._PIECE_ROWS = 64, 3  # results travel in many pieces, the last one shorter
     bound = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
     for dtype, most in bound.items():
         for n, d, K, m in ((61, 5, 3, 40), (20, 30, 1, 1), (150, 4, 40, 33)):
@@ -115,6 +116,11 @@ def solving(_):
         distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
 
 
+def stop_after_two(event):
+    if event.layer == 1:
+        raise KeyboardInterrupt
+
+
 def deep_rfm(folder):
     """Three layers on the group: the single-process features, the same bits on every rank; checkpoint and clone."""
     X, y = normal(120, 12).numpy(), np.arange(120) % 3
@@ -132,6 +138,13 @@ def deep_rfm(folder):
     again = clone(model).set_params(callbacks=[seen.append]).fit(X, y)  # everything is in the checkpoint
     assert seen == []
     assert np.array_equal(again.transform(X), model.transform(X))
+    halfway = clone(model).set_params(checkpoint_dir=f"{folder}-halfway", callbacks=[stop_after_two])
+    with pytest.raises(KeyboardInterrupt):
+        halfway.fit(X, y)
+    halfway.set_params(callbacks=[seen.append]).fit(X, y)
+    assert [event.layer for event in seen] == [2]
+    assert np.array_equal(halfway.transform(X), model.transform(X))
+    same_everywhere(halfway.transform(X))
     assert pickle.loads(pickle.dumps(model)).process_group is None
     unseeded = DeepRFMRegressor(depth=1, width=16, process_group=group).fit(X, X[:, :2])
     same_everywhere(unseeded.transform(X))
@@ -153,7 +166,7 @@ def disagreement(_):
     refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
     refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
-    shapes = "shapes (40, 2) and (40, 1)"
+    shapes = "torch.float64 (40, 2) and torch.float64 (40, 1)"
     refused(shapes, ValueError, lambda: distributed.agop(kernel, X, Y[:, : 2 - rank]))
     options = {"reduction": "sum"} if rank else {}
     refused("must make the same call", ValueError, lambda: distributed.agop(kernel, X, Y, **options))
