@@ -21,7 +21,7 @@ from fastagop.agop import plan_agop
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks
 from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import block_rows
+from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.ranks import RankLost, Ranks
 from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
@@ -82,9 +82,11 @@ def agop(
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
-        M = None
-        if plan.backend == "torch" and ranks.size > 1 and _stores_weights(X, alpha, at, method, room, ranks.size):
-            M = _rows_of_gram(kernel, X, alpha, center, method, room, plan.block, ranks)
+        M, stored = None, None
+        if plan.backend == "torch" and ranks.size > 1:
+            stored = _stored_weights(X, alpha, at, method, room, ranks.size)
+        if stored is not None:
+            M = _rows_of_gram(kernel, X, alpha, center, method, room, stored.block, ranks)
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
@@ -93,19 +95,23 @@ def agop(
     return M.to(X.dtype)
 
 
-def _stores_weights(X, alpha, Z, method: str, room: int, size: int) -> bool:
-    """Whether every rank should hold the weights (n, n) and make its rows of S: it is asked for, or fits and pays."""
+def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
+    """The plan where every rank should hold the weights (n, n) and make its rows of S: asked for, or fits and pays.
+
+    Room is the same on every rank, and so is the plan: ranks must cut S alike.
+    """
     if Z is not X or method == "gradient":
-        return False
+        return None
     try:
-        torch_agop.plan(X, alpha, X, "gram", room, "", "")
+        plan = torch_agop.plan(X, alpha, X, "gram", room, "", "")
     except MemoryError:
         if method == "gram":
             raise
-        return False
+        return None
     (n, d), K = X.shape, alpha.shape[1]
     gram = n * n * d * (1 + 1 / size) + (n**3 + 3.0 * n * n * K) / size + 2.0 * n * d * d / size
-    return method == "gram" or gram < torch_agop.flops(-(-n // size), n, d, K, False)["gradient"]
+    pays = gram < torch_agop.flops(-(-n // size), n, d, K, False)["gradient"]
+    return plan if pays or method == "gram" else None
 
 
 def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Ranks):

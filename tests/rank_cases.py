@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fastagop.kernels import reference
+from fastagop.kernels import _plan, reference
 from sklearn.base import clone
 
 import fastagop
@@ -83,6 +83,19 @@ def functions(_):
                 assert error(P, fastagop.kernel_matmul(kernel, X, points, V)) < most
                 same_everywhere(P)
                 same_everywhere(G)
+
+
+def unequal_memory(_):
+    """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
+    X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
+    for outputs, few in ((400, 900_000), (40, 600_000)):
+        alpha = normal(200, outputs, seed=2)
+        alone = fastagop.agop(Laplace(2.0), X, alpha), fastagop.kernel_matmul(Laplace(2.0), X, None, V)
+        _plan.available_bytes = lambda device, few=few: few if dist.get_rank() == 1 else plain(device)
+        shared = distributed.agop(Laplace(2.0), X, alpha), distributed.kernel_matmul(Laplace(2.0), X, None, V)
+        _plan.available_bytes = plain
+        for a, b in zip(shared, alone, strict=True):
+            assert error(a, b) < 1e-11
 
 
 def guards(_):
