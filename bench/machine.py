@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,22 @@ def describe() -> dict:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "numpy")},
     }
+
+
+def watch_peak() -> int:
+    """Start this process's high-water mark of memory again; returns what is held now, in bytes (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak_since(before: int) -> int:
+    """Bytes taken at most since ``watch_peak``, beyond what was held then."""
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def _processor() -> str:

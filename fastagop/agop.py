@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from fastagop.kernels import _checks, torch_agop
+from fastagop.kernels import _checks, keops_ops, torch_agop
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
@@ -34,11 +34,13 @@ def plan_agop(
     limit = _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
-    backend, why = choose(backend, "agop", kernel, X)
+    pairs = 0.0 if method == "gram" else float(len(X)) * len(Z)  # KeOps has no gram form
+    backend, why = choose(backend, "agop", kernel, X, pairs)
     if reduction == "mean" and len(Z) == 0:
         raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    plan = torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X, backend))
+    make = keops_ops.plan_agop if backend == "keops" else torch_agop.plan
+    plan = make(X, alpha, Z, method, limit, why, precision_words(precision, X, backend))
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
@@ -99,6 +101,8 @@ def agop(
             from fastagop.kernels import triton_ops  # imports triton
 
             M = triton_ops.agop(kernel, X, alpha, Z, precision=precision, **how)
+        elif plan.backend == "keops":
+            M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan)
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)

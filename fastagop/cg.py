@@ -23,8 +23,9 @@ _PROPOSALS = 128  # pivots drawn at once
 _STALL = 100  # steps without a smaller residual before the iteration is given up
 _ROWS = 4096  # rows of the preconditioner rotated at once
 _RANK = 2000  # of the preconditioner, at most, where none is asked for
-_STEPS = 50  # that a plan counts with: the number is known afterwards
+STEPS = 50  # that a plan counts with: the number is known afterwards
 _VECTORS = 10  # (n, K) matrices alive at once
+_WIDE = 1e6  # ratio of eigenvalues from which a Gram matrix is not enough to make columns orthogonal
 _EPS = torch.finfo(torch.float64).eps
 
 Matmul = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +37,7 @@ class ConjugateGradients:
 
     Args:
         tolerance: relative residual ||(k + ridge I) alpha - Y|| / ||Y|| to reach, of every output by itself.
-        rank: pivots of the preconditioner, 0 for none; default a tenth of the points, at most 2000, less where
+        rank: pivots of the preconditioner, 0 for none; default a sixteenth of the points, at most 2000, less where
             memory is short. It takes 8 n rank bytes.
         max_iterations: steps at most; each is one pass over all pairs of points.
         progress: show a tqdm bar. Steps are logged at INFO to "fastagop" either way.
@@ -62,7 +63,7 @@ class ConjugateGradients:
 
 
 def plan(
-    X, Y, ridge: float, options: ConjugateGradients, room: int, why: str, direct: str = ""
+    X, Y, options: ConjugateGradients, room: int, backend: str, why: str, direct: str = ""
 ) -> tuple[Plan, ConjugateGradients]:
     """(road of method "cg", options with the rank settled), or MemoryError, naming what else did not fit.
 
@@ -70,7 +71,7 @@ def plan(
     """
     (n, d), K = X.shape, Y.shape[1]
     row, fixed = 8 * BLOCKS_ALIVE * n, 8 * n * (_VECTORS * K + 1) + (0 if X.dtype == torch.float64 else 8 * n * d)
-    wish = min(_RANK, n // 10) if options.rank is None else min(options.rank, n)
+    wish = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
     each = 8 * (n + min(n, _ROWS) + 5 * wish)  # per column: of F, of its rotated rows, of r x r matrices
     draw = 8 * 3 * n * min(_PROPOSALS, wish)
     if options.rank is None:
@@ -86,11 +87,11 @@ def plan(
     step = 1.0 * n * n * (d + 2 * K)
     why = (
         f"{why}; preconditioner of rank {wish} ({human(8 * n * wish)}), one pass over all pairs a step "
-        f"({step:.2g} flop), work given for {_STEPS} steps"
+        f"({step:.2g} flop), work given for {STEPS} steps"
     )
-    work = _STEPS * step + 4.0 * n * wish**2
+    work = STEPS * step + 4.0 * n * wish**2
     peak = max(needed, fixed + 8 * n * wish + rows * row)
-    return Plan("solve", "torch", "cg", why, "float64 passes", work, peak, rows), replace(options, rank=wish)
+    return Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows), replace(options, rank=wish)
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,9 @@ def preconditioner(F: torch.Tensor, ridge: float) -> Preconditioner | None:
     keep = values > len(F) * _EPS * float(values[-1])
     values = values[keep]
     U = _rotate_(F, vectors[:, keep] / values.sqrt())
-    L = torch.linalg.cholesky(U.T @ U)  # the Gram matrix of F has lost half of the digits: once more
-    U = _rotate_(U, torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False).T)
+    if values[-1] > _WIDE * values[0]:  # the Gram matrix of F has lost half of the digits: U is not orthogonal yet
+        L = torch.linalg.cholesky(U.T @ U)
+        U = _rotate_(U, torch.linalg.inv(L).T)
     return Preconditioner(U, values + ridge, float(values[0]) + ridge)
 
 
