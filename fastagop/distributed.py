@@ -90,7 +90,7 @@ def agop(
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, center, plan.block, ranks, how)
+            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how)
     M = ranks.total(M).div_(unit).div_(unit * len(at) if reduction == "mean" else unit)
     return M.to(X.dtype)
 
@@ -127,7 +127,7 @@ def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: 
     return torch_agop.gram_form(W.to(wide), x, alpha.to(wide), x, center and ranks.rank == 0, rows, starts=starts)
 
 
-def _rows_of_points(kernel, X, alpha, Z, center: bool, block: int, ranks: Ranks, how: dict) -> torch.Tensor:
+def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
     """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
@@ -139,6 +139,7 @@ def _rows_of_points(kernel, X, alpha, Z, center: bool, block: int, ranks: Ranks,
     if center and ranks.size > 1:
         mean = X.new_zeros(alpha.shape[1], X.shape[1])
         if len(own):
+            block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
             weights = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
             mean = torch_agop.mean_gradient(weights, alpha, X, own, torch_blocks.dominant_offset(X))
         apart = mean.double() - ranks.total(mean.double() * len(own)) / len(Z)
@@ -289,7 +290,7 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
         plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
-                most = _block(wide(), Y.shape[1], room)
+                most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
                 solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
             else:
@@ -297,8 +298,20 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
                 solution = solve_into(K, units, points, Y, ridge, plan, out or X.dtype)
         return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
 
-    solution, planned = ranks.lead(job, lambda V, block: _area(units, wide(), V, block, ranks))
+    def serve(V, most):
+        return _area(units, wide(), V, most, ranks) if most else _rows(units, wide(), V, ranks)
+
+    solution, planned = ranks.lead(job, serve)
     return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+
+
+def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """This rank's rows of k(X, X) V by KeOps, zero elsewhere."""
+    first, last = ranks.rows(len(X))
+    out = torch.zeros_like(V)
+    if last > first:
+        out[first:last] = operations.kernel_matmul(kernel, X[first:last], X, V, backend="keops")
+    return out
 
 
 def _asked(ask, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:
