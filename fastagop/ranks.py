@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
             raise RankLost(
-                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank "
-                f"({str(error).strip().splitlines()[0] if str(error) else type(error).__name__}). That process died or "
-                "did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
+                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({said}). That process died "
+                "or did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
                 "RFM with checkpoint_dir goes on after its last layer"
             ) from error
 
