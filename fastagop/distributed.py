@@ -40,6 +40,11 @@ def _ranks(group, op: str, X) -> Ranks:
     return Ranks(group, op, X.device if isinstance(X, torch.Tensor) else torch.device("cpu"))
 
 
+def _other(X, Z):
+    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
+    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and _checks.same(X, Z) else Z
+
+
 @torch.no_grad()
 def agop(
     kernel,
@@ -78,7 +83,7 @@ def agop(
         return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=Z)
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=_other(X, Z))
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
@@ -173,7 +178,11 @@ def kernel_matmul(
     options = {"precision": precision, "backend": backend}
     ranks = _ranks(group, "kernel_matmul", X)
     (plan, (X, at, V)), room = ranks.agree(
-        lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options), f"{kernel!r}, {options}", X=X, Z=Z, V=V
+        lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options),
+        f"{kernel!r}, {options}",
+        X=X,
+        Z=_other(X, Z),
+        V=V,
     )
     if at is not X or plan.backend != "torch":
         return ranks.concatenate(
@@ -227,7 +236,7 @@ def gradients(
         f"{kernel!r}, {options}",
         X=X,
         alpha=alpha,
-        Z=Z,
+        Z=_other(X, Z),
     )
     return ranks.concatenate(
         lambda first, last: operations.gradients(kernel, X, alpha, at[first:last], **options),

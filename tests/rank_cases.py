@@ -179,6 +179,9 @@ def disagreement(_):
     refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
     refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
+    copied = X.clone() if rank else X  # equal numbers, but only one rank knows that the points are the centers
+    refused("Z must be the same", ValueError, lambda: distributed.agop(kernel, X, Y, copied, method="gram"))
+    distributed.agop(kernel, X, Y, X.view(40, 3) if rank else None)  # the same thing said differently
     shapes = "torch.float64 (40, 2) and torch.float64 (40, 1)"
     refused(shapes, ValueError, lambda: distributed.agop(kernel, X, Y[:, : 2 - rank]))
     options = {"reduction": "sum"} if rank else {}
