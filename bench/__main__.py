@@ -1,13 +1,13 @@
-"""``python -m bench agop|cg``: measure, print a table, write a result file."""
+"""``python -m bench agop|cg|keops``: measure, print a table, write a result file."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from bench import agop_cpu, cg_cpu
+from bench import agop_cpu, cg_cpu, keops_cpu
 
-REPEATED = {"agop": agop_cpu}  # timed several times over
+REPEATED = {"agop": agop_cpu, "keops": keops_cpu}  # timed several times over
 ONCE = {"cg": cg_cpu}  # minutes
 
 

@@ -20,7 +20,7 @@ def describe() -> dict:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "numpy")},
+        "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "pykeops", "numpy")},
     }
 
 

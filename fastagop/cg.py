@@ -62,10 +62,8 @@ class ConjugateGradients:
         _checks.flag("progress", self.progress)
 
 
-def plan(
-    X, Y, options: ConjugateGradients, room: int, backend: str, why: str, direct: str = ""
-) -> tuple[Plan, ConjugateGradients]:
-    """(road of method "cg", options with the rank settled), or MemoryError, naming what else did not fit.
+def plan(X, Y, options: ConjugateGradients, room: int, backend: str, why: str) -> tuple[Plan, ConjugateGradients]:
+    """(road of method "cg", options with the rank settled), or MemoryError.
 
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
@@ -80,8 +78,9 @@ def plan(
     if needed + row > room:
         largest = int(room / ((fixed + wish * each + row) / n))
         raise MemoryError(
-            f"{direct + '. ' if direct else ''}solve with n = {n} and method 'cg' needs {human(needed + row)} "
-            f"(preconditioner of rank {wish} included), but {human(room)} may be used; n up to about {largest} fits"
+            f"solve with n = {n} needs {human(needed + row)} even without a kernel matrix (method 'cg', "
+            f"preconditioner of rank {wish}), but {human(room)} may be used; n up to about {largest} fits. "
+            "Use fewer points, a smaller rank, or raise memory_limit where memory is free"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (d + 2 * K)
@@ -96,12 +95,16 @@ def plan(
 
 @dataclass(frozen=True)
 class Outcome:
-    """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or ""."""
+    """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or "".
+
+    ``singular``: what stopped them is a matrix without a bounded solution, which a larger diagonal would cure.
+    """
 
     alpha: torch.Tensor
     residual: float
     iterations: int
     stopped: str
+    singular: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,10 @@ class Preconditioner:
     def rank(self) -> int:
         """Columns of U."""
         return self.U.shape[1]
+
+    def shifted(self, jitter: float) -> Preconditioner:
+        """That of the matrix with jitter added to the diagonal."""
+        return Preconditioner(self.U, self.values + jitter, self.tail + jitter)
 
     def __call__(self, R: torch.Tensor) -> torch.Tensor:
         """tail P^-1 R. Conjugate gradients do not see the factor, and nothing is divided by a small number."""
@@ -217,7 +224,11 @@ class Watch:
 
 
 def conjugate_gradients(
-    matmul: Matmul, Y: torch.Tensor, precondition: Matmul | None, options: ConjugateGradients
+    matmul: Matmul,
+    Y: torch.Tensor,
+    precondition: Matmul | None,
+    options: ConjugateGradients,
+    bound: float = float("inf"),
 ) -> Outcome:
     """Solve A alpha = Y for all columns at once, one product with A a step.
 
@@ -229,19 +240,20 @@ def conjugate_gradients(
         Y: float64 (n, K).
         precondition: R -> P^-1 R up to a constant factor, or None.
         options: tolerance, max_iterations, progress.
+        bound: largest coefficient to go on with. Targets that differ where A sees one point make them grow for ever.
     """
     watch = Watch(options)
     try:
-        return _iterate(matmul, Y, precondition or torch.clone, options, watch)
+        return _iterate(matmul, Y, precondition or torch.clone, options, bound, watch)
     finally:
         watch.close()
 
 
-def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, watch: Watch) -> Outcome:
+def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, bound: float, watch) -> Outcome:
     size = torch.linalg.vector_norm(Y, dim=0)
     goal = options.tolerance * size
-    alpha, R, step, since, stopped = torch.zeros_like(Y), Y.clone(), 0, 0, ""
-    best, best_error, verified = alpha.clone(), _largest(Y, size), float("inf")
+    alpha, R, step, since, stopped, singular = torch.zeros_like(Y), Y.clone(), 0, 0, "", False
+    best, best_error, verified = alpha, _largest(Y, size), float("inf")
     direction, rho = torch.zeros_like(Y), torch.ones_like(size)
     while not stopped:
         active = torch.linalg.vector_norm(R, dim=0) > goal
@@ -252,30 +264,32 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
                 return Outcome(alpha, relative(R, Y), step, "")
             if error > 0.5 * verified:
                 stopped = "rounding keeps the residual above the tolerance"
-            verified, best_error, best = error, error, alpha.clone()
+            best, best_error, verified = (alpha, error, error) if error < verified else (best, best_error, verified)
             direction.zero_()
             continue
         if step == options.max_iterations or since == _STALL:
-            stopped = f"max_iterations = {step} steps were not enough" if since < _STALL else "it makes no progress"
+            stopped = "it makes no progress" if since == _STALL else f"max_iterations = {step} steps were not enough"
             break
         Z = precondition(R)
         fresh = (R * Z).sum(0)
+        if not bool((fresh > 0)[active].all()):
+            stopped = "the preconditioner is not positive definite to rounding"
+            break
         direction = Z.add_(direction * torch.where(active, fresh / rho, 0.0))
         product = matmul(direction)
         curvature = (direction * product).sum(0)
-        for what, value in (("preconditioner", fresh), ("kernel matrix with its ridge", curvature)):
-            if not bool((value > 0)[active].all()):
-                stopped = f"the {what} is not positive definite to rounding"
-        if stopped:
+        if not bool((curvature > 0)[active].all()):
+            singular, stopped = True, "the kernel matrix is not positive definite to rounding"
             break
         length = torch.where(active, fresh / curvature, 0.0)
         alpha, R, rho = alpha + direction * length, R.sub_(product.mul_(length)), fresh
-        step, error = step + 1, _largest(R, size)
+        step, since, error = step + 1, since + 1, _largest(R, size)
         watch.step(step, error)
-        since += 1
-        if error < best_error:
+        if not float(alpha.abs().max()) <= bound:
+            singular, stopped = True, f"coefficients grew past {bound:.0e}"
+        elif error < best_error:
             best, best_error, since = alpha, error, 0
-    return Outcome(best, relative(Y - matmul(best), Y), step, stopped)
+    return Outcome(best, relative(Y - matmul(best), Y), step, stopped, singular)
 
 
 def _largest(R: torch.Tensor, size: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Solution:
         rank: eigenvalues kept by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
         stopped: why "cg" ended before its tolerance; "" where it did not.
+        tolerance: the residual "cg" was asked for; 0.0 for the others.
     """
 
     alpha: torch.Tensor
@@ -52,6 +54,7 @@ class Solution:
     rank: int
     seconds: float
     stopped: str = ""
+    tolerance: float = 0.0
 
 
 def plan_solve(
@@ -67,29 +70,27 @@ def plan_solve(
 ) -> tuple[Plan, tuple]:
     """(Plan, (X, Y, ridge, how)) of a solve call; how: the factorisation's dtype, or the options of method "cg"."""
     _checks.kernel(kernel)
-    if not isinstance(method, ConjugateGradients):
-        _checks.choice("method", method, ("auto", "cholesky", "eigh", "cg"))
+    options = ConjugateGradients()
+    if isinstance(method, ConjugateGradients):
+        options, method = method, "cg"
+    _checks.choice("method", method, ("auto", "cholesky", "eigh", "cg"))
     _checks.choice("precision", precision, _checks.PRECISIONS)
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
-    iterative = method == "cg" or isinstance(method, ConjugateGradients)
-    _, why = choose("auto" if iterative else backend, "solve", kernel, X)
+    _, why = choose("auto" if method == "cg" else backend, "solve", kernel, X)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
-    room = budget(limit, X.device)
-    if not iterative:
+    room, reason = budget(limit, X.device), "cg asked for"
+    if method != "cg":
         try:
             chosen, dtype, reason = _road(X, ridge, method, room)
             return _plan_direct(X, Y, chosen, dtype, f"{why}; {reason}", precision), (X, Y, ridge, dtype)
-        except MemoryError as error:
+        except MemoryError:
             if method != "auto":
                 raise
-            reason, direct = f"no n x n matrix fits into {human(room)}", str(error)
-    else:
-        reason, direct = "cg asked for", ""
+            reason = f"no n x n matrix fits into {human(room)}"
     backend, why = _passes(backend, kernel, X)
-    options = method if isinstance(method, ConjugateGradients) else ConjugateGradients()
-    plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}", direct)
+    plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}")
     return plan, (X, Y, ridge, options)
 
 
@@ -159,7 +160,7 @@ def solve(
     so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
     Where no such matrix fits, preconditioned conjugate gradients solve for all outputs at once, with one float64 pass
-    over all pairs a step. A problem that they cannot bring to their tolerance, such as ridge 0 near collapse, is
+    over all pairs a step, and with the same rule for jitter. A problem that they cannot bring to their tolerance is
     reported, with the best alpha found.
 
     Args:
@@ -243,22 +244,40 @@ def solve_unstored(
     start = time.perf_counter()
     x, target = X.double(), Y.double()
 
-    def matmul(V):
-        return product(kernel, x, x, V, plan).add_(V, alpha=ridge)
+    def matmul(V, diagonal=ridge):
+        return product(kernel, x, x, V, plan).add_(V, alpha=diagonal)
 
     def columns(index):
         return torch_blocks.kernel_matrix(kernel, x, x[index], None, plan)
 
     ones = x.new_ones(len(x))  # every profile has phi(0) = 1
     low_rank = cg.preconditioner(cg.pivoted_cholesky(columns, ones, options.rank or 0, ridge, options.seed), ridge)
-    outcome = cg.conjugate_gradients(matmul, target, low_rank, options)
+    scale = float(low_rank.values[-1]) if low_rank else float(len(x))
+    outcome, jitter, iterations = _with_jitter(matmul, target, low_rank, options, ridge, scale, out)
     alpha, residual = outcome.alpha.to(out), outcome.residual
-    if out != torch.float64:
+    if out != torch.float64 or jitter:
         residual = cg.relative(target - matmul(alpha.double()), target)
     rank, seconds = low_rank.rank if low_rank else 0, time.perf_counter() - start
-    return Solution(
-        alpha, residual, ridge, 0.0, "cg", torch.float64, outcome.iterations, rank, seconds, outcome.stopped
-    )
+    said = {"stopped": outcome.stopped, "tolerance": options.tolerance}
+    return Solution(alpha, residual, ridge, jitter, "cg", torch.float64, iterations, rank, seconds, **said)
+
+
+def _with_jitter(matmul, Y, low_rank, options, ridge: float, scale: float, out: torch.dtype):
+    """(outcome, jitter, steps of all tries) with the least jitter, by tens, that has a bounded solution."""
+    bound = _largest(Y) / torch.finfo(out).eps ** 0.5  # as ``_acceptable`` has it
+    jitter, iterations = 0.0, 0
+    while True:
+        outcome = cg.conjugate_gradients(
+            functools.partial(matmul, diagonal=ridge + jitter),
+            Y,
+            low_rank.shifted(jitter) if low_rank else None,
+            options,
+            bound,
+        )
+        iterations += outcome.iterations
+        if not outcome.singular or jitter >= _MAX_JITTER * scale:
+            return outcome, jitter, iterations
+        jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
 
 
 def _residual(K, Y: torch.Tensor, diagonal: float, alpha: torch.Tensor) -> float:
@@ -351,7 +370,7 @@ def report(solution: Solution, stacklevel: int = 4) -> None:
         said.append(f"{len(solution.alpha) - solution.rank} of {len(solution.alpha)} eigenvalues were dropped")
     if solution.stopped:
         said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
-    if solution.stopped or not solution.residual <= RESIDUAL[solution.alpha.dtype]:
+    if solution.stopped or not solution.residual <= max(RESIDUAL[solution.alpha.dtype], solution.tolerance):
         said.append(f"the relative residual is {solution.residual:.1e}")
     if said:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"

@@ -92,7 +92,9 @@ def kernel_matrix(
         Z: points (m, d); default X.
         out: tensor (n, m) to write into.
         precision: "highest", "high" or "medium"; see the package documentation.
-        backend: "auto", "torch", "triton" or "keops".
+        backend: "auto", "torch", "triton" or "keops". KeOps (every operation but this one, which stores its result)
+            compiles a formula on first use, about ten seconds; "auto" takes it on the CPU, where it is installed,
+            for few features and at least 1e9 pairs of points, where that is faster with the compilation counted.
 
     Returns:
         Tensor (n, m) of X's dtype and device, without autograd history.
