@@ -163,7 +163,9 @@ def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, t
 
 
 def _shared(X, Y, settings: Settings, clock: _Clock, group) -> tuple[Solution, torch.Tensor, int]:
-    """What solve_and_agop returns, by the ranks of a group together."""
+    """What solve_and_agop returns, by the ranks of a group together; where no (n, n) matrix fits on the first rank,
+    conjugate gradients solve.
+    """
     kernel, how = settings.kernel, {"precision": settings.precision, "backend": settings.backend, "group": group}
     solution, planned = distributed.solve_as(torch.float64, kernel, X, Y, ridge=settings.ridge, **how)
     clock.mark("solve")

@@ -18,7 +18,7 @@ from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
 from fastagop.kernels import _checks
 from fastagop.kernels.operations import kernel_matmul
-from fastagop.kernels.radial import Laplace, Radial
+from fastagop.kernels.radial import Laplace
 from fastagop.module import DeepRFMModule
 from fastagop.ranks import Ranks
 from fastagop.solve import report
@@ -104,6 +104,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.distributed.RankLost: a process of the group died.
 
         Warns:
             NumericalWarning: per solve whose result had to be altered.
@@ -217,11 +218,13 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
             layers.append(words)
         words = {
             "estimator": type(self).__name__,
-            "parameters": {k: _pack(v) for k, v in self.get_params(deep=False).items() if k not in _NOT_SAVED},
+            "parameters": {
+                k: storage.pack_value(v) for k, v in self.get_params(deep=False).items() if k not in _NOT_SAVED
+            },
             "kernel": storage.pack_kernel(self._kernel),
             "layers": layers,
             "solution": storage.pack_solution(self.solution_),
-            "attributes": {k: _pack(getattr(self, k)) for k in _ATTRIBUTES if hasattr(self, k)},
+            "attributes": {k: storage.pack_value(getattr(self, k)) for k in _ATTRIBUTES if hasattr(self, k)},
             "versions": storage.versions(),
         }
         storage.write(Path(path), _KIND, tensors, words)
@@ -240,7 +243,7 @@ class _DeepRFM(TransformerMixin, BaseEstimator):
         self.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
         for name in _ATTRIBUTES:
             if name in words["attributes"]:
-                setattr(self, name, _unpack(words["attributes"][name]))
+                setattr(self, name, storage.unpack_value(words["attributes"][name]))
         self._publish()
 
     def _settings(self) -> deep_rfm.Settings:
@@ -443,33 +446,12 @@ def load(path, device=None) -> DeepRFMClassifier | DeepRFMRegressor:
     tensors, words = storage.read(Path(path), _KIND)
     if words["estimator"] not in _SAVED:
         raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
-    parameters = {name: _unpack(value) for name, value in words["parameters"].items()}
+    parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
     if device is not None:
         parameters["device"] = str(device)
     model = _SAVED[words["estimator"]](**parameters)
     model._restore(tensors, words)
     return model
-
-
-def _pack(value):
-    """A parameter or attribute as JSON; arrays keep their dtype."""
-    if isinstance(value, Radial):
-        return {"kernel": storage.pack_kernel(value)}
-    if isinstance(value, np.ndarray):
-        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
-        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.random.RandomState):
-        return None
-    return str(value) if isinstance(value, torch.device) else value
-
-
-def _unpack(value):
-    """What ``_pack`` was given."""
-    if not isinstance(value, dict):
-        return value
-    return storage.unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])
 
 
 def _device(name) -> torch.device:

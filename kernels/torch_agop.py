@@ -92,7 +92,7 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     return rows, fixed + rows * row
 
 
-def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None) -> Plan:
+def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None) -> Plan:
     """The road of agop: the cheaper form that fits into memory."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
