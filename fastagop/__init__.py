@@ -9,7 +9,7 @@ float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about
 import importlib
 from typing import TYPE_CHECKING
 
-from fastagop import collapse, datasets
+from fastagop import collapse, datasets, network
 from fastagop.agop import agop
 from fastagop.explain import explain
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
@@ -37,6 +37,7 @@ __all__ = [
     "gradients",
     "kernel_matmul",
     "kernel_matrix",
+    "network",
     "solve",
 ]
 

@@ -21,7 +21,7 @@ import torch
 
 from fastagop import DeepRFMClassifier, NumericalWarning, datasets
 from reproduce import files, layers
-from reproduce.settings import KERNELS, Place, Settings
+from reproduce.settings import KERNELS, Experiment, Place, Settings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
     """A complete run; ``record`` is its record.json."""
 
     folder: Path
-    settings: Settings
+    settings: Any  # an Experiment
     record: dict[str, Any]
 
     @property
@@ -43,7 +43,7 @@ class Run:
         return {int(name.removeprefix("layer_")): array for name, array in sorted(arrays.items())}
 
 
-def check_data(settings: Settings, place: Place) -> None:
+def check_data(settings: Experiment, place: Place) -> None:
     """Raise what loading raises, before any hours are spent; a complete run needs no data."""
     if not (place.folder(settings) / "record.json").exists():
         place.load(settings, n=1)
@@ -53,7 +53,7 @@ def run(settings: Settings, place: Place) -> Run:
     """Compute, resume or reuse a run, and print its table."""
     folder = place.folder(settings)
     print(f"\n{settings}\n{folder}")
-    with _alone(folder):
+    with alone(folder):
         if (folder / "record.json").exists():
             print("complete, nothing to compute")
             done = Run(folder, settings, json.loads((folder / "record.json").read_text()))
@@ -135,7 +135,7 @@ def _summarise(done: Run) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep a second process from the same run; the system drops the lock with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:

@@ -237,10 +237,10 @@ def test_one_process_a_run(tmp_path, capsys):
     entered = threading.Event()
 
     def second():
-        with runs._alone(tmp_path):
+        with runs.alone(tmp_path):
             entered.set()
 
-    with runs._alone(tmp_path):
+    with runs.alone(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.2)
