@@ -14,10 +14,14 @@ from torch import nn
 from fastagop import linalg
 from fastagop.kernels import _checks
 from fastagop.models import Layers, Source
-from fastagop.splits import Split, collapse_split, split
+from fastagop.splits import NotAMatrixError, Split, collapse_split, split
 from fastagop.sweep import LayerSum, sweep
 
-__all__ = ["Split", "agop", "collapse_split", "nfa_correlation", "split"]
+__all__ = ["ConstantMatrixError", "NotAMatrixError", "Split", "agop", "collapse_split", "nfa_correlation", "split"]
+
+
+class ConstantMatrixError(ValueError):
+    """All entries of W^T W or of the AGOP are equal: there is no correlation between them."""
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def nfa_correlation(
     Formula: Pearson correlation of the entries of W^T W (d, d) and M^(1/2), M as in ``agop`` (paper, section 5 and
     appendix C); 1 where they agree up to scale and offset. Computed without forming them where W is wide.
 
-    Args, Raises: as ``agop``; ValueError also where either matrix is constant, as for an AGOP of zero.
+    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero.
     """
     sums, _ = sweep(model, X, layers, batch_size)
     return {name: _nfa(name, one) for name, one in sums.items()}
@@ -75,7 +79,7 @@ def _nfa(name: str, one: LayerSum) -> float:
         gram, M, sums = R @ R.T, R @ one.total() @ R.T, Q.sum(0)
     correlation = _pearson(gram, linalg.psd_sqrt(M), sums, W.shape[1] ** 2)
     if correlation is None:
-        raise ValueError(
+        raise ConstantMatrixError(
             f"layers: {name!r} has no NFA correlation, since its W^T W or its AGOP is constant (zero, say); "
             "leave it out of layers"
         )

@@ -18,6 +18,10 @@ from fastagop.models import Layers, Source
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
+class NotAMatrixError(ValueError):
+    """What enters a layer is no single matrix (n, d): tokens, or the inputs of several calls."""
+
+
 @dataclass(frozen=True)
 class Split:
     """What the parts of a Linear layer W = U S V^T do to collapse (paper, section 5 and figure 2).
@@ -84,8 +88,8 @@ def collapse_split(
         Split by layer name, in the model's order.
 
     Raises:
-        TypeError, ValueError: naming the argument, as in ``agop``; for an input that is no matrix, and a layer that
-        is called more than once.
+        TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
+        no matrix, or the layer is called more than once.
     """
     linear = models.linear_layers(model, layers)
     gathered = _Inputs(linear)
@@ -131,9 +135,9 @@ class _Inputs:
 
     def _note(self, name: str, _, args, out: torch.Tensor) -> None:
         if name in self._out:
-            raise ValueError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
+            raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
         if args[0].ndim != 2:
             shape = tuple(args[0].shape)
-            raise ValueError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
+            raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
         self._out[name] = out
         self.rows.setdefault(name, []).append(args[0].clone())  # the model may go on to change it in place

@@ -52,11 +52,10 @@ def _head(d: int, classes: int, settings: NetworkSettings) -> nn.Sequential:
 
 
 def _resnet() -> nn.Module:
+    """ResNet18 up to its classifier."""
     from torchvision.models import resnet18
 
-    trunk = resnet18(weights=None)
-    trunk.fc = nn.Identity()
-    return trunk
+    return nn.Sequential(*list(resnet18(weights=None).children())[:-1], nn.Flatten())
 
 
 def _vgg(side: int) -> nn.Module:
@@ -65,4 +64,4 @@ def _vgg(side: int) -> nn.Module:
 
     if side < 16:
         raise ValueError(f"--dataset: VGG-11 needs images of at least 16 x 16, got {side} x {side}")
-    return nn.Sequential(*vgg11(weights=None).features[:-1], nn.Flatten())
+    return nn.Sequential(*list(vgg11(weights=None).features.children())[:-1], nn.Flatten())

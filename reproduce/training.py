@@ -112,11 +112,14 @@ class Training:
     def measure(self) -> None:
         """Add a row for every Linear layer: NFA correlation, and NC1 and NC2 at its three stages."""
         start = time.perf_counter()
-        correlation = network.nfa_correlation(self.model, self.X)
+        try:
+            correlation = network.nfa_correlation(self.model, self.X)
+        except network.ConstantMatrixError:  # a dead network
+            correlation = {}
         splits = network.collapse_split(self.model, self.X, self.labels)
         loss = self.losses[-1] if self.losses else None
         for layer, (name, split) in enumerate(splits.items(), start=1):
-            row = {"epoch": self.epoch, "layer": layer, "name": name, "loss": loss, "nfa": correlation[name]}
+            row = {"epoch": self.epoch, "layer": layer, "name": name, "loss": loss, "nfa": correlation.get(name)}
             row |= {f"nc1_{stage}": split.nc1[stage] for stage in STAGES}
             self.rows.append(row | {f"nc2_{stage}": split.nc2[stage] for stage in STAGES})
         self.seconds += time.perf_counter() - start
@@ -154,10 +157,9 @@ class Training:
         return True
 
 
-def fall(row: dict[str, Any]) -> float | None:
+def fall(start: float, middle: float, end: float) -> float | None:
     """Share of a layer's fall of NC1, on a log scale, that S V^T makes; None where NC1 does not fall."""
-    start, middle, end = (number(row[f"nc1_{stage}"]) for stage in STAGES)
-    if not 0 < end < start < float("inf"):
+    if not (0 < end < start < math.inf and 0 < middle < math.inf):
         return None
     return math.log(start / middle) / math.log(start / end)
 
@@ -166,8 +168,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The last measurement, a line a layer, with the share of NC1's fall that S V^T makes."""
     lines = [f"{'layer':>6} |{'NC1 input':>11}{'S V^T x':>11}{'ReLU':>11} | {'fall at S V^T':>13} |{'NFA':>7}"]
     for row in (row for row in rows if row["epoch"] == rows[-1]["epoch"]):
-        nc1 = "".join(f"{number(row[f'nc1_{stage}']):>11.2e}" for stage in STAGES)
-        part = fall(row)
+        values = [number(row[f"nc1_{stage}"]) for stage in STAGES]
+        nc1, part = "".join(f"{value:>11.2e}" for value in values), fall(*values)
         words = "no fall" if part is None else f"{100 * part:.0f}%"
         lines.append(f"{row['layer']:>6} |{nc1} | {words:>13} |{number(row['nfa']):>7.3f}")
     return "\n".join(lines)
