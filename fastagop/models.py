@@ -97,6 +97,8 @@ def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch
     for batch in X.split(batch_size or BATCH) if isinstance(X, torch.Tensor) else X:
         inputs, labels = _parts(batch)
         count += len(inputs)
+        if len(inputs) == 0:
+            continue
         inputs = inputs.detach().to(inputs.device if held is None else held.device)
         yield inputs.clone() if inputs.is_inference() else inputs, labels
     if count == 0:

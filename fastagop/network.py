@@ -51,7 +51,7 @@ def agop(
     _checks.choice("reduction", reduction, ("mean", "sum"))
     sums, n = sweep(model, X, layers, batch_size)
     divisor = n if reduction == "mean" else 1
-    return {name: one.agop().div_(divisor).to(one.layer.weight.dtype) for name, one in sums.items()}
+    return {name: sums.pop(name).agop().div_(divisor) for name in list(sums)}
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def nfa_correlation(
 
 def _nfa(name: str, one: LayerSum) -> float:
     """Both matrices are Q A Q^T, Q (d, r) with orthonormal columns: the identity, or a basis of W's rows."""
-    W = one.weight
+    W = one.weight.double()
     if one.at_input:
         gram, M, sums = W.T @ W, one.total(), W.new_ones(W.shape[1])
     else:

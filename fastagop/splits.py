@@ -93,15 +93,16 @@ def collapse_split(
     """
     linear = models.linear_layers(model, layers)
     gathered = _Inputs(linear)
-    labels = gathered.run(model, X, batch_size)
-    if y is None and not labels:
-        raise ValueError("y must be given where the batches of X bring no labels")
-    y = torch.cat(labels) if y is None else y
-    models.refuse_uncalled(linear, gathered.rows, layers)
-    return {
-        name: split(linear[name], torch.cat(rows), y, None if name == gathered.readout else activation)
-        for name, rows in gathered.rows.items()
-    }
+    with models.evaluating(model), torch.no_grad():
+        labels = gathered.run(model, X, batch_size)
+        if y is None and not labels:
+            raise ValueError("y must be given where the batches of X bring no labels")
+        y = torch.cat(labels) if y is None else y
+        models.refuse_uncalled(linear, gathered.rows, layers)
+        return {
+            name: split(linear[name], torch.cat(rows), y, None if name == gathered.readout else activation)
+            for name, rows in gathered.rows.items()
+        }
 
 
 class _Inputs:
@@ -115,12 +116,11 @@ class _Inputs:
     def run(self, model: nn.Module, X: Source, batch_size: int | None) -> list[torch.Tensor]:
         """Send all samples through the model; the batches' labels."""
         labels = []
-        with models.evaluating(model), torch.no_grad():
-            for i, (inputs, given) in enumerate(models.batches(X, batch_size, model)):
-                if i == 0:
-                    refuse_neighbours(model, inputs)
-                self._run_batch(model, inputs)
-                labels += [] if given is None else [torch.as_tensor(given).cpu()]
+        for i, (inputs, given) in enumerate(models.batches(X, batch_size, model)):
+            if i == 0:
+                refuse_neighbours(model, inputs)
+            self._run_batch(model, inputs)
+            labels += [] if given is None else [torch.as_tensor(given).cpu()]
         return labels
 
     def _run_batch(self, model: nn.Module, inputs: torch.Tensor) -> None:

@@ -17,14 +17,14 @@ _BLOCK = 256  # rows of a symmetric sum computed at once, each only up to the di
 
 
 class LayerSum:
-    """Sum of g g^T over samples and outputs, g being the gradients at one Linear layer.
+    """Sum of g g^T over samples and outputs, g being the gradients at one Linear layer of weight W (d_out, d_in).
 
     The gradient at the layer's input is W^T times that at its output, so the sum may be taken on either side; it
     is taken on the narrower one. It runs in the working precision within a batch and in float64 across batches.
     """
 
     def __init__(self, layer: nn.Linear):
-        self.layer = layer
+        self.weight = layer.weight.detach()
         self.at_input = layer.in_features < layer.out_features
         self._batch: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
@@ -45,30 +45,31 @@ class LayerSum:
         self._total = self._batch.to(torch.float64, copy=True) if self._total is None else self._total.add_(self._batch)
         self._batch.zero_()
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """W (d_out, d_in) in float64."""
-        return self.layer.weight.detach().double()
-
     def total(self) -> torch.Tensor:
         """The float64 sum on its side: (d_in, d_in) where ``at_input``, else (d_out, d_out)."""
+        self._batch = None
         if self._total is None:
-            d = self.layer.in_features if self.at_input else self.layer.out_features
-            return self.weight.new_zeros(d, d)
-        return self._total.tril() + self._total.tril(-1).T
+            d = self.weight.shape[1 if self.at_input else 0]
+            return self.weight.new_zeros(d, d, dtype=torch.float64)
+        return self._total.tril_().add_(self._total.tril(-1).T)
 
     def agop(self) -> torch.Tensor:
-        """The float64 sum at the layer's input, (d_in, d_in)."""
-        return self.total() if self.at_input else self.weight.T @ self.total() @ self.weight
+        """The sum at the layer's input, (d_in, d_in) of the weight's dtype."""
+        W = self.weight
+        if self.at_input:
+            return self.total().to(W.dtype)
+        columns = W.T.to(torch.promote_types(W.dtype, torch.float32)).contiguous()
+        M = product(product(columns, self.total().to(columns.dtype)), columns)
+        return M.add_(M.T.clone()).mul_(0.5).to(W.dtype)
 
 
 def sweep(model: nn.Module, X: Source, layers: Layers, batch_size: int | None) -> tuple[dict[str, LayerSum], int]:
     """The sums by layer name, and the number of samples."""
     linear = models.linear_layers(model, layers)
-    sums = {layer: LayerSum(layer) for layer in linear.values()}
     called: set[nn.Linear] = set()
     count = 0
-    with models.evaluating(model):
+    with models.evaluating(model):  # what reparametrised weights are depends on the mode, too
+        sums = {layer: LayerSum(layer) for layer in linear.values()}
         for inputs, _ in models.batches(X, batch_size, model):
             if count == 0:
                 refuse_mixing(model, linear, inputs)
