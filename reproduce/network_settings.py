@@ -57,6 +57,7 @@ def paper(dataset: str, network: str, *, quick: bool = False, n: int | None = No
         given["init_scale"] = _MNIST
     if quick:
         given |= _QUICK[network]
-        n = min(given.pop("n"), points(dataset, None)) if n is None else n
+        few = min(given.pop("n"), points(dataset, None))
+        n = few if n is None else n
     given |= {name: value for name, value in changes.items() if value is not None}
     return NetworkSettings(dataset, network, points(dataset, n), **given)

@@ -106,7 +106,7 @@ class Training:
         self.losses.append(float(total) / len(self.X))
         self.seconds += time.perf_counter() - start
         if not self.losses[-1] < float("inf"):
-            raise ValueError(f"the loss is not finite after epoch {self.epoch}; choose a smaller --learning-rate")
+            raise ValueError(f"training diverged in epoch {self.epoch}, choose a smaller --learning-rate")
         return self.losses[-1]
 
     def measure(self) -> None:
@@ -116,7 +116,11 @@ class Training:
             correlation = network.nfa_correlation(self.model, self.X)
         except network.ConstantMatrixError:  # a dead network
             correlation = {}
-        splits = network.collapse_split(self.model, self.X, self.labels)
+        try:
+            splits = network.collapse_split(self.model, self.X, self.labels)
+        except ValueError as error:
+            hint = "choose a smaller --learning-rate or --init-scale"
+            raise ValueError(f"training diverged before epoch {self.epoch}, {hint}: {error}") from error
         loss = self.losses[-1] if self.losses else None
         for layer, (name, split) in enumerate(splits.items(), start=1):
             row = {"epoch": self.epoch, "layer": layer, "name": name, "loss": loss, "nfa": correlation.get(name)}
