@@ -19,7 +19,7 @@ _MNIST = 0.2  # initialisation scale there, whatever the network
 _QUICK: dict[str, dict[str, Any]] = {
     "mlp": {"n": 1000, "epochs": 100, "init_scale": 0.5, "learning_rate": 0.1},
     "resnet": {"n": 500, "epochs": 20, "init_scale": 0.5},
-    "vgg": {"n": 500, "epochs": 30, "init_scale": 0.5, "learning_rate": 0.02},
+    "vgg": {"n": 400, "epochs": 20, "init_scale": 1.0, "batch": 32},
 }
 
 
