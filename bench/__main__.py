@@ -3,6 +3,7 @@
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
 keops      KeOps against torch by number of features, on the CPU: where "auto" takes it
+network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 calibrate  rates and launch configurations of this device, for fastagop's own choices
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, report, suite
+from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, network_cpu, report, suite
 
-REPEATED = {"agop": agop_cpu, "keops": keops_cpu}  # timed several times over
+REPEATED = {"agop": agop_cpu, "keops": keops_cpu, "network": network_cpu}  # timed several times over
 ONCE = {"cg": cg_cpu}  # minutes
 CASES = ("suite", *REPEATED, *ONCE, "report", "calibrate")
 
