@@ -2,6 +2,10 @@
 
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
+keops      KeOps against torch by number of features, on the CPU: where "auto" takes it
+network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
+cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
+report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 calibrate  rates and launch configurations of this device, for fastagop's own choices
 """
 
@@ -12,7 +16,11 @@ from pathlib import Path
 
 import torch
 
-from bench import agop_cpu, calibrate, suite
+from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, network_cpu, report, suite
+
+REPEATED = {"agop": agop_cpu, "keops": keops_cpu, "network": network_cpu}  # timed several times over
+ONCE = {"cg": cg_cpu}  # minutes
+CASES = ("suite", *REPEATED, *ONCE, "report", "calibrate")
 
 
 def main() -> None:
@@ -20,8 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", nargs="?", choices=["suite", "agop", "calibrate"], default="suite")
+    parser.add_argument("case", nargs="?", choices=CASES, default="suite")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--result", type=Path, default=Path("bench/results/operations_cpu.json"), help="for report")
     parser.add_argument("--out", type=Path, help="result file; default out/<case>_<device>.json")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--n", type=int, help="rows; default 50000 on CUDA")
@@ -32,10 +41,14 @@ def main() -> None:
     out = given.out or Path(f"out/{given.case}_{given.device.type}.json")
     if given.case == "suite":
         suite.main(given.device, out, given.repeats, given.n, tuple(given.d) if given.d else None)
-    elif given.case == "agop":
-        agop_cpu.main(out, given.repeats)
-    else:
+    elif given.case == "report":
+        report.main(given.result, given.out or given.result.with_suffix(".md"))
+    elif given.case == "calibrate":
         calibrate.main(given.device, out, given.repeats, given.n)
+    elif given.case in ONCE:
+        ONCE[given.case].main(out)
+    else:
+        REPEATED[given.case].main(out, given.repeats)
 
 
 if __name__ == "__main__":

@@ -8,30 +8,20 @@ import os
 import platform
 
 import torch
+from fastagop.kernels import _measured
 
 
 def describe() -> dict:
     """Processor, threads, versions and date."""
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
+        "processor": _measured.name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "numpy")},
+        "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "pykeops", "numpy")},
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

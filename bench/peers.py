@@ -1,29 +1,90 @@
-"""What people use today: a composition of torch calls, and xrfm."""
+"""What people use today: compositions of torch calls, xrfm, and KeOps by hand."""
 
 from __future__ import annotations
 
 import torch
 
-
-def kernel_matrix(X: torch.Tensor, L: float) -> torch.Tensor:
-    """Laplace kernel matrix by cdist."""
-    return torch.cdist(X, X).mul_(-1.0 / L).exp_()
+import fastagop
 
 
-def composition(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
-    """AGOP as one writes it by hand: cdist, weights, one product for all outputs, one for M."""
-    n, d = X.shape
-    r = torch.cdist(X, X).fill_diagonal_(torch.inf)
-    W = torch.exp(-r / L).nan_to_num_() / (L * r)
+def profile(kernel, r: torch.Tensor) -> torch.Tensor:
+    """k from distances."""
+    L = kernel.bandwidth
+    return torch.exp(-r / L) if isinstance(kernel, fastagop.Laplace) else torch.exp(-r.square() / (2 * L * L))
+
+
+def weight(kernel, r: torch.Tensor) -> torch.Tensor:
+    """Gradient weight from distances, zero on the diagonal, where r is infinite."""
+    L, value = kernel.bandwidth, profile(kernel, r)
+    return value / (L * r) if isinstance(kernel, fastagop.Laplace) else value / (L * L)
+
+
+def kernel_matrix(X: torch.Tensor, kernel) -> torch.Tensor:
+    """Kernel matrix by cdist."""
+    return profile(kernel, torch.cdist(X, X))
+
+
+def gradients(X: torch.Tensor, A: torch.Tensor, kernel, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    """Gradients at (some of) the points: cdist, weights, one product for all outputs."""
+    Z, d = X[rows], X.shape[1]
+    exact = X.dtype == torch.float64  # then this is the truth
+    r = torch.cdist(Z, X, compute_mode=f"{'donot_' if exact else ''}use_mm_for_euclid_dist")
+    own = torch.arange(len(X), device=X.device)[rows]
+    r[torch.arange(len(Z), device=X.device), own] = torch.inf
+    W = weight(kernel, r)
     del r
-    right = (A[:, :, None] * X[:, None, :]).reshape(n, -1)
-    G = (W @ right).view(n, -1, d) - (W @ A)[:, :, None] * X[:, None, :]
-    G = G.reshape(-1, d)
+    right = (A[:, :, None] * X[:, None, :]).reshape(len(X), -1)
+    return (W @ right).view(len(Z), -1, d) - (W @ A)[:, :, None] * Z[:, None, :]
+
+
+def composition(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:
+    """AGOP as one writes it by hand: gradients, and one product for M."""
+    G = gradients(X, A, kernel).reshape(-1, X.shape[1])
     return G.T @ G
 
 
-def xrfm(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
-    """xrfm.rfm_src.kernels.LaplaceKernel.get_agop."""
+def solve(X: torch.Tensor, Y: torch.Tensor, kernel, ridge: float) -> torch.Tensor:
+    """Coefficients by the library's dense solver."""
+    K = kernel_matrix(X, kernel)
+    K.diagonal().add_(ridge)
+    return torch.linalg.solve(K, Y)
+
+
+def layer(X: torch.Tensor, y: torch.Tensor, kernel) -> torch.Tensor:
+    """A layer of Deep RFM by hand, in float32 with the authors' default ridge 1e-3; returns M."""
+    X = torch.nn.functional.normalize(X)
+    Y = 2.0 * torch.nn.functional.one_hot(y).to(X) - 1.0
+    M = composition(X, solve(X, Y, kernel, 1e-3), kernel)
+    M = M / M.max()
+    values, vectors = torch.linalg.eigh(M)
+    root = vectors * values.clamp(min=0.0).sqrt() @ vectors.T
+    torch.relu(X @ root @ torch.randn(X.shape[1], min(1024, X.shape[1]), device=X.device))
+    return M
+
+
+def _xrfm_kernel(L: float):
     from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
 
-    return LaplaceKernel(bandwidth=L, exponent=1.0).get_agop(X, X, A.T.contiguous())
+    return LaplaceKernel(bandwidth=L, exponent=1.0)
+
+
+def xrfm_agop(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
+    """xrfm.rfm_src.kernels.LaplaceKernel.get_agop."""
+    return _xrfm_kernel(L).get_agop(X, X, A.T.contiguous())
+
+
+def xrfm_kernel_matrix(X: torch.Tensor, _: torch.Tensor, L: float) -> torch.Tensor:
+    """xrfm.rfm_src.kernels.LaplaceKernel.get_kernel_matrix."""
+    return _xrfm_kernel(L).get_kernel_matrix(X, X)
+
+
+def lazy_gradients(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:
+    """Gradients at the points by KeOps and autograd, one output at a time."""
+    from pykeops.torch import LazyTensor
+
+    Z = X.clone().requires_grad_(True)
+    squares = ((LazyTensor(Z[:, None, :]) - LazyTensor(X[None, :, :])) ** 2).sum(-1)
+    laplace, L = isinstance(kernel, fastagop.Laplace), kernel.bandwidth
+    K = (-squares.sqrt() / L).exp() if laplace else (-squares / (2 * L * L)).exp()
+    columns = [torch.autograd.grad((K @ a[:, None]).sum(), Z, retain_graph=False)[0] for a in A.T.contiguous()]
+    return torch.stack(columns, 1)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastagop.kernels import reference
 from fastagop.kernels._config import interpreted
 
 import fastagop
@@ -141,6 +140,17 @@ def data(n: int, d: int, K: int, device: torch.device, spread: float | None) -> 
     return torch.nn.functional.normalize(X), torch.randn(n, K, generator=generator, device=device) / n
 
 
+def _some(n: int, device: torch.device) -> torch.Tensor:
+    """Rows on which results of size n x n are checked."""
+    return torch.linspace(0, n - 1, min(256, n), device=device).long()
+
+
+def _truth(X: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of k(X, X) in float64, from direct differences."""
+    r = torch.cdist(X[rows].double(), X.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.exp(-r / KERNEL.bandwidth)
+
+
 def _ours(run: Callable, **more) -> list[Contender]:
     """fastagop on Triton at each precision, and on torch."""
     fused = [
@@ -153,10 +163,10 @@ def _ours(run: Callable, **more) -> list[Contender]:
 def kernel_matrix(suite: Suite, d: int, spread: float | None) -> None:
     """k(X, X): its floor is half of the product X X^T."""
     X, _ = data(suite.n, d, 1, suite.device, spread)
-    rows = torch.linspace(0, suite.n - 1, min(256, suite.n), device=suite.device).long()
-    truth = reference.kernel_matrix(KERNEL, X[rows].cpu(), X.cpu()).to(suite.device)
+    rows = _some(suite.n, suite.device)
+    truth = _truth(X, rows)
     contenders = _ours(lambda **how: fastagop.kernel_matrix(KERNEL, X, **how))
-    contenders.append(Contender("composition", lambda: peers.kernel_matrix(X, KERNEL.bandwidth)))
+    contenders.append(Contender("composition", lambda: peers.kernel_matrix(X, KERNEL)))
     name = "kernel_matrix" if spread is None else "kernel_matrix collapsed"
     suite.case(name, suite.n**2 * d, contenders, lambda K: (K[rows].double() - truth).norm() / truth.norm(), d=d, K=0)
 
@@ -164,10 +174,10 @@ def kernel_matrix(suite: Suite, d: int, spread: float | None) -> None:
 def kernel_matmul(suite: Suite, d: int, K: int) -> None:
     """k(X, X) V without k(X, X)."""
     X, V = data(suite.n, d, K, suite.device, None)
-    rows = torch.linspace(0, suite.n - 1, min(256, suite.n), device=suite.device).long()
-    truth = reference.kernel_matmul(KERNEL, X[rows].cpu(), X.cpu(), V.cpu()).to(suite.device)
+    rows = _some(suite.n, suite.device)
+    truth = _truth(X, rows) @ V.double()
     contenders = _ours(lambda **how: fastagop.kernel_matmul(KERNEL, X, None, V, **how))
-    contenders.append(Contender("composition", lambda: peers.kernel_matrix(X, KERNEL.bandwidth) @ V))
+    contenders.append(Contender("composition", lambda: peers.kernel_matrix(X, KERNEL) @ V))
     suite.case(
         "kernel_matmul",
         suite.n**2 * (d + 2 * K),
@@ -193,8 +203,8 @@ def agop(suite: Suite, d: int, K: int) -> None:
 
     contenders = _ours(run, method="gradient") if K <= 10 else []
     contenders += [Contender(f"{c.name} gram", c.run, c.products) for c in _ours(run, method="gram")]
-    contenders.append(Contender("composition", lambda: peers.composition(X, alpha, KERNEL.bandwidth)))
-    contenders.append(Contender("xrfm", lambda: peers.xrfm(X, alpha, KERNEL.bandwidth)))
+    contenders.append(Contender("composition", lambda: peers.composition(X, alpha, KERNEL)))
+    contenders.append(Contender("xrfm", lambda: peers.xrfm_agop(X, alpha, KERNEL.bandwidth)))
     suite.case("agop", work, contenders, lambda M: (M.double() - truth).norm() / truth.norm(), d=d, K=K)
 
 

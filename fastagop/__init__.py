@@ -13,7 +13,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 import importlib
 from typing import TYPE_CHECKING
 
-from fastagop import collapse, datasets, distributed
+from fastagop import collapse, datasets, distributed, network
 from fastagop.agop import agop
 from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
@@ -51,6 +51,7 @@ __all__ = [
     "kernel_matmul",
     "kernel_matrix",
     "load",
+    "network",
     "solve",
 ]
 

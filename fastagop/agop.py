@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from fastagop.kernels import _checks, torch_agop
+from fastagop.kernels import _checks, keops_ops, torch_agop
 from fastagop.kernels._backends import NAMES, PRODUCTS, choose, matmul_precision, precision_words
 from fastagop.kernels._plan import block_rows
 from fastagop.kernels.operations import in_units
@@ -35,10 +35,6 @@ def plan_agop(
     limit = _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
-    backend, why = choose(backend, "agop", kernel, X, precision)
-    if reduction == "mean" and len(Z) == 0:
-        raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
-    _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
     if not _checks.readable(X):  # the gram form's guard looks at values
         if method == "gram":
             raise ValueError(
@@ -46,8 +42,17 @@ def plan_agop(
                 "use method='gradient' there"
             )
         method = "gradient"
-    device = PRODUCTS[precision] if backend == "triton" else None
-    plan = torch_agop.plan(X, alpha, Z, method, limit, why, precision_words(precision, X, backend), device)
+    pairs = 0.0 if method == "gram" else float(len(X)) * len(Z)  # KeOps has no gram form
+    backend, why = choose(backend, "agop", kernel, X, precision, pairs)
+    if reduction == "mean" and len(Z) == 0:
+        raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
+    _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
+    words = precision_words(precision, X, backend)
+    if backend == "keops":
+        plan = keops_ops.plan_agop(X, alpha, Z, method, limit, why, words)
+    else:
+        device = PRODUCTS[precision] if backend == "triton" else None
+        plan = torch_agop.plan(X, alpha, Z, method, limit, why, words, device)
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
@@ -108,6 +113,8 @@ def agop(
             from fastagop.kernels import triton_ops  # imports triton
 
             M = triton_ops.agop(kernel, X, alpha, Z, precision=precision, **how)
+        elif plan.backend == "keops":
+            M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan)
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)

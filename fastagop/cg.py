@@ -23,8 +23,9 @@ _PROPOSALS = 128  # pivots drawn at once
 _STALL = 100  # steps without a smaller residual before the iteration is given up
 _ROWS = 4096  # rows of the preconditioner rotated at once
 _RANK = 2000  # of the preconditioner, at most, where none is asked for
-_STEPS = 50  # that a plan counts with: the number is known afterwards
+STEPS = 50  # that a plan counts with: the number is known afterwards
 _VECTORS = 10  # (n, K) matrices alive at once
+_WIDE = 1e6  # ratio of eigenvalues from which a Gram matrix is not enough to make columns orthogonal
 _EPS = torch.finfo(torch.float64).eps
 
 Matmul = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +37,7 @@ class ConjugateGradients:
 
     Args:
         tolerance: relative residual ||(k + ridge I) alpha - Y|| / ||Y|| to reach, of every output by itself.
-        rank: pivots of the preconditioner, 0 for none; default a tenth of the points, at most 2000, less where
+        rank: pivots of the preconditioner, 0 for none; default a sixteenth of the points, at most 2000, less where
             memory is short. It takes 8 n rank bytes.
         max_iterations: steps at most; each is one pass over all pairs of points.
         progress: show a tqdm bar. Steps are logged at INFO to "fastagop" either way.
@@ -61,16 +62,14 @@ class ConjugateGradients:
         _checks.flag("progress", self.progress)
 
 
-def plan(
-    X, Y, ridge: float, options: ConjugateGradients, room: int, why: str, direct: str = ""
-) -> tuple[Plan, ConjugateGradients]:
-    """(road of method "cg", options with the rank settled), or MemoryError, naming what else did not fit.
+def plan(X, Y, options: ConjugateGradients, room: int, backend: str, why: str) -> tuple[Plan, ConjugateGradients]:
+    """(road of method "cg", options with the rank settled), or MemoryError.
 
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
     (n, d), K = X.shape, Y.shape[1]
     row, fixed = 8 * BLOCKS_ALIVE * n, 8 * n * (_VECTORS * K + 1) + (0 if X.dtype == torch.float64 else 8 * n * d)
-    wish = min(_RANK, n // 10) if options.rank is None else min(options.rank, n)
+    wish = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
     each = 8 * (n + min(n, _ROWS) + 5 * wish)  # per column: of F, of its rotated rows, of r x r matrices
     draw = 8 * 3 * n * min(_PROPOSALS, wish)
     if options.rank is None:
@@ -79,28 +78,33 @@ def plan(
     if needed + row > room:
         largest = int(room / ((fixed + wish * each + row) / n))
         raise MemoryError(
-            f"{direct + '. ' if direct else ''}solve with n = {n} and method 'cg' needs {human(needed + row)} "
-            f"(preconditioner of rank {wish} included), but {human(room)} may be used; n up to about {largest} fits"
+            f"solve with n = {n} needs {human(needed + row)} even without a kernel matrix (method 'cg', "
+            f"preconditioner of rank {wish}), but {human(room)} may be used; n up to about {largest} fits. "
+            "Use fewer points, a smaller rank, or raise memory_limit where memory is free"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (d + 2 * K)
     why = (
         f"{why}; preconditioner of rank {wish} ({human(8 * n * wish)}), one pass over all pairs a step "
-        f"({step:.2g} flop), work given for {_STEPS} steps"
+        f"({step:.2g} flop), work given for {STEPS} steps"
     )
-    work = _STEPS * step + 4.0 * n * wish**2
+    work = STEPS * step + 4.0 * n * wish**2
     peak = max(needed, fixed + 8 * n * wish + rows * row)
-    return Plan("solve", "torch", "cg", why, "float64 passes", work, peak, rows), replace(options, rank=wish)
+    return Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows), replace(options, rank=wish)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or ""."""
+    """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or "".
+
+    ``singular``: what stopped them is a matrix without a bounded solution, which a larger diagonal would cure.
+    """
 
     alpha: torch.Tensor
     residual: float
     iterations: int
     stopped: str
+    singular: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ class Preconditioner:
     def rank(self) -> int:
         """Columns of U."""
         return self.U.shape[1]
+
+    def shifted(self, jitter: float) -> Preconditioner:
+        """That of the matrix with jitter added to the diagonal."""
+        return Preconditioner(self.U, self.values + jitter, self.tail + jitter)
 
     def __call__(self, R: torch.Tensor) -> torch.Tensor:
         """tail P^-1 R. Conjugate gradients do not see the factor, and nothing is divided by a small number."""
@@ -178,8 +186,9 @@ def preconditioner(F: torch.Tensor, ridge: float) -> Preconditioner | None:
     keep = values > len(F) * _EPS * float(values[-1])
     values = values[keep]
     U = _rotate_(F, vectors[:, keep] / values.sqrt())
-    L = torch.linalg.cholesky(U.T @ U)  # the Gram matrix of F has lost half of the digits: once more
-    U = _rotate_(U, torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False).T)
+    if values[-1] > _WIDE * values[0]:  # the Gram matrix of F has lost half of the digits: U is not orthogonal yet
+        L = torch.linalg.cholesky(U.T @ U)
+        U = _rotate_(U, torch.linalg.inv(L).T)
     return Preconditioner(U, values + ridge, float(values[0]) + ridge)
 
 
@@ -215,7 +224,11 @@ class Watch:
 
 
 def conjugate_gradients(
-    matmul: Matmul, Y: torch.Tensor, precondition: Matmul | None, options: ConjugateGradients
+    matmul: Matmul,
+    Y: torch.Tensor,
+    precondition: Matmul | None,
+    options: ConjugateGradients,
+    bound: float = float("inf"),
 ) -> Outcome:
     """Solve A alpha = Y for all columns at once, one product with A a step.
 
@@ -227,19 +240,20 @@ def conjugate_gradients(
         Y: float64 (n, K).
         precondition: R -> P^-1 R up to a constant factor, or None.
         options: tolerance, max_iterations, progress.
+        bound: largest coefficient to go on with. Targets that differ where A sees one point make them grow for ever.
     """
     watch = Watch(options)
     try:
-        return _iterate(matmul, Y, precondition or torch.clone, options, watch)
+        return _iterate(matmul, Y, precondition or torch.clone, options, bound, watch)
     finally:
         watch.close()
 
 
-def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, watch: Watch) -> Outcome:
+def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, bound: float, watch) -> Outcome:
     size = torch.linalg.vector_norm(Y, dim=0)
     goal = options.tolerance * size
-    alpha, R, step, since, stopped = torch.zeros_like(Y), Y.clone(), 0, 0, ""
-    best, best_error, verified = alpha.clone(), _largest(Y, size), float("inf")
+    alpha, R, step, since, stopped, singular = torch.zeros_like(Y), Y.clone(), 0, 0, "", False
+    best, best_error, verified = alpha, _largest(Y, size), float("inf")
     direction, rho = torch.zeros_like(Y), torch.ones_like(size)
     while not stopped:
         active = torch.linalg.vector_norm(R, dim=0) > goal
@@ -250,30 +264,32 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
                 return Outcome(alpha, relative(R, Y), step, "")
             if error > 0.5 * verified:
                 stopped = "rounding keeps the residual above the tolerance"
-            verified, best_error, best = error, error, alpha.clone()
+            best, best_error, verified = (alpha, error, error) if error < verified else (best, best_error, verified)
             direction.zero_()
             continue
         if step == options.max_iterations or since == _STALL:
-            stopped = f"max_iterations = {step} steps were not enough" if since < _STALL else "it makes no progress"
+            stopped = "it makes no progress" if since == _STALL else f"max_iterations = {step} steps were not enough"
             break
         Z = precondition(R)
         fresh = (R * Z).sum(0)
+        if not bool((fresh > 0)[active].all()):
+            stopped = "the preconditioner is not positive definite to rounding"
+            break
         direction = Z.add_(direction * torch.where(active, fresh / rho, 0.0))
         product = matmul(direction)
         curvature = (direction * product).sum(0)
-        for what, value in (("preconditioner", fresh), ("kernel matrix with its ridge", curvature)):
-            if not bool((value > 0)[active].all()):
-                stopped = f"the {what} is not positive definite to rounding"
-        if stopped:
+        if not bool((curvature > 0)[active].all()):
+            singular, stopped = True, "the kernel matrix is not positive definite to rounding"
             break
         length = torch.where(active, fresh / curvature, 0.0)
         alpha, R, rho = alpha + direction * length, R.sub_(product.mul_(length)), fresh
-        step, error = step + 1, _largest(R, size)
+        step, since, error = step + 1, since + 1, _largest(R, size)
         watch.step(step, error)
-        since += 1
-        if error < best_error:
+        if not float(alpha.abs().max()) <= bound:
+            singular, stopped = True, f"coefficients grew past {bound:.0e}"
+        elif error < best_error:
             best, best_error, since = alpha, error, 0
-    return Outcome(best, relative(Y - matmul(best), Y), step, stopped)
+    return Outcome(best, relative(Y - matmul(best), Y), step, stopped, singular)
 
 
 def _largest(R: torch.Tensor, size: torch.Tensor) -> float:

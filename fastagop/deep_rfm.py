@@ -127,23 +127,13 @@ def train_layer(
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)
     clock.mark("features")
-    nc1, nc2 = _measures({"input": X, "projected": projected, "features": features}, classes)
+    nc1, nc2 = {}, {}
+    if classes is not None and int(classes.max()) > 0:
+        nc1, nc2 = collapse.of_stages({"input": X, "projected": projected, "features": features}, classes)
     clock.mark("measures")
     peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
     record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
     return Layer(M, root, phi, record), projected, features
-
-
-def _measures(stages: dict[str, torch.Tensor], classes: torch.Tensor | None):
-    if classes is None or int(classes.max()) == 0:
-        return {}, {}
-    nc1, nc2 = {}, {}
-    for name, X in stages.items():
-        try:
-            nc1[name], nc2[name] = collapse.nc1(X, classes), collapse.nc2(X, classes)
-        except collapse.EqualMeansError:
-            nc1[name] = nc2[name] = float("inf")
-    return nc1, nc2
 
 
 def _reset_peak(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ from fastagop.kernels.radial import Radial
 
 # A residual above this is worth a warning: what each dtype can promise on a solvable problem.
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
-_MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
+MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
 _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
 
@@ -49,8 +49,8 @@ class System:
         Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
         in the working dtype their differences are noise.
         """
-        bound = _largest(Y) / torch.finfo(self.out).eps ** 0.5
-        excess = _largest(alpha) / bound if bound > 0 else 0.0
+        bound = largest(Y) / torch.finfo(self.out).eps ** 0.5
+        excess = largest(alpha) / bound if bound > 0 else 0.0
         fine = excess <= 1 or self.residual(alpha.to(self.out), Y) <= RESIDUAL[self.out]
         return 0.0 if fine else excess
 
@@ -90,7 +90,7 @@ def cholesky(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, float, int]
     while True:
         alpha, iterations = _refined(system, Y)
         excess = system.excess(alpha, Y)
-        if not excess or jitter >= _MAX_JITTER * scale:
+        if not excess or jitter >= MAX_JITTER * scale:
             return alpha, jitter, iterations
         linalg.restore_lower_(K)
         jitter = _factor(system, max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale), scale)
@@ -132,5 +132,6 @@ def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
         cut *= 10.0
 
 
-def _largest(A: torch.Tensor) -> float:
+def largest(A: torch.Tensor) -> float:
+    """The largest absolute item, 0 where there is none."""
     return float(A.abs().max()) if A.numel() else 0.0

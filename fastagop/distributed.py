@@ -21,7 +21,7 @@ from fastagop.agop import plan_agop
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks
 from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import block_rows
+from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.ranks import RankLost, Ranks
 from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
@@ -38,6 +38,11 @@ def broadcast(value: torch.Tensor, group) -> torch.Tensor:
 
 def _ranks(group, op: str, X) -> Ranks:
     return Ranks(group, op, X.device if isinstance(X, torch.Tensor) else torch.device("cpu"))
+
+
+def _other(X, Z):
+    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
+    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and _checks.same(X, Z) else Z
 
 
 @torch.no_grad()
@@ -78,34 +83,40 @@ def agop(
         return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=Z)
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=_other(X, Z))
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
-        M = None
-        if plan.backend == "torch" and ranks.size > 1 and _stores_weights(X, alpha, at, method, room, ranks.size):
-            M = _rows_of_gram(kernel, X, alpha, center, method, room, plan.block, ranks)
+        M, stored = None, None
+        if plan.backend == "torch" and ranks.size > 1:
+            stored = _stored_weights(X, alpha, at, method, room, ranks.size)
+        if stored is not None:
+            M = _rows_of_gram(kernel, X, alpha, center, method, room, stored.block, ranks)
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, center, plan.block, ranks, how)
+            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how)
     M = ranks.total(M).div_(unit).div_(unit * len(at) if reduction == "mean" else unit)
     return M.to(X.dtype)
 
 
-def _stores_weights(X, alpha, Z, method: str, room: int, size: int) -> bool:
-    """Whether every rank should hold the weights (n, n) and make its rows of S: it is asked for, or fits and pays."""
+def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
+    """The plan where every rank should hold the weights (n, n) and make its rows of S: asked for, or fits and pays.
+
+    Room is the same on every rank, and so is the plan: ranks must cut S alike.
+    """
     if Z is not X or method == "gradient":
-        return False
+        return None
     try:
-        torch_agop.plan(X, alpha, X, "gram", room, "", "", None)
+        plan = torch_agop.plan(X, alpha, X, "gram", room, "", "")
     except MemoryError:
         if method == "gram":
             raise
-        return False
+        return None
     (n, d), K = X.shape, alpha.shape[1]
     gram = n * n * d * (1 + 1 / size) + (n**3 + 3.0 * n * n * K) / size + 2.0 * n * d * d / size
-    return method == "gram" or gram < torch_agop.flops(-(-n // size), n, d, K, False)["gradient"]
+    pays = gram < torch_agop.flops(-(-n // size), n, d, K, False)["gradient"]
+    return plan if pays or method == "gram" else None
 
 
 def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Ranks):
@@ -121,7 +132,7 @@ def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: 
     return torch_agop.gram_form(W.to(wide), x, alpha.to(wide), x, center and ranks.rank == 0, rows, starts=starts)
 
 
-def _rows_of_points(kernel, X, alpha, Z, center: bool, block: int, ranks: Ranks, how: dict) -> torch.Tensor:
+def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
     """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
@@ -133,6 +144,7 @@ def _rows_of_points(kernel, X, alpha, Z, center: bool, block: int, ranks: Ranks,
     if center and ranks.size > 1:
         mean = X.new_zeros(alpha.shape[1], X.shape[1])
         if len(own):
+            block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
             weights = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
             mean = torch_agop.mean_gradient(weights, alpha, X, own, torch_blocks.dominant_offset(X))
         apart = mean.double() - ranks.total(mean.double() * len(own)) / len(Z)
@@ -166,7 +178,11 @@ def kernel_matmul(
     options = {"precision": precision, "backend": backend}
     ranks = _ranks(group, "kernel_matmul", X)
     (plan, (X, at, V)), room = ranks.agree(
-        lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options), f"{kernel!r}, {options}", X=X, Z=Z, V=V
+        lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options),
+        f"{kernel!r}, {options}",
+        X=X,
+        Z=_other(X, Z),
+        V=V,
     )
     if at is not X or plan.backend != "torch":
         return ranks.concatenate(
@@ -220,7 +236,7 @@ def gradients(
         f"{kernel!r}, {options}",
         X=X,
         alpha=alpha,
-        Z=Z,
+        Z=_other(X, Z),
     )
     return ranks.concatenate(
         lambda first, last: operations.gradients(kernel, X, alpha, at[first:last], **options),
@@ -283,7 +299,7 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
         plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
-                most = _block(wide(), Y.shape[1], room)
+                most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
                 solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
             else:
@@ -291,8 +307,20 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
                 solution = solve_into(K, units, points, Y, ridge, plan, options["precision"], out or X.dtype)
         return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
 
-    solution, planned = ranks.lead(job, lambda V, block: _area(units, wide(), V, block, ranks))
+    def serve(V, most):
+        return _area(units, wide(), V, most, ranks) if most else _rows(units, wide(), V, ranks)
+
+    solution, planned = ranks.lead(job, serve)
     return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+
+
+def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """This rank's rows of k(X, X) V by KeOps, zero elsewhere."""
+    first, last = ranks.rows(len(X))
+    out = torch.zeros_like(V)
+    if last > first:
+        out[first:last] = operations.kernel_matmul(kernel, X[first:last], X, V, backend="keops")
+    return out
 
 
 def _asked(ask, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:

@@ -74,6 +74,7 @@ class _DeepRFM(KernelEstimator):
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.distributed.RankLost: a process of the group died.
 
         Warns:
             NumericalWarning: per solve whose result had to be altered.

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 from fastagop.kernels._plan import budget
 
-_PIECE = 2**22  # bytes of a rank's rows that travel while the next rows are computed
+# What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
+_PIECE, _PIECE_ROWS = 2**22, 256
 _HASHED = 4096  # rows hashed at once
 _ASK, _DONE = 1, 0
 
@@ -61,10 +63,10 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
             raise RankLost(
-                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank "
-                f"({str(error).strip().splitlines()[0] if str(error) else type(error).__name__}). That process died or "
-                "did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
+                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({said}). That process died "
+                "or did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
                 "RFM with checkpoint_dir goes on after its last layer"
             ) from error
 
@@ -92,17 +94,19 @@ class Ranks:
 
     def _disagree(self, said: str, tensors: dict, everyone: list[list[int]]) -> None:
         """Name what differs; every rank sees the same hashes, so every rank comes here."""
-        other = next(rank for rank, row in enumerate(everyone) if row != everyone[0] and row[:-1] != everyone[0][:-1])
-        shapes = {name: None if value is None else tuple(value.shape) for name, value in tensors.items()}
-        words = self._objects((f"{self.op}({said})", shapes))
+        other = next(rank for rank, row in enumerate(everyone) if row[:-1] != everyone[0][:-1])
+        kinds = {
+            name: None if value is None else f"{value.dtype} {tuple(value.shape)}" for name, value in tensors.items()
+        }
+        words = self._objects((f"{self.op}({said})", kinds))
         first, second = words[0], words[other]
         if first[0] != second[0]:
             raise ValueError(f"ranks must make the same call: rank 0 calls {first[0]}, rank {other} {second[0]}")
         name = next(n for i, n in enumerate(tensors) if everyone[0][2 + i] != everyone[other][2 + i])
-        shape = f"shapes {first[1][name]} and {second[1][name]}"
+        pair = f"{first[1][name]} and {second[1][name]}"
         raise ValueError(
             f"distributed.{self.op}: {name} must be the same on every rank, but rank 0 and rank {other} pass "
-            f"{'other values' if first[1][name] == second[1][name] else shape}; torch.distributed.broadcast it first"
+            f"{'other values' if first[1][name] == second[1][name] else pair}; torch.distributed.broadcast it first"
         )
 
     def _room(self) -> int:
@@ -137,17 +141,18 @@ class Ranks:
         """All rows (count, *tail); compute(first, last) makes this rank's, and they travel while the next are made."""
         share = -(-count // self.size)
         first, last = self.rows(count)
-        step = max(1, min(share, _PIECE // max(1, torch.Size(tail).numel() * like.element_size())))
+        row = max(1, torch.Size(tail).numel() * like.element_size())
+        step = max(1, min(share, max(_PIECE_ROWS, _PIECE // row)))
         everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self._wire)
         pending = []
         for offset in range(0, share, step):
             width = min(step, share - offset)
             start, stop = min(last, first + offset), min(last, first + offset + width)
-            piece = torch.zeros(width, *tail, dtype=like.dtype, device=self._wire)
+            places = [part[offset : offset + width] for part in everything]
+            piece = places[self.rank]
             if stop > start:
                 piece[: stop - start] = compute(start, stop)
             with self.exchange():
-                places = [part[offset : offset + width] for part in everything]
                 pending.append(dist.all_gather(places, piece, group=self.group, async_op=True))
         with self.exchange():
             for work in pending:

@@ -63,7 +63,8 @@ def solve_and_agop(
     """(solution, AGOP summed over X, planned bytes); the kernel matrix becomes the weights where that loses nothing.
 
     The AGOP is float64 where the units of X are such that float32 might not hold it, else of X's dtype.
-    ``mark`` is called with "solve" and with "agop" when these are done.
+    In a group where no (n, n) matrix fits on the first rank, conjugate gradients solve. ``mark`` is called with "solve"
+    and with "agop" when these are done.
     """
     mark = mark or (lambda stage: None)
     if group is not None:

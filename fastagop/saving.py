@@ -5,11 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from fastagop import storage
-from fastagop.kernels.radial import Radial
 
 _KIND = "fitted estimator"
 _HOMES = {  # what load knows, by name
@@ -33,10 +29,10 @@ def save(model, path: Path) -> None:
     parameters = model.get_params(deep=False).items()
     words = {
         "estimator": name,
-        "parameters": {k: _pack(v) for k, v in parameters if k not in _NOT_SAVED},
+        "parameters": {k: storage.pack_value(v) for k, v in parameters if k not in _NOT_SAVED},
         "kernel": storage.pack_kernel(model._kernel),
         "solution": storage.pack_solution(model.solution_),
-        "attributes": {k: _pack(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
+        "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
         "versions": storage.versions(),
         **words,
     }
@@ -59,7 +55,7 @@ def load(path, device=None):
     tensors, words = storage.read(Path(path), _KIND)
     if words["estimator"] not in _HOMES:
         raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
-    parameters = {name: _unpack(value) for name, value in words["parameters"].items()}
+    parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
     if device is not None:
         parameters["device"] = str(device)
     model = _class(words["estimator"])(**parameters)
@@ -70,31 +66,10 @@ def load(path, device=None):
     model.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
     for name in _ATTRIBUTES:
         if name in words["attributes"]:
-            setattr(model, name, _unpack(words["attributes"][name]))
+            setattr(model, name, storage.unpack_value(words["attributes"][name]))
     model._restore(tensors, words)
     return model
 
 
 def _class(name: str) -> type:
     return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def _pack(value):
-    """A parameter or attribute as JSON; arrays keep their dtype."""
-    if isinstance(value, Radial):
-        return {"kernel": storage.pack_kernel(value)}
-    if isinstance(value, np.ndarray):
-        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
-        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.random.RandomState):
-        return None
-    return str(value) if isinstance(value, torch.device) else value
-
-
-def _unpack(value):
-    """What ``_pack`` was given."""
-    if not isinstance(value, dict):
-        return value
-    return storage.unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])

@@ -131,6 +131,27 @@ def unpack_kernel(words: dict) -> Radial:
     return named(words["name"])(**{key: value for key, value in words.items() if key != "name"})
 
 
+def pack_value(value):
+    """A parameter or attribute as JSON; arrays keep their dtype."""
+    if isinstance(value, Radial):
+        return {"kernel": pack_kernel(value)}
+    if isinstance(value, np.ndarray):
+        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
+        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.random.RandomState):
+        return None
+    return str(value) if isinstance(value, torch.device) else value
+
+
+def unpack_value(value):
+    """What ``pack_value`` was given."""
+    if not isinstance(value, dict):
+        return value
+    return unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])
+
+
 def pack_solution(solution: Solution) -> dict:
     """A Solution without its alpha."""
     words = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}

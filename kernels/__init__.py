@@ -9,6 +9,7 @@ another project. The room is flat and imports nothing from the packages above it
 ``torch_agop``    torch backend: both exact forms of the AGOP
 ``*_triton``      Triton backend, CUDA: device profiles, split operands, kernel matrix, product, AGOP
 ``triton_ops``    its launches; ``_config`` their configurations by chip
+``keops_ops``     KeOps backend: product, gradients, AGOP; ``radial_keops`` the profiles in its language
 ``operations``    the public functions that check their input and pick a backend
 ``reference``     plain float64 truth for tests; shares no code with the others
 """

@@ -7,6 +7,7 @@ import importlib.util
 
 import torch
 
+from . import keops_ops
 from ._checks import BackendUnavailable, choice
 from ._config import interpreted
 from .radial import Radial
@@ -15,21 +16,37 @@ from .radial import Radial
 SERVES = {
     "torch": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
     "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
+    "keops": ("kernel_matmul", "gradients", "agop"),
 }
 PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # of the Triton backend
 NAMES = ("auto", "torch", "triton", "keops")
+# (device, operation) -> most features with which KeOps measured faster than torch: bench/results/keops_cpu.json, made
+# by ``python -m bench keops``. A GPU has not been measured.
+KEOPS_FEATURES = {("cpu", "kernel_matmul"): 1, ("cpu", "gradients"): 4, ("cpu", "agop"): 3}
+# Pairs from which "auto" lets KeOps compile: that takes about ten seconds, and torch would then take longer.
+KEOPS_PAIRS = 1e9
 
 
-def choose(backend: str, op: str, kernel: Radial, X: torch.Tensor, precision: str = "highest") -> tuple[str, str]:
-    """(backend, why) for a call, or BackendUnavailable."""
+def choose(
+    backend: str, op: str, kernel: Radial, X: torch.Tensor, precision: str = "highest", pairs: float = 0.0
+) -> tuple[str, str]:
+    """(backend, why) for a call that visits so many pairs of points, or BackendUnavailable."""
     choice("backend", backend, NAMES)
     if backend == "auto":
+        most = KEOPS_FEATURES.get((X.device.type, op), 0)
+        if X.shape[1] <= most and pairs >= KEOPS_PAIRS and keops_ops.missing(kernel, X) is None:
+            return "keops", f"KeOps is faster up to {most} features here, and {pairs:.0e} pairs are worth compiling for"
         return "torch", "the torch backend serves every device"
     reason = None
-    if op not in SERVES.get(backend, ()):
+    if op not in SERVES[backend]:
         reason = f"this version of fastagop has no {backend} kernel for it"
+        if backend == "keops":
+            reason = "it would store the kernel matrix and KeOps never does"
+            reason += "; method='cg' solves without it" if op == "solve" else ""
     elif backend == "triton":
         reason = _no_triton(kernel, X, precision)
+    elif backend == "keops":
+        reason = keops_ops.missing(kernel, X)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {op}: {reason}; use backend='torch' or 'auto' to compute without it"
@@ -102,7 +119,7 @@ def precision_words(precision: str, X: torch.Tensor, backend: str = "torch") -> 
         return f"float32, {precision} ({words[precision]})"
     if X.dtype == torch.float64:
         return "float64 (float64 tensors always compute in float64)"
-    if precision == "medium" and X.device.type == "cuda":
+    if precision == "medium" and X.device.type == "cuda" and backend == "torch":
         return "float32, medium (TF32)"
     return "float32, highest" + (
         "" if precision == "highest" else f" ({precision!r} asked for: at least that accurate)"

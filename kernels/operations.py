@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from . import _checks, torch_blocks
+from . import _checks, keops_ops, torch_blocks
 from ._backends import NAMES, choose, matmul_precision, precision_words
 from ._plan import Plan
 from .radial import Radial
@@ -21,11 +21,11 @@ def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple
     _checks.choice("precision", precision, _checks.PRECISIONS)
     _checks.choice("backend", backend, NAMES)
     Z = _checks.points(X, Z)
-    return Z, *choose(backend, op, kernel, X, precision)
+    return Z, *choose(backend, op, kernel, X, precision, float(len(X)) * len(Z))
 
 
 def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
-    """The plan as the chosen backend carries it out: blocks and costs are the same everywhere."""
+    """The plan as the chosen backend carries it out; Triton's blocks and costs are torch's."""
     return dataclasses.replace(plan, backend=backend, precision=precision_words(precision, X, backend))
 
 
@@ -99,7 +99,9 @@ def kernel_matrix(
         out: tensor (n, m) to write into.
         ridge: added to the diagonal of k(X, X), for a solver of your own; needs Z omitted.
         precision: "highest", "high" or "medium"; see the package documentation.
-        backend: "auto", "torch", "triton" or "keops".
+        backend: "auto", "torch", "triton" or "keops". KeOps (every operation but this one, which stores its result)
+            compiles a formula on first use, about ten seconds; "auto" takes it on the CPU, where it is installed,
+            for few features and at least 1e9 pairs of points, where that is faster with the compilation counted.
 
     Returns:
         Tensor (n, m) of X's dtype and device, without autograd history.
@@ -121,7 +123,7 @@ def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matmul call."""
     Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
     _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
-    plan = torch_blocks.plan_kernel_matmul(X, Z, V, why, "")
+    plan = (keops_ops if backend == "keops" else torch_blocks).plan_kernel_matmul(X, Z, V, why, "")
     return _served(plan, backend, precision, X), (X, Z, V)
 
 
@@ -153,14 +155,14 @@ def kernel_matmul(
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             return _triton().kernel_matmul(kernel, X, Z, V, precision)
-        return torch_blocks.kernel_matmul(kernel, X, Z, V, plan)
+        return (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul(kernel, X, Z, V, plan)
 
 
 def plan_gradients(kernel, X, alpha, Z=None, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a gradients call."""
     Z, backend, why = _begin("gradients", kernel, X, Z, precision, backend)
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    plan = torch_blocks.plan_gradients(X, alpha, Z, why, "")
+    plan = (keops_ops if backend == "keops" else torch_blocks).plan_gradients(X, alpha, Z, why, "")
     return _served(plan, backend, precision, X), (X, alpha, Z)
 
 
@@ -196,5 +198,6 @@ def gradients(
         if plan.backend == "triton":
             result = _triton().gradients(kernel, X, alpha, Z, plan, precision)
         else:
-            result = torch_blocks.gradients(kernel, X, alpha, Z, plan)
+            serving = keops_ops if plan.backend == "keops" else torch_blocks
+            result = serving.gradients(kernel, X, alpha, Z, plan)
     return result if unit == 1.0 else result.div_(unit)

@@ -92,7 +92,7 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     return rows, fixed + rows * row
 
 
-def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None) -> Plan:
+def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None) -> Plan:
     """The road of agop: the cheaper form that fits into memory."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
@@ -253,7 +253,7 @@ def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_
         if mean is not None:
             G -= mean
         G = G.view(-1, d)
-        M += G.T @ G
+        M += product(G.T, G.T)
     return M
 
 
@@ -287,13 +287,13 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None, starts=None) 
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = lower(s, weight, start, stop)
-        half += X[row].T @ product(S, X[:stop].T)
+        half += product(X[row].T, product(S, X[:stop].T).T)
     if not own:
         for start in range(0, len(Z), rows):
             row = slice(start, min(len(Z), start + rows))
             z = Z[row]
             T = product(s[row], alpha).mul_(W[row])
-            half -= z.T @ product(T, X.T).addcmul_(weight[row, None], z, value=-0.5)
+            half -= product(z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T)
     M = half + half.T
     if center:
         total = _gradient_sum(W.sum(0), s, X, alpha, Z)

@@ -1,4 +1,4 @@
-"""``python -m reproduce figure1 | figure3 | figure4 | figure5 | figure6 | demo | theory``; see README.md beside it."""
+"""``python -m reproduce figure1 | ... | figure12 | nfa_table | demo | theory``; see README.md beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from reproduce import deep_rfm_figures, demo, options, theory
+from reproduce import deep_rfm_figures, demo, network_figures, nfa_table, options, theory
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +20,11 @@ def parser() -> argparse.ArgumentParser:
         what = f"{figure.title}: {', '.join(dict.fromkeys(dataset for dataset, _ in figure.rows))}".replace("$", "")
         command = _add(commands, name, what, partial(deep_rfm_figures.figure, name))
         options.add_figure(command)
+    for name, figure in network_figures.FIGURES.items():
+        what = f"{figure.title}: {', '.join(dict.fromkeys(dataset for dataset, _ in figure.rows))}"
+        options.add_network_figure(_add(commands, name, what, partial(network_figures.figure, name)))
+    what = "NFA correlation and collapse at every Linear layer of a model of yours"
+    nfa_table.add_options(_add(commands, "nfa_table", what, nfa_table.command))
     what = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
     demo.add_options(_add(commands, "demo", what, demo.demo))
     _add(commands, "theory", "proposition A.1 and theorems 4.3 and 4.4 against numbers", _theory)
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = " (here: --n)" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
         print(f"python -m reproduce: {' '.join(str(error).split())}{hint}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes after the last finished layer", file=sys.stderr)
+        print("interrupted; the same command resumes after the last finished layer or measurement", file=sys.stderr)
         return 130
     return 2
 

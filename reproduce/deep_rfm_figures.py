@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ import numpy as np
 
 from reproduce import files, layers, plots, runs, settings
 from reproduce.options import place
-from reproduce.runs import Run
-from reproduce.settings import FEATURES, POINTS, Settings
-
-Rows = tuple[tuple[str, str], ...]  # (data set, features)
+from reproduce.runs import Rows, Run
+from reproduce.settings import FEATURES, Settings
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,6 @@ FIGURES = {
 }
 
 
-def rows_of(name: str, asked: Sequence[str]) -> Rows:
-    """The figure's rows, or those of the data sets asked for; one it lacks gets each of the figure's feature maps."""
-    rows = FIGURES[name].rows
-    maps = dict.fromkeys(features for _, features in rows)
-    own = [[row for row in rows if row[0] == dataset] or [(dataset, m) for m in maps] for dataset in asked]
-    return tuple(row for group in own for row in group) or rows
-
-
 def settings_of(row: tuple[str, str], args: argparse.Namespace) -> list[Settings]:
     """One Settings a seed."""
     names = "n depth width feature_scale ridge kernel bandwidth agop_scale dtype standardize"
@@ -63,7 +54,8 @@ def figure(name: str, args: argparse.Namespace) -> int:
         FileNotFoundError: where every row's data are missing.
     """
     plots.require()
-    rows, missing = _present(rows_of(name, args.dataset), args)
+    wanted = runs.rows_of(FIGURES[name].rows, args.dataset)
+    rows, missing = runs.present(wanted, partial(settings_of, args=args), place(args), mention=args.n is None)
     done = [[runs.run(one, place(args)) for one in row] for row in rows]
     title = f"Figure {name.removeprefix('figure')}. {FIGURES[name].title}"
     written = draw(FIGURES[name].kind, done, title, args.out / name) + record(done, args.out / name, missing)
@@ -71,27 +63,6 @@ def figure(name: str, args: argparse.Namespace) -> int:
     for message in missing:
         print(f"not drawn: {message}")
     return 0
-
-
-def _present(rows: Rows, args: argparse.Namespace) -> tuple[list[list[Settings]], list[str]]:
-    """Settings of the rows whose data are there, and what is missing for the others."""
-    present, missing = [], {}
-    for row in rows:
-        try:
-            asked = settings_of(row, args)
-            for one in asked:
-                runs.check_data(one, place(args))
-        except (FileNotFoundError, ImportError) as error:
-            missing[str(error).replace("pass download=True", "pass --download")] = None
-            continue
-        present.append(asked)
-        if args.n is None and asked[0].n < POINTS:
-            print(f"{row[0]} has {asked[0].n} training points, not the paper's {POINTS}: all of them are used")
-    if not present:
-        raise FileNotFoundError("; ".join(missing))
-    for message in missing:
-        print(f"missing: {message}", flush=True)
-    return present, list(missing)
 
 
 def draw(kind: str, done: Sequence[Sequence[Run]], title: str, stem: Path, formats=("png", "pdf")) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -33,16 +34,41 @@ def add_figure(parser: argparse.ArgumentParser) -> None:
     add_place(parser, "out")
 
 
+def add_network_figure(parser: argparse.ArgumentParser) -> None:
+    """Options of a figure about neural networks; what is not given is the paper's, or the quick setting's."""
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one seed, few points and epochs: minutes on two CPU cores")
+    what = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
+    add("--dataset", action="append", default=[], help=what)
+    add("--n", type=count, help=f"training points, the first in file order; default {POINTS}, or what there is")
+    add("--epochs", type=count, help="default 500 (MLP), 300 (ResNet), 600 (VGG)")
+    add("--learning-rate", type=positive, help="default 0.05 (MLP, ResNet), 0.01 (VGG)")
+    add("--momentum", type=float, help="default 0 (MLP, ResNet), 0.9 (VGG)")
+    add("--init-scale", type=positive, help="of the hidden layers; default 0.3, or 0.2 for ResNet and for MNIST")
+    add("--width", type=count, help="of the hidden layers; default 512")
+    add("--every", type=count, help="epochs between measurements; default 10")
+    what = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"
+    add("--seeds", type=int, nargs="+", help=what)
+    what = "standardise pixels over the training points (the paper is silent); default on"
+    add("--standardize", action=argparse.BooleanOptionalAction, default=True, help=what)
+    add_place(parser, "out")
+
+
 def add_place(parser: argparse.ArgumentParser, out: str, data: bool = True) -> None:
     """Options that say where to read (where there are files to read), compute and write."""
     add = parser.add_argument
     parser.set_defaults(data_root=None, download=False)
     if data:
-        add("--data-root", help="folder with torchvision's files; default data")
-        add("--download", action="store_true", help="let torchvision fetch missing files")
+        add_data(parser)
     add("--device", type=_device, default="auto", help="cpu, cuda, cuda:1, ...; default CUDA where there is one")
     add("--out", type=Path, default=Path(out), help="folder for results; default %(default)s")
     add("--keep-checkpoint", action="store_true", help="keep the trained layers of a complete run")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options that say where the data sets are."""
+    parser.add_argument("--data-root", help="folder with torchvision's files; default data")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch missing files")
 
 
 def count(text: str) -> int:
@@ -50,6 +76,17 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """An option's finite number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
+    return value
 
 
 def _device(text: str) -> str:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 
 from fastagop import DeepRFMClassifier, NumericalWarning, datasets
 from reproduce import files, layers
-from reproduce.settings import KERNELS, Place, Settings
+from reproduce.settings import KERNELS, POINTS, Experiment, Place, Settings
+
+Rows = tuple[tuple[str, str], ...]  # (data set, what is run on it)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Run:
     """A complete run; ``record`` is its record.json."""
 
     folder: Path
-    settings: Settings
+    settings: Any  # an Experiment
     record: dict[str, Any]
 
     @property
@@ -43,17 +45,45 @@ class Run:
         return {int(name.removeprefix("layer_")): array for name, array in sorted(arrays.items())}
 
 
-def check_data(settings: Settings, place: Place) -> None:
+def check_data(settings: Experiment, place: Place) -> None:
     """Raise what loading raises, before any hours are spent; a complete run needs no data."""
     if not (place.folder(settings) / "record.json").exists():
         place.load(settings, n=1)
+
+
+def rows_of(rows: Rows, asked: Sequence[str]) -> Rows:
+    """A figure's rows (data set, kind), or those of the data sets asked for; one it lacks gets each of its kinds."""
+    kinds = dict.fromkeys(kind for _, kind in rows)
+    own = [[row for row in rows if row[0] == dataset] or [(dataset, kind) for kind in kinds] for dataset in asked]
+    return tuple(row for group in own for row in group) or rows
+
+
+def present(rows: Rows, settings_of: Callable, place: Place, mention: bool) -> tuple[list[list[Any]], list[str]]:
+    """Settings of the rows whose data are there, and what is missing for the others; may mention a smaller n."""
+    found, missing = [], {}
+    for row in rows:
+        try:
+            asked = settings_of(row)
+            for one in asked:
+                check_data(one, place)
+        except (FileNotFoundError, ImportError) as error:
+            missing[str(error).replace("pass download=True", "pass --download")] = None
+            continue
+        found.append(asked)
+        if mention and asked[0].n < POINTS:
+            print(f"{row[0]} has {asked[0].n} training points, not the paper's {POINTS}: all of them are used")
+    if not found:
+        raise FileNotFoundError("; ".join(missing))
+    for message in missing:
+        print(f"missing: {message}", flush=True)
+    return found, list(missing)
 
 
 def run(settings: Settings, place: Place) -> Run:
     """Compute, resume or reuse a run, and print its table."""
     folder = place.folder(settings)
     print(f"\n{settings}\n{folder}")
-    with _alone(folder):
+    with alone(folder):
         if (folder / "record.json").exists():
             print("complete, nothing to compute")
             done = Run(folder, settings, json.loads((folder / "record.json").read_text()))
@@ -135,7 +165,7 @@ def _summarise(done: Run) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep a second process from the same run; the system drops the lock with its holder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:

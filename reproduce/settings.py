@@ -1,4 +1,4 @@
-"""What a Deep RFM run is made of; ``paper`` gives the settings of the paper's appendix C."""
+"""What a run is made of; ``paper`` gives Deep RFM's settings of the paper's appendix C."""
 
 from __future__ import annotations
 
@@ -23,10 +23,38 @@ _SIZES = {"mnist": 60_000, "cifar10": 50_000, "svhn": 73_257}  # training points
 
 
 @dataclass(frozen=True)
-class Settings:
+class Experiment:
     """What decides a run's numbers, up to rounding; the run folder's name is made of it."""
 
     dataset: str
+
+    @property
+    def name(self) -> str:
+        """The data set's name, or its file's."""
+        return Path(self.dataset).stem
+
+    @property
+    def title(self) -> str:
+        """The data set as a figure names it."""
+        return TITLES.get(self.name, self.name)
+
+    @property
+    def readable(self) -> str:
+        """The key's first part."""
+        return self.name
+
+    @property
+    def key(self) -> str:
+        """Readable part and hash; an .npz enters with its content, wherever it lies."""
+        named = {**asdict(self), "dataset": self.name + _content(self.dataset)}
+        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.readable}-{digest}"
+
+
+@dataclass(frozen=True)
+class Settings(Experiment):
+    """A Deep RFM run."""
+
     features: str
     n: int
     kernel: str
@@ -42,22 +70,9 @@ class Settings:
     score: bool = False  # accuracy on training and test points, too
 
     @property
-    def name(self) -> str:
-        """The data set's name, or its file's."""
-        return Path(self.dataset).stem
-
-    @property
-    def title(self) -> str:
-        """The data set as a figure names it."""
-        return TITLES.get(self.name, self.name)
-
-    @property
-    def key(self) -> str:
-        """Readable part and hash; an .npz enters with its content, wherever it lies."""
-        named = {**asdict(self), "dataset": self.name + _content(self.dataset)}
-        digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
-        readable = f"{self.name}-{self.features}-{self.kernel}-n{self.n}-d{self.depth}-w{self.width}-s{self.seed}"
-        return f"{readable}-{digest}"
+    def readable(self) -> str:
+        """The key's first part."""
+        return f"{self.name}-{self.features}-{self.kernel}-n{self.n}-d{self.depth}-w{self.width}-s{self.seed}"
 
     def __str__(self):
         kernel, phi = KERNELS[self.kernel](self.bandwidth), f"{self.width} {FEATURES[self.features]} features"
@@ -83,7 +98,7 @@ def paper(
         kernel = "gaussian" if (dataset, features) == ("mnist", "relu") else "laplace"
     width = WIDTHS[features] if width is None else width
     scale = feature_scale if features == "cos" else None
-    return Settings(dataset, features, _points(dataset, n), kernel, width, scale, **changes)
+    return Settings(dataset, features, points(dataset, n), kernel, width, scale, **changes)
 
 
 @dataclass(frozen=True)
@@ -96,16 +111,16 @@ class Place:
     download: bool = False
     keep_checkpoint: bool = False
 
-    def folder(self, settings: Settings) -> Path:
+    def folder(self, settings: Experiment) -> Path:
         """The run's folder."""
         return self.out / "runs" / settings.key
 
-    def load(self, settings: Settings, **options: Any):
+    def load(self, settings: Experiment, **options: Any):
         """(X, y) of the settings' data set; options as of datasets.load."""
         return datasets.load(settings.dataset, self.data_root, download=self.download, **options)
 
 
-def _points(dataset: str, n: int | None) -> int:
+def points(dataset: str, n: int | None) -> int:
     """n, or the paper's number as far as the data set has it."""
     available = _SIZES.get(dataset) or _count(dataset)
     if n is None:

@@ -1,7 +1,7 @@
 """Fits that are killed, resumed and compared: run by test_checkpoint.py, or alone for more of them.
 
-    python tests/kill_cases.py random 20    SIGKILL at a random moment, twenty times
-    python tests/kill_cases.py every        SIGKILL before every step that touches the disk
+    LAYERS=12 python tests/kill_cases.py random 20    SIGKILL at a random moment, twenty times
+    python tests/kill_cases.py every                  SIGKILL before every step that touches the disk
 
 Each fit runs in a forked child, so that killing one costs no new start of Python.
 """
@@ -23,7 +23,7 @@ import torch
 
 from fastagop import DeepRFMClassifier
 
-DEPTH = 2
+DEPTH = int(os.environ.get("LAYERS", "2"))
 _STEPS = ("fsync", "replace", "unlink")  # what a write to the disk is made of
 
 

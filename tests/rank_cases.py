@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fastagop.kernels import reference
+from fastagop.kernels import _plan, reference
 from sklearn.base import clone
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed, ranks
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -57,6 +57,7 @@ def same_everywhere(value):
 
 def functions(_):
     """Every function, form and option on data of every shape: n not divisible, m of one row, d > n, K = 1."""
+    ranks._PIECE, ranks._PIECE_ROWS = 64, 3  # results travel in many pieces, the last one shorter
     bound = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
     for dtype, most in bound.items():
         for n, d, K, m in ((61, 5, 3, 40), (20, 30, 1, 1), (150, 4, 40, 33)):
@@ -82,6 +83,19 @@ def functions(_):
                 assert error(P, fastagop.kernel_matmul(kernel, X, points, V)) < most
                 same_everywhere(P)
                 same_everywhere(G)
+
+
+def unequal_memory(_):
+    """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
+    X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
+    for outputs, few in ((400, 900_000), (40, 600_000)):
+        alpha = normal(200, outputs, seed=2)
+        alone = fastagop.agop(Laplace(2.0), X, alpha), fastagop.kernel_matmul(Laplace(2.0), X, None, V)
+        _plan.available_bytes = lambda device, few=few: few if dist.get_rank() == 1 else plain(device)
+        shared = distributed.agop(Laplace(2.0), X, alpha), distributed.kernel_matmul(Laplace(2.0), X, None, V)
+        _plan.available_bytes = plain
+        for a, b in zip(shared, alone, strict=True):
+            assert error(a, b) < 1e-11
 
 
 def guards(_):
@@ -115,6 +129,11 @@ def solving(_):
         distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
 
 
+def stop_after_two(event):
+    if event.layer == 1:
+        raise KeyboardInterrupt
+
+
 def deep_rfm(folder):
     """Three layers on the group: the single-process features, the same bits on every rank; checkpoint and clone."""
     X, y = normal(120, 12).numpy(), np.arange(120) % 3
@@ -132,6 +151,13 @@ def deep_rfm(folder):
     again = clone(model).set_params(callbacks=[seen.append]).fit(X, y)  # everything is in the checkpoint
     assert seen == []
     assert np.array_equal(again.transform(X), model.transform(X))
+    halfway = clone(model).set_params(checkpoint_dir=f"{folder}-halfway", callbacks=[stop_after_two])
+    with pytest.raises(KeyboardInterrupt):
+        halfway.fit(X, y)
+    halfway.set_params(callbacks=[seen.append]).fit(X, y)
+    assert [event.layer for event in seen] == [2]
+    assert np.array_equal(halfway.transform(X), model.transform(X))
+    same_everywhere(halfway.transform(X))
     assert pickle.loads(pickle.dumps(model)).process_group is None
     unseeded = DeepRFMRegressor(depth=1, width=16, process_group=group).fit(X, X[:, :2])
     same_everywhere(unseeded.transform(X))
@@ -165,7 +191,10 @@ def disagreement(_):
     refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
     refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
-    shapes = "shapes (40, 2) and (40, 1)"
+    copied = X.clone() if rank else X  # equal numbers, but only one rank knows that the points are the centers
+    refused("Z must be the same", ValueError, lambda: distributed.agop(kernel, X, Y, copied, method="gram"))
+    distributed.agop(kernel, X, Y, X.view(40, 3) if rank else None)  # the same thing said differently
+    shapes = "torch.float64 (40, 2) and torch.float64 (40, 1)"
     refused(shapes, ValueError, lambda: distributed.agop(kernel, X, Y[:, : 2 - rank]))
     options = {"reduction": "sum"} if rank else {}
     refused("must make the same call", ValueError, lambda: distributed.agop(kernel, X, Y, **options))

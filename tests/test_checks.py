@@ -194,8 +194,9 @@ def test_unknown_backend(op, word, valid):
         call(op, {**valid(op), "backend": word})
 
 
-@ops
-@pytest.mark.parametrize("word", ["triton", "keops"])
+@pytest.mark.parametrize(
+    ("op", "word"), [*((op, "triton") for op in TENSORS), ("kernel_matrix", "keops"), ("solve", "keops")]
+)
 def test_backend_that_cannot_serve(op, word, valid):
     with pytest.raises(fastagop.BackendUnavailable) as error:
         call(op, {**valid(op), "backend": word})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -37,7 +38,8 @@ def run(*words):
 
 def test_two_ranks(tmp_path):
     """Under torchrun, and one start for all cases: it costs more than they do."""
-    cases = ("functions", "guards", "solving", f"deep_rfm={tmp_path / 'checkpoint'}", "rfm", "disagreement")
+    folder = tmp_path / "checkpoint"
+    cases = ("functions", "unequal_memory", "guards", "solving", f"deep_rfm={folder}", "rfm", "disagreement")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
 
 
@@ -71,6 +73,16 @@ def test_one_rank_is_the_plain_call(alone, cloud, normal):
     shared, plain = (module.solve(Laplace(2.0), X, alpha, ridge=1e-3) for module in (distributed, fastagop))
     assert torch.equal(shared.alpha, plain.alpha)
     assert shared.residual == plain.residual
+
+
+@pytest.mark.parametrize("name", ["agop", "gradients", "kernel_matmul", "solve"])
+def test_signatures(name):
+    """The plain call's arguments, and the group."""
+    plain, shared = (inspect.signature(getattr(module, name)).parameters for module in (fastagop, distributed))
+    assert [(p.name, p.kind, p.default) for p in plain.values()] == [
+        (p.name, p.kind, p.default) for p in list(shared.values())[:-1]
+    ]
+    assert str(shared["group"]) == "group=None"
 
 
 def test_without_a_group():

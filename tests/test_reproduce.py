@@ -93,7 +93,9 @@ def check_image(path: Path) -> None:
 )
 def test_defaults_are_the_papers(name, rows):
     args = parser().parse_args([name])
-    found = [one for row in figures.rows_of(name, args.dataset) for one in figures.settings_of(row, args)]
+    found = [
+        one for row in runs.rows_of(figures.FIGURES[name].rows, args.dataset) for one in figures.settings_of(row, args)
+    ]
     assert [(s.dataset, s.features, s.kernel, s.width) for s in found] == rows
     for s in found:
         assert (s.n, s.depth, s.bandwidth, s.ridge) == (50_000, 20, 2.0, 0.0)
@@ -102,9 +104,9 @@ def test_defaults_are_the_papers(name, rows):
 
 
 def test_datasets_restrict_and_replace():
-    assert figures.rows_of("figure1", ["mnist"]) == (("mnist", "relu"),)
-    assert figures.rows_of("figure1", ["digits"]) == (("digits", "cos"), ("digits", "relu"))
-    assert figures.rows_of("figure4", ["svhn", "digits"]) == (("svhn", "cos"), ("digits", "cos"))
+    assert runs.rows_of(figures.FIGURES["figure1"].rows, ["mnist"]) == (("mnist", "relu"),)
+    assert runs.rows_of(figures.FIGURES["figure1"].rows, ["digits"]) == (("digits", "cos"), ("digits", "relu"))
+    assert runs.rows_of(figures.FIGURES["figure4"].rows, ["svhn", "digits"]) == (("svhn", "cos"), ("digits", "cos"))
 
 
 def test_an_npz_is_known_by_its_content(tmp_path):
@@ -237,10 +239,10 @@ def test_one_process_a_run(tmp_path, capsys):
     entered = threading.Event()
 
     def second():
-        with runs._alone(tmp_path):
+        with runs.alone(tmp_path):
             entered.set()
 
-    with runs._alone(tmp_path):
+    with runs.alone(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.2)

@@ -93,7 +93,7 @@ def test_gradients_and_agop(kernel, spread):
     for where in (None, Z):
         truth = reference.gradients(kernel, X, alpha, where)
         assert error(fastagop.gradients(kernel, X, alpha, where, **TRITON), truth) <= limit
-        for method in ("gradient", "gram", "auto"):
+        for method in ("gradient", "gram"):
             for center in (False, True):
                 how = {"method": method, "center": center, "reduction": "sum"}
                 M = fastagop.agop(kernel, X, alpha, where, **how, **TRITON)
@@ -183,6 +183,14 @@ def test_a_layer_of_deep_rfm(ridge):
         assert error(N, M.cpu()) <= 4 * error(rounded, M.cpu()) + 16 * EPS
     outputs = truth.decision_function(X).cpu().double()
     assert error(fused.decision_function(X), outputs) <= 4 * error(plain.decision_function(X), outputs) + 16 * EPS
+
+
+def test_the_method_is_chosen_and_guarded():
+    """Collapsed classes: the gram form is the cheaper one, and would lose what the tolerance forbids."""
+    X, alpha = points(spread=1e-3), normal(70, 3)
+    M = fastagop.agop(Laplace(2.0), X, alpha, **TRITON)
+    assert "method gram" in fastagop.explain("agop", Laplace(2.0), X, alpha, **TRITON)
+    assert error(M, reference.agop(Laplace(2.0), X, alpha)) <= 1e-3
 
 
 def test_many_blocks():

@@ -1,0 +1,217 @@
+"""Who computes what: for each operation, fastagop and what people use today, on one problem.
+
+A contender is a function of a ``Problem``; ``Unable`` says why it does not compete there. Each brings nothing ready to
+the call: building the kernel matrix is part of solving.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastagop
+from bench import peers
+
+
+class Unable(Exception):
+    """Why a contender does not compete."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Unit rows around ten centres, targets, coefficients; truths in float64 where they are small enough."""
+
+    n: int
+    d: int
+    K: int
+    kernel: fastagop.kernels.radial.Radial
+    device: torch.device
+
+    ridge = 1e-3
+
+    @functools.cached_property
+    def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        y = torch.arange(self.n) % 10
+        X = torch.randn(10, self.d, generator=generator)[y] + 2.0 * torch.randn(self.n, self.d, generator=generator)
+        X = torch.nn.functional.normalize(X).to(self.device)
+        alpha = torch.randn(self.n, self.K, generator=generator).to(self.device)
+        return X, alpha, y.to(self.device)
+
+    @property
+    def X(self) -> torch.Tensor:
+        """Points (n, d)."""
+        return self._draw[0]
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """Coefficients, right-hand sides or targets (n, K)."""
+        return self._draw[1]
+
+    @property
+    def y(self) -> torch.Tensor:
+        """Classes (n,)."""
+        return self._draw[2]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The rows on which results of n rows are checked."""
+        return torch.linspace(0, self.n - 1, min(64, self.n), device=self.device).long()
+
+    @functools.cached_property
+    def K64(self) -> torch.Tensor:
+        """Those rows of k(X, X) in float64, from direct differences."""
+        r = torch.cdist(self.X[self.rows].double(), self.X.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        return peers.profile(self.kernel, r)
+
+
+def _ours(call: Callable, **options) -> dict[str, Callable]:
+    """fastagop by backend and, on CUDA, by precision."""
+    ways = {"fastagop": {"backend": "torch"}, "fastagop keops": {"backend": "keops"}}
+    ways |= {f"fastagop triton {p}": {"backend": "triton", "precision": p} for p in ("highest", "high", "medium")}
+
+    def run(problem: Problem, how: dict):
+        try:
+            return call(problem, **how, **options)
+        except fastagop.BackendUnavailable as reason:
+            raise Unable(str(reason)) from None
+
+    return {name: functools.partial(run, how=how) for name, how in ways.items()}
+
+
+def _laplace_only(problem: Problem, who: str) -> None:
+    if not isinstance(problem.kernel, fastagop.Laplace):
+        raise Unable(f"{who} has no such kernel")
+
+
+def _installed(module: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Unable(f"{module} is not installed")
+
+
+def _xrfm(method: str) -> Callable:
+    def run(problem: Problem):
+        _installed("xrfm")
+        _laplace_only(problem, "xrfm's LaplaceKernel")
+        return getattr(peers, method)(problem.X, problem.alpha, problem.kernel.bandwidth)
+
+    return run
+
+
+def _sklearn_ridge(problem: Problem):
+    """scikit-learn's KernelRidge, whose kernels include the Gaussian."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    if not isinstance(problem.kernel, fastagop.Gaussian):
+        raise Unable("scikit-learn has no l2 Laplace kernel")
+    if problem.device.type != "cpu":
+        raise Unable("scikit-learn runs on the CPU")
+    how = {"gamma": 0.5 / problem.kernel.bandwidth**2, "alpha": problem.ridge}
+    model = KernelRidge(kernel="rbf", **how)
+    return torch.from_numpy(model.fit(problem.X.numpy(), problem.alpha.numpy()).dual_coef_)
+
+
+def _lazy_gradients(problem: Problem):
+    """KeOps by hand: a LazyTensor, differentiated by autograd output by output."""
+    _installed("pykeops")
+    if problem.device.type == "cpu" and problem.d > 100:
+        raise Unable("KeOps takes minutes for so many features on a CPU")
+    return peers.lazy_gradients(problem.X, problem.alpha, problem.kernel)
+
+
+def _lazy_agop(problem: Problem):
+    G = _lazy_gradients(problem).reshape(-1, problem.d)
+    return G.T @ G
+
+
+def _kermac(problem: Problem):
+    _installed("kermac")
+    if problem.device.type != "cuda":
+        raise Unable("kermac runs on CUDA")
+    import kermac  # pyright: ignore[reportMissingImports]
+
+    return kermac.cdist(problem.X, problem.X, p=2.0)
+
+
+def _layer(problem: Problem, **how) -> torch.Tensor:
+    settings = {"depth": 1, "width": min(1024, problem.d), "kernel": problem.kernel, "random_state": 0}
+    model = fastagop.DeepRFMClassifier(device=str(problem.device), **settings, **how)
+    return torch.as_tensor(model.fit(problem.X, problem.y).agops_[0])
+
+
+CONTENDERS: dict[str, dict[str, Callable]] = {
+    "kernel_matrix": {
+        **_ours(lambda p, **how: fastagop.kernel_matrix(p.kernel, p.X, **how)),
+        "torch composition": lambda p: peers.kernel_matrix(p.X, p.kernel),
+        "xrfm": _xrfm("xrfm_kernel_matrix"),
+        "kermac (distances only)": _kermac,
+    },
+    "kernel_matmul": {
+        **_ours(lambda p, **how: fastagop.kernel_matmul(p.kernel, p.X, None, p.alpha, **how)),
+        "torch composition": lambda p: peers.kernel_matrix(p.X, p.kernel) @ p.alpha,
+    },
+    "gradients": {
+        **_ours(lambda p, **how: fastagop.gradients(p.kernel, p.X, p.alpha, **how)),
+        "torch composition": lambda p: peers.gradients(p.X, p.alpha, p.kernel),
+        "KeOps LazyTensor": _lazy_gradients,
+    },
+    "agop": {
+        **_ours(lambda p, **how: fastagop.agop(p.kernel, p.X, p.alpha, reduction="sum", **how)),
+        "torch composition": lambda p: peers.composition(p.X, p.alpha, p.kernel),
+        "xrfm": _xrfm("xrfm_agop"),
+        "KeOps LazyTensor": _lazy_agop,
+    },
+    "solve": {
+        **_ours(lambda p, **how: fastagop.solve(p.kernel, p.X, p.alpha, ridge=p.ridge, **how).alpha),
+        "torch composition": lambda p: peers.solve(p.X, p.alpha, p.kernel, p.ridge),
+        "scikit-learn KernelRidge": _sklearn_ridge,
+    },
+    "layer": {
+        **_ours(_layer),
+        "torch composition": lambda p: peers.layer(p.X, p.y, p.kernel),
+    },
+}
+
+
+def work(op: str, p: Problem) -> float:
+    """The least floating-point operations that the result needs by the known ways, symmetry used."""
+    n, d, K = float(p.n), float(p.d), float(p.K)
+    agop = min(2 * n * n * d * (K + 1) + n * K * d * d, n * n * d * 2 + n**3 + n * d * d + 3 * n * n * K)
+    return {
+        "kernel_matrix": n * n * d,
+        "kernel_matmul": n * n * d + 2 * n * n * K,
+        "gradients": n * n * d + 2 * n * n * K * (d + 1),
+        "agop": agop,
+        "solve": n * n * d + n**3 / 3 + 2 * n * n * K,
+        "layer": n * n * d + n**3 / 3 + agop + 2 * n * d * d,
+    }[op]
+
+
+def error(op: str, p: Problem, result: torch.Tensor) -> float | None:
+    """Relative Frobenius error against float64; of "solve" the residual; None where there is no truth to hold."""
+    if op in ("kernel_matrix", "kernel_matmul"):
+        truth = p.K64 if op == "kernel_matrix" else p.K64 @ p.alpha.double()
+        return _relative(result[p.rows].double() - truth, truth)
+    if op == "gradients":
+        truth = peers.gradients(p.X.double(), p.alpha.double(), p.kernel, p.rows)
+        return _relative(result[p.rows].double() - truth, truth)
+    if op == "agop":
+        truth = _agop64(p)
+        return _relative(result.double() - truth, truth)
+    if op == "solve":
+        alpha = result.double().to(p.device)
+        return _relative(p.K64 @ alpha + p.ridge * alpha[p.rows] - p.alpha[p.rows].double(), p.alpha[p.rows].double())
+    return None
+
+
+@functools.lru_cache(maxsize=2)
+def _agop64(p: Problem) -> torch.Tensor:
+    return fastagop.agop(p.kernel, p.X.double(), p.alpha.double(), reduction="sum", method="gradient", backend="torch")
+
+
+def _relative(difference: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(difference.norm() / truth.norm())

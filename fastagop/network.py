@@ -1,0 +1,98 @@
+"""Neural networks measured as the paper does: AGOP, neural feature ansatz and collapse at every Linear layer.
+
+``model`` is any torch.nn.Module that maps a batch X (n, ...) to outputs with n rows. It is measured in evaluation
+mode and left as it was found: modes, gradients and hooks. ``X`` is a tensor, taken ``batch_size`` samples at a time,
+or an iterable of batches such as a DataLoader (of inputs, or of inputs and labels); batches move to the model's device.
+``layers`` chooses Linear layers by name or pattern, for example ``"classifier.*"``; default all that the model calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastagop import linalg
+from fastagop.kernels import _checks
+from fastagop.models import Layers, Source
+from fastagop.splits import NotAMatrixError, Split, collapse_split, split
+from fastagop.sweep import LayerSum, sweep
+
+__all__ = ["ConstantMatrixError", "NotAMatrixError", "Split", "agop", "collapse_split", "nfa_correlation", "split"]
+
+
+class ConstantMatrixError(ValueError):
+    """All entries of W^T W or of the AGOP are equal: there is no correlation between them."""
+
+
+@torch.no_grad()
+def agop(
+    model: nn.Module, X: Source, layers: Layers = None, *, reduction: str = "mean", batch_size: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Average gradient outer product of the model's outputs with respect to the input of each Linear layer.
+
+    Formula: M = (1/n) sum_ic g_ic g_ic^T, g_ic the gradient of output c at sample i with respect to what enters the
+    layer (paper, section 3.3). An input of shape (n, ..., d) counts as n times ... vectors (tokens, say), each with its
+    own gradients, all summed; so do the calls of a layer that is used more than once. Only the way through the layer
+    counts: where its input also goes elsewhere, past a residual connection, the gradient of that branch is left out.
+
+    One forward pass and K vector-Jacobian products a batch serve all layers. Sums across batches run in float64.
+
+    Args:
+        model, X, layers: see the module's text. reduction: "mean" divides by n, "sum" does not.
+        batch_size: samples of a tensor X that are taken at once; default 512.
+
+    Returns:
+        By layer name, in the model's order, (d, d) of the layer's dtype and device; zero where the outputs do not
+        depend on the layer. Outputs of any shape (n, ...) count as K numbers a sample.
+
+    Raises:
+        TypeError, ValueError: naming the argument, among them a module that mixes the samples of a batch.
+    """
+    _checks.choice("reduction", reduction, ("mean", "sum"))
+    sums, n = sweep(model, X, layers, batch_size)
+    divisor = n if reduction == "mean" else 1
+    return {name: sums.pop(name).agop().div_(divisor) for name in list(sums)}
+
+
+@torch.no_grad()
+def nfa_correlation(
+    model: nn.Module, X: Source, layers: Layers = None, *, batch_size: int | None = None
+) -> dict[str, float]:
+    """How well the neural feature ansatz holds: correlation of W^T W with the square root of the AGOP, by layer.
+
+    Formula: Pearson correlation of the entries of W^T W (d, d) and M^(1/2), M as in ``agop`` (paper, section 5 and
+    appendix C); 1 where they agree up to scale and offset. Computed without forming them where W is wide.
+
+    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero.
+    """
+    sums, _ = sweep(model, X, layers, batch_size)
+    return {name: _nfa(name, one) for name, one in sums.items()}
+
+
+def _nfa(name: str, one: LayerSum) -> float:
+    """Both matrices are Q A Q^T, Q (d, r) with orthonormal columns: the identity, or a basis of W's rows."""
+    W = one.weight.double()
+    if one.at_input:
+        gram, M, sums = W.T @ W, one.total(), W.new_ones(W.shape[1])
+    else:
+        Q, R = torch.linalg.qr(W.T)
+        gram, M, sums = R @ R.T, R @ one.total() @ R.T, Q.sum(0)
+    correlation = _pearson(gram, linalg.psd_sqrt(M), sums, W.shape[1] ** 2)
+    if correlation is None:
+        raise ConstantMatrixError(
+            f"layers: {name!r} has no NFA correlation, since its W^T W or its AGOP is constant (zero, say); "
+            "leave it out of layers"
+        )
+    return correlation
+
+
+def _pearson(A: torch.Tensor, B: torch.Tensor, sums: torch.Tensor, count: int) -> float | None:
+    """Pearson correlation of the entries of Q A Q^T and Q B Q^T, count of them, with sums = Q^T 1."""
+    a, b = sums @ A @ sums, sums @ B @ sums  # the sums of all entries
+    covariance = float((A * B).sum() - a * b / count)
+    variances = [float(C.square().sum() - c * c / count) for C, c in ((A, a), (B, b))]
+    scales = [float(C.square().sum()) for C in (A, B)]
+    rounding = count * torch.finfo(A.dtype).eps
+    if any(variance <= rounding * scale for variance, scale in zip(variances, scales, strict=True)):
+        return None
+    return covariance / (variances[0] * variances[1]) ** 0.5

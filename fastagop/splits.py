@@ -1,0 +1,133 @@
+"""Collapse inside a network's layers: before a weight matrix, after its right singular part, after the nonlinearity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastagop import collapse, models
+from fastagop.kernels import _checks
+from fastagop.mixing import refuse_neighbours
+from fastagop.models import Layers, Source
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class NotAMatrixError(ValueError):
+    """What enters a layer is no single matrix (n, d): tokens, or the inputs of several calls."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the parts of a Linear layer W = U S V^T do to collapse (paper, section 5 and figure 2).
+
+    Attributes:
+        nc1, nc2: collapse measures of "input" (the features x that enter), "projected" (S V^T x) and "features"
+            (after U, the bias and the nonlinearity); infinite where all class means coincide.
+    """
+
+    nc1: Mapping[str, float]
+    nc2: Mapping[str, float]
+
+
+@torch.no_grad()
+def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = torch.relu) -> Split:
+    """NC1 and NC2 before a Linear layer, after S V^T, and after U and the nonlinearity.
+
+    U preserves distances, so W x has the NC1 and NC2 of S V^T x and no decomposition is needed.
+
+    Args:
+        layer: a torch.nn.Linear. X: features that enter it (n, d). y: integer labels (n,).
+        activation: the nonlinearity after the layer; None where there is none, as after a readout.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+    _checks.matrix("X", X, columns=(layer.in_features, "layer"))
+    projected = nn.functional.linear(X, layer.weight)
+    out = projected if layer.bias is None else projected + layer.bias
+    features = out if activation is None else activation(out.clone())  # it may work in place
+    return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
+
+
+@torch.no_grad()
+def collapse_split(
+    model: nn.Module,
+    X: Source,
+    y: torch.Tensor | np.ndarray | None = None,
+    layers: Layers = None,
+    *,
+    activation: Activation | None = torch.relu,
+    batch_size: int | None = None,
+) -> dict[str, Split]:
+    """``split`` of each Linear layer of a model, on the features that its samples have there.
+
+    Args:
+        model, X, layers, batch_size: as in ``agop``. The inputs of all chosen layers, (n, d) each, are held at once.
+        y: integer labels (n,); default those that come with the batches of X.
+        activation: the nonlinearity after every layer but the one whose output is the model's.
+
+    Returns:
+        Split by layer name, in the model's order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
+        no matrix, or the layer is called more than once.
+    """
+    linear = models.linear_layers(model, layers)
+    gathered = _Inputs(linear)
+    with models.evaluating(model), torch.no_grad():
+        labels = gathered.run(model, X, batch_size)
+        if y is None and not labels:
+            raise ValueError("y must be given where the batches of X bring no labels")
+        y = torch.cat(labels) if y is None else y
+        models.refuse_uncalled(linear, gathered.rows, layers)
+        return {
+            name: split(linear[name], torch.cat(rows), y, None if name == gathered.readout else activation)
+            for name, rows in gathered.rows.items()
+        }
+
+
+class _Inputs:
+    """What enters each layer, batch by batch, and the name of the layer whose output is the model's."""
+
+    def __init__(self, linear: Mapping[str, nn.Linear]):
+        self.linear, self.readout = linear, None
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        self._out: dict[str, torch.Tensor] = {}
+
+    def run(self, model: nn.Module, X: Source, batch_size: int | None) -> list[torch.Tensor]:
+        """Send all samples through the model; the batches' labels."""
+        labels = []
+        for i, (inputs, given) in enumerate(models.batches(X, batch_size, model)):
+            if i == 0:
+                refuse_neighbours(model, inputs)
+            self._run_batch(model, inputs)
+            labels += [] if given is None else [torch.as_tensor(given).cpu()]
+        return labels
+
+    def _run_batch(self, model: nn.Module, inputs: torch.Tensor) -> None:
+        handles = [layer.register_forward_hook(partial(self._note, name)) for name, layer in self.linear.items()]
+        try:
+            out = model(inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.readout = next((name for name, tensor in self._out.items() if tensor is out), None)
+        self._out.clear()
+
+    def _note(self, name: str, _, args, out: torch.Tensor) -> None:
+        if name in self._out:
+            raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
+        if args[0].ndim != 2:
+            shape = tuple(args[0].shape)
+            raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
+        self._out[name] = out
+        self.rows.setdefault(name, []).append(args[0].clone())  # the model may go on to change it in place

@@ -1,0 +1,80 @@
+"""NFA correlation and collapse at every Linear layer of any torch model: a command, and a function to call.
+
+from reproduce.nfa_table import table
+print(table(model, loader))  # batches of (inputs, labels); or table(model, X, y)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastagop import datasets, network
+from reproduce import options
+
+
+def table(model: nn.Module, X, y=None, layers=None, activation: Callable | None = torch.relu) -> str:
+    """One line a layer: NC1 of its input, after S V^T, after the nonlinearity; NC2 of its input; NFA correlation.
+
+    X is a tensor with labels y, or an iterable of (inputs, labels) that can be gone through several times. A cell is
+    empty where the layer has no such number: NC1 of tokens, the correlation with an AGOP of zero.
+    """
+    width = max(len(name) for name in ["layer", *(name for name, _ in model.named_modules())])
+    lines = [f"{'layer':<{width}} |{'NC1 input':>11}{'S V^T x':>11}{'features':>11} |{'NC2 input':>10} |{'NFA':>7}"]
+    for name in network.agop(model, X, layers):
+        try:
+            split = network.collapse_split(model, X, y, name, activation=activation)[name]
+            nc1 = "".join(f"{split.nc1[stage]:>11.2e}" for stage in ("input", "projected", "features"))
+            nc2 = f"{split.nc2['input']:>10.3f}"
+        except network.NotAMatrixError:
+            nc1, nc2 = " " * 33, " " * 10
+        try:
+            nfa = f"{network.nfa_correlation(model, X, name)[name]:>7.3f}"
+        except network.ConstantMatrixError:
+            nfa = ""
+        lines.append(f"{name:<{width}} |{nc1} |{nc2} |{nfa}")
+    return "\n".join(lines)
+
+
+def example() -> nn.Module:
+    """A small network trained on scikit-learn's digits for a few seconds."""
+    torch.manual_seed(0)
+    X, y = datasets.load("digits")
+    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
+    model = nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(20):
+        for inputs, labels in DataLoader(TensorDataset(X, y), batch_size=128, shuffle=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    return model
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    what = "module:function that returns your trained model, importable from here; default %(default)s, an example"
+    add("--model", default="reproduce.nfa_table:example", help=what)
+    add("--dataset", default="digits", help="mnist, cifar10, svhn, digits or the path of an .npz; default %(default)s")
+    add("--n", type=options.count, help="points, the first in file order; default all")
+    add("--shape", type=options.count, nargs="+", help="of one input, for example 1 28 28; default flat")
+    add("--layers", nargs="+", help='names or patterns of Linear layers, for example "classifier.*"; default all')
+    options.add_data(parser)
+
+
+def command(args: argparse.Namespace) -> int:
+    """Load the model and the data, and print the table."""
+    module, _, function = args.model.partition(":")
+    found = getattr(importlib.import_module(module), function or "model", None)
+    model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model must be module:function returning a torch.nn.Module, got {args.model!r}")
+    X, y = datasets.load(args.dataset, args.data_root, n=args.n, download=args.download)
+    print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers))
+    return 0

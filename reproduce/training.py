@@ -1,0 +1,179 @@
+"""One network's run: trained as in appendix C, measured every few epochs, resumed where it was last measured.
+
+A run folder holds settings.json, checkpoint.safetensors (weights, momentum and what was measured so far, in one file,
+until the run is complete), measures.csv and, written last, record.json: with it the run is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import nn
+from tqdm.auto import tqdm
+
+from fastagop import datasets, network
+from reproduce import files, networks
+from reproduce.layers import number
+from reproduce.network_settings import NetworkSettings
+from reproduce.runs import Run, alone
+from reproduce.settings import Place
+
+_CHECKPOINT = "checkpoint.safetensors"
+STAGES = ("input", "projected", "features")  # x, S V^T x, ReLU(U S V^T x)
+
+
+def run(settings: NetworkSettings, place: Place) -> Run:
+    """Compute, resume or reuse a run, and print its last measurement."""
+    folder = place.folder(settings)
+    print(f"\n{settings}\n{folder}")
+    with alone(folder):
+        if (folder / "record.json").exists():
+            print("complete, nothing to compute")
+            record = json.loads((folder / "record.json").read_text())
+        else:
+            record = _compute(settings, place, folder)
+    print(table(record["layers"]))
+    print(
+        f"{record['seconds']:.1f} s; loss {record['losses'][-1]:.1e}, accuracy {record['accuracy']:.4f} on its points"
+    )
+    return Run(folder, settings, record)
+
+
+def _compute(settings: NetworkSettings, place: Place, folder: Path) -> dict[str, Any]:
+    training = Training(settings, place)
+    resumed = training.load(folder / _CHECKPOINT)
+    record: dict[str, Any] = {"settings": asdict(settings), "environment": files.environment(place.device)}
+    files.write_json(folder / "settings.json", record)
+    progress = tqdm(range(training.epoch, settings.epochs), initial=training.epoch, total=settings.epochs, unit="epoch")
+    if not resumed:
+        training.measure()
+    for _ in progress:
+        progress.set_postfix(loss=f"{training.train_epoch():.2e}")
+        if training.epoch % settings.every == 0 or training.epoch == settings.epochs:
+            training.measure()
+            training.save(folder / _CHECKPOINT)
+    record |= {"resumed": resumed, "seconds": training.seconds, "accuracy": training.accuracy()}
+    record |= {"classes": training.classes, "losses": training.losses, "layers": training.rows}
+    files.write_csv(folder / "measures.csv", training.rows)
+    files.write_json(folder / "record.json", record)
+    if not place.keep_checkpoint:
+        (folder / _CHECKPOINT).unlink()
+    return record
+
+
+class Training:
+    """A network, its data and what has been measured; ``epoch`` counts finished epochs."""
+
+    def __init__(self, settings: NetworkSettings, place: Place):
+        self.settings = settings
+        X, y = place.load(settings, n=settings.n)
+        if settings.standardize:
+            (X,) = datasets.standardize(X)
+        self.device = "cuda" if place.device == "auto" and torch.cuda.is_available() else place.device
+        self.device = torch.device("cpu" if self.device == "auto" else self.device)
+        self.X, self.labels = X.to(self.device), torch.unique(y, return_inverse=True)[1]
+        self.classes = int(self.labels.max()) + 1
+        self.Y = (2.0 * nn.functional.one_hot(self.labels, self.classes) - 1.0).to(self.X)
+        self.model = networks.build(settings, X.shape[1], self.classes).to(self.device)
+        rate, momentum = settings.learning_rate, settings.momentum
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=momentum)
+        self.epoch, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # by epoch, the mean over its batches as they were met
+        self.rows: list[dict[str, Any]] = []
+
+    def train_epoch(self) -> float:
+        """One pass over the points, in an order made of seed and epoch alone; the mean loss."""
+        start = time.perf_counter()
+        self.model.train()
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.X), generator=generator).to(self.device)
+        total = torch.zeros((), device=self.device)
+        for rows in order.split(self.settings.batch):
+            loss = nn.functional.mse_loss(self.model(self.X[rows]), self.Y[rows])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach() * len(rows)
+        self.epoch += 1
+        self.losses.append(float(total) / len(self.X))
+        self.seconds += time.perf_counter() - start
+        if not self.losses[-1] < float("inf"):
+            raise ValueError(f"training diverged in epoch {self.epoch}, choose a smaller --learning-rate")
+        return self.losses[-1]
+
+    def measure(self) -> None:
+        """Add a row for every Linear layer: NFA correlation, and NC1 and NC2 at its three stages."""
+        start = time.perf_counter()
+        try:
+            correlation = network.nfa_correlation(self.model, self.X)
+        except network.ConstantMatrixError:  # a dead network
+            correlation = {}
+        try:
+            splits = network.collapse_split(self.model, self.X, self.labels)
+        except ValueError as error:
+            hint = "choose a smaller --learning-rate or --init-scale"
+            raise ValueError(f"training diverged before epoch {self.epoch}, {hint}: {error}") from error
+        loss = self.losses[-1] if self.losses else None
+        for layer, (name, split) in enumerate(splits.items(), start=1):
+            row = {"epoch": self.epoch, "layer": layer, "name": name, "loss": loss, "nfa": correlation.get(name)}
+            row |= {f"nc1_{stage}": split.nc1[stage] for stage in STAGES}
+            self.rows.append(row | {f"nc2_{stage}": split.nc2[stage] for stage in STAGES})
+        self.seconds += time.perf_counter() - start
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Share of the training points that the largest output classifies correctly."""
+        self.model.eval()
+        found = torch.cat([self.model(block).argmax(1).cpu() for block in self.X.split(1024)])
+        return float((found == self.labels).double().mean())
+
+    def save(self, path: Path) -> None:
+        """Everything that the next epoch needs, in one file."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"momentum.{i}": state["momentum_buffer"]} if state.get("momentum_buffer") is not None else {}
+        done = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses, "rows": self.rows}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        files.write(path, save(tensors, {"done": json.dumps(done)}))
+
+    def load(self, path: Path) -> bool:
+        """Go on from a saved file, where there is one."""
+        if not path.exists():
+            return False
+        with safe_open(path, "pt") as file:
+            done = json.loads(file.metadata()["done"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.epoch, self.seconds, self.losses, self.rows = (done[key] for key in ("epoch", "seconds", "losses", "rows"))
+        weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        self.model.load_state_dict(weights)
+        for i, parameter in enumerate(self.model.parameters()):
+            if f"momentum.{i}" in tensors:
+                self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{i}"].to(self.device)
+        print(f"resumed after epoch {self.epoch}")
+        return True
+
+
+def fall(start: float, middle: float, end: float) -> float | None:
+    """Share of a layer's fall of NC1, on a log scale, that S V^T makes; None where NC1 does not fall."""
+    if not (0 < end < start < math.inf and 0 < middle < math.inf):
+        return None
+    return math.log(start / middle) / math.log(start / end)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The last measurement, a line a layer, with the share of NC1's fall that S V^T makes."""
+    lines = [f"{'layer':>6} |{'NC1 input':>11}{'S V^T x':>11}{'ReLU':>11} | {'fall at S V^T':>13} |{'NFA':>7}"]
+    for row in (row for row in rows if row["epoch"] == rows[-1]["epoch"]):
+        values = [number(row[f"nc1_{stage}"]) for stage in STAGES]
+        nc1, part = "".join(f"{value:>11.2e}" for value in values), fall(*values)
+        words = "no fall" if part is None else f"{100 * part:.0f}%"
+        lines.append(f"{row['layer']:>6} |{nc1} | {words:>13} |{number(row['nfa']):>7.3f}")
+    return "\n".join(lines)
