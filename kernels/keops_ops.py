@@ -72,14 +72,16 @@ class _Announcer(io.StringIO):
 
 
 @functools.cache
-def _reduction(what: str, formula: str, pair: str, d: int, width: int, dtype: torch.dtype, device: str):
+def _reduction(
+    what: str, formula: str, pair: str, d: int, width: int, dtype: torch.dtype, device: str, constants: int = 1
+):
     """The compiled callable (rows, columns, b, g) -> sums of a formula over the columns, one per row.
 
-    ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); g (1,).
+    ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); g (constants,).
     """
     what = f"{what}, {d} features, {width} columns, {str(dtype).removeprefix('torch.')}, {device}"
-    aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", "g=Pm(3,1)"]
-    tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (1,))]
+    aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", f"g=Pm(3,{constants})"]
+    tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (constants,))]
     how = "GPU_1D" if device.startswith("cuda") else "CPU"
     pykeops, printed = _pykeops(), _Announcer(what)
     try:
@@ -101,9 +103,13 @@ def _of(kernel: Radial) -> Formulas:
     return found
 
 
-def _inverse(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
-    """1 / L as KeOps takes it, small enough that times a difference of points (below 2^21, in units) it is finite."""
-    return like.new_tensor([min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)])
+def _constants(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
+    """1 / L and the further parameters as KeOps takes them.
+
+    1 / L is small enough that times a difference of points (below 2^21, in units) it is finite.
+    """
+    inverse = min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)
+    return like.new_tensor([inverse, *kernel.further_parameters])
 
 
 def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:
@@ -128,10 +134,10 @@ def kernel_matmul(kernel: Radial, X, Z, V, plan: Plan | None = None) -> torch.Te
     if not (len(X) and V.numel()):
         return X.new_zeros(len(X), V.shape[1])
     d, p = X.shape[1], V.shape[1]
-    X, Z, g = X.contiguous(), Z.contiguous(), _inverse(kernel, X)
+    X, Z, g = X.contiguous(), Z.contiguous(), _constants(kernel, X)
     chunks = _chunks(V, _OUTPUTS)
     what, formula, width = f"kernel_matmul for {type(kernel).__name__}", f"{_of(kernel).value} * b", chunks[0].shape[1]
-    reduce = _reduction(what, formula, "xz", d, width, X.dtype, str(X.device))
+    reduce = _reduction(what, formula, "xz", d, width, X.dtype, str(X.device), len(g))
     return _joined([reduce(X, Z, chunk, g) for chunk in chunks], 1, p)
 
 
@@ -151,14 +157,14 @@ def gradients(kernel: Radial, X, alpha, Z, plan: Plan | None = None) -> torch.Te
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     if not (n and m and K):
         return X.new_zeros(m, K, d)
-    X, Z, g = X.contiguous(), Z.contiguous(), _inverse(kernel, X)
+    X, Z, g = X.contiguous(), Z.contiguous(), _constants(kernel, X)
     chunks = _chunks(alpha, _OUTPUTS // d)
     what, formula, width = (
         f"gradients for {type(kernel).__name__}",
         f"TensorProd(b, {_of(kernel).slope})",
         chunks[0].shape[1],
     )
-    reduce = _reduction(what, formula, "zx", d, width, X.dtype, str(X.device))
+    reduce = _reduction(what, formula, "zx", d, width, X.dtype, str(X.device), len(g))
     return _joined([reduce(Z, X, chunk, g).view(m, width, d) for chunk in chunks], 1, K)
 
 

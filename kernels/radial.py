@@ -8,7 +8,7 @@ gradient weight from a stored value. Of these it takes for granted that phi(0) =
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -38,6 +38,11 @@ class Radial:
             limit = "" if most == math.inf else f" up to {most:g}"
             raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")
         object.__setattr__(self, name, float(value))
+
+    @property
+    def further_parameters(self) -> tuple[float, ...]:
+        """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
 
     def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
         """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""

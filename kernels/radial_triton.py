@@ -5,8 +5,6 @@ A kernel is added by its line in ``_KINDS`` and its branch in ``profile``; launc
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -27,13 +25,13 @@ def kind(kernel: Radial) -> str | None:
 
 
 def constants(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
-    """1 / L and then the kernel's further parameters in the order of its fields, on the device.
+    """1 / L and then the kernel's further parameters, on the device.
 
     They are stored in the dtype of the computation, since numbers of a launch have float32's digits only; and filled
     in, not copied, which a CUDA graph's capture allows.
     """
-    further = [getattr(kernel, field.name) for field in dataclasses.fields(kernel) if field.name != "bandwidth"]
-    return torch.cat([like.new_full((1,), value) for value in (1.0 / kernel.bandwidth, *further)])
+    values = (1.0 / kernel.bandwidth, *kernel.further_parameters)
+    return torch.cat([like.new_full((1,), value) for value in values])
 
 
 @triton.jit
