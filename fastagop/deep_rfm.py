@@ -14,6 +14,7 @@ from fastagop.agop import agop, agop_from_weights
 from fastagop.features import FeatureMap, random_features
 from fastagop.kernels import torch_blocks
 from fastagop.kernels._plan import Plan
+from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
 from fastagop.solve import Solution, plan_solve, solve_into
 
@@ -123,7 +124,7 @@ def train_layer(
     root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
-    projected = X @ root
+    projected = product(X, root)  # root is symmetric
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)
