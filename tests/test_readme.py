@@ -18,6 +18,21 @@ def test_example_runs(capsys):
     assert "agop: backend torch" in capsys.readouterr().out
 
 
+def test_the_kernel_that_docs_add(python):
+    """In a process of its own: a kernel class stays known by its name."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_a_kernel.md").read_text(), re.DOTALL)
+    check = """
+X, alpha = X.double(), solution.alpha.double()
+Z, step = torch.randn(5, 8).double(), 1e-4 * torch.randn(5, 8).double()
+fall = (kernel(Z + step, X) - kernel(Z - step, X)) @ alpha
+along = 2 * torch.einsum("icd,id->ic", fastagop.gradients(kernel, X, alpha, Z), step)
+print(float((fall - along).norm() / along.norm()), tuple(M.shape), solution.jitter, repr(kernel))
+"""
+    error, *rest = python(block + check).split(" ", 1)
+    assert float(error) <= 1e-5  # of a central difference
+    assert rest == ["(8, 8) 0.0 RationalQuadratic(bandwidth=2.0, shape=1.5)\n"]
+
+
 def test_commands_and_files_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test"):
