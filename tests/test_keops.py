@@ -18,7 +18,7 @@ from fastagop.kernels import _backends, keops_ops, reference
 from fastagop.kernels.radial import Radial
 
 import fastagop
-from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, Laplace
+from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
 
 D, K = 5, 3
 KEOPS = {"backend": "keops"}
@@ -45,6 +45,15 @@ def agrees(result, truth, scale=None):
     assert not result.requires_grad
     size = float(truth.norm()) if scale is None else scale
     assert float((result.double() - truth).norm()) <= TOLERANCE[result.dtype] * size
+
+
+@needs_keops
+@pytest.mark.parametrize("kernel", [GeneralisedLaplace(2.0, 0.7), Matern52(1.5)], ids=repr)
+def test_further_kernels(kernel, cloud, normal):
+    """In one dtype and on the data that hurts most, since every formula takes seconds to compile."""
+    X, alpha = cloud("collapsed 1e-2", n=60, d=D), normal(60, K)
+    agrees(fastagop.kernel_matmul(kernel, X, None, alpha, **KEOPS), reference.kernel_matmul(kernel, X, X, alpha))
+    agrees(fastagop.gradients(kernel, X, alpha, **KEOPS), reference.gradients(kernel, X, alpha))
 
 
 @needs_keops
@@ -212,7 +221,7 @@ def test_a_compilation_that_fails_says_what_it_needs(monkeypatch):
 
     monkeypatch.setattr(keops_ops, "_pykeops", lambda: Broken)
     with pytest.raises(BackendUnavailable, match=r"kernel_matmul.*2 features.*pykeops_cpp_1234.*python3-dev"):
-        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, torch.float32, "cpu")
+        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, 1, torch.float32, "cpu")
 
 
 @needs_keops
