@@ -11,6 +11,7 @@ import torch
 
 from fastagop import collapse, distributed, linalg, regression
 from fastagop.features import FeatureMap, random_features
+from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
 from fastagop.regression import Machine
 from fastagop.solve import Solution
@@ -122,7 +123,7 @@ def train_layer(
     root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
-    projected = X @ root
+    projected = product(X, root)  # root is symmetric
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)

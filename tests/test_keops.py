@@ -228,7 +228,7 @@ def test_a_compilation_that_fails_says_what_it_needs(monkeypatch):
 
     monkeypatch.setattr(keops_ops, "_pykeops", lambda: Broken)
     with pytest.raises(BackendUnavailable, match=r"kernel_matmul.*2 features.*pykeops_cpp_1234.*python3-dev"):
-        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, torch.float32, "cpu")
+        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, 1, torch.float32, "cpu")
 
 
 @needs_keops

@@ -1,8 +1,11 @@
 """The README's promises: its example runs, its commands exist, its figures come from the committed file."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,9 +42,9 @@ def test_commands_and_files_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_speed_table_is_the_committed_result():
-    from bench.agop_cpu import table
-
-    rows = json.loads((ROOT / "bench/results/agop_cpu.json").read_text())["rows"]
-    inside = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
-    assert inside.strip() == table(rows)
+@pytest.mark.parametrize("case", ["agop", "network", "cg"])
+def test_tables_are_the_committed_results(case):
+    module = importlib.import_module(f"bench.{case}_cpu")
+    rows = json.loads((ROOT / f"bench/results/{case}_cpu.json").read_text())["rows"]
+    inside = README.split(f"<!-- {case} -->")[1].split(f"<!-- /{case} -->")[0]
+    assert inside.strip() == module.table(rows)
