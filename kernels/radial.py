@@ -13,6 +13,12 @@ from dataclasses import dataclass, fields
 import torch
 
 
+def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
+    """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
+    most = torch.finfo(like.dtype).max
+    return value if value <= most else min(beyond, most)
+
+
 @dataclass(frozen=True)
 class Radial:
     """A radial kernel with a bandwidth; subclasses give the profile.
@@ -79,19 +85,19 @@ class Laplace(Radial):
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
-        return sq.sqrt_().mul_(-1.0 / self.bandwidth).exp_()
+        return sq.sqrt_().mul_(-_factor(1.0 / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
         t = sq.sqrt_().mul_(-1.0 / self.bandwidth)  # t = -r / L
         torch.div(torch.exp(t), t, out=t)
-        t.mul_(-1.0 / self.bandwidth**2)
+        t.mul_(-1.0 / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(t, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by -k / (L^2 ln k), zero where k = 1."""
         torch.div(value, torch.log(value), out=value)
-        value.mul_(-1.0 / self.bandwidth**2)
+        value.mul_(-1.0 / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(value, posinf=0.0, neginf=0.0)
 
 
@@ -107,15 +113,15 @@ class Gaussian(Radial):
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
-        return sq.mul_(-0.5 / self.bandwidth**2).exp_()
+        return sq.mul_(-_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2."""
-        return self.value_(sq).mul_(1.0 / self.bandwidth**2)
+        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2; zero where 1 / L^2 overflows, as k does at any r > 0 then."""
+        return self.value_(sq).mul_(_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
-        return value.mul_(1.0 / self.bandwidth**2)
+        return value.mul_(_factor(1.0 / self.bandwidth / self.bandwidth, value, beyond=0.0))
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class GeneralisedLaplace(Radial):
 
     def _power_(self, r: torch.Tensor) -> torch.Tensor:
         """Overwrite r by (r / L)^p."""
-        return r.mul_(1.0 / self.bandwidth).pow_(self.exponent)
+        return r.mul_(_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-(r / L)^p)."""
@@ -158,7 +164,7 @@ class GeneralisedLaplace(Radial):
         if 1.0 < self.exponent < 2.0:
             return None
         weight = torch.log(value).neg_().pow_(1.0 - 2.0 / self.exponent)
-        value.mul_(weight).mul_(self.exponent / self.bandwidth**2)
+        value.mul_(weight).mul_(self.exponent / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(value, nan=0.0, posinf=0.0)
 
 
@@ -175,7 +181,7 @@ class Matern52(Radial):
 
     def _scaled_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by s, cut where exp(-s) is zero, so that its square stays finite."""
-        return sq.sqrt_().mul_(math.sqrt(5.0) / self.bandwidth).clamp_(max=1e4)
+        return sq.sqrt_().mul_(_factor(math.sqrt(5.0) / self.bandwidth, sq)).clamp_(max=1e4)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by (1 + s + s^2 / 3) exp(-s)."""
@@ -184,10 +190,10 @@ class Matern52(Radial):
         return s.mul_(s / 3.0 + 1.0).add_(1.0).mul_(decay).clamp_(max=1.0)  # it may round upwards
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2)."""
+        """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2); zero where that factor overflows."""
         s = self._scaled_(sq)
         decay = torch.exp(-s)
-        return s.add_(1.0).mul_(decay).mul_(5.0 / (3.0 * self.bandwidth**2))
+        return s.add_(1.0).mul_(decay).mul_(_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
 
 def named(name: str) -> type[Radial]:

@@ -100,6 +100,17 @@ def test_underflow_is_zero(kernel, dtype):
     assert rebuilt is None or rebuilt.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-20, 1e-40, 1e-200])  # 1 / L^2, or 1 / L, is no float32 number; or no float64
+def test_narrow(kernel, bandwidth):
+    kernel, sq = dataclasses.replace(kernel, bandwidth=bandwidth), torch.tensor([0.0, 1e-6, 1.0])
+    assert kernel.value_(sq.clone()).tolist() == [1.0, 0.0, 0.0]
+    assert kernel.weight_(sq.clone()).tolist() == [0.0, 0.0, 0.0]
+    X = torch.eye(4)
+    assert torch.equal(kernel(X, X.clone()), X)
+    assert not fastagop.gradients(kernel, X, X, X.clone()).any()
+
+
 CLOSED = [*KERNELS[:5], GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2)]  # weights known from values
 
 
