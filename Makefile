@@ -4,13 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test docs lint types format clean
 
 demo: $(STAMP)
 	$(RUN) -m reproduce demo --out out/demo
 
 test: $(STAMP)
 	$(RUN) -m pytest
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: types
 	$(RUN) -m ruff check .
@@ -31,6 +34,10 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
+
+$(VENV)/.docs: $(STAMP)
+	$(RUN) -m pip install --quiet -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

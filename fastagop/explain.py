@@ -26,8 +26,7 @@ def explain(op, *args, **kwargs) -> str:
         Text of a few lines.
 
     Raises:
-        What the call itself would raise before it computes: TypeError, ValueError, MemoryError,
-        BackendUnavailable.
+        TypeError, ValueError, MemoryError, BackendUnavailable: what the call itself would raise before it computes.
     """
     name = getattr(op, "__name__", op)
     if not isinstance(name, str) or name not in _PLANS:

@@ -188,7 +188,7 @@ def solve(
 
     Warns:
         NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, or
-        the residual exceeds 1e-6 (float64) or 1e-3 (float32).
+            the residual exceeds 1e-6 (float64) or 1e-3 (float32).
     """
     plan, (X, Y, ridge, how) = plan_solve(
         kernel,

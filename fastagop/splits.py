@@ -79,7 +79,7 @@ def collapse_split(
 
     Raises:
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
-        no matrix, or the layer is called more than once.
+            no matrix, or the layer is called more than once.
     """
     linear = models.linear_layers(model, layers)
     gathered = _Inputs(linear)

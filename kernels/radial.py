@@ -1,6 +1,6 @@
 """Kernel profiles: a radial kernel is k(x, z) = phi(r) with r = ||x - z||_2.
 
-A kernel is added by writing one class here (docs/add_a_kernel.md). Everything else in the package asks a profile
+A kernel is added by writing one class here (docs/pages/add_a_kernel.md). Everything else in the package asks a profile
 three questions: its value and its gradient weight from squared distances, and, where a closed form exists, the
 gradient weight from a stored value. Of these it takes for granted that phi(0) = 1 and that r enters as r / L.
 """

@@ -1,0 +1,39 @@
+"""What mkdocs does before it reads the pages: lay the packages out as they install, and fill in the measured tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from mkdocs.plugins import event_priority
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "build" / "docs_source"
+_TABLE = re.compile(r"<!-- table (\w+) -->")
+
+
+@event_priority(100)  # before mkdocstrings looks where its paths lead
+def on_config(config):
+    """Copy kernels into a copy of fastagop: mkdocstrings reads files and follows folders, not package-dir."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    unwanted = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fastagop", SOURCE / "fastagop", ignore=unwanted)
+    shutil.copytree(ROOT / "kernels", SOURCE / "fastagop" / "kernels", ignore=unwanted)
+    return config
+
+
+def on_page_markdown(markdown: str, **_) -> str:
+    """Replace ``<!-- table name -->`` by what bench/results/name.json holds."""
+    return _TABLE.sub(lambda found: table(found[1]), markdown)
+
+
+def table(name: str) -> str:
+    """A committed result as a Markdown table, written by the module of bench that measured it, and its machine."""
+    read = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    machine = read["machine"]
+    where = f"{machine['processor']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
+    rows = importlib.import_module(f"bench.{name}").table(read["rows"])
+    return f"{rows}\n\nMeasured {machine['date']} on {where}; the file is `bench/results/{name}.json`."

@@ -1,0 +1,122 @@
+"""The documentation's promises: its examples run, its names, commands and pages exist, and the site builds."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastagop
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "docs/mkdocs.yml"
+PAGES = sorted((ROOT / "docs/pages").glob("*.md"))
+API = (ROOT / "docs/pages/api.md").read_text()
+NOT_RUN = "{.python .not-run}"  # needs torchrun, CUDA or minutes of compilation
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return [code for info, code in FENCE.findall(page.read_text()) if info == kind]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_examples_run(page, tmp_path, monkeypatch):
+    """The blocks of a page in their order, as a reader would enter them; files go to the working folder."""
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for number, code in enumerate(blocks(page, "python"), 1):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_example_escapes(page):
+    """Every block is Python that runs, Python that is marked, or commands."""
+    text = page.read_text()
+    assert {info for info, _ in FENCE.findall(text)} <= {"python", NOT_RUN, ""}
+    assert text.count("```") == 2 * len(FENCE.findall(text))
+    assert text.count("```python\n") == len(blocks(page, "python"))
+    for code in blocks(page, NOT_RUN):
+        ast.parse(code)
+    for code in blocks(page, ""):
+        assert "import " not in code
+
+
+def test_nav_lists_every_page():
+    listed = re.findall(r"^  - .+: (\w+\.md)$", CONFIG.read_text(), re.MULTILINE)
+    assert sorted(listed) == [page.name for page in PAGES]
+
+
+def test_reference_has_every_public_name():
+    shown = re.findall(r"^(?:::: |      heading: )fastagop\.(\w+)$", API, re.MULTILINE)
+    assert set(fastagop.__all__) - set(shown) == set()
+    for module in (fastagop.collapse, fastagop.datasets, fastagop.network, fastagop.distributed):
+        name = module.__name__.split(".")[1]
+        (members,) = re.findall(rf"^::: fastagop\.{name}\n    options:\n      members: \[(.*)\]$", API, re.MULTILINE)
+        own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        public = set(getattr(module, "__all__", {key for key in own if not key.startswith("_")}))
+        assert public - {"Array"} == set(members.split(", ")), name
+
+
+def resolve(path: str):
+    """What a dotted path names; a module goes before the function of its name."""
+    names = path.split(".")
+    for cut in range(len(names), 0, -1):
+        try:
+            value = importlib.import_module(".".join(names[:cut]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, names[cut:], value)
+    raise AssertionError(f"{path} names nothing")
+
+
+def test_reference_shows_what_exists():
+    for path in re.findall(r"^::: ([\w.]+)$", API, re.MULTILINE):
+        assert inspect.getdoc(resolve(path)), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_in_the_text_exist(page):
+    for path in set(re.findall(r"(?<![\w/.])fastagop(?:\.\w+)+", page.read_text())):
+        resolve(path)
+
+
+def test_commands_exist():
+    from bench.__main__ import CASES
+
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"python -m bench (\w+)", text)) <= set(CASES)
+    extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n\n")[0]
+    for extra in set(re.findall(r"pip install (?:-e )?\"\.\[(\w+)\]\"", text)):
+        assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra
+    assert re.search(r"^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_site_builds(tmp_path):
+    """Strictly: a broken link, anchor, name or docstring section fails. Reading it fetches nothing from elsewhere."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(CONFIG), "-d", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        html = (tmp_path / page.name).with_suffix(".html").read_text()
+        assert not re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//", html)
+        assert not [tag for tag in re.findall(r"<link[^>]+>", html) if "stylesheet" in tag and "//" in tag]
+    html = (tmp_path / "api.html").read_text()
+    for name in set(fastagop.__all__) - {"agop", "solve", "explain"}:
+        assert f'id="fastagop.{name}"' in html, name
+    for name in ("agop", "solve", "explain"):
+        assert f'id="fastagop.{name}.{name}"' in html, name
+    measured = (tmp_path / "benchmarks.html").read_text()
+    names = re.findall(r"<!-- table (\w+) -->", (ROOT / "docs/pages/benchmarks.md").read_text())
+    assert {"agop_cpu", "network_cpu", "cg_cpu"} <= set(names)
+    for name in names:
+        assert f"the file is <code>bench/results/{name}.json" in measured
