@@ -50,7 +50,7 @@ def load(path, device=None):
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is damaged or was not written by ``save``, its kernel
-        is defined nowhere, or its device is not there.
+            is defined nowhere, or its device is not there.
     """
     tensors, words = storage.read(Path(path), _KIND)
     if words["estimator"] not in _HOMES:
