@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import fastagop
-from bench import machine, peers
+from bench import clock, machine, peers
 
 L = 2.0
 CASES = ((4000, 784, 10), (2000, 784, 100))
 _PEAK = """
-import sys, torch
+import sys
+from bench import clock
 from bench.agop_cpu import CONTENDERS, problem
 name, n, d, K = sys.argv[1], *map(int, sys.argv[2:])
 X, A = problem(n, d, K)
-small = problem(64, d, K)
-CONTENDERS[name](*small)  # libraries loaded, threads started
-def status(key):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")
-before = status("VmRSS")
-M = CONTENDERS[name](X, A)
-print(status("VmHWM") - before)
+CONTENDERS[name](*problem(64, d, K))  # libraries loaded, threads started
+print(clock.peak_bytes(lambda: CONTENDERS[name](X, A), clock.CPU))
 """
 
 
@@ -60,40 +50,17 @@ CONTENDERS: dict[str, Callable] = {
 
 
 def measure(n: int, d: int, K: int, repeats: int) -> list[dict]:
-    """One row per contender; runs are interleaved, so that the machine's drift meets all of them."""
+    """One row per contender."""
     X, A = problem(n, d, K)
     truth = fastagop.agop(fastagop.Laplace(L), X.double(), A.double(), reduction="sum", method="gradient")
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    error = {}
-    for repeat in range(repeats + 1):
-        for name, run in CONTENDERS.items():
-            start = time.perf_counter()
-            M = run(X, A)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-            error[name] = float((M - truth).norm() / truth.norm())
+    calls = {name: functools.partial(run, X, A) for name, run in CONTENDERS.items()}
     rows = []
-    for name, times in seconds.items():
-        ratios = [t / own for t, own in zip(times, seconds["fastagop"], strict=True)]
-        rows.append(
-            {
-                "n": n,
-                "d": d,
-                "K": K,
-                "contender": name,
-                "seconds": statistics.median(times),
-                "ratio": statistics.median(ratios),
-                "peak_bytes": _peak(name, n, d, K),
-                "error": error[name],
-            }
-        )
+    for row in clock.interleaved(calls, "fastagop", repeats):
+        M = row.pop("result")
+        peak = int(clock.alone(_PEAK, row["contender"], n, d, K))
+        error = float((M - truth).norm() / truth.norm())
+        rows.append({"n": n, "d": d, "K": K, **row, "peak_bytes": peak, "error": error})
     return rows
-
-
-def _peak(name: str, n: int, d: int, K: int) -> int:
-    command = [sys.executable, "-c", _PEAK, name, *map(str, (n, d, K))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
 
 
 def main(out: Path, repeats: int) -> None:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import fastagop
-from bench import machine
+from bench import clock, machine
 
 N, D, L, RIDGE = 20_000, 16, 2.0, 1e-3
 RANKS = (None, 0)  # the default preconditioner, and none
 _RUN = """
 import json, sys
-from bench.machine import peak_since, watch_peak
+from bench import clock
 from bench.cg_cpu import problem, run
 X, Y = problem(20_000)
 run(*problem(600), 30)  # libraries loaded, threads started
-before = watch_peak()
-row = run(X, Y, None if sys.argv[1] == "None" else int(sys.argv[1]))
-print(json.dumps(row | {"peak_bytes": peak_since(before)}))
+rows, rank = [], None if sys.argv[1] == "None" else int(sys.argv[1])
+peak = clock.peak_bytes(lambda: rows.append(run(X, Y, rank)), clock.CPU)
+print(json.dumps(rows[0] | {"peak_bytes": peak}))
 """
 
 
@@ -56,8 +54,8 @@ def main(out: Path) -> None:
     """Measure every rank in a process of its own, print the table, write the result file."""
     rows = []
     for rank in RANKS:
-        done = subprocess.run([sys.executable, "-c", _RUN, str(rank)], stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        printed = clock.alone(_RUN, rank)
+        rows.append(json.loads(printed))
     out.parent.mkdir(parents=True, exist_ok=True)
     case = {"d": D, "K": 10, "kernel": f"Laplace({L})", "ridge": RIDGE, "dtype": "float64"}
     out.write_text(json.dumps({"machine": machine.describe(), "case": case, "rows": rows}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Times and peaks of one call on any device."""
+"""Times and peaks of calls on any device: medians, interleaved contenders, memory beyond what was held before."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import contextlib
 import ctypes
 import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+
+CPU = torch.device("cpu")
 
 
 def synchronise(device: torch.device) -> None:
@@ -31,6 +36,30 @@ def seconds(run: Callable, device: torch.device, repeats: int = 3, warm: int = 1
     return statistics.median(times)
 
 
+def interleaved(contenders: Mapping[str, Callable], first: str, repeats: int) -> list[dict]:
+    """One row per contender on the CPU: median seconds, median ratio to the first one's, and the last result.
+
+    Every round runs all of them, so that the machine's drift meets all; the first round warms up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    results = {}
+    for repeat in range(repeats + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            results[name] = run()
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return [
+        {
+            "contender": name,
+            "seconds": statistics.median(own),
+            "ratio": statistics.median(t / one for t, one in zip(own, times[first], strict=True)),
+            "result": results[name],
+        }
+        for name, own in times.items()
+    ]
+
+
 def peak_bytes(run: Callable, device: torch.device) -> int | None:
     """Memory that a call takes beyond what was there before it: the allocator's on CUDA, the process's on Linux."""
     gc.collect()
@@ -47,8 +76,7 @@ def peak_bytes(run: Callable, device: torch.device) -> int | None:
 def _process_peak(run: Callable) -> int | None:
     """The largest resident size during a call over that before; libraries must be loaded already."""
     try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     except OSError:
         run()
         return None
@@ -62,3 +90,9 @@ def _process_peak(run: Callable) -> int | None:
 def _status(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def alone(code: str, *arguments: object) -> str:
+    """The last line that a fresh process prints: peaks do not depend on what ran before."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]

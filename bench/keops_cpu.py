@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 import fastagop
-from bench import machine
+from bench import clock, machine
 
 OPS: tuple[str, ...] = ("kernel_matmul", "gradients", "agop")
 N, K, FEATURES = 4000, 10, (1, 2, 3, 4, 8, 16)
@@ -20,14 +18,12 @@ LARGE = (20_000, 16)
 KERNEL = fastagop.Laplace(2.0)
 _PEAK = """
 import sys, torch
+from bench import clock
 from bench.keops_cpu import LARGE, call, problem
-from bench.machine import peak_since, watch_peak
 op, backend = sys.argv[1:]
 small, large = problem(300, LARGE[1], torch.float32), problem(*LARGE, torch.float32)
 call(op, backend, *small)  # libraries loaded, formulas compiled
-before = watch_peak()
-call(op, backend, *large)
-print(peak_since(before))
+print(clock.peak_bytes(lambda: call(op, backend, *large), clock.CPU))
 """
 
 
@@ -72,9 +68,9 @@ def crossover(rows: list[dict]) -> dict[str, int]:
 
 def peak(op: str, backend: str) -> dict:
     """Peak memory beyond the inputs at the large size, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", _PEAK, op, backend], stdout=subprocess.PIPE, text=True, check=True)
+    printed = clock.alone(_PEAK, op, backend)
     n, d = LARGE
-    return {"op": op, "backend": backend, "n": n, "d": d, "K": K, "peak_bytes": int(done.stdout.splitlines()[-1])}
+    return {"op": op, "backend": backend, "n": n, "d": d, "K": K, "peak_bytes": int(printed)}
 
 
 def main(out: Path, repeats: int) -> None:

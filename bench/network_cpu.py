@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,26 +12,20 @@ import torch
 from torch import nn
 from torch.func import jacrev, vmap
 
-from bench import machine
+from bench import clock, machine
 from fastagop import network
 
 N, D, WIDTH, K, HIDDEN = 2000, 784, 512, 10, 5
 LAYERS = [str(2 * i) for i in range(HIDDEN)]  # the Linear layers before the readout, in the Sequential
 Agops = dict[str, torch.Tensor]
 _PEAK = """
-import sys, torch
+import sys
+from bench import clock
 from bench.network_cpu import CONTENDERS, problem
 name = sys.argv[1]
 CONTENDERS[name](*problem(n=64))  # libraries loaded, threads started
 model, X = problem()
-def status(key):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")
-before = status("VmRSS")
-M = CONTENDERS[name](model, X)
-print(status("VmHWM") - before)
+print(clock.peak_bytes(lambda: CONTENDERS[name](model, X), clock.CPU))
 """
 
 
@@ -75,30 +66,17 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, torch.Tensor], Agops]] = {
 
 
 def measure(repeats: int) -> list[dict]:
-    """One row per contender; runs are interleaved, so that the machine's drift meets all of them."""
+    """One row per contender."""
     model, X = problem()
     plain = jacobians(model, X)
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    difference = {}
-    for repeat in range(repeats + 1):
-        for name, run in CONTENDERS.items():
-            start = time.perf_counter()
-            found = run(model, X)
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-            difference[name] = max(float((found[at] - M).norm() / M.norm()) for at, M in plain.items())
+    calls = {name: functools.partial(run, model, X) for name, run in CONTENDERS.items()}
     rows = []
-    for name, times in seconds.items():
-        ratios = [t / own for t, own in zip(times, seconds["fastagop"], strict=True)]
-        row = {"n": N, "width": WIDTH, "K": K, "layers": HIDDEN, "contender": name}
-        row |= {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
-        rows.append(row | {"peak_bytes": _peak(name), "difference": difference[name]})
+    for row in clock.interleaved(calls, "fastagop", repeats):
+        found = row.pop("result")
+        difference = max(float((found[at] - M).norm() / M.norm()) for at, M in plain.items())
+        facts = {"n": N, "width": WIDTH, "K": K, "layers": HIDDEN, **row}
+        rows.append(facts | {"peak_bytes": int(clock.alone(_PEAK, row["contender"])), "difference": difference})
     return rows
-
-
-def _peak(name: str) -> int:
-    done = subprocess.run([sys.executable, "-c", _PEAK, name], capture_output=True, text=True, check=True)
-    return int(done.stdout)
 
 
 def main(out: Path, repeats: int) -> None:

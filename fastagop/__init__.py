@@ -19,11 +19,13 @@ from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
-from fastagop.kernels.radial import Gaussian, Laplace
+from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor, load
+    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor
+    from fastagop.rfm import RFMClassifier, RFMRegressor
+    from fastagop.saving import load
 
 __version__ = "0.1.0"
 
@@ -33,8 +35,12 @@ __all__ = [
     "DeepRFMClassifier",
     "DeepRFMRegressor",
     "Gaussian",
+    "GeneralisedLaplace",
     "Laplace",
+    "Matern52",
     "NumericalWarning",
+    "RFMClassifier",
+    "RFMRegressor",
     "Solution",
     "agop",
     "collapse",
@@ -49,12 +55,18 @@ __all__ = [
     "solve",
 ]
 
-_LAZY = ("DeepRFMClassifier", "DeepRFMRegressor", "load")  # they import scikit-learn
+_LAZY = {  # they import scikit-learn or safetensors
+    "DeepRFMClassifier": "fastagop.estimators",
+    "DeepRFMRegressor": "fastagop.estimators",
+    "RFMClassifier": "fastagop.rfm",
+    "RFMRegressor": "fastagop.rfm",
+    "load": "fastagop.saving",
+}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
-        return getattr(importlib.import_module("fastagop.estimators"), name)
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastagop' has no attribute {name!r}")
 
 

@@ -120,7 +120,9 @@ def agop(
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)
 
 
-def agop_from_weights(W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, precision: str, backend: str):
+def agop_from_weights(
+    W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, precision: str, backend: str, center: bool = False
+) -> torch.Tensor:
     """Summed AGOP at X from its stored weights W (n, n), zero diagonal, by the backend that a plan named.
 
     W and alpha may be wider than X.
@@ -133,5 +135,5 @@ def agop_from_weights(W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, pre
 
             steps = triton_ops.steps(X, precision)
         return torch_agop.agop_from_weights(
-            W, X, alpha, X, center=False, method="auto", limit=None, rows=rows, steps=steps
+            W, X, alpha, X, center=center, method="auto", limit=None, rows=rows, steps=steps
         )

@@ -6,6 +6,7 @@ its digits where a formula that subtracts squared norms has long lost them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -148,3 +149,14 @@ def _classes(y, n: int) -> list[torch.Tensor]:
         raise ValueError(f"y must have at least 2 classes, got only the label {labels[0]}")
     order = torch.from_numpy(np.argsort(y, kind="stable"))
     return list(order.split(sizes.tolist()))
+
+
+def of_stages(stages: Mapping[str, torch.Tensor], y: torch.Tensor | np.ndarray) -> tuple[dict, dict]:
+    """(NC1, NC2) of the same samples at several stages, by name; infinite where all class means coincide."""
+    found_nc1, found_nc2 = {}, {}
+    for name, X in stages.items():
+        try:
+            found_nc1[name], found_nc2[name] = nc1(X, y), nc2(X, y)
+        except EqualMeansError:
+            found_nc1[name] = found_nc2[name] = float("inf")
+    return found_nc1, found_nc2

@@ -9,15 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, distributed, linalg
-from fastagop.agop import agop, agop_from_weights
+from fastagop import collapse, distributed, linalg, regression
 from fastagop.features import FeatureMap, random_features
-from fastagop.kernels import torch_blocks
-from fastagop.kernels._plan import Plan
+from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
-from fastagop.solve import Solution, plan_solve, solve_into
-
-AGOP_SCALES = ("max", "mean", "sum")
+from fastagop.regression import Machine
+from fastagop.solve import Solution
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,11 @@ class Settings:
     agop_scale: str
     precision: str
     backend: str
+
+    @property
+    def machine(self) -> Machine:
+        """The kernel regression of every layer."""
+        return Machine(self.kernel, self.ridge, self.precision, self.backend)
 
 
 @dataclass(frozen=True)
@@ -115,82 +117,24 @@ def train_layer(
     """One layer on its input X (n, d); returns (layer, projected, features), the same on every rank of a group."""
     clock, base = _Clock(X.device), _reset_peak(X.device)
     X = normalise_rows(X)
-    solution, M, planned = (
-        solve_and_agop(X, Y, settings, clock) if group is None else _shared(X, Y, settings, clock, group)
-    )
-    scale = _scale(M, settings.agop_scale, len(X))
+    solution, M, planned = regression.solve_and_agop(X, Y, settings.machine, group, mark=clock.mark)
+    scale = regression.agop_divisor(M, settings.agop_scale, len(X))
     M /= scale
     root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
-    projected = X @ root
+    projected = product(X, root)  # root is symmetric
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)
     clock.mark("features")
-    nc1, nc2 = _measures({"input": X, "projected": projected, "features": features}, classes)
+    nc1, nc2 = {}, {}
+    if classes is not None and int(classes.max()) > 0:
+        nc1, nc2 = collapse.of_stages({"input": X, "projected": projected, "features": features}, classes)
     clock.mark("measures")
     peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
     record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
     return Layer(M, root, phi, record), projected, features
-
-
-def _solve_stored(X, Y, settings: Settings) -> tuple[torch.Tensor, Solution, Plan]:
-    """(matrix that holds k(X, X) above its diagonal, solution in float64, plan)."""
-    kernel, precision = settings.kernel, settings.precision
-    plan, (_, _, ridge, dtype) = plan_solve(
-        kernel, X, Y, ridge=settings.ridge, method="cholesky", precision=precision, backend=settings.backend
-    )
-    K = X.new_empty(len(X), len(X), dtype=dtype)
-    return K, solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64), plan
-
-
-def solve_and_agop(X, Y, settings: Settings, clock: _Clock) -> tuple[Solution, torch.Tensor, int]:
-    """(solution, summed AGOP, planned bytes); the kernel matrix becomes the weights where that loses nothing."""
-    kernel, precision = settings.kernel, settings.precision
-    K, solution, plan = _solve_stored(X, Y, settings)
-    clock.mark("solve")
-    # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
-    W = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
-    del K
-    if W is None:
-        alpha = solution.alpha.to(X.dtype)
-        M = agop(kernel, X, alpha, reduction="sum", precision=precision, backend=settings.backend)
-    else:
-        M = agop_from_weights(W, X, solution.alpha, precision, plan.backend)
-    clock.mark("agop")
-    return solution, M, plan.peak_bytes
-
-
-def _shared(X, Y, settings: Settings, clock: _Clock, group) -> tuple[Solution, torch.Tensor, int]:
-    """What solve_and_agop returns, by the ranks of a group together; where no (n, n) matrix fits on the first rank,
-    conjugate gradients solve.
-    """
-    kernel, how = settings.kernel, {"precision": settings.precision, "backend": settings.backend, "group": group}
-    solution, planned = distributed.solve_as(torch.float64, kernel, X, Y, ridge=settings.ridge, **how)
-    clock.mark("solve")
-    M = distributed.agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", **how)
-    clock.mark("agop")
-    return solution, M, planned
-
-
-def _scale(M: torch.Tensor, name: str, n: int) -> float:
-    if name == "max":
-        largest = float(M.max())
-        return largest if largest > 0 else 1.0
-    return float(n) if name == "mean" else 1.0
-
-
-def _measures(stages: dict[str, torch.Tensor], classes: torch.Tensor | None):
-    if classes is None or int(classes.max()) == 0:
-        return {}, {}
-    nc1, nc2 = {}, {}
-    for name, X in stages.items():
-        try:
-            nc1[name], nc2[name] = collapse.nc1(X, classes), collapse.nc2(X, classes)
-        except collapse.EqualMeansError:
-            nc1[name] = nc2[name] = float("inf")
-    return nc1, nc2
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -203,10 +147,7 @@ def _reset_peak(device: torch.device) -> int | None:
 def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None) -> tuple[torch.Tensor, Solution]:
     """The kernel machine after the last layer: (its normalised centers, its solution)."""
     X = normalise_rows(X)
-    if group is not None:
-        how = {"precision": settings.precision, "backend": settings.backend, "group": group}
-        return X, distributed.solve_as(torch.float64, settings.kernel, X, Y, ridge=settings.ridge, **how)[0]
-    return X, _solve_stored(X, Y, settings)[1]
+    return X, regression.solve(X, Y, settings.machine, group)
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -54,17 +54,7 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     projected = nn.functional.linear(X, layer.weight)
     out = projected if layer.bias is None else projected + layer.bias
     features = out if activation is None else activation(out.clone())  # it may work in place
-    return _measured({"input": X, "projected": projected, "features": features}, y)
-
-
-def _measured(stages: Mapping[str, torch.Tensor], y) -> Split:
-    nc1, nc2 = {}, {}
-    for stage, X in stages.items():
-        try:
-            nc1[stage], nc2[stage] = collapse.nc1(X, y), collapse.nc2(X, y)
-        except collapse.EqualMeansError:
-            nc1[stage] = nc2[stage] = float("inf")
-    return Split(nc1, nc2)
+    return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from ._checks import BackendUnavailable
 from ._plan import Plan, block_rows, budget
 from .radial import Radial
-from .radial_keops import Formulas, formulas
+from .radial_keops import Formulas, constants, formulas
 
 log = logging.getLogger("fastagop")
 
@@ -72,14 +72,16 @@ class _Announcer(io.StringIO):
 
 
 @functools.cache
-def _reduction(what: str, formula: str, pair: str, d: int, width: int, dtype: torch.dtype, device: str):
-    """The compiled callable (rows, columns, b, g) -> sums of a formula over the columns, one per row.
+def _reduction(
+    what: str, formula: str, pair: str, d: int, width: int, parameters: int, dtype: torch.dtype, device: str
+):
+    """The compiled callable (rows, columns, b, c) -> sums of a formula over the columns, one per row.
 
-    ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); g (1,).
+    ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); c (parameters,).
     """
     what = f"{what}, {d} features, {width} columns, {str(dtype).removeprefix('torch.')}, {device}"
-    aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", "g=Pm(3,1)"]
-    tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (1,))]
+    aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", f"c=Pm(3,{parameters})"]
+    tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (parameters,))]
     how = "GPU_1D" if device.startswith("cuda") else "CPU"
     pykeops, printed = _pykeops(), _Announcer(what)
     try:
@@ -99,11 +101,6 @@ def _of(kernel: Radial) -> Formulas:
     found = formulas(kernel)
     assert found is not None  # ``missing`` said so
     return found
-
-
-def _inverse(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
-    """1 / L as KeOps takes it, small enough that times a difference of points (below 2^21, in units) it is finite."""
-    return like.new_tensor([min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)])
 
 
 def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:
@@ -128,11 +125,11 @@ def kernel_matmul(kernel: Radial, X, Z, V, plan: Plan | None = None) -> torch.Te
     if not (len(X) and V.numel()):
         return X.new_zeros(len(X), V.shape[1])
     d, p = X.shape[1], V.shape[1]
-    X, Z, g = X.contiguous(), Z.contiguous(), _inverse(kernel, X)
+    X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(V, _OUTPUTS)
     what, formula, width = f"kernel_matmul for {type(kernel).__name__}", f"{_of(kernel).value} * b", chunks[0].shape[1]
-    reduce = _reduction(what, formula, "xz", d, width, X.dtype, str(X.device))
-    return _joined([reduce(X, Z, chunk, g) for chunk in chunks], 1, p)
+    reduce = _reduction(what, formula, "xz", d, width, len(c), X.dtype, str(X.device))
+    return _joined([reduce(X, Z, chunk, c) for chunk in chunks], 1, p)
 
 
 def _joined(parts: list[torch.Tensor], dim: int, size: int) -> torch.Tensor:
@@ -151,15 +148,15 @@ def gradients(kernel: Radial, X, alpha, Z, plan: Plan | None = None) -> torch.Te
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     if not (n and m and K):
         return X.new_zeros(m, K, d)
-    X, Z, g = X.contiguous(), Z.contiguous(), _inverse(kernel, X)
+    X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(alpha, _OUTPUTS // d)
     what, formula, width = (
         f"gradients for {type(kernel).__name__}",
         f"TensorProd(b, {_of(kernel).slope})",
         chunks[0].shape[1],
     )
-    reduce = _reduction(what, formula, "zx", d, width, X.dtype, str(X.device))
-    return _joined([reduce(Z, X, chunk, g).view(m, width, d) for chunk in chunks], 1, K)
+    reduce = _reduction(what, formula, "zx", d, width, len(c), X.dtype, str(X.device))
+    return _joined([reduce(Z, X, chunk, c).view(m, width, d) for chunk in chunks], 1, K)
 
 
 def plan_agop(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) -> Plan:

@@ -13,7 +13,7 @@ from .split_triton import origin
 @triton.jit
 def _matmul_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, V, out, m, n, d, p,
-    stride_z, stride_x, stride_za, stride_xa, stride_v, stride_out, near, inv,
+    stride_z, stride_x, stride_za, stride_xa, stride_v, stride_out, near, constants_at,
     KIND: tl.constexpr, SELF: tl.constexpr, PREC: tl.constexpr, SECOND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -32,6 +32,6 @@ def _matmul_kernel(
             mask=v_in,
             other=0.0,
         )
-        acc += tl.dot(profile(sq, inv, KIND, False), v, input_precision=SECOND)
+        acc += tl.dot(profile(sq, constants_at, KIND, False), v, input_precision=SECOND)
     mask = (row + i < m)[:, None] & (column + c < p)[None, :]
     tl.store(origin(out, row, stride_out) + i[:, None] * stride_out + column + c[None, :], acc, mask=mask)

@@ -49,14 +49,14 @@ def squared_distances(
 @triton.jit
 def _matrix_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
-    near, inv_at, diagonal_at, first,
+    near, constants_at, diagonal_at, first,
     KIND: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
 
-    With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and 1 / L are on the device, since
-    numbers of a launch have float32's digits only.
+    With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and the kernel's constants are on
+    the device, since numbers of a launch have float32's digits only.
     """
     row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
     if LOWER and col > row + BM - 1:
@@ -65,7 +65,7 @@ def _matrix_kernel(
         Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, row, col, m, n, d, stride_z, stride_x, stride_za, stride_xa,
         near, first, SELF, PREC, BM, BN, BK,
     )  # fmt: skip
-    value = profile(sq, tl.load(inv_at), KIND, WEIGHT)
+    value = profile(sq, constants_at, KIND, WEIGHT)
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     mask = (row + i < m)[:, None] & (col + j < n)[None, :]
     if SELF:

@@ -1,16 +1,22 @@
 """Kernel profiles: a radial kernel is k(x, z) = phi(r) with r = ||x - z||_2.
 
-A kernel is added by writing one class here. Everything else in the package asks a profile three questions:
-its value and its gradient weight from squared distances, and, where a closed form exists, the gradient weight
-from a stored value.
+A kernel is added by writing one class here (docs/add_a_kernel.md). Everything else in the package asks a profile
+three questions: its value and its gradient weight from squared distances, and, where a closed form exists, the
+gradient weight from a stored value. Of these it takes for granted that phi(0) = 1 and that r enters as r / L.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+
+def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
+    """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
+    most = torch.finfo(like.dtype).max
+    return value if value <= most else min(beyond, most)
 
 
 @dataclass(frozen=True)
@@ -24,15 +30,25 @@ class Radial:
     bandwidth: float
 
     def __post_init__(self):
-        value = self.bandwidth
+        self._positive("bandwidth")
+
+    def _positive(self, name: str, most: float = math.inf) -> None:
+        """Make a parameter a float; refuse what is no number, not finite, or outside (0, most]."""
+        given = value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             try:
                 value = float(value)  # numpy scalars, zero-dimensional tensors
             except (TypeError, ValueError):
-                raise TypeError(f"bandwidth must be a number, got {self.bandwidth!r}") from None
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"bandwidth must be a positive finite number, got {self.bandwidth!r}")
-        object.__setattr__(self, "bandwidth", float(value))
+                raise TypeError(f"{name} must be a number, got {given!r}") from None
+        if not (math.isfinite(value) and 0 < value <= most):
+            limit = "" if most == math.inf else f" up to {most:g}"
+            raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")
+        object.__setattr__(self, name, float(value))
+
+    @property
+    def further_parameters(self) -> tuple[float, ...]:
+        """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
 
     def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
         """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""
@@ -69,19 +85,19 @@ class Laplace(Radial):
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
-        return sq.sqrt_().mul_(-1.0 / self.bandwidth).exp_()
+        return sq.sqrt_().mul_(-_factor(1.0 / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
         t = sq.sqrt_().mul_(-1.0 / self.bandwidth)  # t = -r / L
         torch.div(torch.exp(t), t, out=t)
-        t.mul_(-1.0 / self.bandwidth**2)
+        t.mul_(-1.0 / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(t, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by -k / (L^2 ln k), zero where k = 1."""
         torch.div(value, torch.log(value), out=value)
-        value.mul_(-1.0 / self.bandwidth**2)
+        value.mul_(-1.0 / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(value, posinf=0.0, neginf=0.0)
 
 
@@ -97,15 +113,87 @@ class Gaussian(Radial):
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
-        return sq.mul_(-0.5 / self.bandwidth**2).exp_()
+        return sq.mul_(-_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2."""
-        return self.value_(sq).mul_(1.0 / self.bandwidth**2)
+        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2; zero where 1 / L^2 overflows, as k does at any r > 0 then."""
+        return self.value_(sq).mul_(_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
-        return value.mul_(1.0 / self.bandwidth**2)
+        return value.mul_(_factor(1.0 / self.bandwidth / self.bandwidth, value, beyond=0.0))
+
+
+@dataclass(frozen=True)
+class GeneralisedLaplace(Radial):
+    r"""Generalised Laplace kernel, k(x, z) = exp(-(||x - z||_2 / L)^p).
+
+    Gradient weight w(r) = p r^(p-2) k / L^p, zero where r = 0. Exponent 1 is ``Laplace(L)`` and exponent 2 is
+    ``Gaussian(L / sqrt(2))``; positive definite for every exponent in (0, 2].
+
+    Args:
+        bandwidth: L > 0, in the units of the data.
+        exponent: p, 0 < p <= 2.
+    """
+
+    exponent: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._positive("exponent", most=2.0)
+
+    def _power_(self, r: torch.Tensor) -> torch.Tensor:
+        """Overwrite r by (r / L)^p."""
+        return r.mul_(_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
+
+    def value_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by exp(-(r / L)^p)."""
+        return self._power_(sq.sqrt_()).neg_().exp_()
+
+    def weight_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by p t exp(-t) / r^2 with t = (r / L)^p, zero where r = 0."""
+        t = self._power_(sq.sqrt())
+        torch.div(torch.exp(-t).mul_(t).mul_(self.exponent), sq, out=sq)
+        return torch.nan_to_num_(sq, nan=0.0, posinf=0.0)  # only r = 0 makes 0 / 0
+
+    def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Overwrite k by p k t^(1 - 2/p) / L^2 with t = -ln k, zero where k = 1; None for 1 < p < 2.
+
+        There a value rounds to 1 at distances whose gradient still counts: t has the absolute error of k.
+        """
+        if 1.0 < self.exponent < 2.0:
+            return None
+        weight = torch.log(value).neg_().pow_(1.0 - 2.0 / self.exponent)
+        value.mul_(weight).mul_(self.exponent / self.bandwidth / self.bandwidth)
+        return torch.nan_to_num_(value, nan=0.0, posinf=0.0)
+
+
+@dataclass(frozen=True)
+class Matern52(Radial):
+    r"""Matern kernel of smoothness 5/2, k(x, z) = (1 + s + s^2 / 3) exp(-s) with s = sqrt(5) ||x - z||_2 / L.
+
+    Gradient weight w(r) = 5 (1 + s) exp(-s) / (3 L^2), finite at r = 0, where it multiplies x - z = 0. It has no
+    closed form in k.
+
+    Args:
+        bandwidth: L > 0, in the units of the data.
+    """
+
+    def _scaled_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by s, cut where exp(-s) is zero, so that its square stays finite."""
+        return sq.sqrt_().mul_(_factor(math.sqrt(5.0) / self.bandwidth, sq)).clamp_(max=1e4)
+
+    def value_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by (1 + s + s^2 / 3) exp(-s)."""
+        s = self._scaled_(sq)
+        decay = torch.exp(-s)
+        return s.mul_(s / 3.0 + 1.0).add_(1.0).mul_(decay).clamp_(max=1.0)  # it may round upwards
+
+    def weight_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2); zero where that factor overflows."""
+        s = self._scaled_(sq)
+        decay = torch.exp(-s)
+        return s.add_(1.0).mul_(decay).mul_(_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
 
 def named(name: str) -> type[Radial]:

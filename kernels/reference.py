@@ -19,8 +19,8 @@ def _differences(X: np.ndarray, Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return difference, np.sqrt((difference**2).sum(-1))
 
 
-def _profile(kernel, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k and dk/dr, from the kernel's name and bandwidth only."""
+def profile(kernel, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k and dk/dr (any number where it does not exist), from the kernel's name and parameters only."""
     L, name = kernel.bandwidth, type(kernel).__name__
     if name == "Laplace":
         k = np.exp(-r / L)
@@ -28,6 +28,14 @@ def _profile(kernel, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if name == "Gaussian":
         k = np.exp(-(r**2) / (2 * L**2))
         return k, -k * r / L**2
+    if name == "GeneralisedLaplace":
+        p, safe = kernel.exponent, np.where(r > 0, r, 1.0)
+        k = np.exp(-((r / L) ** p))
+        return k, -p * safe ** (p - 1) / L**p * k
+    if name == "Matern52":
+        a = np.sqrt(5.0) / L
+        k = (1 + a * r + 5 * r**2 / (3 * L**2)) * np.exp(-a * r)
+        return k, (a + 10 * r / (3 * L**2)) * np.exp(-a * r) - a * k
     raise ValueError(f"the reference knows no kernel {name!r}")
 
 
@@ -35,7 +43,7 @@ def kernel_matrix(kernel, X: torch.Tensor, Z: torch.Tensor | None = None) -> tor
     """k(X, Z), shape (n, m), float64."""
     x, z = _float64(X, X if Z is None else Z)
     _, r = _differences(z, x)
-    return torch.from_numpy(_profile(kernel, r)[0])
+    return torch.from_numpy(profile(kernel, r)[0])
 
 
 def kernel_matmul(kernel, X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -49,7 +57,7 @@ def gradients(kernel, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor | No
     out = np.zeros((len(z), a.shape[1], x.shape[1]))
     for i in range(len(z)):  # one evaluation point at a time keeps memory at n d
         difference, r = _differences(x, z[i : i + 1])
-        slope = _profile(kernel, r)[1][0]
+        slope = profile(kernel, r)[1][0]
         r = r[0]
         # d/dz r = (z - x) / r, and zero by definition where r = 0
         factor = np.divide(-slope, r, out=np.zeros_like(r), where=r > 0)

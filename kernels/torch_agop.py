@@ -117,6 +117,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
     """sum_ic g_ic g_ic^T in float64 accumulation, shape (d, d), of X's dtype; method is what the caller said."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1])
+    alpha = alpha.contiguous()  # products with a transposed one take several times as long
     if plan.method == "gradient":
 
         def blocks():

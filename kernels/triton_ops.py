@@ -20,7 +20,7 @@ from .distance import NEAR, squared_norms
 from .matmul_triton import _matmul_kernel
 from .matrix_triton import _matrix_kernel
 from .radial import Radial
-from .radial_triton import kind
+from .radial_triton import constants, kind
 from .split_triton import Operand, operand
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
@@ -87,13 +87,12 @@ def fill(
     Self-pairs get phi(0) + ridge = 1 + ridge, or weight 0. ``lower`` computes half and stores it twice.
     """
     c = config("matrix", X.prec, out.device)
-    inv = out.new_full((1,), 1.0 / kernel.bandwidth)
     diagonal = out.new_full((1,), 0.0 if weight else 1.0 + ridge)
     if out.numel():
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
                 *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[out.dtype],
-                inv, diagonal, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
+                constants(kernel, out), diagonal, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
                 LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
             )  # fmt: skip
     return out
@@ -141,7 +140,7 @@ def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
         with _current(out):
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
-                NEAR[torch.float32], 1.0 / kernel.bandwidth, KIND=kind(kernel), SELF=own, PREC=prec,
+                NEAR[torch.float32], constants(kernel, out), KIND=kind(kernel), SELF=own, PREC=prec,
                 SECOND=INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
             )  # fmt: skip
     return out

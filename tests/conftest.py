@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastagop.kernels import _plan
+from fastagop.kernels import _plan, reference
 
 import fastagop
 
@@ -124,7 +124,7 @@ def gradient_bound():
     """gradient_bound(kernel, X, alpha, Z): relative error of the gradients that rounding explains.
 
     g_ic = sum_j W_ij A_jc x_j - s_ic z_i sums terms of size w |a| (|x| + |z|). Each term carries a few roundings
-    of its own, and those of its weight: an exponent t = r / L or r^2 / L^2 has a relative error of a few eps, so
+    of its own, and those of its weight: an exponent t such as r / L or r^2 / L^2 has a relative error of a few eps, so
     exp(-t) one of t times that. The bound is 4 eps times the sum of w (1 + t) |a| (|x| + |z|), over the norm of
     the true gradients; a method may move the origin to the points' mean, so the better of the two counts.
     """
@@ -135,13 +135,11 @@ def gradient_bound():
         z = x if Z is None else Z.double()
         difference = x[None] - z[:, None]
         r = difference.square().sum(-1).sqrt()
-        L = kernel.bandwidth
-        if isinstance(kernel, fastagop.Laplace):
-            t = r / L
-            w = torch.where(r > 0, torch.exp(-t) / (L * r), 0.0)
-        else:
-            t = (r / L).square()
-            w = torch.exp(-t / 2) / L**2
+        u = r / kernel.bandwidth
+        power = getattr(kernel, "exponent", 2.0 if isinstance(kernel, fastagop.Gaussian) else 1.0)
+        t = math.sqrt(5.0) * u if isinstance(kernel, fastagop.Matern52) else u**power
+        slope = torch.from_numpy(reference.profile(kernel, r.numpy())[1])
+        w = torch.where(r > 0, -slope / torch.where(r > 0, r, 1.0), 0.0)
         true = torch.einsum("ij,jc,ijk->ick", w, a, difference)
         w = w * (1.0 + t)
         sizes = []

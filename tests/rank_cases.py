@@ -26,7 +26,7 @@ from fastagop.kernels import _plan, reference
 from sklearn.base import clone
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, distributed, ranks
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed, ranks
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -163,6 +163,18 @@ def deep_rfm(folder):
     same_everywhere(unseeded.transform(X))
     single = DeepRFMClassifier(**{**settings, "dtype": "float32"}, process_group=group).fit(X, y)
     assert error(single.decision_function(X), alone.decision_function(X)) < 1e-4  # float32's own error
+
+
+def rfm(_):
+    """Two iterations on the group: the single-process metric, the same bits on every rank."""
+    X, y = normal(90, 8).numpy(), np.arange(90) % 3
+    X[:, 0] += y
+    settings = {"iterations": 2, "center": True, "dtype": "float64"}
+    alone = RFMClassifier(**settings).fit(X, y)
+    model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y)
+    assert error(model.M_, alone.M_) < 1e-9
+    assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
+    same_everywhere(model.decision_function(X))
 
 
 def refused(message, error_type, call):

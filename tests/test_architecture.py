@@ -139,6 +139,8 @@ CONTRACT = {
     "explain": "(op, *args, **kwargs)",
     "Laplace": "(bandwidth)",
     "Gaussian": "(bandwidth)",
+    "GeneralisedLaplace": "(bandwidth, exponent)",
+    "Matern52": "(bandwidth)",
 }
 
 
@@ -165,7 +167,18 @@ fastagop.DeepRFMClassifier  # the estimators, and scikit-learn, come when asked 
 print("sklearn" in sys.modules)
 """
     ).splitlines()
-    unwanted = {"sklearn", "scipy", "matplotlib", "torchvision", "pykeops", "triton", "PIL", "pandas", "safetensors"}
+    unwanted = {
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "torchvision",
+        "pykeops",
+        "triton",
+        "PIL",
+        "pandas",
+        "safetensors",
+        "xrfm",
+    }
     for line in printed[:2]:
         modules = line.split()
         tops = {name.split(".")[0] for name in modules}

@@ -38,7 +38,8 @@ def run(*words):
 
 def test_two_ranks(tmp_path):
     """Under torchrun, and one start for all cases: it costs more than they do."""
-    cases = ("functions", "unequal_memory", "guards", "solving", f"deep_rfm={tmp_path / 'checkpoint'}", "disagreement")
+    folder = tmp_path / "checkpoint"
+    cases = ("functions", "unequal_memory", "guards", "solving", f"deep_rfm={folder}", "rfm", "disagreement")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
 
 

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastagop
-from fastagop import Gaussian, Laplace
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
 
 # Acceptance: relative Frobenius error on well-spread data.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 WELL_SPREAD = ("spread", "collapsed 1", "offset", "zero-rows")
 DTYPES = [torch.float32, torch.float64]
 KERNELS = [Laplace(2.0), Gaussian(1.0), Laplace(0.05)]  # reasons in test_kernel_matrix.py
+OTHERS = [GeneralisedLaplace(2.0, 0.5), GeneralisedLaplace(1.0, 1.5), Matern52(2.0)]  # reasons in test_radial.py
 CLOUDS = [  # reasons in test_distance.py
     "spread",
     "collapsed 1",
@@ -32,6 +33,7 @@ CLOUDS = [  # reasons in test_distance.py
     "pairs",
 ]
 kernels = pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, *OTHERS], ids=repr)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -40,16 +42,23 @@ def predictor(kernel, X, alpha, z):
     difference = X - z
     other = (difference != 0).any(1)
     sq = difference[other].square().sum(1)
-    k = torch.exp(-sq.sqrt() / kernel.bandwidth) if isinstance(kernel, Laplace) else torch.exp(
-        -sq / (2 * kernel.bandwidth**2)
-    )  # fmt: skip
+    u = sq.sqrt() / kernel.bandwidth
+    match kernel:
+        case Laplace():
+            k = torch.exp(-u)
+        case Gaussian():
+            k = torch.exp(-u.square() / 2)
+        case GeneralisedLaplace():
+            k = torch.exp(-(u**kernel.exponent))
+        case _:
+            k = (1 + math.sqrt(5) * u + 5 / 3 * u.square()) * torch.exp(-math.sqrt(5) * u)
     return k @ alpha[other]
 
 
 # ---- the reference itself
 
 
-@kernels
+@every_kernel
 @pytest.mark.parametrize("name", ["spread", "collapsed 1e-3"])
 def test_reference_against_autograd(kernel, name, cloud, normal, relative):
     X, alpha = cloud(name, n=40, d=5), normal(40, 3)
@@ -70,7 +79,7 @@ def test_reference_against_autograd(kernel, name, cloud, normal, relative):
 # ---- gradients: accuracy
 
 
-@kernels
+@every_kernel
 @dtypes
 @pytest.mark.parametrize("name", CLOUDS)
 def test_own_points(kernel, dtype, name, cloud, normal, relative, gradient_bound):
@@ -227,7 +236,7 @@ def test_laws(seed, spread, kernel, cloud, normal, relative):
 # ---- kernel_matmul
 
 
-@kernels
+@every_kernel
 @dtypes
 @pytest.mark.parametrize("name", [*CLOUDS, "identical"])
 def test_matmul(kernel, dtype, name, cloud, normal):

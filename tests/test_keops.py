@@ -6,6 +6,7 @@ cache is cold: all cases share D features and K outputs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -18,7 +19,7 @@ from fastagop.kernels import _backends, keops_ops, reference
 from fastagop.kernels.radial import Radial
 
 import fastagop
-from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, Laplace
+from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
 
 D, K = 5, 3
 KEOPS = {"backend": "keops"}
@@ -63,6 +64,21 @@ def test_against_the_reference(kernel, dtype, name, cloud, normal):
             truth = reference.agop(kernel, X, alpha, where, **how)
             scale = float(reference.agop(kernel, X, alpha, where, reduction=how["reduction"]).norm())
             agrees(fastagop.agop(kernel, X, alpha, where, **how, **KEOPS), truth, scale)
+
+
+@needs_keops
+@pytest.mark.parametrize("kernel", [GeneralisedLaplace(2.0, 0.7), Matern52(1.0)], ids=repr)
+def test_further_kernels(kernel, cloud, normal):
+    """In float64 only, where a constant that KeOps keeps in float32 shows: all else is the same for every kernel."""
+    alpha = normal(60, K)
+    for name in ("collapsed 1e-4", "identical"):
+        X = cloud(name, n=60, d=D)
+        agrees(fastagop.kernel_matmul(kernel, X, None, alpha, **KEOPS), reference.kernel_matmul(kernel, X, X, alpha))
+        agrees(fastagop.gradients(kernel, X, alpha, **KEOPS), reference.gradients(kernel, X, alpha))
+        agrees(fastagop.agop(kernel, X, alpha, **KEOPS), reference.agop(kernel, X, alpha))
+    X, narrow = cloud("spread", n=60, d=D), dataclasses.replace(kernel, bandwidth=1e-300)
+    assert torch.equal(fastagop.kernel_matmul(narrow, X, None, alpha, **KEOPS), alpha)
+    assert not fastagop.gradients(narrow, X, alpha, **KEOPS).any()
 
 
 @needs_keops
@@ -212,7 +228,7 @@ def test_a_compilation_that_fails_says_what_it_needs(monkeypatch):
 
     monkeypatch.setattr(keops_ops, "_pykeops", lambda: Broken)
     with pytest.raises(BackendUnavailable, match=r"kernel_matmul.*2 features.*pykeops_cpp_1234.*python3-dev"):
-        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, torch.float32, "cpu")
+        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, 1, torch.float32, "cpu")
 
 
 @needs_keops

@@ -130,6 +130,7 @@ def test_wheel_contents(wheel):
         tops = archive.read(next(n for n in names if n.endswith("top_level.txt"))).decode().split()
     info = next(name for name in names if name.endswith("/WHEEL")).removesuffix("/WHEEL")
     expected = {f"fastagop/{path.name}" for path in (ROOT / "fastagop").glob("*.py")}
+    expected |= {f"fastagop/integrations/{path.name}" for path in (ROOT / "fastagop/integrations").glob("*.py")}
     expected |= {f"fastagop/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     expected |= {"fastagop/py.typed"}
     expected |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE")}

@@ -15,29 +15,50 @@ from fastagop.kernels.radial import Radial
 from fastagop.kernels.torch_blocks import weights_from_upper_
 
 import fastagop
-from fastagop import Gaussian, Laplace
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
 
 DTYPES = [torch.float32, torch.float64]
-KERNELS = [Laplace(2.0), Laplace(0.3), Gaussian(1.0), Gaussian(5.0)]  # bandwidths on both sides of 1
+KERNELS = [
+    *(Laplace(2.0), Laplace(0.3), Gaussian(1.0), Gaussian(5.0)),  # bandwidths on both sides of 1
+    GeneralisedLaplace(2.0, 0.5),  # a gradient that grows without bound at distance zero
+    GeneralisedLaplace(0.7, 1.4),  # between Laplace and Gaussian
+    *(Matern52(1.0), Matern52(5.0)),
+]
+CLASSES = {Laplace: (), Gaussian: (), GeneralisedLaplace: (0.7,), Matern52: ()}  # with their further parameters
+classes = pytest.mark.parametrize("cls", CLASSES)
 
 
 def phi(kernel, r: float) -> float:
-    L = kernel.bandwidth
-    return math.exp(-r / L) if isinstance(kernel, Laplace) else math.exp(-(r**2) / (2 * L**2))
+    u = r / kernel.bandwidth
+    match kernel:
+        case Laplace():
+            return math.exp(-u)
+        case Gaussian():
+            return math.exp(-(u**2) / 2)
+        case GeneralisedLaplace():
+            return math.exp(-(u**kernel.exponent))
+    return (1 + math.sqrt(5) * u + 5 * u**2 / 3) * math.exp(-math.sqrt(5) * u)
 
 
 def weight(kernel, r: float) -> float:
     """-phi'(r) / r."""
-    L = kernel.bandwidth
-    return phi(kernel, r) / (L * r) if isinstance(kernel, Laplace) else phi(kernel, r) / L**2
+    L, u = kernel.bandwidth, r / kernel.bandwidth
+    match kernel:
+        case Laplace():
+            return phi(kernel, r) / (L * r)
+        case Gaussian():
+            return phi(kernel, r) / L**2
+        case GeneralisedLaplace():
+            return kernel.exponent * u ** (kernel.exponent - 2) * phi(kernel, r) / L**2
+    return 5 * (1 + math.sqrt(5) * u) * math.exp(-math.sqrt(5) * u) / (3 * L**2)
 
 
 def close(got, wanted, kernel, radii):
     """Within the roundings of the exponent t, which exp multiplies by t, and a few of the rest."""
     eps = torch.finfo(got.dtype).eps
     for g, w, r in zip(got.tolist(), wanted, radii, strict=True):
-        t = max(r / kernel.bandwidth, (r / kernel.bandwidth) ** 2)
-        assert abs(g - w) <= 4 * eps * (1 + t) * w, (r, g, w)
+        s = r / kernel.bandwidth * (math.sqrt(5) if isinstance(kernel, Matern52) else 1.0)
+        assert abs(g - w) <= 4 * eps * (1 + max(s, s**2)) * w, (r, g, w)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -53,7 +74,7 @@ def test_value_and_weight(kernel, dtype):
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_weight_is_minus_the_derivative_over_r(kernel):
     r = torch.linspace(0.1, 4.0, 40, dtype=torch.float64)
-    h = 1e-5  # central differences: error h^2 / 6 of the third derivative, up to 1/L^3 = 40
+    h = 1e-5  # central differences: error h^2 / 6 of the third derivative, up to 1/L^3 = 40 (100 for exponent 0.5)
     slope = (kernel.value_((r + h).square()) - kernel.value_((r - h).square())) / (2 * h)
     assert torch.allclose(kernel.weight_(r.square()), -slope / r, rtol=0.0, atol=1e-7)
 
@@ -65,14 +86,14 @@ def test_zero_distance(kernel, dtype):
     assert kernel.value_(zero.clone()).tolist() == [1.0] * 3
     got = kernel.weight_(zero.clone())
     assert bool(got.isfinite().all())  # whatever it is, it multiplies x - z = 0
-    if isinstance(kernel, Laplace):
+    if isinstance(kernel, (Laplace, GeneralisedLaplace)):
         assert got.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_underflow_is_zero(kernel, dtype):
-    far = torch.tensor([1e4, 1e8], dtype=dtype).square()
+    far = torch.tensor([1e7, 1.8e19], dtype=dtype).square()  # nearly the last squares that float32 holds
     assert kernel.value_(far.clone()).tolist() == [0.0, 0.0]
     assert kernel.weight_(far.clone()).tolist() == [0.0, 0.0]
     rebuilt = kernel.weight_from_value_(torch.zeros(2, dtype=dtype))
@@ -80,6 +101,20 @@ def test_underflow_is_zero(kernel, dtype):
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-20, 1e-40, 1e-200])  # 1 / L^2, or 1 / L, is no float32 number; or no float64
+def test_narrow(kernel, bandwidth):
+    kernel, sq = dataclasses.replace(kernel, bandwidth=bandwidth), torch.tensor([0.0, 1e-6, 1.0])
+    assert kernel.value_(sq.clone()).tolist() == [1.0, 0.0, 0.0]
+    assert kernel.weight_(sq.clone()).tolist() == [0.0, 0.0, 0.0]
+    X = torch.eye(4)
+    assert torch.equal(kernel(X, X.clone()), X)
+    assert not fastagop.gradients(kernel, X, X, X.clone()).any()
+
+
+CLOSED = [*KERNELS[:5], GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2)]  # weights known from values
+
+
+@pytest.mark.parametrize("kernel", CLOSED, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_from_value(kernel, dtype):
     r = torch.tensor([0.05, 0.5, 1.0, 3.0], dtype=dtype)
@@ -89,13 +124,38 @@ def test_weight_from_value(kernel, dtype):
     # ln k of a rounded k is off by eps: relative to t that is eps / t, and t is at least (0.05 / 5)^2 / 2
     eps = torch.finfo(dtype).eps
     t = -torch.log(k.double())
-    allowed = 4 * eps * (1 + t + (1 / t if isinstance(kernel, Laplace) else 0.0))
+    power = {Laplace: 1.0, Gaussian: 0.0}.get(type(kernel)) or 2.0 / getattr(kernel, "exponent", 2.0) - 1.0
+    allowed = 4 * eps * (1 + t + power / t)
     wanted = torch.tensor([weight(kernel, x) for x in r.double().tolist()], dtype=torch.float64)
     assert bool(((rebuilt.double() - wanted).abs() <= allowed * wanted).all())
     assert bool(kernel.weight_from_value_(torch.ones(2, dtype=dtype)).isfinite().all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", [*KERNELS[5:], GeneralisedLaplace(2.0, 1.99)], ids=repr)
+def test_weights_without_a_closed_form(kernel):
+    K = torch.rand(5, 5)
+    before = K.clone()
+    assert kernel.weight_from_value_(K) is None
+    assert weights_from_upper_(kernel, K) is None
+    assert torch.equal(K, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kernel", "twin"),
+    [(GeneralisedLaplace(1.7, 1), Laplace(1.7)), (GeneralisedLaplace(1.7 * math.sqrt(2.0), 2), Gaussian(1.7))],
+    ids=repr,
+)
+def test_kernels_that_are_the_same(kernel, twin, dtype):
+    sq = torch.logspace(-6, 2, 50, dtype=dtype)
+    close = {"rtol": 200 * torch.finfo(dtype).eps, "atol": 0.0}  # exponents up to 60
+    torch.testing.assert_close(kernel.value_(sq.clone()), twin.value_(sq.clone()), **close)
+    torch.testing.assert_close(kernel.weight_(sq.clone()), twin.weight_(sq.clone()), **close)
+    k = torch.linspace(0.01, 0.99, 50, dtype=dtype)
+    torch.testing.assert_close(kernel.weight_from_value_(k.clone()), twin.weight_from_value_(k.clone()), **close)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:5], ids=repr)
 @pytest.mark.parametrize("rows", [1, 7, 30, 256])  # single rows, a short last block, one block, more than there is
 def test_weights_of_a_stored_matrix(kernel, rows, cloud):
     """From kernel values above the diagonal, over whatever a factorisation left below: weights, zero for self."""
@@ -119,7 +179,8 @@ def test_weights_of_a_stored_matrix(kernel, rows, cloud):
 @pytest.mark.parametrize("method", ["value_", "weight_", "weight_from_value_"])
 def test_profiles_work_in_place(kernel, method):
     block = torch.rand(4, 6)[:, 1:4]  # strided, as a block of a larger matrix is
-    assert getattr(kernel, method)(block).data_ptr() == block.data_ptr()
+    result = getattr(kernel, method)(block)
+    assert method == "weight_from_value_" if result is None else result.data_ptr() == block.data_ptr()
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
@@ -129,14 +190,15 @@ def test_call_is_kernel_matrix(kernel, cloud):
     assert torch.equal(kernel(X), fastagop.kernel_matrix(kernel, X))
 
 
-@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+@classes
 def test_kernels_are_values(cls):
-    kernel = cls(2)
-    assert kernel == cls(2.0)
-    assert hash(kernel) == hash(cls(2.0))
-    assert kernel != cls(2.5)
+    further = CLASSES[cls]
+    kernel = cls(2, *further)
+    assert kernel == cls(2.0, *further)
+    assert hash(kernel) == hash(cls(2.0, *further))
+    assert kernel != cls(2.5, *further)
     assert type(kernel.bandwidth) is float
-    assert {kernel: "found"}[cls(2.0)] == "found"
+    assert {kernel: "found"}[cls(2.0, *further)] == "found"
     with pytest.raises(dataclasses.FrozenInstanceError):
         kernel.bandwidth = 3.0
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -144,17 +206,27 @@ def test_kernels_are_values(cls):
     for twin in (pickle.loads(pickle.dumps(kernel)), copy.copy(kernel), copy.deepcopy(kernel)):
         assert twin == kernel
         assert type(twin) is cls
-    assert repr(kernel) == f"{cls.__name__}(bandwidth=2.0)"
+    assert repr(kernel).startswith(f"{cls.__name__}(bandwidth=2.0")
     assert eval(repr(kernel), {cls.__name__: cls}) == kernel
-    assert cls(bandwidth=2.0) == kernel
+    assert cls(**dataclasses.asdict(kernel)) == kernel
 
 
 def test_kernels_of_different_kind_differ():
     assert Laplace(2.0) != Gaussian(2.0)
     assert len({Laplace(2.0), Gaussian(2.0), Laplace(2)}) == 2
+    assert GeneralisedLaplace(2.0, 1.0) != Laplace(2.0)
+    assert GeneralisedLaplace(2.0, 1) == GeneralisedLaplace(2.0, np.float32(1)) != GeneralisedLaplace(2.0, 1.5)
 
 
-@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (2.0001, ValueError), (math.nan, ValueError), ("flat", TypeError)]
+)
+def test_bad_exponent(value, error):
+    with pytest.raises(error, match="exponent"):
+        GeneralisedLaplace(2.0, value)
+
+
+@classes
 @pytest.mark.parametrize(
     "value",
     [
@@ -168,13 +240,13 @@ def test_kernels_of_different_kind_differ():
     ids=lambda v: type(v).__name__,
 )
 def test_any_number_is_a_bandwidth(cls, value):
-    kernel = cls(value)
-    assert kernel == cls(0.5)
+    kernel = cls(value, *CLASSES[cls])
+    assert kernel == cls(0.5, *CLASSES[cls])
     assert type(kernel.bandwidth) is float
     assert pickle.loads(pickle.dumps(kernel)) == kernel
 
 
-@pytest.mark.parametrize("cls", [Laplace, Gaussian])
+@classes
 @pytest.mark.parametrize(
     ("value", "error"),
     [
@@ -194,7 +266,7 @@ def test_any_number_is_a_bandwidth(cls, value):
 )
 def test_bad_bandwidth(cls, value, error):
     with pytest.raises(error, match="bandwidth"):
-        cls(value)
+        cls(value, *CLASSES[cls])
 
 
 @pytest.mark.parametrize("method", ["value_", "weight_"])

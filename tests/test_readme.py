@@ -1,11 +1,15 @@
 """The README's promises: its example runs, its commands exist, its figures come from the committed file."""
 
+import importlib
 import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGE = ROOT / "docs/pages/add_a_kernel.md"
 
 
 def test_example_runs(capsys):
@@ -13,6 +17,21 @@ def test_example_runs(capsys):
     assert len(block.strip().splitlines()) <= 12
     exec(compile(block, "README.md", "exec"), {})
     assert "agop: backend torch" in capsys.readouterr().out
+
+
+def test_the_kernel_that_docs_add(python):
+    """In a process of its own: a kernel class stays known by its name."""
+    (block,) = re.findall(r"```{.python .not-run}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    check = """
+X, alpha = X.double(), solution.alpha.double()
+Z, step = torch.randn(5, 8).double(), 1e-4 * torch.randn(5, 8).double()
+fall = (kernel(Z + step, X) - kernel(Z - step, X)) @ alpha
+along = 2 * torch.einsum("icd,id->ic", fastagop.gradients(kernel, X, alpha, Z), step)
+print(float((fall - along).norm() / along.norm()), tuple(M.shape), solution.jitter, repr(kernel))
+"""
+    error, *rest = python(block + check).split(" ", 1)
+    assert float(error) <= 1e-5  # of a central difference
+    assert rest == ["(8, 8) 0.0 RationalQuadratic(bandwidth=2.0, shape=1.5)\n"]
 
 
 def test_commands_and_files_exist():
@@ -24,9 +43,9 @@ def test_commands_and_files_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_speed_table_is_the_committed_result():
-    from bench.agop_cpu import table
-
-    rows = json.loads((ROOT / "bench/results/agop_cpu.json").read_text())["rows"]
-    inside = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
-    assert inside.strip() == table(rows)
+@pytest.mark.parametrize("case", ["agop", "network", "cg"])
+def test_tables_are_the_committed_results(case):
+    module = importlib.import_module(f"bench.{case}_cpu")
+    rows = json.loads((ROOT / f"bench/results/{case}_cpu.json").read_text())["rows"]
+    inside = README.split(f"<!-- {case} -->")[1].split(f"<!-- /{case} -->")[0]
+    assert inside.strip() == module.table(rows)

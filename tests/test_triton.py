@@ -33,7 +33,7 @@ def test_cases():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def compiled(operation, precision, capability):
+def compiled(operation, precision, capability, profile="laplace", weight=True):
     """One launch configuration, compiled as it would be for 16-divisible sizes and pointers."""
     from fastagop.kernels import agop_triton, cholesky_triton, matmul_triton, matrix_triton
 
@@ -47,8 +47,8 @@ def compiled(operation, precision, capability):
     config = _config.TABLE[capability // 10][operation, precision]
     second = {"fp16x3": "tf32x3"}.get(precision, precision)
     constants = {
-        **{"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner, "KIND": "laplace"},
-        **{"WEIGHT": True, "SELF": True, "LOWER": True, "SECOND": second, "BP": 64},
+        **{"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner, "KIND": profile},
+        **{"WEIGHT": weight, "SELF": True, "LOWER": True, "SECOND": second, "BP": 64},
     }
     names = kernel.arg_names
     whole = "*fp64" if precision == "fp64" else "*fp32"
@@ -58,7 +58,7 @@ def compiled(operation, precision, capability):
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("near", "inv"):
+        elif name == "near":
             signature[name] = "fp32"
         elif name in counts or name.startswith("stride"):
             signature[name] = "i32"
@@ -91,6 +91,19 @@ def test_ahead_of_time(operation, precision, capability, monkeypatch):
     assert binary.metadata.shared <= SHARED[capability]
     instruction = "DMMA" if precision == "fp64" else MATRIX_INSTRUCTION[capability]
     assert re.search(rf"\b{instruction}\b", assembly)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("profile", ["generalised laplace", "matern52"])
+@pytest.mark.parametrize(
+    ("operation", "precision", "weight"),
+    [("matrix", "fp16x3", True), ("matrix", "fp64", False)],  # what holds most registers; what solve starts from
+)
+def test_further_profiles_ahead_of_time(operation, precision, weight, profile, capability, monkeypatch):
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")
+    binary = compiled(operation, precision, capability, profile, weight)
+    assert not re.findall(r"\b(?:STL|LDL)\b", binary.asm["sass"]), "registers spill"
+    assert binary.metadata.shared <= SHARED[capability]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -4,6 +4,8 @@
 Blocks are 32 x 32 x 32 there: 70 points and 37 features leave tails in every direction.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from fastagop.kernels import _config, reference, triton_ops
@@ -12,7 +14,7 @@ from fastagop.kernels.split_triton import operand
 
 import fastagop
 from bench import calibrate
-from fastagop import Gaussian, Laplace, linalg
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, linalg
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -110,6 +112,25 @@ def test_float64_kernel_matrix(kernel, spread):
     distance = (1.0 - K).cpu().fill_diagonal_(1.0), (1.0 - truth).fill_diagonal_(1.0)
     if spread is None or isinstance(kernel, Laplace):  # 1 - k of a near pair is far above rounding
         assert float(((distance[0] - distance[1]) / distance[1]).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("kernel", [GeneralisedLaplace(1.7, 0.7), GeneralisedLaplace(1.7, 2), Matern52(1.7)], ids=repr)
+@pytest.mark.parametrize("spread", [None, 1e-3])
+def test_further_profiles(kernel, spread):
+    """Value and weight, in float32 and the value in float64; all else is the same for every kernel."""
+    X, alpha = points(40, spread=spread), normal(40, 2)
+    truth = reference.kernel_matrix(kernel, X)
+    K = fastagop.kernel_matrix(kernel, X, **TRITON)
+    assert error(K, truth) <= 16 * EPS
+    assert float(K.max()) == 1.0
+    product = fastagop.kernel_matmul(kernel, X, X[:35], alpha[:35], **TRITON)
+    assert error(product, truth[:, :35] @ alpha[:35].cpu().double()) <= 16 * EPS
+    limit = 32 * EPS if spread is None or kernel != GeneralisedLaplace(1.7, 0.7) else 1e-3  # singular at distance 0
+    assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
+    wide = triton_ops.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
+    assert error(wide, truth) <= 1e-14
+    narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
+    assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), torch.eye(40, device=DEVICE))
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

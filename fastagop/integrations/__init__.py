@@ -1,0 +1,1 @@
+"""fastagop inside other libraries; each module imports the library it is named after."""

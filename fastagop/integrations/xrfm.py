@@ -1,0 +1,120 @@
+"""fastagop's kernels for xRFM: its kernel matrix, gradients and AGOP in place of xRFM's own.
+
+    from fastagop.integrations.xrfm import FastKernel
+    model = xrfm.RFM(kernel=FastKernel(fastagop.Laplace(10.0)), ...)  # was: kernel="laplace", bandwidth=10.0
+    model = xrfm.xRFM(rfm_params={"model": {"kernel": FastKernel(fastagop.Laplace(10.0)), ...}, "fit": {...}})
+
+Tested with xrfm 0.4.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fastagop.agop import agop
+from fastagop.kernels import _checks, torch_agop, torch_blocks
+from fastagop.kernels.operations import gradients, in_units, kernel_matrix
+from fastagop.kernels.radial import Radial
+
+try:
+    from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
+except ImportError as error:
+    raise ImportError("fastagop.integrations.xrfm needs xRFM; pip install 'xrfm>=0.4.5'") from error
+
+_SAMPLE = 5000  # points whose distances adapt the bandwidth, as many as xRFM takes
+_ROWS = 512
+
+
+class FastKernel(LaplaceKernel):
+    """Any fastagop kernel as a kernel of xRFM.
+
+    Same shapes and conventions as xRFM's: ``x`` (n, d) centers, ``z`` (m, d) points, ``coefs`` (f, n), ``mat`` M^(1/2)
+    as (d, d), (d,) or None; AGOPs are sums over the points. It derives from xRFM's ``LaplaceKernel`` because xRFM gives
+    that class its large batches. A pair at distance zero contributes no gradient, however small the others are.
+
+    One object holds one bandwidth, as every kernel object of xRFM does: several leaves with
+    ``bandwidth_mode="adaptive"`` would overwrite each other's. Categorical features are not served.
+
+    Args:
+        kernel: a fastagop kernel such as ``fastagop.Laplace(10.0)``, ``Laplace(L)`` being xRFM's "laplace" and
+            ``GeneralisedLaplace(L, p)`` its "laplace" with exponent p.
+        precision, backend: as in ``fastagop.kernel_matrix``.
+        bandwidth_mode: kept for xRFM, which reads its own parameter of that name.
+    """
+
+    def __init__(
+        self, kernel: Radial, *, precision: str = "highest", backend: str = "auto", bandwidth_mode: str = "constant"
+    ):
+        _checks.kernel(kernel)
+        super().__init__(kernel.bandwidth, getattr(kernel, "exponent", 1.0), bandwidth_mode=bandwidth_mode)
+        self._kernel, self.precision, self.backend = kernel, precision, backend
+
+    @property
+    def kernel(self) -> Radial:
+        """The fastagop kernel with the bandwidth that xRFM has set."""
+        return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
+
+    def set_categorical_indices(self, *args, **kwargs):
+        """Refused: a fastagop kernel takes the Euclidean distance of all features."""
+        raise NotImplementedError(
+            "FastKernel serves no categorical features; encode them as numbers, or use xRFM's own LaplaceKernel"
+        )
+
+    def _points(self, x: torch.Tensor, z: torch.Tensor, mat: torch.Tensor | None):
+        """(centers, points) times M^(1/2), one tensor where they are equal: half the work, and self-pairs by index."""
+        own = z is x or (z.shape == x.shape and torch.equal(z, x))
+        x = self._transform_m(x, mat)
+        return x, x if own else self._transform_m(z, mat)
+
+    def _get_kernel_matrix_impl(self, x, z, mat=None):
+        x, z = self._points(x, z, mat)
+        if not self.is_adaptive_bandwidth:
+            self._adapt(x, z)
+        return kernel_matrix(self.kernel, x, z, precision=self.precision, backend=self.backend)
+
+    def _adapt(self, x: torch.Tensor, z: torch.Tensor) -> None:
+        """Hand xRFM the distances that it sets the bandwidth from, of a sample where there are more than it takes."""
+        if len(x) > _SAMPLE:
+            index = torch.randperm(len(x))[:_SAMPLE].to(x.device)
+            x, z = x[index], z[index]
+        self._adapt_bandwidth(torch.cdist(x, z).pow_(self.exponent))
+
+    def _get_function_grad_impl(self, x, z, coefs, mat=None):
+        x, z = self._points(x, z, mat)
+        g = gradients(self.kernel, x, coefs.T, z, precision=self.precision, backend=self.backend)
+        return g.transpose(0, 1)
+
+    def get_agop(self, x, z, coefs, mat=None, center_grads=False):
+        """Sum over outputs and points of grad f grad f^T with respect to the input, (d, d).
+
+        With ``center_grads`` one mean over all outputs and points is subtracted, xRFM's convention.
+        """
+        x, z = self._points(x, z, mat)
+        alpha = coefs.T
+        M = agop(
+            self.kernel,
+            x,
+            alpha,
+            z,
+            reduction="sum",
+            center=center_grads,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        if center_grads and alpha.shape[1] > 1:  # the outputs' own means were subtracted: put back how they differ
+            mean = self._means(x, alpha, z)
+            mean -= mean.mean(0)
+            M += len(z) * (mean.T @ mean)
+        return self._transform_m(self._transform_m(M, mat).T, mat).T
+
+    def _means(self, x, alpha, z) -> torch.Tensor:
+        """mean_i grad f_c(z_i), shape (outputs, d)."""
+        kernel, x, z, unit = in_units(self.kernel, x, z)
+        blocks = ((row, kernel.weight_(block)) for row, block in torch_blocks.tiles(x, z, _ROWS))
+        return torch_agop.mean_gradient(blocks, alpha, x, z, torch_blocks.dominant_offset(x)) / unit
+
+    def get_agop_diag(self, x, z, coefs, mat=None, center_grads=False):
+        """The diagonal of ``get_agop``, (d,)."""
+        return self.get_agop(x, z, coefs, mat, center_grads).diagonal().clone()

@@ -1,0 +1,229 @@
+"""Recursive feature machines as scikit-learn estimators: a kernel machine that learns its own metric ||x - z||_M."""
+
+from __future__ import annotations
+
+import numbers
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+from tqdm.auto import tqdm
+
+from fastagop import distributed, linalg, regression, storage
+from fastagop.base import Classifier, KernelEstimator, Regressor
+from fastagop.kernels import _checks
+from fastagop.kernels.radial import Laplace
+from fastagop.solve import Solution, report
+
+_LAPLACE = Laplace(10.0)
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """What happened in one iteration.
+
+    Attributes:
+        solution: of the kernel regression whose AGOP was taken, alpha in float64.
+        agop_scale: the number that the summed AGOP was divided by.
+        seconds: wall-clock time.
+    """
+
+    solution: Solution
+    agop_scale: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class IterationEvent:
+    """What callbacks see after each iteration; M is valid during the call only.
+
+    Attributes:
+        iteration: index from 0. iterations: how many there will be.
+        record: the IterationRecord. M: the new metric (d, d) or (d,).
+    """
+
+    iteration: int
+    iterations: int
+    record: IterationRecord
+    M: torch.Tensor
+
+
+Callback = Callable[[IterationEvent], None]
+
+
+def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """X M^(1/2), the points whose Euclidean distance is ||x - z||_M; root is M^(1/2), its diagonal, or None for I."""
+    if root is None:
+        return X
+    return X * root if root.ndim == 1 else X @ root
+
+
+def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> torch.Tensor:
+    """The AGOP with respect to X from the one with respect to X R: R M R, as gradients go by R; float64."""
+    M = M.double()
+    if diagonal:
+        M = M.diagonal().clone()
+        return M if root is None else M * root.double().square()
+    if root is None:
+        return M
+    M = root.double() @ M @ root.double()
+    return (M + M.T).mul_(0.5)
+
+
+class _RFM(KernelEstimator):
+    """What the classifier and the regressor share."""
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        iterations=5,
+        diagonal=False,
+        center=False,
+        ridge=1e-3,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+    ):
+        self.kernel = kernel
+        self.iterations = iterations
+        self.diagonal = diagonal
+        self.center = center
+        self.ridge = ridge
+        self.agop_scale = agop_scale
+        self.precision = precision
+        self.backend = backend
+        self.device = device
+        self.dtype = dtype
+        self.callbacks = callbacks
+        self.verbose = verbose
+        self.process_group = process_group
+
+    @torch.no_grad()
+    def fit(self, X, y):
+        """Alternate kernel regression and AGOP, then solve once more with the last M.
+
+        Args:
+            X: samples (n, d), NumPy array or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+
+        Returns:
+            self, with ``M_``, ``iterations_`` and ``solution_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.distributed.RankLost: a process of the group died.
+
+        Warns:
+            NumericalWarning: per solve whose result had to be altered.
+        """
+        machine, iterations = self._checked()
+        self._torch_in = isinstance(X, torch.Tensor)
+        points = self._samples(X, reset=True)
+        Y, _ = self._targets(y, points)
+        M = torch.ones(points.shape[1]).to(points)
+        M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
+        for index in tqdm(range(iterations), desc="RFM", unit="iteration", disable=not self.verbose):
+            M, record = self._iterate(points, Y, M, machine)
+            report(record.solution, stacklevel=5)
+            self.iterations_.append(record)
+            for callback in self.callbacks:
+                callback(IterationEvent(index, iterations, record, M))
+        self._centers = project(points, self._root)
+        self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
+        report(self.solution_, stacklevel=5)
+        self.M_ = self._kept(M)
+        return self
+
+    def _checked(self) -> tuple[regression.Machine, int]:
+        machine, count = self._machine(), self.iterations
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or int(count) < 0:
+            raise ValueError(f"iterations must be an integer >= 0, got {count!r}")
+        _checks.flag("diagonal", self.diagonal)
+        _checks.flag("center", self.center)
+        return machine, int(count)
+
+    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine) -> tuple[torch.Tensor, IterationRecord]:
+        """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
+        start, group = time.perf_counter(), self.process_group
+        points = project(X, self._root)
+        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, center=self.center)
+        agop = pulled_back(inner, self._root, self.diagonal)
+        scale = regression.agop_divisor(agop, self.agop_scale, len(X))
+        if bool(agop.any()):
+            M = (agop / scale).to(X.dtype)
+            # gradients at the points are combinations of the points, and M of the one before maps their span to itself
+            root = M.clamp_(min=0.0).sqrt() if self.diagonal else linalg.psd_sqrt(M, rows=X)
+            self._root = root if group is None else distributed.broadcast(root, group)
+        return M, IterationRecord(solution, scale, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def transform(self, X):
+        """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype."""
+        check_is_fitted(self)
+        return self._answer(self._mapped(self._samples(X)), X)
+
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        return project(X, None if self._root is None else self._root.to(X))
+
+    def _packed(self):
+        tensors = {"M": torch.as_tensor(self.M_)}
+        if self._root is not None:
+            tensors["root"] = self._root
+        words = []
+        for index, record in enumerate(self.iterations_):
+            solution = storage.pack_solution(record.solution)
+            words.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
+            tensors[f"{index}.alpha"] = record.solution.alpha
+        return tensors, {"iterations": words}
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        self._root, self.M_ = tensors.get("root"), self._kept(tensors["M"])
+        self.iterations_ = []
+        for index, record in enumerate(words["iterations"]):
+            solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
+            self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
+
+
+class RFMClassifier(Classifier, _RFM):
+    """Recursive feature machine, classifier: kernel ridge regression on +-1 one-hot labels in a metric that it learns.
+
+    The kernel is evaluated with ||x - z||_M = sqrt((x - z)^T M (x - z)), M = I at first. Each iteration solves
+    (k_M(X, X) + ridge I) alpha = Y and takes M = AGOP of that predictor with respect to its input; one more solve with
+    the last M follows (Radhakrishnan, Beaglehole, Pandit, Belkin, 2024; paper, section 3.3). The last iteration is what
+    predicts, whatever the ones before it would have scored: to choose their number, cross-validate ``iterations``.
+
+    Args:
+        kernel: a kernel such as ``Laplace(10.0)``; its bandwidth is in the units of the data, which M rescales.
+        iterations: number of AGOPs; 0 is kernel ridge regression.
+        diagonal: keep M's diagonal only: a weight for every feature, no rotation.
+        center: subtract the mean gradient of each output before the outer product.
+        ridge: mu >= 0 added to the kernel matrix's diagonal.
+        agop_scale: "max" divides M by its largest entry (the authors' code), so that the bandwidth keeps its meaning
+            from one iteration to the next; "mean" divides by n (the paper's definition), "sum" not at all.
+        precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
+            rows are computed in float64 and Triton's products are float32.
+        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64".
+        callbacks: functions called with a ``fastagop.rfm.IterationEvent`` after each iteration.
+        verbose: 1 shows a progress bar.
+        process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
+            every rank fits the same data and ends with the same estimator. Prediction is not shared.
+
+    Attributes:
+        M_: the metric, scaled, (d, d), or (d,) with ``diagonal``. iterations_: one ``IterationRecord`` each.
+        solution_: ``Solution`` of the last solve (float64). classes_: the labels. n_features_in_: d.
+    """
+
+
+class RFMRegressor(Regressor, _RFM):
+    """Recursive feature machine, regressor: kernel ridge regression in a metric that it learns.
+
+    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled. Parameters, attributes and the
+    algorithm are those of ``RFMClassifier`` without ``classes_``.
+    """

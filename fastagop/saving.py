@@ -1,0 +1,75 @@
+"""Fitted estimators in files: what ``save`` writes and ``load`` reads."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from fastagop import storage
+
+_KIND = "fitted estimator"
+_HOMES = {  # what load knows, by name
+    "DeepRFMClassifier": "fastagop.estimators",
+    "DeepRFMRegressor": "fastagop.estimators",
+    "RFMClassifier": "fastagop.rfm",
+    "RFMRegressor": "fastagop.rfm",
+}
+_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
+# Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
+_NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
+
+
+def save(model, path: Path) -> None:
+    """Write a fitted ``KernelEstimator``."""
+    name = type(model).__name__
+    if name not in _HOMES or type(model) is not _class(name):
+        *names, last = _HOMES
+        raise TypeError(f"save knows {', '.join(names)} and {last}, not {name}")
+    tensors, words = model._packed()
+    parameters = model.get_params(deep=False).items()
+    words = {
+        "estimator": name,
+        "parameters": {k: storage.pack_value(v) for k, v in parameters if k not in _NOT_SAVED},
+        "kernel": storage.pack_kernel(model._kernel),
+        "solution": storage.pack_solution(model.solution_),
+        "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
+        "versions": storage.versions(),
+        **words,
+    }
+    storage.write(path, _KIND, {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}, words)
+
+
+def load(path, device=None):
+    """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
+
+    Args:
+        path: the file. device: where its tensors go; default its own ``device`` parameter.
+
+    Returns:
+        The estimator, fitted: ``DeepRFMClassifier``, ``DeepRFMRegressor``, ``RFMClassifier`` or ``RFMRegressor``.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged or was not written by ``save``, its kernel
+            is defined nowhere, or its device is not there.
+    """
+    tensors, words = storage.read(Path(path), _KIND)
+    if words["estimator"] not in _HOMES:
+        raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
+    parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
+    if device is not None:
+        parameters["device"] = str(device)
+    model = _class(words["estimator"])(**parameters)
+    model._machine()
+    model._kernel = storage.unpack_kernel(words["kernel"])
+    tensors = {name: value.to(model._device) for name, value in tensors.items()}
+    model._centers = tensors["centers"]
+    model.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
+    for name in _ATTRIBUTES:
+        if name in words["attributes"]:
+            setattr(model, name, storage.unpack_value(words["attributes"][name]))
+    model._restore(tensors, words)
+    return model
+
+
+def _class(name: str) -> type:
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,107 @@
+"""xRFM with fastagop's kernel: the same numbers as with its own, through its own classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastagop
+from fastagop import Gaussian, GeneralisedLaplace, Laplace
+
+xrfm = pytest.importorskip("xrfm")
+own = pytest.importorskip("xrfm.rfm_src.kernels")
+
+from fastagop.integrations.xrfm import FastKernel  # noqa: E402 (imports xrfm)
+
+PAIRS = [  # (ours, theirs)
+    (Laplace(3.0), own.LaplaceKernel(3.0, 1.0)),
+    (GeneralisedLaplace(3.0, 1.3), own.LaplaceKernel(3.0, 1.3)),
+]
+pairs = pytest.mark.parametrize(("kernel", "theirs"), PAIRS, ids=lambda v: repr(v) if hasattr(v, "exponent") else "")
+# their distances come from torch.cdist, whose product form keeps half of float64's digits of a squared distance
+CLOSE = 1e-6
+
+
+@pytest.fixture
+def data(normal):
+    """(x, z, coefs, {name: mat})"""
+    root = torch.nn.functional.softplus(normal(5, 5, seed=4))
+    mats = {"none": None, "vector": normal(5, seed=3).abs() + 0.1, "matrix": 0.5 * (root + root.T)}
+    return normal(60, 5), normal(20, 5, seed=2), normal(3, 60, seed=5), mats
+
+
+@pairs
+@pytest.mark.parametrize("mat", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("other", ["the same", "a copy", "others"])
+def test_same_numbers(kernel, theirs, mat, other, data, relative):
+    x, others, coefs, mats = data
+    z, mat, ours = {"the same": x, "a copy": x.clone(), "others": others}[other], mats[mat], FastKernel(kernel)
+    assert relative(ours.get_kernel_matrix(x, z, mat), theirs.get_kernel_matrix(x, z, mat)) <= CLOSE
+    g, true = (k.get_function_grads(x, z, coefs, mat) for k in (ours, theirs))
+    assert g.shape == (3, len(z), 5)
+    assert relative(g, true) <= CLOSE
+    for center in (False, True):
+        for f in (coefs, coefs[:1]):
+            M = ours.get_agop(x, z, f, mat, center)
+            assert relative(M, theirs.get_agop(x, z, f, mat, center)) <= CLOSE
+            if mat is None or mat.ndim == 1:
+                diagonal = theirs.get_agop_diag(x, z, f, mat, center)
+                assert relative(ours.get_agop_diag(x, z, f, mat, center), diagonal) <= CLOSE
+
+
+@pytest.mark.parametrize("diag", [False, True])
+@pytest.mark.parametrize("mode", ["constant", "adaptive"])
+def test_rfm(diag, mode, normal, relative):
+    X, Z = normal(80, 6), normal(20, 6, seed=2)
+    Y, W = (torch.stack([P[:, 0] * P[:, 1], P[:, 2]], 1) for P in (X, Z))
+    answers = []
+    for kernel in (own.LaplaceKernel(5.0, 1.0), FastKernel(Laplace(5.0))):
+        model = xrfm.RFM(kernel, iters=2, diag=diag, bandwidth_mode=mode, device="cpu", verbose=False)
+        model.fit((X, Y), (Z, W), reg=1e-3, return_best_params=False, early_stop_rfm=False)
+        answers.append((model.M, model.predict(Z), torch.tensor([model.kernel_obj.bandwidth])))
+    for theirs, ours in zip(*answers, strict=True):
+        assert relative(ours, theirs) <= 1e-5  # three solves carry CLOSE on
+
+
+def test_xrfm_with_a_kernel_that_it_has_not(normal, relative):
+    """The tree of one leaf, with a Gaussian: what ``fastagop.RFMRegressor`` learns and predicts."""
+    X, Z = normal(100, 4, dtype=torch.float32), normal(30, 4, seed=2, dtype=torch.float32)
+    y, w = X[:, 0] * X[:, 1], Z[:, 0] * Z[:, 1]
+    params = {
+        "model": {"kernel": FastKernel(Gaussian(2.0)), "bandwidth_mode": "constant", "diag": False},
+        "fit": {"reg": 1e-2, "iters": 2, "early_stop_rfm": False, "return_best_params": False, "verbose": False},
+    }
+    tree = xrfm.xRFM(params, device="cpu", tuning_metric="mse", verbose=False, n_trees=1)
+    tree.fit(X, y, Z, w)
+    ours = fastagop.RFMRegressor(Gaussian(2.0), iterations=2, ridge=1e-2).fit(X, y)
+    assert relative(ours.M_, tree.trees[0]["model"].M) <= 1e-3  # float32, ridge 1e-2
+    assert relative(ours.predict(Z), torch.as_tensor(tree.predict(Z)).reshape(-1)) <= 1e-3
+
+
+def test_duplicates_have_no_gradient(normal):
+    x = normal(30, 4)
+    x[7] = x[2]
+    g = FastKernel(Laplace(2.0)).get_function_grads(x, x.clone(), torch.eye(30, dtype=x.dtype))
+    assert float(g[7, 2].abs().max()) == 0.0
+    assert float(g[7, 7].abs().max()) == 0.0
+
+
+def test_what_it_refuses():
+    with pytest.raises(TypeError, match="kernel must be a fastagop kernel"):
+        FastKernel("laplace")
+    with pytest.raises(NotImplementedError, match="categorical"):
+        FastKernel(Laplace(1.0)).set_categorical_indices(None, None, None)
+
+
+def test_without_xrfm(python):
+    printed = python(
+        """
+import sys
+sys.modules["xrfm"] = None
+try:
+    import fastagop.integrations.xrfm
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert "pip install 'xrfm" in printed
