@@ -35,5 +35,6 @@ def table(name: str) -> str:
     read = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
     machine = read["machine"]
     where = f"{machine['processor']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
-    rows = importlib.import_module(f"bench.{name}").table(read["rows"])
+    measured = [read[key] for key in ("rows", "memory") if key in read]
+    rows = importlib.import_module(f"bench.{name}").table(*measured)
     return f"{rows}\n\nMeasured {machine['date']} on {where}; the file is `bench/results/{name}.json`."
