@@ -9,7 +9,7 @@ from fastagop.kernels._products import product
 from bench import clock, machine
 from bench.contenders import CONTENDERS, Problem, Unable, error, work
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def pytest_addoption(parser):

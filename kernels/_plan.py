@@ -76,5 +76,5 @@ def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: st
             f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but memory_limit leaves "
             f"{human(limit)}; raise memory_limit, or free memory"
         )
-    wish = max(128, min(512, 2**25 // max(1, row_bytes)))
+    wish = max(128, min(256, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))

@@ -11,10 +11,10 @@ from ._measured import measured
 # CUDA's are the vendors' figures for library products and compiled estimates for ours, by compute capability: nothing
 # was measured on a GPU yet.
 _CPU = {
-    "gradient float32": 1.3e11,
-    "gram float32": 1.3e11,
-    "gradient float64": 6.5e10,
-    "gram float64": 6.5e10,
+    "gradient float32": 3.8e11,
+    "gram float32": 3.2e11,
+    "gradient float64": 8.7e10,
+    "gram float64": 8.9e10,
 }
 _CUDA = {
     8: {"float32": 19e12, "float64": 19e12, "fp16x3": 90e12, "bf16x3": 50e12, "tf32": 120e12},

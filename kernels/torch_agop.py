@@ -209,7 +209,7 @@ def safe_form(
     if method == "gram":
         return "gram", safe[0][2] if safe else _lossy_gram(growth, X.dtype, fitting)
     _, form, dtype = min([*safe, (cost["gradient"], "gradient", X.dtype)], key=lambda option: option[0])
-    if not safe or dtype != X.dtype:
+    if all(option[2] != X.dtype for option in safe):
         loss = torch.finfo(X.dtype).eps * growth
         log.info(
             "agop: the gram form would lose %.0e of M in %s; running %s form in %s",
@@ -279,7 +279,7 @@ def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None, starts=None) 
     X = X - mean  # S annihilates constants
     Z = X if own else Z - mean
     n, d = X.shape
-    s = W @ alpha
+    s = product(W, alpha.T)
     weight = s.square().sum(1)  # sum_c s_ic^2
     lower = lower or _lower_s(W if own else W.T, W if own else None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
