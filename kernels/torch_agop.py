@@ -35,6 +35,9 @@ log = logging.getLogger("fastagop")
 _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
+# Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
+# float64 products are worth so many times its time.
+_DIGITS = 4.0
 _PROBES = 64
 _SQUARE = 128  # rows of the steps along the diagonal
 
@@ -208,8 +211,10 @@ def safe_form(
                 safe.append((price, "gram", dtype))
     if method == "gram":
         return "gram", safe[0][2] if safe else _lossy_gram(growth, X.dtype, fitting)
-    _, form, dtype = min([*safe, (cost["gradient"], "gradient", X.dtype)], key=lambda option: option[0])
-    if all(option[2] != X.dtype for option in safe):
+    narrow = all(option[2] != X.dtype for option in safe)
+    other = cost["gradient"] * (_DIGITS if narrow else 1.0)
+    _, form, dtype = min([*safe, (other, "gradient", X.dtype)], key=lambda option: option[0])
+    if narrow:
         loss = torch.finfo(X.dtype).eps * growth
         log.info(
             "agop: the gram form would lose %.0e of M in %s; running %s form in %s",
