@@ -15,7 +15,7 @@ from fastagop.kernels import _checks
 Source = torch.Tensor | Iterable
 Layers = str | Iterable[str] | None
 
-BATCH = 512  # samples at a time, unless the caller knows better
+BATCH = 256  # samples at a time, unless the caller knows better
 
 
 def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:

@@ -39,7 +39,7 @@ def agop(
 
     Args:
         model, X, layers: see the module's text. reduction: "mean" divides by n, "sum" does not.
-        batch_size: samples of a tensor X that are taken at once; default 512.
+        batch_size: samples of a tensor X that are taken at once; default 256.
 
     Returns:
         By layer name, in the model's order, (d, d) of the layer's dtype and device; zero where the outputs do not
