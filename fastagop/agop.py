@@ -120,12 +120,12 @@ def agop(
     return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)
 
 
-def agop_from_weights(
+def agop_from_weights_(
     W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, precision: str, backend: str, center: bool = False
 ) -> torch.Tensor:
-    """Summed AGOP at X from its stored weights W (n, n), zero diagonal, by the backend that a plan named.
+    """Summed AGOP at X, float64, from its stored weights W (n, n), zero diagonal, by the backend that a plan named.
 
-    W and alpha may be wider than X.
+    W and alpha may be wider than X; W is overwritten.
     """
     rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
     steps = torch_agop.TORCH_STEPS
@@ -134,6 +134,6 @@ def agop_from_weights(
             from fastagop.kernels import triton_ops  # imports triton
 
             steps = triton_ops.steps(X, precision)
-        return torch_agop.agop_from_weights(
+        return torch_agop.agop_from_weights_(
             W, X, alpha, X, center=center, method="auto", limit=None, rows=rows, steps=steps
         )

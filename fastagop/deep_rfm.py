@@ -120,7 +120,7 @@ def train_layer(
     solution, M, planned = regression.solve_and_agop(X, Y, settings.machine, group, mark=clock.mark)
     scale = regression.agop_divisor(M, settings.agop_scale, len(X))
     M /= scale
-    root = linalg.psd_sqrt(M, rows=X)  # gradients at the points are combinations of the points
+    root = linalg.psd_sqrt(M, rows=X).to(X.dtype)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
     projected = product(X, root)  # root is symmetric
@@ -134,7 +134,7 @@ def train_layer(
     clock.mark("measures")
     peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
     record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
-    return Layer(M, root, phi, record), projected, features
+    return Layer(M.to(X.dtype), root, phi, record), projected, features
 
 
 def _reset_peak(device: torch.device) -> int | None:

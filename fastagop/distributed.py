@@ -19,10 +19,11 @@ import torch
 from fastagop.agop import agop as agop_here
 from fastagop.agop import plan_agop
 from fastagop.cg import ConjugateGradients
-from fastagop.kernels import _checks, operations, torch_agop, torch_blocks
+from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels.operations import in_units
+from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
 from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
 
@@ -76,6 +77,15 @@ def agop(
         Tensor (d, d), the same bits on every rank.
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
+    how = {"method": method, "memory_limit": memory_limit, **options}
+    return agop_as(None, kernel, X, alpha, Z, group=group, **how).to(X.dtype)
+
+
+@torch.no_grad()
+def agop_as(wide: torch.Tensor | None, kernel, X, alpha, Z=None, *, group, method="auto", memory_limit=None, **options):
+    """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it."""
+    options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
+    center, precision, backend = options["center"], options["precision"], options["backend"]
     ranks = _ranks(group, "agop", X)
 
     def prepare():
@@ -91,13 +101,12 @@ def agop(
         if plan.backend == "torch" and ranks.size > 1:
             stored = _stored_weights(X, alpha, at, method, room, ranks.size)
         if stored is not None:
-            M = _rows_of_gram(kernel, X, alpha, center, method, room, stored.block, ranks)
+            M = _rows_of_gram(kernel, X, alpha if wide is None else wide, center, method, room, stored.block, ranks)
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
             M = _rows_of_points(kernel, X, alpha, at, center, ranks, how)
-    M = ranks.total(M).div_(unit).div_(unit * len(at) if reduction == "mean" else unit)
-    return M.to(X.dtype)
+    return ranks.total(M).div_(unit).div_(unit * len(at) if options["reduction"] == "mean" else unit)
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
@@ -122,14 +131,25 @@ def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | No
 def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Ranks):
     """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
     W = torch_agop.weights(kernel, X, X, most)
-    roads = [("gram", X.dtype), ("gram", torch.float64), ("gradient", X.dtype)]
-    mine = roads.index(torch_agop.safe_form(W, X, alpha, X, center, method, room))
-    form, wide = roads[max(ranks.everyone(mine))]
-    if form == "gradient":
+    dtypes = [X.dtype, torch.float64]
+    mine = torch_agop.safe_road(W, X, alpha.to(X.dtype), X, center, method, room)
+    rank = mine.smooth.rank if mine.smooth else 0
+    rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(mine.dtype))[0], 2)  # the first rank decides
+    if rank == 0:
         return None
     rows, starts = ranks.blocks(len(X), most)
-    x = X.to(wide)
-    return torch_agop.gram_form(W.to(wide), x, alpha.to(wide), x, center and ranks.rank == 0, rows, starts=starts)
+    wide = dtypes[place]
+    P, Q = (ranks.broadcast(part) for part in _parts(mine.smooth, W.new_zeros(len(X), rank)))
+    x, taken, first = X.to(wide), Smooth(P, Q, own=True).to(wide), ranks.rank == 0
+    how = {"center": center, "rows": rows, "starts": starts, "all_else": first}
+    return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), x, taken, **how)
+
+
+def _parts(smooth: Smooth | None, blank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, Q) as they can be sent or received, (n, rank) each."""
+    if smooth is None or smooth.rank != blank.shape[1]:
+        return blank, blank
+    return smooth.P.contiguous(), smooth.Q.contiguous()
 
 
 def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop import distributed
-from fastagop.agop import agop, agop_from_weights
+from fastagop.agop import agop, agop_from_weights_
 from fastagop.kernels import torch_blocks
 from fastagop.kernels._plan import Plan
 from fastagop.kernels.operations import in_units
@@ -62,7 +62,7 @@ def solve_and_agop(
 ) -> tuple[Solution, torch.Tensor, int]:
     """(solution, AGOP summed over X, planned bytes); the kernel matrix becomes the weights where that loses nothing.
 
-    The AGOP is float64 where the units of X are such that float32 might not hold it, else of X's dtype.
+    The AGOP is float64: small eigenvalues of M, whose square roots come next, keep what rounding would take.
     In a group where no (n, n) matrix fits on the first rank, conjugate gradients solve. ``mark`` is called with "solve"
     and with "agop" when these are done.
     """
@@ -71,7 +71,8 @@ def solve_and_agop(
         how = machine.shared(group)
         solution, planned = distributed.solve_as(torch.float64, machine.kernel, X, Y, ridge=machine.ridge, **how)
         mark("solve")
-        M = distributed.agop(machine.kernel, X, solution.alpha.to(X.dtype), reduction="sum", center=center, **how)
+        how |= {"reduction": "sum", "center": center}
+        M = distributed.agop_as(solution.alpha, machine.kernel, X, solution.alpha.to(X.dtype), **how)
         mark("agop")
         return solution, M, planned
     K, solution, plan = _solve_stored(X, Y, machine)
@@ -84,8 +85,8 @@ def solve_and_agop(
         how = {"center": center, "precision": machine.precision, "backend": machine.backend}
         M = agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", **how)
     else:
-        M = agop_from_weights(W, X, solution.alpha, machine.precision, plan.backend, center)
-    M = M if unit == 1.0 else M.double().div_(unit).div_(unit)
+        M = agop_from_weights_(W, X, solution.alpha, machine.precision, plan.backend, center)
+    M = M.double().div_(unit).div_(unit)
     mark("agop")
     return solution, M, plan.peak_bytes
 

@@ -6,7 +6,8 @@ another project. The room is flat and imports nothing from the packages above it
 ``radial``        kernel profiles: the one place where a kernel's formula lives
 ``distance``      squared distances that stay accurate when classes collapse
 ``torch_blocks``  torch backend, any device: kernel matrix, product, gradients
-``torch_agop``    torch backend: both exact forms of the AGOP
+``torch_agop``    torch backend: the AGOP, its gradient form and the choice between the forms
+``torch_gram``    its gram form and the guard over its digits; ``smooth`` what it need not square
 ``*_triton``      Triton backend, CUDA: device profiles, split operands, kernel matrix, product, AGOP
 ``triton_ops``    its launches; ``_config`` their configurations by chip
 ``keops_ops``     KeOps backend: product, gradients, AGOP; ``radial_keops`` the profiles in its language

@@ -4,11 +4,9 @@ With weights W_ij = w(||z_i - x_j||), A = alpha and s = W A, the gradient of out
 g_ic = sum_j W_ij A_jc x_j - s_ic z_i, and M = sum_ic g_ic g_ic^T is either
 
 gradient form  M = sum_c G_c^T G_c, G_c = W (A_c o X) - s_c o Z: 2 m n K d products, W made block by block;
-gram form      M = X^T [(A A^T) o (W^T W)] X - X^T T^T Z - Z^T T X + Z^T diag(sum_c s_c^2) Z, T = W o (s A^T):
-               n^2 m products by symmetry, whatever K is, with W stored.
+gram form      n^2 m products by symmetry, whatever K is, with W stored (``torch_gram``).
 
-The gram form's terms cancel: near collapse W has entries far larger than any gradient. It therefore runs only
-while ``amplification`` says that the cancelled digits do not matter.
+The gram form's terms cancel, so it runs only while its guard says that the cancelled digits do not matter.
 """
 
 from __future__ import annotations
@@ -20,26 +18,26 @@ from dataclasses import dataclass
 
 import torch
 
+from . import smooth, torch_gram
 from ._checks import NumericalWarning
-from ._plan import Plan, block_rows, budget, human
+from ._plan import Plan, block_rows, budget, human, roomy
 from ._products import product
 from ._rates import rate, source
-from .distance import squared_norms
 from .radial import Radial
+from .smooth import Smooth
 from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
 
 log = logging.getLogger("fastagop")
 
-# The gram form loses about _LOSS eps amplification of M (measured: within a factor of three from spread 1 to 1e-6);
-# it runs in a dtype while that is below the dtype's limit.
+# The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it); it
+# runs in a dtype while that is below the dtype's limit; from a fourth of the limit on, a better smooth part is worth it.
 _LOSS = 4.0
-GRAM_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-7}
+GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-7}
+_WORTH = 0.25
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
 _DIGITS = 4.0
-_PROBES = 64
-_SQUARE = 128  # rows of the steps along the diagonal
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,25 @@ class Steps:
 
     Attributes:
         gradients: (W, alpha, X, Z, shift, out) -> out, as ``torch_blocks.output_gradients``.
-        lower: (W, alpha) -> the function (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved, for the
-            gram form on Z = X in X's dtype.
+        lower: as of ``torch_gram.gram_form``, in X's dtype.
         products: what their rates are known by; None for X's dtype.
     """
 
     gradients: Callable
     lower: Callable
     products: str | None = None
+
+
+TORCH_STEPS = Steps(output_gradients, torch_gram.lower_s)
+
+
+@dataclass(frozen=True)
+class Road:
+    """A form, the dtype of its products, and the part of the weights that the gram form need not square."""
+
+    form: str
+    dtype: torch.dtype
+    smooth: Smooth | None = None
 
 
 def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
@@ -86,11 +95,8 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     if form == "gradient":
         fixed, row, most = d * d * (8 + size) + n * K * size, ((BLOCKS_ALIVE + 1) * n + K * d) * size, m
     else:
-        fixed, row, most = (
-            d * d * 16 + (m * n + n * d) * size,
-            (max(BLOCKS_ALIVE - 1, 2) * n + d) * size,
-            max(m, n),
-        )
+        fixed = d * d * 16 + (m * n + n * d) * size + 8 * (n + 3 * K * d)
+        row, most = (max(BLOCKS_ALIVE - 1, 2) * n + d) * size + 8 * (d + K), max(m, n)
     rows = block_rows(row, fixed, limit, most, f"agop, {form} form,")
     return rows, fixed + rows * row
 
@@ -112,7 +118,10 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
             reason = f"{reason}, but the cheaper one does not fit into {human(room)}"
     rows, peak = _plan_form(method, X, alpha, Z, room)
     if method == "gram" and X.dtype == torch.float32:
-        reason += "; float32 is guarded: near collapse its products run in float64, or the gradient form does"
+        reason += (
+            "; float32 is guarded: near collapse a smooth part of the weights is split off, or its products run in "
+            "float64, or the gradient form runs"
+        )
     return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
@@ -128,31 +137,34 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
 
         return gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
     W = weights(kernel, X, Z, plan.block)
-    return agop_from_weights(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+    M = agop_from_weights_(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+    return M.to(X.dtype)
 
 
-def agop_from_weights(
-    W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps | None = None
+def agop_from_weights_(
+    W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps = TORCH_STEPS
 ) -> torch.Tensor:
-    """The same from stored weights W (m, n), zero diagonal where Z is X; W and alpha may be wider than X."""
-    steps = steps or TORCH_STEPS
-    form, wide = safe_form(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products)
-    if form == "gradient":
+    """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
+
+    W and alpha may be wider than X.
+    """
+    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products)
+    if road.smooth is None:
 
         def blocks():
             return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
 
-        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients).to(X.dtype)
-    W, x, alpha = W.to(wide), X.to(wide), alpha.to(wide)
-    if Z is not X:
-        return gram_form(W, x, alpha, Z.to(wide), center, rows).to(X.dtype)
-    lower = (steps if wide == X.dtype else TORCH_STEPS).lower(W, alpha)
-    return gram_form(W, x, alpha, x, center, rows, lower).to(X.dtype)
+        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients)
+    wide, x = road.dtype, X.to(road.dtype)
+    z = x if Z is X else Z.to(wide)
+    lower = steps.lower if wide == X.dtype else torch_gram.lower_s
+    taken = road.smooth.to(wide)
+    return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), z, taken, center=center, rows=rows, lower=lower)
 
 
 def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X."""
-    W = X.new_empty(len(Z), len(X))
+    W = roomy(len(Z), len(X), X)
     if Z is X:
         return fill_symmetric(W, X, rows, kernel.weight_).fill_diagonal_(0.0)
     for _, block in tiles(X, Z, rows, out=W):
@@ -160,75 +172,53 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def amplification(W, X, alpha, Z, center: bool = False) -> float:
-    """How much larger the gram form's uncancelled terms are than M (centred where asked), in trace.
-
-    The terms: sum_j |a_j|^2 (W^T W)_jj |x_j - mean|^2, and sum_ic s_ic^2 |z_i - mean|^2 where Z is not X. The
-    trace of M, sum |g_ic|^2, is estimated on a few evaluation points with one random sign vector over the outputs
-    each, whose squared norm is unbiased.
-    """
-    spread = torch.linalg.vector_norm(W, dim=1 if Z is X else 0).square_().to(X.dtype)
-    mean = X.mean(0)
-    total = (squared_norms(alpha) * spread * squared_norms(X - mean)).sum(dtype=torch.float64)
-    if Z is not X:
-        s = (W @ alpha.to(W.dtype)).to(X.dtype)
-        total += (squared_norms(s) * squared_norms(Z - mean)).sum(dtype=torch.float64)
-    m = len(Z)
-    index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
-    signs = torch.randint(0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0))
-    signs = signs.to(alpha).mul_(2).sub_(1)
-    mixed = W[index].to(X.dtype) * (alpha @ signs).T
-    g = mixed @ X - mixed.sum(1, keepdim=True) * Z[index]
-    if center:
-        g -= signs.T @ (_gradient_sum(W.sum(0).to(X.dtype), (W @ alpha.to(W.dtype)).to(X.dtype), X, alpha, Z) / m)
-    trace = g.square().sum(dtype=torch.float64) * m / len(index)
-    return float(total / trace) if trace > 0 else (float("inf") if total > 0 else 0.0)
-
-
-def _gradient_sum(column_sums, s, X, alpha, Z) -> torch.Tensor:
-    """sum_i g_ic, shape (K, d), from the column sums of W and s = W alpha."""
-    return (alpha * column_sums[:, None]).T @ X - s.T @ Z
-
-
-def safe_form(
-    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None
-) -> tuple[str, torch.dtype]:
-    """The cheapest (form, dtype of its products) that loses no digits of M and fits into memory."""
+def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None) -> Road:
+    """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
     if method == "gradient":
-        return method, X.dtype
-    growth = _LOSS * amplification(W, X, alpha, Z, center)
-    work = flops(len(Z), len(X), X.shape[1], alpha.shape[1], Z is X)
-    cost = costs(X, Z, alpha.shape[1], products_of(X, Z, products))
+        return Road(method, X.dtype)
+    (m, n), d, K, own, most = W.shape, X.shape[1], alpha.shape[1], Z is X, GRAM_LIMIT[X.dtype]
+    cost = costs(X, Z, K, products_of(X, Z, products))
+    wide = rate("gram", "float64", X.device)
+    more = torch_gram.smooth_flops(m, n, d, K, smooth.RANK) / wide
     room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
-    safe, fitting = [], []
-    for dtype in (X.dtype, torch.float64) if X.dtype != torch.float64 else (torch.float64,):
-        items = 0 if W.dtype == dtype else W.numel() + X.numel() + (0 if Z is X else Z.numel())
-        if items * dtype.itemsize <= room:
-            fitting.append(dtype)
-            if torch.finfo(dtype).eps * growth <= GRAM_LIMIT[X.dtype]:
-                wide = rate("gram", "float64", X.device)
-                price = cost["gram"] if dtype == X.dtype else work["gram"] / wide
-                safe.append((price, "gram", dtype))
-    if method == "gram":
-        return "gram", safe[0][2] if safe else _lossy_gram(growth, X.dtype, fitting)
-    narrow = all(option[2] != X.dtype for option in safe)
-    other = cost["gradient"] * (_DIGITS if narrow else 1.0)
-    _, form, dtype = min([*safe, (other, "gradient", X.dtype)], key=lambda option: option[0])
-    if narrow:
-        loss = torch.finfo(X.dtype).eps * growth
-        log.info(
-            "agop: the gram form would lose %.0e of M in %s; running %s form in %s",
-            loss,
-            X.dtype,
-            form,
-            dtype,
-        )
-    return form, dtype
+
+    def fits(dtype: torch.dtype) -> bool:
+        items = 0 if W.dtype == dtype else W.numel() + X.numel() + (0 if own else Z.numel())
+        return items * dtype.itemsize <= room
+
+    spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
+    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center), smooth.constant(W, own), cost["gram"]
+    eps, growth = torch.finfo(X.dtype).eps, _LOSS * guard.amplification(taken)
+    plain = eps * growth  # what would be lost without further ado
+    if (
+        plain > _WORTH * most
+        and (method == "gram" or price + more < cost["gradient"])
+        and n > 4 * smooth.RANK
+        and torch_gram.smooth_bytes(m, n, d, K, smooth.RANK) <= spare
+    ):
+        better = smooth.leading(W, own)
+        if (less := _LOSS * guard.amplification(better)) < growth:
+            taken, growth, price = better, less, price + more
+    safe = [(price, Road("gram", X.dtype, taken))] if eps * growth <= most and fits(X.dtype) else []
+    narrow = bool(safe)
+    if X.dtype != torch.float64 and fits(torch.float64) and torch.finfo(torch.float64).eps * growth <= most:
+        work = flops(m, n, d, K, own)["gram"] + torch_gram.smooth_flops(m, n, d, K, taken.rank)
+        safe.append((work / wide, Road("gram", torch.float64, taken)))
+    if method == "auto":
+        safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
+    elif not safe:
+        return Road("gram", _lossy_gram(growth, X.dtype, fits(torch.float64)), taken)
+    _, road = min(safe, key=lambda option: option[0])
+    if plain > most:
+        said = f"{road.form} form in {road.dtype}"
+        said += f" with a smooth part of rank {road.smooth.rank}" if road.smooth else ""
+        log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, said)
+    return road
 
 
-def _lossy_gram(growth: float, dtype: torch.dtype, fitting: list[torch.dtype]) -> torch.dtype:
+def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
     """The gram form was asked for where it loses digits: the widest dtype that fits, said aloud if that is bad."""
-    widest = fitting[-1] if fitting else dtype
+    widest = torch.float64 if room else dtype
     loss = torch.finfo(widest).eps * growth
     if loss > GRAM_SAID:
         warnings.warn(
@@ -272,69 +262,3 @@ def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
         columns += W.sum(0)
         against += (W @ alpha).T @ Z[row]
     return ((alpha * columns[:, None]).T @ X - against) / len(Z)
-
-
-def gram_form(W, X, alpha, Z, center: bool, rows: int, lower=None, starts=None) -> torch.Tensor:
-    """X^T S X from stored weights; float64 (d, d). Blocks of S exist one at a time, lower part only.
-
-    With starts, what these block rows of S contribute, for Z = X.
-    """
-    own = Z is X
-    mean = X.mean(0)
-    X = X - mean  # S annihilates constants
-    Z = X if own else Z - mean
-    n, d = X.shape
-    s = product(W, alpha.T)
-    weight = s.square().sum(1)  # sum_c s_ic^2
-    lower = lower or _lower_s(W if own else W.T, W if own else None, alpha)
-    half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
-    for start in range(0, n, rows) if starts is None else starts:
-        stop = min(n, start + rows)
-        row = slice(start, stop)
-        S = lower(s, weight, start, stop)
-        half += product(X[row].T, product(S, X[:stop].T).T)
-    if not own:
-        for start in range(0, len(Z), rows):
-            row = slice(start, min(len(Z), start + rows))
-            z = Z[row]
-            T = product(s[row], alpha).mul_(W[row])
-            half -= product(z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T)
-    M = half + half.T
-    if center:
-        total = _gradient_sum(W.sum(0), s, X, alpha, Z)
-        M -= (total.T @ total).double() / len(Z)
-    return M
-
-
-def _lower_s(Wt: torch.Tensor, W: torch.Tensor | None, alpha: torch.Tensor) -> Callable:
-    """The block rows of S up to the diagonal, which is halved; W where Z is X, and S then holds all of M."""
-
-    def lower(s, weight, start: int, stop: int) -> torch.Tensor:
-        row = slice(start, stop)
-        S = _lower_rows(Wt, start, stop)
-        S.mul_(product(alpha[row], alpha[:stop]))
-        if W is not None:  # T + T^T = W o (s A^T + A s^T)
-            other = product(s[row], alpha[:stop]).addmm_(alpha[row], s[:stop].T)
-            S.addcmul_(W[row, :stop], other, value=-1.0)
-            S.diagonal(start).add_(weight[row])
-        S.diagonal(start).mul_(0.5)
-        S[:, start:].tril_()
-        return S
-
-    return lower
-
-
-TORCH_STEPS = Steps(output_gradients, lambda W, alpha: _lower_s(W, W, alpha))
-
-
-def _lower_rows(Wt: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Rows start:stop of W^T W up to the diagonal; of the square on the diagonal one half is mostly left undone."""
-    width = stop - start
-    if width < 2 * _SQUARE:
-        return product(Wt[start:stop], Wt[:stop])
-    out = Wt.new_zeros(width, stop)
-    out[:, :start] = product(Wt[start:stop], Wt[:start])
-    for i in range(0, width, _SQUARE):
-        j = min(width, i + _SQUARE)
-        out[i:j, start : start + j] = product(Wt[start + i : start + j], Wt[start : start + j])
-    return out

@@ -229,6 +229,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
         return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients).to(X.dtype)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
-    return torch_agop.agop_from_weights(
+    M = torch_agop.agop_from_weights_(
         W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block, steps=inner
     )
+    return M.to(X.dtype)
