@@ -29,8 +29,8 @@ from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_
 
 log = logging.getLogger("fastagop")
 
-# The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it); it
-# runs in a dtype while that is below the dtype's limit; from a fourth of the limit on, a better smooth part is worth it.
+# The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it). It
+# runs in a dtype while that is below the dtype's limit; from a fourth of it on, a better smooth part is worth its time.
 _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-7}
 _WORTH = 0.25
