@@ -16,9 +16,11 @@ SIZES = {
     "agop": [(500, 784, 10), (1000, 784, 10), (2000, 784, 10), (4000, 784, 10), (2000, 784, 100), (4000, 16, 10)],
     "solve": [(2000, 784, 10), (4000, 784, 10)],
     "layer": [(2000, 784, 10), (4000, 784, 10)],
+    "network_agop": [(2000, 784, 10)],
 }
 QUICK = {op: [(min(n, 800), d, min(K, 10)) for n, d, K in sizes[:2]] for op, sizes in SIZES.items()}
-KERNELS = {"Laplace": Laplace(2.0), "Gaussian": Gaussian(2.0)}
+KERNELS = {"Laplace": Laplace(2.0), "Gaussian": Gaussian(2.0), "MLP": None}
+OF = {"kernel_matrix": ("Laplace", "Gaussian"), "solve": ("Laplace", "Gaussian"), "network_agop": ("MLP",)}
 
 
 def pytest_generate_tests(metafunc):
@@ -28,8 +30,7 @@ def pytest_generate_tests(metafunc):
     cases = [
         pytest.param(op, size, kernel, name, id=f"{size[0]}x{size[1]}x{size[2]}-{kernel}-{name.replace(' ', '_')}")
         for size in sizes
-        for kernel in KERNELS
-        if kernel == "Laplace" or op in ("kernel_matrix", "solve")
+        for kernel in OF.get(op, ("Laplace",))
         for name in CONTENDERS[op]
     ]
     metafunc.parametrize(("op", "size", "kernel", "contender"), cases)
@@ -49,3 +50,4 @@ test_gradients = _test("gradients")
 test_agop = _test("agop")
 test_solve = _test("solve")
 test_layer = _test("layer")
+test_network_agop = _test("network_agop")

@@ -7,7 +7,7 @@ import torch
 from fastagop.kernels._products import product
 
 from bench import clock, machine
-from bench.contenders import CONTENDERS, Problem, Unable, error, work
+from bench.contenders import CONTENDERS, Problem, Unable, error, traffic, work
 
 ROUNDS = 3
 
@@ -28,11 +28,16 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def ceiling(device) -> float:
-    """Floating-point operations per second of square float32 products on this device, by the best library at hand."""
+def roof(device) -> tuple[float, float]:
+    """What this device does at most: floating-point operations of square float32 products, and bytes copied, a second.
+
+    Products by the best library at hand; a copy reads and writes.
+    """
     size = 8192 if device.type == "cuda" else 2048
     A = torch.randn(size, size, device=device)
-    return 2 * size**3 / min(clock.seconds(run, device, 5) for run in (lambda: torch.mm(A, A), lambda: product(A, A)))
+    seconds = min(clock.seconds(run, device, 5) for run in (lambda: torch.mm(A, A), lambda: product(A, A)))
+    block, out = torch.empty(2, 4 * size * size, device=device).fill_(1.0)
+    return 2 * size**3 / seconds, 8 * block.numel() / clock.seconds(lambda: out.copy_(block), device, 5)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +55,7 @@ def problem():
 
 
 @pytest.fixture
-def measure(benchmark, ceiling, device):
+def measure(benchmark, roof, device):
     """measure(op, problem, contender): time it, and record rate, share of the ceiling, peak memory and error."""
 
     def run(op: str, problem: Problem, contender: str) -> None:
@@ -61,18 +66,20 @@ def measure(benchmark, ceiling, device):
         except Unable as reason:
             pytest.skip(str(reason))
         found = error(op, problem, kept.pop())
-        benchmark.group = f"{op} n={problem.n} d={problem.d} K={problem.K} {type(problem.kernel).__name__}"
+        benchmark.group = f"{op} n={problem.n} d={problem.d} K={problem.K} {problem.what}"
 
         def once():
             compute(problem)
             clock.synchronise(device)
 
         benchmark.pedantic(once, rounds=ROUNDS, iterations=1)
-        rate = work(op, problem) / benchmark.stats.stats.median
+        flops, intensity = work(op, problem), work(op, problem) / traffic(op, problem)
+        rate, ceiling = flops / benchmark.stats.stats.median, min(roof[0], intensity * roof[1])
         benchmark.extra_info.update(
             {
                 **{"op": op, "contender": contender, "n": problem.n, "d": problem.d, "K": problem.K},
-                **{"kernel": type(problem.kernel).__name__, "GFLOP/s": rate / 1e9, "share of ceiling": rate / ceiling},
+                **{"kernel": problem.what, "GFLOP/s": rate / 1e9, "share of ceiling": rate / ceiling},
+                **{"flop/byte": intensity, "product ceiling GFLOP/s": roof[0] / 1e9, "copy GB/s": roof[1] / 1e9},
                 **{"peak_bytes": peak, "error": found},
             }
         )

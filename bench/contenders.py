@@ -6,6 +6,7 @@ the call: building the kernel matrix is part of solving.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import fastagop
-from bench import peers
+from bench import network_cpu, peers
 
 
 class Unable(Exception):
@@ -28,10 +29,21 @@ class Problem:
     n: int
     d: int
     K: int
-    kernel: fastagop.kernels.radial.Radial
+    kernel: fastagop.kernels.radial.Radial | None  # None for a neural network's problem
     device: torch.device
 
     ridge = 1e-3
+
+    @property
+    def what(self) -> str:
+        """The kernel's name, or the network's."""
+        return "MLP" if self.kernel is None else type(self.kernel).__name__
+
+    @functools.cached_property
+    def mlp(self) -> tuple[torch.nn.Sequential, torch.Tensor]:
+        """The paper's MLP and n inputs."""
+        model, X = network_cpu.problem(self.n)
+        return model.to(self.device), X.to(self.device)
 
     @functools.cached_property
     def _draw(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,13 +186,19 @@ CONTENDERS: dict[str, dict[str, Callable]] = {
         **_ours(_layer),
         "torch composition": lambda p: peers.layer(p.X, p.y, p.kernel),
     },
+    "network_agop": {
+        "fastagop": lambda p: network_cpu.ours(*p.mlp),
+        "vmap(jacrev)": lambda p: network_cpu.jacobians(*p.mlp),
+    },
 }
 
 
 def work(op: str, p: Problem) -> float:
     """The least floating-point operations that the result needs by the known ways, symmetry used."""
     n, d, K = float(p.n), float(p.d), float(p.K)
-    agop = min(2 * n * n * d * (K + 1) + n * K * d * d, n * n * d * 2 + n**3 + n * d * d + 3 * n * n * K)
+    if op == "network_agop":
+        return network_cpu.work(p.n)
+    agop = min(2 * n * n * d * (K + 1) + n * K * d * d, n * n * d * 2 + n**3 + 2 * n * d * d + 3 * n * n * K)
     return {
         "kernel_matrix": n * n * d,
         "kernel_matmul": n * n * d + 2 * n * n * K,
@@ -191,7 +209,23 @@ def work(op: str, p: Problem) -> float:
     }[op]
 
 
-def error(op: str, p: Problem, result: torch.Tensor) -> float | None:
+def traffic(op: str, p: Problem) -> float:
+    """The least bytes that must move: inputs read once, results written once, float32."""
+    n, d, K = float(p.n), float(p.d), float(p.K)
+    if op == "network_agop":
+        return network_cpu.traffic(p.n)
+    results = {
+        "kernel_matrix": n * n,
+        "kernel_matmul": 2 * n * K,
+        "gradients": n * K + n * K * d,
+        "agop": n * K + d * d,
+        "solve": 2 * n * K,
+        "layer": n * K + d * d + n * min(1024, d),
+    }
+    return 4.0 * (n * d + results[op])
+
+
+def error(op: str, p: Problem, result) -> float | None:
     """Relative Frobenius error against float64; of "solve" the residual; None where there is no truth to hold."""
     if op in ("kernel_matrix", "kernel_matmul"):
         truth = p.K64 if op == "kernel_matrix" else p.K64 @ p.alpha.double()
@@ -202,6 +236,8 @@ def error(op: str, p: Problem, result: torch.Tensor) -> float | None:
     if op == "agop":
         truth = _agop64(p)
         return _relative(result.double() - truth, truth)
+    if op == "network_agop":
+        return max(float((result[at].double() - M).norm() / M.norm()) for at, M in _network64(p).items())
     if op == "solve":
         alpha = result.double().to(p.device)
         return _relative(p.K64 @ alpha + p.ridge * alpha[p.rows] - p.alpha[p.rows].double(), p.alpha[p.rows].double())
@@ -211,6 +247,12 @@ def error(op: str, p: Problem, result: torch.Tensor) -> float | None:
 @functools.lru_cache(maxsize=2)
 def _agop64(p: Problem) -> torch.Tensor:
     return fastagop.agop(p.kernel, p.X.double(), p.alpha.double(), reduction="sum", method="gradient", backend="torch")
+
+
+@functools.lru_cache(maxsize=1)
+def _network64(p: Problem) -> network_cpu.Agops:
+    model, X = p.mlp
+    return network_cpu.jacobians(copy.deepcopy(model).double(), X.double(), 256)
 
 
 def _relative(difference: torch.Tensor, truth: torch.Tensor) -> float:

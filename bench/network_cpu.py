@@ -37,6 +37,19 @@ def problem(n: int = N) -> tuple[nn.Sequential, torch.Tensor]:
     return nn.Sequential(*hidden, nn.Linear(WIDTH, K, bias=False)), torch.randn(n, D)
 
 
+def work(n: int) -> float:
+    """The least operations: one forward pass, K vector-Jacobian products, and half of each layer's G^T G."""
+    widths = [D] + HIDDEN * [WIDTH]
+    weights = sum(a * b for a, b in itertools.pairwise(widths)) + WIDTH * K
+    return n * (2.0 * weights * (1 + K) + K * sum(min(a, b) ** 2 for a, b in itertools.pairwise(widths)))
+
+
+def traffic(n: int) -> float:
+    """The least bytes: inputs and weights read once, AGOPs written once."""
+    widths = [D] + HIDDEN * [WIDTH]
+    return 4.0 * (n * D + sum(a * b for a, b in itertools.pairwise(widths)) + sum(a * a for a in widths[:-1]))
+
+
 def ours(model: nn.Sequential, X: torch.Tensor) -> Agops:
     """fastagop.network.agop."""
     return network.agop(model, X, LAYERS)

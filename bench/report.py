@@ -37,7 +37,7 @@ def _case(row: dict) -> tuple:
 
 
 def plots(measured: list[dict], folder: Path) -> list[Path]:
-    """Time of the AGOP against n with the peers, and the share of the ceiling that each operation reaches."""
+    """Time of the AGOP against n with the peers, and the roofline: rates under what products and copies allow."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -54,20 +54,24 @@ def plots(measured: list[dict], folder: Path) -> list[Path]:
     files = [folder / "agop_time.png"]
     figure.savefig(files[0], dpi=130)
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    largest = {(row["op"], row["contender"]): row for row in sorted(measured, key=lambda row: row["n"] * row["d"])}
-    names = list(dict.fromkeys(name for _, name in largest))
-    ops = list(dict.fromkeys(op for op, _ in largest))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names = list(dict.fromkeys(row["contender"] for row in measured))
+    ops = list(dict.fromkeys(row["op"] for row in measured))
+    product, copy = measured[0]["product ceiling GFLOP/s"], measured[0]["copy GB/s"]
+    reach = [min(row["flop/byte"] for row in measured) / 2, max(row["flop/byte"] for row in measured) * 2]
+    bend = product / copy
+    axes.loglog([reach[0], bend, reach[1]], [reach[0] * copy, product, product], color="black", linewidth=1)
+    axes.annotate(f"products {product:.0f} GFLOP/s", (reach[1], product), ha="right", va="bottom")
+    axes.annotate(f"copy {copy:.0f} GB/s", (reach[0], reach[0] * copy), ha="left", va="bottom")
+    for row in measured:
+        colour, mark = f"C{names.index(row['contender'])}", "osD^vPX"[ops.index(row["op"])]
+        axes.plot(row["flop/byte"], row["GFLOP/s"], mark, color=colour, markersize=5)
     for i, name in enumerate(names):
-        own = {op: row["share of ceiling"] for (op, who), row in largest.items() if who == name}
-        at = [ops.index(op) + 0.8 * i / len(names) for op in own]
-        axes.bar(at, [100 * share for share in own.values()], width=0.8 / len(names), label=name)
-    axes.set_xticks([k + 0.3 for k in range(len(ops))], ops)
-    axes.axhline(100, color="grey", linewidth=0.8)
-    axes.set(
-        ylabel="% of the measured product ceiling", title="least operations / time, over the ceiling; largest case"
-    )
-    axes.legend(frameon=False, fontsize="small")
+        axes.plot([], [], "o", color=f"C{i}", label=name)
+    for i, op in enumerate(ops):
+        axes.plot([], [], "osD^vPX"[i], color="grey", label=op)
+    axes.set(xlabel="least operations per least byte", ylabel="least operations / time, GFLOP/s", title="Roofline")
+    figure.legend(frameon=False, fontsize="x-small", loc="outside right upper")
     files.append(folder / "roofline.png")
     figure.savefig(files[1], dpi=130)
     plt.close("all")
