@@ -173,9 +173,15 @@ def output_gradients(
     """g_ic = sum_j W_ij alpha_jc x_j - s_ic z_i with s = W alpha, for one row block, into out (b, K, d)."""
     if shift is not None:  # a gradient sees differences of points only
         X, Z = X - shift, Z - shift
-    s = W @ alpha
+    s, d, K = W @ alpha, X.shape[1], alpha.shape[1]
+    if d <= len(W):  # alpha is applied to the centers, which are the smaller factor, for a few outputs at once
+        for some in range(0, K, max(1, len(W) // d)):
+            c = slice(some, some + max(1, len(W) // d))
+            right = (alpha.T[c, None] * X.T).flatten(0, 1)
+            torch.addcmul(product(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
+        return out
     scaled = torch.empty_like(W)
-    for c in range(alpha.shape[1]):
+    for c in range(K):
         torch.mul(W, alpha[:, c], out=scaled)
         torch.addcmul(product(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
     return out
