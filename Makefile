@@ -12,7 +12,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest
 
-docs: $(VENV)/.docs
+docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: types
@@ -34,10 +34,6 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
-
-$(VENV)/.docs: $(STAMP)
-	$(RUN) -m pip install --quiet -e ".[docs]"
-	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

@@ -12,9 +12,8 @@ _HEAD = [
 _COLUMNS = ("op", "n", "d", "K", "kernel", "contender")
 
 
-def rows(result: Path) -> list[dict]:
-    """What was measured, one dict a contender and case, in the order of the run."""
-    read = json.loads(result.read_text())
+def rows(read: dict) -> list[dict]:
+    """What was measured, from the file's contents: one dict a contender and case, in the order of the run."""
     return [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in read["benchmarks"]]
 
 
@@ -80,7 +79,7 @@ def plots(measured: list[dict], folder: Path) -> list[Path]:
 
 def main(result: Path, out: Path) -> None:
     """Print the table and write it, with the plots, beside ``out``."""
-    measured = rows(result)
+    measured = rows(json.loads(result.read_text()))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(table(measured) + "\n")
     print(table(measured))

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "build" / "docs_source"
@@ -25,16 +26,24 @@ def on_config(config):
     return config
 
 
+def on_files(files, config):
+    """Bring the measured plots along."""
+    for plot in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
+    return files
+
+
 def on_page_markdown(markdown: str, **_) -> str:
-    """Replace ``<!-- table name -->`` by what bench/results/name.json holds."""
-    return _TABLE.sub(lambda found: table(found[1]), markdown)
+    """Replace ``<!-- table name -->`` by what bench/results/name.json holds; plots lie in results/ here."""
+    return _TABLE.sub(lambda found: table(found[1]), markdown).replace("../../bench/results/", "results/")
 
 
 def table(name: str) -> str:
     """A committed result as a Markdown table, written by the module of bench that measured it, and its machine."""
     read = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-    machine = read["machine"]
+    machine = read["machine_info"]["fastagop"] if "machine_info" in read else read["machine"]
     where = f"{machine['processor']}, threads: {machine['threads']}, torch {machine['versions']['torch']}"
     measured = [read[key] for key in ("rows", "memory") if key in read]
-    rows = importlib.import_module(f"bench.{name}").table(*measured)
+    maker = importlib.import_module("bench.report" if "benchmarks" in read else f"bench.{name}")
+    rows = maker.table(*measured) if measured else maker.table(maker.rows(read))
     return f"{rows}\n\nMeasured {machine['date']} on {where}; the file is `bench/results/{name}.json`."

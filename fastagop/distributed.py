@@ -21,7 +21,7 @@ from fastagop.agop import plan_agop
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import Plan, block_rows
+from fastagop.kernels._plan import Plan, block_rows, roomy
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
@@ -323,7 +323,7 @@ def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None,
                 shared = functools.partial(_asked, ask, most)
                 solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
             else:
-                K = X.new_empty(len(X), len(X), dtype=how)
+                K = roomy(len(X), len(X), X, how)
                 solution = solve_into(K, units, points, Y, ridge, plan, options["precision"], out or X.dtype)
         return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
 

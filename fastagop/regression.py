@@ -10,7 +10,7 @@ import torch
 from fastagop import distributed
 from fastagop.agop import agop, agop_from_weights_
 from fastagop.kernels import torch_blocks
-from fastagop.kernels._plan import Plan
+from fastagop.kernels._plan import Plan, roomy
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 from fastagop.solve import Solution, plan_solve, solve_into
@@ -47,7 +47,7 @@ def _solve_stored(X, Y, machine: Machine) -> tuple[torch.Tensor, Solution, Plan]
         kernel, X, Y, ridge=machine.ridge, method="cholesky", precision=precision, backend=machine.backend
     )
     assert isinstance(dtype, torch.dtype)  # of "cholesky"
-    K = X.new_empty(len(X), len(X), dtype=dtype)
+    K = roomy(len(X), len(X), X, dtype)
     return K, solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64), plan
 
 

@@ -15,7 +15,7 @@ from fastagop.direct import MAX_JITTER, RESIDUAL, largest
 from fastagop.kernels import _checks, keops_ops, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
-from fastagop.kernels._plan import Plan, block_rows, budget, human
+from fastagop.kernels._plan import Plan, block_rows, budget, human, roomy
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
@@ -205,7 +205,7 @@ def solve(
         with matmul_precision(precision, X.device):
             solution = solve_unstored(kernel, X, Y, ridge, plan, how, X.dtype)
     else:
-        K = X.new_empty(len(X), len(X), dtype=how)
+        K = roomy(len(X), len(X), X, how)
         solution = solve_into(K, kernel, X, Y, ridge, plan, precision, X.dtype)
     report(solution)
     return solution

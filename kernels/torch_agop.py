@@ -158,8 +158,10 @@ def agop_from_weights_(
     wide, x = road.dtype, X.to(road.dtype)
     z = x if Z is X else Z.to(wide)
     lower = steps.lower if wide == X.dtype else torch_gram.lower_s
+    if W.dtype != wide:
+        W = roomy(*W.shape, W, wide).copy_(W)
     taken = road.smooth.to(wide)
-    return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), z, taken, center=center, rows=rows, lower=lower)
+    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, center=center, rows=rows, lower=lower)
 
 
 def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:

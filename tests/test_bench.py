@@ -52,7 +52,7 @@ def measured(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "it runs on CUDA" in done.stdout  # contenders that cannot compete say why
-    return report.rows(result)
+    return report.rows(json.loads(result.read_text()))
 
 
 def test_pytest_benchmarks(measured):
