@@ -95,9 +95,10 @@ def _ours(call: Callable, **options) -> dict[str, Callable]:
     return {name: functools.partial(run, how=how) for name, how in ways.items()}
 
 
-def _laplace_only(problem: Problem, who: str) -> None:
+def _laplace(problem: Problem, who: str) -> fastagop.Laplace:
     if not isinstance(problem.kernel, fastagop.Laplace):
         raise Unable(f"{who} has no such kernel")
+    return problem.kernel
 
 
 def _installed(module: str) -> None:
@@ -108,8 +109,8 @@ def _installed(module: str) -> None:
 def _xrfm(method: str) -> Callable:
     def run(problem: Problem):
         _installed("xrfm")
-        _laplace_only(problem, "xrfm's LaplaceKernel")
-        return getattr(peers, method)(problem.X, problem.alpha, problem.kernel.bandwidth)
+        kernel = _laplace(problem, "xrfm's LaplaceKernel")
+        return getattr(peers, method)(problem.X, problem.alpha, kernel.bandwidth)
 
     return run
 
@@ -118,11 +119,12 @@ def _sklearn_ridge(problem: Problem):
     """scikit-learn's KernelRidge, whose kernels include the Gaussian."""
     from sklearn.kernel_ridge import KernelRidge
 
-    if not isinstance(problem.kernel, fastagop.Gaussian):
+    kernel = problem.kernel
+    if not isinstance(kernel, fastagop.Gaussian):
         raise Unable("scikit-learn has no l2 Laplace kernel")
     if problem.device.type != "cpu":
         raise Unable("scikit-learn runs on the CPU")
-    how = {"gamma": 0.5 / problem.kernel.bandwidth**2, "alpha": problem.ridge}
+    how = {"gamma": 0.5 / kernel.bandwidth**2, "alpha": problem.ridge}
     model = KernelRidge(kernel="rbf", **how)
     return torch.from_numpy(model.fit(problem.X.numpy(), problem.alpha.numpy()).dual_coef_)
 
