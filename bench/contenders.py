@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from fastagop.kernels.radial import Radial
 
 import fastagop
 from bench import network_cpu, peers
@@ -29,7 +30,7 @@ class Problem:
     n: int
     d: int
     K: int
-    kernel: fastagop.kernels.radial.Radial | None  # None for a neural network's problem
+    kernel: Radial | None  # None for a neural network's problem
     device: torch.device
 
     ridge = 1e-3
@@ -95,9 +96,10 @@ def _ours(call: Callable, **options) -> dict[str, Callable]:
     return {name: functools.partial(run, how=how) for name, how in ways.items()}
 
 
-def _laplace(problem: Problem, who: str) -> fastagop.Laplace:
-    if not isinstance(problem.kernel, fastagop.Laplace):
-        raise Unable(f"{who} has no such kernel")
+def _kernel(problem: Problem, kind: type[Radial], why: str) -> Radial:
+    """The problem's kernel where it is of that kind, else why not."""
+    if not isinstance(problem.kernel, kind):
+        raise Unable(why)
     return problem.kernel
 
 
@@ -109,7 +111,7 @@ def _installed(module: str) -> None:
 def _xrfm(method: str) -> Callable:
     def run(problem: Problem):
         _installed("xrfm")
-        kernel = _laplace(problem, "xrfm's LaplaceKernel")
+        kernel = _kernel(problem, fastagop.Laplace, "xrfm's LaplaceKernel has no such kernel")
         return getattr(peers, method)(problem.X, problem.alpha, kernel.bandwidth)
 
     return run
@@ -119,12 +121,10 @@ def _sklearn_ridge(problem: Problem):
     """scikit-learn's KernelRidge, whose kernels include the Gaussian."""
     from sklearn.kernel_ridge import KernelRidge
 
-    kernel = problem.kernel
-    if not isinstance(kernel, fastagop.Gaussian):
-        raise Unable("scikit-learn has no l2 Laplace kernel")
+    kernel = _kernel(problem, fastagop.Gaussian, "scikit-learn has no l2 Laplace kernel")
     if problem.device.type != "cpu":
         raise Unable("scikit-learn runs on the CPU")
-    how = {"gamma": 0.5 / kernel.bandwidth**2, "alpha": problem.ridge}
+    how: dict = {"gamma": 0.5 / kernel.bandwidth**2, "alpha": problem.ridge}
     model = KernelRidge(kernel="rbf", **how)
     return torch.from_numpy(model.fit(problem.X.numpy(), problem.alpha.numpy()).dual_coef_)
 
