@@ -39,7 +39,8 @@ def run(*words):
 def test_two_ranks(tmp_path):
     """Under torchrun, and one start for all cases: it costs more than they do."""
     folder = tmp_path / "checkpoint"
-    cases = ("functions", "unequal_memory", "guards", "solving", f"deep_rfm={folder}", "deep_rfm_float32", "rfm", "disagreement")
+    deep = (f"deep_rfm={folder}", "deep_rfm_float32")
+    cases = ("functions", "unequal_memory", "guards", "solving", *deep, "rfm", "disagreement")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
 
 
