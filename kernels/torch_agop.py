@@ -34,6 +34,10 @@ log = logging.getLogger("fastagop")
 _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-7}
 _WORTH = 0.25
+# Rounding of a device's coarser products, and what "auto" lets the gram form lose in them; who asks for the gram form
+# by name may lose as many bits in them as in float32.
+_COARSE = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
+_BITS = 32.0
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
@@ -178,8 +182,11 @@ def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, prod
     """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
     if method == "gradient":
         return Road(method, X.dtype)
-    (m, n), d, K, own, most = W.shape, X.shape[1], alpha.shape[1], Z is X, GRAM_LIMIT[X.dtype]
-    cost = costs(X, Z, K, products_of(X, Z, products))
+    (m, n), d, K, own = W.shape, X.shape[1], alpha.shape[1], Z is X
+    word = products_of(X, Z, products)
+    eps, most = _COARSE.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
+    most = most if method == "auto" else max(most, _BITS * eps)
+    cost = costs(X, Z, K, word)
     wide = rate("gram", "float64", X.device)
     more = torch_gram.smooth_flops(m, n, d, K, smooth.RANK) / wide
     room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
@@ -190,7 +197,7 @@ def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, prod
 
     spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
     guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center), smooth.constant(W, own), cost["gram"]
-    eps, growth = torch.finfo(X.dtype).eps, _LOSS * guard.amplification(taken)
+    growth = _LOSS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
     if (
         plain > _WORTH * most

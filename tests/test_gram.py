@@ -172,6 +172,20 @@ def test_the_roads(name, form, dtype, rank, cloud, normal):
     assert (road.form, road.dtype, road.smooth and road.smooth.rank) == (form, dtype, rank)
 
 
+def test_coarse_products_lose_more(cloud, normal, monkeypatch):
+    """Three bf16 products or TF32: "auto" must not lose what the gradient form would keep; by name it may."""
+    X, alpha = cloud("collapsed 3e-1", n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64)
+
+    def road(method, products):
+        return torch_agop.safe_road(W, X, alpha, X, False, method, None, products)
+
+    monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: 1e9 if products == "float64" else 3e11)
+    assert road("auto", "fp16x3").smooth
+    assert road("auto", "tf32").form == "gradient"
+    assert road("gram", "tf32").dtype == torch.float32
+
+
 # ---- memory, warnings, the log
 
 
