@@ -99,7 +99,7 @@ def test_kernels_is_flat():
     assert [p.name for p in (ROOT / "kernels").iterdir() if p.is_dir() and p.name != "__pycache__"] == []
 
 
-@pytest.mark.parametrize("room", ["kernels", "fastagop"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_files_stay_short(room):
     lengths = {path.name: len(path.read_text().splitlines()) for path in files(room)}
     assert {name: n for name, n in lengths.items() if n > LINES} == {}

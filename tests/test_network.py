@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastagop import collapse, network
+from fastagop import network
 
 LABELS = torch.tensor([7, -3, 7, 100, -3, 7, 100, 7, -3])
 
@@ -338,70 +337,6 @@ def test_a_first_sample_without_neighbours_is_no_excuse():
     X[:4] = X[0]  # duplicates at the front: the fifth sample is the first that could show the mixing
     with pytest.raises(ValueError, match="mixes"):
         network.agop(Wrapped(centred, a=nn.Linear(4, 5)), X)
-
-
-# ---- Neural feature ansatz
-
-
-@pytest.mark.parametrize("widths", [(12, 5, 7, 3), (3, 8, 2), (5, 5, 1)])  # narrowing, widening, square
-def test_nfa_is_the_correlation_of_the_dense_matrices(widths):
-    model, X = mlp(*widths).double(), torch.randn(9, widths[0], dtype=torch.float64)
-    agops = network.agop(model, X)
-    for name, found in network.nfa_correlation(model, X).items():
-        W = model.get_submodule(name).weight.detach().numpy()
-        values, vectors = np.linalg.eigh(agops[name].numpy())
-        root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
-        expected = np.corrcoef((W.T @ W).ravel(), root.ravel())[0, 1]
-        assert found == pytest.approx(expected, abs=1e-7)  # square roots of eigenvalues that are zero up to rounding
-
-
-def test_nfa_is_one_where_the_ansatz_holds():
-    """f(x) = W x: AGOP and Gram matrix are W^T W; with orthonormal rows the square root is, too."""
-    layer = nn.Linear(7, 3, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.linalg.qr(torch.randn(7, 3)).Q.T)
-    assert network.nfa_correlation(layer, torch.randn(5, 7))[""] == pytest.approx(1, abs=1e-6)
-
-
-# ---- Collapse
-
-
-@pytest.mark.parametrize("widths", [(6, 9), (6, 4), (6, 6)])
-def test_split_is_that_of_the_singular_value_decomposition(widths):
-    layer, y = nn.Linear(*widths).double(), LABELS
-    X = torch.randn(9, 6, dtype=torch.float64) + 2 * torch.randn(104, 6, dtype=torch.float64)[y + 3]
-    U, S, Vh = torch.linalg.svd(layer.weight, full_matrices=False)
-    projected = X @ (Vh.T * S)
-    stages = {"input": X, "projected": projected, "features": torch.tanh(projected @ U.T + layer.bias)}
-    found = network.split(layer, X, y, torch.tanh)
-    for stage, features in stages.items():
-        assert found.nc1[stage] == pytest.approx(collapse.nc1(features.detach(), y), rel=1e-10)
-        assert found.nc2[stage] == pytest.approx(collapse.nc2(features.detach(), y), rel=1e-10)
-
-
-def test_collapse_split_follows_the_features_through_the_model():
-    model, X = mlp(4, 6, 5, 3, inplace=True).double(), torch.randn(9, 4, dtype=torch.float64)
-    found = network.collapse_split(model, X, LABELS, batch_size=2)
-    loader = DataLoader(TensorDataset(X, LABELS), batch_size=4)
-    assert network.collapse_split(model, loader) == found
-    assert list(found) == ["0", "2", "4"]
-    with torch.no_grad():
-        after = {name: model[: int(name)](X.clone()) for name in found}
-        out = model(X.clone())
-    for name, split in found.items():
-        assert split.nc1["input"] == pytest.approx(collapse.nc1(after[name], LABELS), rel=1e-10)
-    assert found["0"].nc1["features"] == pytest.approx(found["2"].nc1["input"], rel=1e-10)
-    assert found["2"].nc2["features"] == pytest.approx(found["4"].nc2["input"], rel=1e-10)
-    assert found["4"].nc1["features"] == pytest.approx(collapse.nc1(out, LABELS), rel=1e-10)  # no ReLU after a readout
-
-
-def test_dead_features_are_infinitely_far_from_collapse():
-    layer = nn.Linear(4, 3)
-    with torch.no_grad():
-        layer.bias.fill_(-1e3)
-    found = network.split(layer, torch.randn(9, 4), LABELS)
-    assert found.nc1["features"] == math.inf == found.nc2["features"]
-    assert found.nc1["projected"] < math.inf
 
 
 # ---- Bad input
