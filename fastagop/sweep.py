@@ -14,40 +14,50 @@ from fastagop.models import Layers, Source
 from fastagop.taps import Taps, tapped
 
 _BLOCK = 256  # rows of a symmetric sum computed at once, each only up to the diagonal
+_GATHERED = 512  # gradients that one product takes: products of fewer run slower
 
 
 class LayerSum:
     """Sum of g g^T over samples and outputs, g being the gradients at one Linear layer of weight W (d_out, d_in).
 
     The gradient at the layer's input is W^T times that at its output, so the sum may be taken on either side; it
-    is taken on the narrower one. It runs in the working precision within a batch and in float64 across batches.
+    is taken on the narrower one. Gradients are gathered; products of what was gathered run in the working precision,
+    and their sum in float64.
     """
 
     def __init__(self, layer: nn.Linear):
         self.weight = layer.weight.detach()
         self.at_input = layer.in_features < layer.out_features
-        self._batch: torch.Tensor | None = None
+        self._columns: torch.Tensor | None = None  # gradients (d, _GATHERED)
+        self._gathered = 0
         self._total: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Add the outer products of rows (m, d); the strict upper triangle is left undone."""
-        columns = rows.to(torch.promote_types(rows.dtype, torch.float32)).T.contiguous()
-        if self._batch is None:
-            self._batch = columns.new_zeros(len(columns), len(columns))
+        if self._columns is None:
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            self._columns = rows.new_empty(rows.shape[1], _GATHERED, dtype=dtype)
+        while len(rows):
+            now, rows = rows[: _GATHERED - self._gathered], rows[_GATHERED - self._gathered :]
+            self._columns[:, self._gathered : self._gathered + len(now)] = now.T
+            self._gathered += len(now)
+            if self._gathered == _GATHERED:
+                self._sum_up()
+
+    def _sum_up(self) -> None:
+        if self._columns is None or self._gathered == 0:  # the outputs may not depend on this layer
+            return
+        columns, self._gathered = self._columns[:, : self._gathered].contiguous(), 0
+        if self._total is None:
+            self._total = columns.new_zeros(len(columns), len(columns), dtype=torch.float64)
         for start in range(0, len(columns), _BLOCK):
             block = slice(start, start + _BLOCK)
-            self._batch[block, : block.stop] += product(columns[block], columns[: block.stop])
-
-    def end_batch(self) -> None:
-        """Bring the batch's sum to the total."""
-        if self._batch is None:  # the outputs do not depend on this layer
-            return
-        self._total = self._batch.to(torch.float64, copy=True) if self._total is None else self._total.add_(self._batch)
-        self._batch.zero_()
+            self._total[block, : block.stop] += product(columns[block], columns[: block.stop])
 
     def total(self) -> torch.Tensor:
         """The float64 sum on its side: (d_in, d_in) where ``at_input``, else (d_out, d_out)."""
-        self._batch = None
+        self._sum_up()
+        self._columns = None
         if self._total is None:
             d = self.weight.shape[1 if self.at_input else 0]
             return self.weight.new_zeros(d, d, dtype=torch.float64)
@@ -86,8 +96,6 @@ def _sweep_batch(model: nn.Module, sums: Mapping[nn.Linear, LayerSum], inputs: t
         out = models.outputs(model, inputs)
         if taps.called:
             _pull_back_outputs(taps, out)
-    for one in sums.values():
-        one.end_batch()
     return taps.called
 
 

@@ -12,8 +12,13 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     one behind torch.mm on AMD processors, and no slower elsewhere.
     """
     if _onednn(A):
-        return torch.ops.mkldnn._linear_pointwise(A, B, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(A, _dense(B), bias, "none", [], "")
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
+
+
+def _dense(B: torch.Tensor) -> torch.Tensor:
+    """B without gaps: oneDNN takes a thousand times as long over a second factor that is part of a wider matrix."""
+    return B if B.is_contiguous() or B.T.is_contiguous() else B.contiguous()
 
 
 def _onednn(A: torch.Tensor) -> bool:
