@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from fastagop.kernels._products import product
 
 CPU = torch.device("cpu")
 
@@ -34,6 +35,13 @@ def seconds(run: Callable, device: torch.device, repeats: int = 3, warm: int = 1
         if repeat >= warm:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def product_rate(device: torch.device) -> float:
+    """Floating-point operations per second of square float32 products on a device, by the best library at hand."""
+    size = 8192 if device.type == "cuda" else 2048
+    A = torch.randn(size, size, device=device)
+    return 2 * size**3 / min(seconds(run, device, 5) for run in (lambda: torch.mm(A, A), lambda: product(A, A)))
 
 
 def interleaved(contenders: Mapping[str, Callable], first: str, repeats: int) -> list[dict]:

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 import torch
 from fastagop.kernels import _measured
@@ -15,13 +16,25 @@ def describe() -> dict:
     """Processor, threads, versions and date."""
     return {
         "date": datetime.date.today().isoformat(),
-        "processor": _measured.name(torch.device("cpu")),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "pykeops", "numpy")},
     }
+
+
+def _processor() -> str:
+    """Its name, and where Linux tells family and model: hosts of virtual machines often name the brand only."""
+    name = _measured.name(torch.device("cpu"))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return name
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    found = [f"{word} {about[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in about]
+    return f"{name} ({', '.join(found)})" if found else name
 
 
 def _version(name: str) -> str | None:
