@@ -6,6 +6,7 @@ keops      KeOps against torch by number of features, on the CPU: where "auto" t
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
+readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
 """
 
@@ -20,7 +21,7 @@ from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, network_cpu, report, s
 
 REPEATED = {"agop": agop_cpu, "keops": keops_cpu, "network": network_cpu}  # timed several times over
 ONCE = {"cg": cg_cpu}  # minutes
-CASES = ("suite", *REPEATED, *ONCE, "report", "calibrate")
+CASES = ("suite", *REPEATED, *ONCE, "report", "readme", "calibrate")
 
 
 def main() -> None:
@@ -43,6 +44,8 @@ def main() -> None:
         suite.main(given.device, out, given.repeats, given.n, tuple(given.d) if given.d else None)
     elif given.case == "report":
         report.main(given.result, given.out or given.result.with_suffix(".md"))
+    elif given.case == "readme":
+        report.readme()
     elif given.case == "calibrate":
         calibrate.main(given.device, out, given.repeats, given.n)
     elif given.case in ONCE:

@@ -88,6 +88,8 @@ def _ours(call: Callable, **options) -> dict[str, Callable]:
     ways |= {f"fastagop triton {p}": {"backend": "triton", "precision": p} for p in ("highest", "high", "medium")}
 
     def run(problem: Problem, how: dict):
+        if how["backend"] == "keops":
+            _few_features(problem)
         try:
             return call(problem, **how, **options)
         except fastagop.BackendUnavailable as reason:
@@ -129,11 +131,15 @@ def _sklearn_ridge(problem: Problem):
     return torch.from_numpy(model.fit(problem.X.numpy(), problem.alpha.numpy()).dual_coef_)
 
 
+def _few_features(problem: Problem) -> None:
+    if problem.device.type == "cpu" and problem.d > 100:
+        raise Unable("KeOps takes minutes for so many features on a CPU")
+
+
 def _lazy_gradients(problem: Problem):
     """KeOps by hand: a LazyTensor, differentiated by autograd output by output."""
     _installed("pykeops")
-    if problem.device.type == "cpu" and problem.d > 100:
-        raise Unable("KeOps takes minutes for so many features on a CPU")
+    _few_features(problem)
     return peers.lazy_gradients(problem.X, problem.alpha, problem.kernel)
 
 

@@ -1,7 +1,8 @@
-"""From a committed result of ``pytest bench --benchmark-only --benchmark-json``: the README's table and two plots."""
+"""From committed results: a table and two plots of ``pytest bench --benchmark-json``'s, and the README's tables."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -85,3 +86,14 @@ def main(result: Path, out: Path) -> None:
     print(table(measured))
     for file in plots(measured, out.parent):
         print(f"written to {file}")
+
+
+def readme(path: Path = Path("README.md")) -> None:
+    """Write the committed results' tables between the README's marks."""
+    text = path.read_text()
+    for case in ("agop", "network", "cg"):
+        module = importlib.import_module(f"bench.{case}_cpu")
+        made = module.table(json.loads(Path(f"bench/results/{case}_cpu.json").read_text())["rows"])
+        before, rest = text.split(f"<!-- {case} -->\n")
+        text = f"{before}<!-- {case} -->\n{made}\n<!-- /{case} -->{rest.split(f'<!-- /{case} -->')[1]}"
+    path.write_text(text)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastagop.kernels._plan import budget
+from fastagop.kernels._plan import budget, longest_first
 
 # What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
 _PIECE, _PIECE_ROWS = 2**22, 256
@@ -128,7 +128,7 @@ class Ranks:
         rows = max(1, min(most, -(-count // (4 * self.size))))
         turn = 2 * self.size
         mine = (self.rank, turn - 1 - self.rank)
-        return rows, [start for i, start in enumerate(reversed(range(0, count, rows))) if i % turn in mine]
+        return rows, [start for i, start in enumerate(longest_first(count, rows)) if i % turn in mine]
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of value over ranks, the same bits everywhere."""

@@ -97,3 +97,8 @@ def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: st
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))
+
+
+def longest_first(count: int, rows: int) -> range:
+    """First rows of the blocks of a lower triangle; memory that a block frees then has room for the next one's."""
+    return range(0, count, rows)[::-1]

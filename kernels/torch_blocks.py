@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ._checks import readable
-from ._plan import Plan, block_rows, budget
+from ._plan import Plan, block_rows, budget, longest_first
 from ._products import product
 from .distance import squared_distances, squared_norms
 from .radial import Radial
@@ -32,14 +32,16 @@ def tiles(
         rows: rows of one block.
         lower: only columns up to the block's own last row (needs Z is X).
         out: (m, n) tensor to write the blocks into; by default one buffer serves all of them.
-        starts: first rows of the blocks wanted; default all, 0, rows, 2 rows and so on.
+        starts: first rows of the blocks wanted; default all, those of the lower triangle longest first.
     """
     own = Z is X
     x2 = squared_norms(X)
     z2 = x2 if own else squared_norms(Z)
     m, n = len(Z), len(X)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
-    for start in range(0, m, rows) if starts is None else starts:
+    if starts is None:
+        starts = longest_first(m, rows) if lower else range(0, m, rows)
+    for start in starts:
         stop = min(m, start + rows)
         width = stop if lower else n
         if out is not None:

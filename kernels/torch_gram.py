@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ._plan import ROWS
+from ._plan import ROWS, longest_first
 from ._products import product
 from .distance import squared_norms
 from .smooth import Smooth
@@ -117,7 +117,7 @@ def gram_form(
     weight = s.square().sum(1)  # sum_c s_ic^2
     step = (lower or lower_s)(E, alpha) if own else _lower_s(E.T, None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
-    for start in range(0, n, rows) if starts is None else starts:
+    for start in longest_first(n, rows) if starts is None else starts:
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = step(s, weight, start, stop)
