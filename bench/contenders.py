@@ -17,6 +17,7 @@ from fastagop.kernels.radial import Radial
 
 import fastagop
 from bench import network_cpu, peers
+from fastagop import deep_rfm
 
 
 class Unable(Exception):
@@ -157,10 +158,12 @@ def _kermac(problem: Problem):
     return kermac.cdist(problem.X, problem.X, p=2.0)
 
 
-def _layer(problem: Problem, **how) -> torch.Tensor:
-    settings = {"depth": 1, "width": min(1024, problem.d), "kernel": problem.kernel, "random_state": 0}
-    model = fastagop.DeepRFMClassifier(device=str(problem.device), **settings, **how)
-    return torch.as_tensor(model.fit(problem.X, problem.y).agops_[0])
+def _layer(problem: Problem, backend: str, precision: str = "highest") -> torch.Tensor:
+    """A layer as the estimators train it, collapse measures included; M divided by its largest entry."""
+    width = min(1024, problem.d)
+    how = deep_rfm.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
+    Y = 2.0 * torch.nn.functional.one_hot(problem.y).to(problem.X) - 1.0
+    return deep_rfm.train_layer(problem.X, Y, how, 0, problem.y)[0].agop
 
 
 CONTENDERS: dict[str, dict[str, Callable]] = {
@@ -192,7 +195,7 @@ CONTENDERS: dict[str, dict[str, Callable]] = {
     },
     "layer": {
         **_ours(_layer),
-        "torch composition": lambda p: peers.layer(p.X, p.y, p.kernel),
+        "torch composition": lambda p: peers.layer(p.X, p.y, p.kernel, p.ridge),
     },
     "network_agop": {
         "fastagop": lambda p: network_cpu.ours(*p.mlp),
@@ -234,15 +237,15 @@ def traffic(op: str, p: Problem) -> float:
 
 
 def error(op: str, p: Problem, result) -> float | None:
-    """Relative Frobenius error against float64; of "solve" the residual; None where there is no truth to hold."""
+    """Relative Frobenius error against float64; of "solve" the residual, of "layer" M's."""
     if op in ("kernel_matrix", "kernel_matmul"):
         truth = p.K64 if op == "kernel_matrix" else p.K64 @ p.alpha.double()
         return _relative(result[p.rows].double() - truth, truth)
     if op == "gradients":
         truth = peers.gradients(p.X.double(), p.alpha.double(), p.kernel, p.rows)
         return _relative(result[p.rows].double() - truth, truth)
-    if op == "agop":
-        truth = _agop64(p)
+    if op in ("agop", "layer"):
+        truth = _agop64(p) if op == "agop" else _layer64(p)
         return _relative(result.double() - truth, truth)
     if op == "network_agop":
         return max(float((result[at].double() - M).norm() / M.norm()) for at, M in _network64(p).items())
@@ -255,6 +258,11 @@ def error(op: str, p: Problem, result) -> float | None:
 @functools.lru_cache(maxsize=2)
 def _agop64(p: Problem) -> torch.Tensor:
     return fastagop.agop(p.kernel, p.X.double(), p.alpha.double(), reduction="sum", method="gradient", backend="torch")
+
+
+@functools.lru_cache(maxsize=1)
+def _layer64(p: Problem) -> torch.Tensor:
+    return peers.layer(p.X.double(), p.y, p.kernel, p.ridge)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import fastagop
 from bench import clock, machine
 
 OPS: tuple[str, ...] = ("kernel_matmul", "gradients", "agop")
-N, K, FEATURES = 4000, 10, (1, 2, 3, 4, 8, 16)
+N, K, FEATURES = 8000, 10, (1, 2, 3, 4, 8, 16)
 LARGE = (20_000, 16)
 KERNEL = fastagop.Laplace(2.0)
 _PEAK = """

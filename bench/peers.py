@@ -50,15 +50,15 @@ def solve(X: torch.Tensor, Y: torch.Tensor, kernel, ridge: float) -> torch.Tenso
     return torch.linalg.solve(K, Y)
 
 
-def layer(X: torch.Tensor, y: torch.Tensor, kernel) -> torch.Tensor:
-    """A layer of Deep RFM by hand, in float32 with the authors' default ridge 1e-3; returns M."""
+def layer(X: torch.Tensor, y: torch.Tensor, kernel, ridge: float) -> torch.Tensor:
+    """A layer of Deep RFM by hand, in X's dtype; returns M divided by its largest entry."""
     X = torch.nn.functional.normalize(X)
     Y = 2.0 * torch.nn.functional.one_hot(y).to(X) - 1.0
-    M = composition(X, solve(X, Y, kernel, 1e-3), kernel)
+    M = composition(X, solve(X, Y, kernel, ridge), kernel)
     M = M / M.max()
     values, vectors = torch.linalg.eigh(M)
     root = vectors * values.clamp(min=0.0).sqrt() @ vectors.T
-    torch.relu(X @ root @ torch.randn(X.shape[1], min(1024, X.shape[1]), device=X.device))
+    torch.relu(X @ root @ torch.randn(X.shape[1], min(1024, X.shape[1]), dtype=X.dtype, device=X.device))
     return M
 
 

@@ -20,9 +20,9 @@ SERVES = {
 }
 PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # of the Triton backend
 NAMES = ("auto", "torch", "triton", "keops")
-# (device, operation) -> most features with which KeOps measured faster than torch: bench/results/keops_cpu.json, made
-# by ``python -m bench keops``. A GPU has not been measured.
-KEOPS_FEATURES = {("cpu", "kernel_matmul"): 1, ("cpu", "gradients"): 4, ("cpu", "agop"): 3}
+# (device, operation) -> most features with which KeOps measured faster than torch, 0 for never:
+# bench/results/keops_cpu.json, made by ``python -m bench keops``. A GPU has not been measured.
+KEOPS_FEATURES = {("cpu", "kernel_matmul"): 0, ("cpu", "gradients"): 0, ("cpu", "agop"): 0}
 # Pairs from which "auto" lets KeOps compile: that takes about ten seconds, and torch would then take longer.
 KEOPS_PAIRS = 1e9
 

@@ -4,7 +4,7 @@ The expansion ||x||^2 + ||z||^2 - 2 x.z costs one matrix product, but its absolu
 eps (||x||^2 + ||z||^2): relative to a small distance that is noise, and once classes collapse a tenth of all
 pairs are that small. Pairs whose expansion falls below ``NEAR[dtype]`` of the squared norms are therefore
 measured again: crowded groups by the same product around a centre of their own, stragglers by direct
-differences.
+differences. In a space of so few dimensions that most points have near ones, all pairs are measured directly.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _REACH = 8.0  # a group takes in points up to this multiple of the near bound
 _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _CHUNK = 2**20  # items of one chunk of direct differences
+_FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
+_CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
 
 
 def squared_norms(X: torch.Tensor) -> torch.Tensor:
@@ -47,6 +49,8 @@ def squared_distances(
     """
     if out.numel() == 0:
         return out
+    if 0 < X.shape[1] <= _FEW:
+        return _measure_all(Z, X, out)
     torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
     near = NEAR[out.dtype]
     own = None if self_offset is None else torch.diagonal(out, self_offset)
@@ -64,6 +68,19 @@ def squared_distances(
             out[rows] = sub
     if own is not None:
         own.zero_()
+    return out
+
+
+def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, feature by feature; zero for equal points."""
+    columns = X.T.contiguous()
+    rows = len(out) if out.is_cuda else max(1, _CACHED // len(X))
+    for start in range(0, len(out), rows):
+        part, z = out[start : start + rows], Z[start : start + rows]
+        torch.sub(z[:, :1], columns[0], out=part).square_()
+        for k in range(1, len(columns)):
+            difference = z[:, k : k + 1] - columns[k]
+            part.addcmul_(difference, difference)
     return out
 
 

@@ -60,6 +60,21 @@ def test_two_sets_of_points(cloud, name, dtype):
     check(measure(Z, X), truth(Z, X))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "offset", "line", "pairs"])
+def test_few_features(cloud, name, d, dtype):
+    """Most pairs are near there. A rounded difference, squares and d - 1 sums: d + 2 roundings of r^2 up to d = 4."""
+    X = cloud(name, n=300, d=d, dtype=dtype)
+    found, true = measure(X, X, self_offset=0), truth(X, X)
+    check(found, true)
+    if d <= 4:
+        assert torch.equal(found, found.T)
+        away = true > 0
+        worst = ((found.double() - true)[away].abs() / true[away]).max() if away.any() else torch.zeros(())
+        assert float(worst) <= 2 * (d + 2) * torch.finfo(dtype).eps  # float64's truth is as rounded as what it judges
+
+
 @pytest.mark.parametrize("first", [0, 1, 77, 90])  # first, second, middle and last block of 30 rows
 @pytest.mark.parametrize("name", ["spread", "collapsed 1e-4", "offset"])
 def test_self_pairs_of_a_block_are_zero_by_index(cloud, name, first):
