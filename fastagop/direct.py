@@ -9,6 +9,7 @@ import torch
 
 from fastagop import cg, linalg
 from fastagop.kernels import torch_blocks
+from fastagop.kernels._backends import triton_fills
 from fastagop.kernels._plan import Plan
 from fastagop.kernels.radial import Radial
 
@@ -64,7 +65,7 @@ def system(
     below its rounding, so they come from the points in float64, one pass over all pairs a step.
     """
     update, steps = None, _STEPS["highest"]
-    if plan.backend == "triton":
+    if plan.backend == "triton" and triton_fills(K.dtype):
         from fastagop.kernels import triton_ops  # imports triton
 
         triton_ops.fill_symmetric(K, kernel, X)

@@ -30,13 +30,18 @@ class FeatureMap:
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor:
         """Phi(X), shape (n, width)."""
-        if self.bias is None:
-            return product(X, self.weight).relu_()
-        return product(X, self.weight, self.bias).cos_().mul_(math.sqrt(2.0 / len(self.weight)))
+        return mapped(X, self.weight, self.bias)
 
     def to(self, like: torch.Tensor) -> FeatureMap:
         """The same map with the dtype and device of a tensor."""
         return FeatureMap(self.name, self.weight.to(like), None if self.bias is None else self.bias.to(like))
+
+
+def mapped(X: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Phi(X) of "relu" (no bias) or "cos", shape (n, width); a function, since torch.export traces it."""
+    if bias is None:
+        return product(X, weight).relu_()
+    return product(X, weight, bias).cos_().mul_(math.sqrt(2.0 / len(weight)))
 
 
 def random_features(name: str, d: int, width: int, scale: float | None, seed: int, like: torch.Tensor) -> FeatureMap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastagop.deep_rfm import Layer, normalise_rows
-from fastagop.features import FeatureMap
+from fastagop.features import mapped
 from fastagop.kernels.radial import Radial
 
 
@@ -28,7 +28,6 @@ class DeepRFMModule(torch.nn.Module):
     def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool):
         super().__init__()
         self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
-        self.maps = [layer.map.name for layer in layers]
         for i, layer in enumerate(layers):
             self.register_buffer(f"root_{i}", layer.root.clone())
             self.register_buffer(f"weight_{i}", layer.map.weight.clone())
@@ -40,11 +39,11 @@ class DeepRFMModule(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
         h = x.double()
-        for i, name in enumerate(self.maps):
-            root, weight = self.get_buffer(f"root_{i}"), self.get_buffer(f"weight_{i}")
+        for i in range(self.depth):
+            root, weight = getattr(self, f"root_{i}"), getattr(self, f"weight_{i}")  # get_buffer: no export before 2.7
             bias = getattr(self, f"bias_{i}", None)
-            phi = FeatureMap(name, weight.double(), None if bias is None else bias.double())
-            h = phi(normalise_rows(h) @ root.double())
+            projected = normalise_rows(h) @ root.double()
+            h = mapped(projected, weight.double(), None if bias is None else bias.double())
         distance = torch.cdist(normalise_rows(h), self.centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
         f = self.kernel.value_(distance.square()) @ self.alpha.double()
         f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f

@@ -13,7 +13,7 @@ from fastagop import cg, direct
 from fastagop.cg import ConjugateGradients
 from fastagop.direct import MAX_JITTER, RESIDUAL, largest
 from fastagop.kernels import _checks, keops_ops, torch_blocks
-from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words
+from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words, triton_fills
 from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels._plan import Plan, block_rows, budget, human, roomy
 from fastagop.kernels.operations import in_units
@@ -114,6 +114,8 @@ def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str
         words = f"{words} factorisation"
     else:
         words = f"{precision_words(precision, X, backend)} factorisation, float64 refinement"
+    if backend == "triton" and not triton_fills(dtype):
+        words += " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
     return Plan("solve", backend, method, why, words, work, int(copies * n * n * size) + extra, rows)
 
 

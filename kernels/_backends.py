@@ -83,6 +83,15 @@ def _input_precisions() -> tuple[str, ...]:
     return Options().allowed_dot_input_precisions
 
 
+def triton_fills(dtype: torch.dtype) -> bool:
+    """Whether the installed Triton can make a kernel matrix of that dtype: float64 products came with Triton 3.5."""
+    if dtype == torch.float32:
+        return True
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+
+
 @contextlib.contextmanager
 def matmul_precision(precision: str, device: torch.device):
     """Run torch's float32 products at the precision asked for, whatever the process has set globally.

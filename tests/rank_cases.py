@@ -256,6 +256,7 @@ def join(cases, **where):
     for case in cases:
         name, _, argument = case.partition("=")
         globals()[name](argument or None)
+    time.sleep(0.1)  # torch 2.6 deadlocks where gloo's thread still holds the last collective
     dist.destroy_process_group()
 
 
