@@ -28,26 +28,26 @@ class LayerSum:
     def __init__(self, layer: nn.Linear):
         self.weight = layer.weight.detach()
         self.at_input = layer.in_features < layer.out_features
-        self._columns: torch.Tensor | None = None  # gradients (d, _GATHERED)
+        self._rows: torch.Tensor | None = None  # gradients (_GATHERED, d)
         self._gathered = 0
         self._total: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor) -> None:
         """Add the outer products of rows (m, d); the strict upper triangle is left undone."""
-        if self._columns is None:
+        if self._rows is None:
             dtype = torch.promote_types(rows.dtype, torch.float32)
-            self._columns = rows.new_empty(rows.shape[1], _GATHERED, dtype=dtype)
+            self._rows = rows.new_empty(_GATHERED, rows.shape[1], dtype=dtype)
         while len(rows):
             now, rows = rows[: _GATHERED - self._gathered], rows[_GATHERED - self._gathered :]
-            self._columns[:, self._gathered : self._gathered + len(now)] = now.T
+            self._rows[self._gathered : self._gathered + len(now)] = now
             self._gathered += len(now)
             if self._gathered == _GATHERED:
                 self._sum_up()
 
     def _sum_up(self) -> None:
-        if self._columns is None or self._gathered == 0:  # the outputs may not depend on this layer
+        if self._rows is None or self._gathered == 0:  # the outputs may not depend on this layer
             return
-        columns, self._gathered = self._columns[:, : self._gathered].contiguous(), 0
+        columns, self._gathered = self._rows[: self._gathered].T.contiguous(), 0
         if self._total is None:
             self._total = columns.new_zeros(len(columns), len(columns), dtype=torch.float64)
         for start in range(0, len(columns), _BLOCK):
@@ -57,7 +57,7 @@ class LayerSum:
     def total(self) -> torch.Tensor:
         """The float64 sum on its side: (d_in, d_in) where ``at_input``, else (d_out, d_out)."""
         self._sum_up()
-        self._columns = None
+        self._rows = None
         if self._total is None:
             d = self.weight.shape[1 if self.at_input else 0]
             return self.weight.new_zeros(d, d, dtype=torch.float64)
