@@ -117,7 +117,11 @@ def agop(
             M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan)
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
-    return M.div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)
+    M = M.double().div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)  # both may leave float32 on the way
+    M = M.to(X.dtype)
+    if not _checks.finite(M):
+        raise ValueError(f"alpha is so large that the AGOP leaves {X.dtype}; divide alpha by a constant")
+    return M
 
 
 def agop_from_weights_(

@@ -189,7 +189,7 @@ class Regressor(RegressorMixin, KernelEstimator):
         self._flat = y.ndim == 1
         y = y.reshape(len(y), -1)
         _same_length(X, y)
-        return torch.tensor(y).to(X), None
+        return torch.from_numpy(y.copy()).to(X), None
 
     def predict(self, X):
         """Predicted targets, shape (m,) or (m, K) as y was in fit."""

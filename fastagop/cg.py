@@ -165,7 +165,9 @@ def pivoted_cholesky(columns: Matmul, diagonal: torch.Tensor, rank: int, enough:
 def _accept(H: torch.Tensor, floor: float, generator: torch.Generator) -> tuple[list[int], torch.Tensor]:
     """(proposals kept, Cholesky factor of their block) from the residual block H (b, b) of all proposals."""
     a, kept = H.cpu().numpy(), []
-    bar = np.maximum(torch.rand(len(a), generator=generator, dtype=torch.float64).numpy() * a.diagonal(), floor)
+    bar = np.maximum(
+        torch.rand(len(a), generator=generator, dtype=torch.float64, device="cpu").numpy() * a.diagonal(), floor
+    )
     for i in range(len(a)):
         if a[i, i] > bar[i]:
             kept.append(i)

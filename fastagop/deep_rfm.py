@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,10 @@ class _Clock:
 
 
 def normalise_rows(X: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their length; a zero row stays zero."""
+    """Rows divided by their length, whatever that is; a zero row stays zero."""
+    most = math.frexp(torch.finfo(X.dtype).max)[1] - 2
+    exponent = torch.frexp(X.abs().amax(1, keepdim=True))[1].clamp(-most, most)
+    X = X * torch.exp2(-exponent.to(X.dtype))  # a power of two: squares stay in range, and no digit is lost
     length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
     return X / torch.where(length > 0, length, 1.0)
 

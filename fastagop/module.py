@@ -9,6 +9,21 @@ from fastagop.features import mapped
 from fastagop.kernels.radial import Radial
 
 
+class _Profile(torch.autograd.Function):
+    """phi(r) of squared distances; its derivative in r^2 is -w / 2, w the gradient weight."""
+
+    @staticmethod
+    def forward(ctx, sq: torch.Tensor, kernel: Radial):
+        ctx.save_for_backward(sq)
+        ctx.kernel = kernel
+        return kernel.value_(sq.clone())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (sq,) = ctx.saved_tensors
+        return ctx.kernel.weight_(sq.clone()).mul_(-0.5).mul_(grads[0]), None
+
+
 class DeepRFMModule(torch.nn.Module):
     """Layers x -> Phi(M^(1/2) x / ||x||), then a kernel machine on the normalised features.
 
@@ -45,6 +60,8 @@ class DeepRFMModule(torch.nn.Module):
             projected = normalise_rows(h) @ root.double()
             h = mapped(projected, weight.double(), None if bias is None else bias.double())
         distance = torch.cdist(normalise_rows(h), self.centers.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        f = self.kernel.value_(distance.square()) @ self.alpha.double()
+        sq = distance.square()
+        k = _Profile.apply(sq, self.kernel) if sq.requires_grad else self.kernel.value_(sq)
+        f = k @ self.alpha.double()
         f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
-        return f.to(x.dtype)
+        return f.to(x.dtype) if x.is_floating_point() else f

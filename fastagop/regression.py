@@ -9,13 +9,14 @@ import torch
 
 from fastagop import distributed
 from fastagop.agop import agop, agop_from_weights_
-from fastagop.kernels import torch_blocks
+from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._plan import Plan, roomy
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
-from fastagop.solve import Solution, plan_solve, solve_into
+from fastagop.solve import Solution, in_unit, plan_solve, solve_into
 
 AGOP_SCALES = ("max", "mean", "sum")
+_SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def solve_and_agop(
         solution, planned = distributed.solve_as(torch.float64, machine.kernel, X, Y, ridge=machine.ridge, **how)
         mark("solve")
         how |= {"reduction": "sum", "center": center}
-        M = distributed.agop_as(solution.alpha, machine.kernel, X, solution.alpha.to(X.dtype), **how)
+        alpha, size = in_unit(solution.alpha, _SQUARABLE)
+        M = distributed.agop_as(alpha, machine.kernel, X, alpha.to(X.dtype), **how)
         mark("agop")
-        return solution, M, planned
+        return solution, _of_size(M, size), planned
     K, solution, plan = _solve_stored(X, Y, machine)
+    alpha, size = in_unit(solution.alpha, _SQUARABLE)
     mark("solve")
     kernel, X, _, unit = in_units(machine.kernel, X, X)
     # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
@@ -83,12 +86,20 @@ def solve_and_agop(
     del K
     if W is None:
         how = {"center": center, "precision": machine.precision, "backend": machine.backend}
-        M = agop(kernel, X, solution.alpha.to(X.dtype), reduction="sum", **how)
+        M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **how)
     else:
-        M = agop_from_weights_(W, X, solution.alpha, machine.precision, plan.backend, center)
-    M = M.double().div_(unit).div_(unit)
+        M = agop_from_weights_(W, X, alpha, machine.precision, plan.backend, center)
+    M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
     return solution, M, plan.peak_bytes
+
+
+def _of_size(M: torch.Tensor, size: float) -> torch.Tensor:
+    """The AGOP of coefficients that many times as large."""
+    M = M.mul_(size).mul_(size)
+    if not _checks.finite(M):
+        raise ValueError("y is so large that the AGOP of its predictor leaves float64; divide y by a constant")
+    return M
 
 
 def agop_divisor(M: torch.Tensor, scale: str, n: int) -> float:

@@ -127,7 +127,7 @@ class _RFM(KernelEstimator):
         self._torch_in = isinstance(X, torch.Tensor)
         points = self._samples(X, reset=True)
         Y, _ = self._targets(y, points)
-        M = torch.ones(points.shape[1]).to(points)
+        M = points.new_ones(points.shape[1])
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         for index in tqdm(range(iterations), desc="RFM", unit="iteration", disable=not self.verbose):
             M, record = self._iterate(points, Y, M, machine)
@@ -135,7 +135,7 @@ class _RFM(KernelEstimator):
             self.iterations_.append(record)
             for callback in self.callbacks:
                 callback(IterationEvent(index, iterations, record, M))
-        self._centers = project(points, self._root)
+        self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
         self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
         report(self.solution_, stacklevel=5)
         self.M_ = self._kept(M)

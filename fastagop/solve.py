@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ def solve_into(
     alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
     everything else, so callers that go on computing ask for float64.
     """
-    start, target = time.perf_counter(), Y.double()
+    start, (target, unit) = time.perf_counter(), in_unit(Y.double())
     jitter, iterations, rank = 0.0, 0, len(X)
     with matmul_precision(precision, X.device):
         system = direct.system(K, kernel, X, ridge, plan, precision, out)
@@ -231,8 +232,24 @@ def solve_into(
             alpha, jitter, iterations = direct.cholesky(system, target)
         alpha = alpha.to(out)
         residual = system.residual(alpha, target)
-    seconds = time.perf_counter() - start
+    alpha, seconds = _of_unit(alpha, unit), time.perf_counter() - start
     return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
+
+
+def in_unit(Y: torch.Tensor, reach: float = 2.0**300) -> tuple[torch.Tensor, float]:
+    """(Y / unit, unit), the unit a power of two: 1 where the largest item is within 1 / reach and reach."""
+    most = largest(Y)
+    if most == 0 or 1.0 / reach <= most <= reach:
+        return Y, 1.0
+    unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(most)[1])))
+    return Y / unit, unit
+
+
+def _of_unit(alpha: torch.Tensor, unit: float) -> torch.Tensor:
+    alpha = alpha if unit == 1.0 else alpha * unit
+    if not _checks.finite(alpha):
+        raise ValueError(f"Y is so large that its coefficients leave {alpha.dtype}; divide Y by a constant")
+    return alpha
 
 
 def solve_unstored(
@@ -252,7 +269,7 @@ def solve_unstored(
     """
     product = product or (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul
     start = time.perf_counter()
-    x, target = X.double(), Y.double()
+    x, (target, unit) = X.double(), in_unit(Y.double())
 
     def matmul(V, diagonal=ridge):
         return product(kernel, x, x, V, plan).add_(V, alpha=diagonal)
@@ -267,6 +284,7 @@ def solve_unstored(
     alpha, residual = outcome.alpha.to(out), outcome.residual
     if out != torch.float64 or jitter:
         residual = cg.relative(target - matmul(alpha.double()), target)
+    alpha = _of_unit(alpha, unit)
     rank, seconds = low_rank.rank if low_rank else 0, time.perf_counter() - start
     said = {"stopped": outcome.stopped, "tolerance": options.tolerance}
     return Solution(alpha, residual, ridge, jitter, "cg", torch.float64, iterations, rank, seconds, **said)

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 
 import torch
+from torch.amp.autocast_mode import is_autocast_available
 
 from . import keops_ops
 from ._checks import BackendUnavailable, choice
@@ -97,8 +98,15 @@ def matmul_precision(precision: str, device: torch.device):
     """Run torch's float32 products at the precision asked for, whatever the process has set globally.
 
     torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
-    computes like "highest" here, and the CPU always does.
+    computes like "highest" here, and the CPU always does. Autocast, which rounds factors to bfloat16, is off.
     """
+    off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
+    with off, _switched(precision, device):
+        yield
+
+
+@contextlib.contextmanager
+def _switched(precision: str, device: torch.device):
     medium = precision == "medium" and device.type == "cuda"
     mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
     switches = [torch.backends.cuda.matmul, mkldnn]

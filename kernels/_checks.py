@@ -88,6 +88,19 @@ def finite(value: torch.Tensor) -> bool:
     return value.numel() == 0 or not readable(value) or all(math.isfinite(float(end)) for end in torch.aminmax(value))
 
 
+def spread(X: torch.Tensor, Z: torch.Tensor, largest: float) -> None:
+    """Refuse points of which a few are so far out that squares of the others' distances vanish beside theirs."""
+    most = torch.finfo(X.dtype).tiny ** -0.33  # 2e12 in float32, 3e101 in float64
+    typical = max(float(points.abs().amax(1).median()) for points in (X, Z) if len(points))
+    if 0 < typical < largest / most:
+        name, points = ("Z", Z) if Z is not X and float(X.abs().max()) < largest else ("X", X)
+        row = int(points.abs().amax(1).argmax())
+        raise ValueError(
+            f"{name}[{row}] has an entry of size {largest:.1e} while half of the rows stay below {typical:.1e}: "
+            f"{X.dtype} cannot hold the distances of both; remove such rows (fill values?) or use float64"
+        )
+
+
 def flag(name: str, value) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):

@@ -46,6 +46,7 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
         return kernel, X, Z, 1.0
     exponent = math.frexp(largest)[1]
+    _checks.spread(X, Z, largest)
     scale = X.new_tensor(-exponent, dtype=torch.int32)
     own, X = Z is X, torch.ldexp(X, scale)
     Z = X if own else torch.ldexp(Z, scale)

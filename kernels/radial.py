@@ -19,6 +19,23 @@ def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float
     return value if value <= most else min(beyond, most)
 
 
+def _apart_(sq: torch.Tensor) -> torch.Tensor:
+    """Overwrite zeros by infinity, where a profile and its weight vanish.
+
+    A pair at distance zero adds nothing to a gradient; with a weight it would add w (x - x) in rounded parts, which may
+    exceed everything else.
+    """
+    return sq.masked_fill_(sq == 0, math.inf)
+
+
+def _over_square_(t: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """Overwrite t by -t / L^2, in two steps where that factor leaves the dtype."""
+    factor = 1.0 / bandwidth / bandwidth
+    if torch.finfo(t.dtype).tiny <= factor <= torch.finfo(t.dtype).max:
+        return t.mul_(-factor)
+    return t.mul_(-1.0 / bandwidth).mul_(1.0 / bandwidth)
+
+
 @dataclass(frozen=True)
 class Radial:
     """A radial kernel with a bandwidth; subclasses give the profile.
@@ -61,7 +78,7 @@ class Radial:
         raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, finite where r = 0."""
+        """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
         raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
@@ -91,13 +108,13 @@ class Laplace(Radial):
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
         t = sq.sqrt_().mul_(-1.0 / self.bandwidth)  # t = -r / L
         torch.div(torch.exp(t), t, out=t)
-        t.mul_(-1.0 / self.bandwidth / self.bandwidth)
+        _over_square_(t, self.bandwidth)
         return torch.nan_to_num_(t, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by -k / (L^2 ln k), zero where k = 1."""
         torch.div(value, torch.log(value), out=value)
-        value.mul_(-1.0 / self.bandwidth / self.bandwidth)
+        _over_square_(value, self.bandwidth)
         return torch.nan_to_num_(value, posinf=0.0, neginf=0.0)
 
 
@@ -105,7 +122,7 @@ class Laplace(Radial):
 class Gaussian(Radial):
     r"""Gaussian kernel, k(x, z) = exp(-||x - z||_2^2 / (2 L^2)).
 
-    Gradient weight w(r) = k / L^2, finite at r = 0, where it multiplies x - z = 0. Paper, appendix C.
+    Gradient weight w(r) = k / L^2, zero where r = 0. Paper, appendix C.
 
     Args:
         bandwidth: L > 0, in the units of the data.
@@ -116,8 +133,8 @@ class Gaussian(Radial):
         return sq.mul_(-_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2; zero where 1 / L^2 overflows, as k does at any r > 0 then."""
-        return self.value_(sq).mul_(_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
+        """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2, zero where r = 0 or where 1 / L^2 overflows, as k does then."""
+        return self.value_(_apart_(sq)).mul_(_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
@@ -172,8 +189,7 @@ class GeneralisedLaplace(Radial):
 class Matern52(Radial):
     r"""Matern kernel of smoothness 5/2, k(x, z) = (1 + s + s^2 / 3) exp(-s) with s = sqrt(5) ||x - z||_2 / L.
 
-    Gradient weight w(r) = 5 (1 + s) exp(-s) / (3 L^2), finite at r = 0, where it multiplies x - z = 0. It has no
-    closed form in k.
+    Gradient weight w(r) = 5 (1 + s) exp(-s) / (3 L^2), zero where r = 0. It has no closed form in k.
 
     Args:
         bandwidth: L > 0, in the units of the data.
@@ -190,8 +206,8 @@ class Matern52(Radial):
         return s.mul_(s / 3.0 + 1.0).add_(1.0).mul_(decay).clamp_(max=1.0)  # it may round upwards
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2); zero where that factor overflows."""
-        s = self._scaled_(sq)
+        """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2), zero where r = 0 or where that factor overflows."""
+        s = self._scaled_(_apart_(sq))
         decay = torch.exp(-s)
         return s.add_(1.0).mul_(decay).mul_(_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 

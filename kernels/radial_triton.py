@@ -36,7 +36,7 @@ def constants(kernel: Radial, like: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def profile(sq, constants_at, KIND: tl.constexpr, WEIGHT: tl.constexpr):
-    """phi(r), or the gradient weight -phi'(r)/r (zero or finite where r = 0), from r^2 and what ``constants`` gave.
+    """phi(r), or the gradient weight -phi'(r)/r (zero where r = 0), from r^2 and what ``constants`` gave.
 
     r^2 is infinite beyond the last point: the value there must be 0, not NaN.
     """
@@ -57,12 +57,12 @@ def profile(sq, constants_at, KIND: tl.constexpr, WEIGHT: tl.constexpr):
         s = tl.minimum(tl.sqrt(sq * 5.0) * inv, 1e4)
         value = tl.exp(-s)
         if WEIGHT:
-            value = (1.0 + s) * value * (5.0 * inv * inv) / 3.0
+            value = tl.where(sq > 0.0, (1.0 + s) * value * (5.0 * inv * inv) / 3.0, 0.0)
         else:
             value = tl.minimum((1.0 + s * (1.0 + s / 3.0)) * value, 1.0)  # it may round upwards
     else:
         tl.static_assert(KIND == "gaussian")
         value = tl.exp(sq * (-0.5 * inv * inv))
         if WEIGHT:
-            value = value * (inv * inv)
+            value = tl.where(sq > 0.0, value * (inv * inv), 0.0)
     return value

@@ -102,7 +102,9 @@ def leading(W: torch.Tensor, own: bool, rank: int = RANK) -> Smooth:
     means. It need not converge: whatever it finds is taken out exactly.
     """
     n = W.shape[1]
-    signs = torch.randint(0, 2, (n, rank), generator=torch.Generator().manual_seed(0)).to(W).mul_(2).sub_(1)
+    signs = (
+        torch.randint(0, 2, (n, rank), generator=torch.Generator().manual_seed(0), device="cpu").to(W).mul_(2).sub_(1)
+    )
     signs[:, 0] = 1.0
     if not own:
         Q = torch.linalg.qr(W.T @ torch.linalg.qr(W @ signs).Q).Q

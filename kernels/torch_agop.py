@@ -130,19 +130,18 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
 
 
 def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T in float64 accumulation, shape (d, d), of X's dtype; method is what the caller said."""
+    """sum_ic g_ic g_ic^T, float64 (d, d); method is what the caller said."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
-        return X.new_zeros(X.shape[1], X.shape[1])
+        return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
     if plan.method == "gradient":
 
         def blocks():
             return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
 
-        return gradient_form(blocks, alpha, X, Z, center).to(X.dtype)
+        return gradient_form(blocks, alpha, X, Z, center)
     W = weights(kernel, X, Z, plan.block)
-    M = agop_from_weights_(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
-    return M.to(X.dtype)
+    return agop_from_weights_(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
 
 
 def agop_from_weights_(

@@ -46,7 +46,9 @@ class Guard:
     def _estimate(self, X, Z, center: bool) -> float:
         W, alpha, m = self.W, self.alpha, self.m
         index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
-        signs = torch.randint(0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0))
+        signs = torch.randint(
+            0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0), device="cpu"
+        )
         signs = signs.to(alpha).mul_(2).sub_(1)
         mixed = W[index].to(X.dtype) * (alpha @ signs).T
         g = mixed @ X - mixed.sum(1, keepdim=True) * Z[index]

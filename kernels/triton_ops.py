@@ -216,9 +216,9 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
 
 
 def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T, shape (d, d)."""
+    """sum_ic g_ic g_ic^T, float64 (d, d)."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
-        return X.new_zeros(X.shape[1], X.shape[1])
+        return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     own, x = Z is X, Points(X, PRODUCTS[precision])
     z, inner = x if own else Points(Z, x.prec), _steps(x)
     if plan.method == "gradient":
@@ -226,10 +226,9 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
         def blocks():
             return _blocks(kernel, x, z, own, plan.block)
 
-        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients).to(X.dtype)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
-    M = torch_agop.agop_from_weights_(
+    return torch_agop.agop_from_weights_(
         W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block, steps=inner
     )
-    return M.to(X.dtype)

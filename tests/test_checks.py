@@ -322,3 +322,12 @@ def test_the_vocabulary_is_public():
     assert issubclass(fastagop.NumericalWarning, UserWarning)
     assert fastagop.BackendUnavailable.__doc__
     assert fastagop.NumericalWarning.__doc__
+
+
+def test_coefficients_beyond_their_dtype(normal):
+    X, Y = normal(20, 3, dtype=torch.float32), normal(20, 1, dtype=torch.float32)
+    X[1:] = X[0] + 1e-3 * X[1:]
+    with pytest.raises(ValueError, match="Y is so large"):
+        fastagop.solve(Laplace(1.0), X, Y * 1e37, ridge=1e-2)
+    with pytest.raises(ValueError, match="alpha is so large"):
+        fastagop.agop(Laplace(1.0), X, Y * 1e25)

@@ -227,3 +227,33 @@ def test_to_module_of_a_regressor():
     for y in (X[:, 0], X[:, :2]):
         model = DeepRFMRegressor(dtype="float64", **SMALL).fit(X, y)
         np.testing.assert_allclose(model.to_module()(torch.from_numpy(X)).numpy(), model.predict(X), atol=1e-9)
+
+
+def test_module_has_gradients_and_refuses_to_round():
+    X, _ = blobs()
+    module = DeepRFMRegressor(dtype="float64", **SMALL).fit(X, X[:, 0]).to_module()
+    Z = torch.from_numpy(X[:3] + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(module, (Z,))
+    whole = torch.ones(2, X.shape[1], dtype=torch.long)
+    torch.testing.assert_close(module(whole), module(whole.double()))
+
+
+@pytest.mark.parametrize("exponent", [-100, 66])  # squares of such rows leave float32
+def test_the_size_of_rows_does_not_matter(exponent):
+    X, y = blobs()
+    X = torch.from_numpy(X).float()
+    models = [DeepRFMClassifier(**SMALL).fit(scaled, y) for scaled in (X, X * 2.0**exponent)]
+    for layer in range(1, SMALL["depth"] + 1):
+        assert torch.equal(models[0].transform(X, layer), models[1].transform(X * 2.0**exponent, layer))
+
+
+@pytest.mark.parametrize("exponent", [-90, 90])
+def test_the_size_of_targets_does_not_matter(exponent):
+    """Up to a power of two, that is, and where M is scaled by its largest entry."""
+    X, _ = blobs()
+    y = X[:, 0].astype(np.float32)
+    for make in (lambda: DeepRFMRegressor(**SMALL), lambda: fastagop.RFMRegressor(iterations=2)):
+        plain, scaled = make().fit(X, y), make().fit(X, y * np.float32(2.0**exponent))
+        np.testing.assert_allclose(scaled.predict(X) / 2.0**exponent, plain.predict(X), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="y is so large that the AGOP"):
+        DeepRFMRegressor(dtype="float64", **SMALL).fit(X, X[:, 0] * 1e200)

@@ -123,6 +123,52 @@ def test_duplicates_contribute_nothing(kernel, dtype, cloud, normal):
     assert float(g[0].abs().max()) > 0
 
 
+@pytest.mark.parametrize("kernel", [Gaussian(0.5), Matern52(0.3)], ids=repr)
+@pytest.mark.parametrize("other", [True, False])
+def test_self_pairs_are_left_out_where_all_else_is_tiny(kernel, other, normal):
+    """Their weight is finite, and w (x - x) in rounded parts would be ten digits above the answer."""
+    X, alpha = normal(30, 20, dtype=torch.float32), normal(30, 2, dtype=torch.float32)
+    Z = torch.cat([X, X[:3]]) if other else X
+    got, truth = fastagop.gradients(kernel, X, alpha, Z), reference.gradients(kernel, X, alpha, Z)
+    # exponents are as large as r^2 / (2 L^2), near 100, and their rounding is the values' relative error
+    assert float((got.double() - truth).norm() / truth.norm()) <= 1000 * torch.finfo(torch.float32).eps
+    for method in ("gradient", "gram"):
+        M, true = fastagop.agop(kernel, 1.0 * X, alpha, Z, method=method), reference.agop(kernel, X, alpha, Z)
+        assert float((M.double() - true).norm() / true.norm()) <= 2000 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("length", [1e-10, 1e-6])  # 1 / L^2 squared leaves float32
+def test_weights_that_overflow_when_squared(length, normal):
+    X, alpha = normal(3, 3, dtype=torch.float32), normal(3, 2, dtype=torch.float32)
+    assert not fastagop.agop(Gaussian(length), X, alpha, torch.cat([X, -X])).any()
+
+
+def test_autocast_changes_nothing(normal):
+    X, alpha = normal(60, 5, dtype=torch.float32), normal(60, 2, dtype=torch.float32)
+
+    def results():
+        return [
+            fastagop.gradients(Laplace(1.5), X, alpha),
+            fastagop.agop(Laplace(1.5), X, alpha),
+            fastagop.kernel_matrix(Laplace(1.5), X),
+            fastagop.solve(Laplace(1.5), X, alpha, ridge=1e-2).alpha,
+        ]
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, results(), plain))
+
+
+def test_another_default_device(normal):
+    X, alpha = normal(60, 5), normal(60, 2)
+    torch.set_default_device("meta")
+    try:
+        fastagop.agop(Laplace(1.5), X, alpha, method="gram")
+        fastagop.solve(Laplace(1.5), X, alpha, ridge=1e-2, method="cg")
+    finally:
+        torch.set_default_device(None)
+
+
 @kernels
 @dtypes
 @pytest.mark.parametrize("word", ["identical", "one row"])

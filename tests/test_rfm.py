@@ -243,3 +243,12 @@ def test_bad_parameters_are_named(name, value):
     X, y, _ = multi_index(20, d=3)
     with pytest.raises((ValueError, TypeError), match=name):
         RFMRegressor(**{name: value}).fit(X, y)
+
+
+def test_centers_are_not_the_callers(normal):
+    X = normal(20, 3)
+    model = RFMRegressor(iterations=0, dtype="float64").fit(X, X[:, 0].clone())
+    Z = normal(2, 3, seed=2)
+    before = model.predict(Z)
+    X += 1
+    assert torch.equal(model.predict(Z), before)

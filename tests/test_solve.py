@@ -484,3 +484,12 @@ def test_a_float32_factor_without_a_ridge_is_refined_from_the_points(spread, nor
     assert true == pytest.approx(solution.residual, rel=1e-4)
     rounding = torch.finfo(torch.float32).eps * float(K.norm() * alpha.norm() / target.norm())
     assert true <= rounding
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "cg"])
+@pytest.mark.parametrize("size", [2.0**700, 2.0**-700])  # squares leave float64
+def test_the_size_of_targets_does_not_matter(method, size, normal):
+    X, Y = normal(20, 3), normal(20, 2, seed=2)
+    plain, scaled = (fastagop.solve(Laplace(1.0), X, y, method=method) for y in (Y, Y * size))
+    torch.testing.assert_close(scaled.alpha / size, plain.alpha, rtol=1e-9, atol=1e-12)
+    assert scaled.residual <= 1e-6

@@ -77,7 +77,7 @@ class FastKernel(LaplaceKernel):
     def _adapt(self, x: torch.Tensor, z: torch.Tensor) -> None:
         """Hand xRFM the distances that it sets the bandwidth from, of a sample where there are more than it takes."""
         if len(x) > _SAMPLE:
-            index = torch.randperm(len(x))[:_SAMPLE].to(x.device)
+            index = torch.randperm(len(x), device="cpu")[:_SAMPLE].to(x.device)
             x, z = x[index], z[index]
         self._adapt_bandwidth(torch.cdist(x, z).pow_(self.exponent))
 
