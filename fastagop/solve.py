@@ -236,7 +236,7 @@ def solve_into(
     return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
 
 
-def in_unit(Y: torch.Tensor, reach: float = 2.0**300) -> tuple[torch.Tensor, float]:
+def in_unit(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
     """(Y / unit, unit), the unit a power of two: 1 where the largest item is within 1 / reach and reach."""
     most = largest(Y)
     if most == 0 or 1.0 / reach <= most <= reach:
