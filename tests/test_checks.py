@@ -328,6 +328,6 @@ def test_coefficients_beyond_their_dtype(normal):
     X, Y = normal(20, 3, dtype=torch.float32), normal(20, 1, dtype=torch.float32)
     X[1:] = X[0] + 1e-3 * X[1:]
     with pytest.raises(ValueError, match="Y is so large"):
-        fastagop.solve(Laplace(1.0), X, 1e38 * Y / Y.abs().max(), ridge=1e-2)
+        fastagop.solve(Laplace(1.0), X, Y / Y.abs().max() * 1e38, ridge=1e-2)
     with pytest.raises(ValueError, match="alpha is so large"):
         fastagop.agop(Laplace(1.0), X, Y * 1e25)
