@@ -2,7 +2,7 @@
 
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
-keops      KeOps against torch by number of features, on the CPU: where "auto" takes it
+keops      KeOps against torch by number of features, on the CPU: what "auto" goes by
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
@@ -37,6 +37,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="rows; default 50000 on CUDA")
     parser.add_argument("--d", type=int, nargs="+", help="features; default 1024 3072 on CUDA")
     given = parser.parse_args()
+    if given.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {given.repeats}")
+    if given.case == "report" and not given.result.is_file():
+        parser.error(f"--result {given.result}: there is no such file")
     if given.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
     out = given.out or Path(f"out/{given.case}_{given.device.type}.json")

@@ -1,4 +1,4 @@
-"""KeOps against the torch backend on the CPU: seconds by feature count, which set what "auto" picks, and memory."""
+"""KeOps against the torch backend on the CPU: seconds by feature count, which "auto" goes by, and memory."""
 
 from __future__ import annotations
 

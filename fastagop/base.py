@@ -78,6 +78,7 @@ class KernelEstimator(TransformerMixin, BaseEstimator):
         _checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         _checks.choice("precision", self.precision, _checks.PRECISIONS)
         _checks.choice("dtype", self.dtype, tuple(DTYPES))
+        _checks.choice("backend", self.backend, ("auto", "torch", "triton"))  # a layer stores its kernel matrix
         ridge = _checks.nonnegative("ridge", self.ridge)
         self._kernel = self.kernel
         self._device = _device(self.device)

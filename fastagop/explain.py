@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from fastagop.agop import plan_agop
-from fastagop.kernels.operations import plan_gradients, plan_kernel_matmul, plan_kernel_matrix
-from fastagop.solve import plan_solve
+from fastagop.agop import agop, plan_agop
+from fastagop.kernels.operations import (
+    gradients,
+    kernel_matmul,
+    kernel_matrix,
+    plan_gradients,
+    plan_kernel_matmul,
+    plan_kernel_matrix,
+)
+from fastagop.solve import plan_solve, solve
 
 _PLANS = {
     "kernel_matrix": plan_kernel_matrix,
@@ -13,6 +20,7 @@ _PLANS = {
     "agop": plan_agop,
     "solve": plan_solve,
 }
+_FUNCTIONS = (kernel_matrix, kernel_matmul, gradients, agop, solve)
 
 
 def explain(op, *args, **kwargs) -> str:
@@ -28,8 +36,13 @@ def explain(op, *args, **kwargs) -> str:
     Raises:
         TypeError, ValueError, MemoryError, BackendUnavailable: what the call itself would raise before it computes.
     """
-    name = getattr(op, "__name__", op)
-    if not isinstance(name, str) or name not in _PLANS:
+    name = op if isinstance(op, str) else next((function.__name__ for function in _FUNCTIONS if function is op), None)
+    if name not in _PLANS:
         raise ValueError(f"op must be one of {', '.join(map(repr, _PLANS))} or that function, got {op!r}")
-    plan, _ = _PLANS[name](*args, **kwargs)
+    try:
+        plan, _ = _PLANS[name](*args, **kwargs)
+    except TypeError as error:
+        if str(error).startswith("plan_"):  # arguments that the call would not take either
+            raise TypeError(str(error).removeprefix("plan_")) from None
+        raise
     return str(plan)

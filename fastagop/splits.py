@@ -87,12 +87,22 @@ def collapse_split(
         labels = gathered.run(model, X, batch_size)
         if y is None and not labels:
             raise ValueError("y must be given where the batches of X bring no labels")
-        y = torch.cat(labels) if y is None else y
+        y = _labels(y, labels)
         models.refuse_uncalled(linear, gathered.rows, layers)
         return {
             name: split(linear[name], torch.cat(rows), y, None if name == gathered.readout else activation)
             for name, rows in gathered.rows.items()
         }
+
+
+def _labels(y, labels: list[torch.Tensor]):
+    """The one set of labels there is; two that differ mean that X comes in another order than y."""
+    if not labels:
+        return y
+    brought = torch.cat(labels)
+    if y is not None and not torch.equal(torch.as_tensor(y).cpu().to(brought.dtype), brought):
+        raise ValueError("y differs from the labels that the batches of X bring (is X shuffled?); pass one of the two")
+    return brought
 
 
 class _Inputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,21 +25,39 @@ def table(model: nn.Module, X, y=None, layers=None, activation: Callable | None 
     X is a tensor with labels y, or an iterable of (inputs, labels) that can be gone through several times. A cell is
     empty where the layer has no such number: NC1 of tokens, the correlation with an AGOP of zero.
     """
-    width = max(len(name) for name in ["layer", *(name for name, _ in model.named_modules())])
+    splits = _by_layer(
+        lambda some: network.collapse_split(model, X, y, some, activation=activation),
+        network.NotAMatrixError,
+        lambda: network.agop(model, X, layers),
+        layers,
+    )
+    nfa = _by_layer(
+        lambda some: network.nfa_correlation(model, X, some), network.ConstantMatrixError, lambda: splits, layers
+    )
+    width = max(len(name) for name in ["layer", *splits])
     lines = [f"{'layer':<{width}} |{'NC1 input':>11}{'S V^T x':>11}{'features':>11} |{'NC2 input':>10} |{'NFA':>7}"]
-    for name in network.agop(model, X, layers):
-        try:
-            split = network.collapse_split(model, X, y, name, activation=activation)[name]
+    for name, split in splits.items():
+        nc1, nc2 = " " * 33, " " * 10
+        if split is not None:
             nc1 = "".join(f"{split.nc1[stage]:>11.2e}" for stage in ("input", "projected", "features"))
             nc2 = f"{split.nc2['input']:>10.3f}"
-        except network.NotAMatrixError:
-            nc1, nc2 = " " * 33, " " * 10
-        try:
-            nfa = f"{network.nfa_correlation(model, X, name)[name]:>7.3f}"
-        except network.ConstantMatrixError:
-            nfa = ""
-        lines.append(f"{name:<{width}} |{nc1} |{nc2} |{nfa}")
+        correlation = "" if nfa.get(name) is None else f"{nfa[name]:>7.3f}"
+        lines.append(f"{name:<{width}} |{nc1} |{nc2} |{correlation}")
     return "\n".join(lines)
+
+
+def _by_layer(measure: Callable, error: type[Exception], names: Callable, layers) -> dict:
+    """What measure says of all layers at once; where one makes it fail, of each by itself, None for failures."""
+    try:
+        return measure(layers)
+    except error:
+        found = {}
+        for name in names():
+            try:
+                found[name] = measure(name)[name]
+            except error:
+                found[name] = None
+        return found
 
 
 def example() -> nn.Module:
@@ -76,5 +95,11 @@ def command(args: argparse.Namespace) -> int:
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must be module:function returning a torch.nn.Module, got {args.model!r}")
     X, y = datasets.load(args.dataset, args.data_root, n=args.n, download=args.download)
-    print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers))
+    if args.shape and X[0].numel() != math.prod(args.shape):
+        raise ValueError(f"--shape {args.shape} has {math.prod(args.shape)} items, but an input has {X[0].numel()}")
+    try:
+        print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers))
+    except RuntimeError as error:
+        given = tuple(args.shape or X.shape[1:])
+        raise ValueError(f"the model refuses inputs of shape {given} ({error}); --shape says what it wants") from error
     return 0

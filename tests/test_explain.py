@@ -159,3 +159,13 @@ def test_precision_in_words(arguments):
     assert "'medium' asked for" in fastagop.explain("agop", *call, precision="medium")
     text = fastagop.explain("agop", *arguments("agop", torch.float64), precision="medium")
     assert "float64 tensors always compute in float64" in text
+
+
+def test_other_functions_of_the_same_name(arguments):
+    from fastagop import distributed, network
+
+    for op in (network.agop, distributed.agop):
+        with pytest.raises(ValueError, match="or that function"):
+            fastagop.explain(op, *arguments("agop"))
+    with pytest.raises(TypeError, match=r"^agop\(\) "):
+        fastagop.explain("agop", Laplace(1.0), torch.ones(2, 2))

@@ -88,3 +88,14 @@ def test_dead_features_are_infinitely_far_from_collapse():
     found = network.split(layer, torch.randn(9, 4), LABELS)
     assert found.nc1["features"] == math.inf == found.nc2["features"]
     assert found.nc1["projected"] < math.inf
+
+
+def test_two_sets_of_labels():
+    """A shuffled loader brings its own labels; those of the unshuffled data would be silently wrong."""
+    X, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    batches = [(X[:10], y[:10]), (X[10:], y[10:])]
+    own, both = network.collapse_split(model, batches), network.collapse_split(model, batches, y)
+    assert own["0"].nc1 == both["0"].nc1
+    with pytest.raises(ValueError, match="y differs from the labels that the batches of X bring"):
+        network.collapse_split(model, batches, y.flip(0))

@@ -1,0 +1,59 @@
+"""Memory of the host that a process may still take: what is free, and what its control groups allow."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_GROUPS, _MOUNT, _FREE = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+
+
+def host_bytes() -> int:
+    """The smaller of free memory and of what containers and job schedulers leave to this process."""
+    return int(min(_free_bytes(), group_bytes()))
+
+
+def _free_bytes() -> int:
+    try:
+        for line in _FREE.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 4 * 2**30
+
+
+def group_bytes() -> float:
+    """What the process's control groups leave, those above it included; infinite where none has a limit."""
+    try:
+        lines = _GROUPS.read_text().splitlines()
+    except OSError:  # no Linux
+        return math.inf
+    left = math.inf
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            base, names = _MOUNT, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = _MOUNT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.strip("/")  # in a container often the host's path, which is not mounted
+        for group in (folder, *folder.parents):
+            if group == base or base in group.parents:
+                left = min(left, _left_in(group, *names))
+    return left
+
+
+def _left_in(group: Path, limit: str, used: str, cache: str) -> float:
+    """One group's limit less what it holds; file pages that the system drops on demand do not count."""
+    try:
+        most, held = int((group / limit).read_text()), int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # not visible here, or "max"
+        return math.inf
+    return max(0, most - held + int(stat.get(cache, 0)))
