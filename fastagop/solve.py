@@ -75,6 +75,7 @@ def plan_solve(
     ridge, limit = _checks.nonnegative("ridge", ridge), _checks.memory_limit(memory_limit)
     _checks.choice("backend", backend, NAMES)
     _checks.points(X, None)
+    _checks.ridge(ridge, X.dtype)
     # KeOps never stores the matrix: it serves the passes of "cg" only.
     chosen, why = choose("auto" if method == "cg" else backend, "solve", kernel, X, precision)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))

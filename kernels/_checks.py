@@ -39,6 +39,14 @@ def nonnegative(name: str, value) -> float:
     return float(value)
 
 
+def ridge(value, dtype: torch.dtype) -> float:
+    """A ridge that the kernel matrix's dtype holds, as float."""
+    found = nonnegative("ridge", value)
+    if found > torch.finfo(dtype).max:
+        raise ValueError(f"ridge {value!r} is beyond {dtype}; take a smaller one or float64")
+    return found
+
+
 def memory_limit(value) -> int | None:
     """Bytes as int, or None."""
     if value is None:
@@ -108,7 +116,10 @@ def flag(name: str, value) -> None:
 
 
 def apart(name: str, value: torch.Tensor, *others: torch.Tensor) -> None:
-    """Refuse a tensor to be written whose memory reaches into one that is read."""
+    """Refuse a tensor to be written whose items share memory, or whose memory reaches into one that is read."""
+    axes = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
+    if any(stride == 0 for stride, _ in axes) or (len(axes) == 2 and axes[1][0] < axes[0][0] * axes[0][1]):
+        raise ValueError(f"{name} overlaps itself (strides {tuple(value.stride())}); pass a tensor of its own")
     first, last = _span(value)
     for other in others:
         start, end = _span(other)

@@ -57,7 +57,7 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
 def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matrix call."""
     Z, backend, why = _begin("kernel_matrix", kernel, X, Z, precision, backend)
-    ridge = _checks.nonnegative("ridge", ridge)
+    ridge = _checks.ridge(ridge, X.dtype)
     if ridge and Z is not X:
         raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
     if out is not None:

@@ -52,11 +52,14 @@ class Radial:
     def _positive(self, name: str, most: float = math.inf) -> None:
         """Make a parameter a float; refuse what is no number, not finite, or outside (0, most]."""
         given = value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            try:
-                value = float(value)  # numpy scalars, zero-dimensional tensors
-            except (TypeError, ValueError):
-                raise TypeError(f"{name} must be a number, got {given!r}") from None
+        try:
+            if isinstance(value, (bool, str, bytes)):
+                raise TypeError
+            value = float(value)  # numpy scalars, zero-dimensional tensors
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number, got {given!r}") from None
+        except OverflowError:
+            value = math.inf
         if not (math.isfinite(value) and 0 < value <= most):
             limit = "" if most == math.inf else f" up to {most:g}"
             raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")

@@ -358,3 +358,26 @@ def test_control_groups(tmp_path, monkeypatch):
     group("memory", memory__limit_in_bytes=100, **held)
     assert _memory.group_bytes() == 30
     assert _memory.host_bytes() == 30
+
+
+@pytest.mark.parametrize("bandwidth", ["2", True, b"2"])
+def test_bandwidths_are_numbers(bandwidth):
+    with pytest.raises(TypeError, match="bandwidth must be a number"):
+        Laplace(bandwidth)
+
+
+def test_numbers_that_a_dtype_does_not_hold(normal):
+    with pytest.raises(ValueError, match="bandwidth must be a positive finite number"):
+        Laplace(10**400)
+    X = normal(4, 2, dtype=torch.float32)
+    for call in (fastagop.kernel_matrix, lambda *args, **how: fastagop.solve(*args, X, **how)):
+        with pytest.raises(ValueError, match="ridge 1e\\+39 is beyond"):
+            call(Laplace(1.0), X, ridge=1e39)
+
+
+def test_out_overlaps_itself(normal):
+    X, room = normal(4, 2), torch.zeros(16, dtype=torch.float64)
+    for out in (room.as_strided((4, 4), (1, 1)), room[:4].expand(4, 4), room.as_strided((4, 4), (3, 1))):
+        with pytest.raises(ValueError, match="out overlaps itself"):
+            fastagop.kernel_matrix(Laplace(1.0), X, out=out)
+    fastagop.kernel_matrix(Laplace(1.0), X, out=room.view(4, 4).T)
