@@ -143,6 +143,16 @@ def test_weights_that_overflow_when_squared(length, normal):
     assert not fastagop.agop(Gaussian(length), X, alpha, torch.cat([X, -X])).any()
 
 
+def test_inverse_squares_of_bandwidths_leave_float32(normal):
+    """w = exp(-r / L) / (L r) is a float32 number there, 1 / L^2 is none."""
+    X, alpha = normal(20, 6, dtype=torch.float32), normal(20, 2, dtype=torch.float32)
+    for size, length in ((1.0, 1e25), (1e-25, 1.0), (1e-18, 1e6)):
+        truth = reference.gradients(Laplace(length), size * X, alpha)
+        assert (
+            float((fastagop.gradients(Laplace(length), size * X, alpha).double() - truth).norm() / truth.norm()) <= 1e-5
+        )
+
+
 def test_autocast_changes_nothing(normal):
     X, alpha = normal(60, 5, dtype=torch.float32), normal(60, 2, dtype=torch.float32)
 
