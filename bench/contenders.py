@@ -236,7 +236,7 @@ def traffic(op: str, p: Problem) -> float:
     return 4.0 * (n * d + results[op])
 
 
-def error(op: str, p: Problem, result) -> float | None:
+def error(op: str, p: Problem, result) -> float:
     """Relative Frobenius error against float64; of "solve" the residual, of "layer" M's."""
     if op in ("kernel_matrix", "kernel_matmul"):
         truth = p.K64 if op == "kernel_matrix" else p.K64 @ p.alpha.double()
@@ -249,10 +249,8 @@ def error(op: str, p: Problem, result) -> float | None:
         return _relative(result.double() - truth, truth)
     if op == "network_agop":
         return max(float((result[at].double() - M).norm() / M.norm()) for at, M in _network64(p).items())
-    if op == "solve":
-        alpha = result.double().to(p.device)
-        return _relative(p.K64 @ alpha + p.ridge * alpha[p.rows] - p.alpha[p.rows].double(), p.alpha[p.rows].double())
-    return None
+    alpha, target = result.double().to(p.device), p.alpha[p.rows].double()
+    return _relative(p.K64 @ alpha + p.ridge * alpha[p.rows] - target, target)
 
 
 @functools.lru_cache(maxsize=2)

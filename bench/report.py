@@ -25,7 +25,7 @@ def table(measured: list[dict]) -> str:
     for row in measured:
         ratio = row["seconds"] / ours[_case(row)] if _case(row) in ours else float("nan")
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
-        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        error = f"{row['error']:.0e}"
         facts = " | ".join(str(row[key]) for key in _COLUMNS)
         share = f"{100 * row['share of ceiling']:.0f}%"
         lines.append(f"| {facts} | {row['seconds']:.3g} | {ratio:.1f} | {share} | {peak} | {error} |")

@@ -14,13 +14,13 @@ from fastagop.kernels.operations import (
 from fastagop.solve import plan_solve, solve
 
 _PLANS = {
-    "kernel_matrix": plan_kernel_matrix,
-    "kernel_matmul": plan_kernel_matmul,
-    "gradients": plan_gradients,
-    "agop": plan_agop,
-    "solve": plan_solve,
+    kernel_matrix: plan_kernel_matrix,
+    kernel_matmul: plan_kernel_matmul,
+    gradients: plan_gradients,
+    agop: plan_agop,
+    solve: plan_solve,
 }
-_FUNCTIONS = (kernel_matrix, kernel_matmul, gradients, agop, solve)
+_NAMES = {function.__name__: plan for function, plan in _PLANS.items()}
 
 
 def explain(op, *args, **kwargs) -> str:
@@ -36,11 +36,12 @@ def explain(op, *args, **kwargs) -> str:
     Raises:
         TypeError, ValueError, MemoryError, BackendUnavailable: what the call itself would raise before it computes.
     """
-    name = op if isinstance(op, str) else next((function.__name__ for function in _FUNCTIONS if function is op), None)
-    if name not in _PLANS:
-        raise ValueError(f"op must be one of {', '.join(map(repr, _PLANS))} or that function, got {op!r}")
+    found = next((plan for function, plan in _PLANS.items() if function is op), None)
+    found = _NAMES.get(op) if isinstance(op, str) else found
+    if found is None:
+        raise ValueError(f"op must be one of {', '.join(map(repr, _NAMES))} or that function, got {op!r}")
     try:
-        plan, _ = _PLANS[name](*args, **kwargs)
+        plan, _ = found(*args, **kwargs)
     except TypeError as error:
         if str(error).startswith("plan_"):  # arguments that the call would not take either
             raise TypeError(str(error).removeprefix("plan_")) from None
