@@ -17,7 +17,7 @@ from fastagop import collapse, datasets, distributed, network
 from fastagop.agop import agop
 from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
-from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
+from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solve import Solution, solve

@@ -98,7 +98,7 @@ def _read(name: str | Path, root: Path, split: str, download: bool) -> tuple[np.
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
     cut = len(labels) * 4 // 5
     return (images[:cut] / 16, labels[:cut]) if split == "train" else (images[cut:] / 16, labels[cut:])
 

@@ -297,7 +297,7 @@ def solve(
     """
     options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
     solution, _ = solve_as(None, kernel, X, Y, group=group, memory_limit=memory_limit, **options)
-    report(solution, stacklevel=3)
+    report(solution)
     return solution
 
 

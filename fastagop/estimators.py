@@ -91,7 +91,7 @@ class _DeepRFM(KernelEstimator):
         with tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet) as bar:
             for index in range(done, settings.depth):
                 layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
-                report(layer.record.solution, stacklevel=5)
+                report(layer.record.solution)
                 self._layers.append(layer)
                 if checkpoint is not None:
                     checkpoint.save(index, layer, features)
@@ -102,7 +102,7 @@ class _DeepRFM(KernelEstimator):
                 if "projected" in layer.record.nc1:
                     bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
         self._centers, self.solution_ = deep_rfm.readout(features, Y, settings, group)
-        report(self.solution_, stacklevel=5)
+        report(self.solution_)
         return self._publish()
 
     def _begin(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):

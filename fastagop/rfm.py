@@ -131,13 +131,13 @@ class _RFM(KernelEstimator):
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         for index in tqdm(range(iterations), desc="RFM", unit="iteration", disable=not self.verbose):
             M, record = self._iterate(points, Y, M, machine)
-            report(record.solution, stacklevel=5)
+            report(record.solution)
             self.iterations_.append(record)
             for callback in self.callbacks:
                 callback(IterationEvent(index, iterations, record, M))
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
         self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
-        report(self.solution_, stacklevel=5)
+        report(self.solution_)
         self.M_ = self._kept(M)
         return self
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,8 @@ from fastagop.cg import ConjugateGradients
 from fastagop.direct import MAX_JITTER, RESIDUAL, largest
 from fastagop.kernels import _checks, keops_ops, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words, triton_fills
-from fastagop.kernels._checks import BackendUnavailable, NumericalWarning
 from fastagop.kernels._plan import Plan, block_rows, budget, human, roomy
+from fastagop.kernels.errors import BackendUnavailable, warn
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
@@ -309,7 +308,7 @@ def _with_jitter(matmul, Y, low_rank, options, ridge: float, scale: float, out: 
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
 
 
-def report(solution: Solution, stacklevel: int = 4) -> None:
+def report(solution: Solution) -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises."""
     said = []
     if solution.jitter > 0:
@@ -324,8 +323,4 @@ def report(solution: Solution, stacklevel: int = 4) -> None:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
         if solution.method == "cg":
             remedy = "a larger rank, more max_iterations or a larger ridge helps"
-        warnings.warn(
-            f"solve: {' and '.join(said)}; {remedy}",
-            NumericalWarning,
-            stacklevel=stacklevel,
-        )
+        warn(f"solve: {' and '.join(said)}; {remedy}")

@@ -12,6 +12,7 @@ another project. The room is flat and imports nothing from the packages above it
 ``triton_ops``    its launches; ``_config`` their configurations by chip
 ``keops_ops``     KeOps backend: product, gradients, AGOP; ``radial_keops`` the profiles in its language
 ``operations``    the public functions that check their input and pick a backend
+``errors``        the exception, the warning, and the line a warning points at
 ``reference``     plain float64 truth for tests; shares no code with the others
 """
 

@@ -9,8 +9,9 @@ import torch
 from torch.amp.autocast_mode import is_autocast_available
 
 from . import keops_ops
-from ._checks import BackendUnavailable, choice
+from ._checks import choice
 from ._config import interpreted
+from .errors import BackendUnavailable
 from .radial import Radial
 
 # What each backend of this version serves; "auto" stays with torch until the Triton kernels were measured on a GPU.

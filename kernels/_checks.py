@@ -12,14 +12,6 @@ from .radial import Radial
 PRECISIONS = ("highest", "high", "medium")
 
 
-class BackendUnavailable(RuntimeError):
-    """The requested backend cannot serve this call; the message says why and what to install or change."""
-
-
-class NumericalWarning(UserWarning):
-    """A result is usable but something had to be altered, or a residual is larger than the dtype promises."""
-
-
 def choice(name: str, value, allowed: tuple[str, ...]) -> None:
     """Refuse a word that is not one of the allowed ones."""
     if value not in allowed:

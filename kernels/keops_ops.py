@@ -16,7 +16,7 @@ import shutil
 
 import torch
 
-from ._checks import BackendUnavailable
+from .errors import BackendUnavailable
 from ._plan import Plan, block_rows, budget
 from .radial import Radial
 from .radial_keops import Formulas, constants, formulas

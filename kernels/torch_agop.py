@@ -12,17 +12,16 @@ The gram form's terms cancel, so it runs only while its guard says that the canc
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import smooth, torch_gram
-from ._checks import NumericalWarning
 from ._plan import Plan, block_rows, budget, human, roomy
 from ._products import product
 from ._rates import rate, source
+from .errors import warn
 from .radial import Radial
 from .smooth import Smooth
 from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
@@ -229,11 +228,9 @@ def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
     widest = torch.float64 if room else dtype
     loss = torch.finfo(widest).eps * growth
     if loss > GRAM_SAID:
-        warnings.warn(
+        warn(
             f"agop: the gram form loses about {loss:.0e} of M on these points even in {widest}; use method='auto' "
-            "or 'gradient'",
-            NumericalWarning,
-            stacklevel=7,
+            "or 'gradient'"
         )
     return widest
 

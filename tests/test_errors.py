@@ -1,0 +1,84 @@
+"""Warnings point at the user's own line, from wherever the library was called."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import fastagop
+
+
+@pytest.fixture(autouse=True)
+def _allowed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        yield
+
+
+def alone() -> tuple[torch.Tensor, torch.Tensor]:
+    """Points on which the gram form loses digits and on which no factorisation is exact."""
+    X = torch.zeros(60, 3, dtype=torch.float64)
+    X[:, 0] = torch.linspace(0, 1e-3, 60, dtype=torch.float64)
+    return X, torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def solved() -> int:
+    X, Y = alone()
+    fastagop.solve(fastagop.Gaussian(5.0), X, Y)
+    return inspect.currentframe().f_lineno - 1
+
+
+def fitted() -> int:
+    X, Y = alone()
+    fastagop.RFMRegressor(fastagop.Gaussian(5.0), iterations=1, ridge=0.0, dtype="float64").fit(X, Y[:, 0])
+    return inspect.currentframe().f_lineno - 1
+
+
+def deep() -> int:
+    X, Y = alone()
+    model = fastagop.DeepRFMRegressor(fastagop.Gaussian(5.0), depth=1, width=8, random_state=0, dtype="float64")
+    model.fit(X + 1, Y[:, 0])
+    return inspect.currentframe().f_lineno - 1
+
+
+@pytest.mark.parametrize("call", [solved, fitted, deep])
+@pytest.mark.parametrize("thread", [False, True])
+def test_the_line_of_the_call(call, thread):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if thread:
+            with ThreadPoolExecutor(1) as pool:
+                line = pool.submit(lambda: call()).result()
+        else:
+            line = call()
+    assert caught
+    assert {(warning.filename, warning.lineno) for warning in caught} == {(__file__, line)}
+
+
+def test_a_method_given_to_a_thread_has_no_line_and_warns_all_the_same():
+    X, Y = alone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        worker = threading.Thread(target=fastagop.solve, args=(fastagop.Gaussian(5.0), X, Y))
+        worker.start()
+        worker.join()
+    assert [w.filename for w in caught] == [threading.__file__]
+
+
+def test_a_script_is_named(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, fastagop\n"
+        "X = torch.linspace(0, 1e-3, 60, dtype=torch.float64)[:, None]\n"
+        "Y = torch.sin(1e6 * X)\n"
+        "fastagop.solve(fastagop.Gaussian(5.0), X, Y)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert f"{script}:4: NumericalWarning" in done.stderr
