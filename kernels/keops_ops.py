@@ -16,8 +16,8 @@ import shutil
 
 import torch
 
-from .errors import BackendUnavailable
 from ._plan import Plan, block_rows, budget
+from .errors import BackendUnavailable
 from .radial import Radial
 from .radial_keops import Formulas, constants, formulas
 

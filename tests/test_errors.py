@@ -55,7 +55,7 @@ def test_the_line_of_the_call(call, thread):
         warnings.simplefilter("always")
         if thread:
             with ThreadPoolExecutor(1) as pool:
-                line = pool.submit(lambda: call()).result()
+                line = pool.submit(lambda: call()).result()  # noqa: PLW0108 (a line of the user in the thread)
         else:
             line = call()
     assert caught
