@@ -161,7 +161,7 @@ def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) 
     first, last = ranks.rows(len(Z))
     own = Z[first:last] if ranks.size > 1 else Z
     M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **how).double()
-    if center and ranks.size > 1:
+    if center and ranks.size > 1 and len(Z) > 0:
         mean = X.new_zeros(alpha.shape[1], X.shape[1])
         if len(own):
             block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block

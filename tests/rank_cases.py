@@ -85,6 +85,26 @@ def functions(_):
                 same_everywhere(G)
 
 
+def empty_shares(_):
+    """More ranks than rows, no rows at all, no outputs: what one process gives, for every function and option."""
+    kernel = Laplace(2.0)
+    for n, d, K, m in ((1, 3, 1, None), (2, 3, 0, None), (2, 3, 2, 0), (7, 3, 0, 0), (2, 3, 2, 1), (5, 3, 0, 2)):
+        X, alpha, V = normal(n, d), normal(n, K, seed=2), normal(n if m is None else m, K, seed=4)
+        Z = None if m is None else normal(m, d, seed=3)
+        calls = [("gradients", (alpha, Z), {}), ("kernel_matmul", (Z, V), {})]
+        calls += [("solve", (alpha,), {"ridge": 0.1, "method": how}) for how in ("auto", "cholesky", "eigh", "cg")]
+        for method in ("auto", "gradient", "gram"):
+            for center in (False, True):
+                for reduction in ("sum",) if m == 0 else ("sum", "mean"):
+                    options = {"method": method, "center": center, "reduction": reduction}
+                    calls.append(("agop", (alpha, Z), options))
+        for name, rest, options in calls:
+            shared, alone = (getattr(module, name)(kernel, X, *rest, **options) for module in (distributed, fastagop))
+            shared, alone = (result.alpha if name == "solve" else result for result in (shared, alone))
+            assert bool(shared.isfinite().all()), (name, options, n, d, K, m)
+            assert error(shared, alone) < 1e-11, (name, options, n, d, K, m)
+
+
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
     X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
@@ -200,6 +220,14 @@ def disagreement(_):
     swapped = X[torch.arange(40).roll(1)] if rank else X
     refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
     refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
+    labels = 2.0 * torch.nn.functional.one_hot(torch.arange(40) % 3).double() - 1.0
+    moved = labels.roll(rank, 0)  # every row and every column has the sum it had
+    refused("Y must be the same on every rank", ValueError, lambda: distributed.solve(kernel, X, moved))
+    refused("alpha must be the same on every rank", ValueError, lambda: distributed.agop(kernel, X, moved))
+    y = np.roll(np.arange(40) % 3, rank)
+    for model in (DeepRFMClassifier(depth=1, width=8, random_state=0), RFMClassifier(iterations=1)):
+        model.set_params(process_group=dist.group.WORLD)
+        refused("Y must be the same on every rank", ValueError, lambda model=model: model.fit(X, y))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
     copied = X.clone() if rank else X  # equal numbers, but only one rank knows that the points are the centers
     refused("Z must be the same", ValueError, lambda: distributed.agop(kernel, X, Y, copied, method="gram"))
