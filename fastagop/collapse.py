@@ -54,7 +54,8 @@ def nc2(X: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray) -> float:
     """Distance of the class means from a simplex equiangular tight frame; 0 for an exact one.
 
     Formula: ||H H^T - Sigma_ETF||_F with rows (mu_c - mu_G) / ||mu_c - mu_G|| of H, zero for a class whose
-    mean is mu_G up to the rounding of the features, and Sigma_ETF = (1 + 1/(K-1)) I - 1/(K-1) 1 1^T (paper, definition 3.1 and figure 3).
+    mean is mu_G up to the rounding of the features,
+    and Sigma_ETF = (1 + 1/(K-1)) I - 1/(K-1) 1 1^T (paper, definition 3.1 and figure 3).
 
     Args, Raises: as ``nc1``. Returns a float without units.
     """
