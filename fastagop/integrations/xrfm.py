@@ -77,8 +77,8 @@ class FastKernel(LaplaceKernel):
             if value is not None and len(value):
                 raise NotImplementedError(
                     f"FastKernel serves no categorical features, got {name} with {len(value)} of them; pass "
-                    "fast_categorical=False to xRFM (pytabkit: the same), which takes one-hot columns as numbers, encode "
-                    "them yourself, or use xRFM's own LaplaceKernel"
+                    "fast_categorical=False to xRFM, which then takes one-hot columns as numbers, or encode them as "
+                    "numbers before fit (pytabkit: those of more than 100 levels), or use xRFM's own LaplaceKernel"
                 )
         self._columns = None if numerical_indices is None else sorted(torch.as_tensor(numerical_indices).tolist())
 
