@@ -17,11 +17,12 @@ import functools
 import torch
 
 from fastagop.agop import agop as agop_here
-from fastagop.agop import plan_agop
+from fastagop.agop import plan_agop, row_weights
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan, block_rows, roomy
+from fastagop.kernels._products import symmetrise_
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
@@ -59,17 +60,18 @@ def agop(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
     group=None,
 ) -> torch.Tensor:
     """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
 
     The gradient form, 2 m n K d products, splits over the rows of Z. The gram form splits over the rows of S where
-    Z is X: every rank holds the (n, n) weights and does n^2 d + n^3 / ranks products; elsewhere over the rows of Z:
-    n^2 m / ranks + n^2 d. "auto" takes what is cheaper for one rank.
+    Z is X and no point has a weight of its own: every rank holds the (n, n) weights and does n^2 d + n^3 / ranks
+    products; elsewhere over the rows of Z: n^2 m / ranks + n^2 d. "auto" takes what is cheaper for one rank.
 
     Args:
-        kernel, X, alpha, Z, reduction, center, method, precision, backend: as in ``fastagop.agop``, the same on
-            every rank.
+        kernel, X, alpha, Z, reduction, center, method, precision, backend, sample_weight: as in ``fastagop.agop``, the
+            same on every rank.
         memory_limit: bytes that each rank may take; default the least that any rank has free.
         group: a process group; default all processes.
 
@@ -78,11 +80,23 @@ def agop(
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
     how = {"method": method, "memory_limit": memory_limit, **options}
-    return agop_as(None, kernel, X, alpha, Z, group=group, **how).to(X.dtype)
+    return agop_as(None, kernel, X, alpha, Z, sample_weight=sample_weight, group=group, **how).to(X.dtype)
 
 
 @torch.no_grad()
-def agop_as(wide: torch.Tensor | None, kernel, X, alpha, Z=None, *, group, method="auto", memory_limit=None, **options):
+def agop_as(
+    wide: torch.Tensor | None,
+    kernel,
+    X,
+    alpha,
+    Z=None,
+    *,
+    group,
+    method="auto",
+    memory_limit=None,
+    sample_weight=None,
+    **options,
+):
     """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it."""
     options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
     center, precision, backend = options["center"], options["precision"], options["backend"]
@@ -90,23 +104,27 @@ def agop_as(wide: torch.Tensor | None, kernel, X, alpha, Z=None, *, group, metho
 
     def prepare():
         _checks.choice("method", method, ("auto", "gradient", "gram"))
-        return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
+        limits = {"memory_limit": memory_limit, "sample_weight": sample_weight}
+        return plan_agop(kernel, X, alpha, Z, method="gradient", **limits, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=_other(X, Z))
+    tensors = {"X": X, "alpha": alpha, "Z": _other(X, Z), "sample_weight": sample_weight}
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
+    weights, divisor, weight_unit = row_weights(sample_weight, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
-        if plan.backend == "torch" and ranks.size > 1:
+        if plan.backend == "torch" and ranks.size > 1 and weights is None:
             stored = _stored_weights(X, alpha, at, method, room, ranks.size)
         if stored is not None:
             M = _rows_of_gram(kernel, X, alpha if wide is None else wide, center, method, room, stored.block, ranks)
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how)
-    return ranks.total(M).div_(unit).div_(unit * len(at) if options["reduction"] == "mean" else unit)
+            M = _rows_of_points(kernel, X, alpha, at, weights, center, ranks, how)
+    M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
+    return M.div_(unit).div_(unit).div_(divisor).mul_(weight_unit)
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
@@ -152,32 +170,47 @@ def _parts(smooth: Smooth | None, blank: torch.Tensor) -> tuple[torch.Tensor, to
     return smooth.P.contiguous(), smooth.Q.contiguous()
 
 
-def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
-    """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
+def _rows_of_points(kernel, X, alpha, Z, weights, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
+    """This rank's rows of Z, centred by the mean over all of Z where asked; float64. weights (m,) or None for ones.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
     without losing digits.
     """
     first, last = ranks.rows(len(Z))
     own = Z[first:last] if ranks.size > 1 else Z
-    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **how).double()
+    mine = None if weights is None else weights[first:last]
+    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, sample_weight=mine, **how).double()
     if center and ranks.size > 1 and len(Z) > 0:
-        mean = X.new_zeros(alpha.shape[1], X.shape[1])
-        if len(own):
-            block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
-            weights = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
-            mean = torch_agop.mean_gradient(weights, alpha, X, own, torch_blocks.dominant_offset(X))
-        apart = mean.double() - ranks.total(mean.double() * len(own)) / len(Z)
-        M += len(own) * (apart.T @ apart)
+        share = float(len(own) if mine is None else mine.sum(dtype=torch.float64))
+        mean = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
+        if share > 0:
+            mean += _mean_gradient(kernel, X, alpha, own, mine, how["memory_limit"])
+        both = ranks.total(torch.cat([(share * mean).flatten(), mean.new_tensor([share])]))
+        if both[-1] > 0:
+            apart = mean - (both[:-1] / both[-1]).view_as(mean)
+            M += share * (apart.T @ apart)
     return M
+
+
+def _mean_gradient(kernel, X, alpha, Z, weights, limit: int) -> torch.Tensor:
+    """mean_i grad f_c(Z[i]), weighted where there are weights, (K, d)."""
+    block = torch_agop.plan(X, alpha, Z, "gradient", limit, "", "").block
+    roots = None if weights is None else weights.sqrt()
+
+    def blocks():
+        for row, tile in torch_blocks.tiles(X, Z, block):
+            W = kernel.weight_(tile)
+            yield row, W if roots is None else W.mul_(roots[row, None])
+
+    return torch_agop.mean_gradient(blocks(), alpha, X, Z, torch_blocks.dominant_offset(X), roots)
 
 
 @torch.no_grad()
 def kernel_matmul(
     kernel,
     X: torch.Tensor,
-    Z: torch.Tensor | None,
-    V: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",

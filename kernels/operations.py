@@ -119,8 +119,10 @@ def kernel_matrix(
         return torch_blocks.kernel_matrix(kernel, X, Z, out, plan, ridge)
 
 
-def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
+def plan_kernel_matmul(kernel, X, Z=None, V=None, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matmul call."""
+    if V is None:
+        raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
     Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
     _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
     plan = (keops_ops if backend == "keops" else torch_blocks).plan_kernel_matmul(X, Z, V, why, "")
@@ -131,8 +133,8 @@ def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
 def kernel_matmul(
     kernel: Radial,
     X: torch.Tensor,
-    Z: torch.Tensor,
-    V: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",
@@ -141,7 +143,7 @@ def kernel_matmul(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: points (n, d). Z: points (m, d), or None for X. V: right-hand sides (m, p).
+        X: points (n, d). Z: points (m, d); default X. V: right-hand sides (m, p), required: ``V=V`` where Z is omitted.
         precision, backend: as in ``kernel_matrix``.
 
     Returns:

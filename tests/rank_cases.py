@@ -105,6 +105,37 @@ def empty_shares(_):
             assert error(shared, alone) < 1e-11, (name, options, n, d, K, m)
 
 
+def weighted(_):
+    """Weights of points are split with the points; a share of weight 0, weights of any size, and disagreement."""
+    kernel = Laplace(2.0)
+    for dtype, most in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        for n, m in ((61, None), (61, 40), (3, 2), (61, 1)):
+            X, alpha = normal(n, 5, dtype=dtype), normal(n, 8, seed=2, dtype=dtype)
+            Z = None if m is None else normal(m, 5, seed=3, dtype=dtype)
+            w = normal(m or n, seed=4, dtype=dtype).abs()
+            first = torch.arange(len(w)) == 0  # the other ranks' shares weigh nothing
+            for weights in (w, w * first, 1e-30 * w, 1e30 * w):
+                for method in ("auto", "gradient", "gram"):
+                    for center, reduction in ((False, "mean"), (True, "mean"), (True, "sum")):
+                        how = {"method": method, "center": center, "reduction": reduction, "sample_weight": weights}
+                        if reduction == "sum" and float(weights.max()) > 1e6 and dtype == torch.float32:
+                            continue
+                        M = distributed.agop(kernel, X, alpha, Z, **how)
+                        alone = fastagop.agop(kernel, X, alpha, Z, **how)
+                        scale = float(fastagop.agop(kernel, X, alpha, Z, **{**how, "center": False}).abs().max())
+                        assert float((M - alone).abs().max()) <= most * scale, (n, m, dtype, how)
+                        assert torch.equal(M, M.T)
+                        same_everywhere(M)
+    X, alpha, w = normal(40, 3), normal(40, 2), normal(40, seed=5).abs()
+    moved = w.roll(dist.get_rank())
+    error_ = "sample_weight must be the same on every rank"
+    refused(error_, ValueError, lambda: distributed.agop(kernel, X, alpha, sample_weight=moved))
+    zeros = distributed.agop(kernel, X, alpha, sample_weight=0 * w, center=True, reduction="sum")
+    assert error(zeros, torch.zeros(3, 3)) == 0
+    message = "sample_weight must have a weight above 0"
+    refused(message, ValueError, lambda: distributed.agop(kernel, X, alpha, sample_weight=0 * w))
+
+
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
     X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
