@@ -39,7 +39,7 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
 def _counts(kernel: Radial, X: torch.Tensor, block: int) -> tuple[int, int, int]:
     """(pairs with value 0, with value 1, others) to rounding; ends at the first block that holds others."""
     eps, zeros, ones = torch.finfo(X.dtype).eps, 0, 0
-    for row, values in torch_blocks.tiles(X, X, block):
+    for _, values in torch_blocks.tiles(X, X, block):
         kernel.value_(values)
         low, high = int((values <= eps).sum()), int((values >= 1.0 - 4 * eps).sum())
         zeros, ones = zeros + low, ones + high - len(values)  # each point's value with itself

@@ -24,8 +24,8 @@ class KernelEstimator(TransformerMixin, BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_targets`` (see ``Classifier`` and ``Regressor``), ``_mapped``, ``_packed``, ``_restore``. ``fit`` calls
-    ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points that the kernel machine sees, copies merged, and
-    their coefficients) and ``solution_`` (with a coefficient for every row).
+    ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their
+    coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # parameters of every subclass

@@ -1,6 +1,6 @@
 """Rows that the dtype cannot tell apart are one point: found once, merged with their weights, and shared out again.
 
-Copies with different targets have no common coefficient: at ridge 0 those coefficients grow without bound, and as soon as
+Copies with different targets have no common coefficient: at ridge 0 coefficients grow without bound, and as soon as
 rounding moves the copies apart they pass for steep gradients. m copies under a ridge mu are one point under mu / m
 that answers with their mean; with sample weights w, one point of weight sum w under mu / sum w with the weighted mean.
 """

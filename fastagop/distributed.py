@@ -16,9 +16,9 @@ import functools
 
 import torch
 
+from fastagop import copies
 from fastagop.agop import agop as agop_here
 from fastagop.agop import plan_agop
-from fastagop import copies
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision

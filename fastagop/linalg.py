@@ -86,7 +86,7 @@ def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 
 
 def upper_matmul(A: torch.Tensor, diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """S V in V's dtype, S being the symmetric matrix with A's strict upper triangle and a diagonal, a number or (n,)."""
+    """S V in V's dtype, S the symmetric matrix with A's strict upper triangle and a diagonal, a number or (n,)."""
     out = (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal) * V
     for start in range(0, len(A), _BLOCK):
         stop = min(len(A), start + _BLOCK)

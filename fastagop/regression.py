@@ -84,7 +84,7 @@ def solve_and_agop(
     center: bool = False,
     mark: Callable[[str], None] | None = None,
 ) -> tuple[Solution, torch.Tensor, int]:
-    """(solution, AGOP summed over the rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
+    """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
 
     The AGOP is float64: small eigenvalues of M, whose square roots come next, keep what rounding would take. Where no
     (n, n) matrix fits, or "cg" is asked for, conjugate gradients solve. Rows count in M by their weights.

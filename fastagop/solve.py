@@ -64,7 +64,7 @@ class Solution:
         residual_rows: rows that the residual was measured on: all, or an evenly spaced sample.
         merged: rows merged away because the dtype cannot tell them apart from others; they share a coefficient.
         contradictions: rows whose target differs from the mean target of their copies.
-        merged_residual: the residual of the merged system, whose targets are those means; None where nothing was merged.
+        merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
     """
 
@@ -468,9 +468,10 @@ def _problem(solution: Solution) -> dict[str, str]:
     """What is wrong with the problem, whatever the solver does."""
     found = {}
     if solution.contradictions and solution.ridge == 0:
+        more = "" if solution.jitter else ", without jitter"
         found["contradictions"] = (
-            f"{solution.contradictions} rows are copies of others to rounding and have other targets: they are answered "
-            "by their mean. A ridge above 0 says so, or remove one of them"
+            f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
+            f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
         )
     if solution.note:
         found["bandwidth"] = solution.note
