@@ -24,7 +24,8 @@ class KernelEstimator(TransformerMixin, BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_targets`` (see ``Classifier`` and ``Regressor``), ``_mapped``, ``_packed``, ``_restore``. ``fit`` calls
-    ``_machine`` first, and sets ``_centers`` (what the kernel machine sees of the training points) and ``solution_``.
+    ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their
+    coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # parameters of every subclass
@@ -38,6 +39,7 @@ class KernelEstimator(TransformerMixin, BaseEstimator):
     process_group: object
     # what fit sets
     _centers: torch.Tensor
+    _alpha: torch.Tensor
     _torch_in: bool
     solution_: Solution
 
@@ -123,9 +125,13 @@ class KernelEstimator(TransformerMixin, BaseEstimator):
         """f(X), shape (m, K), float64."""
         check_is_fitted(self)
         points = self._mapped(self._samples(X))
-        centers, alpha = self._centers.double(), self.solution_.alpha.double()
+        centers, alpha = self._centers.double(), self._alpha.double()
         backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
         return kernel_matmul(self._kernel, points, centers, alpha, backend=backend)
+
+    def _packed_alpha(self) -> dict[str, torch.Tensor]:
+        """The points' coefficients for a file, where they are not those of the rows."""
+        return {} if self._alpha is self.solution_.alpha else {"readout": self._alpha}
 
     def _answer(self, value: torch.Tensor, X):
         """A float64 result as X's kind, device and floating dtype."""

@@ -16,17 +16,18 @@ import functools
 
 import torch
 
+from fastagop import copies
 from fastagop.agop import agop as agop_here
 from fastagop.agop import plan_agop, row_weights
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import Plan, block_rows, roomy
+from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels._products import symmetrise_
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
-from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
+from fastagop.solve import ADVICE, Solution, Solved, plan_solve, report, solve_stored, solve_unstored
 
 __all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
 
@@ -80,7 +81,7 @@ def agop(
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
     how = {"method": method, "memory_limit": memory_limit, **options}
-    return agop_as(None, kernel, X, alpha, Z, sample_weight=sample_weight, group=group, **how).to(X.dtype)
+    return agop_as(None, kernel, X, alpha, Z, weights=sample_weight, group=group, **how).to(X.dtype)
 
 
 @torch.no_grad()
@@ -94,25 +95,28 @@ def agop_as(
     group,
     method="auto",
     memory_limit=None,
-    sample_weight=None,
+    weights=None,
     **options,
 ):
-    """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it."""
+    """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it.
+
+    ``weights``: the public ``sample_weight``.
+    """
     options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
     center, precision, backend = options["center"], options["precision"], options["backend"]
     ranks = _ranks(group, "agop", X)
 
     def prepare():
         _checks.choice("method", method, ("auto", "gradient", "gram"))
-        limits = {"memory_limit": memory_limit, "sample_weight": sample_weight}
+        limits = {"memory_limit": memory_limit, "sample_weight": weights}
         return plan_agop(kernel, X, alpha, Z, method="gradient", **limits, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    tensors = {"X": X, "alpha": alpha, "Z": _other(X, Z), "sample_weight": sample_weight}
+    tensors = {"X": X, "alpha": alpha, "Z": _other(X, Z), "sample_weight": weights}
     (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
-    weights, divisor, weight_unit = row_weights(sample_weight, at, options["reduction"])
+    scaled, divisor, weight_unit = row_weights(weights, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
         if plan.backend == "torch" and ranks.size > 1 and weights is None:
@@ -122,7 +126,7 @@ def agop_as(
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, weights, center, ranks, how)
+            M = _rows_of_points(kernel, X, alpha, at, scaled, center, ranks, how)
     M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
     return M.div_(unit).div_(unit).div_(divisor).mul_(weight_unit)
 
@@ -309,6 +313,7 @@ def solve(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
     group=None,
 ) -> Solution:
     """``fastagop.solve``, shared by the ranks of a group.
@@ -320,6 +325,7 @@ def solve(
     Args:
         kernel, X, Y, ridge, method, precision, backend: as in ``fastagop.solve``, the same on every rank.
         memory_limit: bytes that the first rank may take; default most of what it has free.
+        sample_weight: as in ``fastagop.solve``, the same on every rank.
         group: a process group; default all processes.
 
     Returns:
@@ -329,42 +335,65 @@ def solve(
         NumericalWarning: on every rank, where ``fastagop.solve`` would.
     """
     options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
-    solution, _ = solve_as(None, kernel, X, Y, group=group, memory_limit=memory_limit, **options)
-    report(solution)
-    return solution
+    options |= {"memory_limit": memory_limit, "sample_weight": sample_weight}
+    solved, _ = solve_as(None, kernel, X, Y, group=group, **options)
+    report(solved.solution)
+    return solved.solution
 
 
 @torch.no_grad()
-def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None, **options) -> tuple[Solution, int]:
-    """(Solution with alpha in dtype ``out``, default X's, bytes planned), the same on every rank; nothing warns."""
+def solve_as(
+    out: torch.dtype | None,
+    kernel,
+    X,
+    Y,
+    *,
+    group,
+    memory_limit=None,
+    sample_weight=None,
+    rows=None,
+    advice=ADVICE,
+    **options,
+) -> tuple[Solved, int]:
+    """(solved with alpha in dtype ``out``, default X's; bytes planned), the same on every rank; nothing warns.
+
+    ``rows``: where the caller has found copies already: X are the points that they say, Y the targets as given.
+    """
     options = {"ridge": 0.0, "method": "auto", "precision": "highest", "backend": "auto", **options}
     ranks = _ranks(group, "solve", X)
 
     def prepare():
         _checks.memory_limit(memory_limit)
-        return plan_solve(kernel, X, Y, memory_limit=_UNLIMITED, **options)
+        like = Y if rows is None else rows.take(Y)
+        return plan_solve(kernel, X, like, memory_limit=_UNLIMITED, sample_weight=sample_weight, **options)
 
-    _, room = ranks.agree(prepare, f"{kernel!r}, {options}, memory_limit={memory_limit}", X=X, Y=Y)
+    said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
+    weight = sample_weight if rows is None else None if rows.plain else rows.each
+    _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
+    if rows is None:
+        rows = copies.find(X, sample_weight)
+        X = rows.take(X)
     units, points, _, _ = in_units(kernel, X, X)
     wide = functools.cache(points.double)
 
     def job(ask):
-        plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
+        plan, (_, _, ridge, how) = plan_solve(
+            kernel, X, rows.take(Y), memory_limit=memory_limit, advice=advice, **options
+        )
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
-                solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
+                solved = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, rows, shared)
             else:
-                K = roomy(len(X), len(X), X, how)
-                solution = solve_into(K, units, points, Y, ridge, plan, options["precision"], out or X.dtype)
-        return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
+                solved, _ = solve_stored(units, points, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
+        return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):
         return _area(units, wide(), V, most, ranks) if most else _rows(units, wide(), V, ranks)
 
-    solution, planned = ranks.lead(job, serve)
-    return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+    solved, planned = ranks.lead(job, serve)
+    return solved.to(X.device), planned
 
 
 def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -265,5 +265,5 @@ def _hash(value: torch.Tensor | None) -> int:
     digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
     row = max(1, value[:1].numel() * value.element_size())
     for block in value.detach().split(max(1, _HASHED // row)):
-        digest.update(block.contiguous().cpu().numpy().data)
+        digest.update(block.contiguous().cpu().resolve_neg().numpy().data)
     return int.from_bytes(digest.digest()[:8], "little", signed=True)

@@ -11,7 +11,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from tqdm.auto import tqdm
 
-from fastagop import distributed, linalg, regression, storage
+from fastagop import copies, distributed, linalg, regression, storage
 from fastagop.base import Classifier, KernelEstimator, Regressor
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
@@ -127,17 +127,20 @@ class _RFM(KernelEstimator):
         self._torch_in = isinstance(X, torch.Tensor)
         points = self._samples(X, reset=True)
         Y, _ = self._targets(y, points)
+        rows, said = copies.find(points), set()
+        points = rows.take(points)
         M = points.new_ones(points.shape[1])
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         for index in tqdm(range(iterations), desc="RFM", unit="iteration", disable=not self.verbose):
-            M, record = self._iterate(points, Y, M, machine)
-            report(record.solution)
+            M, record = self._iterate(points, Y, M, machine, rows)
+            report(record.solution, said)
             self.iterations_.append(record)
             for callback in self.callbacks:
                 callback(IterationEvent(index, iterations, record, M))
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
-        self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
-        report(self.solution_)
+        solved = regression.solve(self._centers, Y, machine, self.process_group, rows=rows)
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, said)
         self.M_ = self._kept(M)
         return self
 
@@ -149,13 +152,13 @@ class _RFM(KernelEstimator):
         _checks.flag("center", self.center)
         return machine, int(count)
 
-    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine) -> tuple[torch.Tensor, IterationRecord]:
+    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, center=self.center)
+        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, rows=rows, center=self.center)
         agop = pulled_back(inner, self._root, self.diagonal)
-        scale = regression.agop_divisor(agop, self.agop_scale, len(X))
+        scale = regression.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
             # gradients at the points are combinations of the points, and M of the one before maps their span to itself
@@ -173,7 +176,7 @@ class _RFM(KernelEstimator):
         return project(X, None if self._root is None else self._root.to(X))
 
     def _packed(self):
-        tensors = {"M": torch.as_tensor(self.M_)}
+        tensors = {"M": torch.as_tensor(self.M_), **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
         words = []
@@ -185,7 +188,7 @@ class _RFM(KernelEstimator):
 
     def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
         self._root, self.M_ = tensors.get("root"), self._kept(tensors["M"])
-        self.iterations_ = []
+        self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         for index, record in enumerate(words["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
             self.iterations_.append(IterationRecord(**{**record, "solution": solution}))

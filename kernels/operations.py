@@ -61,8 +61,9 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="hig
     if ridge and Z is not X:
         raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
     if out is not None:
-        if not isinstance(out, torch.Tensor) or out.shape != (len(X), len(Z)):
-            raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
+        dense = isinstance(out, torch.Tensor) and out.layout == torch.strided and not out.is_nested
+        if not dense or out.shape != (len(X), len(Z)):
+            raise ValueError(f"out must be a dense tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
         if out.dtype != X.dtype or out.device != X.device:
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
         _checks.apart("out", out, X, Z)
@@ -71,6 +72,10 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="hig
 
 
 def _describe(value) -> str:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "a nested tensor"
+    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+        return f"layout {value.layout}"
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     return type(value).__name__

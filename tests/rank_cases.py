@@ -173,6 +173,17 @@ def solving(_):
         assert error(shared.alpha, alone.alpha) < 1e-5, method
         assert (shared.method, shared.iterations, shared.rank) == (alone.method, alone.iterations, alone.rank)
         same_everywhere(shared.alpha)
+    w = normal(150, seed=6, dtype=torch.float32).abs()
+    copied = torch.cat([X[:100], X[:50]])  # copies with other targets: merged, whoever solves
+    for points in (X, copied):
+        for method in ("cholesky", "eigh", "cg"):
+            how = {"ridge": 0.1, "method": method, "sample_weight": w}
+            shared = distributed.solve(Laplace(2.0), points, Y, **how)
+            assert error(shared.alpha, fastagop.solve(Laplace(2.0), points, Y, **how).alpha) < 1e-5, method
+            same_everywhere(shared.alpha)
+    moved = w.roll(dist.get_rank())
+    message = "sample_weight must be the same on every rank"
+    refused(message, ValueError, lambda: distributed.solve(Laplace(2.0), X, Y, ridge=0.1, sample_weight=moved))
     far = 2.0**30 * normal(50, 3)  # lengths whose squares need another unit
     shared = distributed.solve(Laplace(2.0**30), far, Y[:50].double(), method="cg", ridge=0.1)
     assert error(shared.alpha, fastagop.solve(Laplace(2.0**30), far, Y[:50].double(), ridge=0.1).alpha) < 1e-5

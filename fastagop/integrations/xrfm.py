@@ -61,7 +61,9 @@ class FastKernel(LaplaceKernel):
     def __repr__(self):
         return f"FastKernel({self.kernel!r})"
 
-    def set_categorical_indices(self, numerical_indices=None, categorical_indices=(), categorical_vectors=(), device=None):
+    def set_categorical_indices(
+        self, numerical_indices=None, categorical_indices=None, categorical_vectors=None, device=None
+    ):
         """Take xRFM's description of the columns where all are numbers; xRFM calls this for such data, too.
 
         Args:
