@@ -91,7 +91,7 @@ def test_what_it_refuses():
         FastKernel("laplace")
     codes, vectors = [torch.tensor([1, 2])], [torch.eye(2)]
     for lists in ((codes, vectors), (codes, []), ([], vectors)):
-        with pytest.raises(NotImplementedError, match="categorical features, got .*fast_categorical=False"):
+        with pytest.raises(NotImplementedError, match=r"categorical features, got .*fast_categorical=False"):
             FastKernel(Laplace(1.0)).set_categorical_indices(torch.tensor([0]), *lists)
 
 

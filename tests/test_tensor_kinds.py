@@ -45,7 +45,7 @@ KINDS = {
     "nested": (nested, r"got a nested tensor; use torch\.nested\.to_padded_tensor"),
     "quantized": (
         lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
-        r"got a quantized one .*dequant",
+        r"got a quantized one .*dequ",
     ),
     "masked": (lambda t: masked_tensor(t, torch.ones_like(t).bool()), r"got a MaskedTensor; pass what it holds"),
     "fake": (lambda t: FakeTensorMode().from_tensor(t), r"got a FakeTensor; pass what it holds"),
