@@ -7,15 +7,15 @@ import numbers
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
 
-from fastagop import deep_rfm, storage
-from fastagop.base import DTYPES, Classifier, KernelEstimator, Regressor
+from fastagop import deep_rfm, inputs, storage
+from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
 from fastagop.module import DeepRFMModule
+from fastagop.progress import Progress
 from fastagop.ranks import Ranks
 from fastagop.solve import report
 
@@ -25,49 +25,22 @@ _LAPLACE = Laplace(2.0)
 class _DeepRFM(KernelEstimator):
     """What the classifier and the regressor share."""
 
-    def __init__(
-        self,
-        kernel=_LAPLACE,
-        depth=20,
-        features="relu",
-        width=1024,
-        feature_scale=None,
-        ridge=0.0,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        random_state=None,
-        checkpoint_dir=None,
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-    ):
-        self.kernel = kernel
-        self.depth = depth
-        self.features = features
-        self.width = width
-        self.feature_scale = feature_scale
-        self.ridge = ridge
-        self.agop_scale = agop_scale
-        self.precision = precision
-        self.backend = backend
-        self.device = device
-        self.dtype = dtype
-        self.random_state = random_state
-        self.checkpoint_dir = checkpoint_dir
-        self.callbacks = callbacks
-        self.verbose = verbose
-        self.process_group = process_group
+    depth: int
+    features: str
+    width: int
+    feature_scale: float | None
+    random_state: object
+    checkpoint_dir: object
 
-    @torch.no_grad()
-    def fit(self, X, y):
+    @in_full
+    def fit(self, X, y, sample_weight=None):
         """Train layer by layer (paper, algorithm 1).
 
         Args:
-            X: samples (n, d), NumPy array or torch tensor.
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
             y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,): every solve is (K + ridge W^-1) alpha = Y and every AGOP a weighted sum, so
+                that a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
 
         Returns:
             self, with ``layers_``, ``agops_``, ``alphas_``.
@@ -80,15 +53,14 @@ class _DeepRFM(KernelEstimator):
             NumericalWarning: per solve whose result had to be altered.
         """
         settings = self._settings()
-        self._torch_in = isinstance(X, torch.Tensor)
-        features = self._samples(X, reset=True)
-        Y, classes = self._targets(y, features)
+        data = self._training(X, y, sample_weight)
+        features, Y, classes = data.X, data.Y, data.classes
         group = self.process_group
         seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
         begin = self._begin if group is None else self._begin_together
         checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
-        with tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet) as bar:
+        with Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet) as progress:
             for index in range(done, settings.depth):
                 layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
                 report(layer.record.solution)
@@ -98,9 +70,8 @@ class _DeepRFM(KernelEstimator):
                 event = deep_rfm.LayerEvent(index, settings.depth, layer.record, projected, features, classes)
                 for callback in self.callbacks:
                     callback(event)
-                bar.update()
-                if "projected" in layer.record.nc1:
-                    bar.set_postfix(nc1=f"{layer.record.nc1['projected']:.1e}")
+                measured = layer.record.nc1
+                progress.step(**{"nc1": f"{measured['projected']:.1e}"} if "projected" in measured else {})
         self._centers, self.solution_ = deep_rfm.readout(features, Y, settings, group)
         report(self.solution_)
         return self._publish()
@@ -138,8 +109,7 @@ class _DeepRFM(KernelEstimator):
         """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
-        dtype = DTYPES[self.dtype]
-        self.alphas_ = [self._kept(layer.record.solution.alpha.to(dtype)) for layer in self._layers]
+        self.alphas_ = [self._kept(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
         return self
 
     @torch.no_grad()
@@ -166,7 +136,8 @@ class _DeepRFM(KernelEstimator):
         check_is_fitted(self)
         binary = len(getattr(self, "classes_", ())) == 2
         flat = not binary and getattr(self, "_flat", False)
-        return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, binary=binary, flat=flat)
+        shape = {"binary": binary, "flat": flat, "offset": getattr(self, "_intercept", None)}
+        return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, **shape)
 
     def _packed(self):
         tensors, layers = {}, []
@@ -215,6 +186,10 @@ class _DeepRFM(KernelEstimator):
             features = deep_rfm.apply_layer(features, step)
         return features
 
+    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+        """Rows wider than the estimator's dtype are normalised, as the first layer would, before they are rounded."""
+        return X if X.dtype == self._dtype else deep_rfm.normalise_rows(X.double()).to(self._dtype)
+
     def _mapped(self, X: torch.Tensor) -> torch.Tensor:
         return deep_rfm.normalise_rows(self._through(X, len(self._layers)))
 
@@ -236,14 +211,19 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
             "sum" not at all (the paper's algorithm 1).
         precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
             rows are computed in float64 and Triton's products are float32.
-        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64".
+        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64", or torch's own.
         random_state: seed of the random features.
         checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
         callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
-        verbose: 1 shows a progress bar.
+        verbose: 1 shows a progress bar on a terminal, and logs every step at INFO.
         process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
             every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
             the progress bar; callbacks run on every rank. Prediction is not shared.
+        solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "eigh", "cg" (no n x n matrix) or
+            ``fastagop.ConjugateGradients(...)``. memory_limit: bytes that a solve or an AGOP may take.
+        class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
+            the classes' sums of sample weights; they multiply sample weights. With ridge 0 every label is met
+            whatever its weight: weights then act through the AGOP only.
 
     Attributes:
         classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
@@ -251,11 +231,59 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
         n_features_in_: d.
     """
 
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        depth=20,
+        features="relu",
+        width=1024,
+        feature_scale=None,
+        ridge=0.0,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        random_state=None,
+        checkpoint_dir=None,
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+        class_weight=None,
+    ):
+        self._store(locals())
+
 
 class DeepRFMRegressor(Regressor, _DeepRFM):
     """Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.
 
-    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled. Parameters, attributes and the
-    algorithm are those of ``DeepRFMClassifier`` without ``classes_``; the collapse measures of ``layers_`` are
-    empty, as there are no classes.
+    Targets (n,) or (n, K) are centred by their (weighted) mean, which predictions add again; solutions and their
+    residuals are those of the centred targets. Parameters, attributes and the algorithm are those of
+    ``DeepRFMClassifier``, without ``class_weight`` and ``classes_``, and with ``intercept_``, the mean: a number, or
+    (K,). The collapse measures of ``layers_`` are empty, as there are no classes.
     """
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        depth=20,
+        features="relu",
+        width=1024,
+        feature_scale=None,
+        ridge=0.0,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        random_state=None,
+        checkpoint_dir=None,
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+    ):
+        self._store(locals())
