@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from sklearn.base import (
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop import inputs, saving
+from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Radial
@@ -27,6 +29,7 @@ from fastagop.ranks import Ranks
 from fastagop.regression import AGOP_SCALES, Machine
 from fastagop.solve import Solution
 
+METHODS = ("auto", "cholesky", "eigh", "cg")  # of solve
 _KERNEL = "kernel__"
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")  # what float32 holds
 _TINY = torch.finfo(torch.float32).tiny  # the least probability: its logarithm is finite in every dtype
@@ -81,9 +84,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     callbacks: Sequence
     verbose: int
     process_group: object
-    solver: str
+    solver: str | ConjugateGradients
     memory_limit: float | None
-    class_weight: str | dict | None = None  # a classifier's
     # what fit sets
     _centers: torch.Tensor
     _torch_in: bool
@@ -159,6 +161,9 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         inputs.dtype(self.dtype)
         _checks.choice("backend", self.backend, ("auto", "torch", "triton"))  # a layer stores its kernel matrix
         ridge = _checks.nonnegative("ridge", self.ridge)
+        if not isinstance(self.solver, ConjugateGradients):
+            _checks.choice("solver", self.solver, METHODS)
+        _checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)
         self._checked_process()
         self._kernel = self.kernel
@@ -169,7 +174,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
             raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
-        if isinstance(self.verbose, float) or not _checks.nonnegative("verbose", int(self.verbose)) >= 0:
+        if not isinstance(self.verbose, (bool, numbers.Integral)) or int(self.verbose) < 0:
             raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
         if self.process_group is not None:
             Ranks(self.process_group, "fit", self._device)
@@ -231,6 +236,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
 class Classifier(ClassifierMixin, KernelEstimator):
     """Targets and answers of a classifier."""
+
+    class_weight: str | dict | None
 
     def _read(self, y) -> np.ndarray:
         return inputs.labels(y)
@@ -296,8 +303,9 @@ class Regressor(RegressorMixin, KernelEstimator):
         return tags
 
     def _read(self, y) -> np.ndarray:
-        kind = str(getattr(y, "dtype", "float64")).removeprefix("torch.")
-        self._wide = kind not in _HELD  # predictions hold what the targets held
+        kind = getattr(y, "dtype", None)
+        name = getattr(kind, "name", str(kind).removeprefix("torch."))
+        self._wide = name not in _HELD  # predictions hold what the targets held
         y = inputs.targets(y)
         self._flat = y.ndim == 1
         return y.reshape(len(y), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 
+import numpy as np
 import torch
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -52,11 +53,11 @@ class _DeepRFM(KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        settings = self._settings()
+        settings, random = self._settings(), self._random()
         data = self._training(X, y, sample_weight)
         features, Y, classes = data.X, data.Y, data.classes
         group = self.process_group
-        seeds = deep_rfm.seeds(check_random_state(self.random_state), settings.depth)
+        seeds = deep_rfm.seeds(random, settings.depth)
         begin = self._begin if group is None else self._begin_together
         checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
@@ -180,6 +181,15 @@ class _DeepRFM(KernelEstimator):
             self.precision,
             self.backend,
         )
+
+    def _random(self) -> np.random.RandomState:
+        try:
+            return check_random_state(self.random_state)
+        except ValueError as error:
+            raise ValueError(
+                f"random_state must be an integer from 0 to 2^32 - 1, a numpy.random.RandomState or None, got "
+                f"{self.random_state!r}"
+            ) from error
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
         for step in self._layers[:layer]:
