@@ -32,7 +32,7 @@ from fastagop.solve import Solution
 METHODS = ("auto", "cholesky", "eigh", "cg")  # of solve
 _KERNEL = "kernel__"
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")  # what float32 holds
-_TINY = torch.finfo(torch.float32).tiny  # the least probability: its logarithm is finite in every dtype
+_TINY = torch.finfo(torch.float32).eps  # the least probability before rows are normalised
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numbers
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils._set_output import _wrap_data_with_container
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from fastagop import deep_rfm, inputs, storage
 from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
@@ -23,7 +25,43 @@ from fastagop.solve import report
 _LAPLACE = Laplace(2.0)
 
 
-class _DeepRFM(KernelEstimator):
+class _Layers:
+    """Features of every layer, in the container that ``set_output`` asks for.
+
+    A class of its own, since scikit-learn would wrap the method of an estimator and name all layers' columns alike.
+    """
+
+    @in_full
+    def transform(self, X, layer=None):
+        """Features entering a layer.
+
+        Args:
+            X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
+
+        Returns:
+            (m, width), of X's kind and dtype.
+        """
+        check_is_fitted(self)
+        depth = len(self._layers)
+        if layer is None:
+            layer = depth
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= int(layer) <= depth:
+            raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
+        answer = self._answer(self._through(self._samples(X), int(layer)), X)
+        columns = SimpleNamespace(
+            get_feature_names_out=self.get_feature_names_out if layer else lambda: _check_feature_names_in(self),
+            _sklearn_output_config=getattr(self, "_sklearn_output_config", {}),
+            _sklearn_auto_wrap_output_keys={"transform"},
+        )
+        return _wrap_data_with_container("transform", answer, X, columns)
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names: every layer has as many features."""
+        return len(self._layers[-1].map.weight)
+
+
+class _DeepRFM(_Layers, KernelEstimator):
     """What the classifier and the regressor share."""
 
     depth: int
@@ -112,25 +150,6 @@ class _DeepRFM(KernelEstimator):
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
         self.alphas_ = [self._kept(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
         return self
-
-    @torch.no_grad()
-    def transform(self, X, layer=None):
-        """Features entering a layer.
-
-        Args:
-            X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
-
-        Returns:
-            (m, width), of X's kind and dtype.
-        """
-        check_is_fitted(self)
-        depth = len(self._layers)
-        if layer is None:
-            layer = depth
-        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= int(layer) <= depth:
-            raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
-        features = self._through(self._samples(X), int(layer))
-        return self._answer(features, X)
 
     def to_module(self) -> torch.nn.Module:
         """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
