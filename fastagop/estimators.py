@@ -284,6 +284,13 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
     ):
         self._store(locals())
 
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # With ridge 0 every training label is met, whatever its weight. scikit-learn's check that class weights move
+        # predictions is left out for what this tag marks.
+        tags.classifier_tags.poor_score = self.ridge == 0
+        return tags
+
 
 class DeepRFMRegressor(Regressor, _DeepRFM):
     """Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.
