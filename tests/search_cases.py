@@ -1,12 +1,13 @@
 """A random search for small calls that are wrong: values that hurt, against sums in long double.
 
-    python tests/search_cases.py 20000        # seed 0; the worst error of each operation, and every call beyond its bound
-    python tests/search_cases.py 20000 7      # another seed
-    python tests/search_cases.py --call 7 123 # one call again, in words
+    python tests/search_cases.py 20000         # seed 0: the worst error of each operation, every call beyond its bound
+    python tests/search_cases.py 20000 7       # another seed
+    python tests/search_cases.py --call 7 123  # one call again, in words
 
 The truth shares no code with the library: differences of points, profiles written from their formulas, plain sums. An
 error is measured against what rounding may do (docs/pages/numerics.md): every pair's weight and difference have a few
-rounding errors of their own size, so a gradient may be off by TOLERANCE eps sum_j |w_ij alpha_jc| r_ij (1 + |d ln w / d ln r|).
+rounding errors of their own size, so a gradient may be off by
+TOLERANCE eps sum_j |w_ij alpha_jc| r_ij (1 + |d ln w / d ln r|).
 """
 
 from __future__ import annotations
