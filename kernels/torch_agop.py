@@ -19,7 +19,7 @@ import torch
 
 from . import smooth, torch_gram
 from ._plan import Plan, block_rows, budget, human, roomy
-from ._products import product
+from ._products import product, symmetrise_
 from ._rates import rate, source
 from .errors import warn
 from .radial import Radial
@@ -128,8 +128,10 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
     return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T, float64 (d, d); method is what the caller said."""
+def agop(
+    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan, row_weights=None
+) -> torch.Tensor:
+    """sum_ic w_i g_ic g_ic^T, float64 (d, d); method is what the caller asked for; w = row_weights, default 1."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
@@ -138,32 +140,54 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int |
         def blocks():
             return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
 
-        return gradient_form(blocks, alpha, X, Z, center)
+        return gradient_form(blocks, alpha, X, Z, center, roots=roots_of(row_weights))
     W = weights(kernel, X, Z, plan.block)
-    return agop_from_weights_(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
+    return agop_from_weights_(W, X, alpha, Z, rows=plan.block, **how)
 
 
 def agop_from_weights_(
-    W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps = TORCH_STEPS
+    W,
+    X,
+    alpha,
+    Z,
+    *,
+    center: bool,
+    method: str,
+    limit: int | None,
+    rows: int,
+    steps: Steps = TORCH_STEPS,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
 
-    W and alpha may be wider than X.
+    W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
+    sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
     """
-    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products)
+    roots = roots_of(row_weights)
+    if roots is not None:
+        W.mul_(roots.to(W.dtype)[:, None])
+        Z = Z[:]  # another object
+    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots)
     if road.smooth is None:
 
         def blocks():
             return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
 
-        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients)
+        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients, roots, scaled=True)
     wide, x = road.dtype, X.to(road.dtype)
     z = x if Z is X else Z.to(wide)
     lower = steps.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
         W = roomy(*W.shape, W, wide).copy_(W)
     taken = road.smooth.to(wide)
-    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, center=center, rows=rows, lower=lower)
+    how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
+    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+
+
+def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Square roots of the evaluation points' weights."""
+    return None if row_weights is None else row_weights.sqrt()
 
 
 def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
@@ -176,7 +200,9 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None) -> Road:
+def safe_road(
+    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None
+) -> Road:
     """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
     if method == "gradient":
         return Road(method, X.dtype)
@@ -194,7 +220,7 @@ def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, prod
         return items * dtype.itemsize <= room
 
     spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
-    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center), smooth.constant(W, own), cost["gram"]
+    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center, roots), smooth.constant(W, own), cost["gram"]
     growth = _LOSS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
     if (
@@ -235,35 +261,49 @@ def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
     return widest
 
 
-def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients) -> torch.Tensor:
+def gradient_form(
+    blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients, roots=None, scaled: bool = False
+) -> torch.Tensor:
     """sum_c G_c^T G_c; float64 (d, d). blocks() gives (rows of Z, weights) once more each time it is called.
 
-    Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along.
+    Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along. roots: square
+    roots of the points' weights; scaled: the rows of W have been multiplied by them.
     """
     K, d = alpha.shape[1], X.shape[1]
     shift = dominant_offset(X)
     M = X.new_zeros(d, d, dtype=torch.float64)
-    mean = mean_gradient(blocks(), alpha, X, Z, shift) if center else None
+
+    def weighted():
+        for row, block in blocks():
+            W = block.to(X.dtype)
+            yield row, W if roots is None or scaled else W * roots[row, None]
+
+    mean = mean_gradient(weighted(), alpha, X, Z, shift, roots) if center else None
     buffer = None
-    for row, W in blocks():
+    for row, W in weighted():
         z = Z[row]
         if buffer is None:
             buffer = X.new_empty(len(z), K, d)
-        G = gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
+        G = gradients(W, alpha, X, z, shift, buffer[: len(z)])
         if mean is not None:
-            G -= mean
+            G -= mean if roots is None else roots[row, None, None] * mean
         G = G.view(-1, d)
         M += product(G.T, G.T)
-    return M
+    return symmetrise_(M)
 
 
-def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
-    """mean_i g_ic, shape (K, d), from row blocks of weights."""
+def mean_gradient(blocks, alpha, X, Z, shift, roots=None) -> torch.Tensor:
+    """mean_i g_ic, shape (K, d), from row blocks of weights; with roots, sum_i w_i g_ic / sum_i w_i.
+
+    The rows of the weights have been multiplied by the roots then.
+    """
     if shift is not None:
         X, Z = X - shift, Z - shift
     columns, against = X.new_zeros(len(X)), X.new_zeros(alpha.shape[1], X.shape[1])
     for row, block in blocks:
         W = block.to(X.dtype)
-        columns += W.sum(0)
-        against += (W @ alpha).T @ Z[row]
-    return ((alpha * columns[:, None]).T @ X - against) / len(Z)
+        z = Z[row] if roots is None else roots[row, None] * Z[row]
+        columns += W.sum(0) if roots is None else roots[row] @ W
+        against += (W @ alpha).T @ z
+    total = (alpha * columns[:, None]).T @ X - against
+    return total / (len(Z) if roots is None else roots @ roots)

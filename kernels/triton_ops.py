@@ -215,8 +215,10 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
     return lower
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T, float64 (d, d)."""
+def agop(
+    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str, row_weights=None
+) -> torch.Tensor:
+    """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     own, x = Z is X, Points(X, PRODUCTS[precision])
@@ -226,9 +228,8 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan:
         def blocks():
             return _blocks(kernel, x, z, own, plan.block)
 
-        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients, torch_agop.roots_of(row_weights))
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
-    return torch_agop.agop_from_weights_(
-        W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block, steps=inner
-    )
+    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
+    return torch_agop.agop_from_weights_(W, X, alpha, Z, rows=plan.block, steps=inner, **how)
