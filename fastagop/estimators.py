@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 
 import torch
@@ -74,6 +75,7 @@ class _DeepRFM(KernelEstimator):
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.locks.FolderInUse, a ValueError: another process fits in checkpoint_dir (naming it).
             fastagop.distributed.RankLost: a process of the group died.
 
         Warns:
@@ -88,7 +90,8 @@ class _DeepRFM(KernelEstimator):
         begin = self._begin if group is None else self._begin_together
         checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
-        with tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet) as bar:
+        progress = tqdm(total=settings.depth, initial=done, desc="Deep RFM", unit="layer", disable=quiet)
+        with checkpoint or contextlib.nullcontext(), progress as bar:
             for index in range(done, settings.depth):
                 layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
                 report(layer.record.solution)
@@ -130,7 +133,12 @@ class _DeepRFM(KernelEstimator):
             sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
             return own, sent, features.cpu() if done else None
 
-        seeds, packed, features = ranks.lead(first)
+        try:
+            seeds, packed, features = ranks.lead(first)
+        except BaseException:
+            if checkpoint is not None:
+                checkpoint.close()
+            raise
         layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
         return checkpoint, seeds, layers, X if features is None else features.to(X.device)
 
