@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 from types import SimpleNamespace
 
@@ -86,6 +87,7 @@ class _DeepRFM(_Layers, KernelEstimator):
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.locks.FolderInUse, a ValueError: another process fits in checkpoint_dir (naming it).
             fastagop.distributed.RankLost: a process of the group died.
 
         Warns:
@@ -99,7 +101,8 @@ class _DeepRFM(_Layers, KernelEstimator):
         begin = self._begin if group is None else self._begin_together
         checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
-        with Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet) as progress:
+        progress = Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet)
+        with checkpoint or contextlib.nullcontext(), progress:
             for index in range(done, settings.depth):
                 layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
                 report(layer.record.solution)
@@ -140,7 +143,12 @@ class _DeepRFM(_Layers, KernelEstimator):
             sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
             return own, sent, features.cpu() if done else None
 
-        seeds, packed, features = ranks.lead(first)
+        try:
+            seeds, packed, features = ranks.lead(first)
+        except BaseException:
+            if checkpoint is not None:
+                checkpoint.close()
+            raise
         layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
         return checkpoint, seeds, layers, X if features is None else features.to(X.device)
 
