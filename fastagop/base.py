@@ -68,9 +68,9 @@ def in_full(method):
 class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
-    Hooks: ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``, ``_restore``.
-    ``fit`` calls ``_machine`` first, and sets ``_centers`` (what the kernel machine sees of the training points) and
-    ``solution_``.
+    Hooks: ``_read`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``,
+    ``_restore``. ``fit`` calls ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points of the kernel
+    machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # parameters of every subclass
@@ -88,6 +88,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     memory_limit: float | None
     # what fit sets
     _centers: torch.Tensor
+    _alpha: torch.Tensor
     _torch_in: bool
     solution_: Solution
 
@@ -167,7 +168,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self._device = inputs.device(self.device)
         self._checked_process()
         self._kernel = self.kernel
-        return Machine(self.kernel, ridge, self.precision, self.backend)
+        return Machine(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
     def _checked_process(self) -> None:
         """Refuse callbacks, a verbosity or a process group that are none."""
@@ -217,9 +218,13 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """The kernel machine's f(X), shape (m, K), float64."""
         check_is_fitted(self)
         points = self._mapped(self._samples(X))
-        centers, alpha = self._centers.double(), self.solution_.alpha.double()
+        centers, alpha = self._centers.double(), self._alpha.double()
         backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
         return kernel_matmul(self._kernel, points, centers, alpha, backend=backend)
+
+    def _packed_alpha(self) -> dict[str, torch.Tensor]:
+        """The points' coefficients for a file, where they are not those of the rows."""
+        return {} if self._alpha is self.solution_.alpha else {"readout": self._alpha}
 
     def _answer(self, value: torch.Tensor, X, wide: bool = False):
         """A float64 result as X's kind, device and floating dtype; ``wide``: in float64 in any case."""

@@ -12,7 +12,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._set_output import _wrap_data_with_container
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
-from fastagop import deep_rfm, inputs, storage
+from fastagop import copies, deep_rfm, storage
 from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
@@ -99,23 +99,29 @@ class _DeepRFM(_Layers, KernelEstimator):
         group = self.process_group
         seeds = deep_rfm.seeds(random, settings.depth)
         begin = self._begin if group is None else self._begin_together
+        # Copies in what the first layer solves for, rows divided by their length, stay one point in all layers.
+        rows, said = copies.find(deep_rfm.normalise_rows(features), data.weights), set()
         checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
+        points, rest = rows.take(features), rows.rest(features)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
         progress = Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet)
         with checkpoint or contextlib.nullcontext(), progress:
             for index in range(done, settings.depth):
-                layer, projected, features = deep_rfm.train_layer(features, Y, settings, seeds[index], classes, group)
-                report(layer.record.solution)
+                about = {"rows": rows, "rest": rest}
+                layer, made = deep_rfm.train_layer(points, Y, settings, seeds[index], classes, group, **about)
+                points, rest = made.points, made.rest
+                report(layer.record.solution, said)
                 self._layers.append(layer)
                 if checkpoint is not None:
-                    checkpoint.save(index, layer, features)
-                event = deep_rfm.LayerEvent(index, settings.depth, layer.record, projected, features, classes)
+                    checkpoint.save(index, layer, made.features)
+                event = deep_rfm.LayerEvent(index, settings.depth, layer.record, made.projected, made.features, classes)
                 for callback in self.callbacks:
                     callback(event)
                 measured = layer.record.nc1
                 progress.step(**{"nc1": f"{measured['projected']:.1e}"} if "projected" in measured else {})
-        self._centers, self.solution_ = deep_rfm.readout(features, Y, settings, group)
-        report(self.solution_)
+        self._centers, solved = deep_rfm.readout(points, Y, settings, group, rows)
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, said)
         return self._publish()
 
     def _begin(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
@@ -165,10 +171,10 @@ class _DeepRFM(_Layers, KernelEstimator):
         binary = len(getattr(self, "classes_", ())) == 2
         flat = not binary and getattr(self, "_flat", False)
         shape = {"binary": binary, "flat": flat, "offset": getattr(self, "_intercept", None)}
-        return DeepRFMModule(self._layers, self._kernel, self._centers, self.solution_.alpha, **shape)
+        return DeepRFMModule(self._layers, self._kernel, self._centers, self._alpha, **shape)
 
     def _packed(self):
-        tensors, layers = {}, []
+        tensors, layers = self._packed_alpha(), []
         for index, layer in enumerate(self._layers):
             held, words = storage.pack_layer(layer)
             tensors.update({f"{index}.{name}": value for name, value in held.items()})
@@ -176,7 +182,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         return tensors, {"layers": layers}
 
     def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
-        self._layers = []
+        self._layers, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         for index, layer in enumerate(words["layers"]):
             start = f"{index}."
             held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
@@ -207,6 +213,8 @@ class _DeepRFM(_Layers, KernelEstimator):
             self.agop_scale,
             self.precision,
             self.backend,
+            self.solver,
+            self.memory_limit,
         )
 
     def _random(self) -> np.random.RandomState:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop import distributed, inputs, linalg, regression, storage
+from fastagop import copies, distributed, inputs, linalg, regression, storage
 from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
@@ -101,20 +101,22 @@ class _RFM(KernelEstimator):
         """
         machine, iterations = self._checked()
         data = self._training(X, y, sample_weight)
-        points, Y = data.X, data.Y
+        rows, said, Y = copies.find(data.X, data.weights), set(), data.Y
+        points = rows.take(data.X)
         M = points.new_ones(points.shape[1])
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
             for index in range(iterations):
-                M, record = self._iterate(points, Y, M, machine)
-                report(record.solution)
+                M, record = self._iterate(points, Y, M, machine, rows)
+                report(record.solution, said)
                 self.iterations_.append(record)
                 for callback in self.callbacks:
                     callback(IterationEvent(index, iterations, record, M))
                 progress.step()
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
-        self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
-        report(self.solution_)
+        solved = regression.solve(self._centers, Y, machine, self.process_group, rows=rows)
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, said)
         self.M_ = self._kept(M)
         return self
 
@@ -126,13 +128,13 @@ class _RFM(KernelEstimator):
         _checks.flag("center", self.center)
         return machine, int(count)
 
-    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine) -> tuple[torch.Tensor, IterationRecord]:
+    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, center=self.center)
+        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, rows=rows, center=self.center)
         agop = pulled_back(inner, self._root, self.diagonal)
-        scale = regression.agop_divisor(agop, self.agop_scale, len(X))
+        scale = regression.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
             # gradients at the points are combinations of the points, and M of the one before maps their span to itself
@@ -174,7 +176,7 @@ class _RFM(KernelEstimator):
         return self._projected(self._near(X))
 
     def _packed(self):
-        tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset}
+        tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset, **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
         words = []
@@ -186,7 +188,7 @@ class _RFM(KernelEstimator):
 
     def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
         self._root, self._offset, self.M_ = tensors.get("root"), tensors["offset"], self._kept(tensors["M"])
-        self.iterations_ = []
+        self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         for index, record in enumerate(words["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
             self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
