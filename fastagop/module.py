@@ -35,12 +35,14 @@ class DeepRFMModule(torch.nn.Module):
         centers: normalised features of the training points (n, width). alpha: readout coefficients (n, K).
         binary: answer with the second of two outputs only, shape (m,), scikit-learn's convention.
         flat: answer with shape (m,) for a single output.
+        offset: what a regressor adds to its outputs, (K,) in float64; None for nothing.
     """
 
     centers: torch.Tensor
     alpha: torch.Tensor
+    offset: torch.Tensor | None
 
-    def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool):
+    def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary, flat, offset=None):
         super().__init__()
         self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
         for i, layer in enumerate(layers):
@@ -50,6 +52,7 @@ class DeepRFMModule(torch.nn.Module):
                 self.register_buffer(f"bias_{i}", layer.map.bias.clone())
         self.register_buffer("centers", centers.clone())
         self.register_buffer("alpha", alpha.clone())
+        self.register_buffer("offset", None if offset is None else offset.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
@@ -63,5 +66,6 @@ class DeepRFMModule(torch.nn.Module):
         sq = distance.square()
         k = _Profile.apply(sq, self.kernel) if sq.requires_grad else self.kernel.value_(sq)
         f = k @ self.alpha.double()
+        f = f if self.offset is None else f + self.offset.double()
         f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
         return f.to(x.dtype) if x.is_floating_point() else f

@@ -19,6 +19,8 @@ from fastagop.kernels import _plan, reference
 
 import fastagop
 
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before SciPy is imported: scikit-learn's array API checks want it
+
 CLASSES = 5
 
 
