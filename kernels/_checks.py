@@ -145,6 +145,8 @@ def readable(value: torch.Tensor) -> bool:
 
 def finite(value: torch.Tensor) -> bool:
     """Whether every item is finite (taken for granted in a capture); the extremes say it without a mask."""
+    for axis, stride in enumerate(value.stride()):  # an expanded axis repeats its items
+        value = value.narrow(axis, 0, min(1, value.shape[axis])) if stride == 0 else value
     return value.numel() == 0 or not readable(value) or all(math.isfinite(float(end)) for end in torch.aminmax(value))
 
 
