@@ -60,6 +60,7 @@ def agop(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
     group=None,
 ) -> torch.Tensor:
     """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
@@ -72,13 +73,14 @@ def agop(
         kernel, X, alpha, Z, reduction, center, method, precision, backend: as in ``fastagop.agop``, the same on
             every rank.
         memory_limit: bytes that each rank may take; default the least that any rank has free.
+        sample_weight: as in ``fastagop.agop``, the same on every rank; points with weights are shared out by rows of Z.
         group: a process group; default all processes.
 
     Returns:
         Tensor (d, d), the same bits on every rank.
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
-    how = {"method": method, "memory_limit": memory_limit, **options}
+    how = {"method": method, "memory_limit": memory_limit, "weights": sample_weight, **options}
     return agop_as(None, kernel, X, alpha, Z, group=group, **how).to(X.dtype)
 
 
@@ -98,7 +100,7 @@ def agop_as(
 ):
     """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it.
 
-    ``weights``: of the evaluation points (m,), positive, in X's dtype; the gradient form takes them.
+    ``weights``: of the evaluation points (m,), in X's dtype.
     """
     options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
     center, precision, backend = options["center"], options["precision"], options["backend"]
@@ -106,10 +108,13 @@ def agop_as(
 
     def prepare():
         _checks.choice("method", method, ("auto", "gradient", "gram"))
-        return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
+        how = {"method": "gradient", "memory_limit": memory_limit, "sample_weight": weights}
+        return plan_agop(kernel, X, alpha, Z, **how, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=_other(X, Z))
+    (plan, (X, alpha, at, limit)), room = ranks.agree(
+        prepare, said, X=X, alpha=alpha, Z=_other(X, Z), sample_weight=None if weights is None else weights[:, None]
+    )
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
@@ -183,7 +188,7 @@ def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict, 
     if center and ranks.size > 1:
         mean = X.new_zeros(alpha.shape[1], X.shape[1])
         count, roots = (float(len(own)), None) if mine is None else (float(mine.double().sum()), mine.sqrt())
-        if len(own):
+        if len(own) and count > 0:
             block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
             tiles = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
             tiles = tiles if roots is None else ((row, tile * roots[row, None]) for row, tile in tiles)
