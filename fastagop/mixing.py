@@ -14,15 +14,19 @@ from fastagop.taps import tapped
 _ALONE = "or pass batch_size=1, which takes each sample by itself"
 
 
-def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> None:
+def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> bool:
     """Try the model on two samples of a batch: outputs must keep to their sample, and so must gradients.
+
+    Returns:
+        Whether checkpoints may have to compute again (``Taps.recomputing``).
 
     Raises:
         ValueError: naming the module or layer where samples meet.
     """
-    if len(inputs) > 1:
-        refuse_neighbours(model, inputs)
-        _refuse_backward(model, linear, _pair(inputs))
+    if len(inputs) == 1:
+        return False
+    refuse_neighbours(model, inputs)
+    return _refuse_backward(model, linear, _pair(inputs))
 
 
 def _pair(inputs: torch.Tensor) -> torch.Tensor:
@@ -44,11 +48,11 @@ class _Reached:
         self.rows.append((rows != 0).any(1))
 
 
-def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> None:
+def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> bool:
     """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
     seen = {layer: _Reached() for layer in linear.values()}
     with tapped(seen) as taps:
-        out = taps.run(model, pair)
+        out = taps.run(model, pair, asking=True)  # two samples take little memory
         for row in (0, 1) if out.requires_grad else ():
             cotangent = torch.zeros_like(out)
             cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
@@ -61,6 +65,7 @@ def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: to
                 f"layers: gradients at {name!r} mix the samples of a batch: its inputs are shared by them, or a later "
                 f"module brings them together. Leave the layer out, {_ALONE}"
             )
+    return taps.recomputing
 
 
 def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
@@ -95,8 +100,8 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
-            model(pair)
+        with torch.enable_grad():  # with inputs that ask for gradients: without, some checkpoints warn of that
+            model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
             handle.remove()
@@ -105,7 +110,7 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
 
 def _first(value) -> list[torch.Tensor]:
     values = value if isinstance(value, (tuple, list)) else [value]
-    return [t[0].clone() for t in values if isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == 2]
+    return [t[0].detach().clone() for t in values if isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == 2]
 
 
 def _differ(ones: list[torch.Tensor], twos: list[torch.Tensor]) -> bool:

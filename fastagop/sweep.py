@@ -137,7 +137,7 @@ def sweep(
         count, recomputing = 0, False
         for inputs, _ in models.batches(X, batch_size, model):
             if count == 0:
-                refuse_mixing(model, linear, inputs)
+                recomputing = refuse_mixing(model, linear, inputs)
             with tapped(sums, recomputing) as taps:
                 _sweep_batch(model, taps, inputs)
             refuse_blocked(model, linear, taps, inputs)

@@ -98,17 +98,20 @@ class Taps:
         self._held: list[tuple[Call, torch.Tensor, torch.Tensor]] = []
         self._scale, self._most = 1.0, math.inf
 
-    def run(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-        """The model's outputs (m, K).
+    def run(self, model: nn.Module, inputs: torch.Tensor, asking: bool = False) -> torch.Tensor:
+        """The model's outputs (m, K); ``asking``: inputs require gradients, which takes more memory.
 
         A checkpoint with use_reentrant=True runs its function without gradients and again, with them, in the backward
         pass; it does so only where its input asks for gradients. So where a layer ran without, the model runs again.
         """
-        out = models.outputs(model, self._asking(inputs) if self.recomputing else inputs)
-        if not self.recomputing and not all(call.tracked for call in self.calls):
+        asking |= self.recomputing
+        out = models.outputs(model, self._asking(inputs) if asking else inputs)
+        if not all(call.tracked for call in self.calls):
             self.recomputing = True
-            self.calls.clear()
-            out = models.outputs(model, self._asking(inputs))
+            if not asking:
+                self.calls.clear()
+                return self.run(model, inputs)
+        self.recomputing |= _recomputes(out)
         return out
 
     @staticmethod
@@ -128,10 +131,9 @@ class Taps:
     def receive(self, call: Call, rows: torch.Tensor, weight: torch.Tensor) -> None:
         """Take the gradients of a call in a backward pass."""
         if call.pull == self._pulls:
-            name = type(call.layer).__name__
             raise ValueError(
-                f"layers: one backward pass goes through a call of a {name} ({call.layer}) more than once, as it does "
-                "in implicit models; measure a model without such hooks"
+                f"layers: one backward pass goes more than once through a call of {call.layer}, as in implicit models, "
+                "so that there is no one gradient; leave the layer out"
             )
         call.pull = self._pulls
         self.arrived[call.layer] += 1
@@ -182,6 +184,20 @@ class Taps:
             return False
         self._scale = min(self._most, self._scale * 2.0 ** (10 - math.frexp(top)[1]) if top > 0 else self._most)
         return True
+
+
+def _recomputes(out: torch.Tensor) -> bool:
+    """Whether a checkpoint with use_reentrant=True lies on the way back from the outputs."""
+    todo, seen = [out.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+    return False
 
 
 @contextlib.contextmanager
