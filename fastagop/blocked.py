@@ -50,7 +50,9 @@ def _blocked(model: nn.Module, layer: nn.Linear, taps: Taps, inputs: torch.Tenso
     calls = [call for call in taps.calls if call.layer is layer]
     silent = [index for index, call in enumerate(calls) if call.pull == 0]
     matter = [index for index in silent if _matters(model, layer, index, inputs)]
-    again = taps.arrived[layer] - (len(calls) - len(silent))  # calls that a checkpoint made again, and that were reached
+    again = taps.arrived[layer] - (
+        len(calls) - len(silent)
+    )  # calls that a checkpoint made again, and that were reached
     return calls[matter[-1]] if len(matter) > again else None
 
 

@@ -36,14 +36,14 @@ def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
     return linear
 
 
-def _matching(
-    linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]
-) -> dict[str, nn.Linear]:
+def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]) -> dict[str, nn.Linear]:
     if not patterns:
         raise ValueError(f"layers must be None for all or name at least one, there are {listed(linear)}")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
-            other = next((name for name in every if fnmatch.fnmatchcase(name, pattern) and _unserved(every[name])), None)
+            other = next(
+                (name for name in every if fnmatch.fnmatchcase(name, pattern) and _unserved(every[name])), None
+            )
             if other is not None:
                 kind = type(every[other]).__name__
                 raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")

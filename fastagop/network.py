@@ -82,7 +82,9 @@ def nfa_correlation(
 def _nfa(name: str, one: LayerSum) -> float:
     """Both matrices are Q A Q^T, Q (d, r) with orthonormal columns: the identity, or a basis of W's rows."""
     if one.weight is None or one.changed:
-        raise ValueError(f"layers: the weight of {name!r} changes from call to call, so W is no one matrix; leave it out")
+        raise ValueError(
+            f"layers: the weight of {name!r} changes from call to call, so W is no one matrix; leave it out"
+        )
     W = one.weight.double()
     if one.at_input:
         gram, M, sums = W.T @ W, one.total(), W.new_ones(W.shape[1])

@@ -43,9 +43,7 @@ def _keeping(name: str, layer: nn.Linear, to: dict[str, torch.Tensor]) -> Callab
     return forward
 
 
-def _outputs_given(
-    model: nn.Module, layer: nn.Linear, inputs: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _outputs_given(model: nn.Module, layer: nn.Linear, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model's outputs as a function of what the layer returns."""
 
     def f(h: torch.Tensor) -> torch.Tensor:

@@ -181,9 +181,10 @@ def test_a_weight_that_changes_with_every_batch(differences, relative):
         with torch.no_grad():  # the step of the differences must not change the weight of the layer itself
             expected = sum(differences(_frozen(model, x), x[None], layer) for x in X)
         assert relative(M, expected) <= 1e-6, layer
-    for measure in (lambda: network.nfa_correlation(model, X, batch_size=1), lambda: network.collapse_split(
-        model, X, LABELS[:6], batch_size=1
-    )):
+    for measure in (
+        lambda: network.nfa_correlation(model, X, batch_size=1),
+        lambda: network.collapse_split(model, X, LABELS[:6], batch_size=1),
+    ):
         with pytest.raises(ValueError, match="the weight of '2' changes"):
             measure()
 
