@@ -197,16 +197,16 @@ def _rows_of_points(kernel, X, alpha, Z, weights, center: bool, ranks: Ranks, ho
 
 
 def _mean_gradient(kernel, X, alpha, Z, weights, limit: int) -> torch.Tensor:
-    """mean_i grad f_c(Z[i]), weighted where there are weights, (K, d)."""
+    """mean_i grad f_c(Z[i]), weighted where there are weights, float64 (K, d)."""
     block = torch_agop.plan(X, alpha, Z, "gradient", limit, "", "").block
-    roots = None if weights is None else weights.sqrt()
 
     def blocks():
         for row, tile in torch_blocks.tiles(X, Z, block):
             W = kernel.weight_(tile)
-            yield row, W if roots is None else W.mul_(roots[row, None])
+            yield row, W if weights is None else W.mul_(weights[row, None])
 
-    return torch_agop.mean_gradient(blocks(), alpha, X, Z, torch_blocks.dominant_offset(X), roots)
+    mean = torch_agop.mean_gradient(blocks(), alpha, X, Z, torch_blocks.dominant_offset(X))
+    return mean if weights is None else mean * (len(Z) / weights.sum(dtype=torch.float64))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from sklearn.utils._set_output import _wrap_data_with_container
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from fastagop import copies, deep_rfm, storage
-from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
+from fastagop.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.checkpoint import Checkpoint
 from fastagop.features import NAMES as FEATURES
 from fastagop.kernels import _checks
@@ -95,13 +95,12 @@ class _DeepRFM(_Layers, KernelEstimator):
         """
         settings, random = self._settings(), self._random()
         data = self._training(X, y, sample_weight)
-        features, Y, classes = data.X, data.Y, data.classes
-        group = self.process_group
+        Y, classes, group = data.Y, data.classes, self.process_group
         seeds = deep_rfm.seeds(random, settings.depth)
         begin = self._begin if group is None else self._begin_together
         # Copies in what the first layer solves for, rows divided by their length, stay one point in all layers.
-        rows, said = copies.find(deep_rfm.normalise_rows(features), data.weights), set()
-        checkpoint, seeds, self._layers, features = begin(settings, features, Y, classes, seeds)
+        rows, said = copies.find(deep_rfm.normalise_rows(data.X), data.weights), set()
+        checkpoint, seeds, self._layers, features = begin(settings, data, seeds)
         points, rest = rows.take(features), rows.rest(features)
         quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
         progress = Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet)
@@ -124,27 +123,28 @@ class _DeepRFM(_Layers, KernelEstimator):
         report(self.solution_, said)
         return self._publish()
 
-    def _begin(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+    def _begin(self, settings: deep_rfm.Settings, data: Training, seeds: list[int]):
         """(checkpoint or None, seeds, finished layers, features entering the next one)"""
         if self.checkpoint_dir is None:
-            return None, seeds, [], X
-        task = "regression" if classes is None else "classification"
+            return None, seeds, [], data.X
+        task = "regression" if data.classes is None else "classification"
         wanted = None if self.random_state is None else seeds
-        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, X, Y, wanted)
+        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, data.X, data.Y, wanted, data.weights)
         checkpoint.start(seeds)
         done, resumed = checkpoint.load()
-        return checkpoint, checkpoint.seeds or seeds, done, X if resumed is None else resumed
+        return checkpoint, checkpoint.seeds or seeds, done, data.X if resumed is None else resumed
 
-    def _begin_together(self, settings: deep_rfm.Settings, X: torch.Tensor, Y: torch.Tensor, classes, seeds: list[int]):
+    def _begin_together(self, settings: deep_rfm.Settings, data: Training, seeds: list[int]):
         """What _begin says on the first rank, which alone reads and writes the checkpoint."""
+        X, given = data.X, "any" if self.random_state is None else seeds
         ranks = Ranks(self.process_group, "fit", X.device)
-        given = "any" if self.random_state is None else seeds
-        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", X=X, Y=Y)
+        about = {"X": X, "Y": data.Y, "sample_weight": data.weights}
+        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", **about)
         checkpoint = None
 
         def first(_):
             nonlocal checkpoint
-            checkpoint, own, done, features = self._begin(settings, X, Y, classes, seeds)
+            checkpoint, own, done, features = self._begin(settings, data, seeds)
             packed = [storage.pack_layer(layer) for layer in done]
             sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
             return own, sent, features.cpu() if done else None

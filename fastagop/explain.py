@@ -91,7 +91,8 @@ def _unknown(op) -> str:
     if str(getattr(op, "__module__", "")).startswith("fastagop.distributed"):
         return (
             f"op must be one of {names} or that function, or an estimator, got distributed.{op.__name__}; "
-            f"explain({op.__name__!r}, ...) plans it for one process, and the documentation's page \"Beyond one device\" says what ranks share"
+            f"explain({op.__name__!r}, ...) plans it for one process, and the documentation's page "
+            "'Beyond one device' says what ranks share"
         )
     return f"op must be one of {names} or that function, or an estimator of fastagop, got {op!r}"
 

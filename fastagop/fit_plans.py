@@ -12,7 +12,7 @@ from sklearn.base import clone
 from fastagop import estimates, inputs
 from fastagop.agop import plan_agop
 from fastagop.deep_rfm import Settings
-from fastagop.explain import assumption, default_device, on_meta, stand_in
+from fastagop.explain import assumption, on_meta, stand_in
 from fastagop.kernels import _checks, _rates, torch_agop, torch_diagonal
 from fastagop.kernels._plan import Plan, available_bytes, budget, human
 from fastagop.ranks import Ranks
@@ -204,7 +204,7 @@ def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, 
     free = human(available_bytes(device))
     lines.append(f"  memory     {human(peak + held)} beyond X and y, {human(held)} of it kept; {free} are free now")
     if share > 1:
-        lines.append(f"  ranks      {share}: each makes its part of an AGOP and of a pass of cg; the first one factors alone")
+        lines.append(f"  ranks      {share}: each makes its part of AGOPs and of passes of cg; the first factors alone")
     lines += [f"  does not fit: {label}: {step.refused}" for label, _, step in steps if step.refused]
     lines += [f"  assumed    {words}" for words in data.assumed]
     return "\n".join(lines)

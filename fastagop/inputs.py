@@ -159,9 +159,11 @@ def weights(value, n: int) -> np.ndarray | None:
         value = np.full(n, float(value))
     value = numpy("sample_weight", value)
     try:
+        if np.iscomplexobj(value):
+            raise TypeError
         found = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"sample_weight must be numbers, one for each row of X, got {value!r}") from None
+        raise ValueError(f"sample_weight must be real numbers, one for each row of X, got {value!r}") from None
     if found.shape != (n,):
         raise ValueError(f"sample_weight must have shape ({n},), one number for each row of X, got {found.shape}")
     if not np.isfinite(found).all():

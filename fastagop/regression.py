@@ -12,6 +12,7 @@ from fastagop import copies, distributed
 from fastagop.agop import agop, agop_from_weights_
 from fastagop.cg import ConjugateGradients
 from fastagop.copies import Rows
+from fastagop.diagonal import agop_diagonal
 from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan
@@ -82,6 +83,7 @@ def solve_and_agop(
     *,
     rows: Rows | None = None,
     center: bool = False,
+    diagonal: bool = False,
     mark: Callable[[str], None] | None = None,
 ) -> tuple[Solution, torch.Tensor, int]:
     """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
@@ -91,7 +93,8 @@ def solve_and_agop(
 
     Args:
         X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
-        center: subtract the mean gradient. mark: called with "solve" and with "agop" when these are done.
+        center: subtract the mean gradient. diagonal: the diagonal of the AGOP only, (d,).
+        mark: called with "solve" and with "agop" when these are done.
     """
     mark, rows = mark or (lambda stage: None), rows or copies.alone(X)
     if group is not None:
@@ -119,7 +122,10 @@ def solve_and_agop(
     weighted = {} if weights is None else {"sample_weight": weights}
     how = {"center": center, "precision": machine.precision, "backend": "auto" if wide else machine.backend}
     limit = {"memory_limit": machine.memory_limit}
-    if group is not None:
+    if diagonal:
+        how = {"precision": machine.precision, "group": group, **limit}
+        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, W=K, **how)
+    elif group is not None:
         M = distributed.agop_as(
             alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **limit, **how
         )

@@ -61,10 +61,9 @@ def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
 
 
 def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> torch.Tensor:
-    """The AGOP with respect to X from the one with respect to X R: R M R, as gradients go by R; float64."""
+    """The AGOP (or its diagonal) with respect to X from that with respect to X R: R M R, as gradients go by R; float64."""
     M = M.double()
     if diagonal:
-        M = M.diagonal().clone()
         return M if root is None else M * root.double().square()
     if root is None:
         return M
@@ -132,7 +131,8 @@ class _RFM(KernelEstimator):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, rows=rows, center=self.center)
+        about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
+        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, **about)
         agop = pulled_back(inner, self._root, self.diagonal)
         scale = regression.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):

@@ -376,13 +376,13 @@ class _Task:
         grow, size = len(self.target) / max(1, len(index)), float(torch.linalg.vector_norm(self.target))
         merged = (grow * float(R.square().sum())) ** 0.5
         merged = merged / size if size > 0 else 0.0
+        measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
         if self.given is None:
-            return {"residual": merged, "residual_rows": len(index)}
+            return {"residual": merged, "residual_rows": measured}
         given = self.given
         square = (given.count[index, None] * R.square() + 2.0 * R * given.shift[index]).sum()
         total = max(0.0, grow * float(square) + given.scatter) ** 0.5
         literal = total / given.size if given.size > 0 else 0.0
-        measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
         return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
 
     def solved(self, alpha: torch.Tensor, **made) -> Solved:

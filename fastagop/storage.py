@@ -147,7 +147,7 @@ def restoring(path: Path) -> Iterator[None]:
 def write_json(path: Path, words: dict) -> None:
     """Write a description with its own checksum."""
     text = json.dumps(words, sort_keys=True)
-    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1, sort_keys=True).encode())
+    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1).encode())
 
 
 def read_json(path: Path) -> dict:

@@ -55,20 +55,27 @@ def path(device: torch.device) -> Path:
     """The device's file.
 
     Raises:
-        RuntimeError: there is no home directory, and neither $FASTAGOP_CACHE nor $XDG_CACHE_HOME names a folder.
+        FileNotFoundError: there is no home directory, and neither $FASTAGOP_CACHE nor $XDG_CACHE_HOME names a folder.
     """
     folder = os.environ.get("FASTAGOP_CACHE")
     if not folder:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastagop"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "fastagop"
     words = name(device) if device.type != "cuda" else f"{name(device)} triton {importlib.metadata.version('triton')}"
     return Path(folder) / (re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json")
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except (RuntimeError, KeyError) as error:
+        raise FileNotFoundError("there is no home directory; set FASTAGOP_CACHE to a folder") from error
 
 
 def measured(device: torch.device) -> Measured:
     """The device's measurements; empty where there are none, or no home directory that they could be in."""
     try:
         file = path(device)
-    except (RuntimeError, OSError, KeyError, importlib.metadata.PackageNotFoundError):
+    except (OSError, importlib.metadata.PackageNotFoundError):
         return Measured()
     return _read(file)
 
