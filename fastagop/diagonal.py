@@ -20,7 +20,6 @@ def agop_diagonal(
     *,
     center: bool = False,
     weights: torch.Tensor | None = None,
-    W: torch.Tensor | None = None,
     precision: str = "highest",
     memory_limit: float | None = None,
     group=None,
@@ -30,15 +29,15 @@ def agop_diagonal(
     Args:
         kernel: of the predictor. X: points (n, d). alpha: coefficients (n, K), of X's dtype.
         center: subtract the (weighted) mean gradient of each output. weights: w >= 0 (n,), default 1.
-        W: the gradient weights (n, n) where they are stored. precision: as in ``fastagop.agop``.
-        memory_limit: bytes to take. group: ranks that share the rows; every one gets the sum.
+        precision: as in ``fastagop.agop``. memory_limit: bytes to take.
+        group: ranks that share the rows; every one gets the sum.
 
     Raises:
         MemoryError: a single block exceeds memory_limit.
     """
     rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], budget(_checks.memory_limit(memory_limit), X.device))
     scaled, _, unit = row_weights(weights, X, "sum")
-    how = {"center": center, "roots": None if scaled is None else scaled.sqrt(), "W": W}
+    how = {"center": center, "roots": None if scaled is None else scaled.sqrt()}
     if group is not None:
         ranks = Ranks(group, "agop", X.device)
         how |= {"span": ranks.rows(len(X)), "total": ranks.total}

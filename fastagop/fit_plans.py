@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
-from fastagop import estimates, inputs
+from fastagop import direct, estimates, inputs
 from fastagop.agop import plan_agop
 from fastagop.deep_rfm import Settings
 from fastagop.explain import assumption, on_meta, stand_in
@@ -128,10 +128,17 @@ def _iterations(data: Data, machine: Machine, estimator, share: int) -> tuple[li
 
 
 def _solve_only(X: torch.Tensor, Y: torch.Tensor, machine: Machine) -> Step:
-    plan, refused, _ = _solve_plan(X, Y, machine)
+    plan, refused, how = _solve_plan(X, Y, machine)
     if plan is None:
         return Step({}, 0, "", refused)
-    return Step({"solve": plan.seconds or 0.0}, plan.peak_bytes, _solver(plan))
+    return Step({"solve": plan.seconds or 0.0}, _solve_peak(plan, X, how), _solver(plan))
+
+
+def _solve_peak(plan: Plan, X: torch.Tensor, how) -> int:
+    """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
+    wide = direct.needed_bytes(*X.shape, torch.float64)
+    coarse = isinstance(how, tuple) and how[0] == torch.float32 and wide <= how[1]
+    return max(plan.peak_bytes, wide) if coarse else plan.peak_bytes
 
 
 def _step(X, Y, machine: Machine, share: int, options: dict, diagonal: bool = False) -> Step:
@@ -144,7 +151,8 @@ def _step(X, Y, machine: Machine, share: int, options: dict, diagonal: bool = Fa
         seconds, peak = _agop(X, Y, machine, options, diagonal, isinstance(how, tuple) and how[0] == torch.float64)
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))
-    return Step({"solve": apart, "agop": seconds / share}, max(plan.peak_bytes, peak), _solver(plan))
+    peak = max(_solve_peak(plan, X, how), peak)
+    return Step({"solve": apart, "agop": seconds / share}, peak, _solver(plan))
 
 
 def _solve_plan(X, Y, machine: Machine) -> tuple[Plan | None, str, object]:
@@ -163,7 +171,7 @@ def _agop(X, Y, machine: Machine, options: dict, diagonal: bool, stored: bool) -
         limit = budget(_checks.memory_limit(machine.memory_limit), X.device)
         _, peak = torch_diagonal.plan_rows(X, K, limit)
         flops = torch_agop.flops(n, n, d, K, True)["gradient"] - 2.0 * n * K * d * d
-        return _rates.seconds(flops, 0.0 if stored else float(n) * n, X.device, "gradient", _word(X)), peak
+        return _rates.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
     if stored:
         return min(torch_agop.costs(X, X, K, torch_agop.products_of(X, X, None)).values()), 0
     how = {"precision": machine.precision, "backend": machine.backend, "memory_limit": machine.memory_limit}
@@ -196,13 +204,18 @@ def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, 
     for label, times, step in steps:
         parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in step.seconds.items() if seconds)
         each = " each" if times > 1 else ""
-        lines.append(f"  {label}: about {step.total:.2g} s{each} ({parts}), {human(step.peak_bytes)}")
+        cost = f"about {step.total:.2g} s{each} ({parts}), {human(step.peak_bytes)}"
+        lines.append(f"  {label}: {'does not fit, see below' if step.refused else cost}")
     total, peak = sum(times * step.total for _, times, step in steps), max(step.peak_bytes for *_, step in steps)
     solvers = list(dict.fromkeys(step.solver for *_, step in steps if step.solver))
     lines += [f"  solver     {solver}" for solver in solvers]
-    lines.append(f"  seconds    about {total:.2g} in all ({_rates.source(device)})")
-    free = human(available_bytes(device))
-    lines.append(f"  memory     {human(peak + held)} beyond X and y, {human(held)} of it kept; {free} are free now")
+    fits, free = not any(step.refused for *_, step in steps), available_bytes(device)
+    words = "in all" if fits else "for what fits"
+    lines.append(f"  seconds    about {total:.2g} {words} ({_rates.source(device)})")
+    words = f"beyond X and y, {human(held)} of it kept" if fits else "for what fits"
+    lines.append(f"  memory     {human(peak + held)} {words}; {human(free)} are free now")
+    if fits and peak + held > free:
+        lines.append("  does not fit: all of it together; use fewer rows, a smaller memory_limit, or solver='cg'")
     if share > 1:
         lines.append(f"  ranks      {share}: each makes its part of AGOPs and of passes of cg; the first factors alone")
     lines += [f"  does not fit: {label}: {step.refused}" for label, _, step in steps if step.refused]

@@ -106,9 +106,8 @@ def solve_and_agop(
     mark("solve")
     alpha, size = in_unit(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = in_units(machine.kernel, X, X)
-    if (
-        K is not None
-    ):  # a float64 kernel matrix still holds every small distance, so no second pass over pairs is needed
+    K = None if diagonal else K
+    if K is not None:  # one in float64 still holds every small distance, so no second pass over pairs is needed
         K = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
     wide = X.dtype != torch.float64 and _rounding_costs(kernel, X, alpha, center, rows.weights)
     if group is not None and X.dtype != torch.float64:
@@ -124,7 +123,7 @@ def solve_and_agop(
     limit = {"memory_limit": machine.memory_limit}
     if diagonal:
         how = {"precision": machine.precision, "group": group, **limit}
-        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, W=K, **how)
+        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, **how)
     elif group is not None:
         M = distributed.agop_as(
             alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **limit, **how

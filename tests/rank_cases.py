@@ -241,12 +241,13 @@ def rfm(_):
     """Two iterations on the group: the single-process metric, the same bits on every rank."""
     X, y = normal(90, 8).numpy(), np.arange(90) % 3
     X[:, 0] += y
-    settings = {"iterations": 2, "center": True, "dtype": "float64"}
-    alone = RFMClassifier(**settings).fit(X, y)
-    model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y)
-    assert error(model.M_, alone.M_) < 1e-9
-    assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
-    same_everywhere(model.decision_function(X))
+    for more, weights in (({}, None), ({"diagonal": True}, None), ({}, 1 + y), ({"diagonal": True}, 1 + y)):
+        settings = {"iterations": 2, "center": True, "dtype": "float64", **more}
+        alone = RFMClassifier(**settings).fit(X, y, weights)
+        model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y, weights)
+        assert error(model.M_, alone.M_) < 1e-9
+        assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
+        same_everywhere(model.decision_function(X))
 
 
 def refused(message, error_type, call):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -32,32 +35,39 @@ def test_is_the_diagonal(kernel, weighted, center, n, d, K, normal, relative, mo
     assert relative(found, wanted) <= 1e-12
     narrow = torch_diagonal.agop_diagonal(kernel, X.float(), alpha.float(), 7, **how)
     assert relative(narrow, wanted) <= 1e-5
-    W = kernel.weight_(torch.cdist(X, X, compute_mode="donot_use_mm_for_euclid_dist").square()).fill_diagonal_(0.0)
-    assert relative(torch_diagonal.agop_diagonal(kernel, X, alpha, 7, W=W, **how), wanted) <= 1e-12
 
 
-def test_shares_add_up(normal, relative):
-    """Two processes, each with its rows; what they exchange is added here."""
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shares_add_up(center, weighted, normal, relative):
+    """Two processes, each with its rows, in threads: what they exchange is added."""
     X, alpha, kernel = normal(30, 4), normal(30, 3, seed=2), Laplace(2.0)
-    alone = torch_diagonal.agop_diagonal(kernel, X, alpha, 7, center=True)
-    sent = [[], []]
-    for rank, span in enumerate([(0, 11), (11, 30)]):
-        torch_diagonal.agop_diagonal(kernel, X, alpha, 7, center=True, span=span, total=_kept(sent[rank]))
-    sums = [a + b for a, b in zip(*sent, strict=True)]
-    parts = [
-        torch_diagonal.agop_diagonal(kernel, X, alpha, 7, center=True, span=span, total=_told(sums[:2]))
-        for span in [(0, 11), (11, 30)]
-    ]
-    assert relative(parts[0] + parts[1], alone) <= 1e-12
+    roots = torch.arange(1, 31, dtype=torch.float64).sqrt() if weighted else None
+    how = {"center": center, "roots": roots}
+    alone = torch_diagonal.agop_diagonal(kernel, X, alpha, 7, **how)
+    spans, box, barrier = [(0, 11), (11, 30)], [None, None], threading.Barrier(2, timeout=30)
+
+    def work(rank):
+        def total(value):
+            box[rank] = value.clone()
+            barrier.wait()
+            found = box[0] + box[1]
+            barrier.wait()
+            return found
+
+        return torch_diagonal.agop_diagonal(kernel, X, alpha, 7, span=spans[rank], total=total, **how)
+
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(work, [0, 1]):
+            assert relative(found, alone) <= 1e-12
 
 
-def _kept(values):
-    return lambda value: values.append(value.clone()) or value
-
-
-def _told(sums):
-    left = list(sums)
-    return lambda value: left.pop(0) if left else value
+def test_near_points_keep_their_digits(cloud, relative):
+    """Pairs 1e-4 apart in float32, far from zero."""
+    X = cloud("pairs", n=200, d=20).float()
+    alpha = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    wanted = gradients(Laplace(2.0), X, alpha).square().sum((0, 1))
+    assert relative(torch_diagonal.agop_diagonal(Laplace(2.0), X, alpha, 64), wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
