@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from ._checks import readable
+from ._units import scaled_
 
 
 def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -14,6 +19,16 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     if _onednn(A):
         return torch.ops.mkldnn._linear_pointwise(A, _dense(B), bias, "none", [], "")
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
+
+
+def add_squares_(M: torch.Tensor, G: torch.Tensor) -> None:
+    """Add G^T G to float64 M; G (rows, d) is scaled by a power of two where squares would leave its dtype."""
+    size = max((float(end.abs()) for end in torch.aminmax(G)), default=0.0) if G.numel() and readable(G) else 1.0
+    exponent = math.frexp(size)[1] if math.isfinite(size) and size > 0 else 0
+    if abs(exponent) <= (40 if G.dtype == torch.float32 else 400):
+        exponent = 0
+    G = scaled_(G, -exponent)
+    M.add_(product(G.T, G.T), alpha=math.ldexp(1.0, 2 * exponent))
 
 
 def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:

@@ -12,15 +12,18 @@ The gram form's terms cancel, so it runs only while its guard says that the canc
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from . import smooth, torch_gram
-from ._plan import Plan, block_rows, budget, human, roomy
-from ._products import product, symmetrise_
+from ._checks import readable
+from ._plan import ROWS, Plan, block_rows, budget, human, roomy
+from ._products import add_squares_, symmetrise_
 from ._rates import rate, source
+from ._units import scaled_
 from .errors import warn
 from .radial import Radial
 from .smooth import Smooth
@@ -38,6 +41,11 @@ _WORTH = 0.25
 # by name may lose as many bits in them as in float32.
 _COARSE = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
 _BITS = 32.0
+# Centred gradients are computed in float64 where rounding float32 weights would cost more of them than this, as seen at
+# about so many points.
+_CENTRED = 5e-7
+_POINTS = 32
+_WEIGHTS = 20  # stored weights whose largest is within 2^-20 .. 2^20 are squared as they are
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
@@ -163,6 +171,10 @@ def agop_from_weights_(
     W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
     sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
     """
+    exponent = exponent_of(W)  # squares of weights would leave their dtype
+    if exponent:
+        how = {"center": center, "method": method, "limit": limit, "steps": steps, "row_weights": row_weights}
+        return scaled_(agop_from_weights_(scaled_(W, -exponent), X, alpha, Z, rows=rows, **how), 2 * exponent)
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
@@ -180,6 +192,13 @@ def agop_from_weights_(
     taken = road.smooth.to(wide)
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
     return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+
+
+def exponent_of(W: torch.Tensor) -> int:
+    """The power of two of a tensor's largest entry, 0 where that is within 2^-20 .. 2^20."""
+    largest = float(W.amax()) if W.numel() else 0.0
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return exponent if abs(exponent) > _WEIGHTS else 0
 
 
 def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -258,6 +277,47 @@ def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
     return widest
 
 
+def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
+    """Whether gradients agree so nearly that float32 weights cannot hold what centring leaves of them.
+
+    From the float64 gradients of a few evaluation points, for a few random sums of the outputs.
+    """
+    m, K = len(Z), alpha.shape[1]
+    if X.dtype != torch.float32 or m < 2 or K == 0 or not readable(X):
+        return False
+    index = torch.arange(0, m, max(1, m // _POINTS), device=X.device)
+    signs = torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
+    mixed, origin, z = alpha.double() @ signs.to(alpha.device).double(), X.mean(0).double(), Z[index].double()
+    g = X.new_zeros(len(index), 2, X.shape[1], dtype=torch.float64)
+    for row in range(0, len(X), ROWS):
+        x = X[row : row + ROWS].double()
+        for _, W in tiles(x, z, len(z)):
+            g += block_gradients(kernel.weight_(W), None, mixed[row : row + ROWS], x, z, origin, torch.empty_like(g))
+    w = X.new_ones(len(index), dtype=torch.float64) if row_weights is None else row_weights[index].double()
+    if not bool(w.sum() > 0):
+        return False
+    mean = torch.einsum("i,icd->cd", w, g) / w.sum()
+    left = float(torch.einsum("i,icd->", w, (g - mean).square_()) / w.sum())
+    return torch.finfo(X.dtype).eps * math.sqrt(float(mean.square().sum())) > _CENTRED * math.sqrt(left)
+
+
+def agop_in_float64(kernel: Radial, X, alpha, Z, *, method: str, limit: int | None, **how) -> torch.Tensor | None:
+    """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
+    own, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
+    x = X.double()
+    z, a = x if own else Z.double(), alpha.double()
+    try:
+        wide = plan(x, a, z, method, room, "", "")
+    except MemoryError:
+        return None
+    return agop(kernel, x, a, z, method=method, limit=room, plan=wide, **how)
+
+
+def wide_bytes(X, alpha, Z) -> int:
+    """Bytes of float64 copies of the points and the coefficients."""
+    return 8 * (X.numel() + alpha.numel() + (0 if Z is X else Z.numel()))
+
+
 def stored_tiles(W, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
     """(rows of Z, their weights in X's dtype, their near pairs) of stored weights."""
     nearness = Nearness(X, Z, shift)
@@ -301,9 +361,8 @@ def gradient_form(
         G = block_gradients(W, near, alpha, X, z, shift, buffer[: len(z)], step)
         if means is not None:
             apart = means.centre_(G.view(len(z), -1), None if roots is None else roots[row]).view(K, d)
-            M += product(apart.T, apart.T)
-        G = G.view(-1, d)
-        M += product(G.T, G.T)
+            add_squares_(M, apart)
+        add_squares_(M, G.view(-1, d))
     return symmetrise_(M)
 
 
@@ -339,15 +398,18 @@ class Means:
         return apart
 
 
-def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
-    """mean_i g_ic, float64 (K, d), from row blocks of weights."""
+def mean_gradient(blocks, alpha, X, Z, shift, roots=None) -> torch.Tensor:
+    """mean_i g_ic, float64 (K, d), from row blocks of weights.
+
+    With roots, the mean weighted by their squares; the rows of the weights have been multiplied by the roots then.
+    """
     columns, against = (X.new_zeros(size, dtype=torch.float64) for size in (len(X), (alpha.shape[1], X.shape[1])))
     origin = (X.mean(0) if shift is None else shift).double()  # float64 holds what near pairs differ by
     wide = alpha.double()
     for row, block in blocks:
-        W = block.double()
+        W = block.double() if roots is None else block.double() * roots[row, None]
         columns += W.sum(0)
         against += (W @ wide).T @ (Z[row].double() - origin)
     for part, x in zip((wide * columns[:, None]).split(256), X.split(256), strict=True):
         against -= part.T @ (x.double() - origin)
-    return against.div_(-len(Z))
+    return against.div_(-len(Z) if roots is None else -roots.double().square().sum())
