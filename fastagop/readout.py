@@ -57,8 +57,8 @@ def _affine(f: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor, eps: flo
     P = models.pattern(h) * min(8.0 * size, torch.finfo(h.dtype).max / 64)
     zero, plus, minus, double = f(torch.zeros_like(h)), f(P), f(-P), f(2 * P)
     change = float((plus - minus).abs().max())
-    size = max(float(value.abs().max()) for value in (zero, plus, minus, double))
-    noise = 8 * eps * size
+    largest = max(float(value.abs().max()) for value in (zero, plus, minus, double))
+    noise = 8 * eps * largest
     if not change > 8 * noise:  # also where something is not finite
         return False
     tolerance = 1e-3 * change + noise
