@@ -20,20 +20,39 @@ from torch.nn.utils import parametrize
 
 from fastagop.kernels._switches import Switch
 
-_turn = threading.Condition()
-_holders: dict[int, int] = {}  # id of a module or parameter -> the thread that measures it
+
+class _Turns:
+    """Which thread measures which module or parameter, by their ids."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.holders: dict[int, int] = {}
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._after_fork)
+
+    def _after_fork(self) -> None:
+        """A forked child has none of its parent's other threads, so none of them can give back what it held."""
+        self.changed = threading.Condition()
+        self.holders = {part: thread for part, thread in self.holders.items() if thread == threading.get_ident()}
+
+    def take(self, parts: set[int]) -> set[int]:
+        """Wait until no other thread holds any of the parts, and hold them; returns those not held before."""
+        thread = threading.get_ident()
+        with self.changed:
+            self.changed.wait_for(lambda: all(self.holders.get(part, thread) == thread for part in parts))
+            taken = parts - set(self.holders)
+            self.holders.update(dict.fromkeys(taken, thread))
+        return taken
+
+    def give_back(self, parts: set[int]) -> None:
+        """End what ``take`` began."""
+        with self.changed:
+            for part in parts:
+                self.holders.pop(part, None)
+            self.changed.notify_all()
 
 
-def _after_fork() -> None:
-    """A forked child keeps none of its parent's other threads, so none of them can give back what it held."""
-    global _turn
-    _turn = threading.Condition()
-    for key in [key for key, thread in _holders.items() if thread != threading.get_ident()]:
-        del _holders[key]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_TURNS = _Turns()
 
 
 @contextlib.contextmanager
@@ -45,27 +64,22 @@ def lent(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    with _one_at_a_time(model), _FUSED.at(False), _uncompiled(), _evaluating(model), _made_weights(model):
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+    with contextlib.ExitStack() as stack:
+        for part in (_one_at_a_time(model), _FUSED.at(False), _uncompiled(), _evaluating(model), _made_weights(model)):
+            stack.enter_context(part)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextlib.contextmanager
 def _one_at_a_time(model: nn.Module) -> Iterator[None]:
     """Wait until no other thread measures a part of the model; a thread may lend the same model to itself."""
-    thread = threading.get_ident()
-    parts = [id(part) for group in (model.modules(), model.parameters()) for part in group]
-    with _turn:
-        _turn.wait_for(lambda: all(_holders.get(part, thread) == thread for part in parts))
-        taken = [part for part in parts if part not in _holders]
-        _holders.update(dict.fromkeys(taken, thread))
+    taken = _TURNS.take({id(part) for group in (model.modules(), model.parameters()) for part in group})
     try:
         yield
     finally:
-        with _turn:
-            for part in taken:
-                _holders.pop(part, None)
-            _turn.notify_all()
+        _TURNS.give_back(taken)
 
 
 @contextlib.contextmanager
@@ -122,7 +136,7 @@ class _Stance:
     """torch.compiler's stance: compiled code calls neither hooks nor replaced functions."""
 
     def __init__(self):
-        self._changed: torch.compiler.set_stance | None = None
+        self._changed: contextlib.AbstractContextManager | None = None
 
     def read(self) -> bool:
         return self._changed is not None
@@ -165,7 +179,7 @@ def replaced(forwards: Mapping[nn.Linear, Forward], here: Here | None = None) ->
     """Let each layer's forward be another function of its input while the block runs, in this thread."""
     here = Here() if here is None else here
 
-    def instead(layer: nn.Linear, function: Forward) -> Forward:
+    def instead(layer: nn.Linear, function: Forward):
         def forward(input: torch.Tensor) -> torch.Tensor:
             return function(input) if here else type(layer).forward(layer, input)
 

@@ -36,8 +36,8 @@ class _SquaredDistances(torch.autograd.Function):
         return to_h, to_c
 
     @staticmethod
-    def jvp(ctx, dh, dc):
-        h, c = ctx.saved_tensors
+    def jvp(ctx, *tangents):
+        (dh, dc), (h, c) = tangents, ctx.saved_tensors
         total = torch.zeros((), dtype=h.dtype, device=h.device)
         if dh is not None:
             total = total + 2.0 * ((h * dh).sum(-1, keepdim=True) - dh @ c.mT)
@@ -46,8 +46,8 @@ class _SquaredDistances(torch.autograd.Function):
         return total
 
     @staticmethod
-    def vmap(info, in_dims, h, c):
-        tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip((h, c), in_dims, strict=True)]
+    def vmap(info, in_dims, *args):
+        tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(args, in_dims, strict=True)]
         return _SquaredDistances.apply(*tensors), 0
 
 
@@ -59,8 +59,8 @@ class _Profile(torch.autograd.Function):
         return kernel.value_(sq.clone())
 
     @staticmethod
-    def vmap(info, in_dims, sq, kernel):
-        return _Profile.apply(sq, kernel), in_dims[0]
+    def vmap(info, in_dims, *args):
+        return _Profile.apply(*args), in_dims[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -73,8 +73,8 @@ class _Profile(torch.autograd.Function):
         return grads[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel)), None
 
     @staticmethod
-    def jvp(ctx, dsq, _):
-        return dsq * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel))
+    def jvp(ctx, *tangents):
+        return tangents[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel))
 
 
 class _Weight(torch.autograd.Function):
@@ -85,8 +85,8 @@ class _Weight(torch.autograd.Function):
         return torch.where(sq > _SAME, kernel.weight_(sq.clone()), smooth_weight(kernel))
 
     @staticmethod
-    def vmap(info, in_dims, sq, kernel):
-        return _Weight.apply(sq, kernel), in_dims[0]
+    def vmap(info, in_dims, *args):
+        return _Weight.apply(*args), in_dims[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -104,8 +104,8 @@ class _Weight(torch.autograd.Function):
         return grads[0] * _Weight._slope(ctx), None
 
     @staticmethod
-    def jvp(ctx, dsq, _):
-        return dsq * _Weight._slope(ctx)
+    def jvp(ctx, *tangents):
+        return tangents[0] * _Weight._slope(ctx)
 
 
 class DeepRFMModule(torch.nn.Module):

@@ -1,9 +1,10 @@
 """Neural networks measured as the paper does: AGOP, neural feature ansatz and collapse at every Linear layer.
 
 ``model`` is any torch.nn.Module that maps a batch X (n, ...) to outputs with n rows. It is measured in evaluation
-mode and left as it was found: modes, gradients and hooks. Measures of one model in several threads take turns. ``X`` is a tensor, taken ``batch_size`` samples at a time,
-or an iterable of batches such as a DataLoader (of inputs, or of inputs and labels); batches move to the model's device.
-``layers`` chooses Linear layers by name or pattern, for example ``"classifier.*"``; default all that the model calls.
+mode and left as it was found: modes, gradients and hooks. Measures of one model in several threads take turns. ``X``
+is a tensor, taken ``batch_size`` samples at a time, or an iterable of batches such as a DataLoader (of inputs, or of
+inputs and labels); batches move to the model's device. ``layers`` chooses Linear layers by name or pattern, for
+example ``"classifier.*"``; default all that the model calls.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def nfa_correlation(
     Formula: Pearson correlation of the entries of W^T W (d, d) and M^(1/2), M as in ``agop`` (paper, section 5 and
     appendix C); 1 where they agree up to scale and offset. Computed without forming them where W is wide.
 
-    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero; a
-        ValueError where hooks give a layer another weight with every batch.
+    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero;
+        and a ValueError where hooks give a layer another weight with every batch.
     """
     sums, _ = sweep(model, X, layers, batch_size, keep_weights=True)
     return {name: _nfa(name, one) for name, one in sums.items()}

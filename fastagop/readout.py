@@ -17,9 +17,8 @@ _SAMPLES = 8  # rows that are tried
 def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> set[str]:
     """Names of the layers, each called once, of whose output h the model's outputs f are an affine function.
 
-    Either f and h are the same numbers, or f(P) + f(-P) = 2 f(0) and f(2P) + f(0) = 2 f(P) for h = P of both signs and
-    at least of h's size, which no usual nonlinearity fulfils. Where f does not depend on h, nothing is known and the
-    layer is not among them.
+    Then f(P) + f(-P) = 2 f(0) and f(2P) + f(0) = 2 f(P), which no usual nonlinearity fulfils for a P of both signs that
+    is larger than h and than 1. Where f does not depend on h, nothing is known and the layer is not among them.
     """
     inputs = inputs[:_SAMPLES]
     returned: dict[str, torch.Tensor] = {}
@@ -28,8 +27,8 @@ def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor
         out = models.outputs(model, inputs)
     found = set()
     for name, h in returned.items():
-        equal = out.numel() == h.numel() and torch.equal(out.reshape(h.shape), h)
-        if equal or _affine(_outputs_given(model, linear[name], inputs), h):
+        eps = max(models.rounding(out), models.rounding(h), models.rounding(linear[name].weight))
+        if _affine(_outputs_given(model, linear[name], inputs), h, eps):
             found.add(name)
     return found
 
@@ -53,13 +52,14 @@ def _outputs_given(model: nn.Module, layer: nn.Linear, inputs: torch.Tensor) -> 
     return f
 
 
-def _affine(f: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor) -> bool:
-    P = models.pattern(h) * max(1.0, float(h.abs().max()) if h.numel() else 0.0)
+def _affine(f: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor, eps: float) -> bool:
+    size = max(1.0, float(h.abs().max()) if h.numel() else 0.0)
+    P = models.pattern(h) * min(8.0 * size, torch.finfo(h.dtype).max / 64)
     zero, plus, minus, double = f(torch.zeros_like(h)), f(P), f(-P), f(2 * P)
     change = float((plus - minus).abs().max())
-    size = max(float(value.abs().max()) for value in (zero, plus, minus, double))
-    eps = models.rounding(h)
-    if not change > 1e3 * eps * size:  # also where something is not finite
+    largest = max(float(value.abs().max()) for value in (zero, plus, minus, double))
+    noise = 8 * eps * largest
+    if not change > 8 * noise:  # also where something is not finite
         return False
-    tolerance = 1e-3 * change + 16 * eps * size
+    tolerance = 1e-3 * change + noise
     return all(float(defect.abs().max()) <= tolerance for defect in (plus + minus - 2 * zero, double + zero - 2 * plus))

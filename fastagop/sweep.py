@@ -73,15 +73,13 @@ class LayerSum:
         if self._rows is None or self._gathered == 0:  # the outputs may not depend on this layer
             return
         columns, self._gathered = self._rows[: self._gathered].T.contiguous(), 0
-        exponent = torch.frexp(columns.abs().amax())[1].double()
-        half = torch.floor(exponent / 2)  # in two steps: the power itself may leave the dtype
-        columns.mul_(torch.exp2(-half)).mul_(torch.exp2(half - exponent))
+        factor = _shrink_(columns)
         if self._total is None:
             self._total = columns.new_zeros(len(columns), len(columns), dtype=torch.float64)
         for start in range(0, len(columns), _BLOCK):
             block = slice(start, start + _BLOCK)
-            part = product(columns[block], columns[: block.stop]).double()
-            self._total[block, : block.stop] += part.mul_(torch.exp2(2 * exponent))
+            part = product(columns[block], columns[: block.stop])
+            self._total[block, : block.stop] += part if factor is None else part.double().mul_(factor)
 
     def _move(self) -> None:
         """Begin a new sum, for another weight."""
@@ -116,6 +114,19 @@ class LayerSum:
         with matmul_precision("highest", self.weight.device):
             total = self._at_input()
         return total.div_(divisor).to(torch.promote_types(self.weight.dtype, torch.float32))
+
+
+def _shrink_(columns: torch.Tensor) -> torch.Tensor | None:
+    """Divide by a power of two, where squares might leave the dtype, and return its square, a float64 scalar.
+
+    On a GPU nothing is asked of the numbers: the host would wait for them.
+    """
+    if not columns.is_cuda and all(end == 0 or 1e-12 < abs(end) < 1e12 for end in map(float, columns.aminmax())):
+        return None
+    exponent = torch.frexp(columns.abs().amax())[1].double()
+    half = torch.floor(exponent / 2)  # in two steps: the power itself may leave the dtype
+    columns.mul_(torch.exp2(-half)).mul_(torch.exp2(half - exponent))
+    return torch.exp2(2 * exponent)
 
 
 def _scaled(M: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -146,8 +146,8 @@ def _newer(backend: int) -> Switch:
 
 _CUDA, _ONEDNN = _newer(0), _newer(1)
 _OLDER = Switch(
-    lambda: torch.get_float32_matmul_precision(),
-    lambda value: torch.set_float32_matmul_precision(value),
+    torch.get_float32_matmul_precision,
+    torch.set_float32_matmul_precision,
     ("highest", "medium"),
 )
 

@@ -1,7 +1,7 @@
 """Derivatives of the kernels' gradient weights, for second derivatives of kernel machines.
 
-With t = r^2 a profile phi(r) has dphi/dt = -w / 2, w the gradient weight, and this file has dw/dt. A kernel of one's own
-gets second derivatives by a function here; without one they are refused.
+With t = r^2 a profile phi(r) has dphi/dt = -w / 2, w the gradient weight, and this file has dw/dt. A new kernel gets
+second derivatives by a function here; without one they are refused.
 """
 
 from __future__ import annotations

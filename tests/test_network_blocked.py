@@ -1,4 +1,4 @@
-"""Layers whose gradient a model blocks: the right AGOP, or an error that names the layer; zero only where it is zero."""
+"""Layers whose gradient a model blocks: the right AGOP, or an error that names the layer; zero where it is zero."""
 
 from __future__ import annotations
 
