@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastagop.kernels import _plan, reference
@@ -238,3 +239,49 @@ def python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tensor_memory():
+    """tensor_memory(call): (result, bytes of CPU tensors alive at once beyond those before), work within operations too.
+
+    It reads torch's own allocations; matrices of 4 MB and more may come from NumPy and are not seen.
+    """
+
+    def run(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = call()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        alive = most = 0
+        for _, count in changes:
+            alive += count
+            most = max(most, alive)
+        return result, most
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bounded_solution():
+    """bounded_solution(A, Y, dtype): (jitter, relative residual) of a plain NumPy solve whose coefficients dtype bears.
+
+    The diagonal of A grows by tens from eps times the largest row sum until NumPy's Cholesky factorisation succeeds
+    and no coefficient exceeds that of Y divided by the square root of eps.
+    """
+
+    def solve(A: torch.Tensor, Y: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+        a, y, eps = A.double().numpy(), Y.double().numpy(), torch.finfo(dtype).eps
+        jitter, step = 0.0, eps * float(a.sum(1).max())
+        while True:
+            matrix = a + jitter * np.eye(len(a))
+            try:
+                np.linalg.cholesky(matrix)
+                alpha = np.linalg.solve(matrix, y)
+            except np.linalg.LinAlgError:
+                alpha = np.full_like(y, np.inf)
+            if np.abs(alpha).max() <= np.abs(y).max() / eps**0.5:
+                return jitter, float(np.linalg.norm(a @ alpha - y) / np.linalg.norm(y))
+            jitter = max(10.0 * jitter, step)
+
+    return solve
