@@ -243,7 +243,7 @@ def python():
 
 @pytest.fixture(scope="session")
 def tensor_memory():
-    """tensor_memory(call): (result, bytes of CPU tensors alive at once beyond those before), work within operations too.
+    """tensor_memory(call): (result, bytes of CPU tensors alive at once beyond those before), also within operations.
 
     It reads torch's own allocations; matrices of 4 MB and more may come from NumPy and are not seen.
     """

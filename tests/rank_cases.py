@@ -129,6 +129,24 @@ def solving(_):
         distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
 
 
+def least_room(_):
+    """Every rank may take what the poorest one has, and the processes of a machine share that."""
+    plain, few = _plan.available_bytes, 900_000
+    _plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
+    _, room = ranks.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
+    _plan.available_bytes = plain
+    assert 0.5 * few <= room * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= few
+
+
+def reports(_):
+    """Two close points with different targets: what the first rank alters, every rank is told."""
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    X[1], Y[1] = X[0] + 1e-12, Y[0] + 1.0
+    with pytest.warns(fastagop.NumericalWarning, match="jitter") as said:
+        distributed.solve(Laplace(2.0), X, Y)
+    assert len(said) == 1
+
+
 def stop_after_two(event):
     if event.layer == 1:
         raise KeyboardInterrupt

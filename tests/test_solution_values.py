@@ -94,7 +94,7 @@ def test_pivots_go_on_down_to_rounding(name, kernel, cloud):
 
 
 def test_fewer_pivots_leave_what_their_columns_do_not_say(cloud):
-    """F F^T is the Nystroem approximation of its pivots: K and F F^T agree on their rows, and r pivots make r columns."""
+    """F F^T is the Nystroem approximation of its pivots: they agree on the pivots' rows."""
     K = reference.kernel_matrix(Laplace(2.0), cloud("spread", n=200))
     F = pivoted_cholesky(K, 30)
     assert F.shape == (200, 30)

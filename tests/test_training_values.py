@@ -66,7 +66,7 @@ def test_an_epoch_is_plain_gradient_descent():
             velocity[i] = 0.9 * velocity[i] + grad
         with torch.no_grad():
             for weight, step in zip(weights, velocity, strict=True):
-                weight -= 0.1 * step
+                weight.sub_(0.1 * step)
     one.train_epoch()
     for found, expected in zip(one.model.parameters(), weights, strict=True):
         assert float((found.detach() - expected).norm() / expected.norm()) < 1e-5
