@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from fastagop.kernels import _plan, reference
@@ -264,24 +263,21 @@ def tensor_memory():
 
 @pytest.fixture(scope="session")
 def bounded_solution():
-    """bounded_solution(A, Y, dtype): (jitter, relative residual) of a plain NumPy solve whose coefficients dtype bears.
+    """bounded_solution(A, Y, dtype): (jitter, relative residual) of a dense float64 solve that dtype can bear.
 
-    The diagonal of A grows by tens from eps times the largest row sum until NumPy's Cholesky factorisation succeeds
+    The diagonal of A grows by tens from eps times the largest row sum until torch's Cholesky factorisation succeeds
     and no coefficient exceeds that of Y divided by the square root of eps.
     """
 
     def solve(A: torch.Tensor, Y: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-        a, y, eps = A.double().numpy(), Y.double().numpy(), torch.finfo(dtype).eps
-        jitter, step = 0.0, eps * float(a.sum(1).max())
+        A, Y, eps = A.double(), Y.double(), torch.finfo(dtype).eps
+        jitter, bound = 0.0, float(Y.abs().max()) / eps**0.5
         while True:
-            matrix = a + jitter * np.eye(len(a))
-            try:
-                np.linalg.cholesky(matrix)
-                alpha = np.linalg.solve(matrix, y)
-            except np.linalg.LinAlgError:
-                alpha = np.full_like(y, np.inf)
-            if np.abs(alpha).max() <= np.abs(y).max() / eps**0.5:
-                return jitter, float(np.linalg.norm(a @ alpha - y) / np.linalg.norm(y))
-            jitter = max(10.0 * jitter, step)
+            L, failed = torch.linalg.cholesky_ex(A + jitter * torch.eye(len(A), dtype=A.dtype))
+            if not failed:
+                alpha = torch.cholesky_solve(Y, L)
+                if float(alpha.abs().max()) <= bound:
+                    return jitter, float(torch.linalg.vector_norm(A @ alpha - Y) / torch.linalg.vector_norm(Y))
+            jitter = max(10.0 * jitter, eps * float(A.sum(1).max()))
 
     return solve
