@@ -194,7 +194,7 @@ def step_by_hand(one: training.Training) -> float:
     grads = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
         for parameter, grad in zip(parameters, grads, strict=True):
-            parameter -= one.settings.learning_rate * grad  # the first step has no momentum yet
+            parameter.sub_(one.settings.learning_rate * grad)  # the first step has no momentum yet
     return float(loss)
 
 
