@@ -203,13 +203,15 @@ def check(call: Call) -> tuple[str, float, str]:
     """(operation, error over its bound, what went wrong or "")."""
     eps, tiny = torch.finfo(call.dtype).eps, torch.finfo(call.dtype).tiny
     at = call.X if call.Z is None else call.Z
-    op = call.pick("op", ["kernel_matrix", "kernel_matmul", "gradients", "agop", "agop", "agop"])
+    op = call.pick("op", ["kernel_matrix", "kernel_matmul", "gradients", "agop", "agop", "agop", "solve"])
     most = TOLERANCE[call.dtype] * eps
     backend = {"backend": "torch"}
     if op == "kernel_matrix":
         got = fastagop.kernel_matrix(call.kernel, call.X, call.Z, **backend)
         truth = truth_of(call.kernel, at, call.X)
         return op, *over(got, truth.value, most * (truth.value * (1 + truth.value_slope)), tiny)
+    if op == "solve":
+        return op, *check_solution(call)
     if op == "kernel_matmul":
         V = call.coefficients(len(at), call.outputs)
         got = fastagop.kernel_matmul(call.kernel, call.X, at, V, **backend)
@@ -241,6 +243,24 @@ def check(call: Call) -> tuple[str, float, str]:
     if spread < -4 * call.d * size * eps - tiny * 1e3:  # M is rounded to its dtype
         wrong = wrong or f"M has the eigenvalue {spread:.1e} beside entries of {size:.1e}"
     return f"agop {how['method']}", ratio, wrong
+
+
+def check_solution(call: Call) -> tuple[float, str]:
+    """(error of the reported residual over its bound, what went wrong or "")."""
+    Y, ridge = call.coefficients(call.n, call.outputs), float(call.pick("ridge", [0.0, 1e-10, 1e-6, 1e-3, 1.0]))
+    method = call.pick("method", ["auto", "cholesky", "eigh", "cg"])
+    solution = fastagop.solve(call.kernel, call.X, Y, ridge=ridge, method=method, backend="torch")
+    if solution.alpha.dtype != call.dtype or not bool(torch.isfinite(solution.alpha).all()):
+        return np.inf, f"alpha is {solution.alpha.dtype}, or not finite"
+    K = truth_of(call.kernel, call.X, call.X).value + Long(ridge) * np.eye(call.n, dtype=Long)
+    alpha, y = long(solution.alpha), long(Y)
+    size = np.sqrt((y**2).sum())
+    if size == 0:
+        return 0.0, "" if solution.residual == 0 and not alpha.any() else "not zero for targets of zero"
+    residual = float(np.sqrt(((K @ alpha - y) ** 2).sum()) / size)
+    rounding = 1e-12 * float(np.sqrt(((K @ np.abs(alpha)) ** 2).sum()) / size)
+    ratio = abs(solution.residual - residual) / (1e-3 * residual + rounding + 1e-12)
+    return ratio, "" if ratio <= 1 else f"residual {solution.residual:.3e} is said, {residual:.3e} is true"
 
 
 def over(got: torch.Tensor, want: np.ndarray, bound: np.ndarray, tiny: float) -> tuple[float, str]:
