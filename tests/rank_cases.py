@@ -85,6 +85,18 @@ def functions(_):
                 same_everywhere(G)
 
 
+def tensor_memory(call):
+    """(result, bytes of CPU tensors alive at once beyond those before)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = profile.profiler.kineto_results.events()
+    alive = most = 0
+    for _, count in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        alive += count
+        most = max(most, alive)
+    return result, most
+
+
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
     X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
@@ -96,6 +108,11 @@ def unequal_memory(_):
         _plan.available_bytes = plain
         for a, b in zip(shared, alone, strict=True):
             assert error(a, b) < 1e-11
+    _, free = tensor_memory(lambda: distributed.agop(Laplace(2.0), X, alpha))
+    _plan.available_bytes = lambda device: 600_000 if dist.get_rank() == 1 else plain(device)
+    _, taken = tensor_memory(lambda: distributed.agop(Laplace(2.0), X, alpha))
+    _plan.available_bytes = plain
+    assert taken < 0.75 * free  # on every rank
 
 
 def guards(_):
