@@ -142,8 +142,8 @@ def test_few_rows(n, cloud, normal, relative):
 @pytest.mark.parametrize(
     "name", ["collapsed 1e-2", "collapsed 1e-4", "nested", "pairs", "zero-rows", "identical", "line"]
 )
-def test_hard_problems(dtype, ridge, kernel, name, cloud, targets):
-    """Never NaN, never wild, never worse than no solution, and never silent about what was not reached."""
+def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solution):
+    """Never NaN, never wild, never much worse than a plain solve, and never silent about what was not reached."""
     X, Y = cloud(name, dtype=dtype), targets(120, dtype)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -154,7 +154,8 @@ def test_hard_problems(dtype, ridge, kernel, name, cloud, targets):
     true = residual(A, solution.alpha, Y)
     size = torch.linalg.matrix_norm(A, 2) * torch.linalg.vector_norm(solution.alpha.double()) / Y.double().norm()
     assert abs(solution.residual - true) <= 64 * EPS * float(size) + 1e-9
-    assert true <= 1 + 1e-3
+    _, best = bounded_solution(A, Y, dtype)  # at most 0.8: alpha = 0 has 1
+    assert true <= min(1.5 * best, 0.5 * (1 + best)) + (2e-6 if dtype == torch.float64 else 2e-3)
     missed = solution.stopped or solution.residual > (1e-3 if dtype == torch.float32 else 1e-6)
     assert len(said) == int(bool(missed or solution.jitter))
     if ridge:

@@ -157,7 +157,9 @@ def test_the_mean_is_the_intercept():
     X, y = smooth(50)
     Y = np.stack([y + 5, 1e8 - y], 1)
     w = np.random.default_rng(0).uniform(size=50)
-    exact = [float(sum(Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)) / sum(map(Fraction, w))) for c in Y.T]
+    exact = [
+        float(sum(Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)) / sum(map(Fraction, w))) for c in Y.T
+    ]
     model = RFMRegressor(iterations=1).fit(X, Y, sample_weight=w)
     np.testing.assert_allclose(model.intercept_, exact, rtol=4e-16)
     assert RFMRegressor(iterations=1).fit(X, y).intercept_ == pytest.approx(math.fsum(y) / 50, rel=1e-15)

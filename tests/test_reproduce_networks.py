@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastagop import collapse
 from reproduce import network_figures as figures
 from reproduce import network_plots, network_settings, networks, nfa_table, runs, training
 from reproduce.__main__ import main, parser
@@ -185,6 +186,47 @@ def test_an_interrupted_run_resumes_with_the_same_numbers(figure7, tmp_path, mon
     assert (tmp_path / "figure7.csv").read_bytes() == (figure7 / "figure7.csv").read_bytes()
 
 
+def step_by_hand(one: training.Training) -> float:
+    """One step of heavy-ball SGD on all points at once, and the loss it starts from."""
+    one.model.train()
+    loss = (one.model(one.X) - one.Y).square().mean()
+    parameters = list(one.model.parameters())
+    grads = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.sub_(one.settings.learning_rate * grad)  # the first step has no momentum yet
+    return float(loss)
+
+
+@torch.no_grad()
+def accuracy_by_hand(one: training.Training) -> float:
+    return float((one.model.eval()(one.X).argmax(1) == one.labels).double().mean())
+
+
+def network_measures(one: training.Training) -> list[tuple[float, float, float]]:
+    """(NC1, NC2, NFA correlation) of the input of every Linear layer, in evaluation mode and from hooks of its own."""
+    model, inputs = one.model.eval(), {}
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [m.register_forward_hook(lambda m, args, _: inputs.update({m: args[0].detach()})) for m in linear]
+    with torch.no_grad():
+        model(one.X)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for i, layer in enumerate(linear):
+        rest = nn.Sequential(*[part for m in linear[i:] for part in (m, nn.ReLU())][:-1])
+        x = inputs[layer].requires_grad_()
+        outputs = rest(x).sum(0)
+        G = torch.cat([torch.autograd.grad(out, x, retain_graph=True)[0] for out in outputs]).double()
+        values, vectors = torch.linalg.eigh(G.T @ G)
+        root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        W = layer.weight.detach().double()
+        nfa = np.corrcoef((W.T @ W).flatten().numpy(), root.flatten().numpy())[0, 1]
+        x = x.detach()
+        found.append((collapse.nc1(x, one.labels), collapse.nc2(x, one.labels), nfa))
+    return found
+
+
 @pytest.mark.parametrize(("network", "dataset"), [("resnet", "digits"), ("vgg", "sixteen")])
 def test_convolutional_networks_train_and_measure(tmp_path, network, dataset):
     if dataset == "sixteen":  # VGG's poolings want images of 16 x 16
@@ -193,8 +235,15 @@ def test_convolutional_networks_train_and_measure(tmp_path, network, dataset):
         np.savez(dataset, x_train=X, y_train=np.arange(40) % 4, x_test=X, y_test=np.arange(40) % 4)
     settings = network_settings.paper(dataset, network, n=40, epochs=1, width=16, init_scale=1.0)
     run = training.run(settings, Place(tmp_path))
-    assert [row["layer"] for row in run.rows] == 2 * list(range(1, 7))
-    assert all(np.isfinite(row["nc1_features"]) for row in run.rows)
+    assert [(row["epoch"], row["layer"]) for row in run.rows] == [(epoch, i) for epoch in (0, 1) for i in range(1, 7)]
+    one = training.Training(settings, Place(tmp_path))
+    before, after = network_measures(one), step_by_hand(one)
+    assert run.record["losses"] == [pytest.approx(after, rel=1e-5)]
+    for rows, expected in ((run.rows[:6], before), (run.rows[6:], network_measures(one))):
+        for row, (nc1, nc2, nfa) in zip(rows, expected, strict=True):
+            found = [row["nc1_input"], row["nc2_input"], row["nfa"]]
+            assert found == [pytest.approx(value, rel=1e-2, abs=1e-3) for value in (nc1, nc2, nfa)]
+    assert run.record["accuracy"] == pytest.approx(accuracy_by_hand(one), abs=1 / 40 + 1e-9)
 
 
 def test_the_band_is_truncated():

@@ -1,0 +1,118 @@
+"""A memory limit bounds what a call takes, and calls that mean nothing or lose everything are refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fastagop
+from fastagop import Laplace, distributed
+from fastagop.ranks import Ranks
+
+UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def planned(*call, **options) -> float:
+    """Bytes that explain names, three digits of them."""
+    found = re.search(r"memory +([\d.]+) (\w+) beyond", fastagop.explain(*call, **options))
+    assert found
+    return float(found[1]) * UNITS[found[2]]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process only."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("limit", [4e5, 1e6])
+def test_the_gradient_form_keeps_to_its_limit(shared, limit, cloud, normal, tensor_memory, relative, request):
+    """Blocks shrink with the limit, in a group of processes, too; without one the call takes more than either."""
+    if shared:
+        request.getfixturevalue("alone")
+    agop = distributed.agop if shared else fastagop.agop
+    X, alpha, how = cloud("spread", n=400, d=20), normal(400, 10), {"method": "gradient"}
+    free, most = tensor_memory(lambda: agop(Laplace(2.0), X, alpha, **how))
+    assert most > 1.2e6
+    M, taken = tensor_memory(lambda: agop(Laplace(2.0), X, alpha, memory_limit=limit, **how))
+    assert taken <= limit
+    assert relative(M, free) <= 1e-12
+
+
+@pytest.mark.parametrize("limit", [2.5, 2.9])  # of W: a float64 copy alone takes 2
+def test_weights_that_are_stored_count_for_the_copy(limit, cloud, normal, tensor_memory):
+    """Near collapse the gram form wants a float64 copy of its weights; beside them there is no room for it."""
+    n = 300
+    X, alpha = cloud("collapsed 1e-4", n=n, d=7, dtype=torch.float32), normal(n, 8, dtype=torch.float32)
+    limit *= 4 * n * n
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _, taken = tensor_memory(lambda: fastagop.agop(Laplace(2.0), X, alpha, method="gram", memory_limit=limit))
+    assert taken <= limit
+    assert [warning.category for warning in said] == [fastagop.NumericalWarning]
+
+
+@pytest.mark.parametrize("limit", [9e6, 2e7, 2**33])
+def test_keops_plans_within_the_limit(limit, monkeypatch):
+    """4000 points, 50 features, 10 outputs: all gradients at once would be 8 MB, and take three times that."""
+    monkeypatch.setattr(fastagop.kernels.keops_ops, "missing", lambda *_: None)  # nothing runs
+    X, alpha = torch.zeros(4000, 50), torch.zeros(4000, 10)
+    plan = planned("agop", Laplace(2.0), X, alpha, backend="keops", memory_limit=limit)
+    assert 0.5 * min(limit, 2.4e7) <= plan <= 1.001 * limit
+
+
+def test_processes_of_one_machine_share_its_memory(alone, little_memory, monkeypatch):
+    little_memory(4e6)
+    ranks = Ranks(alone, "agop", torch.device("cpu"))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    _, whole = ranks.agree(lambda: None, "the same")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    _, quarter = ranks.agree(lambda: None, "the same")
+    assert 3e6 <= whole <= 4e6
+    assert quarter == whole // 4
+
+
+# ---- Refusals and reports
+
+
+def test_a_ridge_has_no_place_between_other_points(cloud):
+    X, Z = cloud("spread", n=5, d=3), cloud("spread", n=5, d=3, seed=2)
+    with pytest.raises(ValueError, match=r"ridge belongs on the diagonal of k\(X, X\)"):
+        fastagop.kernel_matrix(Laplace(2.0), X, Z, ridge=0.5)
+    K = fastagop.kernel_matrix(Laplace(2.0), X, ridge=0.5)
+    assert torch.equal(K.diagonal(), torch.full((5,), 1.5, dtype=torch.float64))
+    assert torch.equal(fastagop.kernel_matrix(Laplace(2.0), X, X, ridge=0.5), K)  # the same points
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("size", [1e24, 1e30])
+def test_one_row_far_out_is_refused_in_float32(size, other, cloud):
+    """In its unit the distances of all other rows would be zero, and their kernel values 1."""
+    X = cloud("spread", n=20, d=4, dtype=torch.float32)
+    far = X.clone()
+    far[3] *= size
+    name = "Z" if other else "X"
+    with pytest.raises(ValueError, match=rf"{name}\[3\] has an entry of size"):
+        fastagop.kernel_matrix(Laplace(2.0), *((X, far) if other else (far,)))
+    K = fastagop.kernel_matrix(Laplace(2.0), far.double())  # float64 holds both
+    assert 0 < float(K[0, 1]) < 1
+    assert float(K[0, 3]) == 0
+
+
+def test_a_shared_solve_reports_what_it_altered(alone, cloud, normal):
+    X, Y = cloud("spread", n=60), normal(60, 2)
+    X[1], Y[1] = X[0] + 1e-12, Y[0] + 1.0
+    with pytest.warns(fastagop.NumericalWarning, match="jitter") as said:
+        solution = distributed.solve(Laplace(2.0), X, Y)
+    assert len(said) == 1
+    assert solution.jitter > 0

@@ -1,0 +1,134 @@
+"""Networks whose measures need care: constant matrices, work in place, samples that mix a little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastagop import network
+
+N, D = 12, 6
+
+
+@pytest.fixture
+def X(normal) -> torch.Tensor:
+    return normal(N, D, dtype=torch.float32)
+
+
+def linear(normal, rows: int, columns: int, seed: int, bias: bool = False) -> nn.Linear:
+    layer = nn.Linear(columns, rows, bias=bias)
+    with torch.no_grad():
+        layer.weight.copy_(normal(rows, columns, seed=seed) / columns**0.5)
+        if bias:
+            layer.bias.copy_(normal(rows, seed=seed + 50))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("repeated", [1, 12])  # narrower and wider than its input: other sums, other rounding
+def test_a_constant_matrix_has_no_correlation(normal, dtype, repeated):
+    """Rows of W that are constant: every entry of W^T W is the same number, but for rounding."""
+    rows = torch.tensor([0.1, 0.3, 0.7]).repeat(repeated)
+    for d in range(6, 25):  # what rounding leaves of the variance has either sign
+        first = nn.Linear(d, len(rows), bias=False)
+        with torch.no_grad():
+            first.weight.copy_(rows[:, None].expand(-1, d))
+        model = nn.Sequential(first, nn.Tanh(), linear(normal, 3, len(rows), 1)).to(dtype)
+        X = normal(5, d, dtype=dtype)
+        with pytest.raises(network.ConstantMatrixError, match="'0' has no NFA correlation"):
+            network.nfa_correlation(model, X)
+        assert list(network.nfa_correlation(model, X, "2")) == ["2"]
+
+
+def of_stages(split) -> list[float]:
+    return [*split.nc1.values(), *split.nc2.values()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_nonlinearity_in_place_changes_no_measure(normal, X, bias):
+    layer, y, before = linear(normal, 8, D, 2, bias), torch.arange(N) % 3, X.clone()
+    plain = network.split(layer, X, y, torch.relu)
+    assert of_stages(network.split(layer, X, y, torch.relu_)) == of_stages(plain)
+    assert plain.nc1["projected"] != plain.nc1["features"]
+    assert torch.equal(X, before)
+
+
+class Skip(nn.Module):
+    """h + relu(b(h)), in place or not."""
+
+    def __init__(self, normal, in_place: bool):
+        super().__init__()
+        self.a, self.b, self.c = linear(normal, 5, D, 3), linear(normal, 5, 5, 4), linear(normal, 3, 5, 5)
+        self.in_place = in_place
+
+    def forward(self, x):
+        h = self.a(x)
+        if self.in_place:
+            h += torch.relu(self.b(h))
+        else:
+            h = h + torch.relu(self.b(h))
+        return self.c(h)
+
+
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_skip_connection_in_place_changes_no_measure(normal, X, batch_size):
+    """What enters a layer is what entered it, whatever the model does with that tensor later."""
+    y = torch.arange(N) % 3
+    plain, found = (network.collapse_split(Skip(normal, how), X, y, batch_size=batch_size) for how in (False, True))
+    assert list(plain) == list(found) == ["a", "b", "c"]
+    for name in plain:
+        assert of_stages(found[name]) == pytest.approx(of_stages(plain[name]), rel=1e-5), name
+    assert plain["b"].nc1["input"] != pytest.approx(plain["c"].nc1["input"], rel=1e-2)
+
+
+class Mixing(nn.Module):
+    """Some of the batch's mean is added to every sample."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return x + self.share * x.mean(0)
+
+
+def measures(model, X):
+    """Every measure of a model, ready to be called."""
+    y = torch.arange(len(X)) % 2
+    yield lambda: network.agop(model, X)
+    yield lambda: network.nfa_correlation(model, X)
+    yield lambda: network.collapse_split(model, X, y)
+
+
+@pytest.mark.parametrize("n", [2, 3, N])
+@pytest.mark.parametrize("share", [1.0, 1e-2])
+def test_samples_that_mix_a_little_are_refused(normal, X, n, share):
+    """A hundredth of the mean is far above float32's rounding; two samples are enough to see it."""
+    model = nn.Sequential(linear(normal, 5, D, 6), Mixing(share), nn.Tanh(), linear(normal, 3, 5, 7))
+    for measure in measures(model, X[:n]):
+        with pytest.raises(ValueError, match="mixes the samples of a batch"):
+            measure()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_gradients_that_mix_are_refused(normal, n):
+    """Outputs keep to their samples, but the layer's input is shared: its gradients belong to all of them."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = linear(normal, 4, 4, 8), linear(normal, 3, D, 9)
+
+        def forward(self, x):
+            table = self.embed(torch.eye(4))
+            return self.out(x) + table.sum() * x[:, :3]
+
+    with pytest.raises(ValueError, match="gradients at 'embed' mix the samples"):
+        network.agop(Shared(), normal(n, D, dtype=torch.float32))
+
+
+def test_what_does_not_mix_is_not_refused(normal, X):
+    model = nn.Sequential(linear(normal, 5, D, 6), nn.LayerNorm(5), nn.Tanh(), linear(normal, 3, 5, 7))
+    for measure in measures(model, X[:2]):
+        measure()

@@ -1,0 +1,75 @@
+"""Estimators' scores weigh samples as scikit-learn's do, and a fit warns once for each solve that was altered."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from fastagop import (
+    DeepRFMClassifier,
+    DeepRFMRegressor,
+    Gaussian,
+    NumericalWarning,
+    RFMClassifier,
+    RFMRegressor,
+)
+
+RNG = np.random.default_rng(0)
+X, Z = RNG.normal(size=(40, 4)), RNG.normal(size=(30, 4))
+y, z = (X[:, 0] > 0).astype(int), (Z[:, 0] > 0).astype(int)
+WEIGHTS = np.where(np.arange(30) < 10, 5.0, 0.1)
+DEEP, RFM = {"depth": 2, "width": 16, "random_state": 0}, {"iterations": 2}
+
+
+@pytest.mark.parametrize(("kind", "how"), [(DeepRFMClassifier, DEEP), (RFMClassifier, RFM)])
+def test_accuracy_weighs_samples(kind, how):
+    model = kind(**how).fit(X, y)
+    right = model.predict(Z) == z
+    assert 0 < right.mean() < 1
+    assert model.score(Z, z) == pytest.approx(right.mean(), rel=1e-12)
+    weighted = (WEIGHTS * right).sum() / WEIGHTS.sum()
+    assert abs(weighted - right.mean()) > 1e-3  # the weights matter here
+    assert model.score(Z, z, sample_weight=WEIGHTS) == pytest.approx(weighted, rel=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "how"), [(DeepRFMRegressor, DEEP), (RFMRegressor, RFM)])
+def test_r_squared_weighs_samples(kind, how):
+    model = kind(**how).fit(X, np.sin(4 * X[:, 0]))
+    target = np.sin(4 * Z[:, 0])
+    error = model.predict(Z) - target
+
+    def r_squared(w):
+        return 1 - (w * error**2).sum() / (w * (target - (w * target).sum() / w.sum()) ** 2).sum()
+
+    plain, weighted = r_squared(np.ones(30)), r_squared(WEIGHTS)
+    assert abs(weighted - plain) > 1e-3
+    assert model.score(Z, target) == pytest.approx(plain, rel=1e-9)
+    assert model.score(Z, target, sample_weight=WEIGHTS) == pytest.approx(weighted, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "solves"),
+    [
+        (DeepRFMClassifier, DEEP, 3),
+        (DeepRFMRegressor, {**DEEP, "depth": 1}, 2),
+        (RFMClassifier, {"iterations": 2, "ridge": 0.0}, 3),
+        (RFMRegressor, {"iterations": 0, "ridge": 0.0}, 1),
+        (RFMRegressor, {"iterations": 1, "ridge": 0.0}, 2),
+    ],
+)
+def test_every_altered_solve_is_reported(kind, how, solves):
+    """A bandwidth of 1e7: all kernel values are 1 to rounding, so that every solve needs a jitter."""
+    model = kind(Gaussian(1e7), **how)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.fit(X, y)
+    records = model.layers_ if hasattr(model, "layers_") else model.iterations_
+    altered = [record.solution for record in records] + [model.solution_]
+    assert len(altered) == solves
+    assert all(solution.jitter > 0 for solution in altered)
+    words = [str(warning.message) for warning in said if warning.category is NumericalWarning]
+    assert len(words) == solves
+    for solution, text in zip(altered, words, strict=True):
+        assert f"jitter {solution.jitter:.1e}" in text
