@@ -8,55 +8,113 @@ cg         conjugate gradients with and without their preconditioner, on the CPU
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
+
+From another folder: ``python PATH_OF_THE_CHECKOUT/bench agop``.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+if not __package__:  # run by its path: modules come from the folder one is in and from the checkout
+    sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
+try:
+    import torch
 
-from bench import agop_cpu, calibrate, cg_cpu, keops_cpu, network_cpu, report, suite
+    from fastagop import commands
+except ModuleNotFoundError as missing:
+    sys.exit(f"python -m bench: {missing}; pip install -e '.[bench]' in {Path(__file__).resolve().parents[1]}")
 
-REPEATED = {"agop": agop_cpu, "keops": keops_cpu, "network": network_cpu}  # timed several times over
-ONCE = {"cg": cg_cpu}  # minutes
-CASES = ("suite", *REPEATED, *ONCE, "report", "readme", "calibrate")
+from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, suite
+
+# The options of each case beside --out; a case refuses those of the others.
+OPTIONS = {
+    "suite": ("device", "repeats", "n", "d"),
+    "agop": ("repeats", "n", "d"),
+    "keops": ("repeats", "n", "d"),
+    "network": ("repeats", "n"),
+    "cg": ("n",),
+    "report": ("result",),
+    "readme": (),
+    "calibrate": ("device", "repeats", "n"),
+}
+RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line; what is not given is None, so that a case can refuse what it would ignore."""
+    made = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("case", nargs="?", choices=CASES, default="suite")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--result", type=Path, default=Path("bench/results/operations_cpu.json"), help="for report")
-    parser.add_argument("--out", type=Path, help="result file; default out/<case>_<device>.json")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--n", type=int, help="rows; default 50000 on CUDA")
-    parser.add_argument("--d", type=int, nargs="+", help="features; default 1024 3072 on CUDA")
-    given = parser.parse_args()
-    if given.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {given.repeats}")
-    if given.case == "report" and not given.result.is_file():
-        parser.error(f"--result {given.result}: there is no such file")
-    if given.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    out = given.out or Path(f"out/{given.case}_{given.device.type}.json")
-    if given.case == "suite":
-        suite.main(given.device, out, given.repeats, given.n, tuple(given.d) if given.d else None)
-    elif given.case == "report":
-        report.main(given.result, given.out or given.result.with_suffix(".md"))
-    elif given.case == "readme":
+    add = made.add_argument
+    add("case", nargs="?", choices=tuple(OPTIONS), default="suite")
+    add("--device", type=_device, help="cpu (default) or cuda; suite and calibrate")
+    add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
+    add("--out", type=Path, help="result file; default out/<case>_<device>.json")
+    add("--repeats", type=_count, help="default 3")
+    add("--n", type=_count, help="rows; suite: default 50000 on CUDA; agop: one case of n rows; keops, network, cg too")
+    add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run: 0, or 2 with one line on stderr for what the caller can change."""
+    made = parser()
+    given = made.parse_args(argv)
+    takes = OPTIONS[given.case]
+    for option in ("device", "result", "repeats", "n", "d"):
+        if getattr(given, option) is not None and option not in takes:
+            known = ", ".join(f"--{name}" for name in takes) or "no option but --help"
+            made.error(f"{given.case} does not take --{option}; it takes {known}")
+    if given.case == "readme" and given.out is not None:
+        made.error("readme does not take --out; it writes README.md")
+    return commands.run("python -m bench", lambda: _run(given))
+
+
+def _run(given: argparse.Namespace) -> None:
+    device, repeats = given.device or torch.device("cpu"), given.repeats or 3
+    if given.case == "report":
+        result = given.result or RESULT
+        report.main(result, given.out or result.with_suffix(".md"))
+        return
+    if given.case == "readme":
         report.readme()
+        return
+    out = given.out or Path(f"out/{given.case}_{device.type}.json")
+    files.check(out)
+    if given.case == "suite":
+        suite.main(device, out, repeats, given.n, tuple(given.d) if given.d else None)
     elif given.case == "calibrate":
-        calibrate.main(given.device, out, given.repeats, given.n)
-    elif given.case in ONCE:
-        ONCE[given.case].main(out)
+        calibrate.main(device, out, repeats, given.n)
+    elif given.case == "agop":
+        agop_cpu.main(out, repeats, given.n, given.d)
+    elif given.case == "keops":
+        keops_cpu.main(out, repeats, given.n, given.d)
+    elif given.case == "network":
+        network_cpu.main(out, repeats, given.n)
     else:
-        REPEATED[given.case].main(out, given.repeats)
+        cg_cpu.main(out, given.n)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the benchmarks run on cpu and cuda")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"torch cannot use {text!r}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from fastagop.kernels import torch_agop
 
 import fastagop
-from bench import clock, machine, peers
+from bench import clock, files, machine, peers
 
 L = 2.0
 CASES = ((4000, 784, 10), (2000, 784, 100))
@@ -64,15 +63,15 @@ def measure(n: int, d: int, K: int, repeats: int) -> list[dict]:
     return rows
 
 
-def main(out: Path, repeats: int) -> None:
-    """Measure every case, print the table, write the result file."""
+def main(out: Path, repeats: int, n: int | None = None, d: Sequence[int] | None = None) -> None:
+    """Measure every case, or those of the n and d that are asked for; print the table, write the result file."""
     rate = clock.product_rate(clock.CPU)
-    rows = [row for case in CASES for row in measure(*case, repeats)]
+    cases = dict.fromkeys((n or rows, columns, K) for rows, width, K in CASES for columns in d or (width,))
+    rows = [row for case in cases for row in measure(*case, repeats)]
     for row in rows:
         row["floor"] = min(torch_agop.flops(row["n"], row["n"], row["d"], row["K"], own=True).values()) / rate
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine.describe(), "product GFLOP/s": rate / 1e9, "repeats": repeats, "rows": rows}
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    files.write_json(out, result)
     print(table(rows))
 
 

@@ -6,7 +6,6 @@ fastagop reads the file that this writes; nothing is ever tuned or timed inside 
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fastagop.kernels._backends import PRODUCTS
 from fastagop.kernels._config import Config
 
 import fastagop
-from bench import clock, machine
+from bench import clock, files, machine
 
 KERNEL = fastagop.Laplace(2.0)
 _SIZES = {"cpu": (4000, 784, 10), "cuda": (16384, 1024, 10)}
@@ -124,6 +123,7 @@ def _agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
 
 def main(device: torch.device, out: Path | None, repeats: int, n: int | None, *, configs: bool = True) -> Path:
     """Measure, write the device's file, and a copy to ``out``."""
+    _measured.path(device)  # says now, and not after minutes, that there is no home directory
     size = _SIZES[device.type]
     size = size if n is None else (n, *size[1:])
     best = tune(launches(device, *size), device, repeats) if device.type == "cuda" and configs else {}
@@ -134,6 +134,5 @@ def main(device: torch.device, out: Path | None, repeats: int, n: int | None, *,
         print(f"{key:20} {value / 1e9:10.1f} GFLOP/s")
     print(f"written to {file}")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine.describe(), "rates": result, "configs": best}, indent=1) + "\n")
+        files.write_json(out, {"machine": machine.describe(), "rates": result, "configs": best})
     return file

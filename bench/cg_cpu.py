@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fastagop
-from bench import clock, machine
+from bench import clock, files, machine
 
 N, D, L, RIDGE = 20_000, 16, 2.0, 1e-3
 RANKS = (None, 0)  # the default preconditioner, and none
@@ -17,7 +17,7 @@ _RUN = """
 import json, sys
 from bench import clock
 from bench.cg_cpu import problem, run
-X, Y = problem(20_000)
+X, Y = problem(int(sys.argv[2]))
 run(*problem(600), 30)  # libraries loaded, threads started
 rows, rank = [], None if sys.argv[1] == "None" else int(sys.argv[1])
 peak = clock.peak_bytes(lambda: rows.append(run(X, Y, rank)), clock.CPU)
@@ -50,15 +50,14 @@ def run(X: torch.Tensor, Y: torch.Tensor, rank: int | None) -> dict:
     }
 
 
-def main(out: Path) -> None:
+def main(out: Path, n: int | None = None) -> None:
     """Measure every rank in a process of its own, print the table, write the result file."""
     rows = []
     for rank in RANKS:
-        printed = clock.alone(_RUN, rank)
+        printed = clock.alone(_RUN, rank, n or N)
         rows.append(json.loads(printed))
-    out.parent.mkdir(parents=True, exist_ok=True)
     case = {"d": D, "K": 10, "kernel": f"Laplace({L})", "ridge": RIDGE, "dtype": "float64"}
-    out.write_text(json.dumps({"machine": machine.describe(), "case": case, "rows": rows}, indent=1) + "\n")
+    files.write_json(out, {"machine": machine.describe(), "case": case, "rows": rows})
     print(table(rows))
 
 

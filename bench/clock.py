@@ -103,4 +103,8 @@ def _status(key: str) -> int:
 def alone(code: str, *arguments: object) -> str:
     """The last line that a fresh process prints: peaks do not depend on what ran before."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    root = Path(__file__).resolve().parents[1]  # the process finds bench/ there, wherever this one was started
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=root)
+    if done.returncode or not done.stdout:
+        raise ChildProcessError(f"a process that measures ended with exit code {done.returncode}; its error is above")
+    return done.stdout.splitlines()[-1]

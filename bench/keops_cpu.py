@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import fastagop
-from bench import clock, machine
+from bench import clock, files, machine
 
 OPS: tuple[str, ...] = ("kernel_matmul", "gradients", "agop")
 N, K, FEATURES = 8000, 10, (1, 2, 3, 4, 8, 16)
@@ -19,9 +19,9 @@ KERNEL = fastagop.Laplace(2.0)
 _PEAK = """
 import sys, torch
 from bench import clock
-from bench.keops_cpu import LARGE, call, problem
-op, backend = sys.argv[1:]
-small, large = problem(300, LARGE[1], torch.float32), problem(*LARGE, torch.float32)
+from bench.keops_cpu import call, problem
+op, backend, n, d = *sys.argv[1:3], *map(int, sys.argv[3:])
+small, large = problem(300, d, torch.float32), problem(n, d, torch.float32)
 call(op, backend, *small)  # libraries loaded, formulas compiled
 print(clock.peak_bytes(lambda: call(op, backend, *large), clock.CPU))
 """
@@ -41,9 +41,9 @@ def call(op: str, backend: str, X: torch.Tensor, A: torch.Tensor) -> torch.Tenso
     return getattr(fastagop, op)(KERNEL, X, A, backend=backend)
 
 
-def compare(op: str, d: int, dtype: torch.dtype, repeats: int) -> dict:
+def compare(op: str, n: int, d: int, dtype: torch.dtype, repeats: int) -> dict:
     """Median seconds of both backends, interleaved."""
-    X, A = problem(N, d, dtype)
+    X, A = problem(n, d, dtype)
     seconds: dict[str, list[float]] = {"torch": [], "keops": []}
     for repeat in range(repeats + 1):
         for backend, times in seconds.items():
@@ -52,35 +52,34 @@ def compare(op: str, d: int, dtype: torch.dtype, repeats: int) -> dict:
             if repeat:  # the first round warms up, and compiles
                 times.append(time.perf_counter() - start)
     medians = {backend: statistics.median(times) for backend, times in seconds.items()}
-    return {"op": op, "n": N, "d": d, "K": K, "dtype": str(dtype).removeprefix("torch."), **medians}
+    return {"op": op, "n": n, "d": d, "K": K, "dtype": str(dtype).removeprefix("torch."), **medians}
 
 
 def crossover(rows: list[dict]) -> dict[str, int]:
     """Per operation the feature count up to which KeOps was faster in both dtypes."""
     most = dict.fromkeys(OPS, 0)
     for op in OPS:
-        for d in FEATURES:
+        for d in sorted({row["d"] for row in rows}):
             if any(row["keops"] >= row["torch"] for row in rows if row["op"] == op and row["d"] == d):
                 break
             most[op] = d
     return most
 
 
-def peak(op: str, backend: str) -> dict:
-    """Peak memory beyond the inputs at the large size, in a process of its own."""
-    printed = clock.alone(_PEAK, op, backend)
-    n, d = LARGE
+def peak(op: str, backend: str, n: int, d: int) -> dict:
+    """Peak memory beyond the inputs, in a process of its own."""
+    printed = clock.alone(_PEAK, op, backend, n, d)
     return {"op": op, "backend": backend, "n": n, "d": d, "K": K, "peak_bytes": int(printed)}
 
 
-def main(out: Path, repeats: int) -> None:
-    """Measure every case, print the tables, write the result file."""
+def main(out: Path, repeats: int, n: int | None = None, d: Sequence[int] | None = None) -> None:
+    """Measure every case, or those of the n and d that are asked for; print the tables, write the result file."""
     dtypes = (torch.float32, torch.float64)
-    rows = [compare(op, d, dtype, repeats) for op in OPS for d in FEATURES for dtype in dtypes]
-    memory = [peak(op, backend) for op in ("kernel_matmul", "agop") for backend in ("torch", "keops")]
+    rows = [compare(op, n or N, wide, dtype, repeats) for op in OPS for wide in d or FEATURES for dtype in dtypes]
+    large = (n or LARGE[0], max(d) if d else LARGE[1])
+    memory = [peak(op, backend, *large) for op in ("kernel_matmul", "agop") for backend in ("torch", "keops")]
     result = {"machine": machine.describe(), "repeats": repeats, "crossover": crossover(rows)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**result, "rows": rows, "memory": memory}, indent=1) + "\n")
+    files.write_json(out, {**result, "rows": rows, "memory": memory})
     print(table(rows, memory))
     print(f"KeOps faster up to this many features (kernels/_backends.py, KEOPS_FEATURES): {result['crossover']}")
 

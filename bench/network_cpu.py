@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import jacrev, vmap
 
-from bench import clock, machine
+from bench import clock, files, machine
 from fastagop import network
 
 N, D, WIDTH, K, HIDDEN = 2000, 784, 512, 10, 5
@@ -22,9 +21,9 @@ _PEAK = """
 import sys
 from bench import clock
 from bench.network_cpu import CONTENDERS, problem
-name = sys.argv[1]
+name, n = sys.argv[1], int(sys.argv[2])
 CONTENDERS[name](*problem(n=64))  # libraries loaded, threads started
-model, X = problem()
+model, X = problem(n)
 print(clock.peak_bytes(lambda: CONTENDERS[name](model, X), clock.CPU))
 """
 
@@ -78,32 +77,32 @@ CONTENDERS: dict[str, Callable[[nn.Sequential, torch.Tensor], Agops]] = {
 }
 
 
-def measure(repeats: int) -> list[dict]:
+def measure(repeats: int, n: int = N) -> list[dict]:
     """One row per contender."""
-    model, X = problem()
+    model, X = problem(n)
     plain = jacobians(model, X)
     calls = {name: functools.partial(run, model, X) for name, run in CONTENDERS.items()}
     rows = []
     for row in clock.interleaved(calls, "fastagop", repeats):
         found = row.pop("result")
         difference = max(float((found[at] - M).norm() / M.norm()) for at, M in plain.items())
-        facts = {"n": N, "width": WIDTH, "K": K, "layers": HIDDEN, **row}
-        rows.append(facts | {"peak_bytes": int(clock.alone(_PEAK, row["contender"])), "difference": difference})
+        facts = {"n": n, "width": WIDTH, "K": K, "layers": HIDDEN, **row}
+        rows.append(facts | {"peak_bytes": int(clock.alone(_PEAK, row["contender"], n)), "difference": difference})
     return rows
 
 
-def main(out: Path, repeats: int) -> None:
+def main(out: Path, repeats: int, n: int | None = None) -> None:
     """Measure, print the table, write the result file."""
-    rows = measure(repeats)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": machine.describe(), "repeats": repeats, "rows": rows}, indent=1) + "\n")
+    rows = measure(repeats, n or N)
+    files.write_json(out, {"machine": machine.describe(), "repeats": repeats, "rows": rows})
     print(table(rows))
 
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| five layers, n = 2000, width 512, K = 10 | seconds | times fastagop's | peak memory | difference of M |",
+        f"| five layers, n = {rows[0]['n']}, width 512, K = 10 "
+        "| seconds | times fastagop's | peak memory | difference of M |",
         "|---|---|---|---|---|",
     ]
     lines += [

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import importlib
-import json
+import io
 from pathlib import Path
+
+from bench import files
 
 _HEAD = [
     "| | n | d | K | kernel | | seconds | times fastagop's | of the ceiling | peak memory | error |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 ]
 _COLUMNS = ("op", "n", "d", "K", "kernel", "contender")
+_RATES = ("GFLOP/s", "share of ceiling", "flop/byte", "product ceiling GFLOP/s", "copy GB/s")
+_NEEDED = (*_COLUMNS, *_RATES, "peak_bytes", "error")
 
 
 def rows(read: dict) -> list[dict]:
     """What was measured, from the file's contents: one dict a contender and case, in the order of the run."""
     return [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in read["benchmarks"]]
+
+
+def rows_of(result: Path) -> list[dict]:
+    """What was measured, from a file that may be another one; ValueError naming it then."""
+    try:
+        found = rows(files.read_json(result))
+        if not found:
+            raise ValueError("it holds no benchmark")
+        if lacking := sorted({name for row in found for name in _NEEDED if name not in row}):
+            raise ValueError(f"a benchmark lacks {', '.join(lacking)}")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        said = f"KeyError {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"--result {result} is not what `pytest bench --benchmark-only --benchmark-json FILE` writes ({said})"
+        ) from error
+    return found
 
 
 def table(measured: list[dict]) -> str:
@@ -43,7 +63,6 @@ def plots(measured: list[dict], folder: Path) -> list[Path]:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
     growing = [row for row in measured if row["op"] == "agop" and (row["d"], row["K"]) == (784, 10)]
     for name in dict.fromkeys(row["contender"] for row in growing):
@@ -51,8 +70,7 @@ def plots(measured: list[dict], folder: Path) -> list[Path]:
         axes.loglog(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xlabel="n", ylabel="seconds", title="AGOP, d = 784, K = 10, Laplace")
     axes.legend(frameon=False)
-    files = [folder / "agop_time.png"]
-    figure.savefig(files[0], dpi=130)
+    written = [_save(figure, folder / "agop_time.png")]
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = list(dict.fromkeys(row["contender"] for row in measured))
@@ -72,28 +90,37 @@ def plots(measured: list[dict], folder: Path) -> list[Path]:
         axes.plot([], [], "osD^vPX"[i], color="grey", label=op)
     axes.set(xlabel="least operations per least byte", ylabel="least operations / time, GFLOP/s", title="Roofline")
     figure.legend(frameon=False, fontsize="x-small", loc="outside right upper")
-    files.append(folder / "roofline.png")
-    figure.savefig(files[1], dpi=130)
+    written.append(_save(figure, folder / "roofline.png"))
     plt.close("all")
-    return files
+    return written
+
+
+def _save(figure, path: Path) -> Path:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    files.write(path, content.getvalue())
+    return path
 
 
 def main(result: Path, out: Path) -> None:
     """Print the table and write it, with the plots, beside ``out``."""
-    measured = rows(json.loads(result.read_text()))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(table(measured) + "\n")
+    measured = rows_of(result)
+    files.check(out)
+    files.write(out, table(measured) + "\n")
     print(table(measured))
     for file in plots(measured, out.parent):
         print(f"written to {file}")
 
 
-def readme(path: Path = Path("README.md")) -> None:
+def readme(path: Path = files.ROOT / "README.md") -> None:
     """Write the committed results' tables between the README's marks."""
     text = path.read_text()
     for case in ("agop", "network", "cg"):
-        module = importlib.import_module(f"bench.{case}_cpu")
-        made = module.table(json.loads(Path(f"bench/results/{case}_cpu.json").read_text())["rows"])
-        before, rest = text.split(f"<!-- {case} -->\n")
-        text = f"{before}<!-- {case} -->\n{made}\n<!-- /{case} -->{rest.split(f'<!-- /{case} -->')[1]}"
-    path.write_text(text)
+        result = files.ROOT / f"bench/results/{case}_cpu.json"
+        try:
+            made = importlib.import_module(f"bench.{case}_cpu").table(files.read_json(result)["rows"])
+            before, rest = text.split(f"<!-- {case} -->\n")
+            text = f"{before}<!-- {case} -->\n{made}\n<!-- /{case} -->{rest.split(f'<!-- /{case} -->')[1]}"
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} lacks the marks of {case}, or {result} its rows ({error})") from error
+    files.write(path, text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from fastagop.kernels._config import interpreted
 
 import fastagop
-from bench import clock, machine, peers
+from bench import clock, files, machine, peers
 
 KERNEL = fastagop.Laplace(2.0)
 LIMIT = 520.0  # seconds after which no further case starts
@@ -46,8 +45,7 @@ class Suite:
     def save(self) -> None:
         """Write the result file."""
         result = {"machine": machine.describe(), "n": self.n, "ceilings": self.ceilings, "rows": self.rows}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(result, indent=1) + "\n")
+        files.write_json(self.out, result)
 
     def case(self, name: str, work: float, contenders: list[Contender], error: Callable | None, **facts) -> None:
         """Measure the contenders of a case."""

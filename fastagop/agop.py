@@ -147,7 +147,7 @@ def row_weights(sample_weight, Z, reduction: str) -> tuple[torch.Tensor | None, 
         return sample_weight.detach(), sample_weight.detach().sum() if reduction == "mean" else 1.0, 1.0
     largest = float(sample_weight.max()) if len(sample_weight) else 0.0
     exponent = math.frexp(largest)[1]
-    weights = torch.ldexp(sample_weight.detach(), sample_weight.new_tensor(-exponent, dtype=torch.int32))
+    weights = torch.ldexp(sample_weight.detach(), torch.tensor(-exponent, dtype=torch.int32, device=Z.device))
     if reduction == "mean":
         return weights, float(weights.sum(dtype=torch.float64)), 1.0
     return weights, 1.0, math.ldexp(1.0, exponent)

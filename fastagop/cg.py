@@ -75,7 +75,7 @@ def plan(
     each = 8 * (n + min(n, _ROWS) + 5 * wish)  # per column: of F, of its rotated rows, of r x r matrices
     draw = 8 * 3 * n * min(_PROPOSALS, wish)
     if options.rank is None:
-        wish = max(0, min(wish, (room - fixed - max(draw, 64 * row)) // max(1, each)))
+        wish = max(0, min(wish, (room - fixed - max(draw + row, 64 * row)) // max(1, each)))
     needed = fixed + wish * each + (draw if wish else 0)
     if needed + row > room:
         largest = int(room / ((fixed + wish * each + row) / n))

@@ -1,12 +1,16 @@
 """Measures of neural collapse: NC1, NC2 and the Gram matrix of the paper's figure 1.
 
-All sums run in float64 over differences of samples. Near collapse such differences are exact, so NC1 keeps
-its digits where a formula that subtracts squared norms has long lost them.
+All sums run in float64 over differences of samples, column by column from a shift of its own. Near collapse, or far
+from the origin, such differences are exact, so the measures keep their digits where a formula that subtracts squared
+norms has long lost them. What the rounding of the features explains is judged column by column, too: one column in
+large units neither hides the others nor speaks for them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -20,6 +24,8 @@ class EqualMeansError(ValueError):
 
 
 _LARGEST = 1e140  # sums of squares of larger entries may overflow float64
+_EPS = torch.finfo(torch.float64).eps
+_ROWS = 1024  # of the Gram matrix's factor made at once
 
 
 @torch.no_grad()
@@ -37,12 +43,10 @@ def nc1(X: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray) -> float:
         A float without units, the same for rotated, shifted or rescaled features.
 
     Raises:
-        TypeError, ValueError: naming the argument; also when all class means coincide (Sigma_B = 0).
+        TypeError, ValueError: naming the argument. EqualMeansError, a ValueError: all class means coincide up to the
+            rounding of the features in their dtype (Sigma_B = 0).
     """
-    X, classes = _checked(X, y)
-    means, within = _moments(X, classes)
-    between = _about_global_mean(X, classes, means).square().sum().item() / len(means)
-    return within / between
+    return _nc1(_moments(*_checked(X, y)))
 
 
 @torch.no_grad()
@@ -50,23 +54,19 @@ def nc2(X: torch.Tensor | np.ndarray, y: torch.Tensor | np.ndarray) -> float:
     """Distance of the class means from a simplex equiangular tight frame; 0 for an exact one.
 
     Formula: ||H H^T - Sigma_ETF||_F with rows (mu_c - mu_G) / ||mu_c - mu_G|| of H, zero for a class whose
-    mean is mu_G, and Sigma_ETF = (1 + 1/(K-1)) I - 1/(K-1) 1 1^T (paper, definition 3.1 and figure 3).
+    mean is mu_G up to the rounding of the features,
+    and Sigma_ETF = (1 + 1/(K-1)) I - 1/(K-1) 1 1^T (paper, definition 3.1 and figure 3).
 
     Args, Raises: as ``nc1``. Returns a float without units.
     """
-    X, classes = _checked(X, y)
-    means, _ = _moments(X, classes)
-    H = _unit(_about_global_mean(X, classes, means), _rounding(X))
-    K = len(H)
-    etf = (K * torch.eye(K, dtype=H.dtype, device=H.device) - 1) / (K - 1)
-    return torch.linalg.matrix_norm(H @ H.T - etf).item()
+    return _nc2(_moments(*_checked(X, y)))
 
 
 @torch.no_grad()
 def gram(X: Array, y: torch.Tensor | np.ndarray) -> Array:
     """Cosines between all samples as seen from the mean of the class means, sorted by class.
 
-    Formula: R R^T with rows (x_i - mu) / ||x_i - mu||, zero for a sample at mu, and mu = (1/K) sum_c mu_c.
+    Formula: R R^T with rows (x_i - mu) / ||x_i - mu||, zero for a sample at mu up to rounding, mu = (1/K) sum_c mu_c.
     Collapsed data shows 1 within a class and -1/(K-1) between classes (paper, section 4.1 and figure 1).
 
     Args, Raises: as ``nc1``, except that class means may coincide.
@@ -74,66 +74,143 @@ def gram(X: Array, y: torch.Tensor | np.ndarray) -> Array:
     Returns:
         (n, n) of X's kind, dtype and device: classes in ascending order, within a class the given order.
     """
-    rows, classes = _checked(X, y)
-    means, _ = _moments(rows, classes)
-    R = rows[torch.cat(classes)].double().sub_(rows[0])
-    R = _unit(R.sub_(means.mean(0)), _rounding(rows))
+    points, classes = _checked(X, y)
+    moments = _moments(points, classes)
+    centre, rest = moments.mean_of_means(points[0])
+    R = points.new_empty(points.shape, dtype=torch.float64)
+    for out, rows in zip(R.split(_ROWS), torch.cat(classes).split(_ROWS), strict=True):
+        block = points[rows].double()
+        noise = block.abs().mul_(moments.scale * torch.finfo(points.dtype).eps).add_(moments.error.mean(0))
+        out.copy_(_unit(_beyond(block.sub_(centre).mul_(moments.scale).sub_(rest), noise)))
     result = R @ R.T
-    return result.to(X.dtype) if isinstance(X, torch.Tensor) else result.numpy().astype(X.dtype, copy=False)
+    return result.to(X.dtype).to(X.device) if isinstance(X, torch.Tensor) else result.numpy().astype(X.dtype)
 
 
-def _moments(X: torch.Tensor, classes: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """Class means (K, d) relative to X[0], and tr(Sigma_W)."""
-    origin, means, within = X[0].double(), [], 0.0
+@dataclass(frozen=True)
+class _Moments:
+    """Class means and scatter, in a unit (a power of two) in which the widest column is about 1 wide.
+
+    Attributes:
+        scale: what differences were multiplied by. sizes: samples of each class.
+        within: tr(Sigma_W). means: class means (K, d) minus the first sample, in long double.
+        error: how far rounding of features and sums may have moved each mean, (K, d).
+    """
+
+    scale: float
+    sizes: list[int]
+    within: float
+    means: np.ndarray
+    error: torch.Tensor
+
+    def centred(self) -> torch.Tensor:
+        """Class means relative to the mean of all samples, without what is rounding noise; not all of them zero."""
+        shares = np.array(self.sizes, np.longdouble)[:, None] / sum(self.sizes)
+        centred = self.means - (shares * self.means).sum(0)
+        shares = torch.as_tensor(shares.astype(np.float64)).to(self.error)
+        kept = _beyond(_tensor(centred, self.error), self.error + (shares * self.error).sum(0))
+        if not bool(kept.any()):
+            raise EqualMeansError(
+                "X has equal class means up to rounding (Sigma_B = 0), so collapse is undefined; check that y "
+                "belongs to X and that the features are not constant"
+            )
+        return kept
+
+    def mean_of_means(self, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of the class means as a float64 point, and what is missing to it, scaled."""
+        mean, origin = self.means.mean(0), _long(first)
+        centre = (origin + mean / self.scale).astype(np.float64)
+        rest = mean - (centre - origin) * self.scale
+        return _tensor(centre, self.error), _tensor(rest, self.error)
+
+
+def _moments(X: torch.Tensor, classes: list[torch.Tensor]) -> _Moments:
+    """Moments class by class; differences from a class's first sample are exact where the class has collapsed."""
+    widest = float((X.amax(0).double() - X.amin(0).double()).max())
+    scale = 2.0 ** -max(-1000, math.frexp(widest)[1])
+    origin, within, means, errors = _long(X[0]), 0.0, [], []
+    rounding = torch.finfo(X.dtype).eps  # a step before they were stored, and storing them: half of it each
+    least = torch.finfo(X.dtype).smallest_normal * rounding  # spacing of subnormal numbers
     for rows in classes:
-        first = X[rows[0]].double()
-        members = X[rows].double().sub_(first)  # exact where the class has collapsed
+        members = X[rows].double()
+        size = members.abs().amax(0).mul_(scale).mul_(rounding).add_(least * scale)
+        members.sub_(members[0].clone()).mul_(scale)
+        reach = members.abs().amax(0)
         mean = members.mean(0)
-        within += members.sub_(mean).square_().sum().item()
-        means.append(first - origin + mean)
-    return torch.stack(means), within / len(X)
+        rest = members.sub_(mean).mean(0)  # what rounding has left out of the mean
+        squares = members.square_().sum(0)
+        within += squares.sum().item()
+        means.append((_long(X[rows[0]]) - origin) * scale + _long(mean) + _long(rest))
+        # Rounding errors of samples that are spread wider than them are independent, and average out.
+        spread = (squares / len(rows)).sqrt() > 2 * size
+        errors.append(torch.where(spread, min(1.0, 4 / len(rows) ** 0.5), 1.0) * size + 2 * _EPS * reach)
+    return _Moments(scale, [len(rows) for rows in classes], within / len(X), np.stack(means), torch.stack(errors))
 
 
-def _about_global_mean(X: torch.Tensor, classes: list[torch.Tensor], means: torch.Tensor) -> torch.Tensor:
-    """Class means relative to the mean of all samples; refuses those that cannot be told apart."""
-    shares = torch.tensor([len(rows) / len(X) for rows in classes], dtype=means.dtype, device=means.device)
-    centred = means - shares @ means
-    if not bool((torch.linalg.vector_norm(centred, dim=1) > _rounding(X)).any()):
+def _nc1(moments: _Moments) -> float:
+    centred = moments.centred()
+    largest = float(centred.abs().max())
+    between = (centred / largest).square().sum().item() / len(centred)
+    result = moments.within / largest / largest / between
+    if math.isinf(result):
         raise EqualMeansError(
-            "X has equal class means up to rounding (Sigma_B = 0), so collapse is undefined; check that y "
-            "belongs to X and that the features are not constant"
+            f"X has class means that differ by {largest:.0e} of the spread of the samples (Sigma_B = 0 to rounding), "
+            "so collapse is undefined; drop the columns that hold no classes, or bring all to one scale"
         )
-    return centred
+    return result
 
 
-def _rounding(X: torch.Tensor) -> float:
-    """Length below which a difference of float64 means of X's rows is rounding noise."""
-    return 8 * torch.finfo(torch.float64).eps * X.shape[1] ** 0.5 * max(map(abs, _range(X)))
+def _nc2(moments: _Moments) -> float:
+    H = _unit(moments.centred())
+    K = len(H)
+    etf = (K * torch.eye(K, dtype=H.dtype, device=H.device) - 1) / (K - 1)
+    return torch.linalg.matrix_norm(H @ H.T - etf).item()
 
 
-def _unit(rows: torch.Tensor, rounding: float) -> torch.Tensor:
-    """Rows scaled to length 1 in place; those no longer than rounding become zero."""
+def _beyond(rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Rows without the entries that noise explains, where these would outweigh the others of their row."""
+    quiet = rows.abs() <= noise
+    if not bool(quiet.any()):
+        return rows
+    parts = _by_largest(rows)
+    noisy = parts.square().mul_(quiet).sum(1) > parts.square().mul_(~quiet).sum(1)
+    return rows.masked_fill(quiet & noisy[:, None], 0.0)
+
+
+def _by_largest(rows: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their largest entry, so that squares keep it; zero rows stay zero."""
+    largest = rows.abs().amax(1, keepdim=True)
+    return rows / torch.where(largest > 0, largest, 1.0)
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    """Rows scaled to length 1; zero rows stay zero."""
+    rows = _by_largest(rows)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows.mul_(torch.where(norms > rounding, 1 / norms, 0.0))
+    return rows.div_(torch.where(norms > 0, norms, 1.0))
 
 
-def _range(X: torch.Tensor) -> tuple[float, float]:
-    low, high = X.aminmax()
-    return low.item(), high.item()
+def _long(row: torch.Tensor) -> np.ndarray:
+    return row.double().cpu().numpy().astype(np.longdouble)
+
+
+def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.float64)).to(like.device)
 
 
 def _checked(X, y) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """X as a tensor, and the row numbers of each class."""
     if isinstance(X, np.ndarray) and X.dtype.kind == "f":
-        X = torch.from_numpy(np.array(X, dtype=np.float64))  # copied: torch refuses some strides, byte orders
+        dtype = X.dtype.newbyteorder("=") if X.dtype.itemsize <= 8 else np.float64  # long double has no tensor
+        X = torch.from_numpy(np.array(X, dtype=dtype, order="C"))  # copied: torch refuses some strides, byte orders
     if not isinstance(X, torch.Tensor) or not X.is_floating_point():
         what = getattr(X, "dtype", type(X).__name__)
         raise TypeError(f"X must be a floating torch.Tensor or NumPy array, got {what}; convert it first")
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X must be a non-empty matrix (n, d), got shape {tuple(X.shape)}")
-    low, high = _range(X)
+    low, high = (end.item() for end in X.aminmax())
     if not -_LARGEST <= low <= high <= _LARGEST:  # false for NaN
         raise ValueError(f"X must be finite and within +-{_LARGEST:g}, found the range {low} to {high}")
+    X = X.detach() if X.device.type in ("cpu", "cuda") else X.detach().cpu()  # other devices may lack float64
     return X, [rows.to(X.device) for rows in _classes(y, len(X))]
 
 
@@ -156,7 +233,8 @@ def of_stages(stages: Mapping[str, torch.Tensor], y: torch.Tensor | np.ndarray) 
     found_nc1, found_nc2 = {}, {}
     for name, X in stages.items():
         try:
-            found_nc1[name], found_nc2[name] = nc1(X, y), nc2(X, y)
+            moments = _moments(*_checked(X, y))
+            found_nc1[name], found_nc2[name] = _nc1(moments), _nc2(moments)
         except EqualMeansError:
             found_nc1[name] = found_nc2[name] = float("inf")
     return found_nc1, found_nc2

@@ -8,6 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastagop import npz, raw_images
+from fastagop.raw_images import UnknownDataWarning
+
+__all__ = ["UnknownDataWarning", "load", "standardize"]
+
 # What torchvision reads: a folder below root and the files it wants there, whichever split is asked for.
 _MNIST = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 _CIFAR10 = "data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta"
@@ -42,15 +47,21 @@ def load(
         X (n, d) float32, in [0, 1] for images, and y (n,) int64, on the CPU.
 
     Raises:
-        FileNotFoundError: naming the files and where they belong. TypeError, ValueError: naming the argument.
+        FileNotFoundError: naming the files and where they belong. TypeError, ValueError: naming the argument, or the
+            file and what is damaged in it.
+
+    Warns:
+        UnknownDataWarning: MNIST's files are sound, but not the published ones (another data set in its form).
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    images, labels = _read(name_or_path, Path("data" if root is None else root), split, download)
+    images, labels = _read(name_or_path, Path("data" if root is None else root), split, download, n)
     count = _count(n, len(labels), f"the {split} split of {name_or_path}")
     X = images[:count].reshape(count, -1)
     with np.errstate(over="ignore"):  # refused below
-        X = X.astype(np.float32) / np.float32(255 if X.dtype == np.uint8 else 1)
+        scale = np.float32(255 if X.dtype == np.uint8 else 1)
+        X = X.astype(np.float32)  # a copy, so that the division below takes no further memory
+        X /= scale
     if not np.isfinite(X).all():
         raise ValueError(f"{name_or_path} holds entries that are NaN or beyond float32; clean it first")
     return torch.from_numpy(X), torch.from_numpy(labels[:count].astype(np.int64))
@@ -83,14 +94,14 @@ def _affine(X: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.
     return ((X.double() - shift) * scale).to(X.dtype)
 
 
-def _read(name: str | Path, root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    """All images (N, ...) and integer labels (N,) of a split."""
+def _read(name: str | Path, root: Path, split: str, download: bool, n) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, ...) and all integer labels (N,) of a split; of an .npz the images that are asked for."""
     if name == "digits":
         return _digits(split)
     if name in _FILES:
         return _torchvision(str(name), root, split, download)
     if str(name).endswith(".npz"):
-        return _npz(Path(name), split)
+        return _npz(Path(name), split, n)
     known = ", ".join(map(repr, ("digits", *_FILES)))
     raise ValueError(f"name_or_path must be one of {known} or the path of an .npz, got {str(name)!r}")
 
@@ -104,6 +115,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _torchvision(name: str, root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A data set in torchvision's layout, which fetches it, and reads all but MNIST."""
     try:
         from torchvision import datasets
     except ImportError as error:
@@ -111,33 +123,63 @@ def _torchvision(name: str, root: Path, split: str, download: bool) -> tuple[np.
     try:
         if name == "svhn":
             svhn = datasets.SVHN(root, split=split, download=download)
-            return svhn.data, svhn.labels
-        kind = datasets.MNIST if name == "mnist" else datasets.CIFAR10
-        data = kind(root, train=split == "train", download=download)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:  # missing, not fetched, or damaged
-        folder, files = _FILES[name]
-        where = f"{files.format(split=split)} in {(root / folder).resolve()}"
-        remedy = "the download failed, put them there" if download else "put them there or pass download=True"
-        raise FileNotFoundError(f"{name} needs intact files {where}: {remedy}") from error
-    return np.asarray(data.data), np.asarray(data.targets)
+            return _sound(name, svhn.data, svhn.labels)
+        if name == "mnist":
+            if download:
+                datasets.MNIST(root, train=split == "train", download=True)
+            return raw_images.mnist(root / _FILES[name][0], split)
+        cifar = datasets.CIFAR10(root, train=split == "train", download=download)
+        return _sound(name, cifar.data, cifar.targets)
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, EOFError) as error:
+        raise _not_intact(name, root, split, download, error) from error
 
 
-def _npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    if not path.is_file():
+def _sound(name: str, images, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels that torchvision found intact, if there are as many and all labels are digits."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or len(images) == 0:
+        raise raw_images.DamagedData(f"{name} must hold images of bytes, got {images.dtype} of shape {images.shape}")
+    if labels.shape != images.shape[:1]:
+        raise raw_images.DamagedData(f"{name} holds {len(images)} images and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() > 9:
+        raise raw_images.DamagedData(f"{name} must hold labels from 0 to 9, got {labels.min()} to {labels.max()}")
+    return images, labels
+
+
+def _not_intact(name: str, root: Path, split: str, download: bool, error: Exception) -> Exception:
+    """What to say when a data set is not there, not fetched, or damaged: which files it needs, and where."""
+    folder, files = _FILES[name]
+    place = (root / folder).resolve()
+    wanted = files.format(split=split).split(", ")
+    there = [file for file in wanted if (place / file).exists()]
+    remedy = "the download failed, put them there" if download else "put them there or pass download=True"
+    message = f"{name} needs intact files {', '.join(wanted)} in {place}: {remedy}"
+    if isinstance(error, raw_images.DamagedData) or len(there) == len(wanted):
+        return raw_images.DamagedData(f"{message} ({' '.join(str(error).split())})")
+    return FileNotFoundError(message)
+
+
+def _npz(path: Path, split: str, n: int | None) -> tuple[np.ndarray, np.ndarray]:
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}: put an .npz with x_train, y_train, x_test and y_test there")
     x, y = f"x_{split}", f"y_{split}"
-    with np.load(path, allow_pickle=False) as archive:
-        if not {x, y} <= set(archive):
-            raise ValueError(f"{path} must hold {x} and {y}, got {', '.join(archive)}")
-        images, labels = archive[x], archive[y]
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise TypeError(f"{x} in {path} must be uint8 or floating, got {images.dtype}; convert it")
-    if labels.dtype.kind not in "iu":
-        raise TypeError(f"{y} in {path} must hold integers, got {labels.dtype}; number the classes")
-    if images.ndim < 2 or images.size == 0 or labels.shape != images.shape[:1]:
-        shapes = f"{images.shape} and {labels.shape}"
-        raise ValueError(f"{x} and {y} in {path} must have shapes (n, ...) and (n,), n > 0, got {shapes}")
-    return images, labels
+    with npz.Archive(path) as archive:
+        if not {x, y} <= set(archive.names):
+            raise ValueError(f"{path} must hold {x} and {y}, got {', '.join(archive.names)}")
+        images, labels = archive.header(x), archive.header(y)
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise TypeError(f"{x} in {path} must be uint8 or floating, got {images.dtype}; convert it")
+        if labels.dtype.kind not in "iu":
+            raise TypeError(f"{y} in {path} must hold integers, got {labels.dtype}; number the classes")
+        if len(images.shape) < 2 or 0 in images.shape or labels.shape != images.shape[:1]:
+            shapes = f"{images.shape} and {labels.shape}"
+            raise ValueError(f"{x} and {y} in {path} must have shapes (n, ...) and (n,), n > 0, got {shapes}")
+        found = archive.array(y)
+        if found.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{y} in {path} holds {found.max()}, which is beyond int64; number the classes")
+        return archive.array(x, _count(n, len(found), f"the {split} split of {path}")), found
 
 
 def _count(n: int | None, available: int, where: str) -> int:

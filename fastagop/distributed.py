@@ -18,11 +18,12 @@ import torch
 
 from fastagop import copies
 from fastagop.agop import agop as agop_here
-from fastagop.agop import plan_agop
+from fastagop.agop import plan_agop, row_weights
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan, block_rows
+from fastagop.kernels._products import symmetrise_
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
@@ -66,22 +67,21 @@ def agop(
     """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
 
     The gradient form, 2 m n K d products, splits over the rows of Z. The gram form splits over the rows of S where
-    Z is X: every rank holds the (n, n) weights and does n^2 d + n^3 / ranks products; elsewhere over the rows of Z:
-    n^2 m / ranks + n^2 d. "auto" takes what is cheaper for one rank.
+    Z is X and no point has a weight of its own: every rank holds the (n, n) weights and does n^2 d + n^3 / ranks
+    products; elsewhere over the rows of Z: n^2 m / ranks + n^2 d. "auto" takes what is cheaper for one rank.
 
     Args:
-        kernel, X, alpha, Z, reduction, center, method, precision, backend: as in ``fastagop.agop``, the same on
-            every rank.
+        kernel, X, alpha, Z, reduction, center, method, precision, backend, sample_weight: as in ``fastagop.agop``, the
+            same on every rank.
         memory_limit: bytes that each rank may take; default the least that any rank has free.
-        sample_weight: as in ``fastagop.agop``, the same on every rank; points with weights are shared out by rows of Z.
         group: a process group; default all processes.
 
     Returns:
         Tensor (d, d), the same bits on every rank.
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
-    how = {"method": method, "memory_limit": memory_limit, "weights": sample_weight, **options}
-    return agop_as(None, kernel, X, alpha, Z, group=group, **how).to(X.dtype)
+    how = {"method": method, "memory_limit": memory_limit, **options}
+    return agop_as(None, kernel, X, alpha, Z, weights=sample_weight, group=group, **how).to(X.dtype)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def agop_as(
 ):
     """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it.
 
-    ``weights``: of the evaluation points (m,), in X's dtype.
+    ``weights``: the public ``sample_weight``.
     """
     options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
     center, precision, backend = options["center"], options["precision"], options["backend"]
@@ -108,15 +108,15 @@ def agop_as(
 
     def prepare():
         _checks.choice("method", method, ("auto", "gradient", "gram"))
-        how = {"method": "gradient", "memory_limit": memory_limit, "sample_weight": weights}
-        return plan_agop(kernel, X, alpha, Z, **how, **options)
+        limits = {"memory_limit": memory_limit, "sample_weight": weights}
+        return plan_agop(kernel, X, alpha, Z, method="gradient", **limits, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(
-        prepare, said, X=X, alpha=alpha, Z=_other(X, Z), sample_weight=None if weights is None else weights[:, None]
-    )
+    tensors = {"X": X, "alpha": alpha, "Z": _other(X, Z), "sample_weight": weights}
+    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
+    scaled, divisor, weight_unit = row_weights(weights, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
         if plan.backend == "torch" and ranks.size > 1 and weights is None:
@@ -126,9 +126,9 @@ def agop_as(
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how, weights)
-    count = len(at) if weights is None else float(weights.double().sum())
-    return ranks.total(M).div_(unit).div_(unit * count if options["reduction"] == "mean" else unit)
+            M = _rows_of_points(kernel, X, alpha, at, scaled, center, ranks, how)
+    M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
+    return M.div_(unit).div_(unit).div_(divisor).mul_(weight_unit)
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
@@ -174,38 +174,47 @@ def _parts(smooth: Smooth | None, blank: torch.Tensor) -> tuple[torch.Tensor, to
     return smooth.P.contiguous(), smooth.Q.contiguous()
 
 
-def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict, weights=None) -> torch.Tensor:
-    """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
+def _rows_of_points(kernel, X, alpha, Z, weights, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
+    """This rank's rows of Z, centred by the mean over all of Z where asked; float64. weights (m,) or None for ones.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
     without losing digits.
     """
     first, last = ranks.rows(len(Z))
     own = Z[first:last] if ranks.size > 1 else Z
-    mine = None if weights is None else weights[first:last] if ranks.size > 1 else weights
-    weighted = {} if mine is None else {"sample_weight": mine}
-    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **weighted, **how).double()
-    if center and ranks.size > 1:
-        mean = X.new_zeros(alpha.shape[1], X.shape[1])
-        count, roots = (float(len(own)), None) if mine is None else (float(mine.double().sum()), mine.sqrt())
-        if len(own) and count > 0:
-            block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
-            tiles = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
-            tiles = tiles if roots is None else ((row, tile * roots[row, None]) for row, tile in tiles)
-            weighted_mean = {} if roots is None else {"roots": roots}
-            mean = torch_agop.mean_gradient(tiles, alpha, X, own, torch_blocks.dominant_offset(X), **weighted_mean)
-        everyone = len(Z) if weights is None else float(weights.double().sum())
-        apart = mean.double() - ranks.total(mean.double() * count) / everyone
-        M += count * (apart.T @ apart)
+    mine = None if weights is None else weights[first:last]
+    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, sample_weight=mine, **how).double()
+    if center and ranks.size > 1 and len(Z) > 0:
+        share = float(len(own) if mine is None else mine.sum(dtype=torch.float64))
+        mean = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
+        if share > 0:
+            mean += _mean_gradient(kernel, X, alpha, own, mine, how["memory_limit"])
+        both = ranks.total(torch.cat([(share * mean).flatten(), mean.new_tensor([share])]))
+        if both[-1] > 0:
+            apart = mean - (both[:-1] / both[-1]).view_as(mean)
+            M += share * (apart.T @ apart)
     return M
+
+
+def _mean_gradient(kernel, X, alpha, Z, weights, limit: int) -> torch.Tensor:
+    """mean_i grad f_c(Z[i]), weighted where there are weights, float64 (K, d)."""
+    block = torch_agop.plan(X, alpha, Z, "gradient", limit, "", "").block
+
+    def blocks():
+        for row, tile in torch_blocks.tiles(X, Z, block):
+            W = kernel.weight_(tile)
+            yield row, W if weights is None else W.mul_(weights[row, None])
+
+    mean = torch_agop.mean_gradient(blocks(), alpha, X, Z, torch_blocks.dominant_offset(X))
+    return mean if weights is None else mean * (len(Z) / weights.sum(dtype=torch.float64))
 
 
 @torch.no_grad()
 def kernel_matmul(
     kernel,
     X: torch.Tensor,
-    Z: torch.Tensor | None,
-    V: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",
@@ -359,7 +368,7 @@ def solve_as(
         return plan_solve(kernel, X, like, memory_limit=_UNLIMITED, sample_weight=sample_weight, **options)
 
     said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
-    weight = None if sample_weight is None else sample_weight[:, None]
+    weight = sample_weight if rows is None else None if rows.plain else rows.each
     _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
     if rows is None:
         rows = copies.find(X, sample_weight)

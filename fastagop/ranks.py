@@ -20,7 +20,8 @@ from fastagop.kernels._plan import budget, longest_first
 
 # What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
 _PIECE, _PIECE_ROWS = 2**22, 256
-_HASHED = 4096  # rows hashed at once
+_HASHED = 2**22  # bytes hashed at once
+_COMPARED = 6  # tensors that one call compares, at most
 _ASK, _DONE = 1, 0
 
 
@@ -81,7 +82,7 @@ class Ranks:
         except Exception as own:  # raised below, after the other ranks were told
             error = own
         hashes = [0 if error else _hash(value) for value in tensors.values()]
-        mine = [int(error is not None), _hash_text(f"{self.op} {said}"), *hashes, *[0] * (4 - len(hashes))]
+        mine = [int(error is not None), _hash_text(f"{self.op} {said}"), *hashes, *[0] * (_COMPARED - len(hashes))]
         everyone = self._gather([*mine, 0 if error else self._room()])
         if error is not None:
             raise error
@@ -255,15 +256,14 @@ def _hash_text(text: str) -> int:
 
 
 def _hash(value: torch.Tensor | None) -> int:
-    """63 bits of shape, dtype and contents, in integer arithmetic: the same on every device."""
+    """64 bits of the SHA-256 of shape, dtype and bytes, row by row: storage and device play no part.
+
+    Every byte counts at its place, so rows or labels in another order differ, and so do 0.0 and -0.0.
+    """
     if value is None:
         return 0
-    words = torch.int32 if value.element_size() == 4 else torch.int64
-    total = torch.zeros((), dtype=torch.int64, device=value.device)
-    for start in range(0, len(value), _HASHED):
-        bits = value[start : start + _HASHED].contiguous().view(words)
-        for axis, offset in ((1, start), (0, 0)):
-            sums = bits.sum(axis, dtype=torch.int64)
-            place = torch.arange(offset + 1, offset + 1 + len(sums), device=value.device)
-            total += (sums * (place * 0x5851F42D4C957F2D | 1)).sum() * (2 * axis + 1)
-    return int(total) ^ _hash_text(f"{tuple(value.shape)} {value.dtype}")
+    digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
+    row = max(1, value[:1].numel() * value.element_size())
+    for block in value.detach().split(max(1, _HASHED // row)):
+        digest.update(block.contiguous().cpu().resolve_neg().numpy().data)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)

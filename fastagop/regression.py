@@ -12,6 +12,7 @@ from fastagop import copies, distributed
 from fastagop.agop import agop, agop_from_weights_
 from fastagop.cg import ConjugateGradients
 from fastagop.copies import Rows
+from fastagop.diagonal import agop_diagonal
 from fastagop.kernels import _checks, torch_blocks
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan
@@ -82,6 +83,7 @@ def solve_and_agop(
     *,
     rows: Rows | None = None,
     center: bool = False,
+    diagonal: bool = False,
     mark: Callable[[str], None] | None = None,
 ) -> tuple[Solution, torch.Tensor, int]:
     """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
@@ -91,7 +93,8 @@ def solve_and_agop(
 
     Args:
         X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
-        center: subtract the mean gradient. mark: called with "solve" and with "agop" when these are done.
+        center: subtract the mean gradient. diagonal: the diagonal of the AGOP only, (d,).
+        mark: called with "solve" and with "agop" when these are done.
     """
     mark, rows = mark or (lambda stage: None), rows or copies.alone(X)
     if group is not None:
@@ -103,9 +106,8 @@ def solve_and_agop(
     mark("solve")
     alpha, size = in_unit(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = in_units(machine.kernel, X, X)
-    if (
-        K is not None
-    ):  # a float64 kernel matrix still holds every small distance, so no second pass over pairs is needed
+    K = None if diagonal else K
+    if K is not None:  # one in float64 still holds every small distance, so no second pass over pairs is needed
         K = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
     wide = X.dtype != torch.float64 and _rounding_costs(kernel, X, alpha, center, rows.weights)
     if group is not None and X.dtype != torch.float64:
@@ -118,16 +120,19 @@ def solve_and_agop(
     weights = None if rows.weights is None else rows.weights.to(X)
     weighted = {} if weights is None else {"sample_weight": weights}
     how = {"center": center, "precision": machine.precision, "backend": "auto" if wide else machine.backend}
-    if group is not None:
+    limit = {"memory_limit": machine.memory_limit}
+    if diagonal:
+        how = {"precision": machine.precision, "group": group, **limit}
+        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, **how)
+    elif group is not None:
         M = distributed.agop_as(
-            alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **how
+            alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **limit, **how
         )
     elif K is not None:
         backend = "torch" if wide else backend
         weighted = {} if weights is None else {"row_weights": weights}
         M = agop_from_weights_(K, X, alpha, machine.precision, backend, center, **weighted)
     else:
-        limit = {"memory_limit": machine.memory_limit}
         M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **limit, **weighted, **how)
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")

@@ -49,10 +49,17 @@ def load(path, device=None):
         The estimator, fitted: ``DeepRFMClassifier``, ``DeepRFMRegressor``, ``RFMClassifier`` or ``RFMRegressor``.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged or was not written by ``save``, its kernel
-            is defined nowhere, or its device is not there.
+        OSError: the file is not there or cannot be read. ValueError: it is damaged or was not written by ``save``, its
+            kernel is defined nowhere, or its device is not there.
     """
-    tensors, words = storage.read(Path(path), _KIND)
+    path = Path(path)
+    tensors, words = storage.read(path, _KIND)
+    with storage.restoring(path):
+        return _restored(path, tensors, words, device)
+
+
+def _restored(path: Path, tensors: dict, words: dict, device):
+    """The estimator of a file's contents."""
     if words["estimator"] not in _HOMES:
         raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
     parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
@@ -61,6 +68,7 @@ def load(path, device=None):
     model = _class(words["estimator"])(**parameters)
     model._machine()
     model._kernel = storage.unpack_kernel(words["kernel"])
+    _check_shapes(tensors, words)
     tensors = {name: value.to(model._device) for name, value in tensors.items()}
     model._centers = tensors["centers"]
     model.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
@@ -69,6 +77,16 @@ def load(path, device=None):
             setattr(model, name, storage.unpack_value(words["attributes"][name]))
     model._restore(tensors, words)
     return model
+
+
+def _check_shapes(tensors: dict, words: dict) -> None:
+    """A kernel machine whose parts belong together: they are only put to use much later."""
+    centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # of the points, copies merged
+    if centers.ndim != 2 or alpha.ndim != 2 or len(centers) != len(alpha):
+        raise ValueError(f"centers {tuple(centers.shape)} and alpha {tuple(alpha.shape)} do not belong together")
+    classes = words["attributes"].get("classes_")
+    if classes is not None and len(classes["array"]) != alpha.shape[1]:
+        raise ValueError(f"{len(classes['array'])} classes and {alpha.shape[1]} outputs do not belong together")
 
 
 def _class(name: str) -> type:

@@ -6,12 +6,14 @@ description is JSON; nothing in a file can be executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +21,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fastagop.cg import ConjugateGradients
 from fastagop.deep_rfm import Layer, LayerRecord
 from fastagop.features import FeatureMap
+from fastagop.kernels import _atomic
+from fastagop.kernels._memory import host_bytes
 from fastagop.kernels.radial import Radial, named
 from fastagop.solve import Solution
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LONGEST_TEXT = 2**25  # bytes of a description: labels and feature names are the longest things in one
+# What reading or using a file's contents raises where they are not what we write; ValueError stands apart.
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
@@ -50,43 +58,40 @@ def versions() -> dict[str, str]:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: settled on disk under another name, then renamed, then the name settled."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Write a file whole or not at all, settled on the disk (``fastagop.kernels._atomic``)."""
+    _atomic.write(path, data)
 
 
 def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dict) -> str:
     """Write tensors and their description as one file of a kind; returns its checksum."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"kind": kind, **words})
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(
+            f"{path} cannot hold a description of {len(text)} bytes, {_LONGEST_TEXT} at most; "
+            "shorten the labels or the feature names"
+        )
     digest = fingerprint(tensors, text)
     put(path, save(tensors, metadata={"fastagop": FORMAT, "sha256": digest, "words": text}))
     return digest
 
 
-def read(path: Path, kind: str, digest: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, description) of a file; ValueError where it is damaged, of another kind, or not the one wanted.
+def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, description) of a file of a kind.
 
     The tensors are copies, aligned as torch's own: products of unaligned ones may round differently.
+
+    Raises:
+        ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
     """
+    size = regular_size(path)
+    if size > host_bytes():
+        raise ValueError(f"{path} holds {size / 1e9:.3g} GB, more than this machine's free memory")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except SafetensorError as error:
+    except (SafetensorError, *MALFORMED) as error:
         raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
     if metadata.get("fastagop") != FORMAT:
         found = metadata.get("fastagop")
@@ -95,28 +100,69 @@ def read(path: Path, kind: str, digest: str | None = None) -> tuple[dict[str, to
     text, said = metadata.get("words", ""), metadata.get("sha256")
     if fingerprint(tensors, text) != said:
         raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
-    words = json.loads(text)
-    if words["kind"] != kind:
-        raise ValueError(f"{path} holds a {words['kind']}, not a {kind}")
-    if digest not in (None, said):
-        raise ValueError(f"{path} was replaced: it is whole, but not the file that was written here")
+    words = parse_json(path, text)
+    if words.get("kind") != kind:
+        raise ValueError(f"{path} holds a {words.get('kind')}, not a {kind}")
     return tensors, words
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file that this process may read; ValueError where the path is a folder, device or pipe."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would block
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise ValueError(f"{path} is {what}; give the path of a file")
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size
+
+
+def parse_json(path: Path, text: str | bytes) -> dict:
+    """The JSON object that a file holds; ValueError naming the file where it is none, too long or too deep."""
+    if len(text) > _LONGEST_TEXT:
+        raise ValueError(f"{path} is corrupt: a description of {len(text)} bytes, where {_LONGEST_TEXT} are possible")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({type(error).__name__}: {error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is truncated or corrupt (it holds a {type(found).__name__}, not an object)")
+    return found
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """While objects are made of a file's contents: whatever does not fit is a ValueError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except MALFORMED as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is corrupt or of another version of fastagop ({said})") from error
 
 
 def write_json(path: Path, words: dict) -> None:
     """Write a description with its own checksum."""
     text = json.dumps(words, sort_keys=True)
-    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1, sort_keys=True).encode())
+    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1).encode())
 
 
 def read_json(path: Path) -> dict:
-    """A description that ``write_json`` wrote; ValueError where it is damaged."""
-    try:
-        words = json.loads(path.read_bytes())
-        said = words.pop("sha256")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error!r})") from error
-    if fingerprint({}, json.dumps(words, sort_keys=True)) != said:
+    """A description that ``write_json`` wrote.
+
+    Raises:
+        ValueError: naming the file, which is damaged or was edited. OSError: it cannot be read.
+    """
+    if regular_size(path) > _LONGEST_TEXT:
+        raise ValueError(f"{path} is corrupt: no description is longer than {_LONGEST_TEXT} bytes")
+    words = parse_json(path, path.read_bytes())
+    said = words.pop("sha256", None)
+    with restoring(path):
+        found = fingerprint({}, json.dumps(words, sort_keys=True))
+    if found != said:
         raise ValueError(f"{path} is corrupt or was edited: its contents do not match its checksum")
     return words
 
@@ -142,6 +188,12 @@ def pack_value(value):
         return value.item()
     if isinstance(value, np.random.RandomState):
         return None
+    if isinstance(value, ConjugateGradients):
+        return {"options": dataclasses.asdict(value)}
+    if isinstance(value, dict):  # JSON's keys are strings, labels are not
+        return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
+    if isinstance(value, (torch.dtype, np.dtype, type)):
+        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else np.dtype(value).name
     return str(value) if isinstance(value, torch.device) else value
 
 
@@ -149,7 +201,21 @@ def unpack_value(value):
     """What ``pack_value`` was given."""
     if not isinstance(value, dict):
         return value
-    return unpack_kernel(value["kernel"]) if "kernel" in value else np.array(value["array"], value["dtype"])
+    if "options" in value:
+        return ConjugateGradients(**value["options"])
+    if "pairs" in value:
+        return {unpack_value(key): unpack_value(item) for key, item in value["pairs"]}
+    return unpack_kernel(value["kernel"]) if "kernel" in value else _unpack_array(value["array"], value["dtype"])
+
+
+def _unpack_array(entries: list, name: str) -> np.ndarray:
+    """An array from its entries; a dtype that takes far more room than they do is refused before it takes any."""
+    dtype = np.dtype(name)
+    if dtype.kind not in "biufUSmMO" or not isinstance(entries, list):
+        raise ValueError(f"an array of dtype {name!r} is none that fastagop writes")
+    if len(entries) * dtype.itemsize > 2**20 + 256 * len(json.dumps(entries)):
+        raise ValueError(f"an array of dtype {name!r} would take {len(entries) * dtype.itemsize} bytes")
+    return np.array(entries, dtype)
 
 
 def pack_solution(solution: Solution) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 
@@ -50,13 +51,45 @@ def memory_limit(value) -> int | None:
     return int(float(value))
 
 
+def plain(name: str, value) -> None:
+    """Refuse anything but a dense tensor whose items lie in memory one by one."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    refusals = (
+        (value.is_nested, "a nested tensor", "use torch.nested.to_padded_tensor, or one of its parts"),
+        (value.layout != torch.strided, f"layout {value.layout}", f"convert it with {name}.to_dense()"),
+        (value.is_quantized, f"a quantized one ({value.dtype})", f"convert it with {name}.dequantize()"),
+        (_is_wrapper(value), f"a {type(value).__name__}", f"pass what it holds (of a DTensor, {name}.full_tensor())"),
+    )
+    for refused, given, remedy in refusals:
+        if refused:
+            raise TypeError(f"{name} must be a dense torch.Tensor, got {given}; {remedy}")
+
+
+def _is_wrapper(value: torch.Tensor) -> bool:
+    """Whether a class of its own carries out the tensor's operations: its items may be elsewhere, or masked."""
+    dispatch = getattr(type(value), "__torch_dispatch__", None)
+    return type(value) is not torch.Tensor and dispatch is not getattr(torch.Tensor, "__torch_dispatch__", None)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's does not."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, columns=None) -> None:
     """Refuse anything but a finite (n, d) tensor of a supported dtype that fits its neighbours.
 
     rows and columns, where given, are (count, what it must agree with).
     """
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    plain(name, value)
     if value.ndim != 2:
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}")
     if value.dtype not in (torch.float32, torch.float64):
@@ -66,8 +99,13 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
             f"{name} is {value.dtype} on {value.device} but X is {like.dtype} on {like.device}; "
             f"move it with {name}.to(X)"
         )
-    if value.layout != torch.strided or value.device.type == "meta":
-        raise TypeError(f"{name} must be a dense tensor with storage, got {value.layout} on {value.device}")
+    if value.device.type == "meta":
+        raise TypeError(f"{name} must hold numbers, got a tensor on meta; only fastagop.explain takes those")
+    if not has_float64(value.device):
+        raise TypeError(
+            f"{name} must be on a device with float64, got {value.device}: AGOPs are summed and systems solved in "
+            f"float64; move it with {name}.cpu()"
+        )
     for axis, what in ((0, rows), (1, columns)):
         if what is not None and value.shape[axis] != what[0]:
             raise ValueError(
@@ -82,10 +120,7 @@ def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:
     """Refuse anything but finite weights >= 0, one per evaluation point, of which a mean needs one above zero."""
     if value is None:
         return
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"sample_weight must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor(sample_weight)"
-        )
+    plain("sample_weight", value)
     if value.shape != (len(Z),):
         raise ValueError(
             f"sample_weight must have shape ({len(Z)},), one weight per evaluation point, got {tuple(value.shape)}"
@@ -110,6 +145,8 @@ def readable(value: torch.Tensor) -> bool:
 
 def finite(value: torch.Tensor) -> bool:
     """Whether every item is finite (taken for granted in a capture); the extremes say it without a mask."""
+    for axis, stride in enumerate(value.stride()):  # an expanded axis repeats its items
+        value = value.narrow(axis, 0, min(1, value.shape[axis])) if stride == 0 else value
     return value.numel() == 0 or not readable(value) or all(math.isfinite(float(end)) for end in torch.aminmax(value))
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _GROUPS, _MOUNT, _FREE = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+_UNKNOWN = 4 * 2**30  # bytes to go by where the system does not say
 
 
 def host_bytes() -> int:
@@ -19,23 +20,26 @@ def _free_bytes() -> int:
         for line in _FREE.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
+    except (OSError, ValueError, IndexError):
         pass
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return 4 * 2**30
+        found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        found = 0
+    return found if found > 0 else _UNKNOWN
 
 
 def group_bytes() -> float:
     """What the process's control groups leave, those above it included; infinite where none has a limit."""
     try:
-        lines = _GROUPS.read_text().splitlines()
-    except OSError:  # no Linux
+        lines = [line.split(":", 2) for line in _GROUPS.read_text().splitlines()]
+    except (OSError, ValueError):  # no Linux
         return math.inf
     left = math.inf
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for parts in lines:
+        if len(parts) != 3:
+            continue
+        _, controllers, path = parts
         if not controllers:
             base, names = _MOUNT, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):

@@ -22,13 +22,16 @@ class Plan:
     flops: float
     peak_bytes: int
     block: int  # rows of one block
+    seconds: float | None = None  # estimate: operations at the device's rates; None where nobody asked for it
 
     def __str__(self):
+        seconds = "" if self.seconds is None else f"  seconds    about {self.seconds:.2g}\n"
         return (
             f"{self.op}: backend {self.backend}, method {self.method}\n"
             f"  why        {self.why}\n"
             f"  precision  {self.precision}\n"
             f"  work       {self.flops:.3g} floating-point operations\n"
+            f"{seconds}"
             f"  memory     {human(self.peak_bytes)} beyond the inputs, in blocks of {self.block} rows"
         )
 

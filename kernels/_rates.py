@@ -20,6 +20,10 @@ _CUDA = {
     8: {"float32": 19e12, "float64": 19e12, "fp16x3": 90e12, "bf16x3": 50e12, "tf32": 120e12},
     9: {"float32": 60e12, "float64": 60e12, "fp16x3": 220e12, "bf16x3": 160e12, "tf32": 400e12},
 }
+# Seconds of what every pair of points costs beside products of matrices (distance, profile), from the same runs; and
+# KeOps' operations per second, from bench/results/keops_cpu.json. CUDA's are estimates from memory bandwidth.
+_PAIR = {"cpu float32": 3.5e-9, "cpu float64": 6.5e-9, "cuda float32": 3e-11, "cuda float64": 6e-11}
+_KEOPS = {"cpu": 6e9, "cuda": 1e12}
 
 
 def rate(form: str, products: str, device: torch.device) -> float:
@@ -30,6 +34,17 @@ def rate(form: str, products: str, device: torch.device) -> float:
     if device.type != "cuda":
         return _CPU.get(key, _CPU["gradient float32"])
     return _CUDA[9 if torch.cuda.get_device_capability(device) >= (9, 0) else 8][products]
+
+
+def seconds(
+    flops: float, pairs: float, device: torch.device, form: str, products: str, backend: str = "torch"
+) -> float:
+    """Estimated time of so many operations with products of a kind, on so many pairs of points."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    if backend == "keops":
+        return flops / _KEOPS[kind]
+    dtype = "float64" if products == "float64" else "float32"
+    return flops / rate(form, products, device) + pairs * _PAIR[f"{kind} {dtype}"]
 
 
 def source(device: torch.device) -> str:

@@ -61,8 +61,9 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="hig
     if ridge and Z is not X:
         raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
     if out is not None:
-        if not isinstance(out, torch.Tensor) or out.shape != (len(X), len(Z)):
-            raise ValueError(f"out must be a tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
+        dense = isinstance(out, torch.Tensor) and out.layout == torch.strided and not out.is_nested
+        if not dense or out.shape != (len(X), len(Z)):
+            raise ValueError(f"out must be a dense tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
         if out.dtype != X.dtype or out.device != X.device:
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
         _checks.apart("out", out, X, Z)
@@ -71,6 +72,10 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="hig
 
 
 def _describe(value) -> str:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "a nested tensor"
+    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+        return f"layout {value.layout}"
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     return type(value).__name__
@@ -119,8 +124,10 @@ def kernel_matrix(
         return torch_blocks.kernel_matrix(kernel, X, Z, out, plan, ridge)
 
 
-def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
+def plan_kernel_matmul(kernel, X, Z=None, V=None, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matmul call."""
+    if V is None:
+        raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
     Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
     _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
     plan = (keops_ops if backend == "keops" else torch_blocks).plan_kernel_matmul(X, Z, V, why, "")
@@ -131,8 +138,8 @@ def plan_kernel_matmul(kernel, X, Z, V, *, precision="highest", backend="auto"):
 def kernel_matmul(
     kernel: Radial,
     X: torch.Tensor,
-    Z: torch.Tensor,
-    V: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    V: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",
@@ -141,7 +148,7 @@ def kernel_matmul(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: points (n, d). Z: points (m, d), or None for X. V: right-hand sides (m, p).
+        X: points (n, d). Z: points (m, d); default X. V: right-hand sides (m, p), required: ``V=V`` where Z is omitted.
         precision, backend: as in ``kernel_matrix``.
 
     Returns:

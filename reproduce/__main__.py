@@ -1,4 +1,7 @@
-"""``python -m reproduce figure1 | ... | figure12 | nfa_table | demo | theory``; see README.md beside it."""
+"""``python -m reproduce figure1 | ... | figure12 | nfa_table | demo | theory``; see README.md beside it.
+
+From another folder: ``python PATH_OF_THE_CHECKOUT/reproduce figure1``.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
-import torch
+if not __package__:  # run by its path: modules come from the folder one is in and from the checkout
+    sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
+try:
+    import torch
+
+    from fastagop import commands
+except ModuleNotFoundError as missing:
+    sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
 
 from reproduce import deep_rfm_figures, demo, network_figures, nfa_table, options, theory
 
@@ -40,15 +51,14 @@ def _add(commands, name: str, what: str, command: Callable[[argparse.Namespace],
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0, or 2 with one line on stderr for what the caller can change."""
     args = parser().parse_args(argv)
-    try:
+
+    def work() -> int:
+        if hasattr(args, "out"):
+            commands.prepare(args.out, "--out")
         return args.command(args)
-    except (FileNotFoundError, ImportError, MemoryError, ValueError, torch.OutOfMemoryError) as error:
-        hint = " (here: --n)" if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ""
-        print(f"python -m reproduce: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes after the last finished layer or measurement", file=sys.stderr)
-        return 130
-    return 2
+
+    again = "interrupted; the same command resumes after the last finished layer or measurement"
+    return commands.run("python -m reproduce", work, again)
 
 
 def _theory(_: argparse.Namespace) -> int:

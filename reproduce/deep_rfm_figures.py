@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,9 @@ def figure(name: str, args: argparse.Namespace) -> int:
     rows, missing = runs.present(wanted, partial(settings_of, args=args), place(args), mention=args.n is None)
     done = [[runs.run(one, place(args)) for one in row] for row in rows]
     title = f"Figure {name.removeprefix('figure')}. {FIGURES[name].title}"
-    written = draw(FIGURES[name].kind, done, title, args.out / name) + record(done, args.out / name, missing)
+    written = draw(FIGURES[name].kind, done, title, args.out / name) + record(
+        done, args.out / name, list(missing.values())
+    )
     print(f"\nwrote {', '.join(map(str, written))}")
     for message in missing:
         print(f"not drawn: {message}")
@@ -91,13 +93,13 @@ def _curves(title: str, row: Sequence[Run]) -> plots.Curves:
     return plots.Curves(title, nc1, nc2)
 
 
-def record(done: Sequence[Sequence[Run]], stem: Path, missing: Sequence[str] = ()) -> list[Path]:
+def record(done: Sequence[Sequence[Run]], stem: Path, missing: Iterable[str] = ()) -> list[Path]:
     """The figure's numbers in long format, and where they come from."""
     every = [run for row in done for run in row]
     table, source = stem.with_suffix(".csv"), stem.with_suffix(".json")
     files.write_csv(table, [line for run in every for line in _long(run)])
     kept = ("settings", "environment", "seconds", "readout", "accuracy")
-    about = [{"folder": run.folder, **{key: run.record[key] for key in kept if key in run.record}} for run in every]
+    about = [{"folder": run.place, **{key: run.record[key] for key in kept if key in run.record}} for run in every]
     files.write_json(source, {"runs": about, "missing": list(missing), "drawn with": files.environment("cpu")})
     return [table, source]
 

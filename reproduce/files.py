@@ -18,19 +18,41 @@ import numpy as np
 import torch
 
 import fastagop
+from fastagop import npz, storage
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write beside the place and rename: a reader sees the old file or the whole new one."""
+    """Write a file, and its folder, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    storage.put(path, content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
     """JSON as everybody reads it: numbers that are not finite become null."""
     write(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """A run's record as JSON with its own checksum."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_json(path, _plain(record))
+
+
+def read_record(path: Path, settings: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """A record that ``write_record`` wrote, of these settings and with these parts.
+
+    Raises:
+        ValueError: naming the file, which is damaged or another run's. OSError: it cannot be read.
+    """
+    try:
+        record = storage.read_json(path)
+        if record.get("settings") != _plain(settings):
+            raise ValueError(f"{path} is another run's: its settings differ")
+        if lacking := [part for part in parts if part not in record]:
+            raise ValueError(f"{path} lacks {', '.join(lacking)}")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {path.parent} to compute the run again") from error
+    return record
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -46,8 +68,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a file that may not be there."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it") from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -58,11 +83,8 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an .npz that may not be there."""
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
+    """Arrays of an .npz that may not be there; ValueError naming the file where it is damaged."""
+    return npz.read(path) if path.exists() else {}
 
 
 def environment(device: str = "auto") -> dict[str, Any]:

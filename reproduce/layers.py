@@ -94,7 +94,7 @@ class Recorder:
         self.rows = panel_rows(y.numpy())
         self.classes = y.numpy()[self.rows]
         self.wanted = panel_layers(depth)
-        self.lines = files.read_csv(folder / "layers.csv") if resumed else []
+        self.lines = _shown(folder / "layers.csv") if resumed else []
         self.panels = files.read_arrays(folder / "gram.npz") if resumed else {}
 
     def __call__(self, event: LayerEvent) -> None:
@@ -125,6 +125,18 @@ class Recorder:
                 print(line(values))
         files.write_csv(self.folder / "layers.csv", lines)
         return lines
+
+
+def _shown(path: Path) -> list[dict[str, Any]]:
+    """Rows of a layers.csv that can be shown as lines."""
+    rows = files.read_csv(path)
+    try:
+        for values in rows:
+            line(values)
+            int(values["layer"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); remove it, the checkpoint has the layers") from error
+    return rows
 
 
 def panel_name(layer: int) -> str:

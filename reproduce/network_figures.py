@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ def figure(name: str, args: argparse.Namespace) -> int:
     courses = [_course(row) for row in done]
     title = f"Figure {name.removeprefix('figure')}. {FIGURES[name].title}"
     drawn = getattr(network_plots, FIGURES[name].kind)(courses, title)
-    written = plots.save(drawn, args.out / name) + record(done, args.out / name, missing)
+    written = plots.save(drawn, args.out / name) + record(done, args.out / name, missing.values())
     for course in courses:
         print(f"\n{course.title}: {_lesson(course)}")
     print(f"\nwrote {', '.join(map(str, written))}")
@@ -104,13 +104,13 @@ def _lesson(course: network_plots.Course) -> str:
     )
 
 
-def record(done: Sequence[Sequence[Run]], stem: Path, missing: Sequence[str]) -> list[Path]:
+def record(done: Sequence[Sequence[Run]], stem: Path, missing: Iterable[str]) -> list[Path]:
     """The figure's numbers, a line a run, epoch and layer, and where they come from."""
     every = [run for row in done for run in row]
     table, source = stem.with_suffix(".csv"), stem.with_suffix(".json")
     files.write_csv(table, [line for run in every for line in _long(run)])
     kept = ("settings", "environment", "seconds", "accuracy", "resumed")
-    about = [{"folder": run.folder, **{key: run.record[key] for key in kept}} for run in every]
+    about = [{"folder": run.place, **{key: run.record[key] for key in kept}} for run in every]
     files.write_json(source, {"runs": about, "missing": list(missing), "drawn with": files.environment("cpu")})
     return [table, source]
 

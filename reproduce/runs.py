@@ -7,22 +7,21 @@ A run folder holds settings.json, layers.csv (a line a layer), gram.npz (panels 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastagop import DeepRFMClassifier, NumericalWarning, datasets
+from fastagop import DeepRFMClassifier, NumericalWarning, datasets, locks
 from reproduce import files, layers
 from reproduce.settings import KERNELS, POINTS, Experiment, Place, Settings
 
+_PARTS = ("classes", "layers", "readout", "seconds")  # of a record, as figures use it
 Rows = tuple[tuple[str, str], ...]  # (data set, what is run on it)
 
 
@@ -35,13 +34,21 @@ class Run:
     record: dict[str, Any]
 
     @property
+    def place(self) -> str:
+        """The folder as result files name it: below --out, wherever that lies."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """The layers, as in layers.csv."""
         return self.record["layers"]
 
     def panels(self) -> dict[int, np.ndarray]:
         """Gram matrices by layer."""
-        arrays = files.read_arrays(self.folder / "gram.npz")
+        try:
+            arrays = files.read_arrays(self.folder / "gram.npz")
+        except ValueError as error:
+            raise ValueError(f"{error}; remove {self.folder} to compute the run again") from error
         return {int(name.removeprefix("layer_")): array for name, array in sorted(arrays.items())}
 
 
@@ -58,8 +65,11 @@ def rows_of(rows: Rows, asked: Sequence[str]) -> Rows:
     return tuple(row for group in own for row in group) or rows
 
 
-def present(rows: Rows, settings_of: Callable, place: Place, mention: bool) -> tuple[list[list[Any]], list[str]]:
-    """Settings of the rows whose data are there, and what is missing for the others; may mention a smaller n."""
+def present(rows: Rows, settings_of: Callable, place: Place, mention: bool) -> tuple[list[list[Any]], dict[str, str]]:
+    """(settings of the rows whose data are there, what is missing for the others); may mention a smaller n.
+
+    What is missing is said twice: for the screen, and without this machine's folders for a result file.
+    """
     found, missing = [], {}
     for row in rows:
         try:
@@ -67,7 +77,9 @@ def present(rows: Rows, settings_of: Callable, place: Place, mention: bool) -> t
             for one in asked:
                 check_data(one, place)
         except (FileNotFoundError, ImportError) as error:
-            missing[str(error).replace("pass download=True", "pass --download")] = None
+            message = str(error).replace("pass download=True", "pass --download")
+            root = str(Path(place.data_root or "data").resolve())
+            missing[message] = message.replace(root, "the data root").replace(row[0], Path(row[0]).name)
             continue
         found.append(asked)
         if mention and asked[0].n < POINTS:
@@ -76,7 +88,7 @@ def present(rows: Rows, settings_of: Callable, place: Place, mention: bool) -> t
         raise FileNotFoundError("; ".join(missing))
     for message in missing:
         print(f"missing: {message}", flush=True)
-    return found, list(missing)
+    return found, missing
 
 
 def run(settings: Settings, place: Place) -> Run:
@@ -86,7 +98,7 @@ def run(settings: Settings, place: Place) -> Run:
     with alone(folder):
         if (folder / "record.json").exists():
             print("complete, nothing to compute")
-            done = Run(folder, settings, json.loads((folder / "record.json").read_text()))
+            done = Run(folder, settings, files.read_record(folder / "record.json", settings.recorded, _PARTS))
             print("\n".join([layers.HEADER, *map(layers.line, done.rows)]))
         else:
             done = Run(folder, settings, _compute(settings, place, folder))
@@ -101,7 +113,7 @@ def _compute(settings: Settings, place: Place, folder: Path) -> dict[str, Any]:
     resumed = (checkpoint / "manifest.json").exists()
     recorder = layers.Recorder(folder, X, y, settings.depth, resumed)
     print("\n".join([layers.HEADER, *map(layers.line, recorder.lines)]), flush=True)
-    record: dict[str, Any] = {"settings": asdict(settings), "environment": files.environment(place.device)}
+    record: dict[str, Any] = {"settings": settings.recorded, "environment": files.environment(place.device)}
     files.write_json(folder / "settings.json", record)
     model = _model(settings, place, checkpoint, recorder)
     with warnings.catch_warnings():
@@ -113,7 +125,7 @@ def _compute(settings: Settings, place: Place, folder: Path) -> dict[str, Any]:
     record["seconds"] = sum(row["seconds"] for row in record["layers"]) + readout.seconds
     if settings.score:
         record["accuracy"] = {"training": model.score(X, y), "test": model.score(*test)}
-    files.write_json(folder / "record.json", record)
+    files.write_record(folder / "record.json", record)
     if not place.keep_checkpoint:
         shutil.rmtree(checkpoint)
     return record
@@ -166,12 +178,10 @@ def _summarise(done: Run) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep a second process from the same run; the system drops the lock with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another process is computing this run: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Keep a second process from the same run; the system drops the lock with its holder.
+
+    Raises:
+        fastagop.locks.FolderInUse: the process that computes the run is stopped.
+    """
+    with locks.waiting(folder, lambda line: print(line, flush=True)):
         yield

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fastagop import Gaussian, Laplace, datasets
+from fastagop import Gaussian, Laplace, datasets, npz
 from fastagop.features import COS_SCALE
 
 POINTS = 50_000  # the first 50,000 of each data set
@@ -42,6 +39,11 @@ class Experiment:
     def readable(self) -> str:
         """The key's first part."""
         return self.name
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as result files hold them: a file's name, not where it lies on this machine."""
+        return {**asdict(self), "dataset": Path(self.dataset).name}
 
     @property
     def key(self) -> str:
@@ -135,13 +137,13 @@ def _count(dataset: str) -> int:
     datasets.load(dataset, n=1)  # says what is wrong with the name or the file
     if not dataset.endswith(".npz"):
         return len(datasets.load(dataset)[1])
-    with np.load(dataset) as archive:  # the labels alone: images are large
-        return len(archive["y_train"])
+    with npz.Archive(dataset) as archive:  # the labels alone: images are large
+        return archive.header("y_train").shape[0]
 
 
 def _content(dataset: str) -> str:
     """Checksums of an .npz's arrays, from its directory; empty for what has a name of its own."""
-    if not dataset.endswith(".npz") or not zipfile.is_zipfile(dataset):
+    if not dataset.endswith(".npz") or not Path(dataset).exists():
         return ""
-    with zipfile.ZipFile(dataset) as archive:
-        return "".join(f"-{entry.CRC:08x}" for entry in archive.infolist())
+    with npz.Archive(dataset) as archive:
+        return "".join(f"-{checksum:08x}" for checksum in archive.checksums())

@@ -6,27 +6,24 @@ until the run is complete), measures.csv and, written last, record.json: with it
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
 from tqdm.auto import tqdm
 
-from fastagop import datasets, network
+from fastagop import datasets, network, storage
 from reproduce import files, networks
 from reproduce.layers import number
 from reproduce.network_settings import NetworkSettings
 from reproduce.runs import Run, alone
 from reproduce.settings import Place
 
-_CHECKPOINT = "checkpoint.safetensors"
+_CHECKPOINT, _KIND = "checkpoint.safetensors", "network in training"
+_PARTS = ("classes", "layers", "losses", "seconds", "accuracy", "resumed")  # of a record, as figures use it
 STAGES = ("input", "projected", "features")  # x, S V^T x, ReLU(U S V^T x)
 
 
@@ -37,7 +34,7 @@ def run(settings: NetworkSettings, place: Place) -> Run:
     with alone(folder):
         if (folder / "record.json").exists():
             print("complete, nothing to compute")
-            record = json.loads((folder / "record.json").read_text())
+            record = files.read_record(folder / "record.json", settings.recorded, _PARTS)
         else:
             record = _compute(settings, place, folder)
     print(table(record["layers"]))
@@ -50,7 +47,7 @@ def run(settings: NetworkSettings, place: Place) -> Run:
 def _compute(settings: NetworkSettings, place: Place, folder: Path) -> dict[str, Any]:
     training = Training(settings, place)
     resumed = training.load(folder / _CHECKPOINT)
-    record: dict[str, Any] = {"settings": asdict(settings), "environment": files.environment(place.device)}
+    record: dict[str, Any] = {"settings": settings.recorded, "environment": files.environment(place.device)}
     files.write_json(folder / "settings.json", record)
     progress = tqdm(range(training.epoch, settings.epochs), initial=training.epoch, total=settings.epochs, unit="epoch")
     if not resumed:
@@ -63,7 +60,7 @@ def _compute(settings: NetworkSettings, place: Place, folder: Path) -> dict[str,
     record |= {"resumed": resumed, "seconds": training.seconds, "accuracy": training.accuracy()}
     record |= {"classes": training.classes, "losses": training.losses, "layers": training.rows}
     files.write_csv(folder / "measures.csv", training.rows)
-    files.write_json(folder / "record.json", record)
+    files.write_record(folder / "record.json", record)
     if not place.keep_checkpoint:
         (folder / _CHECKPOINT).unlink()
     return record
@@ -141,24 +138,34 @@ class Training:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"momentum.{i}": state["momentum_buffer"]} if state.get("momentum_buffer") is not None else {}
         done = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses, "rows": self.rows}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        files.write(path, save(tensors, {"done": json.dumps(done)}))
+        storage.write(path, _KIND, tensors, {"settings": self.settings.recorded, **done})
 
     def load(self, path: Path) -> bool:
-        """Go on from a saved file, where there is one."""
+        """Go on from a saved file, where there is one.
+
+        Raises:
+            ValueError: naming the file, which is damaged or another run's.
+        """
         if not path.exists():
             return False
-        with safe_open(path, "pt") as file:
-            done = json.loads(file.metadata()["done"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            tensors, done = storage.read(path, _KIND)
+            with storage.restoring(path):
+                self._restore(tensors, done)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to train from the start") from error
+        print(f"resumed after epoch {self.epoch}")
+        return True
+
+    def _restore(self, tensors: dict[str, torch.Tensor], done: dict[str, Any]) -> None:
+        if done["settings"] != self.settings.recorded:
+            raise ValueError("it is another run's: its settings differ")
         self.epoch, self.seconds, self.losses, self.rows = (done[key] for key in ("epoch", "seconds", "losses", "rows"))
         weights = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         self.model.load_state_dict(weights)
         for i, parameter in enumerate(self.model.parameters()):
             if f"momentum.{i}" in tensors:
                 self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{i}"].to(self.device)
-        print(f"resumed after epoch {self.epoch}")
-        return True
 
 
 def fall(start: float, middle: float, end: float) -> float | None:

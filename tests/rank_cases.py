@@ -85,6 +85,57 @@ def functions(_):
                 same_everywhere(G)
 
 
+def empty_shares(_):
+    """More ranks than rows, no rows at all, no outputs: what one process gives, for every function and option."""
+    kernel = Laplace(2.0)
+    for n, d, K, m in ((1, 3, 1, None), (2, 3, 0, None), (2, 3, 2, 0), (7, 3, 0, 0), (2, 3, 2, 1), (5, 3, 0, 2)):
+        X, alpha, V = normal(n, d), normal(n, K, seed=2), normal(n if m is None else m, K, seed=4)
+        Z = None if m is None else normal(m, d, seed=3)
+        calls = [("gradients", (alpha, Z), {}), ("kernel_matmul", (Z, V), {})]
+        calls += [("solve", (alpha,), {"ridge": 0.1, "method": how}) for how in ("auto", "cholesky", "eigh", "cg")]
+        for method in ("auto", "gradient", "gram"):
+            for center in (False, True):
+                for reduction in ("sum",) if m == 0 else ("sum", "mean"):
+                    options = {"method": method, "center": center, "reduction": reduction}
+                    calls.append(("agop", (alpha, Z), options))
+        for name, rest, options in calls:
+            shared, alone = (getattr(module, name)(kernel, X, *rest, **options) for module in (distributed, fastagop))
+            shared, alone = (result.alpha if name == "solve" else result for result in (shared, alone))
+            assert bool(shared.isfinite().all()), (name, options, n, d, K, m)
+            assert error(shared, alone) < 1e-11, (name, options, n, d, K, m)
+
+
+def weighted(_):
+    """Weights of points are split with the points; a share of weight 0, weights of any size, and disagreement."""
+    kernel = Laplace(2.0)
+    for dtype, most in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        for n, m in ((61, None), (61, 40), (3, 2), (61, 1)):
+            X, alpha = normal(n, 5, dtype=dtype), normal(n, 8, seed=2, dtype=dtype)
+            Z = None if m is None else normal(m, 5, seed=3, dtype=dtype)
+            w = normal(m or n, seed=4, dtype=dtype).abs()
+            first = torch.arange(len(w)) == 0  # the other ranks' shares weigh nothing
+            for weights in (w, w * first, 1e-30 * w, 1e30 * w):
+                for method in ("auto", "gradient", "gram"):
+                    for center, reduction in ((False, "mean"), (True, "mean"), (True, "sum")):
+                        how = {"method": method, "center": center, "reduction": reduction, "sample_weight": weights}
+                        if reduction == "sum" and float(weights.max()) > 1e6 and dtype == torch.float32:
+                            continue
+                        M = distributed.agop(kernel, X, alpha, Z, **how)
+                        alone = fastagop.agop(kernel, X, alpha, Z, **how)
+                        scale = float(fastagop.agop(kernel, X, alpha, Z, **{**how, "center": False}).abs().max())
+                        assert float((M - alone).abs().max()) <= most * scale, (n, m, dtype, how)
+                        assert torch.equal(M, M.T)
+                        same_everywhere(M)
+    X, alpha, w = normal(40, 3), normal(40, 2), normal(40, seed=5).abs()
+    moved = w.roll(dist.get_rank())
+    error_ = "sample_weight must be the same on every rank"
+    refused(error_, ValueError, lambda: distributed.agop(kernel, X, alpha, sample_weight=moved))
+    zeros = distributed.agop(kernel, X, alpha, sample_weight=0 * w, center=True, reduction="sum")
+    assert error(zeros, torch.zeros(3, 3)) == 0
+    message = "sample_weight must have a weight above 0"
+    refused(message, ValueError, lambda: distributed.agop(kernel, X, alpha, sample_weight=0 * w))
+
+
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
     X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
@@ -122,6 +173,17 @@ def solving(_):
         assert error(shared.alpha, alone.alpha) < 1e-5, method
         assert (shared.method, shared.iterations, shared.rank) == (alone.method, alone.iterations, alone.rank)
         same_everywhere(shared.alpha)
+    w = normal(150, seed=6, dtype=torch.float32).abs()
+    copied = torch.cat([X[:100], X[:50]])  # copies with other targets: merged, whoever solves
+    for points in (X, copied):
+        for method in ("cholesky", "eigh", "cg"):
+            how = {"ridge": 0.1, "method": method, "sample_weight": w}
+            shared = distributed.solve(Laplace(2.0), points, Y, **how)
+            assert error(shared.alpha, fastagop.solve(Laplace(2.0), points, Y, **how).alpha) < 1e-5, method
+            same_everywhere(shared.alpha)
+    moved = w.roll(dist.get_rank())
+    message = "sample_weight must be the same on every rank"
+    refused(message, ValueError, lambda: distributed.solve(Laplace(2.0), X, Y, ridge=0.1, sample_weight=moved))
     far = 2.0**30 * normal(50, 3)  # lengths whose squares need another unit
     shared = distributed.solve(Laplace(2.0**30), far, Y[:50].double(), method="cg", ridge=0.1)
     assert error(shared.alpha, fastagop.solve(Laplace(2.0**30), far, Y[:50].double(), ridge=0.1).alpha) < 1e-5
@@ -179,12 +241,13 @@ def rfm(_):
     """Two iterations on the group: the single-process metric, the same bits on every rank."""
     X, y = normal(90, 8).numpy(), np.arange(90) % 3
     X[:, 0] += y
-    settings = {"iterations": 2, "center": True, "dtype": "float64"}
-    alone = RFMClassifier(**settings).fit(X, y)
-    model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y)
-    assert error(model.M_, alone.M_) < 1e-9
-    assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
-    same_everywhere(model.decision_function(X))
+    for more, weights in (({}, None), ({"diagonal": True}, None), ({}, 1 + y), ({"diagonal": True}, 1 + y)):
+        settings = {"iterations": 2, "center": True, "dtype": "float64", **more}
+        alone = RFMClassifier(**settings).fit(X, y, weights)
+        model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y, weights)
+        assert error(model.M_, alone.M_) < 1e-9
+        assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
+        same_everywhere(model.decision_function(X))
 
 
 def refused(message, error_type, call):
@@ -200,6 +263,14 @@ def disagreement(_):
     swapped = X[torch.arange(40).roll(1)] if rank else X
     refused("X must be the same on every rank", ValueError, lambda: distributed.agop(kernel, other, Y))
     refused("X must be the same on every rank", ValueError, lambda: distributed.solve(kernel, swapped, Y))
+    labels = 2.0 * torch.nn.functional.one_hot(torch.arange(40) % 3).double() - 1.0
+    moved = labels.roll(rank, 0)  # every row and every column has the sum it had
+    refused("Y must be the same on every rank", ValueError, lambda: distributed.solve(kernel, X, moved))
+    refused("alpha must be the same on every rank", ValueError, lambda: distributed.agop(kernel, X, moved))
+    y = np.roll(np.arange(40) % 3, rank)
+    for model in (DeepRFMClassifier(depth=1, width=8, random_state=0), RFMClassifier(iterations=1)):
+        model.set_params(process_group=dist.group.WORLD)
+        refused("Y must be the same on every rank", ValueError, lambda model=model: model.fit(X, y))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
     copied = X.clone() if rank else X  # equal numbers, but only one rank knows that the points are the centers
     refused("Z must be the same", ValueError, lambda: distributed.agop(kernel, X, Y, copied, method="gram"))

@@ -40,7 +40,17 @@ def test_two_ranks(tmp_path):
     """Under torchrun, and one start for all cases: it costs more than they do."""
     folder = tmp_path / "checkpoint"
     deep = (f"deep_rfm={folder}", "deep_rfm_float32")
-    cases = ("functions", "unequal_memory", "guards", "solving", *deep, "rfm", "disagreement")
+    cases = (
+        "functions",
+        "empty_shares",
+        "weighted",
+        "unequal_memory",
+        "guards",
+        "solving",
+        *deep,
+        "rfm",
+        "disagreement",
+    )
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
 
 
@@ -49,8 +59,9 @@ def test_shares_of_nothing_and_lost_ranks():
 
     Without torchrun, which would end the other ranks by itself.
     """
-    said, errors = run(CASES, "3:functions", "2:lost=SIGKILL", "2:lost=SIGSTOP")
+    said, errors = run(CASES, "3:functions", "3:empty_shares", "2:lost=SIGKILL", "2:lost=SIGSTOP")
     assert "3:functions ended with 0" in said, errors
+    assert "3:empty_shares ended with 0" in said, errors
     for case, seconds in (("SIGKILL", 3), ("SIGSTOP", 7)):
         report, said = said.split(f"2:lost={case} ended with 3", 1)
         report = report[report.index("after") :]

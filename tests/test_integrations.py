@@ -89,8 +89,61 @@ def test_duplicates_have_no_gradient(normal):
 def test_what_it_refuses():
     with pytest.raises(TypeError, match="kernel must be a fastagop kernel"):
         FastKernel("laplace")
-    with pytest.raises(NotImplementedError, match="categorical"):
-        FastKernel(Laplace(1.0)).set_categorical_indices(None, None, None)
+    codes, vectors = [torch.tensor([1, 2])], [torch.eye(2)]
+    for lists in ((codes, vectors), (codes, []), ([], vectors)):
+        with pytest.raises(NotImplementedError, match=r"categorical features, got .*fast_categorical=False"):
+            FastKernel(Laplace(1.0)).set_categorical_indices(torch.tensor([0]), *lists)
+
+
+NO_CATEGORIES = {
+    "None": (None, None, None),
+    "lists": (torch.arange(5), [], []),
+    "tuples": (torch.arange(5), (), ()),
+    "None beside all columns": (torch.arange(5), None, None),
+    "arrays": (torch.arange(5).numpy(), torch.zeros(0).numpy(), torch.zeros(0).numpy()),
+    "another order": (torch.tensor([4, 0, 1, 3, 2]), [], []),
+}
+
+
+@pytest.mark.parametrize("lists", NO_CATEGORIES.values(), ids=NO_CATEGORIES.keys())
+def test_no_categories_change_nothing(lists, data):
+    x, z, coefs, _ = data
+    plain, told = FastKernel(Laplace(3.0)), FastKernel(Laplace(3.0))
+    told.set_categorical_indices(*lists, device="cpu")
+    assert torch.equal(told.get_kernel_matrix(x, z), plain.get_kernel_matrix(x, z))
+    assert torch.equal(told.get_agop(x, z, coefs), plain.get_agop(x, z, coefs))
+    assert torch.equal(told.get_function_grads(x, z, coefs), plain.get_function_grads(x, z, coefs))
+
+
+def test_columns_that_are_left_out(data):
+    x, z, coefs, _ = data
+    kernel = FastKernel(Laplace(3.0))
+    kernel.set_categorical_indices(torch.arange(4), [], [])
+    for call in (lambda: kernel.get_kernel_matrix(x, z), lambda: kernel.get_agop(x, z, coefs)):
+        with pytest.raises(ValueError, match="x must have the 4 columns that numerical_indices names, got 5"):
+            call()
+
+
+@pytest.mark.parametrize("classes", [0, 2, 3])  # regression, binary and multiclass heads
+@pytest.mark.parametrize("mode", ["constant", "adaptive"])
+def test_xrfm_as_pytabkit_calls_it(classes, mode, normal):
+    """A description of columns without categories, diagonal M, both kinds of heads: what xRFM's own kernel gives."""
+    X, Z = normal(120, 5, dtype=torch.float32), normal(40, 5, seed=2, dtype=torch.float32)
+    y, w = (P[:, 0] * P[:, 1] if not classes else (P[:, 0] * 2).round().long() % classes for P in (X, Z))
+    info = {"numerical_indices": torch.arange(5), "categorical_indices": [], "categorical_vectors": []}
+    answers = []
+    for kernel in ("l2", FastKernel(Laplace(5.0))):
+        params = {
+            "model": {"kernel": kernel, "bandwidth": 5.0, "exponent": 1.0, "bandwidth_mode": mode, "diag": True},
+            "fit": {"reg": 1e-2, "iters": 2, "early_stop_rfm": True, "M_batch_size": 8192, "solver": "solve"},
+        }
+        params["model"]["fast_categorical"] = True
+        metric = "accuracy" if classes else "mse"
+        tree = xrfm.xRFM(params, device="cpu", tuning_metric=metric, categorical_info=info, verbose=False, n_trees=1)
+        tree.fit(X, y, Z, w)
+        answer = tree.predict_proba(Z) if classes else tree.predict(Z)
+        answers.append(torch.as_tensor(answer).double().reshape(len(Z), -1))
+    assert float((answers[0] - answers[1]).abs().max()) <= 1e-3  # float32, ridge 1e-2
 
 
 def test_without_xrfm(python):

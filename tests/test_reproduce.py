@@ -141,7 +141,7 @@ def test_figure_writes_everything(figure6):
 def test_run_folder_is_complete_and_tidy(figure6):
     folder = only_run(figure6)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"settings.json", "layers.csv", "record.json", "gram.npz", ".lock"}
+    assert names == {"settings.json", "layers.csv", "record.json", "gram.npz"}
     rows = read(folder / "layers.csv")
     assert [row["layer"] for row in rows] == ["1", "2", "3"]
     assert {"residual", "jitter", "method", "solve_dtype", "seconds_solve", "peak_bytes"} <= set(rows[0])

@@ -35,7 +35,8 @@ class FastKernel(LaplaceKernel):
     that class its large batches. A pair at distance zero contributes no gradient, however small the others are.
 
     One object holds one bandwidth, as every kernel object of xRFM does: several leaves with
-    ``bandwidth_mode="adaptive"`` would overwrite each other's. Categorical features are not served.
+    ``bandwidth_mode="adaptive"`` would overwrite each other's. Categorical features are not served; pytabkit's
+    ``XRFM_D_Classifier(kernel_type=FastKernel(...))`` and its regressor work where no category has over 100 levels.
 
     Args:
         kernel: a fastagop kernel such as ``fastagop.Laplace(10.0)``, ``Laplace(L)`` being xRFM's "laplace" and
@@ -50,20 +51,50 @@ class FastKernel(LaplaceKernel):
         _checks.kernel(kernel)
         super().__init__(kernel.bandwidth, getattr(kernel, "exponent", 1.0), bandwidth_mode=bandwidth_mode)
         self._kernel, self.precision, self.backend = kernel, precision, backend
+        self._columns: list[int] | None = None
 
     @property
     def kernel(self) -> Radial:
         """The fastagop kernel with the bandwidth that xRFM has set."""
         return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
 
-    def set_categorical_indices(self, *args, **kwargs):
-        """Refused: a fastagop kernel takes the Euclidean distance of all features."""
-        raise NotImplementedError(
-            "FastKernel serves no categorical features; encode them as numbers, or use xRFM's own LaplaceKernel"
-        )
+    def __repr__(self):
+        return f"FastKernel({self.kernel!r})"
+
+    def set_categorical_indices(
+        self, numerical_indices=None, categorical_indices=None, categorical_vectors=None, device=None
+    ):
+        """Take xRFM's description of the columns where all are numbers; xRFM calls this for such data, too.
+
+        Args:
+            numerical_indices: columns that are numbers, all of them in any order; None says nothing.
+            categorical_indices, categorical_vectors: empty or None.
+            device: ignored, as nothing is stored there.
+
+        Raises:
+            NotImplementedError: there are categorical features. A fastagop kernel takes the distance of all columns.
+        """
+        lists = {"categorical_indices": categorical_indices, "categorical_vectors": categorical_vectors}
+        for name, value in lists.items():
+            if value is not None and len(value):
+                raise NotImplementedError(
+                    f"FastKernel serves no categorical features, got {name} with {len(value)} of them; pass "
+                    "fast_categorical=False to xRFM, which then takes one-hot columns as numbers, or encode them as "
+                    "numbers before fit (pytabkit: those of more than 100 levels), or use xRFM's own LaplaceKernel"
+                )
+        self._columns = None if numerical_indices is None else sorted(torch.as_tensor(numerical_indices).tolist())
+
+    def _check_columns(self, x: torch.Tensor) -> None:
+        """Refuse points with columns that ``set_categorical_indices`` has left out: xRFM's kernels ignore them."""
+        if self._columns is not None and self._columns != list(range(x.shape[1])):
+            raise ValueError(
+                f"x must have the {len(self._columns)} columns that numerical_indices names, got {x.shape[1]}; "
+                "pass all of them as numerical_indices, or drop the others from x"
+            )
 
     def _points(self, x: torch.Tensor, z: torch.Tensor, mat: torch.Tensor | None):
         """(centers, points) times M^(1/2), one tensor where they are equal: half the work, and self-pairs by index."""
+        self._check_columns(x)
         own = z is x or (z.shape == x.shape and torch.equal(z, x))
         x = self._transform_m(x, mat)
         return x, x if own else self._transform_m(z, mat)

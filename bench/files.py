@@ -1,0 +1,40 @@
+"""Where the benchmarks' results go: whole files, and JSON that is what it should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastagop import commands, storage
+
+ROOT = Path(__file__).resolve().parents[1]
+_MOST = 2**28  # bytes of a result
+
+
+def check(out: Path) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, but {out} is a folder")
+    commands.prepare(out.parent, f"the folder of --out {out}")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, and its folder, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.put(path, content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, result: Any) -> None:
+    """Write a result."""
+    write(path, json.dumps(result, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A result; ValueError naming the file where it holds no JSON."""
+    if storage.regular_size(path) > _MOST:
+        raise ValueError(f"{path} is no result of a benchmark: it is too long")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON ({error})") from error

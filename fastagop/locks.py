@@ -1,0 +1,207 @@
+"""A folder for one process at a time: who holds it is written in it, and the system drops the lock with its holder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from fastagop.kernels import _process
+
+try:
+    import fcntl
+except ImportError:  # no POSIX system: what the lock file says of its holder then decides alone
+    fcntl = None
+
+_NAME = ".lock"
+_PATIENCE = 0.5  # seconds for a new holder to write who it is
+_BETWEEN = 0.2  # seconds between two looks at a lock that is waited for
+_LONGEST = 4096  # bytes of a lock file
+
+
+class FolderInUse(ValueError):
+    """Another process, or another fit of this one, works in the folder; the message says which."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as its file says."""
+
+    pid: int
+    host: str
+    since: str
+    token: str
+
+    @property
+    def state(self) -> str:
+        """RUNNING, STOPPED, ENDED or ELSEWHERE (another host, which cannot be asked)."""
+        return _process.state(self.token)
+
+    def __str__(self):
+        states = {
+            _process.STOPPED: f", which is stopped: `kill -CONT {self.pid}` continues it",
+            _process.ENDED: ", which has ended, but left a process behind that holds the lock",
+            _process.ELSEWHERE: ", which cannot be asked from here",
+        }
+        return f"process {self.pid} on {self.host} (since {self.since}{states.get(self.state, '')})"
+
+
+class Lock:
+    """The lock of a folder, held from here to ``close``.
+
+    A lock whose holder was killed is taken over. A folder that cannot be written to is not locked: whoever has it can
+    only read. Forked children do not inherit the lock.
+
+    Args:
+        folder: an existing folder. what: the folder's name in messages.
+
+    Raises:
+        FolderInUse: naming the holder's process, host and start. OSError: the lock file cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike, what: str = "folder"):
+        self._path = Path(folder) / _NAME
+        self._file: int | None = None
+        deadline = time.monotonic() + _PATIENCE
+        while self._file is None and os.access(self._path.parent, os.W_OK):
+            self._file = _take(self._path)
+            if self._file is not None:
+                break
+            holder = _read(self._path)
+            named = holder is not None and holder.state != _process.ENDED
+            if named or time.monotonic() > deadline:
+                who = holder or "another process, which did not write down who it is"
+                gone = f", or remove {self._path} if that process is gone" if _is_elsewhere(holder) else ""
+                raise FolderInUse(
+                    f"{what} {folder} is in use by {who}; let it finish or end it, or use another folder{gone}"
+                )
+            time.sleep(0.01)  # it has just been taken, or given back
+        if self._file is not None:
+            _held.add(self)
+            _sign(self._file)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                os.unlink(self._path)
+            os.close(file)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self):
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
+    def _leave_to_parent(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for lock in list(_held):
+        lock._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@contextlib.contextmanager
+def waiting(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Hold a folder, made where it is not there; wait for another holder while it runs, and say so once.
+
+    Raises:
+        FolderInUse: the holder is stopped, so that waiting might never end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    said = False
+    while True:
+        try:
+            lock = Lock(folder)
+            break
+        except FolderInUse as refusal:
+            holder = _read(folder / _NAME)
+            if holder is not None and holder.state == _process.STOPPED:
+                raise
+            if not said:
+                say(f"waiting: {refusal}")
+            said = True
+            time.sleep(_BETWEEN)
+    with lock:
+        yield
+
+
+def _take(path: Path) -> int | None:
+    """The descriptor of a lock file that is now this process's, or None where another one has it."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        file = os.open(path, flags, 0o666)
+    except PermissionError:  # another user's lock file in a shared folder: it can be locked, if not signed
+        file = os.open(path, flags & ~(os.O_RDWR | os.O_CREAT))
+    try:
+        # A holder removes its file when it is done: a lock on the removed file is worth nothing.
+        if _lock(file, path) and os.fstat(file).st_ino == os.stat(path).st_ino:
+            taken, file = file, None
+            return taken
+    except FileNotFoundError:
+        pass
+    finally:
+        if file is not None:
+            os.close(file)
+    return None
+
+
+def _lock(file: int, path: Path) -> bool:
+    """Whether the system gives the lock; where its file system has none, whether the written holder is gone."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                return False
+        else:
+            return True
+    holder = _read(path)
+    return holder is None or holder.state == _process.ENDED
+
+
+def _is_elsewhere(holder: Holder | None) -> bool:
+    return holder is not None and holder.state == _process.ELSEWHERE
+
+
+def _sign(file: int) -> None:
+    """Write down who holds the lock."""
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    words = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": _process.token()}
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(file, 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        os.write(file, json.dumps(words).encode())
+
+
+def _read(path: Path) -> Holder | None:
+    """Who a lock file names; None where it names nobody yet."""
+    try:
+        with open(path, "rb") as file:
+            words = json.loads(file.read(_LONGEST))
+        return Holder(int(words["pid"]), str(words["host"]), str(words["since"]), str(words["token"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
