@@ -229,10 +229,9 @@ def _leaders(U: torch.Tensor) -> np.ndarray:
     if len(U) < 2 or U.shape[1] == 0:
         return leader
     exponent = torch.frexp(U.abs().max())[1]
-    tolerance = _tolerance(U, exponent)
-    label = _crowds(U, exponent, tolerance)
-    sizes = np.bincount(label)
-    rows = np.flatnonzero(sizes[label] > 1)
+    place, length, tolerance = _places(U, exponent)
+    label = _crowds(place, tolerance + 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length)
+    rows = np.flatnonzero(np.bincount(label)[label] > 1)
     for turn in range(len(rows)):
         if len(rows) == 0:
             break
@@ -252,40 +251,35 @@ def _wide(U: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(U.double(), -exponent)
 
 
-def _tolerance(U: torch.Tensor, exponent: torch.Tensor) -> np.ndarray:
-    """Distance within which each row's copies lie: a few eps of its length, or of the cloud's spread if that is less.
+def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(projections on random directions (n, 3), lengths (n,), distance within which each row's copies lie (n,)).
 
-    Points beside a large offset may differ by little of their length and still be told apart.
+    That distance is a few eps of the row's length, or of the cloud's spread if that is less: points beside a large
+    offset may differ by little of their length and still be told apart.
     """
     sample = _wide(U[:: -(-len(U) // _SAMPLE)], exponent)
     middle = sample.median(0).values
-    spread = torch.linalg.vector_norm(sample - middle, dim=1).median()
-    eps = (4 + 0.5 * U.shape[1] ** 0.5) * torch.finfo(U.dtype).eps
-    parts = []
-    for s in _slices(U):
-        x = _wide(U[s], exponent)
-        length = torch.linalg.vector_norm(x, dim=1)
-        apart = torch.linalg.vector_norm(x - middle, dim=1).clamp_min(spread)
-        one = apart < 4 * eps * length  # all points are one to rounding
-        parts.append(eps * torch.where(one, length, torch.minimum(length, apart)))
-    return torch.cat(parts).cpu().numpy()
-
-
-def _crowds(U: torch.Tensor, exponent: torch.Tensor, tolerance: np.ndarray) -> np.ndarray:
-    """A number for each row, equal for rows that may be copies: their projections on random directions are near."""
+    spread = float(torch.linalg.vector_norm(sample - middle, dim=1).median())
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
     directions = (directions / torch.linalg.vector_norm(directions, dim=0)).to(U.device)
-    places, lengths = [], []
+    parts = []
     for s in _slices(U):
         wide = _wide(U[s], exponent)
-        places.append(wide @ directions)
-        lengths.append(torch.linalg.vector_norm(wide, dim=1))
-    place, length = torch.cat(places).cpu().numpy(), torch.cat(lengths).cpu().numpy()
-    reach = tolerance + 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length  # rounding of the projections
+        sizes = [torch.linalg.vector_norm(part, dim=1)[:, None] for part in (wide, wide - middle)]
+        parts.append(torch.cat([wide @ directions, *sizes], 1))
+    found = torch.cat(parts).cpu().numpy()
+    length, apart = found[:, -2], np.maximum(found[:, -1], spread)
+    eps = (4 + 0.5 * U.shape[1] ** 0.5) * torch.finfo(U.dtype).eps
+    one = apart < 4 * eps * length  # all points are one to rounding
+    return found[:, :_DIRECTIONS], length, eps * np.where(one, length, np.minimum(length, apart))
+
+
+def _crowds(place: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """A number for each row, equal for rows that may be copies: their projections are within reach of each other."""
     order = np.argsort(place[:, 0], kind="stable")
     far = np.maximum.accumulate(place[order, 0] + reach[order])
-    label = np.empty(len(U), dtype=np.int64)
+    label = np.empty(len(place), dtype=np.int64)
     label[order] = np.cumsum(np.append(False, place[order[1:], 0] > far[:-1]))
     for k in range(1, _DIRECTIONS):
         most = np.zeros(label.max() + 1)
@@ -317,10 +311,11 @@ def _thinned(U, exponent, tolerance: np.ndarray, rows: np.ndarray, label: np.nda
     for crowd in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
         x = _wide(U[torch.from_numpy(crowd).to(U.device)], exponent)
         x = x - x[:1]
-        squares, most = x.square().sum(1), float(tolerance[crowd].max())
+        squares, most = x.square().sum(1), torch.from_numpy(tolerance[crowd]).to(U.device)
         slack = 1e-12 * float(squares.max())
         for start in range(0, len(crowd), 256):
             sq = squares[start : start + 256, None] + squares - 2.0 * (x[start : start + 256] @ x.T)
-            near = (sq <= most**2 + slack).sum(1) > 1  # itself is one
+            reach = torch.minimum(most[start : start + 256, None], most)
+            near = (sq <= reach.square() + slack).sum(1) > 1  # itself is one
             kept.append(crowd[start : start + 256][near.cpu().numpy()])
     return np.sort(np.concatenate(kept)) if kept else rows[:0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +25,7 @@ _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, b
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 _ENOUGH, _ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
-_SAMPLE = 1024  # rows whose float64 residual stands for that of all
+_SAMPLE = 512  # rows whose float64 residual stands for that of all
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,23 @@ class System:
 
 @dataclass(frozen=True)
 class Found:
-    """What a direct solve came to: alpha in float64, and how; ``system.K`` holds k(X, X) above its diagonal."""
+    """What a direct solve came to: alpha in float64, and how; ``system.K`` holds k(X, X) above its diagonal.
+
+    ``checked``: (rows, residuals of alpha rounded to ``system.out``) where they have been measured on the way.
+    """
 
     system: System
     alpha: torch.Tensor
     jitter: float
     iterations: int
     rank: int
+    checked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64, of the alpha that is returned."""
+        if self.checked is not None and torch.equal(alpha, self.alpha.to(self.system.out).double()):
+            return self.checked
+        return self.system.unmet(alpha, Y)
 
 
 def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
@@ -112,7 +122,7 @@ def solve(
     if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
         return found
     if found is not None:
-        coarse = _coarse(found, Y)
+        coarse, found = _coarse(found, Y)
         if not coarse:
             return found
         log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
@@ -163,7 +173,7 @@ def system(kernel: Radial, X: torch.Tensor, ridge, plan: Plan, dtype: torch.dtyp
 
 
 def sample_product(kernel: Radial, X: torch.Tensor, V: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, their k(X, X) V) from points in float64: all rows of few, a thousand of many."""
+    """(rows, their k(X, X) V) from points in float64: all rows of few, a sample of many."""
     n = len(X)
     if n <= _FEW:
         return torch.arange(n, device=X.device), torch_blocks.kernel_matmul(kernel, X, X, V, plan)
@@ -171,18 +181,21 @@ def sample_product(kernel: Radial, X: torch.Tensor, V: torch.Tensor, plan: Plan)
     return rows, torch_blocks.kernel_matmul(kernel, X[rows], X, V, plan)
 
 
-def _coarse(found: Found, Y: torch.Tensor) -> float:
-    """The residual with float64 kernel values where a float32 matrix is to blame for it; 0 where it is good enough."""
-    system, alpha = found.system, found.alpha
+def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
+    """(residual with float64 kernel values where a float32 matrix is to blame for it, else 0; found, checked)."""
+    system, alpha, K = found.system, found.alpha, Y.shape[1]
     lost = alpha - alpha.to(system.out).double()
-    rows, both = system.check(torch.cat([alpha, lost], 1))
-    K = Y.shape[1]
-    R = both[:, :K] + times(system.ridge, alpha)[rows] + found.jitter * alpha[rows] - Y[rows]
+    rounded = system.out != torch.float64
+    rows, both = system.check(torch.cat([alpha, lost], 1) if rounded else alpha)
+    R = both[:, :K] + times(system.ridge, alpha)[rows] - Y[rows]
+    change = both[:, K:] + times(system.ridge, lost)[rows] if rounded else torch.zeros_like(R)
+    found = replace(found, checked=(rows, R - change))
     size = float(torch.linalg.vector_norm(Y)) * (len(rows) / len(Y)) ** 0.5
     if size == 0:
-        return 0.0
-    error, floor = (float(torch.linalg.vector_norm(part)) / size for part in (R, both[:, K:]))
-    return error if error > max(_ENOUGH_OF_FEW if len(Y) <= _FEW else _ENOUGH, 4.0 * floor) else 0.0
+        return 0.0, found
+    error, floor = (float(torch.linalg.vector_norm(part)) / size for part in (R + found.jitter * alpha[rows], change))
+    enough = _ENOUGH_OF_FEW if len(Y) <= _FEW else _ENOUGH
+    return (error if error > max(enough, 4.0 * floor) else 0.0), found
 
 
 def _cholesky(system: System, Y: torch.Tensor, wide: bool) -> Found | None:

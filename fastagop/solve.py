@@ -301,7 +301,7 @@ def solve_stored(
     with matmul_precision(precision, X.device):
         found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
         alpha, seen = task.coefficients(found.alpha)
-        residuals = task.residuals(*found.system.unmet(seen, task.target))
+        residuals = task.residuals(*found.unmet(seen, task.target))
         note = bandwidth.note(kernel, X, plan.block)
     made = {"jitter": found.jitter, "method": plan.method, "dtype": found.system.K.dtype, "note": note}
     made |= {
