@@ -85,7 +85,7 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         )
     if 0 in tensor.shape:
         raise ValueError(f"X must have at least one row and one column, got shape {tuple(X.shape)}")
-    validate_data(estimator, X, reset=reset, skip_check_array=True)
+    validate_data(estimator, X, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
     tensor = tensor if tensor.dtype in DTYPES.values() else tensor.double()
     if not _checks.finite(tensor):
         raise ValueError("X holds NaN or infinity; clean it first, for example with torch.nan_to_num")
