@@ -159,9 +159,10 @@ def weights(value, n: int) -> np.ndarray | None:
         value = np.full(n, float(value))
     value = numpy("sample_weight", value)
     try:
-        if np.iscomplexobj(value):
+        found = np.asarray(value)
+        if found.dtype.kind == "c":
             raise TypeError
-        found = np.array(value, dtype=np.float64)
+        found = np.array(found, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"sample_weight must be real numbers, one for each row of X, got {value!r}") from None
     if found.shape != (n,):
