@@ -27,22 +27,48 @@ class _Turns:
     def __init__(self):
         self.changed = threading.Condition()
         self.holders: dict[int, int] = {}
+        self.waits: dict[int, set[int]] = {}  # thread -> threads that it waits for
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
         """A forked child has none of its parent's other threads, so none of them can give back what it held."""
-        self.changed = threading.Condition()
+        self.changed, self.waits = threading.Condition(), {}
         self.holders = {part: thread for part, thread in self.holders.items() if thread == threading.get_ident()}
 
     def take(self, parts: set[int]) -> set[int]:
-        """Wait until no other thread holds any of the parts, and hold them; returns those not held before."""
+        """Wait until no other thread holds any of the parts, and hold them; returns those not held before.
+
+        Raises:
+            RuntimeError: waiting would never end.
+        """
         thread = threading.get_ident()
         with self.changed:
-            self.changed.wait_for(lambda: all(self.holders.get(part, thread) == thread for part in parts))
+            try:
+                while others := {self.holders[part] for part in parts if part in self.holders} - {thread}:
+                    self.waits[thread] = others
+                    if self._waits_for(thread, thread):
+                        raise RuntimeError(
+                            "model: threads wait for each other, each measuring a model inside a measure of another; "
+                            "measure these models in one thread"
+                        )
+                    self.changed.wait()
+            finally:
+                self.waits.pop(thread, None)
             taken = parts - set(self.holders)
             self.holders.update(dict.fromkeys(taken, thread))
         return taken
+
+    def _waits_for(self, thread: int, other: int) -> bool:
+        """Whether a thread waits for another one, or for one that does."""
+        seen, todo = set(), [thread]
+        while todo:
+            for one in self.waits.get(todo.pop(), set()) - seen:
+                if one == other:
+                    return True
+                seen.add(one)
+                todo.append(one)
+        return False
 
     def give_back(self, parts: set[int]) -> None:
         """End what ``take`` began."""

@@ -369,3 +369,31 @@ def test_compiled_models_in_threads():
 
     torch.compile(lambda x: x + 1, backend=backend)(X)
     assert count  # things compile again
+
+
+def test_measures_that_would_wait_for_each_other_are_refused():
+    """Two threads, each measuring one model inside the forward of the other: one of them is told, none hangs."""
+    inner, barrier = [nn.Linear(4, 2), nn.Linear(4, 2)], threading.Barrier(2, timeout=20)
+
+    class Outer(nn.Module):
+        def __init__(self, own, other):
+            super().__init__()
+            self.own, self.other, self.first = own, [other], True
+
+        def forward(self, x):
+            if self.first:
+                self.first = False
+                barrier.wait()  # now both hold their own
+            network.agop(self.other[0], x.detach())
+            return self.own(x)
+
+    def call(i):
+        try:
+            return len(network.agop(Outer(inner[i], inner[1 - i]), torch.randn(3, 4)))
+        except RuntimeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = sorted(map(str, pool.map(call, range(2))))
+    assert found[0] == "1"
+    assert "threads wait for each other" in found[1]
