@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from . import smooth, torch_gram
-from ._plan import Plan, block_rows, budget, human, roomy
+from ._plan import RAISE_LIMIT, Plan, block_rows, budget, human, roomy
 from ._products import product, symmetrise_
 from ._rates import rate, source
 from .errors import warn
@@ -101,7 +101,7 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     else:
         fixed = d * d * 16 + (m * n + n * d) * size + 8 * (n + 3 * K * d)
         row, most = (max(BLOCKS_ALIVE - 1, 2) * n + d) * size + 8 * (d + K), max(m, n)
-    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,")
+    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,", RAISE_LIMIT)
     return rows, fixed + rows * row
 
 

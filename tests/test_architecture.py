@@ -131,11 +131,12 @@ def test_public_names():
 # The public contract's signatures: names, order, what is keyword-only, and defaults.
 CONTRACT = {
     "kernel_matrix": "(kernel, X, Z=None, *, out=None, ridge=0.0, precision='highest', backend='auto')",
-    "kernel_matmul": "(kernel, X, Z, V, *, precision='highest', backend='auto')",
+    "kernel_matmul": "(kernel, X, Z=None, V=None, *, precision='highest', backend='auto')",
     "gradients": "(kernel, X, alpha, Z=None, *, precision='highest', backend='auto')",
     "agop": "(kernel, X, alpha, Z=None, *, reduction='mean', center=False, method='auto', precision='highest', "
-    "backend='auto', memory_limit=None)",
-    "solve": "(kernel, X, Y, *, ridge=0.0, method='auto', precision='highest', backend='auto', memory_limit=None)",
+    "backend='auto', memory_limit=None, sample_weight=None)",
+    "solve": "(kernel, X, Y, *, ridge=0.0, method='auto', precision='highest', backend='auto', memory_limit=None, "
+    "sample_weight=None)",
     "explain": "(op, *args, **kwargs)",
     "Laplace": "(bandwidth)",
     "Gaussian": "(bandwidth)",
