@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastagop.kernels import torch_blocks
+from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
@@ -15,15 +16,15 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
 
     A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
     """
-    n = len(X)
+    n, (scaled, X, _, unit) = len(X), in_units(kernel, X, X)
     if n < 2:
         return ""
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
-    zeros, ones, others = _counts(kernel, few, block)
-    if others or (n > _FEW and _counts(kernel, X, block)[2]):
+    zeros, ones, others = _counts(scaled, few, block)
+    if others or (n > _FEW and _counts(scaled, X, block)[2]):
         return ""
     apart = torch.pdist(few.double()).median()
-    given, typical = kernel.bandwidth, float(apart)
+    given, typical = kernel.bandwidth, float(apart) * unit
     if ones and zeros:
         what = "0 or 1 to rounding: points are equal to it or have nothing in common"
     elif zeros:
@@ -32,7 +33,7 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
         what = "1 to rounding: all points look alike"
     return (
         f"at bandwidth {given:.3g} every kernel value of two different points is {what}. Their typical distance is "
-        f"{typical:.3g} (in the units of the bandwidth); take a bandwidth of that size, or scale the features"
+        f"{typical:.3g}: take a bandwidth of that size, or scale the features"
     )
 
 

@@ -17,7 +17,7 @@ from fastagop.features import FeatureMap, random_features
 from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
 from fastagop.regression import Machine
-from fastagop.solve import Solution, Solved
+from fastagop.solve import Solution, Solved, size_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class LayerRecord:
     stages: Mapping[str, float]
     peak_bytes: int
 
+    def __repr__(self):
+        nc1 = f"NC1 {self.nc1['projected']:.1e}, " if "projected" in self.nc1 else ""
+        return f"LayerRecord({nc1}agop_scale {self.agop_scale:.2g}, {self.seconds:.2g} s, {self.solution})"
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -73,6 +77,9 @@ class Layer:
     root: torch.Tensor
     map: FeatureMap
     record: LayerRecord
+
+    def __repr__(self):
+        return f"Layer(agop {size_of(self.agop)}, {self.map.name} features {len(self.map.weight)}, {self.record})"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class LayerEvent:
     projected: torch.Tensor
     features: torch.Tensor
     classes: torch.Tensor | None
+
+    def __repr__(self):
+        made = f"projected {size_of(self.projected)}, features {size_of(self.features)}"
+        return f"LayerEvent(layer {self.layer} of {self.depth}, {made}, {self.record})"
 
 
 @dataclass(frozen=True)

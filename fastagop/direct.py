@@ -24,7 +24,7 @@ WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the ker
 _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
-_ENOUGH, _ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
 _SAMPLE = 512  # rows whose float64 residual stands for that of all
 
 
@@ -194,7 +194,7 @@ def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
     if size == 0:
         return 0.0, found
     error, floor = (float(torch.linalg.vector_norm(part)) / size for part in (R + found.jitter * alpha[rows], change))
-    enough = _ENOUGH_OF_FEW if len(Y) <= _FEW else _ENOUGH
+    enough = ENOUGH_OF_FEW if len(Y) <= _FEW else ENOUGH
     return (error if error > max(enough, 4.0 * floor) else 0.0), found
 
 
@@ -256,7 +256,7 @@ def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan) -> Foun
         return linalg.cholesky_solve(old.K, R.to(old.K.dtype)).double()
 
     left = Y - matmul(found.alpha)
-    reach = _ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
+    reach = ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
     options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=old.steps)
     outcome = cg.conjugate_gradients(matmul, left, by_factor, options)
     return Found(old, found.alpha + outcome.alpha, found.jitter, found.iterations + outcome.iterations, found.rank)

@@ -384,9 +384,9 @@ def solve_as(
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
-                solved = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, rows, shared)
+                solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, rows, shared)
             else:
-                solved, _ = solve_stored(units, points, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
+                solved, _ = solve_stored(kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
         return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):

@@ -67,7 +67,7 @@ def _solved_together(X, Y, machine: Machine, group, rows: Rows) -> tuple[Solved,
 
 def _solved(X, Y, machine: Machine, rows: Rows) -> tuple[Solved, torch.Tensor | None, Plan]:
     """(solution in float64, matrix that holds k(X, X) above its diagonal or None, plan)."""
-    kernel, X, _, _ = in_units(machine.kernel, X, X)
+    kernel = machine.kernel
     plan, (_, _, ridge, how) = plan_solve(kernel, X, rows.take(Y), **machine.how)
     if not isinstance(how, ConjugateGradients):
         return *solve_stored(kernel, X, Y, ridge, plan, how, machine.precision, torch.float64, rows), plan

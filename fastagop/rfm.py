@@ -15,7 +15,7 @@ from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
 from fastagop.progress import Progress
-from fastagop.solve import Solution, report
+from fastagop.solve import Solution, report, size_of
 
 _LAPLACE = Laplace(10.0)
 
@@ -34,6 +34,9 @@ class IterationRecord:
     agop_scale: float
     seconds: float
 
+    def __repr__(self):
+        return f"IterationRecord(agop_scale {self.agop_scale:.2g}, {self.seconds:.2g} s, {self.solution})"
+
 
 @dataclass(frozen=True)
 class IterationEvent:
@@ -48,6 +51,9 @@ class IterationEvent:
     iterations: int
     record: IterationRecord
     M: torch.Tensor
+
+    def __repr__(self):
+        return f"IterationEvent(iteration {self.iteration} of {self.iterations}, M {size_of(self.M)}, {self.record})"
 
 
 Callback = Callable[[IterationEvent], None]

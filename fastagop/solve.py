@@ -44,6 +44,11 @@ class Advice:
 ADVICE = Advice()
 
 
+def size_of(tensor: torch.Tensor) -> str:
+    """A tensor's shape in a short repr."""
+    return " x ".join(map(str, tensor.shape))
+
+
 @dataclass(frozen=True)
 class Solution:
     """What ``solve`` found and what it did to find it.
@@ -89,9 +94,8 @@ class Solution:
         how = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
         how += f", jitter {self.jitter:.1e}" if self.jitter else ""
         rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
-        shape = " x ".join(map(str, self.alpha.shape))
         parts = [
-            f"alpha {shape} {str(self.alpha.dtype).removeprefix('torch.')}",
+            f"alpha {size_of(self.alpha)} {str(self.alpha.dtype).removeprefix('torch.')}",
             how,
             f"residual {self.residual:.1e}{rows}",
         ]
@@ -153,6 +157,8 @@ def plan_solve(
             coarse = chosen == "triton" and precision != "highest"
             road, dtype, reason = _road(X, ridge, method, room, coarse, advice)
             plan = _plan_direct(X, Y, road, dtype, f"{why}; {reason}", precision, chosen)
+            if dtype == torch.float32 and ridge > 0:
+                plan = _with_second_try(plan, X, room)
             return plan, (X, Y, ridge, (dtype, room))
         except MemoryError:
             if method != "auto" or chosen == "triton":
@@ -188,6 +194,15 @@ def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str
     if backend == "triton" and not triton_fills(dtype):
         words += " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
     return Plan("solve", backend, method, why, words, work, int(copies * n * n * size) + extra, rows)
+
+
+def _with_second_try(plan: Plan, X: torch.Tensor, room: int) -> Plan:
+    """The plan of a float32 matrix with what a float64 one takes, where that fits: it may turn out to be needed."""
+    needed = direct.needed_bytes(len(X), X.shape[1], torch.float64)
+    if needed > room:
+        return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
+    more = f"; a float64 matrix where the float32 one leaves a residual above {direct.ENOUGH:.0e}"
+    return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
 
 
 def _road(
@@ -279,7 +294,6 @@ def solve(
     if not rows.plain:  # fewer points may take another road
         points = rows.take(X)
         plan, (_, _, _, how) = plan_solve(kernel, points, rows.take(Y), memory_limit=memory_limit, **options)
-    kernel, points, _, _ = in_units(kernel, points, points)
     if isinstance(how, ConjugateGradients):
         with matmul_precision(precision, X.device):
             solved = solve_unstored(kernel, points, Y, ridge, plan, how, X.dtype, rows)
@@ -298,11 +312,12 @@ def solve_stored(
     everything else, so callers that go on computing ask for float64.
     """
     start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
+    note = bandwidth.note(kernel, X)
+    kernel, X, _, _ = in_units(kernel, X, X)
     with matmul_precision(precision, X.device):
         found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
         alpha, seen = task.coefficients(found.alpha)
         residuals = task.residuals(*found.unmet(seen, task.target))
-        note = bandwidth.note(kernel, X, plan.block)
     made = {"jitter": found.jitter, "method": plan.method, "dtype": found.system.K.dtype, "note": note}
     made |= {
         "iterations": found.iterations,
@@ -322,6 +337,8 @@ def solve_unstored(
     """
     product = product or (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul
     start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
+    note = bandwidth.note(kernel, X)
+    kernel, X, _, _ = in_units(kernel, X, X)
     x, every = X.double(), torch.arange(len(X), device=X.device)
 
     def matmul(V, jitter=0.0):
@@ -336,7 +353,7 @@ def solve_unstored(
     residuals = task.residuals(every, matmul(seen).sub_(task.target))
     made = {"jitter": jitter, "method": "cg", "dtype": torch.float64, "iterations": iterations}
     made |= {"rank": low_rank.rank if low_rank else 0, "stopped": outcome.stopped, "tolerance": options.tolerance}
-    made |= {"note": bandwidth.note(kernel, X, plan.block), "seconds": time.perf_counter() - start}
+    made |= {"note": note, "seconds": time.perf_counter() - start}
     return task.solved(alpha, ridge=ridge, **residuals, **made)
 
 

@@ -75,19 +75,24 @@ def budget(limit: int | None, device: torch.device) -> int:
     return limit if limit is not None else int(0.9 * available_bytes(device))
 
 
+RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one
 ROWS = 256  # of a block, at most
 
 
-def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str) -> int:
+def block_rows(
+    row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str, advice: str = "use fewer points, or free memory"
+) -> int:
     """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
+
+    ``advice``: what the caller of ``what`` can do where not even one row fits.
 
     Blocks aim at 32 MB, so that elementwise work on a block stays near the caches, and at 128 to 256 rows.
     """
     room = (limit - fixed_bytes) // max(1, row_bytes)
     if room < 1:
         raise MemoryError(
-            f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but memory_limit leaves "
-            f"{human(limit)}; raise memory_limit, or free memory"
+            f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but {human(limit)} may be used; "
+            f"{advice}"
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))

@@ -16,7 +16,7 @@ import shutil
 
 import torch
 
-from ._plan import Plan, block_rows, budget
+from ._plan import RAISE_LIMIT, Plan, block_rows, budget
 from ._products import add_squares_, symmetrise_
 from .errors import BackendUnavailable
 from .radial import Radial
@@ -169,7 +169,7 @@ def plan_agop(X, alpha, Z, method: str, limit: int | None, why: str, precision: 
         )
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     row, fixed, room = 3 * K * d * size, 2 * 8 * d * d + 2 * n * K * size, budget(limit, X.device)
-    block_rows(row, fixed, room, m, "agop, gradient form,")  # MemoryError where a single row does not fit
+    block_rows(row, fixed, room, m, "agop, gradient form,", RAISE_LIMIT)  # MemoryError where a single row does not fit
     rows = max(1, min(m, (room - fixed) // max(1, row), _BLOCK // max(1, row)))
     work = m * n * d * (5.0 + 2 * K) + 2.0 * m * K * d * d
     return Plan("agop", "keops", "gradient", why, precision, work, fixed + rows * row, rows)

@@ -20,7 +20,7 @@ import torch
 
 from . import smooth, torch_gram
 from ._checks import readable
-from ._plan import ROWS, Plan, block_rows, budget, human, roomy
+from ._plan import RAISE_LIMIT, ROWS, Plan, block_rows, budget, human, roomy
 from ._products import add_squares_, symmetrise_
 from ._rates import rate, source
 from ._units import scaled_
@@ -109,7 +109,7 @@ def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
     else:
         fixed = d * d * 16 + (m * n + n * d) * size + 8 * (n + 3 * K * d)
         row, most = (max(BLOCKS_ALIVE - 1, 2) * n + d) * size + 8 * (d + K), max(m, n)
-    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,")
+    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,", RAISE_LIMIT)
     return rows, fixed + rows * row
 
 
