@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastagop import commands, storage
+from fastagop import commands, storage, tensor_files
 
 ROOT = Path(__file__).resolve().parents[1]
 _MOST = 2**28  # bytes of a result
@@ -32,7 +32,7 @@ def write_json(path: Path, result: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """A result; ValueError naming the file where it holds no JSON."""
-    if storage.regular_size(path) > _MOST:
+    if tensor_files.regular_size(path) > _MOST:
         raise ValueError(f"{path} is no result of a benchmark: it is too long")
     try:
         return json.loads(path.read_bytes())

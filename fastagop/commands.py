@@ -55,7 +55,8 @@ def prepare(folder: Path, option: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{option} must be a folder, but {error.filename or folder} is a file") from error
+        file = next((path for path in (folder, *folder.parents) if path.is_file()), folder)
+        raise ValueError(f"{option} must be a folder, but {file} is a file") from error
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; {option} must be a folder to write to", str(folder)) from error
 

@@ -10,28 +10,24 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import platform
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fastagop import tensor_files
 from fastagop.cg import ConjugateGradients
 from fastagop.deep_rfm import Layer, LayerRecord
 from fastagop.features import FeatureMap
 from fastagop.kernels import _atomic
-from fastagop.kernels._memory import host_bytes
 from fastagop.kernels.radial import Radial, named
 from fastagop.solve import Solution
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_LONGEST_TEXT = 2**25  # bytes of a description: labels and feature names are the longest things in one
 # What reading or using a file's contents raises where they are not what we write; ValueError stands apart.
 MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
 
@@ -66,9 +62,9 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dic
     """Write tensors and their description as one file of a kind; returns its checksum."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"kind": kind, **words})
-    if len(text) > _LONGEST_TEXT:
+    if len(text) > tensor_files.LONGEST_TEXT:
         raise ValueError(
-            f"{path} cannot hold a description of {len(text)} bytes, {_LONGEST_TEXT} at most; "
+            f"{path} cannot hold a description of {len(text)} bytes, {tensor_files.LONGEST_TEXT} at most; "
             "shorten the labels or the feature names"
         )
     digest = fingerprint(tensors, text)
@@ -84,15 +80,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
     """
-    size = regular_size(path)
-    if size > host_bytes():
-        raise ValueError(f"{path} holds {size / 1e9:.3g} GB, more than this machine's free memory")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, *MALFORMED) as error:
-        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+    tensors, metadata = tensor_files.read(path)
     if metadata.get("fastagop") != FORMAT:
         found = metadata.get("fastagop")
         said = "was not written by fastagop" if found is None else f"has format {found}"
@@ -106,26 +94,12 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, words
 
 
-def regular_size(path: Path) -> int:
-    """Bytes of a file that this process may read; ValueError where the path is a folder, device or pipe."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: a pipe would block
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise ValueError(f"{path} is {what}; give the path of a file")
-    with open(path, "rb") as file:
-        return os.fstat(file.fileno()).st_size
-
-
 def parse_json(path: Path, text: str | bytes) -> dict:
     """The JSON object that a file holds; ValueError naming the file where it is none, too long or too deep."""
-    if len(text) > _LONGEST_TEXT:
-        raise ValueError(f"{path} is corrupt: a description of {len(text)} bytes, where {_LONGEST_TEXT} are possible")
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({type(error).__name__}: {error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is truncated or corrupt (it holds a {type(found).__name__}, not an object)")
-    return found
+        return tensor_files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error})") from error
 
 
 @contextlib.contextmanager
@@ -156,8 +130,8 @@ def read_json(path: Path) -> dict:
     Raises:
         ValueError: naming the file, which is damaged or was edited. OSError: it cannot be read.
     """
-    if regular_size(path) > _LONGEST_TEXT:
-        raise ValueError(f"{path} is corrupt: no description is longer than {_LONGEST_TEXT} bytes")
+    if tensor_files.regular_size(path) > 2 * tensor_files.LONGEST_TEXT:
+        raise ValueError(f"{path} is corrupt: no description is as long")
     words = parse_json(path, path.read_bytes())
     said = words.pop("sha256", None)
     with restoring(path):

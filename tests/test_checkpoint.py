@@ -159,7 +159,10 @@ def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, spy)
     storage.put(tmp_path / "a", b"1")
     folder = str(tmp_path)
-    assert steps == [("fsync", f"{folder}/a.tmp"), ("replace", f"{folder}/a"), ("fsync", folder)]
+    (settled, temporary), *rest = steps
+    assert settled == "fsync"
+    assert temporary.startswith(f"{folder}/.a.")
+    assert rest == [("replace", f"{folder}/a"), ("fsync", folder)]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
