@@ -181,6 +181,53 @@ before = status("VmRSS")
     return run
 
 
+@pytest.fixture(scope="session")
+def tensor_memory():
+    """tensor_memory(call): (result, bytes of CPU tensors alive at once beyond those before), also within operations.
+
+    It reads torch's own allocations; matrices of 4 MB and more may come from NumPy and are not seen.
+    """
+
+    def run(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = call()
+        events = profile.profiler.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        alive = most = 0
+        for _, count in changes:
+            alive += count
+            most = max(most, alive)
+        return result, most
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bounded_solution():
+    """bounded_solution(A, X, Y, dtype): the relative residual of a dense float64 solve that dtype can bear.
+
+    The diagonal of A grows by tens from eps times the largest row sum until torch's Cholesky factorisation succeeds
+    and no coefficient exceeds that of Y divided by the square root of eps. Where equal rows of X have different
+    targets, the residual is at least that of answering them by their mean.
+    """
+
+    def solve(A: torch.Tensor, X: torch.Tensor, Y: torch.Tensor, dtype: torch.dtype) -> float:
+        A, Y, eps = A.double(), Y.double(), torch.finfo(dtype).eps
+        _, group = torch.unique(X, dim=0, return_inverse=True)
+        same = (group[:, None] == group).double()
+        least = float(torch.linalg.vector_norm(same @ Y / same.sum(1, keepdim=True) - Y) / torch.linalg.vector_norm(Y))
+        jitter, bound = 0.0, float(Y.abs().max()) / eps**0.5
+        while True:
+            L, failed = torch.linalg.cholesky_ex(A + jitter * torch.eye(len(A), dtype=A.dtype))
+            if not failed:
+                alpha = torch.cholesky_solve(Y, L)
+                if float(alpha.abs().max()) <= bound:
+                    return max(least, float(torch.linalg.vector_norm(A @ alpha - Y) / torch.linalg.vector_norm(Y)))
+            jitter = max(10.0 * jitter, eps * float(A.sum(1).max()))
+
+    return solve
+
+
 @pytest.fixture
 def little_memory(monkeypatch):
     """little_memory(bytes): operations without a memory_limit find that much free, and work in small blocks."""
@@ -287,46 +334,3 @@ def differences():
         return total
 
     return build
-
-
-@pytest.fixture(scope="session")
-def tensor_memory():
-    """tensor_memory(call): (result, bytes of CPU tensors alive at once beyond those before), also within operations.
-
-    It reads torch's own allocations; matrices of 4 MB and more may come from NumPy and are not seen.
-    """
-
-    def run(call):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            result = call()
-        events = profile.profiler.kineto_results.events()
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        alive = most = 0
-        for _, count in changes:
-            alive += count
-            most = max(most, alive)
-        return result, most
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def bounded_solution():
-    """bounded_solution(A, Y, dtype): (jitter, relative residual) of a dense float64 solve that dtype can bear.
-
-    The diagonal of A grows by tens from eps times the largest row sum until torch's Cholesky factorisation succeeds
-    and no coefficient exceeds that of Y divided by the square root of eps.
-    """
-
-    def solve(A: torch.Tensor, Y: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-        A, Y, eps = A.double(), Y.double(), torch.finfo(dtype).eps
-        jitter, bound = 0.0, float(Y.abs().max()) / eps**0.5
-        while True:
-            L, failed = torch.linalg.cholesky_ex(A + jitter * torch.eye(len(A), dtype=A.dtype))
-            if not failed:
-                alpha = torch.cholesky_solve(Y, L)
-                if float(alpha.abs().max()) <= bound:
-                    return jitter, float(torch.linalg.vector_norm(A @ alpha - Y) / torch.linalg.vector_norm(Y))
-            jitter = max(10.0 * jitter, eps * float(A.sum(1).max()))
-
-    return solve

@@ -48,6 +48,36 @@ def error(a, b):
     return float(torch.linalg.vector_norm(a - b) / (size if size > 0 else 1.0))
 
 
+def tensor_memory(call):
+    """(result, bytes of CPU tensors alive at once beyond those before)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = profile.profiler.kineto_results.events()
+    alive = most = 0
+    for _, count in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        alive += count
+        most = max(most, alive)
+    return result, most
+
+
+def least_room(_):
+    """Every rank may take what the poorest one has, and the processes of a machine share that."""
+    plain, few = _plan.available_bytes, 900_000
+    _plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
+    _, room = ranks.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
+    _plan.available_bytes = plain
+    assert 0.5 * few <= room * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= few
+
+
+def reports(_):
+    """Two close points with different targets: what the first rank alters, every rank is told."""
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    X[1], Y[1] = X[0] + 1e-12, Y[0] + 1.0
+    with pytest.warns(fastagop.NumericalWarning, match="jitter") as said:
+        distributed.solve(Laplace(2.0), X, Y)
+    assert len(said) == 1
+
+
 def same_everywhere(value):
     """Every rank holds the same bits."""
     everyone = [None] * dist.get_world_size()
@@ -136,18 +166,6 @@ def weighted(_):
     refused(message, ValueError, lambda: distributed.agop(kernel, X, alpha, sample_weight=0 * w))
 
 
-def tensor_memory(call):
-    """(result, bytes of CPU tensors alive at once beyond those before)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = call()
-    events = profile.profiler.kineto_results.events()
-    alive = most = 0
-    for _, count in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        alive += count
-        most = max(most, alive)
-    return result, most
-
-
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
     X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
@@ -206,24 +224,6 @@ def solving(_):
     assert error(shared.alpha, fastagop.solve(Laplace(2.0**30), far, Y[:50].double(), ridge=0.1).alpha) < 1e-5
     with pytest.raises(MemoryError, match="may be used"):
         distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
-
-
-def least_room(_):
-    """Every rank may take what the poorest one has, and the processes of a machine share that."""
-    plain, few = _plan.available_bytes, 900_000
-    _plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
-    _, room = ranks.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
-    _plan.available_bytes = plain
-    assert 0.5 * few <= room * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= few
-
-
-def reports(_):
-    """Two close points with different targets: what the first rank alters, every rank is told."""
-    X, Y = normal(60, 6), normal(60, 2, seed=1)
-    X[1], Y[1] = X[0] + 1e-12, Y[0] + 1.0
-    with pytest.warns(fastagop.NumericalWarning, match="jitter") as said:
-        distributed.solve(Laplace(2.0), X, Y)
-    assert len(said) == 1
 
 
 def stop_after_two(event):

@@ -252,7 +252,10 @@ def test_eigh_of_a_device_that_fails(failure, normal, monkeypatch, caplog):
     assert "computing on the CPU" in caplog.text
 
 
-def test_eigh_fails_aloud(monkeypatch):
-    monkeypatch.setattr(torch.linalg, "eigh", lambda A: (A[0] * torch.nan, A))
+@pytest.mark.parametrize("what", ["values", "vectors"])
+def test_eigh_fails_aloud(what, monkeypatch):
+    values, vectors = torch.ones(3), torch.eye(3)
+    failed = (values * torch.nan, vectors) if what == "values" else (values, vectors * torch.nan)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: failed)
     with pytest.raises(torch.linalg.LinAlgError, match="it returned NaN"):
         linalg.eigh(torch.eye(3))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +110,13 @@ def test_one_row_far_out_is_refused_in_float32(size, other, cloud):
     K = fastagop.kernel_matrix(Laplace(2.0), far.double())  # float64 holds both
     assert 0 < float(K[0, 1]) < 1
     assert float(K[0, 3]) == 0
+
+
+def test_every_rank_knows_the_least_room_and_what_was_altered():
+    words = [str(Path(__file__).with_name("rank_cases.py")), "2:least_room", "2:reports"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300)
+    for case in ("least_room", "reports"):
+        assert f"2:{case} ended with 0" in done.stdout, done.stderr
 
 
 def test_a_shared_solve_reports_what_it_altered(alone, cloud, normal):

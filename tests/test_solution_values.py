@@ -111,6 +111,16 @@ def test_fewer_pivots_leave_what_their_columns_do_not_say(cloud):
     assert float((F @ F.T - nystroem).abs().max()) <= 1e-10
 
 
+def test_columns_that_repeat_others_add_no_rank(normal):
+    """A preconditioner's U has orthonormal columns, whatever rounding makes of eigenvalues that are zero."""
+    Q = torch.linalg.qr(normal(60, 20)).Q
+    P = cg.preconditioner(torch.cat([Q, Q[:, :5]], 1), 1e-3)
+    assert P.rank == 20
+    assert float((P.U.T @ P.U - torch.eye(20)).abs().max()) <= 1e-12
+    assert P.tail == pytest.approx(1.001, rel=1e-12)  # eigenvalues of F F^T: fifteen of 1, five of 2
+    assert float(P.values.max()) == pytest.approx(2.001, rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_least_rows_keep_their_direction(dtype):
     """Subnormal numbers: their squares, and the inverse of their size, leave the dtype."""
