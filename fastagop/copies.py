@@ -21,25 +21,44 @@ _MIX = (-7046029254386353131, -4417276706812531889)  # odd 64-bit multipliers
 
 @dataclass(frozen=True)
 class Given:
-    """Targets as they were given, for the residual of the system before copies were merged.
+    """Rows as they were given, for their coefficients and for the residual of the system before copies were merged.
 
-    Attributes:
-        count: rows that each point stands for (r,). shift: sum over them of mean target - target (r, K).
-        scatter: sum of squares of mean target - target. size: norm of the targets. share, group: each row's part in its
-            point's coefficient, and its point; rows without weight are left out.
+    Attributes, of the rows that have a weight:
+        group: the point of each row (n,). share: its part in the point's coefficient, float64 (n,).
+        ridges: the ridge over the row's weight, float64 (n, 1).
+        apart: mean target of the point - target, float64 (n, K).
+        beyond: what a row's coefficient has beyond its share, because its target differs from the mean; None where
+            copies share alone.
+        size: norm of the targets.
     """
 
-    count: torch.Tensor
-    shift: torch.Tensor
-    scatter: float
-    size: float
-    share: torch.Tensor
     group: torch.Tensor
+    share: torch.Tensor
+    ridges: torch.Tensor
+    apart: torch.Tensor
+    beyond: torch.Tensor | None
+    size: float
 
-    def summed(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Coefficients of the points (r, K), float64, from what the rows get in a dtype."""
-        shared = (alpha.double()[self.group] * self.share[:, None]).to(dtype).double()
-        return torch.zeros_like(alpha, dtype=torch.float64).index_add_(0, self.group, shared)
+    def rows(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Coefficients of the rows (n, K), in a dtype, from those of the points (r, K)."""
+        found = alpha.double()[self.group].mul_(self.share[:, None])
+        return (found if self.beyond is None else found.add_(self.beyond)).to(dtype)
+
+    def summed(self, rows: torch.Tensor, points: int) -> torch.Tensor:
+        """Coefficients of the points (r, K), float64, that coefficients of the rows add up to."""
+        return rows.new_zeros(points, rows.shape[1], dtype=torch.float64).index_add_(0, self.group, rows.double())
+
+    def squares(self, R: torch.Tensor, index: torch.Tensor, rows: torch.Tensor, part: torch.Tensor) -> float:
+        """Sum of squares of the rows' residuals, estimated from those R (s, K) of some points.
+
+        A row's residual is its point's and what the row has of its own: its ridge times its coefficient in place of
+        ``part`` (r, K), the point's, and its target in place of the mean.
+        """
+        own = (self.ridges * rows.double()).sub_(part[self.group]).add_(self.apart)
+        count = torch.bincount(self.group, minlength=len(part)).double()
+        shift = torch.zeros_like(part).index_add_(0, self.group, own)
+        of_points = (count[index, None] * R.square() + 2.0 * R * shift[index]).sum()
+        return max(0.0, len(part) / max(1, len(index)) * float(of_points) + float(own.square().sum()))
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Rows:
         left: rows of weight 0 (e,).
         group: the point of each row (n,): below r one of ``kept``, from r on one of ``left``.
         weight: total weight of each point, float64 (r,). each: weight of each row, float64 (n,).
+        equal: whether all rows of a point are equal to the bit (r,).
         plain: every row is a point of weight 1, in the order given.
     """
 
@@ -59,6 +79,7 @@ class Rows:
     group: torch.Tensor
     weight: torch.Tensor
     each: torch.Tensor
+    equal: torch.Tensor
     plain: bool
 
     @property
@@ -104,8 +125,13 @@ class Rows:
         """Coefficients (n, K) of the rows from those of the points: in proportion to the weights."""
         if self.plain:
             return alpha
-        out = alpha.new_zeros(len(self.group), alpha.shape[1])
-        out[self.live] = (alpha[self.group[self.live]].double() * self.share[:, None]).to(alpha.dtype)
+        share = (alpha[self.group[self.live]].double() * self.share[:, None]).to(alpha.dtype)
+        return self.among_all(share)
+
+    def among_all(self, rows: torch.Tensor) -> torch.Tensor:
+        """What rows with a weight have, as (n, K) with zeros for the others."""
+        out = rows.new_zeros(len(self.group), rows.shape[1])
+        out[self.live] = rows
         return out
 
     def means(self, Y: torch.Tensor) -> torch.Tensor:
@@ -125,17 +151,22 @@ class Rows:
         mean[group[alone]] = y[alone]  # to the bit
         return torch.from_numpy(mean).to(Y)
 
-    def given(self, Y: torch.Tensor, mean: torch.Tensor) -> Given | None:
-        """What the residual of the rows given needs beyond that of the points; None where it is the same."""
+    def given(self, Y: torch.Tensor, mean: torch.Tensor, ridge: float, bound: float) -> Given | None:
+        """How coefficients and residuals of the rows follow from those of the points; None where they are the same.
+
+        Under a ridge mu the system of all rows gives row i the coefficient w_i (y_i - mean) / mu beyond its share. It
+        has no part in the predictor, and is left out where it would exceed ``bound`` and drown the shares, and where
+        rounding has moved the copies apart: it would pass for a steep gradient between them.
+        """
         if self.plain or self.merged == 0:
             return None
-        live, r = self.live, len(self.kept)
+        live, w = self.live, self.each[self.live][:, None]
         group = self.group[live]
         apart = mean.double()[group] - Y.double()[live]
-        count = torch.bincount(group, minlength=r).double()
-        shift = torch.zeros_like(mean, dtype=torch.float64).index_add_(0, group, apart)
-        size = float(torch.linalg.vector_norm(Y.double()[live]))
-        return Given(count, shift, float(apart.square().sum()), size, self.share, group)
+        beyond = torch.where(self.equal[group, None], apart, 0.0) * w / -ridge if ridge > 0 else None
+        if beyond is not None and not (beyond.numel() and float(beyond.abs().max()) <= bound):
+            beyond = None
+        return Given(group, self.share, ridge / w, apart, beyond, float(torch.linalg.vector_norm(Y.double()[live])))
 
     def contradictions(self, Y: torch.Tensor, mean: torch.Tensor) -> int:
         """Rows whose target differs from their point's mean target by more than rounding."""
@@ -172,13 +203,18 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     group[left] = len(first) + torch.arange(len(left), device=device)
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
-    return Rows(live[first], left, group, weight, w, plain)
+    kept = live[first]
+    same = torch.ones(len(kept), dtype=torch.bool, device=device)
+    if len(kept) < len(live):
+        differs = torch.cat([(X[live[s]] != X[kept[point[s]]]).any(1) for s in _slices(x)])
+        same[point[differs]] = False
+    return Rows(kept, left, group, weight, w, same, plain)
 
 
 def alone(X: torch.Tensor) -> Rows:
     """Every row of X a point of its own, of weight 1."""
     every, ones = torch.arange(len(X), device=X.device), torch.ones(len(X), dtype=torch.float64, device=X.device)
-    return Rows(every, every[:0], every, ones, ones, True)
+    return Rows(every, every[:0], every, ones, ones, ones > 0, True)
 
 
 def _sums(point: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

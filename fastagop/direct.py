@@ -65,8 +65,8 @@ class System:
         Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
         in the working dtype their differences are noise.
         """
-        bound = largest(Y) / torch.finfo(self.out).eps ** 0.5
-        excess = largest(alpha) / bound if bound > 0 else 0.0
+        most = bound(Y, self.out)
+        excess = largest(alpha) / most if most > 0 else 0.0
         fine = excess <= 1 or self.residual(alpha.to(self.out), Y) <= RESIDUAL[self.out]
         return 0.0 if fine else excess
 
@@ -90,6 +90,11 @@ class Found:
         if self.checked is not None and torch.equal(alpha, self.alpha.to(self.system.out).double()):
             return self.checked
         return self.system.unmet(alpha, Y)
+
+
+def bound(Y: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest coefficient that a dtype can bear: beyond it, differences of coefficients are noise beside Y."""
+    return largest(Y) / torch.finfo(dtype).eps ** 0.5
 
 
 def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:

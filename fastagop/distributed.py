@@ -24,6 +24,7 @@ from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torc
 from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels._products import symmetrise_
+from fastagop.kernels._units import scaled_
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
@@ -116,7 +117,7 @@ def agop_as(
     (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
-    scaled, divisor, weight_unit = row_weights(weights, at, options["reduction"])
+    scaled, divisor, exponent = row_weights(weights, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
         if plan.backend == "torch" and ranks.size > 1 and weights is None:
@@ -128,7 +129,7 @@ def agop_as(
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
             M = _rows_of_points(kernel, X, alpha, at, scaled, center, ranks, how)
     M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
-    return M.div_(unit).div_(unit).div_(divisor).mul_(weight_unit)
+    return scaled_(M.div_(unit).div_(unit).div_(divisor), exponent)
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
@@ -384,9 +385,11 @@ def solve_as(
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
-                solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, rows, shared)
+                solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, rows, shared, apart=out is None)
             else:
-                solved, _ = solve_stored(kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
+                solved, _ = solve_stored(
+                    kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, rows, apart=out is None
+                )
         return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -296,39 +297,60 @@ def solve(
         plan, (_, _, _, how) = plan_solve(kernel, points, rows.take(Y), memory_limit=memory_limit, **options)
     if isinstance(how, ConjugateGradients):
         with matmul_precision(precision, X.device):
-            solved = solve_unstored(kernel, points, Y, ridge, plan, how, X.dtype, rows)
+            solved = solve_unstored(kernel, points, Y, ridge, plan, how, X.dtype, rows, apart=True)
     else:
-        solved, _ = solve_stored(kernel, points, Y, ridge, plan, how, precision, X.dtype, rows)
+        solved, _ = solve_stored(kernel, points, Y, ridge, plan, how, precision, X.dtype, rows, apart=True)
     report(solved.solution)
     return solved.solution
 
 
 def solve_stored(
-    kernel: Radial, X, Y, ridge: float, plan: Plan, how: tuple[torch.dtype, int], precision: str, out, rows: Rows
+    kernel: Radial,
+    X,
+    Y,
+    ridge: float,
+    plan: Plan,
+    how: tuple[torch.dtype, int],
+    precision: str,
+    out: torch.dtype,
+    rows: Rows,
+    *,
+    apart: bool = False,
 ) -> tuple[Solved, torch.Tensor]:
     """(solved, matrix with k(X, X) in its strict upper triangle) at the points X (r, d) of given targets Y (n, K).
 
     alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
-    everything else, so callers that go on computing ask for float64.
+    everything else, so callers that go on computing ask for float64. ``apart``: copies whose targets differ get
+    coefficients that differ, where the ridge keeps these small; else they share one.
     """
-    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
+    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
     note = bandwidth.note(kernel, X)
     kernel, X, _, _ = in_units(kernel, X, X)
     with matmul_precision(precision, X.device):
         found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
-        alpha, seen = task.coefficients(found.alpha)
-        residuals = task.residuals(*found.unmet(seen, task.target))
+        answer = task.answer(found.alpha)
+        residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
     made = {"jitter": found.jitter, "method": plan.method, "dtype": found.system.K.dtype, "note": note}
     made |= {
         "iterations": found.iterations,
         "rank": found.rank + len(Y) - len(X),
         "seconds": time.perf_counter() - start,
     }
-    return task.solved(alpha, ridge=ridge, **residuals, **made), found.system.K
+    return task.solved(answer, ridge=ridge, **residuals, **made), found.system.K
 
 
 def solve_unstored(
-    kernel: Radial, X, Y, ridge: float, plan: Plan, options: ConjugateGradients, out, rows: Rows, product=None
+    kernel: Radial,
+    X,
+    Y,
+    ridge: float,
+    plan: Plan,
+    options: ConjugateGradients,
+    out: torch.dtype,
+    rows: Rows,
+    product: Callable | None = None,
+    *,
+    apart: bool = False,
 ) -> Solved:
     """Solve by conjugate gradients; ``product(kernel, X, X, V, plan)`` -> k(X, X) V may be a sharded one.
 
@@ -336,7 +358,7 @@ def solve_unstored(
     at n = 4000 already, and at more for more points.
     """
     product = product or (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul
-    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
+    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
     note = bandwidth.note(kernel, X)
     kernel, X, _, _ = in_units(kernel, X, X)
     x, every = X.double(), torch.arange(len(X), device=X.device)
@@ -349,12 +371,12 @@ def solve_unstored(
 
     low_rank = cg.preconditioner_of(columns, x.new_ones(len(x)), task.ridge, options)  # every profile has phi(0) = 1
     outcome, jitter, iterations = _with_jitter(matmul, task.target, low_rank, options, out)
-    alpha, seen = task.coefficients(outcome.alpha)
-    residuals = task.residuals(every, matmul(seen).sub_(task.target))
+    answer = task.answer(outcome.alpha)
+    residuals = task.residuals(every, matmul(answer.seen).sub_(task.target), answer)
     made = {"jitter": jitter, "method": "cg", "dtype": torch.float64, "iterations": iterations}
     made |= {"rank": low_rank.rank if low_rank else 0, "stopped": outcome.stopped, "tolerance": options.tolerance}
     made |= {"note": note, "seconds": time.perf_counter() - start}
-    return task.solved(alpha, ridge=ridge, **residuals, **made)
+    return task.solved(answer, ridge=ridge, **residuals, **made)
 
 
 @dataclass(frozen=True)
@@ -375,39 +397,56 @@ class _Task:
     out: torch.dtype
 
     @classmethod
-    def of(cls, Y: torch.Tensor, ridge: float, rows: Rows, out: torch.dtype) -> _Task:
-        """The task of targets as they were given (n, K)."""
+    def of(cls, Y: torch.Tensor, ridge: float, rows: Rows, out: torch.dtype, apart: bool) -> _Task:
+        """The task of targets as they were given (n, K); ``apart``: copies meet their own targets where they can."""
         y, unit = in_unit(Y.double())
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
-        return cls(target, ridges, unit, rows.given(y, target), rows, rows.contradictions(y, target), out)
+        given = rows.given(y, target, ridge, direct.bound(y, out) if apart else 0.0)
+        return cls(target, ridges, unit, given, rows, rows.contradictions(y, target), out)
 
-    def coefficients(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha as it is returned, that one in the task's unit in float64, as the rows given share it)."""
-        alpha = _of_unit(alpha.to(self.out), self.unit)
-        seen = alpha.double() if self.given is None else self.given.summed(alpha, self.out)
-        return alpha, seen / self.unit
+    def answer(self, alpha: torch.Tensor) -> _Answer:
+        """The coefficients that are returned, from those found for the points."""
+        points = _of_unit(alpha.to(self.out), self.unit)
+        if self.given is None:
+            return _Answer(points, self.rows.shared(points), points.double() / self.unit, None)
+        rows = _of_unit(self.given.rows(alpha, self.out), self.unit)
+        seen = rows.double() / self.unit
+        return _Answer(points, self.rows.among_all(rows), self.given.summed(seen, len(alpha)), seen)
 
-    def residuals(self, index: torch.Tensor, R: torch.Tensor) -> dict:
+    def residuals(self, index: torch.Tensor, R: torch.Tensor, answer: _Answer) -> dict:
         """Residuals of the rows given and of the points, from those (s, K) of some points."""
         grow, size = len(self.target) / max(1, len(index)), float(torch.linalg.vector_norm(self.target))
         merged = (grow * float(R.square().sum())) ** 0.5
         merged = merged / size if size > 0 else 0.0
         measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
-        if self.given is None:
+        if self.given is None or answer.rows is None:
             return {"residual": merged, "residual_rows": measured}
-        given = self.given
-        square = (given.count[index, None] * R.square() + 2.0 * R * given.shift[index]).sum()
-        total = max(0.0, grow * float(square) + given.scatter) ** 0.5
-        literal = total / given.size if given.size > 0 else 0.0
+        part = direct.times(self.ridge, answer.seen)
+        total = self.given.squares(R, index, answer.rows, part) ** 0.5
+        literal = total / self.given.size if self.given.size > 0 else 0.0
         return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
 
-    def solved(self, alpha: torch.Tensor, **made) -> Solved:
+    def solved(self, answer: _Answer, **made) -> Solved:
         """The Solution of all rows given, and the points' coefficients."""
-        found = Solution(
-            alpha=self.rows.shared(alpha), merged=self.rows.merged, contradictions=self.contradictions, **made
-        )
-        return Solved(found, alpha)
+        found = Solution(alpha=answer.all, merged=self.rows.merged, contradictions=self.contradictions, **made)
+        return Solved(found, answer.points)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Coefficients in the dtype that was asked for.
+
+    Attributes:
+        points: of the points (r, K). all: of the rows given (n, K).
+        seen: what the rows' add up to for each point, in the task's unit, float64 (r, K).
+        rows: of the rows that have a weight, in the task's unit, float64; None where they are the points'.
+    """
+
+    points: torch.Tensor
+    all: torch.Tensor
+    seen: torch.Tensor
+    rows: torch.Tensor | None
 
 
 def in_unit(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
@@ -428,7 +467,6 @@ def _of_unit(alpha: torch.Tensor, unit: float) -> torch.Tensor:
 
 def _with_jitter(matmul, Y, low_rank, options, out: torch.dtype):
     """(outcome, jitter, steps of all tries) with the least jitter, by tens, that has a bounded solution."""
-    bound = largest(Y) / torch.finfo(out).eps ** 0.5  # as ``direct.System.excess`` has it
     scale = low_rank.largest if low_rank else float(len(Y))
     jitter, iterations = 0.0, 0
     while True:
@@ -437,7 +475,7 @@ def _with_jitter(matmul, Y, low_rank, options, out: torch.dtype):
             Y,
             low_rank.shifted(jitter) if low_rank else None,
             options,
-            bound,
+            direct.bound(Y, out),
         )
         iterations += outcome.iterations
         if not outcome.singular or jitter >= MAX_JITTER * scale:

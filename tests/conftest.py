@@ -208,7 +208,7 @@ def bounded_solution():
 
     The diagonal of A grows by tens from eps times the largest row sum until torch's Cholesky factorisation succeeds
     and no coefficient exceeds that of Y divided by the square root of eps. Where equal rows of X have different
-    targets, the residual is at least that of answering them by their mean.
+    targets and there is no ridge, the residual is at least that of answering them by their mean.
     """
 
     def solve(A: torch.Tensor, X: torch.Tensor, Y: torch.Tensor, dtype: torch.dtype) -> float:
@@ -216,6 +216,7 @@ def bounded_solution():
         _, group = torch.unique(X, dim=0, return_inverse=True)
         same = (group[:, None] == group).double()
         least = float(torch.linalg.vector_norm(same @ Y / same.sum(1, keepdim=True) - Y) / torch.linalg.vector_norm(Y))
+        least = least if float(A.diagonal().max()) == 1.0 else 0.0
         jitter, bound = 0.0, float(Y.abs().max()) / eps**0.5
         while True:
             L, failed = torch.linalg.cholesky_ex(A + jitter * torch.eye(len(A), dtype=A.dtype))

@@ -154,7 +154,7 @@ def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solut
     true = residual(A, solution.alpha, Y)
     size = torch.linalg.matrix_norm(A, 2) * torch.linalg.vector_norm(solution.alpha.double()) / Y.double().norm()
     assert abs(solution.residual - true) <= 64 * EPS * float(size) + 1e-9
-    _, best = bounded_solution(A, Y, dtype)  # at most 0.8: alpha = 0 has 1
+    best = bounded_solution(A, X, Y, dtype)  # at most 0.8: alpha = 0 has 1
     assert true <= min(1.5 * best, 0.5 * (1 + best)) + (2e-6 if dtype == torch.float64 else 2e-3)
     met = solution.residual if solution.merged_residual is None else solution.merged_residual
     missed = solution.stopped or met > (1e-3 if dtype == torch.float32 else 1e-6)

@@ -172,11 +172,17 @@ def test_contradictions(dtype, method, ridge, kind, normal, relative):
     summed = solution.alpha[:77].double().clone()
     summed[:3] += solution.alpha[77:]
     assert relative(summed, exact) <= (1e-4 if method == "cg" else 2e-5 if dtype == torch.float32 else 1e-9)
-    assert torch.equal(solution.alpha[77:], solution.alpha[:3])
+    answered = kind == "bits" and ridge > (0.0 if dtype == torch.float64 else 1e-6)
+    if answered:  # the system of all rows has a solution that the dtype can bear
+        full = reference.kernel_matrix(Laplace(2.0), X) + ridge * torch.eye(80)
+        assert relative(solution.alpha, torch.linalg.solve(full, Y.double())) <= 1e-5
+        assert solution.residual <= (1e-4 if dtype == torch.float32 else 2e-6)
+    else:
+        assert torch.equal(solution.alpha[77:], solution.alpha[:3])
     # the residual reported is the literal one of all rows
     K = reference.kernel_matrix(Laplace(2.0), X)
     literal = float((K @ solution.alpha.double() + ridge * solution.alpha - Y).norm() / Y.norm())
-    assert solution.residual == pytest.approx(literal, rel=1e-5)
+    assert solution.residual == pytest.approx(literal, rel=1e-3 if answered else 1e-5, abs=2e-16 * float(solution.alpha.abs().max()))
     assert solution.merged_residual <= 2e-6
 
 
