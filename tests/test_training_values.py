@@ -83,3 +83,11 @@ def test_an_epoch_trains_and_accuracy_does_not():
     one.train_epoch()
     assert int(normalisation.num_batches_tracked) == 3
     assert not torch.equal(normalisation.running_mean, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training(value):
+    one = training()
+    one.Y[0, 0] = value
+    with pytest.raises(ValueError, match="training diverged in epoch 1"):
+        one.train_epoch()
