@@ -69,7 +69,7 @@ def test_an_epoch_is_plain_gradient_descent():
                 weight.sub_(0.1 * step)
     one.train_epoch()
     for found, expected in zip(one.model.parameters(), weights, strict=True):
-        assert float((found.detach() - expected).norm() / expected.norm()) < 1e-5
+        assert float((found - expected).detach().norm() / expected.detach().norm()) < 1e-5
 
 
 def test_an_epoch_trains_and_accuracy_does_not():
