@@ -53,15 +53,15 @@ def test_the_time_of_a_run_includes_its_readout(points, tmp_path):
 
 def test_a_record_that_cannot_be_written_costs_no_layer(points, tmp_path, monkeypatch):
     """The checkpoint goes once the record is there, not before."""
-    plain = files.write_json
+    plain = os.replace
 
-    def full(path, value):
-        if path.name == "record.json":
+    def full(source, target, **options):
+        if Path(target).name == "record.json":
             raise OSError(28, "No space left on device")
-        plain(path, value)
+        plain(source, target, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
             run(points, tmp_path)
     again = run(points, tmp_path)

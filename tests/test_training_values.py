@@ -69,7 +69,7 @@ def test_an_epoch_is_plain_gradient_descent():
                 weight.sub_(0.1 * step)
     one.train_epoch()
     for found, expected in zip(one.model.parameters(), weights, strict=True):
-        assert float((found.detach() - expected).norm() / expected.norm()) < 1e-5
+        assert float((found - expected).detach().norm() / expected.detach().norm()) < 1e-5
 
 
 def test_an_epoch_trains_and_accuracy_does_not():
@@ -83,3 +83,11 @@ def test_an_epoch_trains_and_accuracy_does_not():
     one.train_epoch()
     assert int(normalisation.num_batches_tracked) == 3
     assert not torch.equal(normalisation.running_mean, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training(value):
+    one = training()
+    one.Y[0, 0] = value
+    with pytest.raises(ValueError, match="training diverged in epoch 1"):
+        one.train_epoch()
