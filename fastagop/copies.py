@@ -52,6 +52,7 @@ class Rows:
         group: the point of each row (n,): below r one of ``kept``, from r on one of ``left``.
         weight: total weight of each point, float64 (r,). each: weight of each row, float64 (n,).
         plain: every row is a point of weight 1, in the order given.
+        exact: copies are equal to the bit; else some are equal to rounding only.
     """
 
     kept: torch.Tensor
@@ -60,6 +61,7 @@ class Rows:
     weight: torch.Tensor
     each: torch.Tensor
     plain: bool
+    exact: bool = True
 
     @property
     def live(self) -> torch.Tensor:
@@ -163,7 +165,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     live = every if weights is None else every[w > 0]
     left = every[:0] if weights is None else every[w <= 0]
     x = X if len(live) == n else X[live]
-    point, first = _points(x)
+    point, first, exact = _points(x)
     count = torch.bincount(point, minlength=len(first))
     if len(first) == len(live) and bool((w[live] == 1).all()):  # nothing to merge, nothing to weigh: the order given
         first, point = torch.arange(len(live), device=device), torch.arange(len(live), device=device)
@@ -172,7 +174,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     group[left] = len(first) + torch.arange(len(left), device=device)
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
-    return Rows(live[first], left, group, weight, w, plain)
+    return Rows(live[first], left, group, weight, w, plain, exact)
 
 
 def alone(X: torch.Tensor) -> Rows:
@@ -188,8 +190,11 @@ def _sums(point: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Te
     return torch.from_numpy(total).to(w)
 
 
-def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(point of each row (n,), first row of each point (r,)), points ordered by their contents."""
+def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """(point of each row (n,), first row of each point (r,), whether the others equal it to the bit).
+
+    Points are ordered by their contents.
+    """
     keys, same = torch.unique(_keys(X), return_inverse=True)
     n, every = len(X), torch.arange(len(X), device=X.device)
     first = torch.full((len(keys),), n, device=X.device).scatter_reduce_(0, same, every, "amin")
@@ -200,7 +205,7 @@ def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leader = torch.from_numpy(_leaders(X if len(first) == n and bool((first == every).all()) else X[first]))
     leader = leader.to(X.device)
     numbers, joined = torch.unique(leader, return_inverse=True)  # ascending: the order by contents stays
-    return joined[same], first[numbers]
+    return joined[same], first[numbers], len(numbers) == len(first)
 
 
 def _slices(X: torch.Tensor) -> list[slice]:
