@@ -83,6 +83,11 @@ class Rows:
     plain: bool
 
     @property
+    def exact(self) -> bool:
+        """Whether all copies are equal to the bit; else some are equal to rounding only."""
+        return bool(self.equal.all())
+
+    @property
     def live(self) -> torch.Tensor:
         """Whether a row has a weight (n,)."""
         return self.each > 0
@@ -194,7 +199,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     live = every if weights is None else every[w > 0]
     left = every[:0] if weights is None else every[w <= 0]
     x = X if len(live) == n else X[live]
-    point, first = _points(x)
+    point, first, equal = _points(x)
     count = torch.bincount(point, minlength=len(first))
     if len(first) == len(live) and bool((w[live] == 1).all()):  # nothing to merge, nothing to weigh: the order given
         first, point = torch.arange(len(live), device=device), torch.arange(len(live), device=device)
@@ -203,12 +208,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     group[left] = len(first) + torch.arange(len(left), device=device)
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
-    kept = live[first]
-    same = torch.ones(len(kept), dtype=torch.bool, device=device)
-    if len(kept) < len(live):
-        differs = torch.cat([(X[live[s]] != X[kept[point[s]]]).any(1) for s in _slices(x)])
-        same[point[differs]] = False
-    return Rows(kept, left, group, weight, w, same, plain)
+    return Rows(live[first], left, group, weight, w, equal, plain)
 
 
 def alone(X: torch.Tensor) -> Rows:
@@ -224,8 +224,11 @@ def _sums(point: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Te
     return torch.from_numpy(total).to(w)
 
 
-def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(point of each row (n,), first row of each point (r,)), points ordered by their contents."""
+def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(point of each row (n,), first row of each point (r,), whether all others equal it to the bit (r,)).
+
+    Points are ordered by their contents.
+    """
     keys, same = torch.unique(_keys(X), return_inverse=True)
     n, every = len(X), torch.arange(len(X), device=X.device)
     first = torch.full((len(keys),), n, device=X.device).scatter_reduce_(0, same, every, "amin")
@@ -236,7 +239,7 @@ def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     leader = torch.from_numpy(_leaders(X if len(first) == n and bool((first == every).all()) else X[first]))
     leader = leader.to(X.device)
     numbers, joined = torch.unique(leader, return_inverse=True)  # ascending: the order by contents stays
-    return joined[same], first[numbers]
+    return joined[same], first[numbers], torch.bincount(joined, minlength=len(numbers)) == 1
 
 
 def _slices(X: torch.Tensor) -> list[slice]:

@@ -28,7 +28,7 @@ from fastagop.kernels._units import scaled_
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
-from fastagop.solve import ADVICE, Solution, Solved, plan_solve, report, solve_stored, solve_unstored
+from fastagop.solve import ADVICE, Solution, Solved, as_given, plan_solve, report, solve_stored, solve_unstored
 
 __all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
 
@@ -371,9 +371,9 @@ def solve_as(
     said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
     weight = sample_weight if rows is None else None if rows.plain else rows.each
     _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
-    if rows is None:
-        rows = copies.find(X, sample_weight)
-        X = rows.take(X)
+    found = copies.find(X, sample_weight) if rows is None else None  # of rows as they were given
+    given, rows = X, found or rows
+    X = given if found is None else found.take(given)
     units, points, _, _ = in_units(kernel, X, X)
     wide = functools.cache(points.double)
 
@@ -390,6 +390,8 @@ def solve_as(
                 solved, _ = solve_stored(
                     kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, rows, apart=out is None
                 )
+        if found is not None:
+            solved = dataclasses.replace(solved, solution=as_given(solved.solution, kernel, given, Y, found))
         return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):

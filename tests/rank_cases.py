@@ -286,6 +286,30 @@ def rfm(_):
         same_everywhere(model.decision_function(X))
 
 
+def copies_of_rows(_):
+    """Copies with other labels, and close pairs whose float32 coefficients would lose M: as one process has it."""
+    X, y = normal(90, 8, dtype=torch.float32), torch.arange(90) % 2
+    X[80:85], y[80:85] = X[:5], 1 - y[:5]
+    X[85:], y[85:] = X[5:10] + 1e-4 * normal(5, 8, seed=3).float(), 1 - y[5:10]
+    for center in (False, True):
+        settings = {"iterations": 1, "ridge": 0.0, "center": center, "agop_scale": "sum"}
+        with pytest.warns(fastagop.NumericalWarning, match="10 rows are copies"):
+            alone = RFMClassifier(**settings).fit(X, y)
+        with pytest.warns(fastagop.NumericalWarning, match="10 rows are copies"):
+            model = RFMClassifier(**settings, process_group=dist.group.WORLD).fit(X, y)
+        assert model.iterations_[0].solution.merged == 5
+        assert error(model.iterations_[0].solution.alpha, alone.iterations_[0].solution.alpha) < 1e-9
+        assert error(model.M_, alone.M_) < 1e-6
+        same_everywhere(model.M_)
+    Y, w = normal(90, 2, seed=1), (torch.arange(90) % 3).double()
+    how = {"ridge": 1e-2, "sample_weight": w}
+    for method in ("cholesky", "cg"):
+        shared = distributed.solve(Laplace(2.0), X.double(), Y, method=method, **how)
+        plain = fastagop.solve(Laplace(2.0), X.double(), Y, method=method, **how)
+        assert error(shared.alpha, plain.alpha) < 1e-4
+        assert abs(shared.residual - plain.residual) < 1e-5
+
+
 def refused(message, error_type, call):
     with pytest.raises(error_type, match=re.escape(message)):
         call()

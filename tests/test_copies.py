@@ -182,8 +182,10 @@ def test_contradictions(dtype, method, ridge, kind, normal, relative):
     # the residual reported is the literal one of all rows
     K = reference.kernel_matrix(Laplace(2.0), X)
     literal = float((K @ solution.alpha.double() + ridge * solution.alpha - Y).norm() / Y.norm())
-    assert solution.residual == pytest.approx(literal, rel=1e-3 if answered else 1e-5, abs=2e-16 * float(solution.alpha.abs().max()))
-    assert solution.merged_residual <= 2e-6
+    assert solution.residual == pytest.approx(
+        literal, rel=1e-3 if answered else 1e-5, abs=2e-16 * float(solution.alpha.abs().max())
+    )
+    assert solution.merged_residual <= (1e-4 if answered and dtype == torch.float32 else 2e-6)
 
 
 # ---- fits

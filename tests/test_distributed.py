@@ -49,6 +49,7 @@ def test_two_ranks(tmp_path):
         "solving",
         *deep,
         "rfm",
+        "copies_of_rows",
         "disagreement",
     )
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, CASES, *cases)
