@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -25,6 +26,7 @@ def plan_agop(
     precision="highest",
     backend="auto",
     memory_limit=None,
+    sample_weight=None,
 ):
     """(Plan, checked arguments) of an agop call."""
     _checks.kernel(kernel)
@@ -47,12 +49,15 @@ def plan_agop(
     if reduction == "mean" and len(Z) == 0:
         raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
     _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
+    _checks.sample_weight(sample_weight, Z, reduction)
+    # Scaled rows of W are not symmetric: the gram form treats weighted points as other points.
+    at = Z if sample_weight is None else Z[:]
     words = precision_words(precision, X, backend)
     if backend == "keops":
         plan = keops_ops.plan_agop(X, alpha, Z, method, limit, why, words)
     else:
         device = PRODUCTS[precision] if backend == "triton" else None
-        plan = torch_agop.plan(X, alpha, Z, method, limit, why, words, device)
+        plan = torch_agop.plan(X, alpha, at, method, limit, why, words, device)
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
@@ -69,23 +74,26 @@ def agop(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Average gradient outer product of f_c(z) = sum_j alpha[j, c] k(z, X[j]) over the points Z.
 
     Formula: M = (1/m) sum_ic grad f_c(Z[i]) grad f_c(Z[i])^T (paper, section 3.3), symmetric and positive
-    semi-definite.
+    semi-definite; with weights w, M = sum_i w_i sum_c grad f_c(Z[i]) grad f_c(Z[i])^T / sum_i w_i.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
         X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
-        reduction: "mean" divides by m, "sum" does not.
-        center: subtract the mean gradient of each output first.
+        reduction: "mean" divides by m, or by the sum of the weights; "sum" does not.
+        center: subtract the mean gradient of each output first (the weighted mean where there are weights).
         method: "gradient" (2 m n K d products, no n x n memory), "gram" (n^2 m products for any number of
             outputs, stores the (m, n) weights), or "auto", the cheaper one that fits into memory. Near collapse
             float32 cannot hold the gram form's cancellation; it is measured beforehand, and its products then
             run in float64, or, with "auto", the gradient form may run (logged at INFO to "fastagop").
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
+        sample_weight: weights (m,) >= 0 of the evaluation points, of X's dtype and device; default 1 each. A weight of
+            2 is the same as that point written twice.
 
     Returns:
         Tensor (d, d) of X's dtype and device, without autograd history.
@@ -105,31 +113,58 @@ def agop(
         precision=precision,
         backend=backend,
         memory_limit=memory_limit,
+        sample_weight=sample_weight,
     )
     kernel, X, Z, unit = in_units(kernel, X, Z)
+    weights, divisor, weight_unit = row_weights(sample_weight, Z, reduction)
+    if weights is not None and _checks.readable(X) and not weights.any():
+        return X.new_zeros(X.shape[1], X.shape[1])
     with matmul_precision(precision, X.device):
-        how = {"center": center, "method": method, "limit": limit, "plan": plan}
+        how = {"center": center, "method": method, "limit": limit, "plan": plan, "row_weights": weights}
         if plan.backend == "triton":
             from fastagop.kernels import triton_ops  # imports triton
 
             M = triton_ops.agop(kernel, X, alpha, Z, precision=precision, **how)
         elif plan.backend == "keops":
-            M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan)
+            M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan, row_weights=weights)
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
-    M = M.double().div_(unit).div_(unit * len(Z) if reduction == "mean" else unit)  # both may leave float32 on the way
+    M = M.double().div_(unit).div_(unit).div_(divisor).mul_(weight_unit)  # each may leave float32 on the way
     M = M.to(X.dtype)
     if not _checks.finite(M):
         raise ValueError(f"alpha is so large that the AGOP leaves {X.dtype}; divide alpha by a constant")
     return M
 
 
+def row_weights(sample_weight, Z, reduction: str) -> tuple[torch.Tensor | None, float | torch.Tensor, float]:
+    """(weights in a power-of-two unit, what to divide M by, the unit to multiply M by) of checked sample weights.
+
+    In that unit the largest weight is between 1/2 and 1, so that no square root or sum leaves the dtype.
+    """
+    if sample_weight is None:
+        return None, float(len(Z)) if reduction == "mean" else 1.0, 1.0
+    if not _checks.readable(sample_weight):  # in a CUDA graph's capture no value can be looked at
+        return sample_weight.detach(), sample_weight.detach().sum() if reduction == "mean" else 1.0, 1.0
+    largest = float(sample_weight.max()) if len(sample_weight) else 0.0
+    exponent = math.frexp(largest)[1]
+    weights = torch.ldexp(sample_weight.detach(), sample_weight.new_tensor(-exponent, dtype=torch.int32))
+    if reduction == "mean":
+        return weights, float(weights.sum(dtype=torch.float64)), 1.0
+    return weights, 1.0, math.ldexp(1.0, exponent)
+
+
 def agop_from_weights_(
-    W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, precision: str, backend: str, center: bool = False
+    W: torch.Tensor,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    precision: str,
+    backend: str,
+    center: bool = False,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Summed AGOP at X, float64, from its stored weights W (n, n), zero diagonal, by the backend that a plan named.
 
-    W and alpha may be wider than X; W is overwritten.
+    W and alpha may be wider than X; W is overwritten. row_weights (n,) weigh the evaluation points.
     """
     rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
     steps = torch_agop.TORCH_STEPS
@@ -139,5 +174,14 @@ def agop_from_weights_(
 
             steps = triton_ops.steps(X, precision)
         return torch_agop.agop_from_weights_(
-            W, X, alpha, X, center=center, method="auto", limit=None, rows=rows, steps=steps
+            W,
+            X,
+            alpha,
+            X,
+            center=center,
+            method="auto",
+            limit=None,
+            rows=rows,
+            steps=steps,
+            row_weights=row_weights,
         )

@@ -62,7 +62,9 @@ class ConjugateGradients:
         _checks.flag("progress", self.progress)
 
 
-def plan(X, Y, options: ConjugateGradients, room: int, backend: str, why: str) -> tuple[Plan, ConjugateGradients]:
+def plan(
+    X, Y, options: ConjugateGradients, room: int, backend: str, why: str, advice
+) -> tuple[Plan, ConjugateGradients]:
     """(road of method "cg", options with the rank settled), or MemoryError.
 
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
@@ -80,7 +82,7 @@ def plan(X, Y, options: ConjugateGradients, room: int, backend: str, why: str) -
         raise MemoryError(
             f"solve with n = {n} needs {human(needed + row)} even without a kernel matrix (method 'cg', "
             f"preconditioner of rank {wish}), but {human(room)} may be used; n up to about {largest} fits. "
-            "Use fewer points, a smaller rank, or raise memory_limit where memory is free"
+            f"{advice.iterative()}"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (d + 2 * K)
@@ -109,24 +111,36 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """P = U diag(values) U^T + tail (I - U U^T), U (n, r) with orthonormal columns."""
+    """S^-1 P S^-1 with P = U diag(values) U^T + tail (I - U U^T), U (n, r) with orthonormal columns, S diagonal.
+
+    ``scale``: the diagonal of S (n,), None for 1: weights W make it W^(1/2), as K + ridge W^-1 is
+    S^-1 (S K S + ridge) S^-1.
+    """
 
     U: torch.Tensor
     values: torch.Tensor
     tail: float
+    scale: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Columns of U."""
         return self.U.shape[1]
 
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue."""
+        return float(self.values[-1])
+
     def shifted(self, jitter: float) -> Preconditioner:
         """That of the matrix with jitter added to the diagonal."""
-        return Preconditioner(self.U, self.values + jitter, self.tail + jitter)
+        return replace(self, values=self.values + jitter, tail=self.tail + jitter)
 
     def __call__(self, R: torch.Tensor) -> torch.Tensor:
         """tail P^-1 R. Conjugate gradients do not see the factor, and nothing is divided by a small number."""
-        return R - self.U @ ((1.0 - self.tail / self.values)[:, None] * (self.U.T @ R))
+        R = R if self.scale is None else R * self.scale[:, None]
+        Z = R - self.U @ ((1.0 - self.tail / self.values)[:, None] * (self.U.T @ R))
+        return Z if self.scale is None else Z * self.scale[:, None]
 
 
 def pivoted_cholesky(columns: Matmul, diagonal: torch.Tensor, rank: int, enough: float, seed: int = 0) -> torch.Tensor:
@@ -174,6 +188,17 @@ def _accept(H: torch.Tensor, floor: float, generator: torch.Generator) -> tuple[
             a[i:, i] /= np.sqrt(a[i, i])
             a[i + 1 :, i + 1 :] -= np.outer(a[i + 1 :, i], a[i + 1 :, i])
     return kept, torch.from_numpy(np.tril(a[np.ix_(kept, kept)])).to(H.device)
+
+
+def preconditioner_of(columns: Matmul, diagonal: torch.Tensor, ridge, options) -> Preconditioner | None:
+    """The preconditioner of K + ridge, a number or one for each point (n,), from K's columns and diagonal."""
+    if not isinstance(ridge, torch.Tensor):
+        return preconditioner(pivoted_cholesky(columns, diagonal, options.rank or 0, ridge, options.seed), ridge)
+    least = float(ridge.min())
+    scale = (least / ridge).sqrt()
+    F = pivoted_cholesky(columns, diagonal, options.rank or 0, least, options.seed)
+    found = preconditioner(F.mul_(scale[:, None]), least)
+    return None if found is None else replace(found, scale=scale)
 
 
 def preconditioner(F: torch.Tensor, ridge: float) -> Preconditioner | None:

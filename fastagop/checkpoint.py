@@ -29,7 +29,7 @@ class Checkpoint:
 
     Args:
         folder: made where it does not exist. task: "classification" or "regression".
-        settings: of the fit. X, Y: its data as the first layer sees them.
+        settings: of the fit. X, Y, weights: its data as the first layer sees them; weights where there are any.
         seeds: of the layers, or None where any will do: those of an earlier run are then kept.
 
     Raises:
@@ -38,7 +38,14 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder, task: str, settings: Settings, X: torch.Tensor, Y: torch.Tensor, seeds: list[int] | None
+        self,
+        folder,
+        task: str,
+        settings: Settings,
+        X: torch.Tensor,
+        Y: torch.Tensor,
+        seeds: list[int] | None,
+        weights: torch.Tensor | None = None,
     ):
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
@@ -49,8 +56,8 @@ class Checkpoint:
         wanted = {
             "format": _FORMAT,
             "task": task,
-            "settings": {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)},
-            "data": storage.fingerprint({"X": X, "Y": Y}),
+            "settings": _identity(settings),
+            "data": storage.fingerprint({"X": X, "Y": Y} | ({} if weights is None else {"weights": weights})),
             "dtype": str(X.dtype).removeprefix("torch."),
         }
         if seeds is not None:
@@ -200,3 +207,10 @@ def _manifest(path: Path) -> dict:
     if not isinstance(seeds, list) or not isinstance(manifest["settings"], dict) or "features" not in manifest:
         raise ValueError(f"{path} is corrupt: its seeds, settings or features are none")
     return manifest
+
+
+def _identity(settings: Settings) -> dict:
+    """What makes a fit this fit and no other; how much memory it may take does not."""
+    words = {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)}
+    del words["memory_limit"]
+    return words

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, distributed, linalg, regression
+from fastagop import collapse, copies, distributed, linalg, regression
+from fastagop.cg import ConjugateGradients
+from fastagop.copies import Rows
 from fastagop.features import FeatureMap, random_features
 from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
 from fastagop.regression import Machine
-from fastagop.solve import Solution
+from fastagop.solve import Solution, Solved
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Settings:
     agop_scale: str
     precision: str
     backend: str
+    solver: str | ConjugateGradients = "auto"
+    memory_limit: float | None = None
 
     @property
     def machine(self) -> Machine:
         """The kernel regression of every layer."""
-        return Machine(self.kernel, self.ridge, self.precision, self.backend)
+        return Machine(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,21 @@ class LayerEvent:
     classes: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a layer makes of its input.
+
+    Attributes:
+        projected, features: of all rows given (n, d) and (n, width), in their order.
+        points: the features of the points (r, width). rest: those of rows without weight (e, width), or None.
+    """
+
+    projected: torch.Tensor
+    features: torch.Tensor
+    points: torch.Tensor
+    rest: torch.Tensor | None = None
+
+
 @dataclass
 class _Clock:
     """Seconds per stage; on CUDA the device is synchronised at every mark."""
@@ -116,13 +135,27 @@ def normalise_rows(X: torch.Tensor) -> torch.Tensor:
 
 
 def train_layer(
-    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None, group=None
-) -> tuple[Layer, torch.Tensor, torch.Tensor]:
-    """One layer on its input X (n, d); returns (layer, projected, features), the same on every rank of a group."""
-    clock, base = _Clock(X.device), _reset_peak(X.device)
+    X: torch.Tensor,
+    Y: torch.Tensor,
+    settings: Settings,
+    seed: int,
+    classes: torch.Tensor | None,
+    group=None,
+    rows: Rows | None = None,
+    rest: torch.Tensor | None = None,
+) -> tuple[Layer, Trained]:
+    """One layer on its input X (r, d); what it makes is the same on every rank of a group.
+
+    Args:
+        X: input of the points (r, d). Y: targets (n, K) of the rows given.
+        settings, seed: of the layer. classes: of the rows given (n,), or None.
+        group: ranks that share the work.
+        rows: how rows became points (``copies.find``); default as they are. rest: input of rows without weight (e, d).
+    """
+    clock, base, rows = _Clock(X.device), _reset_peak(X.device), rows or copies.alone(X)
     X = normalise_rows(X)
-    solution, M, planned = regression.solve_and_agop(X, Y, settings.machine, group, mark=clock.mark)
-    scale = regression.agop_divisor(M, settings.agop_scale, len(X))
+    solution, M, planned = regression.solve_and_agop(X, Y, settings.machine, group, rows=rows, mark=clock.mark)
+    scale = regression.agop_divisor(M, settings.agop_scale, rows.total)
     M /= scale
     root = linalg.psd_sqrt(M, rows=X).to(X.dtype)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
@@ -131,14 +164,21 @@ def train_layer(
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)
+    unweighted = [] if rest is None else [normalise_rows(rest)]
+    unweighted += [product(unweighted[0], root)] if unweighted else []
+    unweighted += [phi(unweighted[1])] if unweighted else []
     clock.mark("features")
+    stages = {"input": X, "projected": projected, "features": features}
+    all_rows = {k: rows.all(v, *unweighted[i : i + 1]) for i, (k, v) in enumerate(stages.items())}
     nc1, nc2 = {}, {}
     if classes is not None and int(classes.max()) > 0:
-        nc1, nc2 = collapse.of_stages({"input": X, "projected": projected, "features": features}, classes)
+        nc1, nc2 = collapse.of_stages(all_rows, classes)
     clock.mark("measures")
     peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
     record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
-    return Layer(M.to(X.dtype), root, phi, record), projected, features
+    return Layer(M.to(X.dtype), root, phi, record), Trained(
+        all_rows["projected"], all_rows["features"], features, *unweighted[2:]
+    )
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -148,10 +188,12 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def readout(X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None) -> tuple[torch.Tensor, Solution]:
-    """The kernel machine after the last layer: (its normalised centers, its solution)."""
+def readout(
+    X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None, rows: Rows | None = None
+) -> tuple[torch.Tensor, Solved]:
+    """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
     X = normalise_rows(X)
-    return X, regression.solve(X, Y, settings.machine, group)
+    return X, regression.solve(X, Y, settings.machine, group, rows=rows)
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

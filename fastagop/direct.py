@@ -1,7 +1,9 @@
-"""Direct solve of (K + ridge I) alpha = Y: one n x n matrix, its factor below the diagonal, itself above."""
+"""Direct solve of (K + ridge W^-1) alpha = Y: one n x n matrix, its factor below the diagonal, itself above."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,14 +12,20 @@ import torch
 from fastagop import cg, linalg
 from fastagop.kernels import torch_blocks
 from fastagop.kernels._backends import triton_fills
-from fastagop.kernels._plan import Plan
+from fastagop.kernels._plan import Plan, human, roomy
 from fastagop.kernels.radial import Radial
+
+log = logging.getLogger("fastagop")
 
 # A residual above this is worth a warning: what each dtype can promise on a solvable problem.
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
 MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
+WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
 _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
+# The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
+_ENOUGH, _ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+_SAMPLE = 1024  # rows whose float64 residual stands for that of all
 
 
 @dataclass(frozen=True)
@@ -26,23 +34,30 @@ class System:
 
     Attributes:
         K: (n, n), k(X, X); a factorisation takes its lower triangle.
-        diagonal: 1 + ridge, as every profile has phi(0) = 1.
-        matmul: V -> (k(X, X) + ridge I) V in float64, which residuals are taken from.
+        ridge: on the diagonal: a number, or ridge / weight of each point (n,).
+        matmul: V -> (k(X, X) + ridge) V in float64, from what is at hand: K, or the points.
+        check: V -> (rows, their k(X, X) V) from k(X, X) in float64, a sample where all rows would cost too much.
         update: the column-block update of ``linalg.cholesky_lower_``; None for the library's products.
         steps: of refinement after a float32 factorisation, at most.
         out: the dtype in which alpha is wanted.
     """
 
     K: torch.Tensor
-    diagonal: float
+    ridge: float | torch.Tensor
     matmul: Callable[[torch.Tensor], torch.Tensor]
+    check: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     update: Callable | None
     steps: int
     out: torch.dtype
 
     def residual(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
-        """||(k + ridge I) alpha - Y|| / ||Y||."""
+        """||(k + ridge) alpha - Y|| / ||Y|| with the matrix at hand."""
         return cg.relative(self.matmul(alpha.double()).sub_(Y), Y)
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64."""
+        rows, R = self.check(alpha.double())
+        return rows, R.add_(times(self.ridge, alpha.double())[rows]).sub_(Y[rows])
 
     def excess(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
         """0 where alpha, rounded to the dtype it is wanted in, solves the system or stays bounded; else its excess.
@@ -56,14 +71,71 @@ class System:
         return 0.0 if fine else excess
 
 
-def system(
-    K: torch.Tensor, kernel: Radial, X: torch.Tensor, ridge: float, plan: Plan, precision: str, out: torch.dtype
-) -> System:
-    """Fill K with k(X, X), in its own dtype, and say how to go on.
+@dataclass(frozen=True)
+class Found:
+    """What a direct solve came to: alpha in float64, and how; ``system.K`` holds k(X, X) above its diagonal."""
 
-    Residuals come from K's upper triangle, but for a float32 K without a ridge: the eigenvalues that matter there are
+    system: System
+    alpha: torch.Tensor
+    jitter: float
+    iterations: int
+    rank: int
+
+
+def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """A diagonal matrix, given as a number or (n,), times V."""
+    return V * (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal)
+
+
+def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
+    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
+    return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
+
+
+def solve(
+    kernel: Radial, X: torch.Tensor, Y: torch.Tensor, ridge, plan: Plan, how: tuple[torch.dtype, int], precision, out
+) -> Found:
+    """Solve with the plan's method in a dtype; with a float64 matrix after all where a float32 one is found too coarse.
+
+    Args:
+        kernel, X, plan, precision: of the call. Y: float64 targets.
+        ridge: a number, or one for each point. how: (dtype of the matrix, bytes that may be taken).
+        out: the dtype in which alpha is wanted.
+    """
+    dtype, room = how
+    if plan.method == "eigh":
+        found = system(kernel, X, ridge, plan, dtype, precision, out)
+        alpha, rank = eigh(found, Y)
+        return Found(found, alpha, 0.0, 0, rank)
+    wide = needed_bytes(len(X), X.shape[1], torch.float64) <= room
+    found = _cholesky(system(kernel, X, ridge, plan, dtype, precision, out), Y, wide)
+    if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
+        return found
+    if found is not None:
+        coarse = _coarse(found, Y)
+        if not coarse:
+            return found
+        log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
+        if not wide:
+            return _refined_from_points(kernel, X, Y, found, plan)
+    log.info("solve: solving again with a float64 matrix of %s", human(8 * len(X) ** 2))
+    found = None  # the float32 matrix is given back first
+    found = _cholesky(system(kernel, X, ridge, plan, torch.float64, precision, out), Y, False)
+    assert found is not None
+    return found
+
+
+def _is_zero(ridge) -> bool:
+    return not isinstance(ridge, torch.Tensor) and ridge == 0
+
+
+def system(kernel: Radial, X: torch.Tensor, ridge, plan: Plan, dtype: torch.dtype, precision: str, out) -> System:
+    """A matrix filled with k(X, X), in its dtype, and how to go on.
+
+    Products come from K's upper triangle, but for a float32 K without a ridge: the eigenvalues that matter there are
     below its rounding, so they come from the points in float64, one pass over all pairs a step.
     """
+    K = roomy(len(X), len(X), X, dtype)
     update, steps = None, _STEPS["highest"]
     if plan.backend == "triton" and triton_fills(K.dtype):
         from fastagop.kernels import triton_ops  # imports triton
@@ -73,60 +145,122 @@ def system(
             update, steps = triton_ops.cholesky_update(precision), _STEPS[precision]
     else:
         torch_blocks.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
-    wide = X.double() if K.dtype == torch.float32 and ridge == 0 else None
+    every, wide = torch.arange(len(X), device=X.device), functools.cache(X.double)
 
-    def matmul(V: torch.Tensor) -> torch.Tensor:
-        if wide is None:
-            return linalg.upper_matmul(K, 1.0 + ridge, V)
-        return torch_blocks.kernel_matmul(kernel, wide, wide, V, plan)
+    def stored(V: torch.Tensor) -> torch.Tensor:
+        return linalg.upper_matmul(K, ridge + 1.0, V)
 
-    return System(K, 1.0 + ridge, matmul, update, steps, out)
+    def from_points(V: torch.Tensor) -> torch.Tensor:
+        return torch_blocks.kernel_matmul(kernel, wide(), wide(), V, plan).add_(times(ridge, V))
+
+    def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if K.dtype == torch.float64:
+            return every, linalg.upper_matmul(K, 1.0, V)
+        return sample_product(kernel, wide(), V, plan)
+
+    exact = K.dtype == torch.float32 and _is_zero(ridge)
+    return System(K, ridge, from_points if exact else stored, sampled, update, steps, out)
 
 
-def cholesky(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, float, int]:
-    """(alpha in float64, jitter, refinement steps); K's lower triangle holds the factor afterwards."""
-    K = system.K
-    scale = linalg.largest_row_sum(K) + system.diagonal - 1.0
-    jitter = _factor(system, 0.0, scale)
-    while True:
-        alpha, iterations = _refined(system, Y)
-        excess = system.excess(alpha, Y)
+def sample_product(kernel: Radial, X: torch.Tensor, V: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, their k(X, X) V) from points in float64: all rows of few, a thousand of many."""
+    n = len(X)
+    if n <= _FEW:
+        return torch.arange(n, device=X.device), torch_blocks.kernel_matmul(kernel, X, X, V, plan)
+    rows = torch.arange(_SAMPLE, device=X.device) * n // _SAMPLE
+    return rows, torch_blocks.kernel_matmul(kernel, X[rows], X, V, plan)
+
+
+def _coarse(found: Found, Y: torch.Tensor) -> float:
+    """The residual with float64 kernel values where a float32 matrix is to blame for it; 0 where it is good enough."""
+    system, alpha = found.system, found.alpha
+    lost = alpha - alpha.to(system.out).double()
+    rows, both = system.check(torch.cat([alpha, lost], 1))
+    K = Y.shape[1]
+    R = both[:, :K] + times(system.ridge, alpha)[rows] + found.jitter * alpha[rows] - Y[rows]
+    size = float(torch.linalg.vector_norm(Y)) * (len(rows) / len(Y)) ** 0.5
+    if size == 0:
+        return 0.0
+    error, floor = (float(torch.linalg.vector_norm(part)) / size for part in (R, both[:, K:]))
+    return error if error > max(_ENOUGH_OF_FEW if len(Y) <= _FEW else _ENOUGH, 4.0 * floor) else 0.0
+
+
+def _cholesky(system: System, Y: torch.Tensor, wide: bool) -> Found | None:
+    """The solution with the least jitter that has bounded coefficients; K's lower triangle holds the factor afterwards.
+
+    None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
+    """
+    K, n = system.K, len(system.K)
+    scale = linalg.largest_row_sum(K) + float(torch.as_tensor(system.ridge).min())
+    hopeful = wide and K.dtype == torch.float32 and not _is_zero(system.ridge)
+    jitter = _factor(system, 0.0, scale, hopeful)
+    while jitter is not None:
+        alpha, iterations, singular = _refined(system, Y, jitter)
+        excess = 1.0 if singular else system.excess(alpha, Y)
         if not excess or jitter >= MAX_JITTER * scale:
-            return alpha, jitter, iterations
+            return Found(system, alpha, jitter, iterations, n)
         linalg.restore_lower_(K)
-        jitter = _factor(system, max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale), scale)
+        least = max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale)
+        jitter = None if hopeful else _factor(system, least, scale, False)
+    return None
 
 
-def _factor(system: System, jitter: float, scale: float) -> float:
-    """Factor K in place with the least jitter >= the one given that works; returns it."""
-    while linalg.cholesky_lower_(system.K, system.diagonal + jitter, update=system.update):
+def _factor(system: System, jitter: float, scale: float, once: bool) -> float | None:
+    """Factor K in place with the least jitter >= the one given that works; returns it. None if only one try is due."""
+    while linalg.cholesky_lower_(system.K, 1.0 + system.ridge + jitter, update=system.update):
+        if once:
+            return None
         linalg.restore_lower_(system.K)
         jitter = max(10.0 * jitter, torch.finfo(system.K.dtype).eps * scale)
     return jitter
 
 
-def _refined(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(alpha, steps): the factor's solution; a float32 factor preconditions float64 conjugate gradients."""
+def _refined(system: System, Y: torch.Tensor, jitter: float) -> tuple[torch.Tensor, int, bool]:
+    """(alpha, steps, whether the matrix is singular): a float32 factor preconditions float64 conjugate gradients.
+
+    The jitter belongs to the system that is refined: without it that system is not positive definite to rounding.
+    """
     K = system.K
 
     def by_factor(R: torch.Tensor) -> torch.Tensor:
         return linalg.cholesky_solve(K, R.to(K.dtype)).double()
 
     if K.dtype == torch.float64:
-        return by_factor(Y), 0
+        return by_factor(Y), 0, False
     options = cg.ConjugateGradients(tolerance=_GOAL, max_iterations=system.steps)
-    outcome = cg.conjugate_gradients(system.matmul, Y, by_factor, options)
-    return outcome.alpha, outcome.iterations
+    outcome = cg.conjugate_gradients(lambda V: system.matmul(V).add_(V, alpha=jitter), Y, by_factor, options)
+    return outcome.alpha, outcome.iterations, outcome.singular
+
+
+def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan) -> Found:
+    """alpha refined with float64 kernel values from the points, where no float64 matrix fits: one pass a step."""
+    old, wide = found.system, X.double()
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        return torch_blocks.kernel_matmul(kernel, wide, wide, V, plan).add_(times(old.ridge, V)).add_(V * found.jitter)
+
+    def by_factor(R: torch.Tensor) -> torch.Tensor:
+        return linalg.cholesky_solve(old.K, R.to(old.K.dtype)).double()
+
+    left = Y - matmul(found.alpha)
+    reach = _ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
+    options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=old.steps)
+    outcome = cg.conjugate_gradients(matmul, left, by_factor, options)
+    return Found(old, found.alpha + outcome.alpha, found.jitter, found.iterations + outcome.iterations, found.rank)
 
 
 def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
-    ridge = system.diagonal - 1.0
-    values, vectors = linalg.eigh(system.K)
-    cut, target = len(system.K) * torch.finfo(system.K.dtype).eps * float(values[-1]), vectors.T @ Y
+    K, ridge, root = system.K, system.ridge, torch.ones((), device=system.K.device)
+    if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
+        least = float(ridge.min())
+        root = (least / ridge).sqrt()[:, None]
+        K, ridge = K * root * root.T, least
+    values, vectors = linalg.eigh(K)
+    cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ (root * Y)
     while True:
         keep = values + ridge > cut
-        alpha = vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target)
+        alpha = root * (vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target))
         excess = system.excess(alpha, Y)
         if not excess or int(keep.sum()) <= 1:
             return alpha, int(keep.sum())

@@ -16,16 +16,17 @@ import functools
 
 import torch
 
+from fastagop import copies
 from fastagop.agop import agop as agop_here
 from fastagop.agop import plan_agop
 from fastagop.cg import ConjugateGradients
 from fastagop.kernels import _checks, operations, torch_agop, torch_blocks, torch_gram
 from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._plan import Plan, block_rows, roomy
+from fastagop.kernels._plan import Plan, block_rows
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.smooth import Smooth
 from fastagop.ranks import RankLost, Ranks
-from fastagop.solve import Solution, plan_solve, report, solve_into, solve_unstored
+from fastagop.solve import ADVICE, Solution, Solved, plan_solve, report, solve_stored, solve_unstored
 
 __all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
 
@@ -59,6 +60,7 @@ def agop(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
     group=None,
 ) -> torch.Tensor:
     """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
@@ -71,42 +73,62 @@ def agop(
         kernel, X, alpha, Z, reduction, center, method, precision, backend: as in ``fastagop.agop``, the same on
             every rank.
         memory_limit: bytes that each rank may take; default the least that any rank has free.
+        sample_weight: as in ``fastagop.agop``, the same on every rank; points with weights are shared out by rows of Z.
         group: a process group; default all processes.
 
     Returns:
         Tensor (d, d), the same bits on every rank.
     """
     options = {"reduction": reduction, "center": center, "precision": precision, "backend": backend}
-    how = {"method": method, "memory_limit": memory_limit, **options}
+    how = {"method": method, "memory_limit": memory_limit, "weights": sample_weight, **options}
     return agop_as(None, kernel, X, alpha, Z, group=group, **how).to(X.dtype)
 
 
 @torch.no_grad()
-def agop_as(wide: torch.Tensor | None, kernel, X, alpha, Z=None, *, group, method="auto", memory_limit=None, **options):
-    """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it."""
+def agop_as(
+    wide: torch.Tensor | None,
+    kernel,
+    X,
+    alpha,
+    Z=None,
+    *,
+    group,
+    method="auto",
+    memory_limit=None,
+    weights=None,
+    **options,
+):
+    """``agop`` in float64; ``wide`` is alpha in float64 where the caller has it: the gram form in float64 takes it.
+
+    ``weights``: of the evaluation points (m,), in X's dtype.
+    """
     options = {"reduction": "mean", "center": False, "precision": "highest", "backend": "auto", **options}
     center, precision, backend = options["center"], options["precision"], options["backend"]
     ranks = _ranks(group, "agop", X)
 
     def prepare():
         _checks.choice("method", method, ("auto", "gradient", "gram"))
-        return plan_agop(kernel, X, alpha, Z, method="gradient", memory_limit=memory_limit, **options)
+        how = {"method": "gradient", "memory_limit": memory_limit, "sample_weight": weights}
+        return plan_agop(kernel, X, alpha, Z, **how, **options)
 
     said = f"{kernel!r}, {options}, method={method!r}, memory_limit={memory_limit}"
-    (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, X=X, alpha=alpha, Z=_other(X, Z))
+    (plan, (X, alpha, at, limit)), room = ranks.agree(
+        prepare, said, X=X, alpha=alpha, Z=_other(X, Z), sample_weight=None if weights is None else weights[:, None]
+    )
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
     with matmul_precision(precision, X.device):
         M, stored = None, None
-        if plan.backend == "torch" and ranks.size > 1:
+        if plan.backend == "torch" and ranks.size > 1 and weights is None:
             stored = _stored_weights(X, alpha, at, method, room, ranks.size)
         if stored is not None:
             M = _rows_of_gram(kernel, X, alpha if wide is None else wide, center, method, room, stored.block, ranks)
         if M is None:
             chosen = "gradient" if at is X and method == "auto" and ranks.size > 1 else method
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
-            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how)
-    return ranks.total(M).div_(unit).div_(unit * len(at) if options["reduction"] == "mean" else unit)
+            M = _rows_of_points(kernel, X, alpha, at, center, ranks, how, weights)
+    count = len(at) if weights is None else float(weights.double().sum())
+    return ranks.total(M).div_(unit).div_(unit * count if options["reduction"] == "mean" else unit)
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:
@@ -152,7 +174,7 @@ def _parts(smooth: Smooth | None, blank: torch.Tensor) -> tuple[torch.Tensor, to
     return smooth.P.contiguous(), smooth.Q.contiguous()
 
 
-def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
+def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict, weights=None) -> torch.Tensor:
     """This rank's rows of Z, centred by the mean over all of Z where asked; float64.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
@@ -160,15 +182,21 @@ def _rows_of_points(kernel, X, alpha, Z, center: bool, ranks: Ranks, how: dict) 
     """
     first, last = ranks.rows(len(Z))
     own = Z[first:last] if ranks.size > 1 else Z
-    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **how).double()
+    mine = None if weights is None else weights[first:last] if ranks.size > 1 else weights
+    weighted = {} if mine is None else {"sample_weight": mine}
+    M = agop_here(kernel, X, alpha, own, reduction="sum", center=center, **weighted, **how).double()
     if center and ranks.size > 1:
         mean = X.new_zeros(alpha.shape[1], X.shape[1])
-        if len(own):
+        count, roots = (float(len(own)), None) if mine is None else (float(mine.double().sum()), mine.sqrt())
+        if len(own) and count > 0:
             block = torch_agop.plan(X, alpha, own, "gradient", how["memory_limit"], "", "").block
-            weights = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
-            mean = torch_agop.mean_gradient(weights, alpha, X, own, torch_blocks.dominant_offset(X))
-        apart = mean.double() - ranks.total(mean.double() * len(own)) / len(Z)
-        M += len(own) * (apart.T @ apart)
+            tiles = ((row, kernel.weight_(tile)) for row, tile in torch_blocks.tiles(X, own, block))
+            tiles = tiles if roots is None else ((row, tile * roots[row, None]) for row, tile in tiles)
+            weighted_mean = {} if roots is None else {"roots": roots}
+            mean = torch_agop.mean_gradient(tiles, alpha, X, own, torch_blocks.dominant_offset(X), **weighted_mean)
+        everyone = len(Z) if weights is None else float(weights.double().sum())
+        apart = mean.double() - ranks.total(mean.double() * count) / everyone
+        M += count * (apart.T @ apart)
     return M
 
 
@@ -276,6 +304,7 @@ def solve(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
     group=None,
 ) -> Solution:
     """``fastagop.solve``, shared by the ranks of a group.
@@ -287,6 +316,7 @@ def solve(
     Args:
         kernel, X, Y, ridge, method, precision, backend: as in ``fastagop.solve``, the same on every rank.
         memory_limit: bytes that the first rank may take; default most of what it has free.
+        sample_weight: as in ``fastagop.solve``, the same on every rank.
         group: a process group; default all processes.
 
     Returns:
@@ -296,42 +326,65 @@ def solve(
         NumericalWarning: on every rank, where ``fastagop.solve`` would.
     """
     options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
-    solution, _ = solve_as(None, kernel, X, Y, group=group, memory_limit=memory_limit, **options)
-    report(solution)
-    return solution
+    options |= {"memory_limit": memory_limit, "sample_weight": sample_weight}
+    solved, _ = solve_as(None, kernel, X, Y, group=group, **options)
+    report(solved.solution)
+    return solved.solution
 
 
 @torch.no_grad()
-def solve_as(out: torch.dtype | None, kernel, X, Y, *, group, memory_limit=None, **options) -> tuple[Solution, int]:
-    """(Solution with alpha in dtype ``out``, default X's, bytes planned), the same on every rank; nothing warns."""
+def solve_as(
+    out: torch.dtype | None,
+    kernel,
+    X,
+    Y,
+    *,
+    group,
+    memory_limit=None,
+    sample_weight=None,
+    rows=None,
+    advice=ADVICE,
+    **options,
+) -> tuple[Solved, int]:
+    """(solved with alpha in dtype ``out``, default X's; bytes planned), the same on every rank; nothing warns.
+
+    ``rows``: where the caller has found copies already: X are the points that they say, Y the targets as given.
+    """
     options = {"ridge": 0.0, "method": "auto", "precision": "highest", "backend": "auto", **options}
     ranks = _ranks(group, "solve", X)
 
     def prepare():
         _checks.memory_limit(memory_limit)
-        return plan_solve(kernel, X, Y, memory_limit=_UNLIMITED, **options)
+        like = Y if rows is None else rows.take(Y)
+        return plan_solve(kernel, X, like, memory_limit=_UNLIMITED, sample_weight=sample_weight, **options)
 
-    _, room = ranks.agree(prepare, f"{kernel!r}, {options}, memory_limit={memory_limit}", X=X, Y=Y)
+    said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
+    weight = None if sample_weight is None else sample_weight[:, None]
+    _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
+    if rows is None:
+        rows = copies.find(X, sample_weight)
+        X = rows.take(X)
     units, points, _, _ = in_units(kernel, X, X)
     wide = functools.cache(points.double)
 
     def job(ask):
-        plan, (_, _, ridge, how) = plan_solve(kernel, X, Y, memory_limit=memory_limit, **options)
+        plan, (_, _, ridge, how) = plan_solve(
+            kernel, X, rows.take(Y), memory_limit=memory_limit, advice=advice, **options
+        )
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
-                solution = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, shared)
+                solved = solve_unstored(units, points, Y, ridge, plan, how, out or X.dtype, rows, shared)
             else:
-                K = roomy(len(X), len(X), X, how)
-                solution = solve_into(K, units, points, Y, ridge, plan, options["precision"], out or X.dtype)
-        return dataclasses.replace(solution, alpha=solution.alpha.cpu()), plan.peak_bytes
+                solved, _ = solve_stored(units, points, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
+        return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):
         return _area(units, wide(), V, most, ranks) if most else _rows(units, wide(), V, ranks)
 
-    solution, planned = ranks.lead(job, serve)
-    return dataclasses.replace(solution, alpha=solution.alpha.to(X.device)), planned
+    solved, planned = ranks.lead(job, serve)
+    return solved.to(X.device), planned
 
 
 def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -14,7 +14,9 @@ _BLOCK = 256
 _CUDA_BLOCK = 1024
 
 
-def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int | None = None, update: Callable | None = None) -> int:
+def cholesky_lower_(
+    A: torch.Tensor, diagonal: float | torch.Tensor, block: int | None = None, update: Callable | None = None
+) -> int:
     """Factor A = L L^T into A's own lower triangle and diagonal; the strict upper triangle is left as it was.
 
     Left-looking: each column block is updated once by one large product, lower part only, then factored by the
@@ -22,7 +24,7 @@ def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int | None = None, 
 
     Args:
         A: symmetric (n, n), both triangles filled; its stored diagonal is ignored in favour of ``diagonal``.
-        diagonal: the value on the diagonal of the matrix to factor.
+        diagonal: of the matrix to factor, a number or (n,).
         block: columns of a block; default by device.
         update: (A, start, stop) does A[start:, start:stop] -= L[start:, :start] L[start:stop, :start]^T on and below
             the diagonal; default torch's products.
@@ -31,7 +33,7 @@ def cholesky_lower_(A: torch.Tensor, diagonal: float, block: int | None = None, 
         0, or the 1-based index of the first pivot that failed (then call ``restore_lower_``).
     """
     n, block = len(A), block or _block(A)
-    A.diagonal().fill_(diagonal)
+    A.diagonal().copy_(torch.as_tensor(diagonal, dtype=torch.float64))
     for start in range(0, n, block):
         stop = min(n, start + block)
         panel, square = A[stop:, start:stop], A[start:stop, start:stop]
@@ -83,9 +85,9 @@ def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return X
 
 
-def upper_matmul(A: torch.Tensor, diagonal: float, V: torch.Tensor) -> torch.Tensor:
-    """S V in V's dtype, S being the symmetric matrix with A's strict upper triangle and a constant diagonal."""
-    out = diagonal * V
+def upper_matmul(A: torch.Tensor, diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """S V in V's dtype, S the symmetric matrix with A's strict upper triangle and a diagonal, a number or (n,)."""
+    out = (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal) * V
     for start in range(0, len(A), _BLOCK):
         stop = min(len(A), start + _BLOCK)
         square = A[start:stop, start:stop].triu(1).to(V.dtype)

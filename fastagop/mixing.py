@@ -8,21 +8,25 @@ from functools import partial
 import torch
 from torch import nn
 
-from fastagop import models
+from fastagop.lending import Here
 from fastagop.taps import tapped
 
 _ALONE = "or pass batch_size=1, which takes each sample by itself"
 
 
-def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> None:
+def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> bool:
     """Try the model on two samples of a batch: outputs must keep to their sample, and so must gradients.
+
+    Returns:
+        Whether checkpoints may have to compute again (``Taps.recomputing``).
 
     Raises:
         ValueError: naming the module or layer where samples meet.
     """
-    if len(inputs) > 1:
-        refuse_neighbours(model, inputs)
-        _refuse_backward(model, linear, _pair(inputs))
+    if len(inputs) == 1:
+        return False
+    refuse_neighbours(model, inputs)
+    return _refuse_backward(model, linear, _pair(inputs))
 
 
 def _pair(inputs: torch.Tensor) -> torch.Tensor:
@@ -31,22 +35,37 @@ def _pair(inputs: torch.Tensor) -> torch.Tensor:
     return inputs[[0, int(unlike.int().argmax()) or 1]]
 
 
-def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> None:
+class _Reached:
+    """Which rows of a layer's output each backward pass reached."""
+
+    def __init__(self):
+        self.rows: list[torch.Tensor] = []
+
+    def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return weight.detach(), False
+
+    def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        self.rows.append((rows != 0).any(1))
+
+
+def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> bool:
     """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
-    seen: dict[nn.Linear, list[torch.Tensor]] = {layer: [] for layer in linear.values()}
-    with tapped({layer: (False, lambda g, to=to: to.append((g != 0).any(1))) for layer, to in seen.items()}) as taps:
-        out = models.outputs(model, pair)
+    seen = {layer: _Reached() for layer in linear.values()}
+    with tapped(seen) as taps:
+        out = taps.run(model, pair, asking=True)  # two samples take little memory
         for row in (0, 1) if out.requires_grad else ():
             cotangent = torch.zeros_like(out)
             cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
             taps.pull_back(out, cotangent, keep=row == 0)
     for name, layer in linear.items():
-        calls = len(seen[layer]) // 2
-        if any(bool((a & b).any()) for a, b in zip(seen[layer][:calls], seen[layer][calls:], strict=True)):
+        rows = seen[layer].rows
+        calls = len(rows) // 2
+        if any(bool((a & b).any()) for a, b in zip(rows[:calls], rows[calls:], strict=True)):
             raise ValueError(
                 f"layers: gradients at {name!r} mix the samples of a batch: its inputs are shared by them, or a later "
                 f"module brings them together. Leave the layer out, {_ALONE}"
             )
+    return taps.recomputing
 
 
 def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
@@ -73,14 +92,16 @@ Call = tuple[str, list[torch.Tensor], list[torch.Tensor]]
 def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
     """Every module call as it ends, the model's own last: its name and the first sample's inputs and outputs."""
     calls: list[Call] = []
+    here = Here()
 
     def note(name: str, _, args, out) -> None:
-        calls.append((name, _first(args), _first(out)))
+        if here:
+            calls.append((name, _first(args), _first(out)))
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
-            model(pair)
+        with torch.enable_grad():  # with inputs that ask for gradients: without, some checkpoints warn of that
+            model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
             handle.remove()
@@ -89,7 +110,7 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
 
 def _first(value) -> list[torch.Tensor]:
     values = value if isinstance(value, (tuple, list)) else [value]
-    return [t[0].clone() for t in values if isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == 2]
+    return [t[0].detach().clone() for t in values if isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == 2]
 
 
 def _differ(ones: list[torch.Tensor], twos: list[torch.Tensor]) -> bool:

@@ -1,33 +1,31 @@
-"""A user's torch model as the measures need it: its Linear layers, its batches and outputs, lent and given back."""
+"""A user's torch model as the measures need it: its Linear layers, its batches and outputs."""
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from fastagop.kernels import _checks
+from fastagop.kernels.errors import warn
 
 Source = torch.Tensor | Iterable
 Layers = str | Iterable[str] | None
 
 BATCH = 256  # samples at a time, unless the caller knows better
+_SHOWN = 8  # layers that a warning names
 
 
 def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
     """The model's Linear layers by name, in its order; or those that match a pattern such as "classifier.*"."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     every = dict(model.named_modules(remove_duplicate=patterns is None))
     linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
     if not linear:
         raise ValueError(f"model must have a torch.nn.Linear layer to measure, this {type(model).__name__} has none")
     if patterns is not None:
-        linear = _matching(linear, [patterns] if isinstance(patterns, str) else list(patterns))
+        linear = _matching(linear, [patterns] if isinstance(patterns, str) else list(patterns), every)
     for name, layer in linear.items():
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             others = listed(other for other in linear if other != name)
@@ -38,11 +36,17 @@ def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
     return linear
 
 
-def _matching(linear: dict[str, nn.Linear], patterns: list[str]) -> dict[str, nn.Linear]:
+def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]) -> dict[str, nn.Linear]:
     if not patterns:
         raise ValueError(f"layers must be None for all or name at least one, there are {listed(linear)}")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
+            other = next(
+                (name for name in every if fnmatch.fnmatchcase(name, pattern) and _unserved(every[name])), None
+            )
+            if other is not None:
+                kind = type(every[other]).__name__
+                raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")
             raise ValueError(f"layers: no Linear layer is called {pattern!r}, there are {listed(linear)}")
     return {name: layer for name, layer in linear.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
 
@@ -62,31 +66,38 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its parameters frozen, gradients on; afterwards it is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = torch.backends.mha.get_fastpath_enabled()  # the fused transformer layer does not call its Linear layers
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
-        torch.backends.mha.set_fastpath_enabled(fused)
+_WITH_WEIGHTS = (
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 
 
-def _uncompiled() -> contextlib.AbstractContextManager:
-    """Compiled models run as written: compiled code calls neither hooks nor replaced functions."""
-    compiling = "torch._dynamo" in sys.modules  # it is slow to import, and nothing is compiled without it
-    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
+def _unserved(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights and is no Linear layer; normalisations only scale."""
+    if isinstance(module, _WITH_WEIGHTS):
+        return True
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) or type(module).__name__ == "RMSNorm":
+        return False
+    return any("weight" in name and p.ndim > 1 for name, p in module.named_parameters(recurse=False))
+
+
+def say_unmeasured(model: nn.Module, layers: Layers) -> None:
+    """Warn, where all layers were asked for, of those that have weights and cannot be measured."""
+    if layers is not None:
+        return
+    left_out = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if _unserved(module)]
+    if left_out:
+        shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
+        warn(
+            f"network measures serve torch.nn.Linear layers and leave out {shown}; name the layers to measure, "
+            "layers=..., to silence this",
+            UserWarning,
+        )
 
 
 def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -126,8 +137,8 @@ def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     return pair[0], pair[1] if len(pair) == 2 else None
 
 
-def outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """f of a batch as (m, K), whatever the shape of one sample's outputs."""
+def outputs(model: nn.Module, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
+    """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
     out = model(inputs)
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
         what = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
@@ -135,6 +146,22 @@ def outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     if out.ndim == 0 or len(out) != len(inputs):
         shape = tuple(out.shape)
         raise ValueError(f"model must return a row for each sample of X, got shape {shape} for {len(inputs)} samples")
-    if not _checks.finite(out.detach()):
+    if finite and not _checks.finite(out.detach()):
         raise ValueError("model returns NaN or infinity for X; check its weights and X's scale")
     return out.reshape(len(out), -1)
+
+
+def pattern(like: torch.Tensor) -> torch.Tensor:
+    """Numbers in [-1, 1] without regularity, the same at every call; no random numbers are drawn."""
+    return torch.sin(torch.arange(1, like.numel() + 1, device=like.device).double() ** 1.5).view(like.shape).to(like)
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors differ by more than rounding; NaN differs from a number."""
+    size = float(b.double().abs().max()) if b.numel() else 0.0
+    return not bool(((a.double() - b.double()).abs() <= 1e3 * rounding(b) * size).all())
+
+
+def rounding(t: torch.Tensor) -> float:
+    """Relative rounding error of a tensor's dtype."""
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0

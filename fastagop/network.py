@@ -1,7 +1,7 @@
 """Neural networks measured as the paper does: AGOP, neural feature ansatz and collapse at every Linear layer.
 
 ``model`` is any torch.nn.Module that maps a batch X (n, ...) to outputs with n rows. It is measured in evaluation
-mode and left as it was found: modes, gradients and hooks. ``X`` is a tensor, taken ``batch_size`` samples at a time,
+mode and left as it was found: modes, gradients and hooks. Measures of one model in several threads take turns. ``X`` is a tensor, taken ``batch_size`` samples at a time,
 or an iterable of batches such as a DataLoader (of inputs, or of inputs and labels); batches move to the model's device.
 ``layers`` chooses Linear layers by name or pattern, for example ``"classifier.*"``; default all that the model calls.
 """
@@ -36,22 +36,31 @@ def agop(
     counts: where its input also goes elsewhere, past a residual connection, the gradient of that branch is left out.
 
     One forward pass and K vector-Jacobian products a batch serve all layers. Sums across batches run in float64.
+    Weights are those with which a layer's forward runs, after all hooks that make or mask them, batch by batch.
 
     Args:
         model, X, layers: see the module's text. reduction: "mean" divides by n, "sum" does not.
         batch_size: samples of a tensor X that are taken at once; default 256.
 
     Returns:
-        By layer name, in the model's order, (d, d) of the layer's dtype and device; zero where the outputs do not
-        depend on the layer. Outputs of any shape (n, ...) count as K numbers a sample.
+        By layer name, in the model's order, (d, d) on the layer's device, of its dtype, or float32 where that is
+        narrower; zero where the outputs do not depend on the layer. Outputs of any shape (n, ...) count as K numbers
+        a sample. Warns of layers with weights that are no Linear layers, unless ``layers`` is given.
 
     Raises:
-        TypeError, ValueError: naming the argument, among them a module that mixes the samples of a batch.
+        TypeError, ValueError: naming the argument, among them a module that mixes the samples of a batch, and a layer
+            that the outputs depend on while the model blocks the gradient (torch.no_grad, .detach()).
     """
     _checks.choice("reduction", reduction, ("mean", "sum"))
     sums, n = sweep(model, X, layers, batch_size)
     divisor = n if reduction == "mean" else 1
-    return {name: sums.pop(name).agop().div_(divisor) for name in list(sums)}
+    return {name: _finite(name, sums.pop(name).agop(divisor)) for name in list(sums)}
+
+
+def _finite(name: str, M: torch.Tensor) -> torch.Tensor:
+    if not _checks.finite(M):
+        raise ValueError(f"model: the AGOP at {name!r} leaves the range of {M.dtype}; scale its outputs down")
+    return M
 
 
 @torch.no_grad()
@@ -63,21 +72,26 @@ def nfa_correlation(
     Formula: Pearson correlation of the entries of W^T W (d, d) and M^(1/2), M as in ``agop`` (paper, section 5 and
     appendix C); 1 where they agree up to scale and offset. Computed without forming them where W is wide.
 
-    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero.
+    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero; a
+        ValueError where hooks give a layer another weight with every batch.
     """
-    sums, _ = sweep(model, X, layers, batch_size)
+    sums, _ = sweep(model, X, layers, batch_size, keep_weights=True)
     return {name: _nfa(name, one) for name, one in sums.items()}
 
 
 def _nfa(name: str, one: LayerSum) -> float:
     """Both matrices are Q A Q^T, Q (d, r) with orthonormal columns: the identity, or a basis of W's rows."""
+    if one.weight is None or one.changed:
+        raise ValueError(
+            f"layers: the weight of {name!r} changes from call to call, so W is no one matrix; leave it out"
+        )
     W = one.weight.double()
     if one.at_input:
         gram, M, sums = W.T @ W, one.total(), W.new_ones(W.shape[1])
     else:
         Q, R = torch.linalg.qr(W.T)
         gram, M, sums = R @ R.T, R @ one.total() @ R.T, Q.sum(0)
-    correlation = _pearson(gram, linalg.psd_sqrt(M), sums, W.shape[1] ** 2)
+    correlation = _pearson(gram, linalg.psd_sqrt(_finite(name, M)), sums, W.shape[1] ** 2)
     if correlation is None:
         raise ConstantMatrixError(
             f"layers: {name!r} has no NFA correlation, since its W^T W or its AGOP is constant (zero, say); "

@@ -2,54 +2,77 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from fastagop import distributed
+from fastagop import copies, distributed
 from fastagop.agop import agop, agop_from_weights_
+from fastagop.cg import ConjugateGradients
+from fastagop.copies import Rows
+from fastagop.diagonal import agop_diagonal
 from fastagop.kernels import _checks, torch_blocks
-from fastagop.kernels._plan import Plan, roomy
+from fastagop.kernels._backends import matmul_precision
+from fastagop.kernels._plan import Plan
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
-from fastagop.solve import Solution, in_unit, plan_solve, solve_into
+from fastagop.solve import Advice, Solution, Solved, in_unit, plan_solve, solve_stored, solve_unstored
+
+log = logging.getLogger("fastagop")
 
 AGOP_SCALES = ("max", "mean", "sum")
+_ADVICE = Advice("solver", "raise memory_limit where memory is free")
+_ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
+_POINTS = 8
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kernel regression's kernel and ridge, and how it computes."""
+    """A kernel regression's kernel and ridge, and how it computes.
+
+    ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
+    """
 
     kernel: Radial
     ridge: float
     precision: str
     backend: str
+    solver: str | ConjugateGradients = "auto"
+    memory_limit: float | None = None
 
-    def shared(self, group) -> dict:
-        """How operations that a group shares compute."""
-        return {"precision": self.precision, "backend": self.backend, "group": group}
+    @property
+    def how(self) -> dict:
+        """How a solve computes."""
+        words = {"ridge": self.ridge, "method": self.solver, "memory_limit": self.memory_limit, "advice": _ADVICE}
+        return {**words, "precision": self.precision, "backend": self.backend}
 
 
-def solve(X: torch.Tensor, Y: torch.Tensor, machine: Machine, group=None) -> Solution:
-    """The kernel regression's solution, alpha in float64; by the ranks of a group together where there is one."""
+def solve(X: torch.Tensor, Y: torch.Tensor, machine: Machine, group=None, *, rows: Rows | None = None) -> Solved:
+    """The kernel regression's solution, alpha in float64; by the ranks of a group together where there is one.
+
+    Args:
+        X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
+    """
     if group is None:
-        return _solve_stored(X, Y, machine)[1]
-    return distributed.solve_as(torch.float64, machine.kernel, X, Y, ridge=machine.ridge, **machine.shared(group))[0]
+        return _solved(X, Y, machine, rows or copies.alone(X))[0]
+    return _solved_together(X, Y, machine, group, rows or copies.alone(X))[0]
 
 
-def _solve_stored(X, Y, machine: Machine) -> tuple[torch.Tensor, Solution, Plan]:
-    """(matrix that holds k(X, X) above its diagonal, solution in float64, plan)."""
-    kernel, precision = machine.kernel, machine.precision
-    kernel, X, _, _ = in_units(kernel, X, X)
-    plan, (_, _, ridge, dtype) = plan_solve(
-        kernel, X, Y, ridge=machine.ridge, method="cholesky", precision=precision, backend=machine.backend
-    )
-    assert isinstance(dtype, torch.dtype)  # of "cholesky"
-    K = roomy(len(X), len(X), X, dtype)
-    return K, solve_into(K, kernel, X, Y, ridge, plan, precision, torch.float64), plan
+def _solved_together(X, Y, machine: Machine, group, rows: Rows) -> tuple[Solved, int]:
+    return distributed.solve_as(torch.float64, machine.kernel, X, Y, group=group, rows=rows, **machine.how)
+
+
+def _solved(X, Y, machine: Machine, rows: Rows) -> tuple[Solved, torch.Tensor | None, Plan]:
+    """(solution in float64, matrix that holds k(X, X) above its diagonal or None, plan)."""
+    kernel, X, _, _ = in_units(machine.kernel, X, X)
+    plan, (_, _, ridge, how) = plan_solve(kernel, X, rows.take(Y), **machine.how)
+    if not isinstance(how, ConjugateGradients):
+        return *solve_stored(kernel, X, Y, ridge, plan, how, machine.precision, torch.float64, rows), plan
+    with matmul_precision(machine.precision, X.device):
+        return solve_unstored(kernel, X, Y, ridge, plan, how, torch.float64, rows), None, plan
 
 
 def solve_and_agop(
@@ -58,40 +81,88 @@ def solve_and_agop(
     machine: Machine,
     group=None,
     *,
+    rows: Rows | None = None,
     center: bool = False,
+    diagonal: bool = False,
     mark: Callable[[str], None] | None = None,
 ) -> tuple[Solution, torch.Tensor, int]:
-    """(solution, AGOP summed over X, planned bytes); the kernel matrix becomes the weights where that loses nothing.
+    """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
 
-    The AGOP is float64: small eigenvalues of M, whose square roots come next, keep what rounding would take.
-    In a group where no (n, n) matrix fits on the first rank, conjugate gradients solve. ``mark`` is called with "solve"
-    and with "agop" when these are done.
+    The AGOP is float64: small eigenvalues of M, whose square roots come next, keep what rounding would take. Where no
+    (n, n) matrix fits, or "cg" is asked for, conjugate gradients solve. Rows count in M by their weights.
+
+    Args:
+        X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
+        center: subtract the mean gradient. diagonal: the diagonal of the AGOP only, (d,).
+        mark: called with "solve" and with "agop" when these are done.
     """
-    mark = mark or (lambda stage: None)
+    mark, rows = mark or (lambda stage: None), rows or copies.alone(X)
     if group is not None:
-        how = machine.shared(group)
-        solution, planned = distributed.solve_as(torch.float64, machine.kernel, X, Y, ridge=machine.ridge, **how)
-        mark("solve")
-        how |= {"reduction": "sum", "center": center}
-        alpha, size = in_unit(solution.alpha, _SQUARABLE)
-        M = distributed.agop_as(alpha, machine.kernel, X, alpha.to(X.dtype), **how)
-        mark("agop")
-        return solution, _of_size(M, size), planned
-    K, solution, plan = _solve_stored(X, Y, machine)
-    alpha, size = in_unit(solution.alpha, _SQUARABLE)
-    mark("solve")
-    kernel, X, _, unit = in_units(machine.kernel, X, X)
-    # A float64 kernel matrix still holds every small distance, so no second pass over pairs is needed.
-    W = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
-    del K
-    if W is None:
-        how = {"center": center, "precision": machine.precision, "backend": machine.backend}
-        M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **how)
+        solved, planned = _solved_together(X, Y, machine, group, rows)
+        K, backend = None, ""
     else:
-        M = agop_from_weights_(W, X, alpha, machine.precision, plan.backend, center)
+        solved, K, plan = _solved(X, Y, machine, rows)
+        planned, backend = plan.peak_bytes, plan.backend
+    mark("solve")
+    alpha, size = in_unit(solved.alpha, _SQUARABLE)
+    kernel, X, _, unit = in_units(machine.kernel, X, X)
+    if (
+        K is not None
+    ):  # a float64 kernel matrix still holds every small distance, so no second pass over pairs is needed
+        K = torch_blocks.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
+    wide = X.dtype != torch.float64 and _rounding_costs(kernel, X, alpha, center, rows.weights)
+    if group is not None and X.dtype != torch.float64:
+        wide = bool(distributed.broadcast(X.new_full((1,), float(wide)), group))
+    if wide:
+        log.info(
+            "agop: float32 coefficients would cost more than %.0e of the gradients; computing in float64", _ROUNDING
+        )
+        X = X.double()
+    weights = None if rows.weights is None else rows.weights.to(X)
+    weighted = {} if weights is None else {"sample_weight": weights}
+    how = {"center": center, "precision": machine.precision, "backend": "auto" if wide else machine.backend}
+    if diagonal:
+        limits = {"precision": machine.precision, "memory_limit": machine.memory_limit, "group": group}
+        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, W=K, **limits)
+    elif group is not None:
+        M = distributed.agop_as(
+            alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **how
+        )
+    elif K is not None:
+        backend = "torch" if wide else backend
+        weighted = {} if weights is None else {"row_weights": weights}
+        M = agop_from_weights_(K, X, alpha, machine.precision, backend, center, **weighted)
+    else:
+        limit = {"memory_limit": machine.memory_limit}
+        M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **limit, **weighted, **how)
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
-    return solution, M, plan.peak_bytes
+    return solved.solution, M, planned
+
+
+def _rounding_costs(kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+    """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
+
+    Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.
+    Two random sums of the outputs stand for all of them.
+    """
+    (n, K), points = alpha.shape, min(len(alpha), _POINTS)
+    if K == 0:
+        return False
+    size = alpha.abs().amax(1) * (1.0 if weights is None else weights.sqrt())
+    index = torch.cat([torch.arange(points, device=X.device) * n // points, size.topk(points)[1]])
+    signs = torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(alpha)
+    signs = signs if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
+    x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
+    z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in torch_blocks.tiles(x, x[index], 2 * points)])
+    both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
+    for exact, rounded in zip(both[0].T, both[1].T, strict=True):
+        terms = W * exact
+        apart = (W.to(X.dtype).double() * rounded).sub_(terms)
+        g, change = ((part @ x - part.sum(1, keepdim=True) * z) * root for part in (terms, apart))
+        g = g - g.mean(0) if center else g
+        total, lost = total + float(g.square().sum()), lost + float(change.square().sum())
+    return lost > _ROUNDING * _ROUNDING * total
 
 
 def _of_size(M: torch.Tensor, size: float) -> torch.Tensor:
@@ -102,8 +173,8 @@ def _of_size(M: torch.Tensor, size: float) -> torch.Tensor:
     return M
 
 
-def agop_divisor(M: torch.Tensor, scale: str, n: int) -> float:
-    """What ``agop_scale`` divides an AGOP summed over n points by; 1 where "max" would divide by zero."""
+def agop_divisor(M: torch.Tensor, scale: str, n: float) -> float:
+    """What ``agop_scale`` divides an AGOP summed over rows of total weight n by; 1 where "max" would divide by zero."""
     if scale == "max":
         largest = float(M.max())
         return largest if largest > 0 else 1.0

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.utils.validation import check_is_fitted
-from tqdm.auto import tqdm
 
-from fastagop import distributed, linalg, regression, storage
-from fastagop.base import Classifier, KernelEstimator, Regressor
+from fastagop import copies, distributed, inputs, linalg, regression, storage
+from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
+from fastagop.progress import Progress
 from fastagop.solve import Solution, report
 
 _LAPLACE = Laplace(10.0)
@@ -61,10 +61,9 @@ def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
 
 
 def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> torch.Tensor:
-    """The AGOP with respect to X from the one with respect to X R: R M R, as gradients go by R; float64."""
+    """The AGOP (or its diagonal) with respect to X from that with respect to X R: R M R, as gradients go by R; float64."""
     M = M.double()
     if diagonal:
-        M = M.diagonal().clone()
         return M if root is None else M * root.double().square()
     if root is None:
         return M
@@ -75,43 +74,19 @@ def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> t
 class _RFM(KernelEstimator):
     """What the classifier and the regressor share."""
 
-    def __init__(
-        self,
-        kernel=_LAPLACE,
-        iterations=5,
-        diagonal=False,
-        center=False,
-        ridge=1e-3,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-    ):
-        self.kernel = kernel
-        self.iterations = iterations
-        self.diagonal = diagonal
-        self.center = center
-        self.ridge = ridge
-        self.agop_scale = agop_scale
-        self.precision = precision
-        self.backend = backend
-        self.device = device
-        self.dtype = dtype
-        self.callbacks = callbacks
-        self.verbose = verbose
-        self.process_group = process_group
+    iterations: int
+    diagonal: bool
+    center: bool
 
-    @torch.no_grad()
-    def fit(self, X, y):
+    @in_full
+    def fit(self, X, y, sample_weight=None):
         """Alternate kernel regression and AGOP, then solve once more with the last M.
 
         Args:
-            X: samples (n, d), NumPy array or torch tensor.
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
             y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,): the solve is (K + ridge W^-1) alpha = Y and the AGOP a weighted sum, so that
+                a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
 
         Returns:
             self, with ``M_``, ``iterations_`` and ``solution_``.
@@ -124,20 +99,23 @@ class _RFM(KernelEstimator):
             NumericalWarning: per solve whose result had to be altered.
         """
         machine, iterations = self._checked()
-        self._torch_in = isinstance(X, torch.Tensor)
-        points = self._samples(X, reset=True)
-        Y, _ = self._targets(y, points)
+        data = self._training(X, y, sample_weight)
+        rows, said, Y = copies.find(data.X, data.weights), set(), data.Y
+        points = rows.take(data.X)
         M = points.new_ones(points.shape[1])
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
-        for index in tqdm(range(iterations), desc="RFM", unit="iteration", disable=not self.verbose):
-            M, record = self._iterate(points, Y, M, machine)
-            report(record.solution)
-            self.iterations_.append(record)
-            for callback in self.callbacks:
-                callback(IterationEvent(index, iterations, record, M))
+        with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
+            for index in range(iterations):
+                M, record = self._iterate(points, Y, M, machine, rows)
+                report(record.solution, said)
+                self.iterations_.append(record)
+                for callback in self.callbacks:
+                    callback(IterationEvent(index, iterations, record, M))
+                progress.step()
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
-        self.solution_ = regression.solve(self._centers, Y, machine, self.process_group)
-        report(self.solution_)
+        solved = regression.solve(self._centers, Y, machine, self.process_group, rows=rows)
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, said)
         self.M_ = self._kept(M)
         return self
 
@@ -149,13 +127,14 @@ class _RFM(KernelEstimator):
         _checks.flag("center", self.center)
         return machine, int(count)
 
-    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine) -> tuple[torch.Tensor, IterationRecord]:
+    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, center=self.center)
+        about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
+        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, **about)
         agop = pulled_back(inner, self._root, self.diagonal)
-        scale = regression.agop_divisor(agop, self.agop_scale, len(X))
+        scale = regression.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
             # gradients at the points are combinations of the points, and M of the one before maps their span to itself
@@ -163,17 +142,41 @@ class _RFM(KernelEstimator):
             self._root = root if group is None else distributed.broadcast(root, group)
         return M, IterationRecord(solution, scale, time.perf_counter() - start)
 
-    @torch.no_grad()
+    @in_full
     def transform(self, X):
         """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype."""
         check_is_fitted(self)
-        return self._answer(self._mapped(self._samples(X)), X)
+        return self._answer(self._projected(self._samples(X)), X)
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    @property
+    def feature_importances_(self):
+        """The diagonal of ``M_`` over its sum: (d,), how much each feature counts in the learned metric."""
+        check_is_fitted(self)
+        weights = torch.as_tensor(self.M_).double()
+        weights = weights if weights.ndim == 1 else weights.diagonal()
+        return self._kept(weights / weights.sum())
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names."""
+        return self.n_features_in_
+
+    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+        self._offset = inputs.offsets(X)
+        return inputs.narrowed("X", self._near(X), self._dtype).to(self._dtype)
+
+    def _near(self, X: torch.Tensor) -> torch.Tensor:
+        """X less what lies far from zero in every row: the kernel sees differences only."""
+        return X.double() - self._offset if bool(self._offset.any()) else X
+
+    def _projected(self, X: torch.Tensor) -> torch.Tensor:
         return project(X, None if self._root is None else self._root.to(X))
 
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        return self._projected(self._near(X))
+
     def _packed(self):
-        tensors = {"M": torch.as_tensor(self.M_)}
+        tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset, **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
         words = []
@@ -184,8 +187,8 @@ class _RFM(KernelEstimator):
         return tensors, {"iterations": words}
 
     def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
-        self._root, self.M_ = tensors.get("root"), self._kept(tensors["M"])
-        self.iterations_ = []
+        self._root, self._offset, self.M_ = tensors.get("root"), tensors["offset"], self._kept(tensors["M"])
+        self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         for index, record in enumerate(words["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
             self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
@@ -209,21 +212,70 @@ class RFMClassifier(Classifier, _RFM):
             from one iteration to the next; "mean" divides by n (the paper's definition), "sum" not at all.
         precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
             rows are computed in float64 and Triton's products are float32.
-        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64".
+        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64", or torch's own.
         callbacks: functions called with a ``fastagop.rfm.IterationEvent`` after each iteration.
-        verbose: 1 shows a progress bar.
+        verbose: 1 shows a progress bar on a terminal, and logs every step at INFO.
         process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
             every rank fits the same data and ends with the same estimator. Prediction is not shared.
+        solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "eigh", "cg" (no n x n matrix) or
+            ``fastagop.ConjugateGradients(...)``. memory_limit: bytes that a solve or an AGOP may take.
+        class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
+            the classes' sums of sample weights; they multiply sample weights.
 
     Attributes:
         M_: the metric, scaled, (d, d), or (d,) with ``diagonal``. iterations_: one ``IterationRecord`` each.
         solution_: ``Solution`` of the last solve (float64). classes_: the labels. n_features_in_: d.
+        feature_importances_: the diagonal of M over its sum, (d,).
     """
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        iterations=5,
+        diagonal=False,
+        center=False,
+        ridge=1e-3,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+        class_weight=None,
+    ):
+        self._store(locals())
 
 
 class RFMRegressor(Regressor, _RFM):
     """Recursive feature machine, regressor: kernel ridge regression in a metric that it learns.
 
-    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled. Parameters, attributes and the
-    algorithm are those of ``RFMClassifier`` without ``classes_``.
+    Targets (n,) or (n, K) are centred by their (weighted) mean, which predictions add again: with a large ridge a
+    prediction falls back on the mean, and an offset of the targets costs no digits. ``solution_`` and the records of
+    ``iterations_``, residuals included, are those of the centred targets. Parameters, attributes and the algorithm are
+    those of ``RFMClassifier``, without ``class_weight`` and ``classes_``, and with ``intercept_``, the mean: a number,
+    or (K,).
     """
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        iterations=5,
+        diagonal=False,
+        center=False,
+        ridge=1e-3,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+    ):
+        self._store(locals())

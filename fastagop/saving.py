@@ -81,7 +81,7 @@ def _restored(path: Path, tensors: dict, words: dict, device):
 
 def _check_shapes(tensors: dict, words: dict) -> None:
     """A kernel machine whose parts belong together: they are only put to use much later."""
-    centers, alpha = tensors["centers"], tensors["alpha"]
+    centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # of the points, copies merged
     if centers.ndim != 2 or alpha.ndim != 2 or len(centers) != len(alpha):
         raise ValueError(f"centers {tuple(centers.shape)} and alpha {tuple(alpha.shape)} do not belong together")
     classes = words["attributes"].get("classes_")

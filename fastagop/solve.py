@@ -5,21 +5,43 @@ from __future__ import annotations
 import functools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastagop import cg, direct
+from fastagop import bandwidth, cg, copies, direct
 from fastagop.cg import ConjugateGradients
+from fastagop.copies import Rows
 from fastagop.direct import MAX_JITTER, RESIDUAL, largest
 from fastagop.kernels import _checks, keops_ops, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words, triton_fills
-from fastagop.kernels._plan import Plan, block_rows, budget, human, roomy
+from fastagop.kernels._plan import Plan, block_rows, budget, human
 from fastagop.kernels.errors import BackendUnavailable, warn
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
-_WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
+_OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a caller's user can change where memory is short: the words of its error."""
+
+    method: str = "method"
+    limit: str = "raise memory_limit where memory is free"
+
+    def direct(self) -> str:
+        """Where no matrix fits."""
+        return f"Use fewer points, {self.method}='cg', or {self.limit}"
+
+    def iterative(self) -> str:
+        """Where not even the vectors of "cg" fit."""
+        return (
+            f"Use fewer points, a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...), or {self.limit}"
+        )
+
+
+ADVICE = Advice()
 
 
 @dataclass(frozen=True)
@@ -28,16 +50,22 @@ class Solution:
 
     Attributes:
         alpha: coefficients (n, K), in X's dtype.
-        residual: ||(k + ridge I) alpha - Y|| / ||Y|| (Frobenius), of the alpha returned, without the jitter.
+        residual: ||(k + ridge W^-1) alpha - Y|| / ||Y|| (Frobenius) over rows with weight, of the alpha returned and of
+            k(X, X) in float64, without the jitter; what copies of a row contradict each other is in it.
         ridge: the ridge asked for.
         jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
         method: what ran, "cholesky", "eigh" or "cg".
         dtype: the dtype of the factorisation, or of the products of "cg".
         iterations: steps of "cg", or of float64 refinement after a float32 factorisation.
-        rank: eigenvalues kept by "eigh"; rank of the preconditioner of "cg"; n otherwise.
+        rank: n less the eigenvalues dropped by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
         stopped: why "cg" ended before its tolerance; "" where it did not.
         tolerance: the residual "cg" was asked for; 0.0 for the others.
+        residual_rows: rows that the residual was measured on: all, or an evenly spaced sample.
+        merged: rows merged away because the dtype cannot tell them apart from others; they share a coefficient.
+        contradictions: rows whose target differs from the mean target of their copies.
+        merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
+        note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
     """
 
     alpha: torch.Tensor
@@ -51,6 +79,40 @@ class Solution:
     seconds: float
     stopped: str = ""
     tolerance: float = 0.0
+    residual_rows: int = 0
+    merged: int = 0
+    contradictions: int = 0
+    merged_residual: float | None = None
+    note: str = ""
+
+    def __repr__(self):
+        how = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
+        how += f", jitter {self.jitter:.1e}" if self.jitter else ""
+        rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
+        shape = " x ".join(map(str, self.alpha.shape))
+        parts = [
+            f"alpha {shape} {str(self.alpha.dtype).removeprefix('torch.')}",
+            how,
+            f"residual {self.residual:.1e}{rows}",
+        ]
+        if self.merged:
+            parts.append(
+                f"{self.merged} rows merged" + f", {self.contradictions} contradict" * bool(self.contradictions)
+            )
+        parts += [f"stopped: {self.stopped}"] * bool(self.stopped) + [f"{self.seconds:.2g} s"]
+        return f"Solution({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A Solution for the rows given, and the coefficients (r, K) of the points that they were merged into."""
+
+    solution: Solution
+    alpha: torch.Tensor
+
+    def to(self, device: torch.device) -> Solved:
+        """The same with its tensors on a device."""
+        return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
 def plan_solve(
@@ -63,8 +125,14 @@ def plan_solve(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
+    advice: Advice = ADVICE,
 ) -> tuple[Plan, tuple]:
-    """(Plan, (X, Y, ridge, how)) of a solve call; how: the factorisation's dtype, or the options of method "cg"."""
+    """(Plan, (X, Y, ridge, how)) of a solve call.
+
+    how: (the factorisation's dtype, bytes that may be taken), or the options of method "cg". ``advice``: what the
+    caller's user can change where memory is short.
+    """
     _checks.kernel(kernel)
     options = ConjugateGradients()
     if isinstance(method, ConjugateGradients):
@@ -78,18 +146,20 @@ def plan_solve(
     # KeOps never stores the matrix: it serves the passes of "cg" only.
     chosen, why = choose("auto" if method == "cg" else backend, "solve", kernel, X, precision)
     _checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
+    _checks.sample_weight(sample_weight, X, "mean")
     room, reason = budget(limit, X.device), "cg asked for"
     if method != "cg":
         try:
-            road, dtype, reason = _road(X, ridge, method, room, chosen == "triton" and precision != "highest")
+            coarse = chosen == "triton" and precision != "highest"
+            road, dtype, reason = _road(X, ridge, method, room, coarse, advice)
             plan = _plan_direct(X, Y, road, dtype, f"{why}; {reason}", precision, chosen)
-            return plan, (X, Y, ridge, dtype)
+            return plan, (X, Y, ridge, (dtype, room))
         except MemoryError:
             if method != "auto" or chosen == "triton":
                 raise
             reason = f"no n x n matrix fits into {human(room)}"
     backend, why = _passes(backend, kernel, X)
-    plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}")
+    plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}", advice)
     return plan, (X, Y, ridge, options)
 
 
@@ -106,9 +176,9 @@ def _passes(backend: str, kernel: Radial, X: torch.Tensor) -> tuple[str, str]:
 def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str, backend: str) -> Plan:
     """The road with one n x n matrix."""
     n, size = len(X), dtype.itemsize
-    copies = 3.0 if method == "eigh" else 1.0 + _WORKSPACE
+    copies = 3.0 if method == "eigh" else 1.0 + direct.WORKSPACE
     extra = 0 if X.dtype == dtype else X.numel() * size
-    rows = block_rows(n * size, 0, max(n * size, int(_WORKSPACE * n * n * size) // 3), n, "solve")
+    rows = block_rows(n * size, 0, max(n * size, int(direct.WORKSPACE * n * n * size) // 3), n, "solve")
     work = n * n * X.shape[1] + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * Y.shape[1]
     words = str(dtype).removeprefix("torch.")
     if dtype != X.dtype or X.dtype == torch.float64:
@@ -120,13 +190,15 @@ def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str
     return Plan("solve", backend, method, why, words, work, int(copies * n * n * size) + extra, rows)
 
 
-def _road(X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool) -> tuple[str, torch.dtype, str]:
+def _road(
+    X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool, advice: Advice
+) -> tuple[str, torch.dtype, str]:
     """(method, dtype of the factorisation, why), or MemoryError with the plan.
 
     ``coarse``: products below float32's accuracy were asked for, so that the factor is a preconditioner anyway.
     """
     n = len(X)
-    need = {t: int((1 + _WORKSPACE) * n * n * t.itemsize) + X.numel() * 8 for t in RESIDUAL}
+    need = {dtype: direct.needed_bytes(n, X.shape[1], dtype) for dtype in RESIDUAL}
     if method == "eigh":
         needed, dtype, reason = 3 * n * n * 8, torch.float64, "eigh asked for; it runs in float64"
     elif X.dtype == torch.float64:
@@ -143,8 +215,7 @@ def _road(X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool) -
         largest = int((room / (needed / n**2)) ** 0.5)
         raise MemoryError(
             f"solve with n = {n} needs {human(needed)} ({dtype} matrix of {human(n * n * dtype.itemsize)} and "
-            f"its workspace), but {human(room)} may be used; n up to about {largest} fits. "
-            "Use fewer points, method='cg', or raise memory_limit where memory is free"
+            f"its workspace), but {human(room)} may be used; n up to about {largest} fits. {advice.direct()}"
         )
     return ("cholesky" if method == "auto" else method), dtype, reason
 
@@ -160,13 +231,18 @@ def solve(
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
 ) -> Solution:
-    """Solve (k(X, X) + ridge I) alpha = Y; ridge 0 is allowed and never gives NaN or a wild solution.
+    """Solve (k(X, X) + ridge W^-1) alpha = Y; ridge 0 is allowed and never gives NaN or a wild solution.
+
+    Rows that X's dtype cannot tell apart are one point: m of them under a ridge mu are one under mu / m with their mean
+    target, and share its coefficient. Weights W = diag(sample_weight) count as copies do; 1 each by default.
 
     The matrix exists once and is factored in place, in float64 where X is float64 or where ridge is 0 and memory
-    allows, else in float32 with float64 refinement. A failed pivot adds jitter to the diagonal, from rounding
-    level upwards by tens; points that the kernel cannot tell apart but whose targets differ raise it further,
-    so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
+    allows, else in float32 with float64 refinement, and in float64 after all where float32 values leave a residual
+    above 1e-5 and memory allows. A failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close
+    points whose targets differ raise it further, so that coefficients stay bounded. Whatever was done is in the result
+    (paper, algorithm 1).
 
     Where no such matrix fits, preconditioned conjugate gradients solve for all outputs at once, with one float64 pass
     over all pairs a step, and with the same rule for jitter. A problem that they cannot bring to their tolerance is
@@ -181,6 +257,7 @@ def solve(
             does not fit.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
+        sample_weight: weights (n,) >= 0 of X's dtype; a row of weight 0 is left out, its coefficient is 0.
 
     Returns:
         Solution.
@@ -190,50 +267,130 @@ def solve(
         BackendUnavailable: the backend cannot serve the call.
 
     Warns:
-        NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, or
-            the residual exceeds 1e-6 (float64) or 1e-3 (float32).
+        NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, the
+            residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or the bandwidth
+            makes every kernel value 0 or 1.
     """
+    options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
     plan, (X, Y, ridge, how) = plan_solve(
-        kernel,
-        X,
-        Y,
-        ridge=ridge,
-        method=method,
-        precision=precision,
-        backend=backend,
-        memory_limit=memory_limit,
+        kernel, X, Y, memory_limit=memory_limit, sample_weight=sample_weight, **options
     )
-    kernel, X, _, _ = in_units(kernel, X, X)
+    rows, points = copies.find(X, sample_weight), X
+    if not rows.plain:  # fewer points may take another road
+        points = rows.take(X)
+        plan, (_, _, _, how) = plan_solve(kernel, points, rows.take(Y), memory_limit=memory_limit, **options)
+    kernel, points, _, _ = in_units(kernel, points, points)
     if isinstance(how, ConjugateGradients):
         with matmul_precision(precision, X.device):
-            solution = solve_unstored(kernel, X, Y, ridge, plan, how, X.dtype)
+            solved = solve_unstored(kernel, points, Y, ridge, plan, how, X.dtype, rows)
     else:
-        K = roomy(len(X), len(X), X, how)
-        solution = solve_into(K, kernel, X, Y, ridge, plan, precision, X.dtype)
-    report(solution)
-    return solution
+        solved, _ = solve_stored(kernel, points, Y, ridge, plan, how, precision, X.dtype, rows)
+    report(solved.solution)
+    return solved.solution
 
 
-def solve_into(
-    K: torch.Tensor, kernel: Radial, X, Y, ridge: float, plan: Plan, precision: str, out: torch.dtype
-) -> Solution:
-    """Solve using K (n, n) as the one large matrix; "cholesky" leaves k(X, X) in K's strict upper triangle.
+def solve_stored(
+    kernel: Radial, X, Y, ridge: float, plan: Plan, how: tuple[torch.dtype, int], precision: str, out, rows: Rows
+) -> tuple[Solved, torch.Tensor]:
+    """(solved, matrix with k(X, X) in its strict upper triangle) at the points X (r, d) of given targets Y (n, K).
 
     alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
     everything else, so callers that go on computing ask for float64.
     """
-    start, (target, unit) = time.perf_counter(), in_unit(Y.double())
-    jitter, iterations, rank = 0.0, 0, len(X)
+    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
     with matmul_precision(precision, X.device):
-        system = direct.system(K, kernel, X, ridge, plan, precision, out)
-        if plan.method == "eigh":
-            alpha, rank = direct.eigh(system, target)
-        else:
-            alpha, jitter, iterations = direct.cholesky(system, target)
-        alpha = alpha.to(out)
-        residual = system.residual(alpha, target)
-    alpha, seconds = _of_unit(alpha, unit), time.perf_counter() - start
-    return Solution(alpha, residual, ridge, jitter, plan.method, K.dtype, iterations, rank, seconds)
+        found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
+        alpha, seen = task.coefficients(found.alpha)
+        residuals = task.residuals(*found.system.unmet(seen, task.target))
+        note = bandwidth.note(kernel, X, plan.block)
+    made = {"jitter": found.jitter, "method": plan.method, "dtype": found.system.K.dtype, "note": note}
+    made |= {
+        "iterations": found.iterations,
+        "rank": found.rank + len(Y) - len(X),
+        "seconds": time.perf_counter() - start,
+    }
+    return task.solved(alpha, ridge=ridge, **residuals, **made), found.system.K
+
+
+def solve_unstored(
+    kernel: Radial, X, Y, ridge: float, plan: Plan, options: ConjugateGradients, out, rows: Rows, product=None
+) -> Solved:
+    """Solve by conjugate gradients; ``product(kernel, X, X, V, plan)`` -> k(X, X) V may be a sharded one.
+
+    Products run in float64 whatever X's dtype is: in float32 the residual ends at 3e-5 (Laplace) to 1e-3 (Gaussian)
+    at n = 4000 already, and at more for more points.
+    """
+    product = product or (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul
+    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out)
+    x, every = X.double(), torch.arange(len(X), device=X.device)
+
+    def matmul(V, jitter=0.0):
+        return product(kernel, x, x, V, plan).add_(direct.times(task.ridge + jitter, V))
+
+    def columns(index):
+        return torch_blocks.kernel_matrix(kernel, x, x[index], None, plan)
+
+    low_rank = cg.preconditioner_of(columns, x.new_ones(len(x)), task.ridge, options)  # every profile has phi(0) = 1
+    outcome, jitter, iterations = _with_jitter(matmul, task.target, low_rank, options, out)
+    alpha, seen = task.coefficients(outcome.alpha)
+    residuals = task.residuals(every, matmul(seen).sub_(task.target))
+    made = {"jitter": jitter, "method": "cg", "dtype": torch.float64, "iterations": iterations}
+    made |= {"rank": low_rank.rank if low_rank else 0, "stopped": outcome.stopped, "tolerance": options.tolerance}
+    made |= {"note": bandwidth.note(kernel, X, plan.block), "seconds": time.perf_counter() - start}
+    return task.solved(alpha, ridge=ridge, **residuals, **made)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The system of the points that rows were merged into, in a power-of-two unit of the targets.
+
+    Attributes:
+        target: mean targets (r, K), float64. ridge: a number, or one for each point (r,). unit: of the targets.
+        given: what the residual of the rows given needs beyond it. rows, contradictions, out: as elsewhere.
+    """
+
+    target: torch.Tensor
+    ridge: float | torch.Tensor
+    unit: float
+    given: copies.Given | None
+    rows: Rows
+    contradictions: int
+    out: torch.dtype
+
+    @classmethod
+    def of(cls, Y: torch.Tensor, ridge: float, rows: Rows, out: torch.dtype) -> _Task:
+        """The task of targets as they were given (n, K)."""
+        y, unit = in_unit(Y.double())
+        target, weights = rows.means(y), rows.weights
+        ridges = ridge if weights is None or ridge == 0 else ridge / weights
+        return cls(target, ridges, unit, rows.given(y, target), rows, rows.contradictions(y, target), out)
+
+    def coefficients(self, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha as it is returned, that one in the task's unit in float64, as the rows given share it)."""
+        alpha = _of_unit(alpha.to(self.out), self.unit)
+        seen = alpha.double() if self.given is None else self.given.summed(alpha, self.out)
+        return alpha, seen / self.unit
+
+    def residuals(self, index: torch.Tensor, R: torch.Tensor) -> dict:
+        """Residuals of the rows given and of the points, from those (s, K) of some points."""
+        grow, size = len(self.target) / max(1, len(index)), float(torch.linalg.vector_norm(self.target))
+        merged = (grow * float(R.square().sum())) ** 0.5
+        merged = merged / size if size > 0 else 0.0
+        measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
+        if self.given is None:
+            return {"residual": merged, "residual_rows": measured}
+        given = self.given
+        square = (given.count[index, None] * R.square() + 2.0 * R * given.shift[index]).sum()
+        total = max(0.0, grow * float(square) + given.scatter) ** 0.5
+        literal = total / given.size if given.size > 0 else 0.0
+        return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
+
+    def solved(self, alpha: torch.Tensor, **made) -> Solved:
+        """The Solution of all rows given, and the points' coefficients."""
+        found = Solution(
+            alpha=self.rows.shared(alpha), merged=self.rows.merged, contradictions=self.contradictions, **made
+        )
+        return Solved(found, alpha)
 
 
 def in_unit(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
@@ -252,51 +409,14 @@ def _of_unit(alpha: torch.Tensor, unit: float) -> torch.Tensor:
     return alpha
 
 
-def solve_unstored(
-    kernel: Radial,
-    X,
-    Y,
-    ridge: float,
-    plan: Plan,
-    options: ConjugateGradients,
-    out: torch.dtype,
-    product=None,
-) -> Solution:
-    """Solve by conjugate gradients; ``product(kernel, X, X, V, plan)`` -> k(X, X) V may be a sharded one.
-
-    Products run in float64 whatever X's dtype is: in float32 the residual ends at 3e-5 (Laplace) to 1e-3 (Gaussian)
-    at n = 4000 already, and at more for more points.
-    """
-    product = product or (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul
-    start = time.perf_counter()
-    x, (target, unit) = X.double(), in_unit(Y.double())
-
-    def matmul(V, diagonal=ridge):
-        return product(kernel, x, x, V, plan).add_(V, alpha=diagonal)
-
-    def columns(index):
-        return torch_blocks.kernel_matrix(kernel, x, x[index], None, plan)
-
-    ones = x.new_ones(len(x))  # every profile has phi(0) = 1
-    low_rank = cg.preconditioner(cg.pivoted_cholesky(columns, ones, options.rank or 0, ridge, options.seed), ridge)
-    scale = float(low_rank.values[-1]) if low_rank else float(len(x))
-    outcome, jitter, iterations = _with_jitter(matmul, target, low_rank, options, ridge, scale, out)
-    alpha, residual = outcome.alpha.to(out), outcome.residual
-    if out != torch.float64 or jitter:
-        residual = cg.relative(target - matmul(alpha.double()), target)
-    alpha = _of_unit(alpha, unit)
-    rank, seconds = low_rank.rank if low_rank else 0, time.perf_counter() - start
-    said = {"stopped": outcome.stopped, "tolerance": options.tolerance}
-    return Solution(alpha, residual, ridge, jitter, "cg", torch.float64, iterations, rank, seconds, **said)
-
-
-def _with_jitter(matmul, Y, low_rank, options, ridge: float, scale: float, out: torch.dtype):
+def _with_jitter(matmul, Y, low_rank, options, out: torch.dtype):
     """(outcome, jitter, steps of all tries) with the least jitter, by tens, that has a bounded solution."""
     bound = largest(Y) / torch.finfo(out).eps ** 0.5  # as ``direct.System.excess`` has it
+    scale = low_rank.largest if low_rank else float(len(Y))
     jitter, iterations = 0.0, 0
     while True:
         outcome = cg.conjugate_gradients(
-            functools.partial(matmul, diagonal=ridge + jitter),
+            functools.partial(matmul, jitter=jitter),
             Y,
             low_rank.shifted(jitter) if low_rank else None,
             options,
@@ -308,19 +428,51 @@ def _with_jitter(matmul, Y, low_rank, options, ridge: float, scale: float, out: 
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
 
 
-def report(solution: Solution) -> None:
-    """Warn once about what was altered, or about a residual larger than the dtype promises."""
-    said = []
-    if solution.jitter > 0:
-        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
-    if solution.method == "eigh" and solution.rank < len(solution.alpha):
-        said.append(f"{len(solution.alpha) - solution.rank} of {len(solution.alpha)} eigenvalues were dropped")
-    if solution.stopped:
-        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
-    if solution.stopped or not solution.residual <= max(RESIDUAL[solution.alpha.dtype], solution.tolerance):
-        said.append(f"the relative residual is {solution.residual:.1e}")
-    if said:
+def report(solution: Solution, said: set[str] | None = None) -> None:
+    """Warn once about what was altered, or about a residual larger than the dtype promises.
+
+    ``said``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
+    """
+    found, about, repeated = _altered(solution), _problem(solution), set() if said is None else said
+    if found:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
         if solution.method == "cg":
             remedy = "a larger rank, more max_iterations or a larger ridge helps"
-        warn(f"solve: {' and '.join(said)}; {remedy}")
+        found = [f"{' and '.join(found)}; {remedy}"]
+    found += [text for key, text in about.items() if key not in repeated]
+    repeated.update(about)
+    if found:
+        warn(f"solve: {'. '.join(found)}")
+
+
+def _altered(solution: Solution) -> list[str]:
+    """What was done to this solve, and a residual that is too large."""
+    said, points = [], len(solution.alpha) - solution.merged
+    dropped = len(solution.alpha) - solution.rank if solution.method == "eigh" else 0
+    if solution.jitter > 0:
+        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
+    if dropped:
+        said.append(f"{dropped} of {points} eigenvalues were dropped")
+    if solution.stopped:
+        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
+    residual = solution.residual if solution.merged_residual is None else solution.merged_residual
+    limit = RESIDUAL[solution.alpha.dtype]
+    if solution.dtype != solution.alpha.dtype == torch.float64:
+        limit = _OF_FLOAT32
+    if solution.stopped or not residual <= max(limit, solution.tolerance):
+        said.append(f"the relative residual is {residual:.1e}")
+    return said
+
+
+def _problem(solution: Solution) -> dict[str, str]:
+    """What is wrong with the problem, whatever the solver does."""
+    found = {}
+    if solution.contradictions and solution.ridge == 0:
+        more = "" if solution.jitter else ", without jitter"
+        found["contradictions"] = (
+            f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
+            f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
+        )
+    if solution.note:
+        found["bandwidth"] = solution.note
+    return found

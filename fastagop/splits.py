@@ -12,8 +12,11 @@ from torch import nn
 
 from fastagop import collapse, models
 from fastagop.kernels import _checks
+from fastagop.kernels._backends import matmul_precision
+from fastagop.lending import lent, replaced
 from fastagop.mixing import refuse_neighbours
 from fastagop.models import Layers, Source
+from fastagop.readout import bare
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,10 +53,20 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+    if isinstance(X, torch.Tensor) and X.dtype in (torch.float16, torch.bfloat16):
+        X = X.float()
     _checks.matrix("X", X, columns=(layer.in_features, "layer"))
-    projected = nn.functional.linear(X, layer.weight)
-    out = projected if layer.bias is None else projected + layer.bias
-    features = out if activation is None else activation(out.clone())  # it may work in place
+    return _of_parts(X, layer.weight, layer.bias, y, activation)
+
+
+def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, activation: Activation | None) -> Split:
+    """The Split of features X (n, d) at a layer, computed in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(X.dtype, W.dtype), torch.float32)
+    X = X.to(dtype)
+    with matmul_precision("highest", X.device):
+        projected = nn.functional.linear(X, W.to(dtype))
+        out = projected if bias is None else projected + bias.to(dtype)
+        features = out if activation is None else activation(out.clone())  # it may work in place
     return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
 
 
@@ -72,25 +85,27 @@ def collapse_split(
     Args:
         model, X, layers, batch_size: as in ``agop``. The inputs of all chosen layers, (n, d) each, are held at once.
         y: integer labels (n,); default those that come with the batches of X.
-        activation: the nonlinearity after every layer but the one whose output is the model's.
+        activation: the nonlinearity after every layer but those that none follows: what the model returns is the
+            layer's output, seen another way or shifted and scaled.
 
     Returns:
         Split by layer name, in the model's order.
 
     Raises:
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
-            no matrix, or the layer is called more than once.
+            no matrix, or the layer is called more than once, or hooks change its weight from batch to batch.
     """
-    linear = models.linear_layers(model, layers)
-    gathered = _Inputs(linear)
-    with models.evaluating(model), torch.no_grad():
-        labels = gathered.run(model, X, batch_size)
+    with lent(model), torch.no_grad():
+        linear = models.linear_layers(model, layers)
+        models.say_unmeasured(model, layers)
+        gathered = _Inputs(linear)
+        labels = gathered.run(model, X, batch_size, find_bare=activation is not None)
         if y is None and not labels:
             raise ValueError("y must be given where the batches of X bring no labels")
         y = _labels(y, labels)
         models.refuse_uncalled(linear, gathered.rows, layers)
         return {
-            name: split(linear[name], torch.cat(rows), y, None if name == gathered.readout else activation)
+            name: _of_parts(torch.cat(rows), *gathered.weights[name], y, None if name in gathered.bare else activation)
             for name, rows in gathered.rows.items()
         }
 
@@ -106,38 +121,43 @@ def _labels(y, labels: list[torch.Tensor]):
 
 
 class _Inputs:
-    """What enters each layer, batch by batch, and the name of the layer whose output is the model's."""
+    """What enters each layer, batch by batch, its weight and bias, and the names of the layers without nonlinearity."""
 
     def __init__(self, linear: Mapping[str, nn.Linear]):
-        self.linear, self.readout = linear, None
+        self.linear, self.bare = linear, set()
         self.rows: dict[str, list[torch.Tensor]] = {}
-        self._out: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._called: set[str] = set()
 
-    def run(self, model: nn.Module, X: Source, batch_size: int | None) -> list[torch.Tensor]:
+    def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
         """Send all samples through the model; the batches' labels."""
         labels = []
         for i, (inputs, given) in enumerate(models.batches(X, batch_size, model)):
             if i == 0:
                 refuse_neighbours(model, inputs)
-            self._run_batch(model, inputs)
+            self._called.clear()
+            with replaced({layer: partial(self._note, name, layer) for name, layer in self.linear.items()}):
+                models.outputs(model, inputs)
+            if i == 0 and find_bare:
+                self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
             labels += [] if given is None else [torch.as_tensor(given).cpu()]
         return labels
 
-    def _run_batch(self, model: nn.Module, inputs: torch.Tensor) -> None:
-        handles = [layer.register_forward_hook(partial(self._note, name)) for name, layer in self.linear.items()]
-        try:
-            out = model(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.readout = next((name for name, tensor in self._out.items() if tensor is out), None)
-        self._out.clear()
-
-    def _note(self, name: str, _, args, out: torch.Tensor) -> None:
-        if name in self._out:
+    def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        if name in self._called:
             raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
-        if args[0].ndim != 2:
-            shape = tuple(args[0].shape)
+        if input.ndim != 2:
+            shape = tuple(input.shape)
             raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
-        self._out[name] = out
-        self.rows.setdefault(name, []).append(args[0].clone())  # the model may go on to change it in place
+        self._called.add(name)
+        weights = layer.weight, layer.bias
+        if name not in self.weights:
+            self.weights[name] = (weights[0].clone(), None if weights[1] is None else weights[1].clone())
+        elif not all(_equal(now, then) for now, then in zip(weights, self.weights[name], strict=True)):
+            raise NotAMatrixError(f"layers: the weight of {name!r} changes from batch to batch; leave it out")
+        self.rows.setdefault(name, []).append(input.clone())  # the model may go on to change it in place
+        return nn.functional.linear(input, *weights)
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)

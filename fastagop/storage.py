@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from fastagop import tensor_files
+from fastagop.cg import ConjugateGradients
 from fastagop.deep_rfm import Layer, LayerRecord
 from fastagop.features import FeatureMap
 from fastagop.kernels import _atomic
@@ -161,6 +162,12 @@ def pack_value(value):
         return value.item()
     if isinstance(value, np.random.RandomState):
         return None
+    if isinstance(value, ConjugateGradients):
+        return {"options": dataclasses.asdict(value)}
+    if isinstance(value, dict):  # JSON's keys are strings, labels are not
+        return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
+    if isinstance(value, (torch.dtype, np.dtype, type)):
+        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else np.dtype(value).name
     return str(value) if isinstance(value, torch.device) else value
 
 
@@ -168,6 +175,10 @@ def unpack_value(value):
     """What ``pack_value`` was given."""
     if not isinstance(value, dict):
         return value
+    if "options" in value:
+        return ConjugateGradients(**value["options"])
+    if "pairs" in value:
+        return {unpack_value(key): unpack_value(item) for key, item in value["pairs"]}
     return unpack_kernel(value["kernel"]) if "kernel" in value else _unpack_array(value["array"], value["dtype"])
 
 

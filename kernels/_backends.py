@@ -11,6 +11,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from . import keops_ops
 from ._checks import choice
 from ._config import interpreted
+from ._switches import Switch
 from .errors import BackendUnavailable
 from .radial import Radial
 
@@ -100,6 +101,7 @@ def matmul_precision(precision: str, device: torch.device):
 
     torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
     computes like "highest" here, and the CPU always does. Autocast, which rounds factors to bfloat16, is off.
+    Calls of several threads share the setting: while any of them needs full float32, all compute in it.
     """
     off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
     with off, _switched(precision, device):
@@ -108,26 +110,46 @@ def matmul_precision(precision: str, device: torch.device):
 
 @contextlib.contextmanager
 def _switched(precision: str, device: torch.device):
+    """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
     medium = precision == "medium" and device.type == "cuda"
-    mkldnn = getattr(torch.backends.mkldnn, "matmul", None)
-    switches = [torch.backends.cuda.matmul, mkldnn]
-    if all(hasattr(switch, "fp32_precision") for switch in switches):  # torch >= 2.9
-        before = [switch.fp32_precision for switch in switches]
-        wanted = ["tf32" if medium else "ieee", "ieee"]
-        try:
-            for switch, value in zip(switches, wanted, strict=True):
-                switch.fp32_precision = value
+    if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
+        with _ONEDNN.at("ieee"), _CUDA.at("tf32" if medium else "ieee"):
             yield
-        finally:
-            for switch, value in zip(switches, before, strict=True):
-                switch.fp32_precision = value
-        return
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if medium else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(old)
+    else:
+        with _OLDER.at("medium" if medium else "highest"):
+            yield
+
+
+def _products_by_backend() -> tuple:
+    return torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+
+
+def _newer(backend: int) -> Switch:
+    """The setting of one backend's products in torch >= 2.9; "none", where nothing sets it, computes like "ieee"."""
+
+    def read() -> str:
+        return _products_by_backend()[backend].fp32_precision
+
+    def write(value: str) -> None:
+        _products_by_backend()[backend].fp32_precision = value
+
+    def restore(value: str) -> None:
+        write("none")  # a value that a wider setting implied: written out, it would outlive that setting
+        if read() != value:
+            write(value)
+
+    def same(found: str, wanted: str) -> bool:
+        return found == wanted or (wanted == "ieee" and found == "none")
+
+    return Switch(read, write, ("ieee", "tf32"), same=same, restore=restore)
+
+
+_CUDA, _ONEDNN = _newer(0), _newer(1)
+_OLDER = Switch(
+    lambda: torch.get_float32_matmul_precision(),
+    lambda value: torch.set_float32_matmul_precision(value),
+    ("highest", "medium"),
+)
 
 
 def precision_words(precision: str, X: torch.Tensor, backend: str = "torch") -> str:

@@ -78,6 +78,31 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
         raise ValueError(f"{name} holds NaN or infinity; clean it first, for example with torch.nan_to_num")
 
 
+def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:
+    """Refuse anything but finite weights >= 0, one per evaluation point, of which a mean needs one above zero."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"sample_weight must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor(sample_weight)"
+        )
+    if value.shape != (len(Z),):
+        raise ValueError(
+            f"sample_weight must have shape ({len(Z)},), one weight per evaluation point, got {tuple(value.shape)}"
+        )
+    if value.dtype != Z.dtype or value.device != Z.device:
+        raise ValueError(
+            f"sample_weight must be {Z.dtype} on {Z.device} like X, got {value.dtype} on {value.device}; "
+            "move it with sample_weight.to(X)"
+        )
+    if not readable(value):
+        return
+    if not finite(value) or bool((value < 0).any()):
+        raise ValueError("sample_weight must be finite and >= 0, got NaN, infinity or a negative weight; mend these")
+    if reduction == "mean" and not bool((value > 0).any()):
+        raise ValueError("sample_weight must have a weight above 0 for reduction='mean', got none; use reduction='sum'")
+
+
 def readable(value: torch.Tensor) -> bool:
     """Whether values may be looked at: not while a CUDA graph is captured, when the host must not wait."""
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())

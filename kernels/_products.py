@@ -16,6 +16,17 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
 
 
+def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:
+    """Overwrite a square matrix by (M + M^T) / 2, symmetric to the bit, block by block."""
+    for start in range(0, len(M), rows):
+        stop = min(len(M), start + rows)
+        panel, mirror = M[start:stop, start:], M[start:, start:stop]
+        mean = (panel + mirror.T).mul_(0.5)
+        panel.copy_(mean)
+        mirror.copy_(mean.T)
+    return M
+
+
 def _dense(B: torch.Tensor) -> torch.Tensor:
     """B without gaps: oneDNN takes a thousand times as long over a second factor that is part of a wider matrix."""
     return B if B.is_contiguous() or B.T.is_contiguous() else B.contiguous()

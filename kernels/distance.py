@@ -22,7 +22,7 @@ _REACH = 8.0  # a group takes in points up to this multiple of the near bound
 _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _CHUNK = 2**20  # items of one chunk of direct differences
-_FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
+FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
 _CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
 
 
@@ -49,7 +49,7 @@ def squared_distances(
     """
     if out.numel() == 0:
         return out
-    if 0 < X.shape[1] <= _FEW:
+    if 0 < X.shape[1] <= FEW:
         return _measure_all(Z, X, out)
     torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
     near = NEAR[out.dtype]

@@ -17,6 +17,7 @@ import shutil
 import torch
 
 from ._plan import Plan, block_rows, budget
+from ._products import symmetrise_
 from .errors import BackendUnavailable
 from .radial import Radial
 from .radial_keops import Formulas, constants, formulas
@@ -174,22 +175,27 @@ def plan_agop(X, alpha, Z, method: str, limit: int | None, why: str, precision: 
     return Plan("agop", "keops", "gradient", why, precision, work, fixed + rows * row, rows)
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, plan: Plan) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T accumulated in float64, shape (d, d), of X's dtype, by blocks of evaluation points."""
+def agop(kernel: Radial, X, alpha, Z, *, center: bool, plan: Plan, row_weights=None) -> torch.Tensor:
+    """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d), by blocks of evaluation points; w = row_weights, default 1."""
     K, d = alpha.shape[1], X.shape[1]
     M = X.new_zeros(d, d, dtype=torch.float64)
     if len(Z) == 0 or K == 0 or (center and len(Z) == 1):
-        return M.to(X.dtype)
+        return M
+    w = X.new_ones(len(Z)) if row_weights is None else row_weights
 
     def blocks():
-        return (gradients(kernel, X, alpha, z) for z in Z.split(plan.block))
+        return (
+            (gradients(kernel, X, alpha, z), part)
+            for z, part in zip(Z.split(plan.block), w.split(plan.block), strict=True)
+        )
 
     mean = X.new_zeros(K, d, dtype=torch.float64)
     if center:
-        for G in blocks():
-            mean += G.sum(0, dtype=torch.float64)
-    mean = mean.div_(len(Z)).to(X.dtype)
-    for G in blocks():
-        rows = (G.sub_(mean) if center else G).reshape(-1, d)
+        for G, part in blocks():
+            mean += torch.einsum("i,icd->cd", part.double(), G.double())
+        mean /= w.sum(dtype=torch.float64)
+    mean = mean.to(X.dtype)
+    for G, part in blocks():
+        rows = (G.sub_(mean) if center else G).mul_(part.sqrt()[:, None, None]).reshape(-1, d)
         M += rows.T @ rows
-    return M.to(X.dtype)
+    return symmetrise_(M)

@@ -8,7 +8,7 @@ gradient weight from a stored value. Of these it takes for granted that phi(0) =
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -69,6 +69,26 @@ class Radial:
     def further_parameters(self) -> tuple[float, ...]:
         """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
+
+    def get_params(self, deep: bool = True) -> dict[str, float]:
+        """The kernel's parameters by name, as scikit-learn asks for them; ``deep`` changes nothing."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def set_params(self, **params: float) -> Radial:
+        """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
+
+        Raises:
+            ValueError: a parameter that the kernel does not have. ValueError, TypeError: naming the parameter.
+        """
+        known = list(self.get_params())
+        for name in params:
+            if name not in known:
+                raise ValueError(f"Invalid parameter {name!r} for kernel {self!r}. Valid parameters are: {known!r}.")
+        return replace(self, **params)
+
+    def __sklearn_clone__(self) -> Radial:
+        """Itself: what never changes needs no copy."""
+        return self
 
     def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
         """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""

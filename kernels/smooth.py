@@ -76,9 +76,10 @@ class Smooth:
                 total += torch.linalg.vector_norm(E, dim=0).double().square_()
         return total
 
-    def against(self, E: torch.Tensor) -> torch.Tensor:
-        """E^T P, (n, r)."""
-        return product(E if self.own else E.T, self.P.T.contiguous())
+    def against(self, E: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
+        """E^T P, (n, r), float64; with the P given or its own."""
+        P = self.P if P is None else P
+        return product(E if self.own else E.T, P.T.to(E.dtype).contiguous()).double()
 
 
 def _blocks(W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

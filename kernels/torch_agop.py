@@ -12,19 +12,20 @@ The gram form's terms cancel, so it runs only while its guard says that the canc
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from . import smooth, torch_gram
 from ._plan import Plan, block_rows, budget, human, roomy
-from ._products import product
+from ._products import product, symmetrise_
 from ._rates import rate, source
 from .errors import warn
 from .radial import Radial
 from .smooth import Smooth
-from .torch_blocks import BLOCKS_ALIVE, dominant_offset, fill_symmetric, output_gradients, tiles
+from .torch_blocks import BLOCKS_ALIVE, fill_symmetric, tiles, weight_tiles
+from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, output_gradients
 
 log = logging.getLogger("fastagop")
 
@@ -128,42 +129,62 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
     return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T, float64 (d, d); method is what the caller said."""
+def agop(
+    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan, row_weights=None
+) -> torch.Tensor:
+    """sum_ic w_i g_ic g_ic^T, float64 (d, d); method is what the caller asked for; w = row_weights, default 1."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
     if plan.method == "gradient":
-
-        def blocks():
-            return ((row, kernel.weight_(block)) for row, block in tiles(X, Z, plan.block))
-
-        return gradient_form(blocks, alpha, X, Z, center)
+        shift = dominant_offset(X)
+        blocks = weight_tiles(kernel, X, Z, plan.block, shift)
+        return gradient_form(blocks, alpha, X, Z, shift, center, roots=roots_of(row_weights))
     W = weights(kernel, X, Z, plan.block)
-    return agop_from_weights_(W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block)
+    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
+    return agop_from_weights_(W, X, alpha, Z, rows=plan.block, **how)
 
 
 def agop_from_weights_(
-    W, X, alpha, Z, *, center: bool, method: str, limit: int | None, rows: int, steps: Steps = TORCH_STEPS
+    W,
+    X,
+    alpha,
+    Z,
+    *,
+    center: bool,
+    method: str,
+    limit: int | None,
+    rows: int,
+    steps: Steps = TORCH_STEPS,
+    row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
 
-    W and alpha may be wider than X.
+    W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
+    sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
     """
-    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products)
+    roots = roots_of(row_weights)
+    if roots is not None:
+        W.mul_(roots.to(W.dtype)[:, None])
+        Z = Z[:]  # another object
+    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots)
     if road.smooth is None:
-
-        def blocks():
-            return ((slice(i, i + rows), W[i : i + rows]) for i in range(0, len(W), rows))
-
-        return gradient_form(blocks, alpha.to(X.dtype), X, Z, center, steps.gradients)
+        shift = dominant_offset(X)
+        blocks = stored_tiles(W, X, Z, rows, shift)
+        return gradient_form(blocks, alpha.to(X.dtype), X, Z, shift, center, steps.gradients, roots, scaled=True)
     wide, x = road.dtype, X.to(road.dtype)
     z = x if Z is X else Z.to(wide)
     lower = steps.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
         W = roomy(*W.shape, W, wide).copy_(W)
     taken = road.smooth.to(wide)
-    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, center=center, rows=rows, lower=lower)
+    how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
+    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+
+
+def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
+    """Square roots of the evaluation points' weights."""
+    return None if row_weights is None else row_weights.sqrt()
 
 
 def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
@@ -176,7 +197,9 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None) -> Road:
+def safe_road(
+    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None
+) -> Road:
     """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
     if method == "gradient":
         return Road(method, X.dtype)
@@ -194,7 +217,7 @@ def safe_road(W, X, alpha, Z, center: bool, method: str, limit: int | None, prod
         return items * dtype.itemsize <= room
 
     spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
-    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center), smooth.constant(W, own), cost["gram"]
+    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center, roots), smooth.constant(W, own), cost["gram"]
     growth = _LOSS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
     if (
@@ -235,35 +258,96 @@ def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
     return widest
 
 
-def gradient_form(blocks: Callable, alpha, X, Z, center: bool, gradients=output_gradients) -> torch.Tensor:
-    """sum_c G_c^T G_c; float64 (d, d). blocks() gives (rows of Z, weights) once more each time it is called.
+def stored_tiles(W, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
+    """(rows of Z, their weights in X's dtype, their near pairs) of stored weights."""
+    nearness = Nearness(X, Z, shift)
+    for start in range(0, len(W), rows):
+        row = slice(start, min(len(W), start + rows))
+        block = W[row].to(X.dtype)
+        yield row, block, nearness.among_weights(block, row)
 
-    Centring takes a first pass for the mean: subtracted after squaring, it would take M's digits along.
+
+def gradient_form(
+    blocks: Iterable,
+    alpha,
+    X,
+    Z,
+    shift,
+    center: bool,
+    step: Callable | None = None,
+    roots: torch.Tensor | None = None,
+    scaled: bool = False,
+) -> torch.Tensor:
+    """sum_c G_c^T G_c; float64 (d, d).
+
+    Args:
+        blocks: (rows of Z, weights, near pairs), as ``weight_tiles`` gives them.
+        shift: what to subtract from the points, or None.
+        center: subtract the mean gradient. Every block is centred by its own mean before it is squared, and what the
+            means differ by is added: in one pass, and no digit of M goes along with the mean.
+        step: a backend's product, as in ``block_gradients``.
+        roots: square roots of the points' weights; scaled: the rows of W have been multiplied by them.
     """
     K, d = alpha.shape[1], X.shape[1]
-    shift = dominant_offset(X)
     M = X.new_zeros(d, d, dtype=torch.float64)
-    mean = mean_gradient(blocks(), alpha, X, Z, shift) if center else None
+    means = Means(K * d, X) if center else None
     buffer = None
-    for row, W in blocks():
+    for row, W, near in blocks:
+        if roots is not None and not scaled:
+            W.mul_(roots[row, None])
         z = Z[row]
         if buffer is None:
             buffer = X.new_empty(len(z), K, d)
-        G = gradients(W.to(X.dtype), alpha, X, z, shift, buffer[: len(z)])
-        if mean is not None:
-            G -= mean
+        G = block_gradients(W, near, alpha, X, z, shift, buffer[: len(z)], step)
+        if means is not None:
+            apart = means.centre_(G.view(len(z), -1), None if roots is None else roots[row]).view(K, d)
+            M += product(apart.T, apart.T)
         G = G.view(-1, d)
         M += product(G.T, G.T)
-    return M
+    return symmetrise_(M)
+
+
+class Means:
+    """The mean gradient of the blocks seen so far: variances of blocks merge without losing digits."""
+
+    def __init__(self, size: int, like: torch.Tensor):
+        self.weight = like.new_zeros((), dtype=torch.float64)
+        self.mean = like.new_zeros(size, dtype=torch.float64)
+
+    def centre_(self, G: torch.Tensor, roots: torch.Tensor | None) -> torch.Tensor:
+        """Subtract from a block G (b, size) its own mean; returns v, whose v v^T the merged sum of squares adds.
+
+        roots: square roots of the rows' weights, by which the rows of G have been multiplied.
+        """
+        if roots is None:
+            weight, mean = self.weight.new_full((), float(len(G))), G.mean(0)
+            G -= mean
+            rest = G.mean(0)  # what rounding left of it
+            G -= rest
+        else:
+            weight = roots.double().square().sum()
+            unit = (roots / weight.clamp(min=torch.finfo(torch.float64).tiny)).to(G.dtype)
+            mean = unit @ G
+            G.addmm_(roots[:, None], mean[None], alpha=-1.0)
+            rest = unit @ G
+            G.addmm_(roots[:, None], rest[None], alpha=-1.0)
+        apart = mean.double() + rest - self.mean
+        total = (self.weight + weight).clamp(min=torch.finfo(torch.float64).tiny)
+        self.mean += apart * (weight / total)
+        apart *= (self.weight * weight / total).sqrt()
+        self.weight += weight
+        return apart
 
 
 def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
-    """mean_i g_ic, shape (K, d), from row blocks of weights."""
-    if shift is not None:
-        X, Z = X - shift, Z - shift
-    columns, against = X.new_zeros(len(X)), X.new_zeros(alpha.shape[1], X.shape[1])
+    """mean_i g_ic, float64 (K, d), from row blocks of weights."""
+    columns, against = (X.new_zeros(size, dtype=torch.float64) for size in (len(X), (alpha.shape[1], X.shape[1])))
+    origin = (X.mean(0) if shift is None else shift).double()  # float64 holds what near pairs differ by
+    wide = alpha.double()
     for row, block in blocks:
-        W = block.to(X.dtype)
+        W = block.double()
         columns += W.sum(0)
-        against += (W @ alpha).T @ Z[row]
-    return ((alpha * columns[:, None]).T @ X - against) / len(Z)
+        against += (W @ wide).T @ (Z[row].double() - origin)
+    for part, x in zip((wide * columns[:, None]).split(256), X.split(256), strict=True):
+        against -= part.T @ (x.double() - origin)
+    return against.div_(-len(Z))

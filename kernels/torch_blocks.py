@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from ._checks import readable
 from ._plan import Plan, block_rows, budget, longest_first
-from ._products import product
 from .distance import squared_distances, squared_norms
 from .radial import Radial
+from .torch_gradients import Near, Nearness, block_gradients, dominant_offset
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
 BLOCKS_ALIVE = 4
@@ -164,37 +163,14 @@ def gradients(kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Ten
     """grad f_c(Z[i]), shape (m, K, d)."""
     result = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     shift = dominant_offset(X)
-    for row, block in tiles(X, Z, plan.block):
-        output_gradients(kernel.weight_(block), alpha, X, Z[row], shift, result[row])
+    for row, W, near in weight_tiles(kernel, X, Z, plan.block, shift):
+        block_gradients(W, near, alpha, X, Z[row], shift, result[row])
     return result
 
 
-def output_gradients(
-    W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, shift, out: torch.Tensor
-) -> torch.Tensor:
-    """g_ic = sum_j W_ij alpha_jc x_j - s_ic z_i with s = W alpha, for one row block, into out (b, K, d)."""
-    if shift is not None:  # a gradient sees differences of points only
-        X, Z = X - shift, Z - shift
-    s, d, K = W @ alpha, X.shape[1], alpha.shape[1]
-    if d <= len(W):  # alpha is applied to the centers, which are the smaller factor, for a few outputs at once
-        for some in range(0, K, max(1, len(W) // d)):
-            c = slice(some, some + max(1, len(W) // d))
-            right = (alpha.T[c, None] * X.T).flatten(0, 1)
-            torch.addcmul(product(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
-        return out
-    scaled = torch.empty_like(W)
-    for c in range(K):
-        torch.mul(W, alpha[:, c], out=scaled)
-        torch.addcmul(product(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
-    return out
-
-
-def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
-    """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
-
-    Elsewhere centring would round the very differences that collapsed classes live on. None in a CUDA graph's capture.
-    """
-    if not readable(X):
-        return None
-    mean = X.mean(0)
-    return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None
+def weight_tiles(kernel: Radial, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
+    """(rows of Z, their weights, their near pairs) block by block; shift: what the gradients' product subtracts."""
+    nearness = Nearness(X, Z, shift)
+    for row, block in tiles(X, Z, rows):
+        near = nearness.among(block, row)
+        yield row, kernel.weight_(block), near

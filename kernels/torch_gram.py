@@ -36,24 +36,31 @@ class Guard:
     unbiased.
     """
 
-    def __init__(self, W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, center: bool):
+    def __init__(
+        self, W: torch.Tensor, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, center: bool, roots=None
+    ):
         self.W, self.alpha, self.m, mean = W, alpha, len(Z), X.mean(0)
+        self._mean = mean
         self._s = product(W, alpha.T.to(W.dtype)).to(X.dtype)
         self._x2 = _squares_about(mean, X)
         self._z2 = self._x2 if Z is X else _squares_about(mean, Z)
-        self._trace = self._estimate(X, Z, center)
+        self._trace = self._estimate(X, Z, center, roots)
 
-    def _estimate(self, X, Z, center: bool) -> float:
+    def _estimate(self, X, Z, center: bool, roots) -> float:
         W, alpha, m = self.W, self.alpha, self.m
         index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
         signs = torch.randint(
             0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0), device="cpu"
         )
         signs = signs.to(alpha).mul_(2).sub_(1)
-        mixed = W[index].to(X.dtype) * (alpha @ signs).T
-        g = mixed @ X - mixed.sum(1, keepdim=True) * Z[index]
-        if center:
-            g -= signs.T @ (gradient_sum(W.sum(0).to(X.dtype), self._s, X, alpha, Z) / m)
+        rows, zs = W[index], Z[index] - self._mean
+        s = (self._s[index] * signs.T).sum(1, keepdim=True) * zs
+        if center:  # what all points share is subtracted before it can hide the rest
+            along = centring_direction(m, W, roots)
+            v = along[index, None]
+            rows = rows - v * (along @ W)
+            s -= v.to(s) * (signs.T @ ((self._s * along[:, None].to(s)).T @ (Z - self._mean)))
+        g = (rows.to(X.dtype) * (alpha @ signs).T) @ (X - self._mean) - s
         return float(g.square().sum(dtype=torch.float64)) * m / len(index)
 
     def amplification(self, smooth: Smooth) -> float:
@@ -68,9 +75,14 @@ def _squares_about(mean: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
     return torch.cat([squared_norms(block - mean) for block in X.split(ROWS)])
 
 
-def gradient_sum(column_sums, s, X, alpha, Z) -> torch.Tensor:
-    """sum_i g_ic, shape (K, d), from the column sums of W and s = W alpha."""
-    return (alpha * column_sums[:, None]).T @ X - s.T @ Z
+def centring_direction(m: int, W: torch.Tensor, roots: torch.Tensor | None) -> torch.Tensor:
+    """The unit vector v of length m whose part centring removes: g_ic - v_i sum_k v_k g_kc.
+
+    It is constant, or proportional to the square roots of the points' weights, by which g is then scaled.
+    """
+    if roots is None:
+        return W.new_full((m,), m**-0.5)
+    return (roots.double() / torch.linalg.vector_norm(roots.double())).to(W.dtype)
 
 
 def smooth_flops(m: int, n: int, d: int, K: int, rank: int) -> float:
@@ -95,6 +107,7 @@ def gram_form(
     lower: Callable | None = None,
     starts: Iterable[int] | None = None,
     all_else: bool = True,
+    roots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The summed AGOP, float64 (d, d); W (m, n) is overwritten. Blocks of S exist one at a time, lower part only.
 
@@ -105,6 +118,7 @@ def gram_form(
             torch's.
         starts: first rows of the blocks of S to add up, for Z = X; default all.
         all_else: add what is not in blocks of S; of several callers with starts of their own, one does.
+        roots: square roots of the points' weights, by which the rows of W have been multiplied; needs Z other than X.
     """
     own = Z is X
     mean = X.mean(0)
@@ -112,10 +126,10 @@ def gram_form(
     Z = X if own else Z - mean
     n, d = X.shape
     s = product(W, alpha.T)
-    total = gradient_sum(W.sum(0), s, X, alpha, Z) if center and all_else else None
     if own:
         s.addcmul_(smooth.diagonal(), alpha)
     E = smooth.subtract_(W)
+    along = centring_direction(len(Z), E, roots) if center else None
     weight = s.square().sum(1)  # sum_c s_ic^2
     step = (lower or lower_s)(E, alpha) if own else _lower_s(E.T, None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
@@ -131,16 +145,32 @@ def gram_form(
             T = product(s[row], alpha).mul_(E[row])
             half -= product(z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T)
     if all_else:
-        half += _of_smooth(E, X, alpha, Z, s, smooth, rows)
-    M = half + half.T
-    if total is not None:
-        M -= (total.T @ total).double() / len(Z)
-    return M
+        half += _of_smooth(E, X, alpha, Z, s, smooth, rows, along)
+        if along is not None:  # of h alone: b's part was centred before it was squared
+            total = _total(along, E, X, alpha, Z, s, rows)
+            half -= 0.5 * (total.T @ total)
+    return half + half.T
 
 
-def _of_smooth(E, X, alpha, Z, s, smooth: Smooth, rows: int) -> torch.Tensor:
-    """Half of what g g^T has beyond h h^T, with b_i = sum_r P_ir u_r: sum_i (h_i + b_i / 2) b_i^T; float64 (d, d)."""
-    P, Q, against = smooth.P.double(), smooth.Q.double(), smooth.against(E).double()
+def _total(along, E, X, alpha, Z, s, rows: int) -> torch.Tensor:
+    """sum_i v_i h_ic for v = along, float64 (K, d)."""
+    columns, alpha, s = (along @ E).double(), alpha.double(), s.double() * along.double()[:, None]
+    if Z is X:
+        return _moments(lambda row: alpha[row] * columns[row, None] - s[row], X, rows)
+    of_centers = _moments(lambda row: alpha[row] * columns[row, None], X, rows)
+    return of_centers - _moments(lambda row: s[row], Z, rows)
+
+
+def _of_smooth(E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> torch.Tensor:
+    """Half of what g g^T has beyond h h^T, with b_i = sum_r P_ir u_r: sum_i (h_i + b_i / 2) b_i^T; float64 (d, d).
+
+    With ``along``, P and thereby b are centred.
+    """
+    P, Q = smooth.P.double(), smooth.Q.double()
+    if along is not None:
+        v = along.double()[:, None]
+        P = P - v * (v.T @ P)
+    against = smooth.against(E, P)
     alpha, s, d = alpha.double(), s.double(), X.shape[1]
 
     def of_centers(row: slice) -> torch.Tensor:

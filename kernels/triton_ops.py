@@ -22,6 +22,7 @@ from .matrix_triton import _matrix_kernel
 from .radial import Radial
 from .radial_triton import constants, kind
 from .split_triton import Operand, operand
+from .torch_gradients import Nearness, block_gradients, dominant_offset
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
 INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
@@ -155,6 +156,13 @@ def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int):
         yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if own else None)
 
 
+def _near_blocks(kernel: Radial, x: Points, z: Points, X, Z, shift, rows: int):
+    """(rows of Z, their weights, their near pairs) block by block."""
+    nearness = Nearness(X, Z, shift)
+    for row, W in _blocks(kernel, x, z, Z is X, rows):
+        yield row, W, nearness.among_weights(W, row, kernel)
+
+
 def steps(X: torch.Tensor, precision: str) -> torch_agop.Steps:
     """The device's steps of the two AGOP forms for these centers."""
     return _steps(Points(X, PRODUCTS[precision]))
@@ -187,11 +195,10 @@ def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.
     out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     if not out.numel():
         return out
-    own, x = Z is X, Points(X, PRODUCTS[precision])
-    z, step = x if own else Points(Z, x.prec), _output_gradients(x)
-    shift = torch_agop.dominant_offset(X)
-    for row, W in _blocks(kernel, x, z, own, plan.block):
-        step(W, alpha, X, Z[row], shift, out[row])
+    x, shift = Points(X, PRODUCTS[precision]), dominant_offset(X)
+    z, step = x if Z is X else Points(Z, x.prec), _output_gradients(x)
+    for row, W, near in _near_blocks(kernel, x, z, X, Z, shift, plan.block):
+        block_gradients(W, near, alpha, X, Z[row], shift, out[row], step)
     return out
 
 
@@ -215,20 +222,19 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
     return lower
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str) -> torch.Tensor:
-    """sum_ic g_ic g_ic^T, float64 (d, d)."""
+def agop(
+    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str, row_weights=None
+) -> torch.Tensor:
+    """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     own, x = Z is X, Points(X, PRODUCTS[precision])
     z, inner = x if own else Points(Z, x.prec), _steps(x)
     if plan.method == "gradient":
-
-        def blocks():
-            return _blocks(kernel, x, z, own, plan.block)
-
-        return torch_agop.gradient_form(blocks, alpha, X, Z, center, inner.gradients)
+        shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
+        blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, shift, center, inner.gradients, roots)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
-    return torch_agop.agop_from_weights_(
-        W, X, alpha, Z, center=center, method=method, limit=limit, rows=plan.block, steps=inner
-    )
+    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
+    return torch_agop.agop_from_weights_(W, X, alpha, Z, rows=plan.block, steps=inner, **how)

@@ -19,6 +19,8 @@ from fastagop.kernels import _plan, reference
 
 import fastagop
 
+os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before SciPy is imported: scikit-learn's array API checks want it
+
 CLASSES = 5
 
 
@@ -238,3 +240,50 @@ def python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def differences():
+    """differences(model, X, name): sum of J^T J over samples, outputs and calls of a Linear layer, in evaluation mode.
+
+    J by central differences of what enters the layer, one call at a time, without autograd; for float64 models.
+    """
+
+    def build(model: torch.nn.Module, X: torch.Tensor, name: str, step: float = 1e-5) -> torch.Tensor:
+        layer, modes = model.get_submodule(name), [(module, module.training) for module in model.modules()]
+        entered: list[torch.Tensor] = []
+        added: dict[int, torch.Tensor] = {}
+
+        def forward(input):
+            entered.append(input)
+            moved = input + added[len(entered) - 1] if len(entered) - 1 in added else input
+            return torch.nn.functional.linear(moved, layer.weight, layer.bias)
+
+        def outputs(x):
+            entered.clear()
+            return model(x[None]).reshape(-1)
+
+        model.eval()
+        layer.forward = forward
+        total = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64)
+        try:
+            with torch.no_grad():
+                for x in X:
+                    outputs(x)
+                    for call, shape in enumerate([e.shape for e in entered]):
+                        columns = []
+                        for unit in torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape):
+                            added[call] = step * unit
+                            up = outputs(x)
+                            added[call] = -step * unit
+                            columns.append((up - outputs(x)) / (2 * step))
+                            del added[call]
+                        J = torch.stack(columns, 1).reshape(-1, shape[-1])
+                        total += J.T @ J
+        finally:
+            del layer.forward
+            for module, mode in modes:
+                module.training = mode
+        return total
+
+    return build

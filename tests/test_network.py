@@ -165,7 +165,7 @@ def test_half_precision_models_sum_in_float32(dtype, relative):
     model, X = mlp(6, 16, 3).to(dtype), torch.randn(300, 6, dtype=dtype)
     exact = network.agop(model.double(), X.double())
     for layer, M in network.agop(model.to(dtype), X).items():
-        assert M.dtype == dtype
+        assert M.dtype == torch.float32  # narrower ones may not hold it
         assert relative(M, exact[layer]) <= 4 * torch.finfo(dtype).eps
 
 

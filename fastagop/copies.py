@@ -1,0 +1,326 @@
+"""Rows that the dtype cannot tell apart are one point: found once, merged with their weights, and shared out again.
+
+Copies with different targets have no common coefficient: at ridge 0 coefficients grow without bound, and as soon as
+rounding moves the copies apart they pass for steep gradients. m copies under a ridge mu are one point under mu / m
+that answers with their mean; with sample weights w, one point of weight sum w under mu / sum w with the weighted mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_ITEMS = 2**16  # of a block of rows, small enough for a cache
+_DIRECTIONS = 3  # random projections that rows must agree in before they are compared
+_ROUNDS = 8  # representatives tried for every candidate at once; larger crowds are thinned out first
+_SAMPLE = 256  # rows that say how far apart points are
+_MIX = (-7046029254386353131, -4417276706812531889)  # odd 64-bit multipliers
+
+
+@dataclass(frozen=True)
+class Given:
+    """Targets as they were given, for the residual of the system before copies were merged.
+
+    Attributes:
+        count: rows that each point stands for (r,). shift: sum over them of mean target - target (r, K).
+        scatter: sum of squares of mean target - target. size: norm of the targets. share, group: each row's part in its
+            point's coefficient, and its point; rows without weight are left out.
+    """
+
+    count: torch.Tensor
+    shift: torch.Tensor
+    scatter: float
+    size: float
+    share: torch.Tensor
+    group: torch.Tensor
+
+    def summed(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Coefficients of the points (r, K), float64, from what the rows get in a dtype."""
+        shared = (alpha.double()[self.group] * self.share[:, None]).to(dtype).double()
+        return torch.zeros_like(alpha, dtype=torch.float64).index_add_(0, self.group, shared)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which of n rows are trained on, as what, and how results go back to all n.
+
+    Attributes:
+        kept: rows that stand for the points (r,), in the order of training.
+        left: rows of weight 0 (e,).
+        group: the point of each row (n,): below r one of ``kept``, from r on one of ``left``.
+        weight: total weight of each point, float64 (r,). each: weight of each row, float64 (n,).
+        plain: every row is a point of weight 1, in the order given.
+    """
+
+    kept: torch.Tensor
+    left: torch.Tensor
+    group: torch.Tensor
+    weight: torch.Tensor
+    each: torch.Tensor
+    plain: bool
+
+    @property
+    def live(self) -> torch.Tensor:
+        """Whether a row has a weight (n,)."""
+        return self.each > 0
+
+    @property
+    def share(self) -> torch.Tensor:
+        """Each weighted row's part in its point's coefficient, float64."""
+        return self.each[self.live] / self.weight[self.group[self.live]]
+
+    @property
+    def merged(self) -> int:
+        """Rows merged away."""
+        return len(self.group) - len(self.left) - len(self.kept)
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """Weights of the points, None where all are 1."""
+        return None if self.plain or bool((self.weight == 1).all()) else self.weight
+
+    @property
+    def total(self) -> float:
+        """The weight of all rows."""
+        return float(self.weight.sum())
+
+    def take(self, A: torch.Tensor) -> torch.Tensor:
+        """The points' rows of A (n, p), A itself where every row is one."""
+        return A if self.plain else A[self.kept]
+
+    def rest(self, A: torch.Tensor) -> torch.Tensor | None:
+        """Rows of A (n, p) that have no weight, None where all have one."""
+        return A[self.left] if len(self.left) else None
+
+    def all(self, A: torch.Tensor, rest: torch.Tensor | None = None) -> torch.Tensor:
+        """A (r, p) of the points and ``rest`` (e, p) of the rows without weight as (n, p), in the order given."""
+        if self.plain:
+            return A
+        return (A if rest is None else torch.cat([A, rest]))[self.group]
+
+    def shared(self, alpha: torch.Tensor) -> torch.Tensor:
+        """Coefficients (n, K) of the rows from those of the points: in proportion to the weights."""
+        if self.plain:
+            return alpha
+        out = alpha.new_zeros(len(self.group), alpha.shape[1])
+        out[self.live] = (alpha[self.group[self.live]].double() * self.share[:, None]).to(alpha.dtype)
+        return out
+
+    def means(self, Y: torch.Tensor) -> torch.Tensor:
+        """Weighted mean target of each point (r, K), the same bits for a row written twice and for a weight of 2."""
+        if self.plain or self.merged == 0:
+            return self.take(Y)
+        group, w, y, keys = (a[self.live].cpu().numpy() for a in (self.group, self.each, Y.double(), _keys(Y)))
+        order = np.lexsort((keys, group))
+        fresh = np.append(True, (np.diff(group[order]) != 0) | (np.diff(keys[order]) != 0))
+        first = order[fresh]  # one row for each target of each point; weights of equal ones are added first
+        weight = np.add.reduceat(w[order], np.flatnonzero(fresh))
+        total, count = np.zeros((len(self.kept), y.shape[1])), np.bincount(group[first], minlength=len(self.kept))
+        np.add.at(total, group[first], weight[:, None] * y[first])
+        sums = np.bincount(group[first], weight, len(self.kept))
+        mean = total / sums[:, None]
+        alone = first[count[group[first]] == 1]
+        mean[group[alone]] = y[alone]  # to the bit
+        return torch.from_numpy(mean).to(Y)
+
+    def given(self, Y: torch.Tensor, mean: torch.Tensor) -> Given | None:
+        """What the residual of the rows given needs beyond that of the points; None where it is the same."""
+        if self.plain or self.merged == 0:
+            return None
+        live, r = self.live, len(self.kept)
+        group = self.group[live]
+        apart = mean.double()[group] - Y.double()[live]
+        count = torch.bincount(group, minlength=r).double()
+        shift = torch.zeros_like(mean, dtype=torch.float64).index_add_(0, group, apart)
+        size = float(torch.linalg.vector_norm(Y.double()[live]))
+        return Given(count, shift, float(apart.square().sum()), size, self.share, group)
+
+    def contradictions(self, Y: torch.Tensor, mean: torch.Tensor) -> int:
+        """Rows whose target differs from their point's mean target by more than rounding."""
+        if self.plain or self.merged == 0:
+            return 0
+        apart = (mean[self.group[self.live]] - Y[self.live]).abs()
+        return int((apart > 8 * torch.finfo(Y.dtype).eps * Y.abs().max()).any(1).sum()) if Y.shape[1] else 0
+
+
+def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
+    """Find rows of X (n, d) that its dtype cannot tell apart: equal to the bit, or to a few eps of a row's size.
+
+    A row joins the first row, in an order given by contents alone, that it is a copy of. Points with copies or weights
+    come in that order, so that the order in which a row and its copies are given does not matter.
+
+    Args:
+        X: points. weights: of the rows (n,), finite and >= 0, not all 0; default 1 each.
+
+    Returns:
+        Rows. Cost: O(n d + n log n) time, O(n + block) memory, where no crowd of rows is within rounding of each other.
+    """
+    device, n = X.device, len(X)
+    every = torch.arange(n, device=device)
+    w = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device, torch.float64)
+    live = every if weights is None else every[w > 0]
+    left = every[:0] if weights is None else every[w <= 0]
+    x = X if len(live) == n else X[live]
+    point, first = _points(x)
+    count = torch.bincount(point, minlength=len(first))
+    if len(first) == len(live) and bool((w[live] == 1).all()):  # nothing to merge, nothing to weigh: the order given
+        first, point = torch.arange(len(live), device=device), torch.arange(len(live), device=device)
+    group = torch.empty_like(every)
+    group[live] = point
+    group[left] = len(first) + torch.arange(len(left), device=device)
+    weight = _sums(point, w[live], count)
+    plain = len(first) == n and bool((w == 1).all())
+    return Rows(live[first], left, group, weight, w, plain)
+
+
+def alone(X: torch.Tensor) -> Rows:
+    """Every row of X a point of its own, of weight 1."""
+    every, ones = torch.arange(len(X), device=X.device), torch.ones(len(X), dtype=torch.float64, device=X.device)
+    return Rows(every, every[:0], every, ones, ones, True)
+
+
+def _sums(point: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Total weight of each point; added on the host, in the order of size, so that the order given does not matter."""
+    order = torch.argsort(w.cpu(), stable=True)
+    total = np.bincount(point.cpu()[order].numpy(), w.cpu()[order].numpy(), len(count))
+    return torch.from_numpy(total).to(w)
+
+
+def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(point of each row (n,), first row of each point (r,)), points ordered by their contents."""
+    keys, same = torch.unique(_keys(X), return_inverse=True)
+    n, every = len(X), torch.arange(len(X), device=X.device)
+    first = torch.full((len(keys),), n, device=X.device).scatter_reduce_(0, same, every, "amin")
+    other = torch.cat([(X[s] != X[first[same[s]]]).any(1) for s in _slices(X)]) if len(first) < n else every[:0] > 0
+    if bool(other.any()):  # two different rows with one key
+        same[other] = len(first) + torch.arange(int(other.sum()), device=X.device)
+        first = torch.cat([first, every[other]])
+    leader = torch.from_numpy(_leaders(X if len(first) == n and bool((first == every).all()) else X[first]))
+    leader = leader.to(X.device)
+    numbers, joined = torch.unique(leader, return_inverse=True)  # ascending: the order by contents stays
+    return joined[same], first[numbers]
+
+
+def _slices(X: torch.Tensor) -> list[slice]:
+    rows = max(1, _ITEMS // max(1, X.shape[1]))
+    return [slice(start, start + rows) for start in range(0, len(X), rows)]
+
+
+def _keys(X: torch.Tensor) -> torch.Tensor:
+    """64 bits of each row's contents, by integer arithmetic: the same wherever a row stands, on every device."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (X.shape[1],), generator=generator, dtype=torch.int64)
+    factors = (factors | 1).to(X.device)
+    words = torch.int32 if X.element_size() == 4 else torch.int64
+    keys = torch.empty(len(X), dtype=torch.int64, device=X.device)
+    for s in _slices(X):
+        bits = (X[s] + 0.0).contiguous().view(words).to(torch.int64)  # + 0: minus zero is zero
+        for factor, shift in zip(_MIX, (32, 29), strict=True):  # round numbers differ in their high bits only
+            bits.mul_(factor).bitwise_xor_(bits >> shift)
+        keys[s] = bits.mul_(factors).sum(1)
+    return keys
+
+
+def _leaders(U: torch.Tensor) -> np.ndarray:
+    """For rows no two of which are equal, the number of the first row that each is within rounding of, or its own."""
+    leader = np.arange(len(U))
+    if len(U) < 2 or U.shape[1] == 0:
+        return leader
+    exponent = torch.frexp(U.abs().max())[1]
+    tolerance = _tolerance(U, exponent)
+    label = _crowds(U, exponent, tolerance)
+    sizes = np.bincount(label)
+    rows = np.flatnonzero(sizes[label] > 1)
+    for turn in range(len(rows)):
+        if len(rows) == 0:
+            break
+        if turn == _ROUNDS:
+            rows = _thinned(U, exponent, tolerance, rows, label)
+        _, at, inverse = np.unique(label[rows], return_index=True, return_inverse=True)
+        head = rows[at[inverse]]  # the first row of each crowd that is left
+        near = _distances(U, exponent, rows, head) < np.minimum(tolerance[rows], tolerance[head])
+        near[at] = True
+        leader[rows[near]] = head[near]
+        rows = rows[~near]
+    return leader
+
+
+def _wide(U: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Rows in float64, in a power-of-two unit in which their squares stay in range."""
+    return torch.ldexp(U.double(), -exponent)
+
+
+def _tolerance(U: torch.Tensor, exponent: torch.Tensor) -> np.ndarray:
+    """Distance within which each row's copies lie: a few eps of its length, or of the cloud's spread if that is less.
+
+    Points beside a large offset may differ by little of their length and still be told apart.
+    """
+    sample = _wide(U[:: -(-len(U) // _SAMPLE)], exponent)
+    middle = sample.median(0).values
+    spread = torch.linalg.vector_norm(sample - middle, dim=1).median()
+    eps = (4 + 0.5 * U.shape[1] ** 0.5) * torch.finfo(U.dtype).eps
+    parts = []
+    for s in _slices(U):
+        x = _wide(U[s], exponent)
+        length = torch.linalg.vector_norm(x, dim=1)
+        apart = torch.linalg.vector_norm(x - middle, dim=1).clamp_min(spread)
+        one = apart < 4 * eps * length  # all points are one to rounding
+        parts.append(eps * torch.where(one, length, torch.minimum(length, apart)))
+    return torch.cat(parts).cpu().numpy()
+
+
+def _crowds(U: torch.Tensor, exponent: torch.Tensor, tolerance: np.ndarray) -> np.ndarray:
+    """A number for each row, equal for rows that may be copies: their projections on random directions are near."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
+    directions = (directions / torch.linalg.vector_norm(directions, dim=0)).to(U.device)
+    places, lengths = [], []
+    for s in _slices(U):
+        wide = _wide(U[s], exponent)
+        places.append(wide @ directions)
+        lengths.append(torch.linalg.vector_norm(wide, dim=1))
+    place, length = torch.cat(places).cpu().numpy(), torch.cat(lengths).cpu().numpy()
+    reach = tolerance + 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length  # rounding of the projections
+    order = np.argsort(place[:, 0], kind="stable")
+    far = np.maximum.accumulate(place[order, 0] + reach[order])
+    label = np.empty(len(U), dtype=np.int64)
+    label[order] = np.cumsum(np.append(False, place[order[1:], 0] > far[:-1]))
+    for k in range(1, _DIRECTIONS):
+        most = np.zeros(label.max() + 1)
+        np.maximum.at(most, label, reach)
+        order = np.lexsort((place[:, k], label))
+        same = label[order[1:]] == label[order[:-1]]
+        near = np.diff(place[order, k]) <= most[label[order[1:]]]
+        label[order] = np.cumsum(np.append(False, ~(same & near)))
+    return label
+
+
+def _distances(U: torch.Tensor, exponent: torch.Tensor, rows: np.ndarray, heads: np.ndarray) -> np.ndarray:
+    """Distances of pairs of rows, float64."""
+    found, step = np.empty(len(rows)), max(1, _ITEMS // U.shape[1])
+    for start in range(0, len(rows), step):
+        i, j = (torch.from_numpy(index[start : start + step]).to(U.device) for index in (rows, heads))
+        apart = torch.linalg.vector_norm(_wide(U[i], exponent) - _wide(U[j], exponent), dim=1)
+        found[start : start + step] = apart.cpu().numpy()
+    return found
+
+
+def _thinned(U, exponent, tolerance: np.ndarray, rows: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The rows, without those of each crowd that are near no other: crowds of distinct points stop here.
+
+    Squared distances come from products around the crowd's first row, within which differences lose no digits.
+    """
+    kept = []
+    order = rows[np.argsort(label[rows], kind="stable")]
+    for crowd in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
+        x = _wide(U[torch.from_numpy(crowd).to(U.device)], exponent)
+        x = x - x[:1]
+        squares, most = x.square().sum(1), float(tolerance[crowd].max())
+        slack = 1e-12 * float(squares.max())
+        for start in range(0, len(crowd), 256):
+            sq = squares[start : start + 256, None] + squares - 2.0 * (x[start : start + 256] @ x.T)
+            near = (sq <= most**2 + slack).sum(1) > 1  # itself is one
+            kept.append(crowd[start : start + 256][near.cpu().numpy()])
+    return np.sort(np.concatenate(kept)) if kept else rows[:0]

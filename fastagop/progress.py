@@ -1,0 +1,38 @@
+"""How far a fit is: a bar where a terminal shows it, and a line in the log where there is none."""
+
+from __future__ import annotations
+
+import logging
+
+from tqdm.auto import tqdm
+
+log = logging.getLogger("fastagop")
+
+
+class Progress:
+    """A progress bar over ``total`` steps; quiet, or without a terminal, there is no bar. Steps are logged at INFO.
+
+    Args:
+        what: the name before the bar. unit: what a step is called. done: steps already made. quiet: show nothing.
+    """
+
+    def __init__(self, what: str, unit: str, total: int, *, done: int = 0, quiet: bool):
+        self._what, self._unit, self._total, self._count, self._quiet = what, unit, total, done, quiet
+        # None: tqdm asks whether stderr is a terminal
+        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, disable=True if quiet else None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._bar.close()
+
+    def step(self, **figures: str) -> None:
+        """One more step is done; ``figures`` are shown beside the bar."""
+        self._count += 1
+        self._bar.update()
+        if figures:
+            self._bar.set_postfix(figures)
+        if not self._quiet:
+            said = "".join(f", {name} {value}" for name, value in figures.items())
+            log.info("%s: %s %d of %d%s", self._what, self._unit, self._count, self._total, said)

@@ -1,0 +1,80 @@
+"""Settings of the whole process that a call needs changed: threads share the change, and the last one undoes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+
+class Switch:
+    """One setting of the process, lent to any number of calls at once.
+
+    The first call that needs another value saves and sets, the last one restores. While calls need different values,
+    the first of ``order`` among them is in force for all: order lists the values from the one that serves every call
+    to the one that serves fewest, so that nobody waits and nobody gets less than was asked for. What somebody else
+    sets meanwhile is theirs: it is left alone when the calls end, and set aside while another call starts.
+
+    Args:
+        read: the value in force. write: set a value. order: the values that calls may ask for.
+        same: whether a value in force is as good as one that is wanted; default equality.
+        restore: write a value that was found; default ``write``.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Any],
+        write: Callable[[Any], None],
+        order: Sequence[Any],
+        *,
+        same: Callable[[Any, Any], bool] | None = None,
+        restore: Callable[[Any], None] | None = None,
+    ):
+        self._read, self._write, self._order = read, write, tuple(order)
+        self._same = same if same is not None else lambda found, wanted: found == wanted
+        self._restore = restore if restore is not None else write
+        self._users = dict.fromkeys(self._order, 0)
+        self._found: Any = None  # the value before ours
+        self._set: Any = None  # the value that this switch wrote
+        self._changed = False
+        self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):  # a fork while another thread holds the lock must not block the child
+            os.register_at_fork(after_in_child=self._renew)
+
+    @contextlib.contextmanager
+    def at(self, value: Any) -> Iterator[None]:
+        """Keep the setting at a value, or at an earlier one of the order, while the block runs."""
+        with self._lock:
+            self._users[value] += 1
+            try:
+                self._settle()
+            except BaseException:
+                self._users[value] -= 1
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users[value] -= 1
+                self._settle()
+
+    def _settle(self) -> None:
+        """Bring the setting to what the present users need; the lock is held."""
+        wanted = next((value for value in self._order if self._users[value]), None)
+        found = self._read()
+        if self._changed and found != self._set:  # somebody else has changed it: their value is the one to keep
+            self._changed = False
+        if wanted is None:
+            if self._changed:
+                self._changed = False
+                self._restore(self._found)
+        elif not self._same(found, wanted):
+            if not self._changed:
+                self._found = found
+            self._write(wanted)
+            self._set, self._changed = self._read(), True
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()

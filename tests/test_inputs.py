@@ -1,0 +1,227 @@
+"""What estimators are given: every kind of array that works gives the same answer, and the rest is refused by name."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.estimator_checks import check_array_api_input
+
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, RFMClassifier, RFMRegressor
+
+MAKE = {
+    "RFMClassifier": lambda **more: RFMClassifier(iterations=1, **more),
+    "RFMRegressor": lambda **more: RFMRegressor(iterations=1, **more),
+    "DeepRFMClassifier": lambda **more: DeepRFMClassifier(depth=1, width=16, random_state=0, **more),
+    "DeepRFMRegressor": lambda **more: DeepRFMRegressor(depth=1, width=16, random_state=0, **more),
+}
+every = pytest.mark.parametrize("name", MAKE)
+classifiers = pytest.mark.parametrize("name", [name for name in MAKE if "Classifier" in name])
+
+
+def data(n=40, d=4):
+    X = np.random.default_rng(0).normal(size=(n, d)).round(2)
+    return X, (X[:, 0] * X[:, 1] > 0).astype(int)
+
+
+@classifiers
+@pytest.mark.parametrize("labels", [">i8", ">i4", ">f8", "u8", "u2", "i1", "f2", "g", "?", "U3", "O", "M8[D]"])
+@pytest.mark.parametrize("rows", ["numpy", "torch"])
+def test_labels_of_any_kind(name, labels, rows):
+    X, y = data()
+    y = np.array(["no", "yes"])[y] if labels == "O" else y
+    X = X if rows == "numpy" else torch.from_numpy(X)
+    model = MAKE[name]().fit(X, y.astype(labels))
+    assert (np.asarray(model.predict(X)) == y.astype(labels)).mean() > 0.9
+    assert model.score(X, y.astype(labels)) > 0.9
+    assert isinstance(model.predict(X), torch.Tensor) == (rows == "torch" and labels not in ("g", "U3", "O", "M8[D]"))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8, torch.bool])
+def test_torch_targets_of_any_kind(name, dtype):
+    X, y = data()
+    model = MAKE[name]().fit(torch.from_numpy(X), torch.from_numpy(y).to(dtype))
+    plain = MAKE[name]().fit(torch.from_numpy(X), torch.from_numpy(y))
+    assert torch.equal(model.predict(torch.from_numpy(X)).double(), plain.predict(torch.from_numpy(X)).double())
+    assert model.score(torch.from_numpy(X), torch.from_numpy(y).to(dtype)) > 0.9
+
+
+@every
+@pytest.mark.parametrize(
+    "kind", [torch.bfloat16, torch.float16, torch.int64, torch.int8, np.float16, np.int64, ">f8", ">f4", ">i4", "g", "O"]
+)
+def test_rows_of_any_kind(name, kind):
+    X, y = data()
+    X = (4 * X).round()
+    given = torch.from_numpy(X).to(kind) if isinstance(kind, torch.dtype) else X.astype(kind)
+    model, plain = MAKE[name]().fit(given, y), MAKE[name]().fit(X, y)
+    found = model.transform(given)
+    floating = isinstance(kind, torch.dtype) and kind.is_floating_point
+    assert found.dtype == (kind if floating else torch.float64 if isinstance(kind, torch.dtype) else np.float64)
+    tolerance = torch.finfo(kind).eps if floating else 1e-12
+    wanted = plain.transform(X)
+    np.testing.assert_allclose(torch.as_tensor(found).double(), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+
+
+@every
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda X, y: (X.to_sparse(), y), TypeError, r"^X must be a dense tensor.*X.to_dense\(\)"),
+        (lambda X, y: (X.to_sparse_csr(), y), TypeError, r"^X must be a dense tensor.*X.to_dense\(\)"),
+        (lambda X, y: (X.to("meta"), y), ValueError, "^X must hold numbers.*meta"),
+        (lambda X, y: (X.to(torch.complex64), y), ValueError, "Complex data not supported: X"),
+        (lambda X, y: (X[:, 0], y), ValueError, "Expected 2D array: X .*Reshape your data"),
+        (lambda X, y: (X[None], y), ValueError, "Expected 2D array: X"),
+        (lambda X, y: (X[:0], y[:0]), ValueError, "^X must have at least one row"),
+        (lambda X, y: (X[:, :0], y), ValueError, "^X must have at least one row and one column"),
+        (lambda X, y: (X / 0, y), ValueError, "^X holds NaN or infinity"),
+        (lambda X, y: (X, None), ValueError, "requires y to be passed, but the target y is None"),
+        (lambda X, y: (X, y.to_sparse()), TypeError, r"^y must be a dense tensor.*y.to_dense\(\)"),
+        (lambda X, y: (X, y.to("meta")), ValueError, "^y must hold numbers.*meta"),
+        (lambda X, y: (X, y.to(torch.complex64)), ValueError, "Complex data not supported: y"),
+        (lambda X, y: (X, y[:-1]), ValueError, "^y must have one row per row of X: X has 40, y has 39"),
+        (lambda X, y: (X, y / 0.0), ValueError, "Input y contains"),
+        (lambda X, y: (X.numpy().astype(complex), y), ValueError, "Complex data not supported"),
+        (lambda X, y: (X.numpy()[:, 0], y), ValueError, "Expected 2D array"),
+        (lambda X, y: (X.numpy()[:0], y[:0]), ValueError, "0 sample"),
+        (lambda X, y: (np.array([["a"] * 4] * 40, dtype=object), y), ValueError, "could not convert string to float"),
+        (lambda X, y: (None, y), ValueError, "Expected 2D array|X"),
+    ],
+)
+def test_bad_data_is_named(name, change, error, said):
+    X, y = data()
+    with pytest.raises(error, match=said):
+        MAKE[name]().fit(*change(torch.from_numpy(X), torch.from_numpy(y)))
+
+
+@every
+def test_bad_new_rows_are_named(name):
+    X, y = data()
+    model = MAKE[name]().fit(X, y)
+    methods = [model.predict, model.transform]
+    methods += [model.decision_function, model.predict_proba] if hasattr(model, "predict_proba") else []
+    T = torch.from_numpy(X)
+    for method in methods:
+        for bad, error, said in (
+            (T.to_sparse(), TypeError, "^X must be a dense tensor"),
+            (T[:, :3], ValueError, f"X has 3 features, but {name} is expecting 4 features"),
+            (X[:, :3], ValueError, f"X has 3 features, but {name} is expecting 4 features"),
+            (T[0], ValueError, "Expected 2D array: X"),
+            (T.to("meta"), ValueError, "^X must hold numbers"),
+        ):
+            with pytest.raises(error, match=said):
+                method(bad)
+
+
+@every
+def test_names_of_columns(name):
+    """A refit on other data forgets the names of the one before; torch follows the rules of arrays."""
+    pandas = pytest.importorskip("pandas")
+    X, y = data()
+    model = MAKE[name]().fit(pandas.DataFrame(X, columns=list("abcd")), y)
+    assert model.feature_names_in_.tolist() == list("abcd")
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(pandas.DataFrame(X, columns=list("abce")))
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        model.predict(torch.from_numpy(X))
+    for other in (torch.from_numpy(X[:, :3]), X[:, :3]):
+        model.fit(pandas.DataFrame(X, columns=list("abcd")), y).fit(other, y)
+        assert not hasattr(model, "feature_names_in_")
+        assert model.n_features_in_ == 3
+    with pytest.warns(UserWarning, match="X has feature names, but"):
+        model.predict(pandas.DataFrame(X[:, :3], columns=list("abc")))
+
+
+@every
+def test_set_output(name):
+    pandas = pytest.importorskip("pandas")
+    X, y = data()
+    frame = pandas.DataFrame(X, columns=list("abcd"), index=range(100, 140))
+    model = MAKE[name]().set_output(transform="pandas").fit(frame, y)
+    found = model.transform(frame)
+    width = 4 if name.startswith("RFM") else 16
+    assert list(found.columns) == list(model.get_feature_names_out()) == [f"{name.lower()}{i}" for i in range(width)]
+    assert found.index.equals(frame.index)
+    plain = MAKE[name]().fit(X, y)
+    np.testing.assert_array_equal(found.to_numpy(), plain.transform(X))
+    if name.startswith("Deep"):
+        first = model.transform(frame, layer=0)
+        np.testing.assert_array_equal(first.to_numpy(), X)
+        assert list(first.columns) == list("abcd")
+        assert list(model.transform(frame, layer=1).columns) == list(found.columns)
+        assert isinstance(plain.transform(X, layer=0), np.ndarray)
+    assert model.fit_transform(frame, y).shape == (40, width)
+    with pytest.warns(UserWarning, match="X does not have valid feature names"):
+        np.testing.assert_array_equal(model.transform(torch.from_numpy(X)).to_numpy(), found.to_numpy())
+    model.set_output(transform="default")
+    assert isinstance(model.transform(X), np.ndarray)
+
+
+@pytest.mark.parametrize("name", ["RFMClassifier", "RFMRegressor"])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("rows", ["numpy", "torch"])
+def test_feature_importances(name, diagonal, rows):
+    X, y = data(200)
+    X = X if rows == "numpy" else torch.from_numpy(X)
+    model = MAKE[name](diagonal=diagonal)
+    assert not hasattr(model, "feature_importances_")
+    found = model.fit(X, y).feature_importances_
+    assert type(found) is type(model.M_)
+    wanted = np.asarray(model.M_, dtype=float)
+    wanted = wanted if diagonal else np.diag(wanted)
+    np.testing.assert_allclose(np.asarray(found), wanted / wanted.sum(), rtol=1e-12)
+    assert set(np.argsort(np.asarray(found))[-2:].tolist()) == {0, 1}
+    none = MAKE[name]().set_params(iterations=0).fit(X, y).feature_importances_
+    np.testing.assert_allclose(np.asarray(none), 0.25)
+
+
+@every
+def test_autocast_changes_nothing(name):
+    X, y = data()
+    T = torch.from_numpy(X).float()
+    settings = {"ridge": 1e-2}
+    model = MAKE[name](**settings).fit(T, torch.from_numpy(y))
+    methods = ["predict", "transform"] + (["decision_function", "predict_proba"] if "Classifier" in name else [])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = MAKE[name](**settings).fit(T, torch.from_numpy(y))
+        answers = [getattr(inside, method)(T) for method in methods]
+        answers += [inside.transform(T, layer=0)] if name.startswith("Deep") else []
+        assert torch.is_autocast_enabled("cpu")  # as it was
+    wanted = [getattr(model, method)(T) for method in methods]
+    wanted += [model.transform(T, layer=0)] if name.startswith("Deep") else []
+    for found, right in zip(answers, wanted, strict=True):
+        assert torch.equal(found, right)
+    if name.startswith("RFM"):
+        assert torch.equal(inside.M_, model.M_)
+
+
+@every
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_no_bar_without_a_terminal(name, verbose, capfd, caplog):
+    X, y = data()
+    with caplog.at_level(logging.INFO, logger="fastagop"):
+        MAKE[name](verbose=verbose).fit(X, y)
+    assert capfd.readouterr() == ("", "")
+    lines = [r.getMessage() for r in caplog.records if " 1 of 1" in r.getMessage()]
+    assert len(lines) == verbose
+
+
+@every
+def test_a_bar_on_a_terminal(name, monkeypatch, capfd):
+    X, y = data()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    MAKE[name](verbose=1).fit(X, y)
+    assert "1/1" in capfd.readouterr().err
+
+
+def test_no_check_of_scikit_learn_is_skipped():
+    """The packages and the setting that its array API checks ask for are there."""
+    pytest.importorskip("pandas")
+    assert os.environ["SCIPY_ARRAY_API"] == "1"
+    for make in MAKE.values():
+        check_array_api_input("", make(), "numpy", expect_only_array_outputs=False)
