@@ -41,6 +41,7 @@ OPTIONS = {
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
 }
+CASES = tuple(OPTIONS)
 _MEASURED_ON = dict.fromkeys(("agop", "keops", "network", "cg"), torch.device("cpu"))  # --device cpu says nothing new
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("case", nargs="?", choices=tuple(OPTIONS), default="suite")
+    add("case", nargs="?", choices=CASES, default="suite")
     add("--device", type=_device, help="cpu (default) or cuda; suite and calibrate")
     add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
     add("--out", type=Path, help="result file; default out/<case>_<device>.json")

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from fastagop import npz, raw_images
-from fastagop.raw_images import UnknownDataWarning
+from fastagop.raw_images import UnknownDataWarning  # noqa: F401 (for users, as datasets.UnknownDataWarning)
 
-__all__ = ["UnknownDataWarning", "load", "standardize"]
+__all__ = ["load", "standardize"]
 
 # What torchvision reads: a folder below root and the files it wants there, whichever split is asked for.
 _MNIST = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"

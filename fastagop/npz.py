@@ -83,15 +83,20 @@ class Archive:
 
     def array(self, name: str, rows: int | None = None) -> np.ndarray:
         """An array, or its first rows; the checksum is that of the whole array all the same."""
+        header = self.header(name)
+        shape = list(header.shape)
+        if rows is not None and shape and not header.fortran:
+            shape[0] = min(rows, shape[0])
+        needed = math.prod(shape) * header.dtype.itemsize
+        if needed > host_bytes():
+            raise ValueError(
+                f"{name} in {self._path} takes {needed / 1e9:.3g} GB, more than this machine's free memory"
+            )
+        found = np.empty(math.prod(shape), header.dtype)
         with self._opened(name) as file:
-            header = _header(file, self._members[name].file_size)
-            some = rows is not None and not header.fortran and len(header.shape) > 0
-            shape = (min(rows or 0, header.shape[0]), *header.shape[1:]) if some else header.shape
-            needed = math.prod(shape) * header.dtype.itemsize
-            if needed > host_bytes():
-                raise ValueError(f"{needed / 1e9:.3g} GB are more than this machine's free memory")
-            found = np.empty(math.prod(shape), header.dtype)
-            _fill(file, memoryview(found).cast("B") if found.nbytes else memoryview(b""))
+            _header(file, self._members[name].file_size)
+            if found.nbytes:
+                _fill(file, found.view(np.uint8).data)
             while file.read(_PIECE):  # the checksum is looked at when the last byte was read
                 pass
         found = found.reshape(shape[::-1]).T if header.fortran else found.reshape(shape)

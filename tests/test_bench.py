@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import clock, report, suite
+from bench import agop_cpu, clock, keops_cpu, report, suite
+from bench.__main__ import OPTIONS, main
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -80,3 +81,133 @@ def test_peak_bytes():
         torch.ones(30_000_000).add_(1)
 
     assert 110e6 < clock.peak_bytes(run, CPU) < 140e6
+
+
+# ---- The command line
+
+
+VALUES = {"device": "cpu", "result": "x.json", "repeats": "1", "n": "50", "d": "3"}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_that_a_case_would_ignore_is_refused(case, capsys):
+    for option in VALUES.keys() - set(OPTIONS[case]):
+        if option == "device" and case in ("agop", "keops", "network", "cg"):  # cpu is what they run on
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            main([case, f"--{option}", VALUES[option]])
+        assert stopped.value.code == 2
+        assert f"{case} does not take --{option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--n", "0"], ["--n", "x"], ["--d", "-1"], ["--repeats", "0"], ["--device", "abacus"], ["--device", "meta"]],
+)
+def test_bad_values_are_refused(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+def test_agop_takes_n_and_d(tmp_path, monkeypatch):
+    few = {name: agop_cpu.CONTENDERS[name] for name in ("fastagop", "torch composition")}
+    monkeypatch.setattr(agop_cpu, "CONTENDERS", few)
+    monkeypatch.setattr(clock, "alone", lambda *_: "0")
+    out = tmp_path / "deep" / "agop.json"
+    assert main(["agop", "--n", "60", "--d", "5", "7", "--repeats", "1", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["n"], row["d"], row["K"]) for row in rows} == {(60, d, K) for d in (5, 7) for K in (10, 100)}
+    assert [path.name for path in out.parent.iterdir()] == ["agop.json"]
+
+
+def test_other_cases_take_n(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        keops_cpu, "compare", lambda op, n, d, dtype, repeats: asked.append((n, d)) or {"op": op, "d": d}
+    )
+    with pytest.raises(KeyError):  # the rows are none
+        keops_cpu.main(tmp_path / "k.json", 1, 70, (2, 3))
+    assert set(asked) == {(70, 2), (70, 3)}
+    seen = []
+    monkeypatch.setattr("bench.network_cpu.problem", lambda n: seen.append(n) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["network", "--n", "80", "--out", str(tmp_path / "n.json")])
+    monkeypatch.setattr(clock, "alone", lambda *given: seen.append(given[-1]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["cg", "--n", "90", "--out", str(tmp_path / "c.json")])
+    assert seen == [80, 90]
+
+
+def one_line(capsys) -> str:
+    (said,) = capsys.readouterr().err.splitlines()
+    return said
+
+
+GOOD = {"op": "agop", "n": 1, "d": 1, "K": 1, "kernel": "Laplace", "contender": "fastagop"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 5000,
+        '{"runs": []}',
+        '{"benchmarks": []}',
+        '{"benchmarks": 3}',
+        '{"benchmarks": [{}]}',
+        '{"benchmarks": [{"extra_info": {}, "stats": {"median": 1}}]}',
+        json.dumps({"benchmarks": [{"extra_info": GOOD, "stats": {"median": 1.0}}]}),
+        '{"benchmarks": [{"extra_info": [], "stats": []}]}',
+    ],
+)
+def test_report_of_another_file_names_it(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert main(["report", "--result", str(path)]) == 2
+    said = one_line(capsys)
+    assert str(path) in said
+    assert "--benchmark-json" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize("path", ["nowhere.json", "folder"])
+def test_report_of_no_file(tmp_path, capsys, path):
+    (tmp_path / "folder").mkdir()
+    assert main(["report", "--result", str(tmp_path / path)]) == 2
+    assert path in one_line(capsys)
+
+
+def test_a_place_that_cannot_be_written_is_said_first(tmp_path, capsys, monkeypatch):
+    """Before anything is measured."""
+    monkeypatch.setattr(agop_cpu, "measure", lambda *_: 1 / 0)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "x.json", tmp_path / "file" / "deep" / "x.json"):
+        assert main(["agop", "--out", str(out)]) == 2
+        assert "--out" in one_line(capsys)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_result(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "agop.json"
+    out.write_text("old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(agop_cpu, "measure", lambda *_: [])
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["agop", "--out", str(out)]) == 2
+    assert one_line(capsys) == f"python -m bench: {out}: No space left on device"
+    assert out.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["agop.json"]
+
+
+@pytest.mark.parametrize("room", ["bench", "reproduce"])
+def test_from_another_folder(room, tmp_path):
+    command = [sys.executable, str(ROOT / room), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {room}" in done.stdout

@@ -1,6 +1,7 @@
 """What was measured on this device decides, and nothing is measured unless asked for."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -56,12 +57,65 @@ def test_round_trip(cache):
     ["", "{", "[]", '{"configs": {}}', '{"configs": {"matrix tf32": [1, 2]}, "rates": {}, "about": {}}',
      '{"configs": {}, "rates": {"gram float32": -1}, "about": {}}', '{"configs": 3, "rates": {}, "about": {}}'],
 )  # fmt: skip
-def test_a_damaged_file_is_named(cache, text):
+def test_a_damaged_file_is_warned_of_once_and_not_used(cache, text):
+    """The file is optional: what needs none of it goes on, and says why it knows nothing of this device."""
     file = _measured.save(CPU, Measured())
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"delete it or calibrate again") as caught:
+    with pytest.warns(UserWarning, match=r"delete it or calibrate again") as said:
         fastagop.agop(Laplace(2.0), *problem())
-    assert str(file) in str(caught.value)
+    assert "default rates" in fastagop.explain("agop", Laplace(2.0), *problem())
+    assert [str(file) in str(w.message) for w in said] == [True]
+    assert said[0].filename == __file__
+
+
+def forbidden(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_file_that_cannot_be_read_is_as_good_as_none(cache, monkeypatch):
+    _measured.save(CPU, Measured({}, {"gram float32": 1e15}, ABOUT))
+    monkeypatch.setattr(_measured, "open", forbidden, raising=False)
+    assert _measured.measured(CPU) == Measured()
+
+
+@pytest.mark.parametrize(
+    "value", ["/nowhere/at/all", "/dev/null", "/dev/null/x", "/proc/1/x", "x" * 5000, "a\nb", "~", "relative"]
+)
+@pytest.mark.parametrize("variable", ["FASTAGOP_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_folders_that_cannot_be(monkeypatch, tmp_path, variable, value):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert _measured.measured(CPU) == Measured()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_home_at_all(monkeypatch):
+    """A user id without an entry in the system's list, as containers have them."""
+    for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["unknown"])
+    fastagop.agop(Laplace(2.0), *problem())
+    assert "default rates" in fastagop.explain("agop", Laplace(2.0), *problem())
+    fastagop.solve(Laplace(2.0), *problem())
+    with pytest.raises(OSError, match="no home directory; set FASTAGOP_CACHE"):
+        calibrate.main(CPU, None, 1, 50)
+
+
+def test_a_home_that_cannot_be_searched(monkeypatch):
+    for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/locked")
+    for name in ("stat", "lstat", "open", "listdir", "access"):
+        plain = getattr(os, name)
+        refuse = lambda path, *args, plain=plain, **kw: (  # noqa: E731
+            forbidden() if str(path).startswith("/locked") else plain(path, *args, **kw)
+        )
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(_measured, "open", forbidden, raising=False)
+    fastagop.agop(Laplace(2.0), *problem())
+    fastagop.explain("solve", Laplace(2.0), *problem())
 
 
 def test_measured_configurations_are_launched(cache, monkeypatch):
