@@ -10,7 +10,7 @@ import torch
 
 from fastagop.kernels import _checks, keops_ops, torch_agop
 from fastagop.kernels._backends import NAMES, PRODUCTS, choose, matmul_precision, precision_words
-from fastagop.kernels._plan import block_rows
+from fastagop.kernels._plan import ROWS
 from fastagop.kernels._units import in_range, in_units, scaled_
 from fastagop.kernels.errors import warn
 from fastagop.kernels.radial import Radial
@@ -61,7 +61,7 @@ def plan_agop(
         plan = keops_ops.plan_agop(X, alpha, Z, method, limit, why, words)
     else:
         device = PRODUCTS[precision] if backend == "triton" else None
-        plan = torch_agop.plan(X, alpha, at, method, limit, why, words, device)
+        plan = torch_agop.plan(X, alpha, at, method, limit, why, words, device, center)
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
@@ -190,7 +190,7 @@ def agop_from_weights_(
 
     W and alpha may be wider than X; W is overwritten. row_weights (n,) weigh the evaluation points.
     """
-    rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
+    rows = ROWS
     steps = torch_agop.TORCH_STEPS
     with matmul_precision(precision, X.device):
         if backend == "triton":

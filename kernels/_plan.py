@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,9 +80,10 @@ RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take 
 ROWS = 256  # of a block, at most
 
 
-def block_rows(
-    row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str, advice: str = "use fewer points, or free memory"
-) -> int:
+USE_LESS = "use fewer points, or free memory"  # advice of the others
+
+
+def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str, advice: str = USE_LESS) -> int:
     """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
 
     ``advice``: what the caller of ``what`` can do where not even one row fits.
@@ -96,6 +98,26 @@ def block_rows(
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))
+
+
+def fitting_rows(
+    bytes_of: Callable[[int], int], limit: int, most: int, what: str, advice: str = USE_LESS
+) -> tuple[int, int]:
+    """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
+
+    Blocks aim at 32 MB and at 128 to 256 rows, as in ``block_rows``.
+    """
+    least = bytes_of(1)
+    if least > limit:
+        raise MemoryError(
+            f"{what} needs {human(least)} for a single row block, but {human(limit)} may be used; {advice}"
+        )
+    each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
+    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), most)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle - 1)
+    return low, bytes_of(low)
 
 
 def longest_first(count: int, rows: int) -> range:

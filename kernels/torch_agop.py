@@ -11,6 +11,7 @@ The gram form's terms cancel, so it runs only while its guard says that the canc
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -20,15 +21,16 @@ import torch
 
 from . import smooth, torch_gram
 from ._checks import readable
-from ._plan import RAISE_LIMIT, ROWS, Plan, block_rows, budget, human, roomy
-from ._products import add_squares_, symmetrise_
+from ._plan import RAISE_LIMIT, ROWS, Plan, budget, fitting_rows, human, roomy
+from ._products import add_squares_, square_bytes, symmetrise_
 from ._rates import rate, source
 from ._units import scaled_
+from .distance import tile_bytes
 from .errors import warn
 from .radial import Radial
 from .smooth import Smooth
-from .torch_blocks import BLOCKS_ALIVE, fill_symmetric, tiles, weight_tiles
-from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, output_gradients
+from .torch_blocks import fill_symmetric, tiles, weight_tiles
+from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, gradient_bytes, output_gradients
 
 log = logging.getLogger("fastagop")
 
@@ -101,19 +103,69 @@ def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) ->
     return {form: work[form] / rate(form, products[form], X.device) for form in work}
 
 
-def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
-    """(block rows, peak bytes) of a form, or MemoryError."""
+def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
+    """Most memory that the gradient form takes with blocks of that many rows."""
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    copied = 0 if alpha.is_contiguous() else n * K
+    held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
+    work = max(tile, gradient_bytes(rows, n, d, K, size), square_bytes(rows * K, d, size))
+    narrow = (4 if size == 4 else 0) * d * d + d * d // 8  # M in float32, when nothing else is alive
+    return held + max(work, narrow - size * rows * (n + K * d))
+
+
+def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
+    """Most memory that the gram form takes with blocks of that many rows.
+
+    wide: float32 weights are copied for products in float64. rank: columns of the smooth part.
+    """
+    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    others = 0 if Z is X else m
+    stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
+    size = 8 if wide else size
+    most = max(m, n)
+    points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
+    smooth = torch_gram.smooth_bytes(m, n, d, K, rank)
+    step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
+    narrow = (4 if X.element_size() == 4 else 0) * d * d + d * d // 8
+    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow))
+
+
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError."""
+    what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
     if form == "gradient":
-        fixed, row, most = d * d * (8 + size) + n * K * size, ((BLOCKS_ALIVE + 1) * n + K * d) * size, m
-    else:
-        fixed = d * d * 16 + (m * n + n * d) * size + 8 * (n + 3 * K * d)
-        row, most = (max(BLOCKS_ALIVE - 1, 2) * n + d) * size + 8 * (d + K), max(m, n)
-    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,", RAISE_LIMIT)
-    return rows, fixed + rows * row
+        return fitting_rows(lambda rows: gradient_form_bytes(rows, X, alpha, Z, center), limit, most, what, RAISE_LIMIT)
+    return fitting_rows(lambda rows: gram_form_bytes(rows, X, alpha, Z), limit, most, what, RAISE_LIMIT)
 
 
-def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None) -> Plan:
+def _gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
+    """(block rows, bytes) of the gradient form from stored weights; single rows where even these do not fit."""
+    try:
+        return _plan_form("gradient", X, alpha, Z, room, center)
+    except MemoryError:
+        return 1, gradient_form_bytes(1, X, alpha, Z, center)
+
+
+def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
+    """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
+    most = peak
+    if form == "gram":
+        stored = len(X) * len(Z) * X.element_size()
+        beside = stored + _gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
+        most = max(beside, gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, smooth.RANK))
+    if center and X.dtype == torch.float32:
+        x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
+        z = x if Z is X else x.new_empty(Z.shape)
+        bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
+        most = max(most, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
+    return max(peak, min(most, limit))
+
+
+def plan(
+    X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None, center=False
+) -> Plan:
     """The road of agop: the cheaper form that fits into memory."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
@@ -124,16 +176,19 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            _plan_form(method, X, alpha, Z, room)
+            _plan_form(method, X, alpha, Z, room, center)
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {human(room)}"
-    rows, peak = _plan_form(method, X, alpha, Z, room)
-    if method == "gram" and X.dtype == torch.float32:
+    rows, peak = _plan_form(method, X, alpha, Z, room, center)
+    peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
+    if X.dtype == torch.float32 and method == "gram":
         reason += (
             "; float32 is guarded: near collapse a smooth part of the weights is split off, or its products run in "
             "float64, or the gradient form runs"
         )
+    if X.dtype == torch.float32 and center:
+        reason += "; centred gradients that nearly agree are computed in float64"
     return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
@@ -179,9 +234,11 @@ def agop_from_weights_(
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
         Z = Z[:]  # another object
-    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots)
+    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots, rows)
     if road.smooth is None:
         shift = dominant_offset(X)
+        room = _room(W, limit) - W.numel() * W.element_size()
+        rows = min(rows, _gradient_form_beside(X, alpha, Z, center, room)[0])
         blocks = stored_tiles(W, X, Z, rows, shift)
         return gradient_form(blocks, alpha.to(X.dtype), X, Z, shift, center, steps.gradients, roots, scaled=True)
     wide, x = road.dtype, X.to(road.dtype)
@@ -217,9 +274,12 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
 
 
 def safe_road(
-    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None
+    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None, rows=ROWS
 ) -> Road:
-    """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
+    """The cheapest road that loses no digits of M and fits into memory, in blocks of that many rows.
+
+    alpha is of X's dtype; roots: square roots of the points' weights, by which the rows of W have been multiplied.
+    """
     if method == "gradient":
         return Road(method, X.dtype)
     (m, n), d, K, own = W.shape, X.shape[1], alpha.shape[1], Z is X
@@ -229,13 +289,12 @@ def safe_road(
     cost = costs(X, Z, K, word)
     wide = rate("gram", "float64", X.device)
     more = torch_gram.smooth_flops(m, n, d, K, smooth.RANK) / wide
-    room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
+    room = _room(W, limit)
 
-    def fits(dtype: torch.dtype) -> bool:
-        items = 0 if W.dtype == dtype else W.numel() + X.numel() + (0 if own else Z.numel())
-        return items * dtype.itemsize <= room
+    def fits(dtype: torch.dtype, rank: int) -> bool:
+        wide = W.dtype != dtype
+        return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
 
-    spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
     guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center, roots), smooth.constant(W, own), cost["gram"]
     growth = _LOSS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
@@ -243,26 +302,31 @@ def safe_road(
         plain > _WORTH * most
         and (method == "gram" or price + more < cost["gradient"])
         and n > 4 * smooth.RANK
-        and torch_gram.smooth_bytes(m, n, d, K, smooth.RANK) <= spare
+        and gram_form_bytes(rows, X, alpha, Z, False, smooth.RANK) <= room
     ):
         better = smooth.leading(W, own)
         if (less := _LOSS * guard.amplification(better)) < growth:
             taken, growth, price = better, less, price + more
-    safe = [(price, Road("gram", X.dtype, taken))] if eps * growth <= most and fits(X.dtype) else []
+    safe = [(price, Road("gram", X.dtype, taken))] if eps * growth <= most and fits(X.dtype, taken.rank) else []
     narrow = bool(safe)
-    if X.dtype != torch.float64 and fits(torch.float64) and torch.finfo(torch.float64).eps * growth <= most:
+    if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and torch.finfo(torch.float64).eps * growth <= most:
         work = flops(m, n, d, K, own)["gram"] + torch_gram.smooth_flops(m, n, d, K, taken.rank)
         safe.append((work / wide, Road("gram", torch.float64, taken)))
     if method == "auto":
         safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
     elif not safe:
-        return Road("gram", _lossy_gram(growth, X.dtype, fits(torch.float64)), taken)
+        return Road("gram", _lossy_gram(growth, X.dtype, fits(torch.float64, taken.rank)), taken)
     _, road = min(safe, key=lambda option: option[0])
     if plain > most:
         said = f"{road.form} form in {road.dtype}"
         said += f" with a smooth part of rank {road.smooth.rank}" if road.smooth else ""
         log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, said)
     return road
+
+
+def _room(W: torch.Tensor, limit: int | None) -> int:
+    """Bytes a call may take, its stored weights included: of what is free now these are no part."""
+    return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
 
 
 def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
