@@ -371,9 +371,10 @@ def solve_as(
     said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
     weight = sample_weight if rows is None else None if rows.plain else rows.each
     _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
-    found = copies.find(X, sample_weight) if rows is None else None  # of rows as they were given
-    given, rows = X, found or rows
-    X = given if found is None else found.take(given)
+    given, found = X, None  # rows as they were given, and their copies
+    if rows is None:
+        rows = found = copies.find(X, sample_weight)
+        X = rows.take(X)
     units, points, _, _ = in_units(kernel, X, X)
     wide = functools.cache(points.double)
 

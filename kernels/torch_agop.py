@@ -245,7 +245,7 @@ def agop_from_weights_(
     z = x if Z is X else Z.to(wide)
     lower = steps.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
-        W = roomy(*W.shape, W, wide).copy_(W)
+        W = roomy(len(W), W.shape[1], W, wide).copy_(W)
     taken = road.smooth.to(wide)
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
     return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
