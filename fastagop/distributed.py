@@ -370,25 +370,25 @@ def solve_as(
     said = f"{kernel!r}, {options}, memory_limit={memory_limit}"
     weight = sample_weight if rows is None else None if rows.plain else rows.each
     _, room = ranks.agree(prepare, said, X=X, Y=Y, sample_weight=weight)
-    found = copies.find(X, sample_weight) if rows is None else None  # of rows as they were given
-    given, rows = X, found or rows
-    X = given if found is None else found.take(given)
+    given, here = X, rows is None  # copies are found here, in rows as they were given
+    merged = copies.find(X, sample_weight) if rows is None else rows
+    X = merged.take(given) if here else given
     units, points, _, _ = in_units(kernel, X, X)
     wide = functools.cache(points.double)
 
     def job(ask):
         plan, (_, _, ridge, how) = plan_solve(
-            kernel, X, rows.take(Y), memory_limit=memory_limit, advice=advice, **options
+            kernel, X, merged.take(Y), memory_limit=memory_limit, advice=advice, **options
         )
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
                 shared = functools.partial(_asked, ask, most)
-                solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, rows, shared)
+                solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, merged, shared)
             else:
-                solved, _ = solve_stored(kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, rows)
-        if found is not None:
-            solved = dataclasses.replace(solved, solution=as_given(solved.solution, kernel, given, Y, found))
+                solved, _ = solve_stored(kernel, X, Y, ridge, plan, how, options["precision"], out or X.dtype, merged)
+        if here:
+            solved = dataclasses.replace(solved, solution=as_given(solved.solution, kernel, given, Y, merged))
         return solved.to(torch.device("cpu")), plan.peak_bytes
 
     def serve(V, most):
