@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 import torch
 
 from fastagop.kernels import _checks, keops_ops, torch_agop
 from fastagop.kernels._backends import NAMES, PRODUCTS, choose, matmul_precision, precision_words
-from fastagop.kernels._plan import block_rows
-from fastagop.kernels.operations import in_units
+from fastagop.kernels._plan import ROWS
+from fastagop.kernels._units import in_range, in_units, scaled_
+from fastagop.kernels.errors import warn
 from fastagop.kernels.radial import Radial
+
+log = logging.getLogger("fastagop")
 
 
 def plan_agop(
@@ -57,7 +61,7 @@ def plan_agop(
         plan = keops_ops.plan_agop(X, alpha, Z, method, limit, why, words)
     else:
         device = PRODUCTS[precision] if backend == "triton" else None
-        plan = torch_agop.plan(X, alpha, at, method, limit, why, words, device)
+        plan = torch_agop.plan(X, alpha, at, method, limit, why, words, device, center)
     return dataclasses.replace(plan, backend=backend), (X, alpha, Z, limit)
 
 
@@ -116,12 +120,19 @@ def agop(
         sample_weight=sample_weight,
     )
     kernel, X, Z, unit = in_units(kernel, X, Z)
-    weights, divisor, weight_unit = row_weights(sample_weight, Z, reduction)
+    kernel, alpha, amplitude = in_range(kernel, X, alpha, unit)
+    weights, divisor, exponent = row_weights(sample_weight, Z, reduction)
     if weights is not None and _checks.readable(X) and not weights.any():
         return X.new_zeros(X.shape[1], X.shape[1])
     with matmul_precision(precision, X.device):
-        how = {"center": center, "method": method, "limit": limit, "plan": plan, "row_weights": weights}
-        if plan.backend == "triton":
+        how = {"center": center, "method": method, "limit": limit, "row_weights": weights}
+        M = None
+        if center and torch_agop.centring_cancels(kernel, X, alpha, Z, weights):
+            M = _in_float64(kernel, X, alpha, Z, **how)
+        how["plan"] = plan
+        if M is not None:
+            pass
+        elif plan.backend == "triton":
             from fastagop.kernels import triton_ops  # imports triton
 
             M = triton_ops.agop(kernel, X, alpha, Z, precision=precision, **how)
@@ -129,28 +140,41 @@ def agop(
             M = keops_ops.agop(kernel, X, alpha, Z, center=center, plan=plan, row_weights=weights)
         else:
             M = torch_agop.agop(kernel, X, alpha, Z, **how)
-    M = M.double().div_(unit).div_(unit).div_(divisor).mul_(weight_unit)  # each may leave float32 on the way
+    M = amplitude.restore_squares(M.double().div_(divisor), exponent)  # may leave float32 on the way
     M = M.to(X.dtype)
     if not _checks.finite(M):
         raise ValueError(f"alpha is so large that the AGOP leaves {X.dtype}; divide alpha by a constant")
     return M
 
 
-def row_weights(sample_weight, Z, reduction: str) -> tuple[torch.Tensor | None, float | torch.Tensor, float]:
-    """(weights in a power-of-two unit, what to divide M by, the unit to multiply M by) of checked sample weights.
+def _in_float64(kernel, X, alpha, Z, **how) -> torch.Tensor | None:
+    """The centred AGOP of float32 points by float64 weights; None, and a warning, where these do not fit."""
+    M = torch_agop.agop_in_float64(kernel, X, alpha, Z, **how)
+    if M is None:
+        warn(
+            "agop: the gradients nearly agree, and what centring leaves of them is lost in float32; float64 weights do "
+            "not fit into memory_limit: raise it, or pass float64 tensors"
+        )
+    else:
+        log.info("agop: centred gradients that nearly agree; computing in float64 by the torch backend")
+    return M
+
+
+def row_weights(sample_weight, Z, reduction: str) -> tuple[torch.Tensor | None, float | torch.Tensor, int]:
+    """(weights in a unit of 2^e, what to divide M by, the e of 2^e to multiply M by) of checked sample weights.
 
     In that unit the largest weight is between 1/2 and 1, so that no square root or sum leaves the dtype.
     """
     if sample_weight is None:
-        return None, float(len(Z)) if reduction == "mean" else 1.0, 1.0
+        return None, float(len(Z)) if reduction == "mean" else 1.0, 0
     if not _checks.readable(sample_weight):  # in a CUDA graph's capture no value can be looked at
-        return sample_weight.detach(), sample_weight.detach().sum() if reduction == "mean" else 1.0, 1.0
+        return sample_weight.detach(), sample_weight.detach().sum() if reduction == "mean" else 1.0, 0
     largest = float(sample_weight.max()) if len(sample_weight) else 0.0
     exponent = math.frexp(largest)[1]
-    weights = torch.ldexp(sample_weight.detach(), torch.tensor(-exponent, dtype=torch.int32, device=Z.device))
+    weights = scaled_(sample_weight.detach().clone(), -exponent)
     if reduction == "mean":
-        return weights, float(weights.sum(dtype=torch.float64)), 1.0
-    return weights, 1.0, math.ldexp(1.0, exponent)
+        return weights, float(weights.sum(dtype=torch.float64)), 0
+    return weights, 1.0, exponent
 
 
 def agop_from_weights_(
@@ -166,7 +190,7 @@ def agop_from_weights_(
 
     W and alpha may be wider than X; W is overwritten. row_weights (n,) weigh the evaluation points.
     """
-    rows = block_rows(3 * X.element_size() * len(X), 0, 2**62, len(X), "agop")
+    rows = ROWS
     steps = torch_agop.TORCH_STEPS
     with matmul_precision(precision, X.device):
         if backend == "triton":

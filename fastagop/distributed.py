@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -116,7 +117,7 @@ def agop_as(
     (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
     kernel, X, at, unit = in_units(kernel, X, at)
-    scaled, divisor, weight_unit = row_weights(weights, at, options["reduction"])
+    scaled, divisor, exponent = row_weights(weights, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
         if plan.backend == "torch" and ranks.size > 1 and weights is None:
@@ -128,7 +129,7 @@ def agop_as(
             how = {"method": chosen, "precision": precision, "backend": backend, "memory_limit": room}
             M = _rows_of_points(kernel, X, alpha, at, scaled, center, ranks, how)
     M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
-    return M.div_(unit).div_(unit).div_(divisor).mul_(weight_unit)
+    return M.div_(unit).div_(unit).div_(divisor).mul_(math.ldexp(1.0, exponent))
 
 
 def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | None:

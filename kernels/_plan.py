@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +97,26 @@ def block_rows(
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))
+
+
+def fitting_rows(
+    bytes_of: Callable[[int], int], limit: int, most: int, what: str, advice: str = "use fewer points, or free memory"
+) -> tuple[int, int]:
+    """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
+
+    Blocks aim at 32 MB and at 128 to 256 rows, and ``advice`` is what the caller can do, as in ``block_rows``.
+    """
+    least = bytes_of(1)
+    if least > limit:
+        raise MemoryError(
+            f"{what} needs {human(least)} for a single row block, but {human(limit)} may be used; {advice}"
+        )
+    each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
+    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), most)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle - 1)
+    return low, bytes_of(low)
 
 
 def longest_first(count: int, rows: int) -> range:

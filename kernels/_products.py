@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from ._checks import readable
+from ._units import scaled_
 
 
 def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -14,6 +19,32 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     if _onednn(A):
         return torch.ops.mkldnn._linear_pointwise(A, _dense(B), bias, "none", [], "")
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
+
+
+_PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are multiplied at once
+
+
+def add_squares_(M: torch.Tensor, G: torch.Tensor) -> None:
+    """Add G^T G to float64 M; G (rows, d) is scaled by a power of two where squares would leave its dtype."""
+    size = max((float(end.abs()) for end in torch.aminmax(G)), default=0.0) if G.numel() and readable(G) else 1.0
+    exponent = math.frexp(size)[1] if math.isfinite(size) and size > 0 else 0
+    if abs(exponent) <= (40 if G.dtype == torch.float32 else 400):
+        exponent = 0
+    G = scaled_(G, -exponent)
+    for part in G.split(max(64, _PANEL // max(1, G.shape[1]))):
+        add_product_(M, part.T, part.T, math.ldexp(1.0, 2 * exponent))
+
+
+def add_product_(M: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: float = 1.0) -> None:
+    """Add factor A B^T to float64 M, panel by panel: only a panel of the product exists in A's dtype."""
+    rows = max(64, _PANEL // max(1, M.shape[1]))
+    for start in range(0, len(M), rows):
+        M[start : start + rows].add_(product(A[start : start + rows], B), alpha=factor)
+
+
+def square_bytes(rows: int, d: int, size: int) -> int:
+    """Most memory that ``add_squares_`` takes for that many rows: a panel, its float64 copy, copies of the factors."""
+    return min(d * d, max(64 * d, _PANEL)) * (8 + size) + 2 * size * min(rows * d, max(64 * d, _PANEL))
 
 
 def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:

@@ -21,9 +21,23 @@ _GROUP = 16  # fewer near columns than this are not worth a product of their own
 _REACH = 8.0  # a group takes in points up to this multiple of the near bound
 _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
-_CHUNK = 2**20  # items of one chunk of direct differences
+_CHUNK = 2**18  # items of one chunk of direct differences, and of one step of a group's product
 FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
+_FEWEST = 16  # rows of one step of a group's product, at least
 _CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
+
+
+def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
+    """Most memory that ``squared_distances`` takes for a block of that many rows, the block itself left out.
+
+    The points in another unit; the norms; -2 Z, the library's copy of X; of suspect rows a copy, thresholds and a
+    mask; a group's points around their centre, and the work of one step of it or of direct differences.
+    """
+    if d <= FEW:
+        return size * ((2 * n + m) * d + n + m + 2 * min(rows * n, max(_CACHED, n)))
+    pairs = min(rows * n, max(_FEWEST * n, _CHUNK))
+    work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, _CHUNK)))
+    return size * (2 * (n + m) + 4 * rows * d + (4 * n + m) * d) + rows * n * (2 * size + 2) + work
 
 
 def squared_norms(X: torch.Tensor) -> torch.Tensor:
@@ -102,19 +116,26 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
         reach = _REACH * near * z2[leader]
         cols = ((sq[leader] < reach + _REACH * near * x2) | sq[leader].isinf()).nonzero().squeeze(1)
         rows = (squared_norms(Z - Z[leader]) < reach + _REACH * near * z2).nonzero().squeeze(1)
-        index = (rows[:, None], cols)
-        z, x = Z[rows] - centre, X[cols] - centre
-        zc2, xc2 = squared_norms(z), squared_norms(x)
-        fresh = product(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
-        group = mask[index]
-        good = group & (fresh >= near * (zc2[:, None] + xc2))
-        sq[index] = torch.where(good, fresh, sq[index])
-        mask[index] = group & ~good
-        if not bool(good.any()):  # the centre did not help this row: no second try
+        x = X[cols].sub_(centre)
+        xc2 = squared_norms(x)
+        helped = False
+        for some in rows.split(max(_FEWEST, _CHUNK // len(cols))):
+            index = (some[:, None], cols)
+            z = Z[some].sub_(centre)
+            zc2 = squared_norms(z)
+            fresh = product(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
+            group = mask[index]
+            good = group & (fresh >= near * (zc2[:, None] + xc2))
+            sq[index] = torch.where(good, fresh, sq[index])
+            mask[index] = group & ~good
+            helped = helped or bool(good.any())
+        if not helped:  # the centre did not help this row: no second try
             _measure_directly(sq, torch.full_like(company, leader), company, Z, X)
             mask[leader] = False
-    i, j = mask.nonzero(as_tuple=True)
-    _measure_directly(sq, i, j, Z, X)
+    step = max(1, _CHUNK // max(1, mask.shape[1]))
+    for start in range(0, len(mask), step):
+        i, j = mask[start : start + step].nonzero(as_tuple=True)
+        _measure_directly(sq, i.add_(start), j, Z, X)
 
 
 def _measure_directly(sq: torch.Tensor, i: torch.Tensor, j: torch.Tensor, Z: torch.Tensor, X: torch.Tensor) -> None:

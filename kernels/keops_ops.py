@@ -17,7 +17,7 @@ import shutil
 import torch
 
 from ._plan import RAISE_LIMIT, Plan, block_rows, budget
-from ._products import symmetrise_
+from ._products import add_squares_, symmetrise_
 from .errors import BackendUnavailable
 from .radial import Radial
 from .radial_keops import Formulas, constants, formulas
@@ -197,5 +197,5 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, plan: Plan, row_weights=N
     mean = mean.to(X.dtype)
     for G, part in blocks():
         rows = (G.sub_(mean) if center else G).mul_(part.sqrt()[:, None, None]).reshape(-1, d)
-        M += rows.T @ rows
+        add_squares_(M, rows)
     return symmetrise_(M)

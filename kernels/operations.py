@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
 from . import _checks, keops_ops, torch_blocks
 from ._backends import NAMES, choose, matmul_precision, precision_words
 from ._plan import Plan
+from ._units import in_range, in_units
 from .radial import Radial
-
-_EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
 
 
 def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple[torch.Tensor, str, str]:
@@ -33,25 +31,6 @@ def _triton():
     from . import triton_ops  # imports triton
 
     return triton_ops
-
-
-def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
-    """(kernel, X, Z, unit) with lengths in a power-of-two unit, where squares of the points would leave their dtype.
-
-    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
-    """
-    if not _checks.readable(X):
-        return kernel, X, Z, 1.0
-    largest = max(float(end.abs()) for points in (X, Z) if points.numel() for end in torch.aminmax(points))
-    if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
-        return kernel, X, Z, 1.0
-    exponent = math.frexp(largest)[1]
-    _checks.spread(X, Z, largest)
-    scale = X.new_tensor(-exponent, dtype=torch.int32)
-    own, X = Z is X, torch.ldexp(X, scale)
-    Z = X if own else torch.ldexp(Z, scale)
-    unit = math.ldexp(1.0, exponent)
-    return dataclasses.replace(kernel, bandwidth=kernel.bandwidth / unit), X, Z, unit
 
 
 def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="highest", backend="auto"):
@@ -197,14 +176,18 @@ def gradients(
         Tensor (m, K, d); entry [i, c] is grad f_c(Z[i]).
 
     Raises:
-        TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
+        TypeError, ValueError: naming the argument; ValueError where gradients leave X's dtype.
+        BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
     kernel, X, Z, unit = in_units(kernel, X, Z)
+    kernel, alpha, amplitude = in_range(kernel, X, alpha, unit)
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             result = _triton().gradients(kernel, X, alpha, Z, plan, precision)
         else:
             serving = keops_ops if plan.backend == "keops" else torch_blocks
             result = serving.gradients(kernel, X, alpha, Z, plan)
-    return result if unit == 1.0 else result.div_(unit)
+    if not _checks.finite(amplitude.restore(result)):
+        raise ValueError(f"alpha is so large that gradients leave {X.dtype}; divide alpha by a constant")
+    return result

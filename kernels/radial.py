@@ -184,6 +184,8 @@ class GeneralisedLaplace(Radial):
 
     def _power_(self, r: torch.Tensor) -> torch.Tensor:
         """Overwrite r by (r / L)^p."""
+        if 1.0 / self.bandwidth < torch.finfo(r.dtype).tiny:  # few digits of 1 / L are left in the dtype
+            return r.pow_(self.exponent).mul_(self.bandwidth**-self.exponent)
         return r.mul_(_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:

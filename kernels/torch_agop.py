@@ -11,33 +11,43 @@ The gram form's terms cancel, so it runs only while its guard says that the canc
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from . import smooth, torch_gram
-from ._plan import RAISE_LIMIT, Plan, block_rows, budget, human, roomy
-from ._products import product, symmetrise_
+from ._checks import readable
+from ._plan import RAISE_LIMIT, ROWS, Plan, budget, fitting_rows, human, roomy
+from ._products import add_squares_, square_bytes, symmetrise_
 from ._rates import rate, source
+from ._units import scaled_
+from .distance import tile_bytes
 from .errors import warn
 from .radial import Radial
 from .smooth import Smooth
-from .torch_blocks import BLOCKS_ALIVE, fill_symmetric, tiles, weight_tiles
-from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, output_gradients
+from .torch_blocks import fill_symmetric, tiles, weight_tiles
+from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, gradient_bytes, output_gradients
 
 log = logging.getLogger("fastagop")
 
 # The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it). It
 # runs in a dtype while that is below the dtype's limit; from a fourth of it on, a better smooth part is worth its time.
 _LOSS = 4.0
-GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-7}
+GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-12}
 _WORTH = 0.25
 # Rounding of a device's coarser products, and what "auto" lets the gram form lose in them; who asks for the gram form
 # by name may lose as many bits in them as in float32.
 _COARSE = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
 _BITS = 32.0
+# Centred gradients are computed in float64 where rounding float32 weights would cost more of them than this, as seen at
+# about so many points.
+_CENTRED = 5e-7
+_POINTS = 32
+_WEIGHTS = 20  # stored weights whose largest is within 2^-20 .. 2^20 are squared as they are
 GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
@@ -69,6 +79,7 @@ class Road:
     form: str
     dtype: torch.dtype
     smooth: Smooth | None = None
+    loss: float = 0.0  # of M, estimated
 
 
 def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
@@ -93,19 +104,72 @@ def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) ->
     return {form: work[form] / rate(form, products[form], X.device) for form in work}
 
 
-def _plan_form(form: str, X, alpha, Z, limit: int) -> tuple[int, int]:
-    """(block rows, peak bytes) of a form, or MemoryError."""
+def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
+    """Most memory that the gradient form takes with blocks of that many rows."""
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    copied = 0 if alpha.is_contiguous() else n * K
+    held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
+    work = max(tile, gradient_bytes(rows, n, d, K, size), square_bytes(rows * K, d, size))
+    narrow = (4 if size == 4 else 0) * d * d + d * d // 8  # M in float32, when nothing else is alive
+    return held + max(work, narrow - size * rows * (n + K * d))
+
+
+def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
+    """Most memory that the gram form takes with blocks of that many rows.
+
+    wide: float32 weights are copied for products in float64. rank: columns of the smooth part.
+    """
+    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    others = 0 if Z is X else m
+    clipped = torch_gram.nonnegative_bytes(d)
+    stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
+    size = 8 if wide else size
+    most = max(m, n)
+    points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
+    smooth = torch_gram.smooth_bytes(m, n, d, K, rank)
+    step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
+    narrow = (4 if X.element_size() == 4 else 0) * d * d + d * d // 8
+    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow, clipped))
+
+
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError."""
+    what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
     if form == "gradient":
-        fixed, row, most = d * d * (8 + size) + n * K * size, ((BLOCKS_ALIVE + 1) * n + K * d) * size, m
+        bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
     else:
-        fixed = d * d * 16 + (m * n + n * d) * size + 8 * (n + 3 * K * d)
-        row, most = (max(BLOCKS_ALIVE - 1, 2) * n + d) * size + 8 * (d + K), max(m, n)
-    rows = block_rows(row, fixed, limit, most, f"agop, {form} form,", RAISE_LIMIT)
-    return rows, fixed + rows * row
+        bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
+    return fitting_rows(bytes_of, limit, most, what, RAISE_LIMIT)
 
 
-def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None) -> Plan:
+def _gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
+    """(block rows, bytes) of the gradient form from stored weights; single rows where even these do not fit."""
+    try:
+        return _plan_form("gradient", X, alpha, Z, room, center)
+    except MemoryError:
+        return 1, gradient_form_bytes(1, X, alpha, Z, center)
+
+
+def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
+    """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
+    most = peak
+    if form == "gram":
+        stored = len(X) * len(Z) * X.element_size()
+        beside = stored + _gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
+        most = max(beside, gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, smooth.RANK))
+    if center and X.dtype == torch.float32:
+        x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
+        z = x if Z is X else x.new_empty(Z.shape)
+        bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
+        most = max(most, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
+    return max(peak, min(most, limit))
+
+
+def plan(
+    X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None, center=False
+) -> Plan:
     """The road of agop: the cheaper form that fits into memory."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
@@ -116,16 +180,19 @@ def plan(X, alpha, Z, method: str, limit: int | None, why: str, precision: str, 
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            _plan_form(method, X, alpha, Z, room)
+            _plan_form(method, X, alpha, Z, room, center)
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {human(room)}"
-    rows, peak = _plan_form(method, X, alpha, Z, room)
-    if method == "gram" and X.dtype == torch.float32:
+    rows, peak = _plan_form(method, X, alpha, Z, room, center)
+    peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
+    if X.dtype == torch.float32 and method == "gram":
         reason += (
             "; float32 is guarded: near collapse a smooth part of the weights is split off, or its products run in "
             "float64, or the gradient form runs"
         )
+    if X.dtype == torch.float32 and center:
+        reason += "; centred gradients that nearly agree are computed in float64"
     return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
 
 
@@ -163,13 +230,19 @@ def agop_from_weights_(
     W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
     sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
     """
+    exponent = exponent_of(W)  # squares of weights would leave their dtype
+    if exponent:
+        how = {"center": center, "method": method, "limit": limit, "steps": steps, "row_weights": row_weights}
+        return scaled_(agop_from_weights_(scaled_(W, -exponent), X, alpha, Z, rows=rows, **how), 2 * exponent)
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
         Z = Z[:]  # another object
-    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots)
+    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots, rows)
     if road.smooth is None:
         shift = dominant_offset(X)
+        room = _room(W, limit) - W.numel() * W.element_size()
+        rows = min(rows, _gradient_form_beside(X, alpha, Z, center, room)[0])
         blocks = stored_tiles(W, X, Z, rows, shift)
         return gradient_form(blocks, alpha.to(X.dtype), X, Z, shift, center, steps.gradients, roots, scaled=True)
     wide, x = road.dtype, X.to(road.dtype)
@@ -179,7 +252,16 @@ def agop_from_weights_(
         W = roomy(*W.shape, W, wide).copy_(W)
     taken = road.smooth.to(wide)
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
-    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+    M = torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+    eps = torch.finfo(X.dtype).eps
+    return torch_gram.nonnegative(M, eps) if road.loss > 8 * eps else M
+
+
+def exponent_of(W: torch.Tensor) -> int:
+    """The power of two of a tensor's largest entry, 0 where that is within 2^-20 .. 2^20."""
+    largest = float(W.amax()) if W.numel() else 0.0
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return exponent if abs(exponent) > _WEIGHTS else 0
 
 
 def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
@@ -198,9 +280,12 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
 
 
 def safe_road(
-    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None
+    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None, rows=ROWS
 ) -> Road:
-    """The cheapest road that loses no digits of M and fits into memory; alpha of X's dtype."""
+    """The cheapest road that loses no digits of M and fits into memory, in blocks of that many rows.
+
+    alpha is of X's dtype; roots: square roots of the points' weights, by which the rows of W have been multiplied.
+    """
     if method == "gradient":
         return Road(method, X.dtype)
     (m, n), d, K, own = W.shape, X.shape[1], alpha.shape[1], Z is X
@@ -210,13 +295,12 @@ def safe_road(
     cost = costs(X, Z, K, word)
     wide = rate("gram", "float64", X.device)
     more = torch_gram.smooth_flops(m, n, d, K, smooth.RANK) / wide
-    room = budget(limit, X.device) - (0 if limit is None else W.numel() * W.element_size())
+    room = _room(W, limit)
 
-    def fits(dtype: torch.dtype) -> bool:
-        items = 0 if W.dtype == dtype else W.numel() + X.numel() + (0 if own else Z.numel())
-        return items * dtype.itemsize <= room
+    def fits(dtype: torch.dtype, rank: int) -> bool:
+        wide = W.dtype != dtype
+        return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
 
-    spare = room + W.numel() * X.element_size() - _plan_form("gram", X, alpha, Z, 2**62)[1]
     guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center, roots), smooth.constant(W, own), cost["gram"]
     growth = _LOSS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
@@ -224,26 +308,37 @@ def safe_road(
         plain > _WORTH * most
         and (method == "gram" or price + more < cost["gradient"])
         and n > 4 * smooth.RANK
-        and torch_gram.smooth_bytes(m, n, d, K, smooth.RANK) <= spare
+        and gram_form_bytes(rows, X, alpha, Z, False, smooth.RANK) <= room
     ):
         better = smooth.leading(W, own)
         if (less := _LOSS * guard.amplification(better)) < growth:
             taken, growth, price = better, less, price + more
-    safe = [(price, Road("gram", X.dtype, taken))] if eps * growth <= most and fits(X.dtype) else []
+    safe = (
+        [(price, Road("gram", X.dtype, taken, eps * growth))]
+        if eps * growth <= most and fits(X.dtype, taken.rank)
+        else []
+    )
     narrow = bool(safe)
-    if X.dtype != torch.float64 and fits(torch.float64) and torch.finfo(torch.float64).eps * growth <= most:
+    loss = torch.finfo(torch.float64).eps * growth
+    if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and loss <= most:
         work = flops(m, n, d, K, own)["gram"] + torch_gram.smooth_flops(m, n, d, K, taken.rank)
-        safe.append((work / wide, Road("gram", torch.float64, taken)))
+        safe.append((work / wide, Road("gram", torch.float64, taken, loss)))
     if method == "auto":
         safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
     elif not safe:
-        return Road("gram", _lossy_gram(growth, X.dtype, fits(torch.float64)), taken)
+        widest = _lossy_gram(growth, X.dtype, fits(torch.float64, taken.rank))
+        return Road("gram", widest, taken, torch.finfo(widest).eps * growth)
     _, road = min(safe, key=lambda option: option[0])
     if plain > most:
         said = f"{road.form} form in {road.dtype}"
         said += f" with a smooth part of rank {road.smooth.rank}" if road.smooth else ""
         log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, said)
     return road
+
+
+def _room(W: torch.Tensor, limit: int | None) -> int:
+    """Bytes a call may take, its stored weights included: of what is free now these are no part."""
+    return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
 
 
 def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
@@ -256,6 +351,47 @@ def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
             "or 'gradient'"
         )
     return widest
+
+
+def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
+    """Whether gradients agree so nearly that float32 weights cannot hold what centring leaves of them.
+
+    From the float64 gradients of a few evaluation points, for a few random sums of the outputs.
+    """
+    m, K = len(Z), alpha.shape[1]
+    if X.dtype != torch.float32 or m < 2 or K == 0 or not readable(X):
+        return False
+    index = torch.arange(0, m, max(1, m // _POINTS), device=X.device)
+    signs = torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
+    mixed, origin, z = alpha.double() @ signs.to(alpha.device).double(), X.mean(0).double(), Z[index].double()
+    g = X.new_zeros(len(index), 2, X.shape[1], dtype=torch.float64)
+    for row in range(0, len(X), ROWS):
+        x = X[row : row + ROWS].double()
+        for _, W in tiles(x, z, len(z)):
+            g += block_gradients(kernel.weight_(W), None, mixed[row : row + ROWS], x, z, origin, torch.empty_like(g))
+    w = X.new_ones(len(index), dtype=torch.float64) if row_weights is None else row_weights[index].double()
+    if not bool(w.sum() > 0):
+        return False
+    mean = torch.einsum("i,icd->cd", w, g) / w.sum()
+    left = float(torch.einsum("i,icd->", w, (g - mean).square_()) / w.sum())
+    return torch.finfo(X.dtype).eps * math.sqrt(float(mean.square().sum())) > _CENTRED * math.sqrt(left)
+
+
+def agop_in_float64(kernel: Radial, X, alpha, Z, *, method: str, limit: int | None, **how) -> torch.Tensor | None:
+    """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
+    own, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
+    x = X.double()
+    z, a = x if own else Z.double(), alpha.double()
+    try:
+        wide = plan(x, a, z, method, room, "", "")
+    except MemoryError:
+        return None
+    return agop(kernel, x, a, z, method=method, limit=room, plan=wide, **how)
+
+
+def wide_bytes(X, alpha, Z) -> int:
+    """Bytes of float64 copies of the points and the coefficients."""
+    return 8 * (X.numel() + alpha.numel() + (0 if Z is X else Z.numel()))
 
 
 def stored_tiles(W, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
@@ -301,9 +437,8 @@ def gradient_form(
         G = block_gradients(W, near, alpha, X, z, shift, buffer[: len(z)], step)
         if means is not None:
             apart = means.centre_(G.view(len(z), -1), None if roots is None else roots[row]).view(K, d)
-            M += product(apart.T, apart.T)
-        G = G.view(-1, d)
-        M += product(G.T, G.T)
+            add_squares_(M, apart)
+        add_squares_(M, G.view(-1, d))
     return symmetrise_(M)
 
 
@@ -339,15 +474,18 @@ class Means:
         return apart
 
 
-def mean_gradient(blocks, alpha, X, Z, shift) -> torch.Tensor:
-    """mean_i g_ic, float64 (K, d), from row blocks of weights."""
+def mean_gradient(blocks, alpha, X, Z, shift, roots=None) -> torch.Tensor:
+    """mean_i g_ic, float64 (K, d), from row blocks of weights.
+
+    With roots, the mean weighted by their squares; the rows of the weights have been multiplied by the roots then.
+    """
     columns, against = (X.new_zeros(size, dtype=torch.float64) for size in (len(X), (alpha.shape[1], X.shape[1])))
     origin = (X.mean(0) if shift is None else shift).double()  # float64 holds what near pairs differ by
     wide = alpha.double()
     for row, block in blocks:
-        W = block.double()
+        W = block.double() if roots is None else block.double() * roots[row, None]
         columns += W.sum(0)
         against += (W @ wide).T @ (Z[row].double() - origin)
     for part, x in zip((wide * columns[:, None]).split(256), X.split(256), strict=True):
         against -= part.T @ (x.double() - origin)
-    return against.div_(-len(Z))
+    return against.div_(-len(Z) if roots is None else -roots.double().square().sum())

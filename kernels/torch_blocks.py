@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ._plan import Plan, block_rows, budget, longest_first
-from .distance import squared_distances, squared_norms
+from ._plan import Plan, budget, fitting_rows, longest_first
+from .distance import squared_distances, squared_norms, tile_bytes
 from .radial import Radial
-from .torch_gradients import Near, Nearness, block_gradients, dominant_offset
+from .torch_gradients import Near, Nearness, block_gradients, dominant_offset, gradient_bytes
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
 BLOCKS_ALIVE = 4
@@ -78,17 +78,25 @@ def weights_from_upper_(kernel: Radial, K: torch.Tensor, rows: int = 256) -> tor
     return K
 
 
-def _rows(op: str, X: torch.Tensor, m: int, row_items: int, fixed_items: int, limit: int | None) -> int:
-    size = X.element_size()
-    return block_rows(row_items * size, fixed_items * size, budget(limit, X.device), max(1, m), op)
+def _fit(op: str, X: torch.Tensor, Z: torch.Tensor, held: int, step: Callable[[int], int]) -> tuple[int, int]:
+    """(rows of a block, peak bytes) of an operation on tiles of centers X and points Z.
+
+    held: bytes of the result; step: bytes that an operation takes beside a block of that many rows.
+    """
+    n, m, d, size = len(X), len(Z), X.shape[1], X.element_size()
+
+    def bytes_of(rows: int) -> int:
+        return held + rows * n * size + max(tile_bytes(rows, n, m, d, size), step(rows))
+
+    return fitting_rows(bytes_of, budget(None, X.device), max(1, m), op)
 
 
 def plan_kernel_matrix(X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | None, why: str, precision: str) -> Plan:
     """The road of kernel_matrix."""
     m, n, d = len(X), len(Z), X.shape[1]
     own = Z is X
-    fixed = 0 if out is not None else m * n
-    rows = _rows("kernel_matrix", X, m, (BLOCKS_ALIVE - 1) * n, fixed, None)
+    held = 0 if out is not None else m * n * X.element_size()
+    rows, peak = _fit("kernel_matrix", Z, X, held, lambda rows: 3 * rows * rows * X.element_size())
     return Plan(
         "kernel_matrix",
         "torch",
@@ -96,7 +104,7 @@ def plan_kernel_matrix(X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | Non
         why,
         precision,
         (1.0 if own else 2.0) * m * n * d,
-        (fixed + rows * (BLOCKS_ALIVE - 1) * n) * X.element_size(),
+        peak,
         rows,
     )
 
@@ -115,7 +123,8 @@ def kernel_matrix(kernel: Radial, X, Z, out: torch.Tensor | None, plan: Plan, ri
 def plan_kernel_matmul(X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, why: str, precision: str) -> Plan:
     """The road of kernel_matmul."""
     n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
-    rows = _rows("kernel_matmul", X, n, BLOCKS_ALIVE * m, n * p, None)
+    size = X.element_size()
+    rows, peak = _fit("kernel_matmul", Z, X, n * p * size, lambda rows: rows * (m + p) * size)
     half = 1.0 if Z is X else 2.0
     return Plan(
         "kernel_matmul",
@@ -124,7 +133,7 @@ def plan_kernel_matmul(X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, why: s
         why,
         precision,
         half * n * m * d + 2.0 * n * m * p,
-        (n * p + rows * BLOCKS_ALIVE * m) * X.element_size(),
+        peak,
         rows,
     )
 
@@ -146,7 +155,12 @@ def kernel_matmul(
 def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str, precision: str) -> Plan:
     """The road of gradients."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
-    rows = _rows("gradients", X, m, BLOCKS_ALIVE * n, m * K * d, None)
+    size = X.element_size()
+
+    def step(rows: int) -> int:
+        return n * K * size + gradient_bytes(rows, n, d, K, size)
+
+    rows, peak = _fit("gradients", X, Z, m * K * d * size, step)
     return Plan(
         "gradients",
         "torch",
@@ -154,7 +168,7 @@ def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: s
         why,
         precision,
         2.0 * m * n * d * (K + 1),
-        (m * K * d + rows * BLOCKS_ALIVE * n) * X.element_size(),
+        peak,
         rows,
     )
 

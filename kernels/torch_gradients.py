@@ -24,7 +24,9 @@ _SERVED = {torch.float32: 2.0**-30, torch.float64: NEAR[torch.float64]}
 _GROUP = 16  # fewer near columns than this are not worth a product of their own
 _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
-_CHUNK = 2**20  # items of a step's work tensors
+_OUTPUTS = 16  # outputs of one step beside the product
+_FEWEST = 16  # rows of one step of a group's product, at least
+_CHUNK = 2**18  # items of a step's work tensors
 
 
 @dataclass
@@ -154,6 +156,20 @@ def output_gradients(
     return out
 
 
+def gradient_bytes(rows: int, n: int, d: int, K: int, size: int) -> int:
+    """Most memory that ``block_gradients`` takes for a block of that many rows, W and the result left out.
+
+    Of W: the near pairs and a copy, the other factor of the product, made and copied twice; shifted points, the
+    library's copy and, in float64, a group's; of the result a few outputs; one step's work with a group.
+    """
+    if d <= FEW:
+        return size * (2 * rows * n + 2 * rows * K + n * K)
+    pairs, some = min(rows * n, max(_FEWEST * n, _CHUNK)), min(K, _OUTPUTS)
+    outputs = min(rows * K * d, max(rows * d, _CHUNK)) * (16 + size)
+    near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
+    return size * (5 * rows * n + 2 * n * d + rows * (max(rows, d) + 2 * K + d)) + rows * n + near
+
+
 def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:
     """Every difference of every feature formed: nothing cancels."""
     terms = torch.empty_like(W)
@@ -170,16 +186,18 @@ def _take_(W, near: Near, alpha, X, Z, shift) -> tuple[torch.Tensor, torch.Tenso
     pairs: bounded weights near a point change nothing then.
     """
     rows, mask = near.rows, near.mask
-    taken = W[rows].mul_(mask)
-    size = alpha.abs()
-    moment = _norms_from(X, shift).sqrt_()[:, None] * size
-    z = _norms_from(Z[rows], shift).sqrt_()[:, None]
+    taken, everything = W[rows].mul_(mask), W[rows]
+    x, z = (_norms_from(points, shift).sqrt_()[:, None] for points in (X, Z[rows]))
+    spoilt = torch.zeros_like(rows, dtype=torch.bool)
+    for part in alpha.split(_OUTPUTS, 1):
+        size = part.abs()
+        sizes = [size.T, (x * size).T]
 
-    def rounding(weights):
-        return product(weights, moment.T).addcmul_(product(weights, size.T), z)
+        def rounding(weights, sizes=sizes):
+            return product(weights, sizes[1]).addcmul_(product(weights, sizes[0]), z)
 
-    of_near = rounding(taken)
-    spoilt = (of_near > 0.5 * rounding(W[rows])).any(1)  # more than the other pairs' part of it
+        spoilt |= (rounding(taken) > 0.5 * rounding(everything)).any(1)  # more than the other pairs' part of it
+    del everything
     if not bool(spoilt.any()):
         return None
     if not bool(spoilt.all()):
@@ -203,27 +221,32 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
         # The median is robust: a few far members must not drag the centre off the crowd.
         centre = X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]].median(0).values.double()
         members = mask[:, company].any(1).nonzero().squeeze(1)
-        x, z = X[company].double() - centre, Z[members].double() - centre
-        x2, z2 = squared_norms(x), squared_norms(z)
-        sq = product(-2.0 * z, x, x2).add_(z2[:, None])
-        index = (members[:, None], company)
-        group = weights[index]
-        served = group * (sq >= _SERVED[X.dtype] * (z2[:, None] + x2))
-        weights[index] = group - served
-        _add_product(served.double(), alpha[company].double(), x, z, rows[members], out)
-        if not bool(served[(members == leader).nonzero().squeeze(1)].any()):  # the centre did not help: no second try
+        del mask
+        x = X[company].double().sub_(centre)
+        x2, helped = squared_norms(x), False
+        for some in members.split(max(_FEWEST, _CHUNK // len(company))):
+            z = Z[some].double().sub_(centre)
+            z2 = squared_norms(z)
+            far = product(-2.0 * z, x, x2).add_(z2[:, None]) >= _SERVED[X.dtype] * (z2[:, None] + x2)
+            index = (some[:, None], company)
+            served = weights[index] * far
+            weights[index] -= served
+            _add_product(served.double(), alpha, company, x, z, rows[some], out)
+            helped = helped or bool(served[some == leader].any())
+        if not helped:  # the centre did not help this row: no second try
             one = slice(leader, leader + 1)
             _add_directly(weights[one], alpha, X, Z[one], rows[one], out)
             weights[leader] = 0.0
 
 
-def _add_product(W, alpha, x, z, rows, out: torch.Tensor) -> None:
-    """Add W (alpha_c o x) - s_c o z to out's rows, a few outputs at a time."""
+def _add_product(W, alpha, company, x, z, rows, out: torch.Tensor) -> None:
+    """Add W (alpha_c o x) - s_c o z to out's rows, a few outputs at a time; x and float64 W are of the company."""
     K, d = out.shape[1:]
-    some = max(1, _CHUNK // max(1, len(W) * d))
+    some = max(1, min(_OUTPUTS, _CHUNK // (len(W) * d)))
     for first in range(0, K, some):
         c = slice(first, first + some)
-        part = output_gradients(W, alpha[:, c], x, z, None, W.new_empty(len(W), alpha[:, c].shape[1], d))
+        a = alpha[company, c].double()
+        part = output_gradients(W, a, x, z, None, W.new_empty(len(W), a.shape[1], d))
         out[:, c].index_add_(0, rows, part.to(out.dtype))
 
 

@@ -15,17 +15,19 @@ therefore runs only while ``Guard`` says that the cancelled digits do not matter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 
 from ._plan import ROWS, longest_first
-from ._products import product
+from ._products import add_product_, product, symmetrise_
 from .distance import squared_norms
 from .smooth import Smooth
 
 _SQUARE = 128  # rows of the steps along the diagonal
 _PROBES = 64
+_CLIPPED = 2048  # features up to which M's eigenvalues are looked at
 
 
 class Guard:
@@ -53,14 +55,15 @@ class Guard:
             0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0), device="cpu"
         )
         signs = signs.to(alpha).mul_(2).sub_(1)
-        rows, zs = W[index], Z[index] - self._mean
+        mean = self._mean
+        rows, zs = W[index], Z[index] - mean
         s = (self._s[index] * signs.T).sum(1, keepdim=True) * zs
         if center:  # what all points share is subtracted before it can hide the rest
             along = centring_direction(m, W, roots)
             v = along[index, None]
             rows = rows - v * (along @ W)
-            s -= v.to(s) * (signs.T @ ((self._s * along[:, None].to(s)).T @ (Z - self._mean)))
-        g = (rows.to(X.dtype) * (alpha @ signs).T) @ (X - self._mean) - s
+            s -= v.to(s) * (signs.T @ _about(mean, (self._s * along[:, None].to(s)).T, Z))
+        g = _about(mean, rows.to(X.dtype) * (alpha @ signs).T, X) - s
         return float(g.square().sum(dtype=torch.float64)) * m / len(index)
 
     def amplification(self, smooth: Smooth) -> float:
@@ -69,6 +72,11 @@ class Guard:
         total = float((squared_norms(self.alpha).double() * smooth.left_over(self.W) * self._x2).sum())
         total += float((squared_norms(s).double() * self._z2).sum())
         return total / self._trace if self._trace > 0 else (float("inf") if total > 0 else 0.0)
+
+
+def _about(mean: torch.Tensor, A: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+    """A (X - mean), a few rows of X at a time."""
+    return sum((a @ (x - mean) for a, x in zip(A.split(ROWS, 1), X.split(ROWS), strict=True)), X.new_zeros(()))
 
 
 def _squares_about(mean: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
@@ -137,19 +145,19 @@ def gram_form(
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = step(s, weight, start, stop)
-        half += product(X[row].T, product(S, X[:stop].T).T)
+        add_product_(half, X[row].T, product(S, X[:stop].T).T)
     if not own:
         for start in range(0, len(Z), rows):
             row = slice(start, min(len(Z), start + rows))
             z = Z[row]
             T = product(s[row], alpha).mul_(E[row])
-            half -= product(z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T)
+            add_product_(half, z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T, -1.0)
     if all_else:
-        half += _of_smooth(E, X, alpha, Z, s, smooth, rows, along)
+        _add_smooth(half, E, X, alpha, Z, s, smooth, rows, along)
         if along is not None:  # of h alone: b's part was centred before it was squared
             total = _total(along, E, X, alpha, Z, s, rows)
-            half -= 0.5 * (total.T @ total)
-    return half + half.T
+            half.addmm_(total.T, total, alpha=-0.5)
+    return symmetrise_(half).mul_(2.0)
 
 
 def _total(along, E, X, alpha, Z, s, rows: int) -> torch.Tensor:
@@ -161,8 +169,8 @@ def _total(along, E, X, alpha, Z, s, rows: int) -> torch.Tensor:
     return of_centers - _moments(lambda row: s[row], Z, rows)
 
 
-def _of_smooth(E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> torch.Tensor:
-    """Half of what g g^T has beyond h h^T, with b_i = sum_r P_ir u_r: sum_i (h_i + b_i / 2) b_i^T; float64 (d, d).
+def _add_smooth(half, E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> None:
+    """Add half of what g g^T has beyond h h^T, with b_i = sum_r P_ir u_r: sum_i (h_i + b_i / 2) b_i^T.
 
     With ``along``, P and thereby b are centred.
     """
@@ -182,7 +190,7 @@ def _of_smooth(E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> torch.Ten
         h = h - _moments(lambda row: _outer(P, s, row), Z, rows)
     u = u.reshape(smooth.rank, -1)
     h = h + 0.5 * ((P.T @ P) @ u).view(-1, d)  # h was sum_i P_ir h_ic
-    return h.T @ u.view(-1, d)
+    half.addmm_(h.T, u.view(-1, d))
 
 
 def _outer(P: torch.Tensor, A: torch.Tensor, row: slice) -> torch.Tensor:
@@ -197,6 +205,28 @@ def _moments(coefficients: Callable, X: torch.Tensor, rows: int) -> torch.Tensor
         row = slice(start, start + rows)
         total.addmm_(coefficients(row).T, X[row].double())
     return total
+
+
+def nonnegative(M: torch.Tensor, eps: float) -> torch.Tensor:
+    """M with its negative eigenvalues, which rounding made, clipped where the smallest is below -4 eps of the largest.
+
+    Of up to _CLIPPED features: beyond, eigenvalues would take as long as the rest.
+    """
+    largest = float(M.diagonal().amax()) if len(M) else 0.0
+    if len(M) > _CLIPPED or not 0 < largest < math.inf:
+        return M
+    shifted = M.clone()
+    shifted.diagonal().add_(4 * eps * largest)
+    if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
+        return M
+    del shifted
+    values, vectors = torch.linalg.eigh(M)
+    return symmetrise_(product(vectors * values.clamp_(min=0.0), vectors))
+
+
+def nonnegative_bytes(d: int) -> int:
+    """Most memory that ``nonnegative`` takes for a (d, d) matrix."""
+    return 4 * 8 * d * d if d <= _CLIPPED else 0
 
 
 def lower_s(E: torch.Tensor, alpha: torch.Tensor) -> Callable:

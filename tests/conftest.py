@@ -287,3 +287,22 @@ def differences():
         return total
 
     return build
+
+
+@pytest.fixture
+def tight_memory(little_memory, block_of):
+    """tight_memory(op, *args): leaves just enough memory for a few rows at a time; returns the rows of a block."""
+
+    def leave(*call) -> int:
+        count = 1e4
+        while True:
+            little_memory(count)
+            try:
+                rows = block_of(*call)
+            except MemoryError:
+                rows = 0
+            if rows >= 7:
+                return rows
+            count *= 1.02
+
+    return leave

@@ -133,12 +133,10 @@ def test_no_points_to_compare_with(dtype, cloud):
 @kernels
 @pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "offset"])
 @pytest.mark.parametrize("own", [True, False])
-def test_many_blocks(kernel, name, own, cloud, little_memory, block_of):
+def test_many_blocks(kernel, name, own, cloud, tight_memory):
     X = cloud(name, n=131, dtype=torch.float32)
     Z = None if own else cloud(name, n=90, dtype=torch.float32, seed=4)
-    m = 131 if own else 90
-    little_memory((131 * m + 40 * m) * 4 / 0.9)  # the result and about a dozen rows of work
-    block = block_of("kernel_matrix", kernel, X, Z)
+    block = tight_memory("kernel_matrix", kernel, X, Z)
     assert 1 <= block < 40
     assert 131 % block  # a last block of its own size
     K = fastagop.kernel_matrix(kernel, X, Z)
