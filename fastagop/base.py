@@ -87,6 +87,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     solver: str | ConjugateGradients
     memory_limit: float | None
     # what fit sets
+    n_features_in_: int
     _centers: torch.Tensor
     _alpha: torch.Tensor
     _torch_in: bool

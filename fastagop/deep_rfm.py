@@ -167,7 +167,8 @@ def train_layer(
     X = normalise_rows(X)
     solution, M, planned = regression.solve_and_agop(X, Y, settings.machine, group, rows=rows, mark=clock.mark)
     scale = regression.agop_divisor(M, settings.agop_scale, rows.total)
-    M /= scale
+    # a constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I
+    M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
     root = linalg.psd_sqrt(M, rows=X).to(X.dtype)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")

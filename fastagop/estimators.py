@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class _Layers:
     """
 
     @in_full
-    def transform(self, X, layer=None):
+    def transform(self: Any, X, layer=None):
         """Features entering a layer.
 
         Args:
@@ -55,11 +56,6 @@ class _Layers:
             _sklearn_auto_wrap_output_keys={"transform"},
         )
         return _wrap_data_with_container("transform", answer, X, columns)
-
-    @property
-    def _n_features_out(self) -> int:
-        """Columns of ``transform``, which scikit-learn names: every layer has as many features."""
-        return len(self._layers[-1].map.weight)
 
 
 class _DeepRFM(_Layers, KernelEstimator):
@@ -188,6 +184,11 @@ class _DeepRFM(_Layers, KernelEstimator):
             held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             self._layers.append(storage.unpack_layer(held, layer, self._device))
         self._publish()
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names: every layer has as many features."""
+        return len(self._layers[-1].map.weight)
 
     def _settings(self) -> deep_rfm.Settings:
         """The parameters, checked; scikit-learn wants this in fit, not in __init__."""

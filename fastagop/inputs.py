@@ -85,7 +85,7 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         )
     if 0 in tensor.shape:
         raise ValueError(f"X must have at least one row and one column, got shape {tuple(X.shape)}")
-    validate_data(estimator, X, reset=reset, skip_check_array=True)
+    validate_data(estimator, X, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
     tensor = tensor if tensor.dtype in DTYPES.values() else tensor.double()
     if not _checks.finite(tensor):
         raise ValueError("X holds NaN or infinity; clean it first, for example with torch.nan_to_num")
@@ -159,9 +159,10 @@ def weights(value, n: int) -> np.ndarray | None:
         value = np.full(n, float(value))
     value = numpy("sample_weight", value)
     try:
-        if np.iscomplexobj(value):
+        found = np.asarray(value)
+        if found.dtype.kind == "c":
             raise TypeError
-        found = np.array(value, dtype=np.float64)
+        found = np.array(found, dtype=np.float64)
     except (TypeError, ValueError):
         raise ValueError(f"sample_weight must be real numbers, one for each row of X, got {value!r}") from None
     if found.shape != (n,):

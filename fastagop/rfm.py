@@ -67,7 +67,7 @@ def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
 
 
 def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> torch.Tensor:
-    """The AGOP (or its diagonal) with respect to X from that with respect to X R: R M R, as gradients go by R; float64."""
+    """The AGOP (or its diagonal) with respect to X from that with respect to X R: R M R, since gradients go by R."""
     M = M.double()
     if diagonal:
         return M if root is None else M * root.double().square()

@@ -80,9 +80,9 @@ def test_refuses_other_data(tmp_path):
 def test_refuses_another_task(tmp_path):
     """The same numbers as targets: the data agree, but a regression has no collapse measures to resume."""
     model(tmp_path).fit(X, y)
+    parameters = model(tmp_path).get_params(deep=False)
+    del parameters["class_weight"]  # a classifier's
     with pytest.raises(ValueError, match="task was 'classification', now 'regression'"):
-        parameters = model(tmp_path).get_params(deep=False)
-        del parameters["class_weight"]  # a classifier's
         DeepRFMRegressor(**parameters).fit(X, 2 * np.eye(3)[y] - 1)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from fastagop.kernels import reference, torch_diagonal
 
-import fastagop
 from fastagop import Gaussian, Laplace, Matern52, RFMClassifier, RFMRegressor
 
 

@@ -52,7 +52,8 @@ def test_torch_targets_of_any_kind(name, dtype):
 
 @every
 @pytest.mark.parametrize(
-    "kind", [torch.bfloat16, torch.float16, torch.int64, torch.int8, np.float16, np.int64, ">f8", ">f4", ">i4", "g", "O"]
+    "kind",
+    [torch.bfloat16, torch.float16, torch.int64, torch.int8, np.float16, np.int64, ">f8", ">f4", ">i4", "g", "O"],
 )
 def test_rows_of_any_kind(name, kind):
     X, y = data()
@@ -64,7 +65,9 @@ def test_rows_of_any_kind(name, kind):
     assert found.dtype == (kind if floating else torch.float64 if isinstance(kind, torch.dtype) else np.float64)
     tolerance = torch.finfo(kind).eps if floating else 1e-12
     wanted = plain.transform(X)
-    np.testing.assert_allclose(torch.as_tensor(found).double(), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        torch.as_tensor(found).double(), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max()
+    )
 
 
 @every

