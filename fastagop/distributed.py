@@ -235,7 +235,7 @@ def kernel_matmul(
     """
     options = {"precision": precision, "backend": backend}
     ranks = _ranks(group, "kernel_matmul", X)
-    (plan, (X, at, V)), room = ranks.agree(
+    (plan, (X, at, right)), room = ranks.agree(
         lambda: operations.plan_kernel_matmul(kernel, X, Z, V, **options),
         f"{kernel!r}, {options}",
         X=X,
@@ -244,14 +244,14 @@ def kernel_matmul(
     )
     if at is not X or plan.backend != "torch":
         return ranks.concatenate(
-            lambda first, last: operations.kernel_matmul(kernel, X[first:last], at, V, **options),
+            lambda first, last: operations.kernel_matmul(kernel, X[first:last], at, right, **options),
             len(X),
-            (V.shape[1],),
-            V,
+            (right.shape[1],),
+            right,
         )
     kernel, X, _, _ = in_units(kernel, X, X)
     with matmul_precision(precision, X.device):
-        return ranks.total(_area(kernel, X, V, _block(X, V.shape[1], room), ranks))
+        return ranks.total(_area(kernel, X, right, _block(X, right.shape[1], room), ranks))
 
 
 def _block(X: torch.Tensor, p: int, room: int) -> int:

@@ -38,7 +38,7 @@ def solve(plan: Plan, X: torch.Tensor, ridge: float, how, precision: str = "high
     n = float(len(X))
     passes = 2.0 * min(n, _SAMPLE) * n if ridge else _PASSES * n * n  # in float64, after a float32 factor
     more = _rates.seconds(passes * X.shape[1], passes / 2, X.device, "gram", "float64")
-    return dataclasses.replace(plan, seconds=plan.seconds + more)
+    return dataclasses.replace(plan, seconds=(plan.seconds or 0.0) + more)
 
 
 def _products(plan: Plan, device: torch.device, dtype: torch.dtype, precision: str) -> str:

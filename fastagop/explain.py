@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -55,11 +56,11 @@ def explain(op, *args, **kwargs) -> str:
     function = _NAMES.get(op) if isinstance(op, str) else function
     if function is None:
         raise ValueError(_unknown(op))
-    bound = _bound(function.__name__, inspect.signature(function), args, kwargs).arguments
-    meta = [value for value in bound.values() if on_meta(value)]
-    device = next((value.device for value in bound.values() if _held(value)), default_device())
+    given = _bound(function.__name__, inspect.signature(function), args, kwargs).arguments
+    meta = [value for value in given.values() if on_meta(value)]
+    device = next((value.device for value in given.values() if _held(value)), default_device())
     made = {id(value): stand_in(value, device) for value in meta}  # one for each, however often it is given
-    bound = {name: made.get(id(value), value) for name, value in bound.items()}
+    bound: dict[str, Any] = {name: made.get(id(value), value) for name, value in given.items()}
     plan, checked = _PLANS[function](**bound)
     text = str(_timed(plan, bound["X"], checked, bound.get("precision", "highest")))
     return f"{text}\n  assumed    {assumption(device)}" if meta else text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,15 +56,15 @@ def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
     if isinstance(estimator, type):
         raise ValueError(f"op must be an estimator with its parameters, got the class; use {estimator.__name__}()")
-    fresh = clone(estimator)  # the estimator stays as it is
-    deep = hasattr(fresh, "_settings")
-    settings, machine = (fresh._settings(), None) if deep else (None, fresh._checked()[0])
+    fresh: Any = clone(estimator)  # the estimator stays as it is
+    settings = fresh._settings() if hasattr(fresh, "_settings") else None
+    machine = fresh._checked()[0] if settings is None else settings.machine
     data = _data(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Ranks(fresh.process_group, "explain", data.X.device).size
-    if deep:
-        steps, held = _layers(data, settings, share, hasattr(fresh, "class_weight"))
-    else:
+    if settings is None:
         steps, held = _iterations(data, machine, fresh, share)
+    else:
+        steps, held = _layers(data, settings, share, hasattr(fresh, "class_weight"))
     return _text(type(fresh).__name__, data, steps, held, share)
 
 
@@ -136,7 +137,7 @@ def _solve_only(X: torch.Tensor, Y: torch.Tensor, machine: Machine) -> Step:
 
 def _solve_peak(plan: Plan, X: torch.Tensor, how) -> int:
     """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
-    wide = direct.needed_bytes(*X.shape, torch.float64)
+    wide = direct.needed_bytes(len(X), X.shape[1], torch.float64)
     coarse = isinstance(how, tuple) and how[0] == torch.float32 and wide <= how[1]
     return max(plan.peak_bytes, wide) if coarse else plan.peak_bytes
 

@@ -246,6 +246,7 @@ def rfm(_):
         alone = RFMClassifier(**settings).fit(X, y, weights)
         model = clone(RFMClassifier(**settings, process_group=dist.group.WORLD)).fit(X, y, weights)
         assert error(model.M_, alone.M_) < 1e-9
+        assert "ranks      2: each makes its part" in fastagop.explain(model, X, y)
         assert error(model.decision_function(X), alone.decision_function(X)) < 1e-9
         same_everywhere(model.decision_function(X))
 

@@ -85,8 +85,8 @@ def test_more_work_takes_longer():
     "kind",
     [
         lambda A: A,
-        lambda A: pandas.DataFrame(A),
-        lambda A: torch.from_numpy(A),
+        pandas.DataFrame,
+        torch.from_numpy,
         lambda A: torch.from_numpy(A).to("meta"),
         lambda A: A.tolist(),
     ],
