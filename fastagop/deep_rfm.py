@@ -17,7 +17,7 @@ from fastagop.features import FeatureMap, random_features
 from fastagop.kernels._products import product
 from fastagop.kernels.radial import Radial
 from fastagop.regression import Machine
-from fastagop.solve import Solution, Solved, size_of
+from fastagop.solution import Solution, Solved, size_of
 
 
 @dataclass(frozen=True)

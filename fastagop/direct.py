@@ -25,6 +25,7 @@ _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, b
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+_PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
 _SAMPLE = 512  # rows whose float64 residual stands for that of all
 
 
@@ -131,8 +132,11 @@ def solve(
         if not coarse:
             return found
         log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
-        if not wide:
-            return _refined_from_points(kernel, X, Y, found, plan)
+        if not wide or _PASSES * (X.shape[1] + 2 * Y.shape[1]) < len(X) / 3:
+            steps = found.system.steps if not wide else _PASSES
+            refined, met = _refined_from_points(kernel, X, Y, found, plan, steps)
+            if met or not wide:
+                return refined
     log.info("solve: solving again with a float64 matrix of %s", human(8 * len(X) ** 2))
     found = None  # the float32 matrix is given back first
     found = _cholesky(system(kernel, X, ridge, plan, torch.float64, precision, out), Y, False)
@@ -250,8 +254,8 @@ def _refined(system: System, Y: torch.Tensor, jitter: float) -> tuple[torch.Tens
     return outcome.alpha, outcome.iterations, outcome.singular
 
 
-def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan) -> Found:
-    """alpha refined with float64 kernel values from the points, where no float64 matrix fits: one pass a step."""
+def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan, steps: int) -> tuple[Found, bool]:
+    """(alpha refined with float64 kernel values from the points, whether that was enough): one pass a step."""
     old, wide = found.system, X.double()
 
     def matmul(V: torch.Tensor) -> torch.Tensor:
@@ -262,9 +266,10 @@ def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan) -> Foun
 
     left = Y - matmul(found.alpha)
     reach = ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
-    options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=old.steps)
+    options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=steps)
     outcome = cg.conjugate_gradients(matmul, left, by_factor, options)
-    return Found(old, found.alpha + outcome.alpha, found.jitter, found.iterations + outcome.iterations, found.rank)
+    better = replace(found, alpha=found.alpha + outcome.alpha, checked=None)
+    return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
 
 
 def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -47,6 +47,7 @@ class Machine:
     def how(self) -> dict:
         """How a solve computes."""
         words = {"ridge": self.ridge, "method": self.solver, "memory_limit": self.memory_limit, "advice": _ADVICE}
+        words["wide"] = True  # alpha is wanted in float64
         return {**words, "precision": self.precision, "backend": self.backend}
 
 

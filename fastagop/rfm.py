@@ -15,7 +15,7 @@ from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.kernels import _checks
 from fastagop.kernels.radial import Laplace
 from fastagop.progress import Progress
-from fastagop.solve import Solution, report, size_of
+from fastagop.solution import Solution, report, size_of
 
 _LAPLACE = Laplace(10.0)
 

@@ -17,11 +17,12 @@ from fastagop.direct import MAX_JITTER, RESIDUAL, largest
 from fastagop.kernels import _checks, keops_ops, torch_blocks
 from fastagop.kernels._backends import NAMES, choose, matmul_precision, precision_words, triton_fills
 from fastagop.kernels._plan import Plan, block_rows, budget, human
-from fastagop.kernels.errors import BackendUnavailable, warn
+from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
+from fastagop.solution import Solution, Solved, report
 
-_OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
+_SHORT = 4096  # rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one
 
 
 @dataclass(frozen=True)
@@ -45,81 +46,6 @@ class Advice:
 ADVICE = Advice()
 
 
-def size_of(tensor: torch.Tensor) -> str:
-    """A tensor's shape in a short repr."""
-    return " x ".join(map(str, tensor.shape))
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What ``solve`` found and what it did to find it.
-
-    Attributes:
-        alpha: coefficients (n, K), in X's dtype.
-        residual: ||(k + ridge W^-1) alpha - Y|| / ||Y|| (Frobenius) over rows with weight, of the alpha returned and of
-            k(X, X) in float64, without the jitter; what copies of a row contradict each other is in it.
-        ridge: the ridge asked for.
-        jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
-        method: what ran, "cholesky", "eigh" or "cg".
-        dtype: the dtype of the factorisation, or of the products of "cg".
-        iterations: steps of "cg", or of float64 refinement after a float32 factorisation.
-        rank: n less the eigenvalues dropped by "eigh"; rank of the preconditioner of "cg"; n otherwise.
-        seconds: wall-clock time.
-        stopped: why "cg" ended before its tolerance; "" where it did not.
-        tolerance: the residual "cg" was asked for; 0.0 for the others.
-        residual_rows: rows that the residual was measured on: all, or an evenly spaced sample.
-        merged: rows merged away because the dtype cannot tell them apart from others; they share a coefficient.
-        contradictions: rows whose target differs from the mean target of their copies.
-        merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
-        note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
-    """
-
-    alpha: torch.Tensor
-    residual: float
-    ridge: float
-    jitter: float
-    method: str
-    dtype: torch.dtype
-    iterations: int
-    rank: int
-    seconds: float
-    stopped: str = ""
-    tolerance: float = 0.0
-    residual_rows: int = 0
-    merged: int = 0
-    contradictions: int = 0
-    merged_residual: float | None = None
-    note: str = ""
-
-    def __repr__(self):
-        how = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
-        how += f", jitter {self.jitter:.1e}" if self.jitter else ""
-        rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
-        parts = [
-            f"alpha {size_of(self.alpha)} {str(self.alpha.dtype).removeprefix('torch.')}",
-            how,
-            f"residual {self.residual:.1e}{rows}",
-        ]
-        if self.merged:
-            parts.append(
-                f"{self.merged} rows merged" + f", {self.contradictions} contradict" * bool(self.contradictions)
-            )
-        parts += [f"stopped: {self.stopped}"] * bool(self.stopped) + [f"{self.seconds:.2g} s"]
-        return f"Solution({', '.join(parts)})"
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A Solution for the rows given, and the coefficients (r, K) of the points that they were merged into."""
-
-    solution: Solution
-    alpha: torch.Tensor
-
-    def to(self, device: torch.device) -> Solved:
-        """The same with its tensors on a device."""
-        return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
-
-
 def plan_solve(
     kernel,
     X,
@@ -132,11 +58,12 @@ def plan_solve(
     memory_limit: float | None = None,
     sample_weight: torch.Tensor | None = None,
     advice: Advice = ADVICE,
+    wide: bool = False,
 ) -> tuple[Plan, tuple]:
     """(Plan, (X, Y, ridge, how)) of a solve call.
 
     how: (the factorisation's dtype, bytes that may be taken), or the options of method "cg". ``advice``: what the
-    caller's user can change where memory is short.
+    caller's user can change where memory is short. ``wide``: alpha is wanted in float64.
     """
     _checks.kernel(kernel)
     options = ConjugateGradients()
@@ -156,7 +83,7 @@ def plan_solve(
     if method != "cg":
         try:
             coarse = chosen == "triton" and precision != "highest"
-            road, dtype, reason = _road(X, ridge, method, room, coarse, advice)
+            road, dtype, reason = _road(X, ridge, method, room, coarse, advice, wide)
             plan = _plan_direct(X, Y, road, dtype, f"{why}; {reason}", precision, chosen)
             if dtype == torch.float32 and ridge > 0:
                 plan = _with_second_try(plan, X, room)
@@ -207,7 +134,7 @@ def _with_second_try(plan: Plan, X: torch.Tensor, room: int) -> Plan:
 
 
 def _road(
-    X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool, advice: Advice
+    X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool, advice: Advice, wide: bool
 ) -> tuple[str, torch.dtype, str]:
     """(method, dtype of the factorisation, why), or MemoryError with the plan.
 
@@ -222,6 +149,9 @@ def _road(
     elif ridge == 0 and not coarse and need[torch.float64] <= room:
         needed, dtype = need[torch.float64], torch.float64
         reason = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
+    elif wide and n <= _SHORT and X.device.type == "cpu" and not coarse and need[torch.float64] <= room:
+        needed, dtype = need[torch.float64], torch.float64
+        reason = "few rows: float64 takes about as long as float32 and its refinement"
     else:
         needed, dtype = need[torch.float32], torch.float32
         reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {human(room)}"
@@ -495,53 +425,3 @@ def _with_jitter(matmul, Y, low_rank, options, out: torch.dtype):
         if not outcome.singular or jitter >= MAX_JITTER * scale:
             return outcome, jitter, iterations
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
-
-
-def report(solution: Solution, said: set[str] | None = None) -> None:
-    """Warn once about what was altered, or about a residual larger than the dtype promises.
-
-    ``said``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
-    """
-    found, about, repeated = _altered(solution), _problem(solution), set() if said is None else said
-    if found:
-        remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
-        if solution.method == "cg":
-            remedy = "a larger rank, more max_iterations or a larger ridge helps"
-        found = [f"{' and '.join(found)}; {remedy}"]
-    found += [text for key, text in about.items() if key not in repeated]
-    repeated.update(about)
-    if found:
-        warn(f"solve: {'. '.join(found)}")
-
-
-def _altered(solution: Solution) -> list[str]:
-    """What was done to this solve, and a residual that is too large."""
-    said, points = [], len(solution.alpha) - solution.merged
-    dropped = len(solution.alpha) - solution.rank if solution.method == "eigh" else 0
-    if solution.jitter > 0:
-        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
-    if dropped:
-        said.append(f"{dropped} of {points} eigenvalues were dropped")
-    if solution.stopped:
-        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
-    residual = solution.residual if solution.merged_residual is None else solution.merged_residual
-    limit = RESIDUAL[solution.alpha.dtype]
-    if solution.dtype != solution.alpha.dtype == torch.float64:
-        limit = _OF_FLOAT32
-    if solution.stopped or not residual <= max(limit, solution.tolerance):
-        said.append(f"the relative residual is {residual:.1e}")
-    return said
-
-
-def _problem(solution: Solution) -> dict[str, str]:
-    """What is wrong with the problem, whatever the solver does."""
-    found = {}
-    if solution.contradictions and solution.ridge == 0:
-        more = "" if solution.jitter else ", without jitter"
-        found["contradictions"] = (
-            f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
-            f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
-        )
-    if solution.note:
-        found["bandwidth"] = solution.note
-    return found

@@ -105,7 +105,7 @@ def fitting_rows(
 ) -> tuple[int, int]:
     """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
 
-    Blocks aim at 32 MB and at 128 to 256 rows, as in ``block_rows``.
+    Blocks aim at 32 MB and at 128 to 256 rows, and ``advice`` is what the caller can do, as in ``block_rows``.
     """
     least = bytes_of(1)
     if least > limit:

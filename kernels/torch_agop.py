@@ -37,7 +37,7 @@ log = logging.getLogger("fastagop")
 # The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it). It
 # runs in a dtype while that is below the dtype's limit; from a fourth of it on, a better smooth part is worth its time.
 _LOSS = 4.0
-GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-7}
+GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-12}
 _WORTH = 0.25
 # Rounding of a device's coarser products, and what "auto" lets the gram form lose in them; who asks for the gram form
 # by name may lose as many bits in them as in float32.
@@ -79,6 +79,7 @@ class Road:
     form: str
     dtype: torch.dtype
     smooth: Smooth | None = None
+    loss: float = 0.0  # of M, estimated
 
 
 def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
@@ -121,6 +122,7 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if Z is X else m
+    clipped = torch_gram.nonnegative_bytes(d)
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size
     size = 8 if wide else size
@@ -129,15 +131,17 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     smooth = torch_gram.smooth_bytes(m, n, d, K, rank)
     step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d + d * d // 8
-    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow))
+    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow, clipped))
 
 
 def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
     """(block rows, peak bytes) of a form, or MemoryError."""
     what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
     if form == "gradient":
-        return fitting_rows(lambda rows: gradient_form_bytes(rows, X, alpha, Z, center), limit, most, what, RAISE_LIMIT)
-    return fitting_rows(lambda rows: gram_form_bytes(rows, X, alpha, Z), limit, most, what, RAISE_LIMIT)
+        bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
+    else:
+        bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
+    return fitting_rows(bytes_of, limit, most, what, RAISE_LIMIT)
 
 
 def _gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
@@ -248,7 +252,9 @@ def agop_from_weights_(
         W = roomy(len(W), W.shape[1], W, wide).copy_(W)
     taken = road.smooth.to(wide)
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
-    return torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+    M = torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+    eps = torch.finfo(X.dtype).eps
+    return torch_gram.nonnegative(M, eps) if road.loss > 8 * eps else M
 
 
 def exponent_of(W: torch.Tensor) -> int:
@@ -307,15 +313,21 @@ def safe_road(
         better = smooth.leading(W, own)
         if (less := _LOSS * guard.amplification(better)) < growth:
             taken, growth, price = better, less, price + more
-    safe = [(price, Road("gram", X.dtype, taken))] if eps * growth <= most and fits(X.dtype, taken.rank) else []
+    safe = (
+        [(price, Road("gram", X.dtype, taken, eps * growth))]
+        if eps * growth <= most and fits(X.dtype, taken.rank)
+        else []
+    )
     narrow = bool(safe)
-    if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and torch.finfo(torch.float64).eps * growth <= most:
+    loss = torch.finfo(torch.float64).eps * growth
+    if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and loss <= most:
         work = flops(m, n, d, K, own)["gram"] + torch_gram.smooth_flops(m, n, d, K, taken.rank)
-        safe.append((work / wide, Road("gram", torch.float64, taken)))
+        safe.append((work / wide, Road("gram", torch.float64, taken, loss)))
     if method == "auto":
         safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
     elif not safe:
-        return Road("gram", _lossy_gram(growth, X.dtype, fits(torch.float64, taken.rank)), taken)
+        widest = _lossy_gram(growth, X.dtype, fits(torch.float64, taken.rank))
+        return Road("gram", widest, taken, torch.finfo(widest).eps * growth)
     _, road = min(safe, key=lambda option: option[0])
     if plain > most:
         said = f"{road.form} form in {road.dtype}"

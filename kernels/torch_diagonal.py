@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ._plan import block_rows
+from ._plan import RAISE_LIMIT, block_rows
 from .radial import Radial
 from .torch_agop import Means
 from .torch_blocks import BLOCKS_ALIVE, weight_tiles
@@ -30,7 +30,7 @@ def plan_rows(X: torch.Tensor, K: int, limit: int) -> tuple[int, int]:
     some = outputs_at_once(K, d)
     fixed = 8 * d * (1 + 3 * some) + n * (K + d) * size
     row = ((BLOCKS_ALIVE + 1) * n + 3 * some * d) * size
-    rows = block_rows(row, fixed, limit, n, "agop, its diagonal,")
+    rows = block_rows(row, fixed, limit, n, "agop, its diagonal,", RAISE_LIMIT)
     return rows, fixed + rows * row
 
 

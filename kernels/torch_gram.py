@@ -15,6 +15,7 @@ therefore runs only while ``Guard`` says that the cancelled digits do not matter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -26,6 +27,7 @@ from .smooth import Smooth
 
 _SQUARE = 128  # rows of the steps along the diagonal
 _PROBES = 64
+_CLIPPED = 2048  # features up to which M's eigenvalues are looked at
 
 
 class Guard:
@@ -203,6 +205,28 @@ def _moments(coefficients: Callable, X: torch.Tensor, rows: int) -> torch.Tensor
         row = slice(start, start + rows)
         total.addmm_(coefficients(row).T, X[row].double())
     return total
+
+
+def nonnegative(M: torch.Tensor, eps: float) -> torch.Tensor:
+    """M with its negative eigenvalues, which rounding made, clipped where the smallest is below -4 eps of the largest.
+
+    Of up to _CLIPPED features: beyond, eigenvalues would take as long as the rest.
+    """
+    largest = float(M.diagonal().amax()) if len(M) else 0.0
+    if len(M) > _CLIPPED or not 0 < largest < math.inf:
+        return M
+    shifted = M.clone()
+    shifted.diagonal().add_(4 * eps * largest)
+    if int(torch.linalg.cholesky_ex(shifted)[1]) == 0:
+        return M
+    del shifted
+    values, vectors = torch.linalg.eigh(M)
+    return symmetrise_(product(vectors * values.clamp_(min=0.0), vectors))
+
+
+def nonnegative_bytes(d: int) -> int:
+    """Most memory that ``nonnegative`` takes for a (d, d) matrix."""
+    return 4 * 8 * d * d if d <= _CLIPPED else 0
 
 
 def lower_s(E: torch.Tensor, alpha: torch.Tensor) -> Callable:

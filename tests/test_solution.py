@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 
@@ -22,6 +23,7 @@ from fastagop import (
     direct,
 )
 
+solving = importlib.import_module("fastagop.solve")  # the module: fastagop.solve is the function
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -66,9 +68,13 @@ def test_the_residual_is_that_of_the_points(kernel, ridge, dtype, method):
 
 @pytest.mark.parametrize("kernel", SMOOTH, ids=repr)
 @pytest.mark.parametrize("ridge", [1e-3, 1e-4, 1e-5])
-def test_a_fit_in_float32_solves_its_system(kernel, ridge):
+@pytest.mark.parametrize("road", ["float64 at once", "float64 after all", "float32 and the points"])
+def test_a_fit_in_float32_solves_its_system(kernel, ridge, road, monkeypatch):
     """A float32 kernel matrix would leave 1e-5 to 1e-2 of the targets: alpha is then taken from float64 values."""
     X, Y = smooth_problem(300)
+    if road != "float64 at once":
+        monkeypatch.setattr(solving, "_SHORT", 0)
+        monkeypatch.setattr(direct, "_PASSES", 1000 if road == "float64 after all" else 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ill-conditioned, but solved
         solution = RFMRegressor(kernel, iterations=0, ridge=ridge).fit(X, Y[:, 0]).solution_
