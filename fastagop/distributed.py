@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 
@@ -381,7 +380,7 @@ def solve_as(
 
     def job(ask):
         plan, (_, _, ridge, how) = plan_solve(
-            kernel, X, merged.take(Y), memory_limit=memory_limit, advice=advice, **options
+            kernel, X, rows.take(Y), memory_limit=memory_limit, advice=advice, **options
         )
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):

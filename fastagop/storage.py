@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from fastagop import tensor_files
 from fastagop.cg import ConjugateGradients
 from fastagop.deep_rfm import Layer, LayerRecord
 from fastagop.features import FeatureMap
 from fastagop.kernels import _atomic
 from fastagop.kernels.radial import Radial, named
 from fastagop.solve import Solution
+from fastagop.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -62,9 +62,9 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dic
     """Write tensors and their description as one file of a kind; returns its checksum."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"kind": kind, **words})
-    if len(text) > tensor_files.LONGEST_TEXT:
+    if len(text) > LONGEST_TEXT:
         raise ValueError(
-            f"{path} cannot hold a description of {len(text)} bytes, {tensor_files.LONGEST_TEXT} at most; "
+            f"{path} cannot hold a description of {len(text)} bytes, {LONGEST_TEXT} at most; "
             "shorten the labels or the feature names"
         )
     digest = fingerprint(tensors, text)
@@ -80,7 +80,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
     """
-    tensors, metadata = tensor_files.read(path)
+    tensors, metadata = read_tensors(path)
     if metadata.get("fastagop") != FORMAT:
         found = metadata.get("fastagop")
         said = "was not written by fastagop" if found is None else f"has format {found}"
@@ -97,7 +97,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
 def parse_json(path: Path, text: str | bytes) -> dict:
     """The JSON object that a file holds; ValueError naming the file where it is none, too long or too deep."""
     try:
-        return tensor_files.parse_json(text)
+        return parse_object(text)
     except ValueError as error:
         raise ValueError(f"{path} is truncated or corrupt ({error})") from error
 
@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict:
     Raises:
         ValueError: naming the file, which is damaged or was edited. OSError: it cannot be read.
     """
-    if tensor_files.regular_size(path) > 2 * tensor_files.LONGEST_TEXT:
+    if regular_size(path) > 2 * LONGEST_TEXT:
         raise ValueError(f"{path} is corrupt: no description is as long")
     words = parse_json(path, path.read_bytes())
     said = words.pop("sha256", None)

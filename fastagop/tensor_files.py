@@ -32,7 +32,7 @@ def regular_size(path: Path) -> int:
     return about.st_size
 
 
-def parse_json(text: str | bytes) -> dict:
+def parse_object(text: str | bytes) -> dict:
     """A JSON object; ValueError where it is none, too long or too deep."""
     if len(text) > 2 * LONGEST_TEXT:
         raise ValueError(f"a description of {len(text)} bytes is too long")
@@ -45,7 +45,7 @@ def parse_json(text: str | bytes) -> dict:
     return found
 
 
-def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file; the tensors are aligned as torch's own.
 
     Raises:
@@ -68,7 +68,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, torch.Tensor], dict[str,
         raise ValueError(f"{size} bytes cannot hold a header of {length}")
     if length > 2 * LONGEST_TEXT:
         raise ValueError(f"a header of {length} bytes is too long")
-    header = parse_json(file.read(length))
+    header = parse_object(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")

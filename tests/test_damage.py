@@ -198,7 +198,7 @@ def test_forged_tensor_headers(tmp_path, content):
     path = tmp_path / "tensors"
     path.write_bytes(content)
     with little_memory(), pytest.raises(ValueError, match="tensors is truncated, corrupt or no safetensors file"):
-        tensor_files.read(path)
+        tensor_files.read_tensors(path)
 
 
 def test_tensors_of_every_kind_come_back(tmp_path):
@@ -215,7 +215,7 @@ def test_tensors_of_every_kind_come_back(tmp_path):
     tensors = {str(kind): torch.randn(3, 2).mul(9).to(kind) for kind in kinds}
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "one byte": torch.ones(1, dtype=torch.bool)}
     (tmp_path / "a").write_bytes(save(tensors, metadata={"é": "猫"}))
-    found, metadata = tensor_files.read(tmp_path / "a")
+    found, metadata = tensor_files.read_tensors(tmp_path / "a")
     assert metadata == {"é": "猫"}
     assert set(found) == set(tensors)
     for name, value in tensors.items():
