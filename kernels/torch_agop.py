@@ -122,7 +122,6 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if Z is X else m
-    clipped = torch_gram.nonnegative_bytes(d)
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size
     size = 8 if wide else size
@@ -131,7 +130,7 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     smooth = torch_gram.smooth_bytes(m, n, d, K, rank)
     step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d + d * d // 8
-    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow, clipped))
+    return stored + max(tile, points + smooth + 8 * d * d + max(step, narrow))
 
 
 def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
@@ -158,7 +157,8 @@ def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: b
     if form == "gram":
         stored = len(X) * len(Z) * X.element_size()
         beside = stored + _gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
-        most = max(beside, gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, smooth.RANK))
+        clipped = torch_gram.nonnegative_bytes(X.shape[1])
+        most = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, smooth.RANK))
     if center and X.dtype == torch.float32:
         x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
         z = x if Z is X else x.new_empty(Z.shape)
@@ -254,7 +254,9 @@ def agop_from_weights_(
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
     M = torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
     eps = torch.finfo(X.dtype).eps
-    return torch_gram.nonnegative(M, eps) if road.loss > 8 * eps else M
+    if road.loss > 8 * eps and torch_gram.nonnegative_bytes(len(M)) <= budget(limit, X.device):
+        return torch_gram.nonnegative(M, eps)
+    return M
 
 
 def exponent_of(W: torch.Tensor) -> int:
