@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastagop.agop import row_weights
@@ -36,10 +38,10 @@ def agop_diagonal(
         MemoryError: a single block exceeds memory_limit.
     """
     rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], budget(_checks.memory_limit(memory_limit), X.device))
-    scaled, _, unit = row_weights(weights, X, "sum")
+    scaled, _, exponent = row_weights(weights, X, "sum")
     how = {"center": center, "roots": None if scaled is None else scaled.sqrt()}
     if group is not None:
         ranks = Ranks(group, "agop", X.device)
         how |= {"span": ranks.rows(len(X)), "total": ranks.total}
     with matmul_precision(precision, X.device):
-        return torch_diagonal.agop_diagonal(kernel, X, alpha, rows, **how).mul_(unit)
+        return torch_diagonal.agop_diagonal(kernel, X, alpha, rows, **how).mul_(math.ldexp(1.0, exponent))
