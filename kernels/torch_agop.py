@@ -384,6 +384,8 @@ def agop_in_float64(kernel: Radial, X, alpha, Z, *, method: str, limit: int | No
     own, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
     x = X.double()
     z, a = x if own else Z.double(), alpha.double()
+    if how.get("row_weights") is not None:
+        how["row_weights"] = how["row_weights"].double()
     try:
         wide = plan(x, a, z, method, room, "", "")
     except MemoryError:
