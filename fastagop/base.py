@@ -299,7 +299,7 @@ class Classifier(ClassifierMixin, KernelEstimator):
 
 
 class Regressor(RegressorMixin, KernelEstimator):
-    """Targets and answers of a regressor: the kernel machine learns what is left of them after their mean."""
+    """Targets and answers of a regressor: the kernel machine learns what is left of them after a large offset."""
 
     _intercept: torch.Tensor
 
@@ -318,7 +318,7 @@ class Regressor(RegressorMixin, KernelEstimator):
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = inputs.mean(y, weights)
+            mean = inputs.target_offset(y, weights)
             Y = y - mean
         if not np.isfinite(Y).all():
             raise ValueError("y is so large that its differences leave float64; divide y by a constant")
@@ -327,7 +327,10 @@ class Regressor(RegressorMixin, KernelEstimator):
 
     @property
     def intercept_(self):
-        """The mean of the targets, which the kernel machine's output is added to: a number, or (K,)."""
+        """What the kernel machine's output is added to: the targets' mean where it dwarfs their spread, else 0.
+
+        A number, or (K,).
+        """
         check_is_fitted(self)
         return float(self._intercept) if self._flat else self._kept(self._intercept)
 

@@ -312,10 +312,11 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
 class DeepRFMRegressor(Regressor, _DeepRFM):
     """Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.
 
-    Targets (n,) or (n, K) are centred by their (weighted) mean, which predictions add again; solutions and their
-    residuals are those of the centred targets. Parameters, attributes and the algorithm are those of
-    ``DeepRFMClassifier``, without ``class_weight`` and ``classes_``, and with ``intercept_``, the mean: a number, or
-    (K,). The collapse measures of ``layers_`` are empty, as there are no classes.
+    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled, but for a column whose (weighted) mean
+    exceeds its spread more than four times: the mean is subtracted before anything is rounded, and predictions add it
+    again. Parameters, attributes and the algorithm are those of ``DeepRFMClassifier``, without ``class_weight`` and
+    ``classes_``, and with ``intercept_``, what was subtracted: a number, or (K,). The collapse measures of ``layers_``
+    are empty, as there are no classes.
     """
 
     def __init__(

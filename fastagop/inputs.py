@@ -205,6 +205,19 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, given: np.ndarr
     return factors[codes]
 
 
+def target_offset(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    """What to subtract from each column of targets (n, K) so that a narrower dtype keeps their differences: (K,).
+
+    The (weighted) mean where it exceeds the spread around it many times, as in coordinates and time stamps, else 0:
+    other targets are learnt as they are.
+    """
+    middle = mean(y, given)
+    unit = np.abs(y - middle).max(0)
+    scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
+    spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=given))
+    return np.where(np.abs(middle) > _FAR * spread, middle, 0.0)
+
+
 def mean(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
     """The (weighted) mean of each column (K,) of targets (n, K).
 

@@ -259,11 +259,11 @@ class RFMClassifier(Classifier, _RFM):
 class RFMRegressor(Regressor, _RFM):
     """Recursive feature machine, regressor: kernel ridge regression in a metric that it learns.
 
-    Targets (n,) or (n, K) are centred by their (weighted) mean, which predictions add again: with a large ridge a
-    prediction falls back on the mean, and an offset of the targets costs no digits. ``solution_`` and the records of
-    ``iterations_``, residuals included, are those of the centred targets. Parameters, attributes and the algorithm are
-    those of ``RFMClassifier``, without ``class_weight`` and ``classes_``, and with ``intercept_``, the mean: a number,
-    or (K,).
+    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled, but for a column whose (weighted) mean
+    exceeds its spread more than four times: the mean is subtracted before anything is rounded, and predictions add it
+    again, so that an offset costs no digits. ``solution_`` and the records of ``iterations_`` are then those of what is
+    left. Parameters, attributes and the algorithm are those of ``RFMClassifier``, without ``class_weight`` and
+    ``classes_``, and with ``intercept_``, what was subtracted: a number, or (K,).
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -157,22 +156,22 @@ def test_constant_targets(make, value):
 
 def test_the_mean_is_the_intercept():
     X, y = smooth(50)
-    Y = np.stack([y + 5, 1e8 - y], 1)
+    Y = np.stack([y + 50, 1e8 - y], 1)
     w = np.random.default_rng(0).uniform(size=50)
     exact = [
         float(sum(Fraction(a) * Fraction(b) for a, b in zip(w, c, strict=True)) / sum(map(Fraction, w))) for c in Y.T
     ]
     model = RFMRegressor(iterations=1).fit(X, Y, sample_weight=w)
     np.testing.assert_allclose(model.intercept_, exact, rtol=4e-16)
-    assert RFMRegressor(iterations=1).fit(X, y).intercept_ == pytest.approx(math.fsum(y) / 50, rel=1e-15)
+    assert RFMRegressor(iterations=1).fit(X, y).intercept_ == 0.0  # targets that lose nothing enter as they are
     tensors = RFMRegressor(iterations=1).fit(torch.from_numpy(X), torch.from_numpy(Y))
     assert isinstance(tensors.intercept_, torch.Tensor)
 
 
 def test_far_from_all_points_a_prediction_is_the_mean():
     X, y = smooth(50)
-    model = RFMRegressor(iterations=0).fit(X, y + 3)
-    assert model.predict(X + 1e6) == pytest.approx(np.mean(y + 3), rel=1e-12)
+    model = RFMRegressor(iterations=0).fit(X, y + 30)
+    assert model.predict(X + 1e6) == pytest.approx(np.mean(y + 30), rel=1e-12)
 
 
 def test_saved_with_the_file(tmp_path):

@@ -73,6 +73,7 @@ def test_kinds_of_weights(name):
 def test_is_the_weighted_algorithm(kernel, center, relative):
     """One iteration from the definition: (K + ridge W^-1) alpha = y - mean, M = sum w g g^T."""
     X, y = data(n=30)
+    y = y + 100.0
     w = np.random.default_rng(1).uniform(0.1, 3, size=30)
     model = RFMRegressor(kernel, iterations=1, center=center, ridge=0.1, agop_scale="mean", dtype="float64")
     model.fit(X, y, sample_weight=w)
