@@ -212,9 +212,10 @@ def target_offset(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
     other targets are learnt as they are.
     """
     middle = mean(y, given)
-    unit = np.abs(y - middle).max(0)
-    scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
-    spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=given))
+    with np.errstate(over="ignore", invalid="ignore"):  # differences beyond float64: nothing is subtracted
+        unit = np.abs(y - middle).max(0)
+        scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
+        spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=given))
     return np.where(np.abs(middle) > _FAR * spread, middle, 0.0)
 
 
