@@ -14,13 +14,15 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     """A B^T + bias (by column), shape (len(A), len(B)).
 
     float32 on the CPU goes to oneDNN where this torch has it: its product is a fifth to a third faster than the
-    one behind torch.mm on AMD processors, and no slower elsewhere.
+    one behind torch.mm on AMD processors, and no slower elsewhere. It compiles and keeps code for every shape that it
+    meets: products with few rows, whose shapes vary with blocks and crowds, are left to torch.mm.
     """
     if _onednn(A):
         return torch.ops.mkldnn._linear_pointwise(A, _dense(B), bias, "none", [], "")
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
 
 
+_FEWEST = 64  # rows from which oneDNN multiplies
 _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are multiplied at once
 
 
@@ -67,6 +69,7 @@ def _onednn(A: torch.Tensor) -> bool:
     return (
         A.dtype == torch.float32
         and A.device.type == "cpu"
+        and len(A) >= _FEWEST
         and A.numel() > 0
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -43,7 +43,9 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
     largest = _largest(X, Z)
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
         return kernel, X, Z, 1.0
-    exponent = math.frexp(largest)[1]
+    exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
+    if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
+        exponent = max(wide - 1000, min(wide + 1000, exponent))
     _checks.spread(X, Z, largest)
     own, X = Z is X, scaled_(X.detach().clone(), -exponent)
     Z = X if own else scaled_(Z.detach().clone(), -exponent)
@@ -52,7 +54,7 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
 
 
 def _quotient(bandwidth: float, exponent: int) -> float:
-    """bandwidth / 2^exponent, within what a float holds: beyond, every kernel is constant or zero anyway."""
+    """bandwidth / 2^exponent, within what a float holds: float32 gradients are zero beyond."""
     try:
         return max(math.ldexp(bandwidth, -exponent), math.ulp(0.0))
     except OverflowError:
