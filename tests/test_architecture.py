@@ -134,7 +134,7 @@ CONTRACT = {
     "kernel_matmul": "(kernel, X, Z, V, *, precision='highest', backend='auto')",
     "gradients": "(kernel, X, alpha, Z=None, *, precision='highest', backend='auto')",
     "agop": "(kernel, X, alpha, Z=None, *, reduction='mean', center=False, method='auto', precision='highest', "
-    "backend='auto', memory_limit=None)",
+    "backend='auto', memory_limit=None, sample_weight=None)",
     "solve": "(kernel, X, Y, *, ridge=0.0, method='auto', precision='highest', backend='auto', memory_limit=None)",
     "explain": "(op, *args, **kwargs)",
     "Laplace": "(bandwidth)",
