@@ -22,7 +22,7 @@ def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) 
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
 
 
-_FEWEST = 64  # rows from which oneDNN multiplies
+_FEWEST = 32  # rows from which oneDNN multiplies
 _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are multiplied at once
 
 

@@ -15,8 +15,8 @@ _EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled befor
 _WIDE = {torch.float32: (30, 40, 60, 80), torch.float64: (60, 100, 200, 400)}
 # Slopes of ln w over ln r at small and at large distances agree to that much: weights then do to 14 times as much.
 _HOMOGENEOUS = {torch.float32: 2.0**-31, torch.float64: 1e-15}
-# Coefficients whose largest is within 2^-b .. 2^b are taken as they are.
-_COEFFICIENTS = {torch.float32: 30, torch.float64: 300}
+# The largest coefficient is within 2^-b .. 2^b.
+_COEFFICIENTS = {torch.float32: 45, torch.float64: 300}
 
 
 def scaled_(values: torch.Tensor, exponent: int) -> torch.Tensor:
@@ -95,11 +95,11 @@ def in_range(
     kernel, factor, more = _narrower(kernel, X)
     exponent += more
     most, bound = _largest(alpha), _COEFFICIENTS[X.dtype]
-    size = math.frexp(most)[1] if most > 0 else 0
-    if size > bound:
-        alpha, exponent = scaled_(alpha.detach().clone(), bound - size), exponent + size - bound
-    elif size < -bound:
-        alpha, exponent = scaled_(alpha.detach().clone(), -size), exponent + size
+    if most > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once
+        size = math.frexp(most)[1]
+        more = max(-bound, min(bound, size + exponent)) - size
+        if more:
+            alpha, exponent = scaled_(alpha.detach().clone(), more), exponent - more
     return kernel, alpha, Amplitude(factor, exponent)
 
 

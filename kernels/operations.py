@@ -189,5 +189,5 @@ def gradients(
             serving = keops_ops if plan.backend == "keops" else torch_blocks
             result = serving.gradients(kernel, X, alpha, Z, plan)
     if not _checks.finite(amplitude.restore(result)):
-        raise ValueError(f"alpha is so large that gradients leave {X.dtype}; divide alpha by a constant")
+        raise ValueError(f"alpha is so large that a gradient leaves {X.dtype}; divide alpha by a constant")
     return result

@@ -47,8 +47,7 @@ _BITS = 32.0
 # about so many points.
 _CENTRED = 5e-7
 _POINTS = 32
-_WEIGHTS = 20  # stored weights whose largest is within 2^-20 .. 2^20 are squared as they are
-GRAM_SAID = 1e-5  # a gram form that was asked for warns above this
+_WEIGHTS = 20  # stored weights and coefficients whose largest is within 2^-20 .. 2^20 are squared as they are
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
 _DIGITS = 4.0
@@ -231,10 +230,11 @@ def agop_from_weights_(
     W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
     sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
     """
-    exponent = exponent_of(W)  # squares of weights would leave their dtype
-    if exponent:
+    exponents = exponent_of(W), exponent_of(alpha)
+    if any(exponents):  # squares would leave their dtype
         how = {"center": center, "method": method, "limit": limit, "steps": steps, "row_weights": row_weights}
-        return scaled_(agop_from_weights_(scaled_(W, -exponent), X, alpha, Z, rows=rows, **how), 2 * exponent)
+        W, alpha = scaled_(W, -exponents[0]), scaled_(alpha.clone(), -exponents[1])
+        return scaled_(agop_from_weights_(W, X, alpha, Z, rows=rows, **how), 2 * sum(exponents))
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
@@ -262,7 +262,7 @@ def agop_from_weights_(
 
 def exponent_of(W: torch.Tensor) -> int:
     """The power of two of a tensor's largest entry, 0 where that is within 2^-20 .. 2^20."""
-    largest = float(W.amax()) if W.numel() else 0.0
+    largest = max((float(end.abs()) for end in torch.aminmax(W)), default=0.0) if W.numel() else 0.0
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
     return exponent if abs(exponent) > _WEIGHTS else 0
 
@@ -329,8 +329,8 @@ def safe_road(
     if method == "auto":
         safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
     elif not safe:
-        widest = _lossy_gram(growth, X.dtype, fits(torch.float64, taken.rank))
-        return Road("gram", widest, taken, torch.finfo(widest).eps * growth)
+        _warn_of(growth * torch.finfo(torch.float64 if fits(torch.float64, taken.rank) else X.dtype).eps)
+        return Road("gradient", X.dtype)
     _, road = min(safe, key=lambda option: option[0])
     if plain > most:
         said = f"{road.form} form in {road.dtype}"
@@ -344,16 +344,12 @@ def _room(W: torch.Tensor, limit: int | None) -> int:
     return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
 
 
-def _lossy_gram(growth: float, dtype: torch.dtype, room: bool) -> torch.dtype:
-    """The gram form was asked for where it loses digits: the widest dtype that fits, said aloud if that is bad."""
-    widest = torch.float64 if room else dtype
-    loss = torch.finfo(widest).eps * growth
-    if loss > GRAM_SAID:
-        warn(
-            f"agop: the gram form loses about {loss:.0e} of M on these points even in {widest}; use method='auto' "
-            "or 'gradient'"
-        )
-    return widest
+def _warn_of(loss: float) -> None:
+    """The gram form was asked for where it loses digits."""
+    warn(
+        f"agop: the gram form loses about {loss:.0e} of M on these points; the gradient form ran instead, as with "
+        "method='auto'"
+    )
 
 
 def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
