@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastagop.kernels import torch_blocks
+from fastagop.kernels._backends import matmul_precision
 from fastagop.kernels.operations import in_units
 from fastagop.kernels.radial import Radial
 
@@ -20,9 +21,10 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
     if n < 2:
         return ""
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
-    zeros, ones, others = _counts(scaled, few, block)
-    if others or (n > _FEW and _counts(scaled, X, block)[2]):
-        return ""
+    with matmul_precision("highest", X.device):
+        zeros, ones, others = _counts(scaled, few, block)
+        if others or (n > _FEW and _counts(scaled, X, block)[2]):
+            return ""
     apart = torch.pdist(few.double()).median()
     given, typical = kernel.bandwidth, float(apart) * unit
     if ones and zeros:

@@ -250,7 +250,7 @@ def _slices(X: torch.Tensor) -> list[slice]:
 def _keys(X: torch.Tensor) -> torch.Tensor:
     """64 bits of each row's contents, by integer arithmetic: the same wherever a row stands, on every device."""
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (X.shape[1],), generator=generator, dtype=torch.int64)
+    factors = torch.randint(-(2**63), 2**63 - 1, (X.shape[1],), generator=generator, dtype=torch.int64, device="cpu")
     factors = (factors | 1).to(X.device)
     words = torch.int32 if X.element_size() == 4 else torch.int64
     keys = torch.empty(len(X), dtype=torch.int64, device=X.device)
@@ -300,7 +300,7 @@ def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.nda
     middle = sample.median(0).values
     spread = float(torch.linalg.vector_norm(sample - middle, dim=1).median())
     generator = torch.Generator().manual_seed(1)
-    directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64)
+    directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
     directions = (directions / torch.linalg.vector_norm(directions, dim=0)).to(U.device)
     parts = []
     for s in _slices(U):

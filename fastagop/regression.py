@@ -151,7 +151,9 @@ def _rounding_costs(kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, center
         return False
     size = alpha.abs().amax(1) * (1.0 if weights is None else weights.sqrt())
     index = torch.cat([torch.arange(points, device=X.device) * n // points, size.topk(points)[1]])
-    signs = torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(alpha)
+    signs = (
+        torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1).to(alpha)
+    )
     signs = signs if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
     x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in torch_blocks.tiles(x, x[index], 2 * points)])

@@ -166,9 +166,10 @@ def test_one_tensor_on_meta_given_twice_is_one():
 
 
 def test_nothing_as_large_as_the_tensors_is_made():
-    """A million rows of a million features, 4 TB: planned at once."""
-    text = fastagop.explain("gradients", KERNEL, meta(10**6, 10**6), meta(10**6, 1), meta(3, 10**6))
-    assert "blocks of" in text
+    """A million rows of a million features, 4 TB: planned at once, and refused as the call would be."""
+    with pytest.raises(MemoryError, match=r"gradients needs [\d.]+ GB"):
+        fastagop.explain("gradients", KERNEL, meta(10**6, 10**6), meta(10**6, 1), meta(3, 10**6))
+    assert "blocks of" in fastagop.explain("kernel_matmul", KERNEL, meta(10**6, 100), None, meta(10**6, 1))
 
 
 def test_meta_tensors_are_checked():
