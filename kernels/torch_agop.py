@@ -39,6 +39,8 @@ log = logging.getLogger("fastagop")
 _LOSS = 4.0
 GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-12}
 _WORTH = 0.25
+# What the gram form may lose before it gives way where it was asked for by name: float64 has the digits to spare.
+_NAMED = 1e-7
 # Rounding of a device's coarser products, and what "auto" lets the gram form lose in them; who asks for the gram form
 # by name may lose as many bits in them as in float32.
 _COARSE = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
@@ -294,7 +296,7 @@ def safe_road(
     (m, n), d, K, own = W.shape, X.shape[1], alpha.shape[1], Z is X
     word = products_of(X, Z, products)
     eps, most = _COARSE.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
-    most = most if method == "auto" else max(most, _BITS * eps)
+    most = most if method == "auto" else max(most, _BITS * eps, _NAMED)
     cost = costs(X, Z, K, word)
     wide = rate("gram", "float64", X.device)
     more = torch_gram.smooth_flops(m, n, d, K, smooth.RANK) / wide

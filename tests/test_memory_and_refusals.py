@@ -38,7 +38,7 @@ def alone(tmp_path):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("limit", [4e5, 1e6])
+@pytest.mark.parametrize("limit", [6e5, 1e6])
 def test_the_gradient_form_keeps_to_its_limit(shared, limit, cloud, normal, tensor_memory, relative, request):
     """Blocks shrink with the limit, in a group of processes, too; without one the call takes more than either."""
     if shared:

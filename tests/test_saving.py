@@ -185,9 +185,7 @@ def test_own_kernels_by_name(tmp_path):
     assert same(fastagop.load(tmp_path / "model").decision_function(Z), model.decision_function(Z))
     assert type(fastagop.load(tmp_path / "model").kernel) is Cubed
     Cubed.__name__ = "Elsewhere"
-    with pytest.raises(
-        ValueError, match=r"kernel 'Cubed' is not known, only Elsewhere, Gaussian, GeneralisedLaplace, Laplace, M"
-    ):
+    with pytest.raises(ValueError, match=r"kernel 'Cubed' is not known, only .*Elsewhere, .*Gaussian, .*Laplace, M"):
         fastagop.load(tmp_path / "model")
     assert radial.named("Gaussian") is Gaussian
 
