@@ -37,7 +37,8 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
         return size * ((2 * n + m) * d + n + m + 2 * min(rows * n, max(_CACHED, n)))
     pairs = min(rows * n, max(_FEWEST * n, _CHUNK))
     work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, _CHUNK)))
-    return size * (2 * (n + m) + 4 * rows * d + (4 * n + m) * d) + rows * n * (2 * size + 2) + work
+    copies = 4 if size == 4 else 2  # the float64 product takes its factors as they are
+    return size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
 
 
 def squared_norms(X: torch.Tensor) -> torch.Tensor:
