@@ -182,7 +182,8 @@ def solve(
     """Solve (k(X, X) + ridge W^-1) alpha = Y; ridge 0 is allowed and never gives NaN or a wild solution.
 
     Rows that X's dtype cannot tell apart are one point: m of them under a ridge mu are one under mu / m with their mean
-    target, and share its coefficient. Weights W = diag(sample_weight) count as copies do; 1 each by default.
+    target, and share its coefficient, or differ by what their targets ask for where a ridge keeps that small. Weights
+    W = diag(sample_weight) count as copies do; 1 each by default.
 
     The matrix exists once and is factored in place, in float64 where X is float64 or where ridge is 0 and memory
     allows, else in float32 with float64 refinement, and in float64 after all where float32 values leave a residual
