@@ -83,7 +83,7 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     tensors, metadata = read_tensors(path)
     if metadata.get("fastagop") != FORMAT:
         found = metadata.get("fastagop")
-        said = "was not written by fastagop" if found is None else f"has format {found}"
+        said = "was not written by fastagop" if found is None else f"is corrupt or has format {found[:80]}"
         raise ValueError(f"{path} {said}; this version of fastagop reads its own format {FORMAT}")
     text, said = metadata.get("words", ""), metadata.get("sha256")
     if fingerprint(tensors, text) != said:

@@ -9,7 +9,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace, storage
 from tests.test_estimators import SMALL, blobs
 
 X, y = blobs()
@@ -143,7 +143,10 @@ def test_every_kind_of_damage_is_found(saved, tmp_path):
     rng = np.random.default_rng(0)
     spots = [*rng.integers(0, 8 + length, 40), *rng.integers(8 + length, len(data), 40)]
     changed = [data[:k] + bytes([data[k] ^ 1 << k % 8]) + data[k + 1 :] for k in map(int, spots)]
-    for broken in [*changed, data[:-1], data[: length + 8], data[:5], b"", data + b"\0"]:
+    mark = b'"fastagop":"'  # the format follows it; a bit of it is flipped on every run, wherever the header has it
+    other = data.replace(mark + storage.FORMAT.encode(), mark + bytes([ord(storage.FORMAT) ^ 2]))
+    assert other != data
+    for broken in [other, *changed, data[:-1], data[: length + 8], data[:5], b"", data + b"\0"]:
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"corrupt|not written by fastagop"):
             fastagop.load(path)
