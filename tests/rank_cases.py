@@ -193,11 +193,13 @@ def guards(_):
             for method in ("auto", "gradient", "gram"):
                 here = error(fastagop.agop(Laplace(1.0), X, alpha, points, method=method), truth)
                 M = distributed.agop(Laplace(1.0), X, alpha, points, method=method)
-                assert error(M, truth) < 2 * here, (dtype, method)
+                assert error(M, truth) < 2 * here + 4 * torch.finfo(dtype).eps, (dtype, method)
         V = normal(120, 2, dtype=dtype)
         product = reference.kernel_matrix(Laplace(1.0), X) @ V.double()
         here = error(fastagop.kernel_matmul(Laplace(1.0), X, None, V), product)
-        assert error(distributed.kernel_matmul(Laplace(1.0), X, None, V), product) < 2 * here
+        # Two orders of one sum: both are a few eps from the truth, and their ratio says nothing.
+        there = error(distributed.kernel_matmul(Laplace(1.0), X, None, V), product)
+        assert there < 2 * here + 4 * torch.finfo(dtype).eps, (dtype, there, here)
 
 
 def solving(_):
