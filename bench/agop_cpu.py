@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from fastagop.kernels import torch_agop
+from fastagop.kernels.torch_backend import agop as torch_agop
 
 import fastagop
 from bench import clock, files, machine, peers

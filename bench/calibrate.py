@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fastagop.kernels import _config, _measured, torch_agop
-from fastagop.kernels._backends import PRODUCTS
-from fastagop.kernels._config import Config
+from fastagop.kernels import calibration
+from fastagop.kernels.backends import PRODUCTS
+from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.triton_backend import launch_config
+from fastagop.kernels.triton_backend.launch_config import Config
 
 import fastagop
 from bench import clock, files, machine
@@ -56,7 +58,7 @@ def rates(device: torch.device, n: int, d: int, K: int, repeats: int) -> dict[st
 
 def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, str], Callable]:
     """One call for each (operation, products) of the table, that returns something to compare."""
-    from fastagop.kernels import triton_ops  # imports triton
+    from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton
 
     X, alpha = points(n, d, K, device)
     W, wide = X.new_empty(n, n), X.new_empty(min(n, 8192), min(n, 8192), dtype=torch.float64)
@@ -64,12 +66,12 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
     out, block = X.new_empty(min(512, n), K, d), min(1024, n // 2)
     s = W @ alpha
     runs: dict[tuple[str, str], Callable] = {
-        ("matrix", "fp64"): lambda: triton_ops.fill_symmetric(wide, KERNEL, X[: len(wide)])
+        ("matrix", "fp64"): lambda: triton_launch.fill_symmetric(wide, KERNEL, X[: len(wide)])
     }
     for precision, word in PRODUCTS.items():
-        steps = triton_ops.steps(X, precision)
-        lower, update = steps.lower(W, alpha), triton_ops.cholesky_update(precision)
-        inside = triton_ops.INSIDE[word]
+        steps = triton_launch.steps(X, precision)
+        lower, update = steps.lower(W, alpha), triton_launch.cholesky_update(precision)
+        inside = triton_launch.INSIDE[word]
 
         def kernel_matrix(precision=precision):
             return fastagop.kernel_matrix(KERNEL, X, backend="triton", precision=precision)
@@ -97,10 +99,10 @@ def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: i
     """The fastest configuration of each launch; a candidate that fails or computes something else is no candidate."""
     best = {}
     for (operation, products), run in runs.items():
-        usual = _config.config(operation, products, device)
+        usual = launch_config.config(operation, products, device)
         truth, fastest, chosen = run().clone(), clock.seconds(run, device, repeats), usual
         for candidate in (Config(*numbers) for numbers in CANDIDATES[operation]):
-            with _config.trial(operation, products, candidate):
+            with launch_config.trial(operation, products, candidate):
                 try:
                     if not _agree(run(), truth, products):
                         raise ValueError("it computes something else")
@@ -123,13 +125,13 @@ def _agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
 
 def main(device: torch.device, out: Path | None, repeats: int, n: int | None, *, configs: bool = True) -> Path:
     """Measure, write the device's file, and a copy to ``out``."""
-    _measured.path(device)  # says now, and not after minutes, that there is no home directory
+    calibration.path(device)  # says now, and not after minutes, that there is no home directory
     size = _SIZES[device.type]
     size = size if n is None else (n, *size[1:])
     best = tune(launches(device, *size), device, repeats) if device.type == "cuda" and configs else {}
     result = rates(device, *size, repeats)
-    about = {"device": _measured.name(device), "date": datetime.date.today().isoformat(), "size": str(size)}
-    file = _measured.save(device, _measured.Measured(best, result, about))
+    about = {"device": calibration.name(device), "date": datetime.date.today().isoformat(), "size": str(size)}
+    file = calibration.save(device, calibration.Measured(best, result, about))
     for key, value in result.items():
         print(f"{key:20} {value / 1e9:10.1f} GFLOP/s")
     print(f"written to {file}")

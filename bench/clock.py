@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from fastagop.kernels._products import product
+from fastagop.kernels.gemm import product
 
 CPU = torch.device("cpu")
 

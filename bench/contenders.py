@@ -17,7 +17,7 @@ from fastagop.kernels.radial import Radial
 
 import fastagop
 from bench import network_cpu, peers
-from fastagop import deep_rfm
+from fastagop.deep_rfm import layer as layer_module
 
 
 class Unable(Exception):
@@ -161,9 +161,9 @@ def _kermac(problem: Problem):
 def _layer(problem: Problem, backend: str, precision: str = "highest") -> torch.Tensor:
     """A layer as the estimators train it, collapse measures included; M divided by its largest entry."""
     width = min(1024, problem.d)
-    how = deep_rfm.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
+    how = layer_module.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
     Y = 2.0 * torch.nn.functional.one_hot(problem.y).to(problem.X) - 1.0
-    return deep_rfm.train_layer(problem.X, Y, how, 0, problem.y)[0].agop
+    return layer_module.train_layer(problem.X, Y, how, 0, problem.y)[0].agop
 
 
 CONTENDERS: dict[str, dict[str, Callable]] = {

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastagop import commands, storage, tensor_files
+from fastagop import commands
+from fastagop.estimators import files as storage
+from fastagop.estimators import tensor_files
 
 ROOT = Path(__file__).resolve().parents[1]
 _MOST = 2**28  # bytes of a result

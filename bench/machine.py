@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 import torch
-from fastagop.kernels import _measured
+from fastagop.kernels import calibration
 
 
 def describe() -> dict:
@@ -27,7 +27,7 @@ def describe() -> dict:
 
 def _processor() -> str:
     """Its name, and where Linux tells family and model: hosts of virtual machines often name the brand only."""
-    name = _measured.name(torch.device("cpu"))
+    name = calibration.name(torch.device("cpu"))
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastagop.kernels._config import interpreted
+from fastagop.kernels.triton_backend.launch_config import interpreted
 
 import fastagop
 from bench import clock, files, machine, peers
@@ -188,7 +188,7 @@ def kernel_matmul(suite: Suite, d: int, K: int) -> None:
 
 def agop(suite: Suite, d: int, K: int) -> None:
     """Both forms against the plain composition and xrfm; the work is that of the cheaper form."""
-    from fastagop.kernels import torch_agop
+    from fastagop.kernels.torch_backend import agop as torch_agop
 
     X, alpha = data(suite.n, d, K, suite.device, None)
     work = min(torch_agop.flops(suite.n, suite.n, d, K, own=True).values())

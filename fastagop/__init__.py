@@ -14,18 +14,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fastagop import collapse, datasets, distributed, network
-from fastagop.agop import agop
-from fastagop.cg import ConjugateGradients
 from fastagop.explain import explain
+from fastagop.kernels.agop import agop
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
-from fastagop.solve import Solution, solve
+from fastagop.solvers.cg import ConjugateGradients
+from fastagop.solvers.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from fastagop.estimators import DeepRFMClassifier, DeepRFMRegressor
+    from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
+    from fastagop.estimators.persistence import load
     from fastagop.rfm import RFMClassifier, RFMRegressor
-    from fastagop.saving import load
 
 __version__ = "0.1.0"
 
@@ -56,11 +56,11 @@ __all__ = [
 ]
 
 _LAZY = {  # they import scikit-learn or safetensors
-    "DeepRFMClassifier": "fastagop.estimators",
-    "DeepRFMRegressor": "fastagop.estimators",
+    "DeepRFMClassifier": "fastagop.deep_rfm.estimator",
+    "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
     "RFMClassifier": "fastagop.rfm",
     "RFMRegressor": "fastagop.rfm",
-    "load": "fastagop.saving",
+    "load": "fastagop.estimators.persistence",
 }
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fastagop import estimates
-from fastagop.agop import agop, plan_agop
-from fastagop.kernels._plan import Plan, available_bytes, human
+from fastagop.kernels.agop import agop, plan_agop
 from fastagop.kernels.operations import (
     gradients,
     kernel_matmul,
@@ -18,7 +17,8 @@ from fastagop.kernels.operations import (
     plan_kernel_matmul,
     plan_kernel_matrix,
 )
-from fastagop.solve import plan_solve, solve
+from fastagop.kernels.plan import Plan, available_bytes, human
+from fastagop.solvers.solve import plan_solve, solve
 
 _PLANS = {
     kernel_matrix: plan_kernel_matrix,
@@ -49,7 +49,7 @@ def explain(op, *args, **kwargs) -> str:
             fit that does not fit is said in the text.
     """
     if hasattr(op, "fit") and hasattr(op, "_machine"):  # one of the estimators, which import scikit-learn
-        from fastagop.fit_plans import explain_fit
+        from fastagop.estimators.fit_plans import explain_fit
 
         return _called(f"{getattr(op, '__name__', type(op).__name__)}.fit", explain_fit, op, *args, **kwargs)
     function = next((function for function in _PLANS if function is op), None)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop import copies, distributed, inputs, linalg, regression, storage
-from fastagop.base import Classifier, KernelEstimator, Regressor, in_full
-from fastagop.kernels import _checks
+from fastagop import distributed, linalg
+from fastagop.estimators import files as storage
+from fastagop.estimators import inputs, kernel_ridge
+from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, in_full
+from fastagop.estimators.progress import Progress
+from fastagop.kernels import checks
 from fastagop.kernels.radial import Laplace
-from fastagop.progress import Progress
-from fastagop.solution import Solution, report, size_of
+from fastagop.solvers import copies
+from fastagop.solvers.solution import Solution, report, size_of
 
 _LAPLACE = Laplace(10.0)
 
@@ -119,28 +122,28 @@ class _RFM(KernelEstimator):
                     callback(IterationEvent(index, iterations, record, M))
                 progress.step()
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
-        solved = regression.solve(self._centers, Y, machine, self.process_group, rows=rows)
+        solved = kernel_ridge.solve(self._centers, Y, machine, self.process_group, rows=rows)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, said)
         self.M_ = self._kept(M)
         return self
 
-    def _checked(self) -> tuple[regression.Machine, int]:
+    def _checked(self) -> tuple[kernel_ridge.Machine, int]:
         machine, count = self._machine(), self.iterations
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or int(count) < 0:
             raise ValueError(f"iterations must be an integer >= 0, got {count!r}")
-        _checks.flag("diagonal", self.diagonal)
-        _checks.flag("center", self.center)
+        checks.flag("diagonal", self.diagonal)
+        checks.flag("center", self.center)
         return machine, int(count)
 
-    def _iterate(self, X, Y, M: torch.Tensor, machine: regression.Machine, rows: copies.Rows):
+    def _iterate(self, X, Y, M: torch.Tensor, machine: kernel_ridge.Machine, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
         about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
-        solution, inner, _ = regression.solve_and_agop(points, Y, machine, group, **about)
+        solution, inner, _ = kernel_ridge.solve_and_agop(points, Y, machine, group, **about)
         agop = pulled_back(inner, self._root, self.diagonal)
-        scale = regression.agop_divisor(agop, self.agop_scale, rows.total)
+        scale = kernel_ridge.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
             # gradients at the points are combinations of the points, and M of the one before maps their span to itself

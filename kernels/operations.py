@@ -6,19 +6,21 @@ import dataclasses
 
 import torch
 
-from . import _checks, keops_ops, torch_blocks
-from ._backends import NAMES, choose, matmul_precision, precision_words
-from ._plan import Plan
-from ._units import in_range, in_units
+from . import checks
+from .backends import NAMES, choose, matmul_precision, precision_words
+from .keops_backend import reductions
+from .plan import Plan
 from .radial import Radial
+from .scaling import in_range, in_units
+from .torch_backend import tiles
 
 
 def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple[torch.Tensor, str, str]:
     """(evaluation points, backend, why), everything that all operations share checked."""
-    _checks.kernel(kernel)
-    _checks.choice("precision", precision, _checks.PRECISIONS)
-    _checks.choice("backend", backend, NAMES)
-    Z = _checks.points(X, Z)
+    checks.kernel(kernel)
+    checks.choice("precision", precision, checks.PRECISIONS)
+    checks.choice("backend", backend, NAMES)
+    Z = checks.points(X, Z)
     return Z, *choose(backend, op, kernel, X, precision, float(len(X)) * len(Z))
 
 
@@ -28,15 +30,15 @@ def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
 
 
 def _triton():
-    from . import triton_ops  # imports triton
+    from .triton_backend import launch  # imports triton
 
-    return triton_ops
+    return launch
 
 
 def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a kernel_matrix call."""
     Z, backend, why = _begin("kernel_matrix", kernel, X, Z, precision, backend)
-    ridge = _checks.ridge(ridge, X.dtype)
+    ridge = checks.ridge(ridge, X.dtype)
     if ridge and Z is not X:
         raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
     if out is not None:
@@ -45,8 +47,8 @@ def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="hig
             raise ValueError(f"out must be a dense tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
         if out.dtype != X.dtype or out.device != X.device:
             raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
-        _checks.apart("out", out, X, Z)
-    plan = torch_blocks.plan_kernel_matrix(X, Z, out, why, "")
+        checks.apart("out", out, X, Z)
+    plan = tiles.plan_kernel_matrix(X, Z, out, why, "")
     return _served(plan, backend, precision, X), (X, Z, out, ridge)
 
 
@@ -100,7 +102,7 @@ def kernel_matrix(
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             return _triton().kernel_matrix(kernel, X, Z, out, precision, ridge)
-        return torch_blocks.kernel_matrix(kernel, X, Z, out, plan, ridge)
+        return tiles.kernel_matrix(kernel, X, Z, out, plan, ridge)
 
 
 def plan_kernel_matmul(kernel, X, Z=None, V=None, *, precision="highest", backend="auto"):
@@ -108,8 +110,8 @@ def plan_kernel_matmul(kernel, X, Z=None, V=None, *, precision="highest", backen
     if V is None:
         raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
     Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
-    _checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
-    plan = (keops_ops if backend == "keops" else torch_blocks).plan_kernel_matmul(X, Z, V, why, "")
+    checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
+    plan = (reductions if backend == "keops" else tiles).plan_kernel_matmul(X, Z, V, why, "")
     return _served(plan, backend, precision, X), (X, Z, V)
 
 
@@ -141,14 +143,14 @@ def kernel_matmul(
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             return _triton().kernel_matmul(kernel, X, Z, V, precision)
-        return (keops_ops if plan.backend == "keops" else torch_blocks).kernel_matmul(kernel, X, Z, V, plan)
+        return (reductions if plan.backend == "keops" else tiles).kernel_matmul(kernel, X, Z, V, plan)
 
 
 def plan_gradients(kernel, X, alpha, Z=None, *, precision="highest", backend="auto"):
     """(Plan, checked arguments) of a gradients call."""
     Z, backend, why = _begin("gradients", kernel, X, Z, precision, backend)
-    _checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    plan = (keops_ops if backend == "keops" else torch_blocks).plan_gradients(X, alpha, Z, why, "")
+    checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
+    plan = (reductions if backend == "keops" else tiles).plan_gradients(X, alpha, Z, why, "")
     return _served(plan, backend, precision, X), (X, alpha, Z)
 
 
@@ -186,8 +188,8 @@ def gradients(
         if plan.backend == "triton":
             result = _triton().gradients(kernel, X, alpha, Z, plan, precision)
         else:
-            serving = keops_ops if plan.backend == "keops" else torch_blocks
+            serving = reductions if plan.backend == "keops" else tiles
             result = serving.gradients(kernel, X, alpha, Z, plan)
-    if not _checks.finite(amplitude.restore(result)):
+    if not checks.finite(amplitude.restore(result)):
         raise ValueError(f"alpha is so large that a gradient leaves {X.dtype}; divide alpha by a constant")
     return result

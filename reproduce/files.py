@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import fastagop
-from fastagop import npz, storage
+from fastagop.datasets import npz
+from fastagop.estimators import files as storage
 
 
 def write(path: Path, content: bytes | str) -> None:

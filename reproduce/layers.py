@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fastagop import collapse, linalg
-from fastagop.deep_rfm import LayerEvent, LayerRecord, normalise_rows
+from fastagop.deep_rfm.layer import LayerEvent, LayerRecord, normalise_rows
 from reproduce import files
 
 STAGES = ("input", "projected", "features")  # the layer's rows X, M^(1/2) x, Phi(M^(1/2) x)

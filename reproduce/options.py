@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastagop.features import COS_SCALE
+from fastagop.deep_rfm.random_features import COS_SCALE
 from reproduce.settings import KERNELS, POINTS, Place
 
 

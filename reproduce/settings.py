@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastagop import Gaussian, Laplace, datasets, npz
-from fastagop.features import COS_SCALE
+from fastagop import Gaussian, Laplace, datasets
+from fastagop.datasets import npz
+from fastagop.deep_rfm.random_features import COS_SCALE
 
 POINTS = 50_000  # the first 50,000 of each data set
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian}

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from fastagop import datasets, network, storage
+from fastagop import datasets, network
+from fastagop.estimators import files as storage
 from reproduce import files, networks
 from reproduce.layers import number
 from reproduce.network_settings import NetworkSettings

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastagop.kernels import _plan, reference
+from fastagop.kernels import plan, reference
 
 import fastagop
 
@@ -234,7 +234,7 @@ def little_memory(monkeypatch):
     """little_memory(bytes): operations without a memory_limit find that much free, and work in small blocks."""
 
     def leave(count: float) -> None:
-        monkeypatch.setattr(_plan, "available_bytes", lambda device: int(count))
+        monkeypatch.setattr(plan, "available_bytes", lambda device: int(count))
 
     return leave
 

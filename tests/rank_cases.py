@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fastagop.kernels import _plan, reference
+from fastagop.kernels import plan, reference
 from sklearn.base import clone
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed, ranks
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed
+from fastagop.distributed import communicator
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -62,10 +63,10 @@ def tensor_memory(call):
 
 def least_room(_):
     """Every rank may take what the poorest one has, and the processes of a machine share that."""
-    plain, few = _plan.available_bytes, 900_000
-    _plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
-    _, room = ranks.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
-    _plan.available_bytes = plain
+    plain, few = plan.available_bytes, 900_000
+    plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
+    _, room = communicator.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
+    plan.available_bytes = plain
     assert 0.5 * few <= room * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= few
 
 
@@ -87,7 +88,7 @@ def same_everywhere(value):
 
 def functions(_):
     """Every function, form and option on data of every shape: n not divisible, m of one row, d > n, K = 1."""
-    ranks._PIECE, ranks._PIECE_ROWS = 64, 3  # results travel in many pieces, the last one shorter
+    communicator._PIECE, communicator._PIECE_ROWS = 64, 3  # results travel in many pieces, the last one shorter
     bound = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
     for dtype, most in bound.items():
         for n, d, K, m in ((61, 5, 3, 40), (20, 30, 1, 1), (150, 4, 40, 33)):
@@ -168,19 +169,19 @@ def weighted(_):
 
 def unequal_memory(_):
     """A rank with little memory makes all cut their work as it must: smaller blocks, or no stored weights."""
-    X, V, plain = normal(200, 6), normal(200, 3, seed=3), _plan.available_bytes
+    X, V, plain = normal(200, 6), normal(200, 3, seed=3), plan.available_bytes
     for outputs, few in ((400, 900_000), (40, 600_000)):
         alpha = normal(200, outputs, seed=2)
         alone = fastagop.agop(Laplace(2.0), X, alpha), fastagop.kernel_matmul(Laplace(2.0), X, None, V)
-        _plan.available_bytes = lambda device, few=few: few if dist.get_rank() == 1 else plain(device)
+        plan.available_bytes = lambda device, few=few: few if dist.get_rank() == 1 else plain(device)
         shared = distributed.agop(Laplace(2.0), X, alpha), distributed.kernel_matmul(Laplace(2.0), X, None, V)
-        _plan.available_bytes = plain
+        plan.available_bytes = plain
         for a, b in zip(shared, alone, strict=True):
             assert error(a, b) < 1e-11
     _, free = tensor_memory(lambda: distributed.agop(Laplace(2.0), X, alpha))
-    _plan.available_bytes = lambda device: 600_000 if dist.get_rank() == 1 else plain(device)
+    plan.available_bytes = lambda device: 600_000 if dist.get_rank() == 1 else plain(device)
     _, taken = tensor_memory(lambda: distributed.agop(Laplace(2.0), X, alpha))
-    _plan.available_bytes = plain
+    plan.available_bytes = plain
     assert taken < 0.75 * free  # on every rank
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from fastagop.kernels import _atomic, _process
+from fastagop.kernels import atomic_files, process_identity
 
 
 def names(folder):
@@ -16,7 +16,7 @@ def names(folder):
 
 def test_writes_and_replaces(tmp_path):
     for content in (b"first", b"second, and longer", b""):
-        _atomic.write(tmp_path / "a", content)
+        atomic_files.write(tmp_path / "a", content)
         assert (tmp_path / "a").read_bytes() == content
     assert names(tmp_path) == ["a"]
 
@@ -26,14 +26,14 @@ def test_an_old_fixed_temporary_name_is_not_used(tmp_path):
     (tmp_path / "victim").write_bytes(b"precious")
     for name in ("a.tmp", ".a.tmp", f".a.{os.getpid()}.tmp"):
         (tmp_path / name).symlink_to(tmp_path / "victim")
-    _atomic.write(tmp_path / "a", b"new")
+    atomic_files.write(tmp_path / "a", b"new")
     assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
 def test_a_link_at_the_path_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / "a").symlink_to(tmp_path / "victim")
-    _atomic.write(tmp_path / "a", b"new")
+    atomic_files.write(tmp_path / "a", b"new")
     assert not (tmp_path / "a").is_symlink()
     assert (tmp_path / "a").read_bytes() == b"new"
     assert (tmp_path / "victim").read_bytes() == b"precious"
@@ -43,7 +43,7 @@ def test_a_link_at_the_path_is_replaced_and_not_followed(tmp_path):
 def test_permissions_obey_the_umask(tmp_path, mask):
     old = os.umask(mask)
     try:
-        _atomic.write(tmp_path / "a", b"1")
+        atomic_files.write(tmp_path / "a", b"1")
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~mask
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_settled_is_no_failure(tmp_path, monkeypatch, co
         plain(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    _atomic.write(tmp_path / "a", b"1")
+    atomic_files.write(tmp_path / "a", b"1")
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
@@ -72,21 +72,21 @@ def test_a_folder_that_cannot_be_opened_is_no_failure(tmp_path, monkeypatch):
         return plain(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    _atomic.write(tmp_path / "a", b"1")
+    atomic_files.write(tmp_path / "a", b"1")
     assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_failure_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, code, where):
-    _atomic.write(tmp_path / "a", b"old")
+    atomic_files.write(tmp_path / "a", b"old")
 
     def fail(*_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, where, fail)
     with pytest.raises(OSError, match=r"/a'$") as caught:
-        _atomic.write(tmp_path / "a", b"new")
+        atomic_files.write(tmp_path / "a", b"new")
     assert caught.value.errno == code
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
@@ -99,21 +99,21 @@ def test_places_that_cannot_be_written_to(tmp_path, path, error):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     with pytest.raises(error, match=rf"{path}'$"):
-        _atomic.write(tmp_path / path, b"1")
+        atomic_files.write(tmp_path / path, b"1")
     assert names(tmp_path) == ["file", "folder"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_devices_are_written_to_as_they_are():
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
-        _atomic.write("/dev/full", b"1")
-    _atomic.write("/dev/null", b"1")
+        atomic_files.write("/dev/full", b"1")
+    atomic_files.write("/dev/null", b"1")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 255, "é" * 120, ".hidden", "with space\nand line"])
 def test_any_name_that_the_file_system_takes(tmp_path, name):
-    _atomic.write(tmp_path / name, b"1")
+    atomic_files.write(tmp_path / name, b"1")
     assert names(tmp_path) == [name]
 
 
@@ -123,15 +123,15 @@ def test_what_killed_writers_left_is_removed_by_the_next(tmp_path, name):
     pid = os.fork() if hasattr(os, "fork") else pytest.skip("forks")
     if pid == 0:  # killed between writing and renaming
         os.replace = lambda *_: os.kill(os.getpid(), 9)
-        _atomic.write(tmp_path / name, b"half")
+        atomic_files.write(tmp_path / name, b"half")
     os.waitpid(pid, 0)
     (left,) = names(tmp_path)
     alive = left.replace(f"-{pid}-", f"-{os.getpid()}-").rpartition(f"-{os.getpid()}-")[0]
-    alive += f"-{_process.token().split('-', 1)[1]}.00000000.tmp"
+    alive += f"-{process_identity.token().split('-', 1)[1]}.00000000.tmp"
     others = [alive, ".a.tmp", ".a.1234.tmp", ".b." + left.split(".", 2)[2]]
     for other in others:
         (tmp_path / other).write_bytes(b"")
-    _atomic.write(tmp_path / name, b"whole")
+    atomic_files.write(tmp_path / name, b"whole")
     assert left not in names(tmp_path)
     assert names(tmp_path) == sorted([name, *others])
 
@@ -141,17 +141,17 @@ def test_another_hosts_temporaries_go_when_they_are_old(tmp_path):
     for path in (fresh, old):
         path.write_bytes(b"")
     os.utime(old, (0, time.time() - 2 * 86400))
-    _atomic.write(tmp_path / "a", b"1")
+    atomic_files.write(tmp_path / "a", b"1")
     assert names(tmp_path) == [fresh.name, "a"]
 
 
 def test_threads_that_write_one_file_publish_whole_ones(tmp_path):
     contents, broken, done = [bytes([k]) * 200_000 for k in range(4)], [], threading.Event()
-    _atomic.write(tmp_path / "a", contents[0])
+    atomic_files.write(tmp_path / "a", contents[0])
 
     def write(content):
         while not done.is_set():
-            _atomic.write(tmp_path / "a", content)
+            atomic_files.write(tmp_path / "a", content)
 
     threads = [threading.Thread(target=write, args=(content,)) for content in contents]
     for thread in threads:
@@ -167,12 +167,12 @@ def test_threads_that_write_one_file_publish_whole_ones(tmp_path):
 
 
 def test_what_became_of_a_process():
-    mine = _process.token()
-    assert _process.state(mine) == _process.RUNNING
+    mine = process_identity.token()
+    assert process_identity.state(mine) == process_identity.RUNNING
     place, pid, start = mine.split("-")
-    assert _process.state(f"{place}-{pid}-{int(start) + 1}") == _process.ENDED  # the pid came back
-    assert _process.state(f"{place}-{2**22 + 7}-1") == _process.ENDED
-    assert _process.state(f"{place}-{2**70}-1") == _process.ENDED
-    assert _process.state(f"00000000-{pid}-{start}") == _process.ELSEWHERE
+    assert process_identity.state(f"{place}-{pid}-{int(start) + 1}") == process_identity.ENDED  # the pid came back
+    assert process_identity.state(f"{place}-{2**22 + 7}-1") == process_identity.ENDED
+    assert process_identity.state(f"{place}-{2**70}-1") == process_identity.ENDED
+    assert process_identity.state(f"00000000-{pid}-{start}") == process_identity.ELSEWHERE
     for nonsense in ("", "a-b-c", "1", f"{place}-0-0", f"{place}--5-1"):
-        assert _process.state(nonsense) == _process.ELSEWHERE
+        assert process_identity.state(nonsense) == process_identity.ELSEWHERE

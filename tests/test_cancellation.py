@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import torch_agop
+from fastagop.kernels.agop import agop_from_weights_
+from fastagop.kernels.torch_backend import agop as torch_agop
 
 import fastagop
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
-from fastagop.agop import agop_from_weights_
 
 Long = np.longdouble
 # docs/pages/numerics.md: an entry of the gradients is off by at most so many eps of its terms.

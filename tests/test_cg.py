@@ -14,7 +14,8 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import ConjugateGradients, Gaussian, Laplace, cg
+from fastagop import ConjugateGradients, Gaussian, Laplace
+from fastagop.solvers import cg
 
 EPS = 2.0**-52
 TIGHT = ConjugateGradients(tolerance=1e-11)

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace, storage
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace
+from fastagop.estimators import files as storage
 from tests.test_estimators import blobs
 
 X, y = blobs()

@@ -10,8 +10,9 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMClassifier, RFMRegressor, copies
-from fastagop.deep_rfm import normalise_rows
+from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMClassifier, RFMRegressor
+from fastagop.deep_rfm.layer import normalise_rows
+from fastagop.solvers import copies
 
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

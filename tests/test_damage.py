@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import save
 
 import fastagop
-from fastagop import DeepRFMClassifier, datasets, npz, storage, tensor_files
+from fastagop import DeepRFMClassifier, datasets
+from fastagop.datasets import npz
+from fastagop.estimators import files as storage
+from fastagop.estimators import tensor_files
 
 RNG = np.random.default_rng(0)
 

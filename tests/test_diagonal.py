@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import reference, torch_diagonal
+from fastagop.kernels import reference
+from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 
 from fastagop import Gaussian, Laplace, Matern52, RFMClassifier, RFMRegressor
 

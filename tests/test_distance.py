@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastagop.kernels.distance import squared_distances, squared_norms
+from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ from sklearn.base import clone
 
 import fastagop
 from fastagop import DeepRFMClassifier, Laplace, distributed
-from fastagop.ranks import Ranks
+from fastagop.distributed.communicator import Ranks
 
 CASES = Path(__file__).with_name("rank_cases.py")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastagop.features import random_features
+from fastagop.deep_rfm.random_features import random_features
 
 LIKE = torch.empty(0, dtype=torch.float64)
 

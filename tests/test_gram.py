@@ -7,8 +7,11 @@ import warnings
 
 import pytest
 import torch
-from fastagop.kernels import reference, smooth, torch_agop, torch_gram
-from fastagop.kernels.smooth import Smooth
+from fastagop.kernels import reference
+from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import gram as torch_gram
+from fastagop.kernels.torch_backend import low_rank
+from fastagop.kernels.torch_backend.low_rank import Smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,9 +33,9 @@ def smooth_part(kind, W, own, normal, rank=3):
     """Some part, good or bad: the sum must not depend on it."""
     m, n = W.shape
     if kind == "constant":
-        return smooth.constant(W, own)
+        return low_rank.constant(W, own)
     if kind == "leading":
-        return smooth.leading(W, own, rank)
+        return low_rank.leading(W, own, rank)
     Q = normal(n, rank, dtype=W.dtype, seed=7)  # as large as W, and nothing to do with it
     return Smooth(Q * torch.tensor([1.0, -2.0, 0.5], dtype=W.dtype) if own else normal(m, rank, dtype=W.dtype), Q, own)
 
@@ -92,8 +95,8 @@ def test_the_leading_part_is_nearly_the_best(own, cloud, normal):
     X = cloud("collapsed 3e-1", n=200, d=9)
     Z = X if own else cloud("collapsed 3e-1", n=150, d=9, seed=0)
     W = torch_agop.weights(Laplace(2.0), X, Z, 64)
-    best = torch.linalg.svdvals(W)[smooth.RANK :].square().sum()
-    constant, leading = (float(f(W, own).left_over(W).sum()) for f in (smooth.constant, smooth.leading))
+    best = torch.linalg.svdvals(W)[low_rank.RANK :].square().sum()
+    constant, leading = (float(f(W, own).left_over(W).sum()) for f in (low_rank.constant, low_rank.leading))
     assert leading <= 2 * float(best)  # the iteration need not converge
     assert leading < 0.1 * constant
 
@@ -101,8 +104,8 @@ def test_the_leading_part_is_nearly_the_best(own, cloud, normal):
 @pytest.mark.parametrize("n", [1, 2])
 def test_parts_of_very_little(n):
     W = torch.zeros(n, n)
-    assert smooth.constant(W, own=True).left_over(W).tolist() == [0.0] * n
-    assert smooth.constant(W, own=False).left_over(W).tolist() == [0.0] * n
+    assert low_rank.constant(W, own=True).left_over(W).tolist() == [0.0] * n
+    assert low_rank.constant(W, own=False).left_over(W).tolist() == [0.0] * n
 
 
 # ---- what it is for
@@ -111,9 +114,9 @@ def test_parts_of_very_little(n):
 @pytest.mark.parametrize(
     ("name", "part", "least"),
     [
-        ("spread", smooth.constant, 10),  # distances are alike
-        ("collapsed 3e-1", smooth.leading, 5),  # and by pairs of classes
-        ("collapsed 3e-2", smooth.leading, 10),
+        ("spread", low_rank.constant, 10),  # distances are alike
+        ("collapsed 3e-1", low_rank.leading, 5),  # and by pairs of classes
+        ("collapsed 3e-2", low_rank.leading, 10),
     ],
 )
 def test_digits_that_a_smooth_part_saves(name, part, least, cloud, targets, relative):
@@ -128,7 +131,7 @@ def test_digits_that_a_smooth_part_saves(name, part, least, cloud, targets, rela
 
 
 @kernels
-@pytest.mark.parametrize("part", [smooth.constant, smooth.leading])
+@pytest.mark.parametrize("part", [low_rank.constant, low_rank.leading])
 @pytest.mark.parametrize(
     "name", ["spread", "collapsed 1", "collapsed 1e-1", "collapsed 1e-2", "collapsed 1e-3", "offset"]
 )
@@ -146,7 +149,7 @@ def test_the_guard_bounds_the_loss(kernel, part, name, outputs, own, cloud, norm
     loss = torch_agop._LOSS * EPS * guard.amplification(part(W, own))
     wide = [t.double() for t in (W, X, alpha, Z)]
     z = wide[1] if own else wide[3]
-    true = gram(wide[0], wide[1], wide[2], z, smooth.constant(wide[0], own))
+    true = gram(wide[0], wide[1], wide[2], z, low_rank.constant(wide[0], own))
     found = relative(gram(W, X, alpha, Z, part(W, own)), true)
     assert found <= 4 * loss + 8 * EPS
     assert torch_gram.Guard(*wide[:3], z, False).amplification(part(wide[0], own)) > 0
@@ -156,15 +159,15 @@ def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
     X, alpha = cloud("spread", n=150, d=10), normal(150, 3)
     Z = 3 + 0.03 * cloud("spread", n=80, d=10, seed=2)  # gradients there nearly agree
     W = torch_agop.weights(Laplace(2.0), X, Z, 64)
-    part = smooth.constant(W, own=False)
+    part = low_rank.constant(W, own=False)
     plain, centred = (torch_gram.Guard(W, X, alpha, Z, center).amplification(part) for center in (False, True))
     assert centred > 100 * plain
 
 
 @pytest.mark.parametrize(("name", "form", "dtype", "rank"), [
     ("spread", "gram", torch.float32, 1),  # nothing to guard against
-    ("collapsed 3e-1", "gram", torch.float32, smooth.RANK),
-    ("collapsed 1e-3", "gram", torch.float64, smooth.RANK),
+    ("collapsed 3e-1", "gram", torch.float32, low_rank.RANK),
+    ("collapsed 1e-3", "gram", torch.float64, low_rank.RANK),
 ])  # fmt: skip
 def test_the_roads(name, form, dtype, rank, cloud, normal):
     X, alpha = cloud(name, n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from fastagop.ranks import _hash
+from fastagop.distributed.communicator import _hash
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_hashed_in_blocks_or_at_once(X, monkeypatch):
     data = b"(40, 6) torch.float64" + X.numpy().tobytes()
     expected = int.from_bytes(hashlib.sha256(data).digest()[:8], "little", signed=True)
     assert _hash(X) == expected
-    monkeypatch.setattr("fastagop.ranks._HASHED", 100)
+    monkeypatch.setattr("fastagop.distributed.communicator._HASHED", 100)
     assert _hash(X) == expected
 
 

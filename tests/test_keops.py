@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastagop.kernels import _backends, keops_ops, reference
+from fastagop.kernels import backends, reference
+from fastagop.kernels.keops_backend import reductions
 from fastagop.kernels.radial import Radial
 
 import fastagop
@@ -125,10 +126,10 @@ def test_layouts_and_autograd(dtype, cloud, normal):
 def test_outputs_in_chunks(cloud, normal, monkeypatch):
     """More outputs than one reduction takes: chunks of one width, the last padded with zeros."""
     X, alpha = cloud("spread", n=40, d=D, dtype=torch.float64), normal(40, 2 * K + 1)
-    monkeypatch.setattr(keops_ops, "_OUTPUTS", K * D)  # gradients of K outputs a reduction: 7 = 3 + 3 + 1
+    monkeypatch.setattr(reductions, "_OUTPUTS", K * D)  # gradients of K outputs a reduction: 7 = 3 + 3 + 1
     agrees(fastagop.gradients(Laplace(2.0), X, alpha, **KEOPS), reference.gradients(Laplace(2.0), X, alpha))
     agrees(fastagop.agop(Laplace(2.0), X, alpha, **KEOPS), reference.agop(Laplace(2.0), X, alpha))
-    monkeypatch.setattr(keops_ops, "_OUTPUTS", K)
+    monkeypatch.setattr(reductions, "_OUTPUTS", K)
     agrees(
         fastagop.kernel_matmul(Laplace(2.0), X, None, alpha, **KEOPS),
         reference.kernel_matmul(Laplace(2.0), X, X, alpha),
@@ -226,14 +227,14 @@ def test_a_compilation_that_fails_says_what_it_needs(monkeypatch):
             def Genred(*args, **kwargs):
                 raise ImportError("pykeops_cpp_1234")
 
-    monkeypatch.setattr(keops_ops, "_pykeops", lambda: Broken)
+    monkeypatch.setattr(reductions, "_pykeops", lambda: Broken)
     with pytest.raises(BackendUnavailable, match=r"kernel_matmul.*2 features.*pykeops_cpp_1234.*python3-dev"):
-        keops_ops._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, 1, torch.float32, "cpu")
+        reductions._reduction("kernel_matmul of a test", "no formula", "xz", 2, 1, 1, torch.float32, "cpu")
 
 
 @needs_keops
 def test_compiling_is_said_once_and_prints_nothing(capsys, caplog):
-    announcer = keops_ops._Announcer("something")
+    announcer = reductions._Announcer("something")
     with caplog.at_level(logging.INFO, logger="fastagop"):
         announcer.write("[KeOps] Generating code for ... ")
         announcer.write("[pyKeOps] Compiling ... ")
@@ -255,8 +256,8 @@ print(float(fastagop.kernel_matmul(fastagop.Laplace(2.0), X, None, torch.ones(3,
 
 
 def test_auto_takes_it_where_it_measured_faster_and_compiling_pays(cloud, normal, monkeypatch):
-    monkeypatch.setattr(keops_ops, "missing", lambda kernel, X: None)
-    monkeypatch.setattr(_backends, "KEOPS_PAIRS", 2000)
+    monkeypatch.setattr(reductions, "missing", lambda kernel, X: None)
+    monkeypatch.setattr(backends, "KEOPS_PAIRS", 2000)
     few, many = cloud("spread", n=40, d=2), cloud("spread", n=50, d=2)
     calls = {
         "kernel_matmul": lambda X: fastagop.explain("kernel_matmul", Laplace(2.0), X, None, normal(len(X), K)),
@@ -264,17 +265,17 @@ def test_auto_takes_it_where_it_measured_faster_and_compiling_pays(cloud, normal
         "agop": lambda X: fastagop.explain("agop", Laplace(2.0), X, normal(len(X), K)),
     }
     for op, text in calls.items():
-        monkeypatch.setitem(_backends.KEOPS_FEATURES, ("cpu", op), 2)
+        monkeypatch.setitem(backends.KEOPS_FEATURES, ("cpu", op), 2)
         assert "backend torch" in text(few)
         assert "backend keops" in text(many)
         assert "KeOps is faster up to 2 features" in text(many)
         assert "backend torch" in text(cloud("spread", n=50, d=3))
     gram = fastagop.explain("agop", Laplace(2.0), many, normal(50, K), method="gram")
     assert "backend torch, method gram" in gram
-    monkeypatch.setattr(keops_ops, "missing", lambda kernel, X: "not here")
+    monkeypatch.setattr(reductions, "missing", lambda kernel, X: "not here")
     assert "backend torch" in calls["agop"](many)
 
 
 def test_what_auto_goes_by_is_what_was_measured():
     measured = json.loads((Path(__file__).parents[1] / "bench" / "results" / "keops_cpu.json").read_text())
-    assert {("cpu", op): most for op, most in measured["crossover"].items()} == _backends.KEOPS_FEATURES
+    assert {("cpu", op): most for op, most in measured["crossover"].items()} == backends.KEOPS_FEATURES

@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
-from fastagop.kernels import _config, _measured
-from fastagop.kernels._measured import Measured
+from fastagop.kernels import calibration
+from fastagop.kernels.calibration import Measured
+from fastagop.kernels.triton_backend import launch_config
 
 import fastagop
 from bench import calibrate
@@ -39,7 +40,7 @@ def test_measured_rates_choose_the_form(cache, fast):
     rates = {
         f"{form} {word}": 1e15 if form == fast else 1.0 for form in (fast, slow) for word in ("float32", "float64")
     }
-    _measured.save(CPU, Measured({}, rates, ABOUT))
+    calibration.save(CPU, Measured({}, rates, ABOUT))
     text = fastagop.explain("agop", Laplace(2.0), *problem())
     assert f"method {fast}" in text
     assert "rates measured on this device, 2026-01-01" in text
@@ -47,8 +48,8 @@ def test_measured_rates_choose_the_form(cache, fast):
 
 def test_round_trip(cache):
     measured = Measured({"matrix fp16x3": (64, 32, 32, 4, 1)}, {"gram float32": 1.5e11}, ABOUT)
-    file = _measured.save(CPU, measured)
-    assert _measured.measured(CPU) == measured
+    file = calibration.save(CPU, measured)
+    assert calibration.measured(CPU) == measured
     assert [p.name for p in cache.iterdir()] == [file.name]  # no draft is left
 
 
@@ -59,7 +60,7 @@ def test_round_trip(cache):
 )  # fmt: skip
 def test_a_damaged_file_is_warned_of_once_and_not_used(cache, text):
     """The file is optional: what needs none of it goes on, and says why it knows nothing of this device."""
-    file = _measured.save(CPU, Measured())
+    file = calibration.save(CPU, Measured())
     file.write_text(text)
     with pytest.warns(UserWarning, match=r"delete it or calibrate again") as said:
         fastagop.agop(Laplace(2.0), *problem())
@@ -73,9 +74,9 @@ def forbidden(*_, **__):
 
 
 def test_a_file_that_cannot_be_read_is_as_good_as_none(cache, monkeypatch):
-    _measured.save(CPU, Measured({}, {"gram float32": 1e15}, ABOUT))
-    monkeypatch.setattr(_measured, "open", forbidden, raising=False)
-    assert _measured.measured(CPU) == Measured()
+    calibration.save(CPU, Measured({}, {"gram float32": 1e15}, ABOUT))
+    monkeypatch.setattr(calibration, "open", forbidden, raising=False)
+    assert calibration.measured(CPU) == Measured()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_folders_that_cannot_be(monkeypatch, tmp_path, variable, value):
     for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, value)
-    assert _measured.measured(CPU) == Measured()
+    assert calibration.measured(CPU) == Measured()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,27 +114,27 @@ def test_a_home_that_cannot_be_searched(monkeypatch):
             forbidden() if str(path).startswith("/locked") else plain(path, *args, **kw)
         )
         monkeypatch.setattr(os, name, refuse)
-    monkeypatch.setattr(_measured, "open", forbidden, raising=False)
+    monkeypatch.setattr(calibration, "open", forbidden, raising=False)
     fastagop.agop(Laplace(2.0), *problem())
     fastagop.explain("solve", Laplace(2.0), *problem())
 
 
 def test_measured_configurations_are_launched(cache, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    table = _config.config("matrix", "tf32", CPU)
-    assert table == _config.TABLE[9]["matrix", "tf32"]
-    _measured.save(CPU, Measured({"matrix tf32": (64, 32, 32, 4, 1)}, {}, ABOUT))
-    assert _config.config("matrix", "tf32", CPU) == _config.Config(64, 32, 32, 4, 1)
-    assert _config.config("gram", "tf32", CPU) == _config.TABLE[9]["gram", "tf32"]
-    with _config.trial("gram", "tf32", table):
-        assert _config.config("gram", "tf32", CPU) == table
-        assert _config.config("matrix", "tf32", CPU) == _config.Config(64, 32, 32, 4, 1)
+    table = launch_config.config("matrix", "tf32", CPU)
+    assert table == launch_config.TABLE[9]["matrix", "tf32"]
+    calibration.save(CPU, Measured({"matrix tf32": (64, 32, 32, 4, 1)}, {}, ABOUT))
+    assert launch_config.config("matrix", "tf32", CPU) == launch_config.Config(64, 32, 32, 4, 1)
+    assert launch_config.config("gram", "tf32", CPU) == launch_config.TABLE[9]["gram", "tf32"]
+    with launch_config.trial("gram", "tf32", table):
+        assert launch_config.config("gram", "tf32", CPU) == table
+        assert launch_config.config("matrix", "tf32", CPU) == launch_config.Config(64, 32, 32, 4, 1)
 
 
 def test_calibrating(cache, tmp_path):
     out = tmp_path / "rates.json"
     calibrate.main(CPU, out, 1, 100)
-    rates = _measured.measured(CPU).rates
+    rates = calibration.measured(CPU).rates
     assert set(rates) == {f"{form} {word}" for form in ("gradient", "gram") for word in ("float32", "float64")}
     assert json.loads(out.read_text())["rates"] == rates
     assert all(rate > 0 for rate in rates.values())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastagop
-from fastagop.module import DeepRFMModule
+from fastagop.deep_rfm.module import DeepRFMModule
 
 KERNELS = {
     "Laplace": fastagop.Laplace(1.3),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastagop
-from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor, inputs
+from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor
+from fastagop.estimators import inputs
 
 
 def smooth(n=150, d=4, seed=0):

@@ -147,7 +147,7 @@ def test_bad_parameters_are_named_before_any_work(make, name, value, monkeypatch
     X, y = data()
     if name not in make().get_params():
         pytest.skip("not a parameter of this one")
-    monkeypatch.setattr("fastagop.inputs.matrix", None)  # nothing of the data is looked at
+    monkeypatch.setattr("fastagop.estimators.inputs.matrix", None)  # nothing of the data is looked at
     with pytest.raises((ValueError, TypeError, RuntimeError), match=name.replace("process_", "process ?_?")):
         make(**{**SMALL[make], name: value}).fit(X, y)
 

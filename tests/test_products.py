@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from fastagop.kernels import _products
+from fastagop.kernels import gemm
 
 LAYOUTS = {
     "contiguous": lambda M: M.contiguous(),
@@ -23,14 +23,14 @@ def test_layouts(dtype, first, second, normal, relative):
     A, B = LAYOUTS[first](normal(9, 5, dtype=dtype)), LAYOUTS[second](normal(7, 5, dtype=dtype, seed=2))
     for bias in (None, normal(7, dtype=dtype, seed=3)):
         expected = A.double() @ B.double().T + (0.0 if bias is None else bias.double())
-        assert relative(_products.product(A, B, bias), expected) <= 8 * torch.finfo(dtype).eps
+        assert relative(gemm.product(A, B, bias), expected) <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_second_factor_has_no_gaps(layout, normal):
     """With gaps oneDNN's product takes a thousand times as long."""
     B = LAYOUTS[layout](normal(7, 5, dtype=torch.float32))
-    dense = _products._dense(B)
+    dense = gemm._dense(B)
     assert torch.equal(dense, B)
     assert dense.is_contiguous() or dense.T.is_contiguous()
     assert (dense is B) == (layout in ("contiguous", "transposed"))  # the common ones are not copied
@@ -39,4 +39,4 @@ def test_the_second_factor_has_no_gaps(layout, normal):
 @pytest.mark.parametrize("shape", [(0, 5, 7), (9, 0, 7), (9, 5, 0), (1, 1, 1)])
 def test_empty(shape):
     m, k, n = shape
-    assert torch.equal(_products.product(torch.ones(m, k), torch.ones(n, k)), torch.full((m, n), float(k)))
+    assert torch.equal(gemm.product(torch.ones(m, k), torch.ones(n, k)), torch.full((m, n), float(k)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels.radial import Radial
-from fastagop.kernels.torch_blocks import weights_from_upper_
+from fastagop.kernels.torch_backend.tiles import weights_from_upper_
 
 import fastagop
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastagop import datasets, raw_images
-from fastagop.datasets import UnknownDataWarning
+from fastagop import datasets
+from fastagop.datasets import raw_images
+from fastagop.datasets.loading import UnknownDataWarning
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,8 @@ import torch
 from sklearn.exceptions import NotFittedError
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace, storage
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace
+from fastagop.estimators import files as storage
 from tests.test_estimators import SMALL, blobs
 
 X, y = blobs()

@@ -7,14 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fastagop import (
-    DeepRFMClassifier,
-    DeepRFMRegressor,
-    Gaussian,
-    NumericalWarning,
-    RFMClassifier,
-    RFMRegressor,
-)
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, NumericalWarning, RFMClassifier, RFMRegressor
 
 RNG = np.random.default_rng(0)
 X, Z = RNG.normal(size=(40, 4)), RNG.normal(size=(30, 4))

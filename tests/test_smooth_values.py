@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastagop.kernels import smooth
-from fastagop.kernels.torch_blocks import dominant_offset
+from fastagop.kernels.torch_backend import low_rank
+from fastagop.kernels.torch_backend.tiles import dominant_offset
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -22,7 +22,7 @@ def test_what_is_left_is_exact(own, rank, n, normal):
     exact = W.double() - P.double() @ Q.double().T
     if own:
         exact.fill_diagonal_(0.0)
-    left = smooth.Smooth(P, Q, own).subtract_(W.clone())
+    left = low_rank.Smooth(P, Q, own).subtract_(W.clone())
     assert float((left.double() - exact).abs().max()) <= 4 * EPS * float(exact.abs().max())
 
 
@@ -41,7 +41,7 @@ def test_the_leading_part_keeps_the_signs_of_its_eigenvalues(dtype, normal):
     large = torch.tensor([9.0, -8.0, 7.0, -6.0, 5.0, -4.0, 3.0, -2.0], dtype=torch.float64)
     W = symmetric(normal, torch.cat([large, torch.full((112,), 1e-3, dtype=torch.float64)])).fill_diagonal_(0.0)
     W = W.to(dtype)
-    part = smooth.leading(W.clone(), own=True)
+    part = low_rank.leading(W.clone(), own=True)
     assert part.rank == 16
     total = float(W.double().square().sum())
     assert float(part.left_over(W).sum()) <= 0.004 * total

@@ -12,16 +12,8 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import (
-    DeepRFMClassifier,
-    Gaussian,
-    GeneralisedLaplace,
-    Laplace,
-    Matern52,
-    RFMClassifier,
-    RFMRegressor,
-    direct,
-)
+from fastagop import DeepRFMClassifier, Gaussian, GeneralisedLaplace, Laplace, Matern52, RFMClassifier, RFMRegressor
+from fastagop.solvers import direct
 
 solving = importlib.import_module("fastagop.solve")  # the module: fastagop.solve is the function
 DTYPES = [torch.float32, torch.float64]

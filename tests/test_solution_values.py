@@ -8,14 +8,15 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMRegressor, cg
+from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMRegressor
+from fastagop.solvers import cg
 
 EPS = 2.0**-52
 
 
 def normalised(rows: torch.Tensor) -> torch.Tensor:
     """What a layer of Deep RFM makes of its rows."""
-    from fastagop.deep_rfm import normalise_rows
+    from fastagop.deep_rfm.layer import normalise_rows
 
     return normalise_rows(rows)
 

@@ -15,7 +15,7 @@ from fastagop.kernels import reference
 
 import fastagop
 from fastagop import Gaussian, Laplace
-from fastagop.solve import report
+from fastagop.solvers.solve import report
 
 DTYPES = [torch.float32, torch.float64]
 METHODS = ["auto", "cholesky", "eigh"]

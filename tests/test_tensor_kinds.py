@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from fastagop.kernels import _checks
+from fastagop.kernels import checks
 from torch._subclasses import FakeTensorMode
 from torch.masked import masked_tensor
 
@@ -88,7 +88,7 @@ def test_bfloat16_and_arrays_say_how_to_convert(op, name, valid):
 @every_tensor
 def test_a_device_without_float64(op, name, valid, monkeypatch):
     """Apple's GPUs: said at the door, not by torch in the middle."""
-    monkeypatch.setattr(_checks, "has_float64", lambda device: False)
+    monkeypatch.setattr(checks, "has_float64", lambda device: False)
     with pytest.raises(TypeError, match=r"^X must be on a device with float64, got cpu: .*; move it with X\.cpu\(\)"):
         getattr(fastagop, op)(**valid(op))
 
@@ -97,9 +97,9 @@ def test_float64_is_tried_on_unknown_devices(monkeypatch):
     def refuse(*args, **kwargs):
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
 
-    assert _checks.has_float64(torch.device("cpu"))
+    assert checks.has_float64(torch.device("cpu"))
     monkeypatch.setattr(torch, "zeros", refuse)
-    assert not _checks.has_float64(torch.device("mps"))
+    assert not checks.has_float64(torch.device("mps"))
 
 
 class Named(torch.Tensor):

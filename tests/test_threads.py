@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastagop.kernels import _backends
-from fastagop.kernels._backends import matmul_precision
-from fastagop.kernels._switches import Switch
+from fastagop.kernels import backends
+from fastagop.kernels.backends import matmul_precision
+from fastagop.kernels.precision import Switch
 from torch import nn
 
 import fastagop
@@ -139,7 +139,7 @@ def test_different_wishes_at_once(older, monkeypatch):
     """On CUDA "medium" means TF32: while a call that needs full float32 runs, nobody computes in TF32."""
     if older:
         before = torch.get_float32_matmul_precision()
-        monkeypatch.setattr(_backends, "_products_by_backend", lambda: (object(), object()))
+        monkeypatch.setattr(backends, "_products_by_backend", lambda: (object(), object()))
         read, full, fast = torch.get_float32_matmul_precision, {"highest"}, "medium"
     else:
         if not NEWER:
@@ -169,7 +169,7 @@ def test_different_wishes_at_once(older, monkeypatch):
 
 
 def test_the_older_interface_is_left_as_found(monkeypatch):
-    monkeypatch.setattr(_backends, "_products_by_backend", lambda: (object(), object()))
+    monkeypatch.setattr(backends, "_products_by_backend", lambda: (object(), object()))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

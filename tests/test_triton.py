@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import _config
-from fastagop.kernels._backends import _input_precisions, triton_fills
+from fastagop.kernels.backends import _input_precisions, triton_fills
+from fastagop.kernels.triton_backend import launch_config
 
 import fastagop
 from fastagop import BackendUnavailable, Laplace
@@ -24,7 +24,7 @@ CASES = Path(__file__).parent / "triton_cases.py"
 SHARED = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may take
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-LAUNCHES = sorted(_config.TABLE[8])  # (operation, precision)
+LAUNCHES = sorted(launch_config.TABLE[8])  # (operation, precision)
 
 
 # Interpreters before Triton 3.7 convert arrays of one element to int, which NumPy 2.4 no longer does.
@@ -49,16 +49,19 @@ def compiled(operation, precision, capability, profile="laplace", weight=True):
         pytest.skip("this Triton has no float64 products")
     if precision == "bf16x3" and "bf16x3" not in _input_precisions():
         pytest.skip("this Triton has no bf16x3 products")
-    from fastagop.kernels import agop_triton, cholesky_triton, matmul_triton, matrix_triton
+    from fastagop.kernels.triton_backend import agop as agop_triton
+    from fastagop.kernels.triton_backend import cholesky
+    from fastagop.kernels.triton_backend import matmul as matmul_triton
+    from fastagop.kernels.triton_backend import matrix as matrix_triton
 
     kernel = {
-        "update": cholesky_triton._update_kernel,
+        "update": cholesky._update_kernel,
         "matrix": matrix_triton._matrix_kernel,
         "matmul": matmul_triton._matmul_kernel,
         "gradient": agop_triton._gradient_kernel,
         "gram": agop_triton._gram_kernel,
     }[operation]
-    config = _config.TABLE[capability // 10][operation, precision]
+    config = launch_config.TABLE[capability // 10][operation, precision]
     second = {"fp16x3": "tf32x3"}.get(precision, precision)
     constants = {
         **{"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner, "KIND": profile},

@@ -9,10 +9,12 @@ import dataclasses
 
 import pytest
 import torch
-from fastagop.kernels import _config, reference, triton_ops
-from fastagop.kernels._backends import triton_fills
-from fastagop.kernels._config import interpreted
-from fastagop.kernels.split_triton import operand
+from fastagop.kernels import reference
+from fastagop.kernels.backends import triton_fills
+from fastagop.kernels.triton_backend import launch as triton_launch
+from fastagop.kernels.triton_backend import launch_config
+from fastagop.kernels.triton_backend.launch_config import interpreted
+from fastagop.kernels.triton_backend.split import operand
 
 import fastagop
 from bench import calibrate
@@ -90,7 +92,7 @@ def test_kernel_matmul(kernel, p):
 @pytest.mark.parametrize("spread", [None, 1e-3])
 def test_gradients_and_agop(kernel, spread):
     X, Z, alpha = points(spread=spread), points(45, seed=1), normal(70, 3)
-    # The gradient form loses about eps |x| / r near collapse (fastagop.kernels.torch_agop).
+    # The gradient form loses about eps |x| / r near collapse (fastagop.kernels.torch_backend.agop).
     limit = 32 * EPS if spread is None or isinstance(kernel, Gaussian) else 1e-3
     for where in (None, Z):
         truth = reference.gradients(kernel, X, alpha, where)
@@ -110,7 +112,7 @@ def test_float64_kernel_matrix(kernel, spread):
     if not triton_fills(torch.float64):
         pytest.skip("this Triton has no float64 products")
     kernel, X = type(kernel)(1.7), points(spread=spread)
-    K = triton_ops.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
+    K = triton_launch.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
     truth = reference.kernel_matrix(kernel, X)
     assert error(K, truth) <= 1e-14
     distance = (1.0 - K).cpu().fill_diagonal_(1.0), (1.0 - truth).fill_diagonal_(1.0)
@@ -132,7 +134,7 @@ def test_further_profiles(kernel, spread):
     limit = 32 * EPS if spread is None or kernel != GeneralisedLaplace(1.7, 0.7) else 1e-3  # singular at distance 0
     assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
     if triton_fills(torch.float64):
-        wide = triton_ops.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
+        wide = triton_launch.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
         assert error(wide, truth) <= 1e-14
     narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
     assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), torch.eye(40, device=DEVICE))
@@ -146,7 +148,7 @@ def test_cholesky_update(precision, n, block):
     X = points(n)
     A = fastagop.kernel_matrix(Laplace(2.0), X, backend="torch")
     upper = A.triu(1)
-    assert linalg.cholesky_lower_(A, 1.5, block, triton_ops.cholesky_update(precision)) == 0
+    assert linalg.cholesky_lower_(A, 1.5, block, triton_launch.cholesky_update(precision)) == 0
     assert torch.equal(A.triu(1), upper)
     L = A.tril().double()
     truth = upper.double() + upper.double().T + 1.5 * torch.eye(n, device=DEVICE)
@@ -301,12 +303,12 @@ def test_tuning(wrong, capsys, monkeypatch):
     X, seen = points(), []
 
     def run():
-        seen.append(_config.config("matrix", "fp16x3", X.device))
+        seen.append(launch_config.config("matrix", "fp16x3", X.device))
         K = fastagop.kernel_matrix(Laplace(2.0), X, **TRITON)
-        return K * 0.5 if wrong and seen[-1] == _config.Config(*taken) else K
+        return K * 0.5 if wrong and seen[-1] == launch_config.Config(*taken) else K
 
     best = calibrate.tune({("matrix", "fp16x3"): run}, X.device, 1)["matrix fp16x3"]
-    assert {_config.Config(*taken), _config.Config(*fails)} <= set(seen)
+    assert {launch_config.Config(*taken), launch_config.Config(*fails)} <= set(seen)
     assert capsys.readouterr().out.count("skipped") == 1 + wrong
     assert best != fails
     assert best != taken or not wrong

@@ -13,10 +13,12 @@ import dataclasses
 
 import torch
 
-from fastagop.agop import agop
-from fastagop.kernels import _checks, torch_agop, torch_blocks
+from fastagop.kernels import checks
+from fastagop.kernels.agop import agop
 from fastagop.kernels.operations import gradients, in_units, kernel_matrix
 from fastagop.kernels.radial import Radial
+from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import tiles
 
 try:
     from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
@@ -48,7 +50,7 @@ class FastKernel(LaplaceKernel):
     def __init__(
         self, kernel: Radial, *, precision: str = "highest", backend: str = "auto", bandwidth_mode: str = "constant"
     ):
-        _checks.kernel(kernel)
+        checks.kernel(kernel)
         super().__init__(kernel.bandwidth, getattr(kernel, "exponent", 1.0), bandwidth_mode=bandwidth_mode)
         self._kernel, self.precision, self.backend = kernel, precision, backend
         self._columns: list[int] | None = None
@@ -143,8 +145,8 @@ class FastKernel(LaplaceKernel):
     def _means(self, x, alpha, z) -> torch.Tensor:
         """mean_i grad f_c(z_i), shape (outputs, d)."""
         kernel, x, z, unit = in_units(self.kernel, x, z)
-        blocks = ((row, kernel.weight_(block)) for row, block in torch_blocks.tiles(x, z, _ROWS))
-        return torch_agop.mean_gradient(blocks, alpha, x, z, torch_blocks.dominant_offset(x)) / unit
+        blocks = ((row, kernel.weight_(block)) for row, block in tiles.tiles(x, z, _ROWS))
+        return torch_agop.mean_gradient(blocks, alpha, x, z, tiles.dominant_offset(x)) / unit
 
     def get_agop_diag(self, x, z, coefs, mat=None, center_grads=False):
         """The diagonal of ``get_agop``, (d,)."""

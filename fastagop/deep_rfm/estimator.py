@@ -1,0 +1,347 @@
+"""Deep RFM as scikit-learn estimators; NumPy or torch in, the same kind out."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils import check_random_state
+from sklearn.utils._set_output import _wrap_data_with_container
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
+
+from fastagop.deep_rfm import layer as layer_module
+from fastagop.deep_rfm.checkpoint import Checkpoint
+from fastagop.deep_rfm.module import DeepRFMModule
+from fastagop.deep_rfm.random_features import NAMES as FEATURES
+from fastagop.distributed.communicator import Ranks
+from fastagop.estimators import files as storage
+from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
+from fastagop.estimators.progress import Progress
+from fastagop.kernels import checks
+from fastagop.kernels.radial import Laplace
+from fastagop.solvers import copies
+from fastagop.solvers.solve import report
+
+_LAPLACE = Laplace(2.0)
+
+
+class _Layers:
+    """Features of every layer, in the container that ``set_output`` asks for.
+
+    A class of its own, since scikit-learn would wrap the method of an estimator and name all layers' columns alike.
+    """
+
+    @in_full
+    def transform(self: Any, X, layer=None):
+        """Features entering a layer.
+
+        Args:
+            X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
+
+        Returns:
+            (m, width), of X's kind and dtype.
+        """
+        check_is_fitted(self)
+        depth = len(self._layers)
+        if layer is None:
+            layer = depth
+        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= int(layer) <= depth:
+            raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
+        answer = self._answer(self._through(self._samples(X), int(layer)), X)
+        columns = SimpleNamespace(
+            get_feature_names_out=self.get_feature_names_out if layer else lambda: _check_feature_names_in(self),
+            _sklearn_output_config=getattr(self, "_sklearn_output_config", {}),
+            _sklearn_auto_wrap_output_keys={"transform"},
+        )
+        return _wrap_data_with_container("transform", answer, X, columns)
+
+
+class _DeepRFM(_Layers, KernelEstimator):
+    """What the classifier and the regressor share."""
+
+    depth: int
+    features: str
+    width: int
+    feature_scale: float | None
+    random_state: object
+    checkpoint_dir: object
+
+    @in_full
+    def fit(self, X, y, sample_weight=None):
+        """Train layer by layer (paper, algorithm 1).
+
+        Args:
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,): every solve is (K + ridge W^-1) alpha = Y and every AGOP a weighted sum, so
+                that a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
+
+        Returns:
+            self, with ``layers_``, ``agops_``, ``alphas_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.locks.FolderInUse, a ValueError: another process fits in checkpoint_dir (naming it).
+            fastagop.distributed.RankLost: a process of the group died.
+
+        Warns:
+            NumericalWarning: per solve whose result had to be altered.
+        """
+        settings, random = self._settings(), self._random()
+        data = self._training(X, y, sample_weight)
+        Y, classes, group = data.Y, data.classes, self.process_group
+        seeds = layer_module.seeds(random, settings.depth)
+        begin = self._begin if group is None else self._begin_together
+        # Copies in what the first layer solves for, rows divided by their length, stay one point in all layers.
+        rows, said = copies.find(layer_module.normalise_rows(data.X), data.weights), set()
+        checkpoint, seeds, self._layers, features = begin(settings, data, seeds)
+        points, rest = rows.take(features), rows.rest(features)
+        quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
+        progress = Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet)
+        with checkpoint or contextlib.nullcontext(), progress:
+            for index in range(done, settings.depth):
+                about = {"rows": rows, "rest": rest}
+                layer, made = layer_module.train_layer(points, Y, settings, seeds[index], classes, group, **about)
+                points, rest = made.points, made.rest
+                report(layer.record.solution, said)
+                self._layers.append(layer)
+                if checkpoint is not None:
+                    checkpoint.save(index, layer, made.features)
+                event = layer_module.LayerEvent(
+                    index, settings.depth, layer.record, made.projected, made.features, classes
+                )
+                for callback in self.callbacks:
+                    callback(event)
+                measured = layer.record.nc1
+                progress.step(**{"nc1": f"{measured['projected']:.1e}"} if "projected" in measured else {})
+        self._centers, solved = layer_module.readout(points, Y, settings, group, rows)
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, said)
+        return self._publish()
+
+    def _begin(self, settings: layer_module.Settings, data: Training, seeds: list[int]):
+        """(checkpoint or None, seeds, finished layers, features entering the next one)"""
+        if self.checkpoint_dir is None:
+            return None, seeds, [], data.X
+        task = "regression" if data.classes is None else "classification"
+        wanted = None if self.random_state is None else seeds
+        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, data.X, data.Y, wanted, data.weights)
+        checkpoint.start(seeds)
+        done, resumed = checkpoint.load()
+        return checkpoint, checkpoint.seeds or seeds, done, data.X if resumed is None else resumed
+
+    def _begin_together(self, settings: layer_module.Settings, data: Training, seeds: list[int]):
+        """What _begin says on the first rank, which alone reads and writes the checkpoint."""
+        X, given = data.X, "any" if self.random_state is None else seeds
+        ranks = Ranks(self.process_group, "fit", X.device)
+        about = {"X": X, "Y": data.Y, "sample_weight": data.weights}
+        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", **about)
+        checkpoint = None
+
+        def first(_):
+            nonlocal checkpoint
+            checkpoint, own, done, features = self._begin(settings, data, seeds)
+            packed = [storage.pack_layer(layer) for layer in done]
+            sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
+            return own, sent, features.cpu() if done else None
+
+        try:
+            seeds, packed, features = ranks.lead(first)
+        except BaseException:
+            if checkpoint is not None:
+                checkpoint.close()
+            raise
+        layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
+        return checkpoint, seeds, layers, X if features is None else features.to(X.device)
+
+    def _publish(self):
+        """Set the public attributes that are views of the trained layers."""
+        self.layers_ = [layer.record for layer in self._layers]
+        self.agops_ = [self._kept(layer.agop) for layer in self._layers]
+        self.alphas_ = [self._kept(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
+        return self
+
+    def to_module(self) -> torch.nn.Module:
+        """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
+        check_is_fitted(self)
+        binary = len(getattr(self, "classes_", ())) == 2
+        flat = not binary and getattr(self, "_flat", False)
+        shape = {"binary": binary, "flat": flat, "offset": getattr(self, "_intercept", None)}
+        return DeepRFMModule(self._layers, self._kernel, self._centers, self._alpha, **shape)
+
+    def _packed(self):
+        tensors, layers = self._packed_alpha(), []
+        for index, layer in enumerate(self._layers):
+            held, words = storage.pack_layer(layer)
+            tensors.update({f"{index}.{name}": value for name, value in held.items()})
+            layers.append(words)
+        return tensors, {"layers": layers}
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        self._layers, self._alpha = [], tensors.get("readout", self.solution_.alpha)
+        for index, layer in enumerate(words["layers"]):
+            start = f"{index}."
+            held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            self._layers.append(storage.unpack_layer(held, layer, self._device))
+        self._publish()
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names: every layer has as many features."""
+        return len(self._layers[-1].map.weight)
+
+    def _settings(self) -> layer_module.Settings:
+        """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
+        machine = self._machine()
+        for name in ("depth", "width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        checks.choice("features", self.features, FEATURES)
+        scale = self.feature_scale
+        if scale is not None and (self.features != "cos" or not checks.nonnegative("feature_scale", scale)):
+            raise ValueError(
+                f"feature_scale is the positive scale of features='cos' and None otherwise, got {scale!r} with "
+                f"features={self.features!r}"
+            )
+        return layer_module.Settings(
+            self.kernel,
+            int(self.depth),
+            self.features,
+            int(self.width),
+            None if scale is None else float(scale),
+            machine.ridge,
+            self.agop_scale,
+            self.precision,
+            self.backend,
+            self.solver,
+            self.memory_limit,
+        )
+
+    def _random(self) -> np.random.RandomState:
+        try:
+            return check_random_state(self.random_state)
+        except ValueError as error:
+            raise ValueError(
+                f"random_state must be an integer from 0 to 2^32 - 1, a numpy.random.RandomState or None, got "
+                f"{self.random_state!r}"
+            ) from error
+
+    def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
+        for step in self._layers[:layer]:
+            features = layer_module.apply_layer(features, step)
+        return features
+
+    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+        """Rows wider than the estimator's dtype are normalised, as the first layer would, before they are rounded."""
+        return X if X.dtype == self._dtype else layer_module.normalise_rows(X.double()).to(self._dtype)
+
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        return layer_module.normalise_rows(self._through(X, len(self._layers)))
+
+
+class DeepRFMClassifier(Classifier, _DeepRFM):
+    """Deep RFM classifier: kernel ridge(less) regression on +-1 one-hot labels, layer by layer.
+
+    Each layer normalises its rows, solves (k(X, X) + ridge I) alpha = Y, takes M = AGOP of that predictor, and
+    maps X <- Phi(M^(1/2) X) with untrained random features Phi; a last kernel machine reads the labels off
+    (paper, algorithm 1; settings of appendix C).
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        depth: number of layers. features: "relu", ReLU(W x) with standard Gaussian W, or "cos",
+            sqrt(2/width) cos(W x + b) with Cauchy W. width: number of features.
+        feature_scale: scale of the Cauchy distribution; None for 0.05. Only with "cos".
+        ridge: mu >= 0 added to the kernel matrix's diagonal.
+        agop_scale: "max" divides M by its largest entry (the authors' code), "mean" by n (the paper's definition),
+            "sum" not at all (the paper's algorithm 1).
+        precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
+            rows are computed in float64 and Triton's products are float32.
+        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64", or torch's own.
+        random_state: seed of the random features.
+        checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
+        callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
+        verbose: 1 shows a progress bar on a terminal, and logs every step at INFO.
+        process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
+            every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
+            the progress bar; callbacks run on every rank. Prediction is not shared.
+        solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "eigh", "cg" (no n x n matrix) or
+            ``fastagop.ConjugateGradients(...)``. memory_limit: bytes that a solve or an AGOP may take.
+        class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
+            the classes' sums of sample weights; they multiply sample weights. With ridge 0 every label is met
+            whatever its weight: weights then act through the AGOP only.
+
+    Attributes:
+        classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
+        alphas_: coefficients of each layer (n, K). solution_: ``Solution`` of the readout (float64).
+        n_features_in_: d.
+    """
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        depth=20,
+        features="relu",
+        width=1024,
+        feature_scale=None,
+        ridge=0.0,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        random_state=None,
+        checkpoint_dir=None,
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+        class_weight=None,
+    ):
+        self._store(locals())
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        # With ridge 0 every training label is met, whatever its weight. scikit-learn's check that class weights move
+        # predictions is left out for what this tag marks.
+        tags.classifier_tags.poor_score = self.ridge == 0
+        return tags
+
+
+class DeepRFMRegressor(Regressor, _DeepRFM):
+    """Deep RFM regressor: kernel ridge(less) regression on float targets, layer by layer.
+
+    Targets (n,) or (n, K) enter as they are; nothing is centred or scaled, but for a column whose (weighted) mean
+    exceeds its spread more than four times: the mean is subtracted before anything is rounded, and predictions add it
+    again. Parameters, attributes and the algorithm are those of ``DeepRFMClassifier``, without ``class_weight`` and
+    ``classes_``, and with ``intercept_``, what was subtracted: a number, or (K,). The collapse measures of ``layers_``
+    are empty, as there are no classes.
+    """
+
+    def __init__(
+        self,
+        kernel=_LAPLACE,
+        depth=20,
+        features="relu",
+        width=1024,
+        feature_scale=None,
+        ridge=0.0,
+        agop_scale="max",
+        precision="highest",
+        backend="auto",
+        device="auto",
+        dtype="float32",
+        random_state=None,
+        checkpoint_dir=None,
+        callbacks=(),
+        verbose=0,
+        process_group=None,
+        solver="auto",
+        memory_limit=None,
+    ):
+        self._store(locals())

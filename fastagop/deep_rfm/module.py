@@ -1,0 +1,164 @@
+"""A fitted Deep RFM as the neural network it is."""
+
+from __future__ import annotations
+
+import torch
+
+from fastagop.deep_rfm.layer import Layer, normalise_rows
+from fastagop.deep_rfm.random_features import mapped
+from fastagop.kernels.radial import Radial
+from fastagop.kernels.radial_slopes import slope, smooth_weight
+
+# Rows have length 1: below this squared distance two of them are one point, computed in two orders of summation.
+_SAME = (256 * torch.finfo(torch.float64).eps) ** 2
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """||h_i - c_j||^2 of rows h (..., m, d) and c (..., n, d), accurate for near pairs, differentiable without end."""
+
+    @staticmethod
+    def forward(h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(h, c, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (g,), (h, c) = grads, ctx.saved_tensors
+        if not torch.is_grad_enabled() and not ctx.needs_input_grad[1]:  # once only: by differences, cancelling nothing
+            r = torch.cdist(h, c, compute_mode="donot_use_mm_for_euclid_dist")
+            return torch.ops.aten._cdist_backward(2.0 * r * g, h, c, 2.0, r), None
+        to_h = 2.0 * (h * g.sum(-1, keepdim=True) - g @ c) if ctx.needs_input_grad[0] else None
+        to_c = 2.0 * (c * g.sum(-2).unsqueeze(-1) - g.mT @ h) if ctx.needs_input_grad[1] else None
+        return to_h, to_c
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        (dh, dc), (h, c) = tangents, ctx.saved_tensors
+        total = torch.zeros((), dtype=h.dtype, device=h.device)
+        if dh is not None:
+            total = total + 2.0 * ((h * dh).sum(-1, keepdim=True) - dh @ c.mT)
+        if dc is not None:
+            total = total + 2.0 * ((c * dc).sum(-1).unsqueeze(-2) - h @ dc.mT)
+        return total
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(args, in_dims, strict=True)]
+        return _SquaredDistances.apply(*tensors), 0
+
+
+class _Profile(torch.autograd.Function):
+    """phi of squared distances; its derivative in r^2 is -w / 2, w the gradient weight."""
+
+    @staticmethod
+    def forward(sq: torch.Tensor, kernel: Radial) -> torch.Tensor:
+        return kernel.value_(sq.clone())
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _Profile.apply(*args), in_dims[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.kernel = inputs[1]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel)), None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return tangents[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel))
+
+
+class _Weight(torch.autograd.Function):
+    """The gradient weight w of squared distances; at distance zero its limit, or zero where the kernel has a kink."""
+
+    @staticmethod
+    def forward(sq: torch.Tensor, kernel: Radial) -> torch.Tensor:
+        return torch.where(sq > _SAME, kernel.weight_(sq.clone()), smooth_weight(kernel))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _Weight.apply(*args), in_dims[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.kernel = inputs[1]
+
+    @staticmethod
+    def _slope(ctx) -> torch.Tensor:
+        (sq,) = ctx.saved_tensors
+        return torch.where(sq > _SAME, slope(ctx.kernel, sq, _Weight.apply(sq, ctx.kernel)), 0.0)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * _Weight._slope(ctx), None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return tangents[0] * _Weight._slope(ctx)
+
+
+class DeepRFMModule(torch.nn.Module):
+    """Layers x -> Phi(M^(1/2) x / ||x||), then a kernel machine on the normalised features.
+
+    All trained and random numbers are buffers, so that state_dict holds everything. The network computes in
+    float64, as the estimators' own prediction does, and answers in its input's dtype. Casts of the module, such as
+    ``.half()``, leave its numbers as they are; moves to a device are followed.
+
+    Args:
+        layers: trained layers. kernel: of the readout.
+        centers: normalised features of the training points (n, width). alpha: readout coefficients (n, K).
+        binary: answer with the second of two outputs only, shape (m,), scikit-learn's convention.
+        flat: answer with shape (m,) for a single output.
+        offset: added to the K outputs, (K,); None for nothing.
+    """
+
+    centers: torch.Tensor
+    alpha: torch.Tensor
+
+    def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool, offset=None):
+        super().__init__()
+        self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
+        for i, layer in enumerate(layers):
+            self.register_buffer(f"root_{i}", layer.root.clone())
+            self.register_buffer(f"weight_{i}", layer.map.weight.clone())
+            if layer.map.bias is not None:
+                self.register_buffer(f"bias_{i}", layer.map.bias.clone())
+        self.register_buffer("centers", centers.clone())
+        self.register_buffer("alpha", alpha.clone())
+        if offset is not None:
+            self.register_buffer("offset", torch.as_tensor(offset).to(alpha).clone())
+
+    def _apply(self, fn, recurse=True):
+        """Every cast and move of a module comes here: rounded, these numbers would not be a solution any more."""
+
+        def moved(t: torch.Tensor) -> torch.Tensor:
+            changed = fn(t)
+            return changed if changed.dtype == t.dtype else t.to(changed.device)
+
+        return super()._apply(moved, recurse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
+        h = x.double()
+        for i in range(self.depth):
+            root, weight = getattr(self, f"root_{i}"), getattr(self, f"weight_{i}")  # get_buffer: no export before 2.7
+            bias = getattr(self, f"bias_{i}", None)
+            projected = normalise_rows(h) @ root.double()
+            h = mapped(projected, weight.double(), None if bias is None else bias.double())
+        sq = _SquaredDistances.apply(normalise_rows(h), self.centers.double())
+        f = _Profile.apply(sq, self.kernel) @ self.alpha.double()
+        offset = getattr(self, "offset", None)
+        f = f if offset is None else f + offset.double()
+        f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
+        return f.to(x.dtype) if x.is_floating_point() else f

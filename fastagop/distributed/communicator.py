@@ -1,0 +1,269 @@
+"""The processes that share a call: what they must agree on, what they exchange, and what is said when one is lost.
+
+Everything travels by collectives of ``torch.distributed``; nothing here opens a connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastagop.kernels.plan import budget, longest_first
+
+# What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
+_PIECE, _PIECE_ROWS = 2**22, 256
+_HASHED = 2**22  # bytes hashed at once
+_COMPARED = 6  # tensors that one call compares, at most
+_ASK, _DONE = 1, 0
+
+
+class RankLost(RuntimeError):
+    """Another process of the group died, or did not answer within the group's timeout."""
+
+
+class Ranks:
+    """This process among those of a group, for one operation.
+
+    Args:
+        group: a ``torch.distributed`` process group, or None for all processes.
+        op: the operation, for messages.
+        device: of the tensors that will be passed.
+    """
+
+    def __init__(self, group, op: str, device: torch.device):
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                f"distributed.{op} needs a process group: start the script with torchrun, and call "
+                "torch.distributed.init_process_group() first"
+            )
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            if group == dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError(f"distributed.{op} was called by a process that is not in the group")
+            raise TypeError(f"the group must be a torch.distributed process group or None, got {group!r}")
+        self.group, self.op, self.device = group, op, device
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        backend = dist.get_backend(group)
+        if backend == "nccl" and device.type != "cuda":
+            raise ValueError(
+                f"the group's backend nccl moves CUDA tensors and X is on {device}: move the tensors with .cuda(), "
+                "or start the group with backend='gloo'"
+            )
+        self._wire = torch.device("cpu") if backend in ("gloo", "mpi") else device
+
+    @contextlib.contextmanager
+    def exchange(self):
+        """Say what it means when a collective fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            said = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
+            raise RankLost(
+                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({said}). That process died "
+                "or did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
+                "RFM with checkpoint_dir goes on after its last layer"
+            ) from error
+
+    def agree(self, prepare: Callable, said: str, **tensors: torch.Tensor | None) -> tuple[Any, int]:
+        """(prepare(), bytes that every rank may take), once all ranks are known to want the same thing.
+
+        An error of prepare is raised where it happens, and named everywhere else. Inputs are compared by hashes.
+        """
+        result, error = None, None
+        try:
+            result = prepare()
+        except Exception as own:  # raised below, after the other ranks were told
+            error = own
+        hashes = [0 if error else _hash(value) for value in tensors.values()]
+        mine = [int(error is not None), _hash_text(f"{self.op} {said}"), *hashes, *[0] * (_COMPARED - len(hashes))]
+        everyone = self._gather([*mine, 0 if error else self._room()])
+        if error is not None:
+            raise error
+        failed = [rank for rank, row in enumerate(everyone) if row[0]]
+        if failed:
+            raise RuntimeError(f"distributed.{self.op}: rank {failed[0]} refused its arguments; its error says why")
+        if any(row[:-1] != everyone[0][:-1] for row in everyone):
+            self._disagree(said, tensors, everyone)
+        return result, min(row[-1] for row in everyone)
+
+    def _disagree(self, said: str, tensors: dict, everyone: list[list[int]]) -> None:
+        """Name what differs; every rank sees the same hashes, so every rank comes here."""
+        other = next(rank for rank, row in enumerate(everyone) if row[:-1] != everyone[0][:-1])
+        kinds = {
+            name: None if value is None else f"{value.dtype} {tuple(value.shape)}" for name, value in tensors.items()
+        }
+        words = self._objects((f"{self.op}({said})", kinds))
+        first, second = words[0], words[other]
+        if first[0] != second[0]:
+            raise ValueError(f"ranks must make the same call: rank 0 calls {first[0]}, rank {other} {second[0]}")
+        name = next(n for i, n in enumerate(tensors) if everyone[0][2 + i] != everyone[other][2 + i])
+        pair = f"{first[1][name]} and {second[1][name]}"
+        raise ValueError(
+            f"distributed.{self.op}: {name} must be the same on every rank, but rank 0 and rank {other} pass "
+            f"{'other values' if first[1][name] == second[1][name] else pair}; torch.distributed.broadcast it first"
+        )
+
+    def _room(self) -> int:
+        """Bytes this rank may take; processes of one machine share its memory."""
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.device.type == "cpu" else 1
+        return budget(None, self.device) // sharing
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """First and last row (exclusive) of this rank's share of ``count`` rows."""
+        share = -(-count // self.size)
+        return min(count, self.rank * share), min(count, (self.rank + 1) * share)
+
+    def blocks(self, count: int, most: int) -> tuple[int, list[int]]:
+        """(rows of a block, first rows of this rank's blocks) of a triangle, so that every rank has as much area.
+
+        Blocks are dealt out forth and back, 0 1 2 2 1 0 0 1 2 and so on, the longest first: what is left over at the
+        end is short.
+        """
+        rows = max(1, min(most, -(-count // (4 * self.size))))
+        turn = 2 * self.size
+        mine = (self.rank, turn - 1 - self.rank)
+        return rows, [start for i, start in enumerate(longest_first(count, rows)) if i % turn in mine]
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of value over ranks, the same bits everywhere."""
+        wire = value.to(self._wire, copy=True)
+        with self.exchange():
+            dist.all_reduce(wire, group=self.group)
+        return wire.to(value.device)
+
+    def concatenate(self, compute: Callable, count: int, tail: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """All rows (count, *tail); compute(first, last) makes this rank's, and they travel while the next are made."""
+        share = -(-count // self.size)
+        first, last = self.rows(count)
+        row = max(1, torch.Size(tail).numel() * like.element_size())
+        step = max(1, min(share, max(_PIECE_ROWS, _PIECE // row)))
+        everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self._wire)
+        pending = []
+        for offset in range(0, share, step):
+            width = min(step, share - offset)
+            start, stop = min(last, first + offset), min(last, first + offset + width)
+            places = [part[offset : offset + width] for part in everything]
+            piece = places[self.rank]
+            if stop > start:
+                piece[: stop - start] = compute(start, stop)
+            with self.exchange():
+                pending.append(dist.all_gather(places, piece, group=self.group, async_op=True))
+        with self.exchange():
+            for work in pending:
+                work.wait()
+        return everything.flatten(0, 1)[:count].to(like.device)
+
+    def lead(self, job: Callable, serve: Callable | None = None) -> Any:
+        """What job(ask) returns on the first rank, on every rank; its error too.
+
+        Other ranks wait. ask(V, number) makes every rank run serve(V, number) and gives the sum of the answers.
+        """
+        if self.rank == 0:
+            answer = self._lead(job, serve)
+        else:
+            while (order := self._order(None))[0] == _ASK:
+                V = torch.empty(order[1], order[2], dtype=torch.float64, device=self._wire)
+                self._serve(V, order[3], serve)
+            answer = None
+        result, error = self._broadcast(answer)
+        if error is not None:
+            raise error
+        return result
+
+    def _lead(self, job: Callable, serve: Callable | None):
+        def ask(V: torch.Tensor, number: int) -> torch.Tensor:
+            self._order([_ASK, *V.shape, number])
+            return self._serve(V.to(self._wire).contiguous(), number, serve)
+
+        try:
+            result, error = job(ask), None
+        except RankLost:  # nobody is left to be told
+            raise
+        except Exception as own:
+            result, error = None, _portable(own)
+        self._order([_DONE, 0, 0, 0])
+        return result, error
+
+    def _serve(self, V: torch.Tensor, number: int, serve) -> torch.Tensor:
+        """One product: V from the first rank to all, the parts of the answer back to it."""
+        with self.exchange():
+            dist.broadcast(V, self._first, group=self.group)
+        part = serve(V.to(self.device), number).to(self._wire)
+        with self.exchange():
+            dist.reduce(part, self._first, group=self.group)
+        return part.to(self.device)
+
+    def _order(self, order: list[int] | None) -> list[int]:
+        """What the first rank wants next."""
+        wire = torch.tensor(order or [0] * 4, dtype=torch.int64, device=self._wire)
+        with self.exchange():
+            dist.broadcast(wire, self._first, group=self.group)
+        return wire.tolist()
+
+    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, on every rank."""
+        wire = value.to(self._wire, copy=True)
+        with self.exchange():
+            dist.broadcast(wire, self._first, group=self.group)
+        return wire.to(value.device)
+
+    @property
+    def _first(self) -> int:
+        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+
+    def everyone(self, number: int) -> list[int]:
+        """Every rank's number."""
+        return [row[0] for row in self._gather([number])]
+
+    def _gather(self, numbers: list[int]) -> list[list[int]]:
+        wire = torch.tensor(numbers, dtype=torch.int64, device=self._wire)
+        everyone = [torch.empty_like(wire) for _ in range(self.size)]
+        with self.exchange():
+            dist.all_gather(everyone, wire, group=self.group)
+        return [row.tolist() for row in everyone]
+
+    def _objects(self, value) -> list:
+        everyone = [None] * self.size
+        with self.exchange():
+            dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def _broadcast(self, value) -> Any:
+        box = [value]
+        with self.exchange():
+            dist.broadcast_object_list(box, self._first, group=self.group)
+        return box[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent: some cannot be pickled, and arrive as their text."""
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def _hash(value: torch.Tensor | None) -> int:
+    """64 bits of the SHA-256 of shape, dtype and bytes, row by row: storage and device play no part.
+
+    Every byte counts at its place, so rows or labels in another order differ, and so do 0.0 and -0.0.
+    """
+    if value is None:
+        return 0
+    digest = hashlib.sha256(f"{tuple(value.shape)} {value.dtype}".encode())
+    row = max(1, value[:1].numel() * value.element_size())
+    for block in value.detach().split(max(1, _HASHED // row)):
+        digest.update(block.contiguous().cpu().resolve_neg().numpy().data)
+    return int.from_bytes(digest.digest()[:8], "little", signed=True)

@@ -1,0 +1,1 @@
+"""What the estimators share: parameters, data in and out, the kernel machine, files."""

@@ -1,0 +1,355 @@
+"""What the estimators share: parameters, data in and out, targets, and the file they are saved to."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
+from sklearn.utils.validation import check_is_fitted
+
+from fastagop.distributed.communicator import Ranks
+from fastagop.estimators import inputs, persistence
+from fastagop.estimators.kernel_ridge import AGOP_SCALES, Machine
+from fastagop.kernels import checks
+from fastagop.kernels.operations import kernel_matmul
+from fastagop.kernels.radial import Radial
+from fastagop.solvers.cg import ConjugateGradients
+from fastagop.solvers.solve import Solution
+
+METHODS = ("auto", "cholesky", "eigh", "cg")  # of solve
+_KERNEL = "kernel__"
+_HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")  # what float32 holds
+_TINY = torch.finfo(torch.float32).eps  # the least probability before rows are normalised
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fit trains on, rows of weight zero left out.
+
+    Attributes:
+        X: points (n, d) as the first kernel machine wants them. Y: targets (n, K), centred in regression.
+        classes: class indices (n,), or None in regression.
+        weights: float64 (n,), or None where all are 1.
+    """
+
+    X: torch.Tensor
+    Y: torch.Tensor
+    classes: torch.Tensor | None
+    weights: torch.Tensor | None
+
+
+def in_full(method):
+    """A method without autograd history, and outside autocast, which would round products to bfloat16."""
+
+    @functools.wraps(method)
+    def run(*args, **kwargs):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return method(*args, **kwargs)
+
+    return run
+
+
+class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
+
+    Hooks: ``_read`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``,
+    ``_restore``. ``fit`` calls ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points of the kernel
+    machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
+    """
+
+    # parameters of every subclass
+    kernel: Radial
+    ridge: float
+    agop_scale: str
+    precision: str
+    backend: str
+    device: str | torch.device
+    dtype: str | torch.dtype
+    callbacks: Sequence
+    verbose: int
+    process_group: object
+    solver: str | ConjugateGradients
+    memory_limit: float | None
+    # what fit sets
+    n_features_in_: int
+    _centers: torch.Tensor
+    _alpha: torch.Tensor
+    _torch_in: bool
+    solution_: Solution
+
+    def _store(self, given: dict) -> None:
+        """Keep the arguments of a constructor, as they are."""
+        for name in self._get_param_names():
+            setattr(self, name, given[name])
+
+    def set_params(self, **params):
+        """Set parameters by name; ``kernel__bandwidth`` and the like put a changed kernel in the place of this one."""
+        inner = {name.removeprefix(_KERNEL): value for name, value in params.items() if name.startswith(_KERNEL)}
+        params = {name: value for name, value in params.items() if not name.startswith(_KERNEL)}
+        if inner:
+            kernel = params.get("kernel", self.kernel)
+            checks.kernel(kernel)
+            params["kernel"] = kernel.set_params(**inner)
+        return super().set_params(**params)
+
+    def __sklearn_clone__(self):
+        """A clone works with the same process group: a group is a connection, and cannot be copied."""
+        group, self.process_group = self.process_group, None
+        try:
+            fresh = super().__sklearn_clone__()
+        finally:
+            self.process_group = group
+        return fresh.set_params(process_group=group)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __getstate__(self):
+        """Pickles and copies leave the process group behind."""
+        return {**super().__getstate__(), "process_group": None}
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.target_tags.required = True
+        return tags
+
+    def _read(self, y) -> np.ndarray:
+        """Targets or labels as an array, checked."""
+        raise TypeError(f"{type(self).__name__} is neither a classifier nor a regressor")
+
+    def _targets(self, y: np.ndarray, weights: np.ndarray | None):
+        """(targets (n, K) in float64, class indices or None, weights) from what ``_read`` gave."""
+        raise NotImplementedError
+
+    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+        """Training points (n, d) as the first kernel machine wants them, in the estimator's dtype."""
+        raise NotImplementedError
+
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        """What the kernel machine sees of new rows, float64."""
+        raise NotImplementedError
+
+    def _packed(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors, description) that ``_restore`` needs beyond the kernel machine's own."""
+        raise NotImplementedError
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        """Set what ``_packed`` gave."""
+        raise NotImplementedError
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return inputs.dtype(self.dtype)
+
+    def _machine(self) -> Machine:
+        """The shared parameters, checked; scikit-learn wants this in fit, not in __init__."""
+        checks.kernel(self.kernel)
+        checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
+        checks.choice("precision", self.precision, checks.PRECISIONS)
+        inputs.dtype(self.dtype)
+        checks.choice("backend", self.backend, ("auto", "torch", "triton"))  # a layer stores its kernel matrix
+        ridge = checks.nonnegative("ridge", self.ridge)
+        if not isinstance(self.solver, ConjugateGradients):
+            checks.choice("solver", self.solver, METHODS)
+        checks.memory_limit(self.memory_limit)
+        self._device = inputs.device(self.device)
+        self._checked_process()
+        self._kernel = self.kernel
+        return Machine(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
+
+    def _checked_process(self) -> None:
+        """Refuse callbacks, a verbosity or a process group that are none."""
+        calls = self.callbacks
+        if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
+            raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
+        if not isinstance(self.verbose, (bool, numbers.Integral)) or int(self.verbose) < 0:
+            raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
+        if self.process_group is not None:
+            Ranks(self.process_group, "fit", self._device)
+
+    def save(self, path) -> None:
+        """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
+
+        The file is there whole or not at all and carries a checksum. Checkpoint folder, callbacks, process group and a
+        ``random_state`` that is no integer belong to the process that trained: a loaded estimator has their defaults.
+
+        Raises:
+            NotFittedError: fit comes first. TypeError: a class of its own, which ``load`` would not know.
+        """
+        check_is_fitted(self)
+        persistence.save(self, Path(path))
+
+    def _training(self, X, y, sample_weight) -> Training:
+        """What fit was given, checked, on the estimator's device; rows of weight zero are left out."""
+        self._torch_in = isinstance(X, torch.Tensor)
+        rows = inputs.matrix(self, X, reset=True)
+        y = self._read(y)
+        inputs.same_length("y", y, len(rows))
+        weights = inputs.weights(sample_weight, len(rows))
+        rows, y, weights = inputs.weighted_rows(weights, rows, y)
+        Y, codes, weights = self._targets(y, weights)
+        rows, Y, codes, weights = inputs.weighted_rows(weights, rows, Y, codes)
+        return Training(
+            self._entering(rows.to(self._device)),
+            inputs.narrowed("y", torch.from_numpy(Y).to(self._device), self._dtype),
+            None if codes is None else torch.from_numpy(codes).to(self._device),
+            None if weights is None else torch.from_numpy(weights).to(self._device),
+        )
+
+    def _samples(self, X) -> torch.Tensor:
+        """New rows, checked and moved. They are computed in float64, so that an answer does not depend on the batch."""
+        return inputs.matrix(self, X, reset=False).to(self._device, torch.float64)
+
+    @in_full
+    def _outputs(self, X) -> torch.Tensor:
+        """The kernel machine's f(X), shape (m, K), float64."""
+        check_is_fitted(self)
+        points = self._mapped(self._samples(X))
+        centers, alpha = self._centers.double(), self._alpha.double()
+        backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
+        return kernel_matmul(self._kernel, points, centers, alpha, backend=backend)
+
+    def _packed_alpha(self) -> dict[str, torch.Tensor]:
+        """The points' coefficients for a file, where they are not those of the rows."""
+        return {} if self._alpha is self.solution_.alpha else {"readout": self._alpha}
+
+    def _answer(self, value: torch.Tensor, X, wide: bool = False):
+        """A float64 result as X's kind, device and floating dtype; ``wide``: in float64 in any case."""
+        if isinstance(X, torch.Tensor):
+            keep = wide or not X.is_floating_point()
+            return value.to(X.device) if keep else value.to(X)
+        keep = wide or getattr(X, "dtype", None) != np.float32
+        return value.cpu().numpy().astype(np.float64 if keep else np.float32)
+
+    def _kept(self, value: torch.Tensor):
+        """A trained tensor as the kind that fit was given."""
+        return value if self._torch_in else value.cpu().numpy()
+
+
+class Classifier(ClassifierMixin, KernelEstimator):
+    """Targets and answers of a classifier."""
+
+    class_weight: str | dict | None
+
+    def _read(self, y) -> np.ndarray:
+        return inputs.labels(y)
+
+    def _targets(self, y: np.ndarray, weights: np.ndarray | None):
+        self.classes_, codes = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
+        codes = codes.reshape(-1)
+        Y = np.full((len(y), len(self.classes_)), -1.0)
+        Y[np.arange(len(y)), codes] = 1.0
+        factors = inputs.class_weights(self.class_weight, self.classes_, codes, weights)
+        if factors is not None:
+            weights = factors if weights is None else weights * factors
+        return Y, codes, weights
+
+    def decision_function(self, X):
+        """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
+        outputs = self._outputs(X)
+        return self._answer(outputs[:, 1] if len(self.classes_) == 2 else outputs, X)
+
+    @in_full
+    def predict_proba(self, X):
+        """Probabilities of the classes, shape (m, K), in the order of ``classes_``; every row sums to 1.
+
+        Formula: least squares on targets of +-1 estimates f_c = 2 p_c - 1, so p_c is (f_c + 1) / 2, cut to what is
+        above 0 and at most 1, and divided by its sum over the classes. The largest belongs to the class of
+        ``predict``.
+        """
+        outputs = self._outputs(X)
+        p = ((outputs + 1.0) / 2.0).clamp_(_TINY, 1.0)
+        p = torch.as_tensor(self._answer(p / p.sum(1, keepdim=True), X))
+        best = outputs.argmax(1, keepdim=True).to(p.device)  # rounding and the cut make ties: the class told wins them
+        most = p.amax(1, keepdim=True)
+        tied = p.argmax(1, keepdim=True) != best
+        p.scatter_(1, best, torch.where(tied, torch.nextafter(most, torch.full_like(most, 2.0)), p.gather(1, best)))
+        return p if isinstance(X, torch.Tensor) else p.numpy()
+
+    def predict(self, X):
+        """Labels (m,): the class of the largest output."""
+        best = self._outputs(X).argmax(1).cpu().numpy()
+        found = self.classes_[best]
+        if isinstance(X, torch.Tensor) and found.dtype.kind in "biuf" and found.dtype.itemsize <= 8:
+            return torch.from_numpy(found).to(X.device)
+        return found
+
+    def score(self, X, y, sample_weight=None):
+        """Accuracy of predict(X) against y."""
+        from sklearn.metrics import accuracy_score
+
+        predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
+        return accuracy_score(inputs.numpy("y", y), predicted, sample_weight=weight)
+
+
+class Regressor(RegressorMixin, KernelEstimator):
+    """Targets and answers of a regressor: the kernel machine learns what is left of them after a large offset."""
+
+    _intercept: torch.Tensor
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _read(self, y) -> np.ndarray:
+        kind = getattr(y, "dtype", None)
+        name = getattr(kind, "name", str(kind).removeprefix("torch."))
+        self._wide = name not in _HELD  # predictions hold what the targets held
+        y = inputs.targets(y)
+        self._flat = y.ndim == 1
+        return y.reshape(len(y), -1)
+
+    def _targets(self, y: np.ndarray, weights: np.ndarray | None):
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = inputs.target_offset(y, weights)
+            Y = y - mean
+        if not np.isfinite(Y).all():
+            raise ValueError("y is so large that its differences leave float64; divide y by a constant")
+        self._intercept = torch.from_numpy(mean).to(self._device)
+        return Y, None, weights
+
+    @property
+    def intercept_(self):
+        """What the kernel machine's output is added to: the targets' mean where it dwarfs their spread, else 0.
+
+        A number, or (K,).
+        """
+        check_is_fitted(self)
+        return float(self._intercept) if self._flat else self._kept(self._intercept)
+
+    def predict(self, X):
+        """Predicted targets, shape (m,) or (m, K) as y was in fit; in float64 where X or y was."""
+        outputs = self._outputs(X).add_(self._intercept)
+        return self._answer(outputs[:, 0] if self._flat else outputs, X, self._wide)
+
+    def score(self, X, y, sample_weight=None):
+        """R^2 of predict(X) against y."""
+        from sklearn.metrics import r2_score
+
+        predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
+        return r2_score(inputs.numpy("y", y), predicted, sample_weight=weight)
+
+    def _packed(self):
+        tensors, words = super()._packed()
+        return {**tensors, "intercept": self._intercept}, {**words, "wide": self._wide}
+
+    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+        self._intercept, self._wide = tensors.pop("intercept"), words["wide"]
+        super()._restore(tensors, words)

@@ -1,0 +1,223 @@
+"""Files to trust: tensors and their description in one safetensors file, there whole or not at all.
+
+A file carries a SHA-256 of its description and its tensors, so that damage is found whichever byte it hits. The
+description is JSON; nothing in a file can be executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from fastagop.deep_rfm.layer import Layer, LayerRecord
+from fastagop.deep_rfm.random_features import FeatureMap
+from fastagop.estimators.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
+from fastagop.kernels import atomic_files
+from fastagop.kernels.radial import Radial, named
+from fastagop.solvers.cg import ConjugateGradients
+from fastagop.solvers.solve import Solution
+
+FORMAT = "2"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# What reading or using a file's contents raises where they are not what we write; ValueError stands apart.
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of names, shapes, dtypes and bytes of tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # pyright: ignore
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a result may depend on, for the record."""
+    from fastagop import __version__
+
+    return {
+        "fastagop": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, settled on the disk (``fastagop.kernels.atomic_files``)."""
+    atomic_files.write(path, data)
+
+
+def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dict) -> str:
+    """Write tensors and their description as one file of a kind; returns its checksum."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({"kind": kind, **words})
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(
+            f"{path} cannot hold a description of {len(text)} bytes, {LONGEST_TEXT} at most; "
+            "shorten the labels or the feature names"
+        )
+    digest = fingerprint(tensors, text)
+    put(path, save(tensors, metadata={"fastagop": FORMAT, "sha256": digest, "words": text}))
+    return digest
+
+
+def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, description) of a file of a kind.
+
+    The tensors are copies, aligned as torch's own: products of unaligned ones may round differently.
+
+    Raises:
+        ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("fastagop") != FORMAT:
+        found = metadata.get("fastagop")
+        said = "was not written by fastagop" if found is None else f"is corrupt or has format {found[:80]}"
+        raise ValueError(f"{path} {said}; this version of fastagop reads its own format {FORMAT}")
+    text, said = metadata.get("words", ""), metadata.get("sha256")
+    if fingerprint(tensors, text) != said:
+        raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
+    words = parse_json(path, text)
+    if words.get("kind") != kind:
+        raise ValueError(f"{path} holds a {words.get('kind')}, not a {kind}")
+    return tensors, words
+
+
+def parse_json(path: Path, text: str | bytes) -> dict:
+    """The JSON object that a file holds; ValueError naming the file where it is none, too long or too deep."""
+    try:
+        return parse_object(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error})") from error
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """While objects are made of a file's contents: whatever does not fit is a ValueError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except MALFORMED as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is corrupt or of another version of fastagop ({said})") from error
+
+
+def write_json(path: Path, words: dict) -> None:
+    """Write a description with its own checksum."""
+    text = json.dumps(words, sort_keys=True)
+    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1).encode())
+
+
+def read_json(path: Path) -> dict:
+    """A description that ``write_json`` wrote.
+
+    Raises:
+        ValueError: naming the file, which is damaged or was edited. OSError: it cannot be read.
+    """
+    if regular_size(path) > 2 * LONGEST_TEXT:
+        raise ValueError(f"{path} is corrupt: no description is as long")
+    words = parse_json(path, path.read_bytes())
+    said = words.pop("sha256", None)
+    with restoring(path):
+        found = fingerprint({}, json.dumps(words, sort_keys=True))
+    if found != said:
+        raise ValueError(f"{path} is corrupt or was edited: its contents do not match its checksum")
+    return words
+
+
+def pack_kernel(kernel: Radial) -> dict:
+    """A kernel's class name and parameters."""
+    return {"name": type(kernel).__name__, **dataclasses.asdict(kernel)}
+
+
+def unpack_kernel(words: dict) -> Radial:
+    """The kernel of ``pack_kernel``; its class must be one that this process knows."""
+    return named(words["name"])(**{key: value for key, value in words.items() if key != "name"})
+
+
+def pack_value(value):
+    """A parameter or attribute as JSON; arrays keep their dtype."""
+    if isinstance(value, Radial):
+        return {"kernel": pack_kernel(value)}
+    if isinstance(value, np.ndarray):
+        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
+        return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.random.RandomState):
+        return None
+    if isinstance(value, ConjugateGradients):
+        return {"options": dataclasses.asdict(value)}
+    if isinstance(value, dict):  # JSON's keys are strings, labels are not
+        return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
+    if isinstance(value, (torch.dtype, np.dtype, type)):
+        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else np.dtype(value).name
+    return str(value) if isinstance(value, torch.device) else value
+
+
+def unpack_value(value):
+    """What ``pack_value`` was given."""
+    if not isinstance(value, dict):
+        return value
+    if "options" in value:
+        return ConjugateGradients(**value["options"])
+    if "pairs" in value:
+        return {unpack_value(key): unpack_value(item) for key, item in value["pairs"]}
+    return unpack_kernel(value["kernel"]) if "kernel" in value else _unpack_array(value["array"], value["dtype"])
+
+
+def _unpack_array(entries: list, name: str) -> np.ndarray:
+    """An array from its entries; a dtype that takes far more room than they do is refused before it takes any."""
+    dtype = np.dtype(name)
+    if dtype.kind not in "biufUSmMO" or not isinstance(entries, list):
+        raise ValueError(f"an array of dtype {name!r} is none that fastagop writes")
+    if len(entries) * dtype.itemsize > 2**20 + 256 * len(json.dumps(entries)):
+        raise ValueError(f"an array of dtype {name!r} would take {len(entries) * dtype.itemsize} bytes")
+    return np.array(entries, dtype)
+
+
+def pack_solution(solution: Solution) -> dict:
+    """A Solution without its alpha."""
+    words = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
+    del words["alpha"]
+    return {**words, "dtype": str(solution.dtype).removeprefix("torch.")}
+
+
+def unpack_solution(words: dict, alpha: torch.Tensor) -> Solution:
+    """The Solution of ``pack_solution`` with its alpha."""
+    return Solution(alpha=alpha, **{**words, "dtype": _DTYPES[words["dtype"]]})
+
+
+def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, description) of a trained layer; its random map is stored, not only its seed."""
+    record = layer.record
+    tensors = {"agop": layer.agop, "root": layer.root, "weight": layer.map.weight, "alpha": record.solution.alpha}
+    if layer.map.bias is not None:
+        tensors["bias"] = layer.map.bias
+    words = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return tensors, {"map": layer.map.name, "record": {**words, "solution": pack_solution(record.solution)}}
+
+
+def unpack_layer(tensors: dict[str, torch.Tensor], words: dict, device: torch.device) -> Layer:
+    """The layer of ``pack_layer`` on a device."""
+    tensors = {name: value.to(device) for name, value in tensors.items()}
+    record = words["record"]
+    record = LayerRecord(**{**record, "solution": unpack_solution(record["solution"], tensors["alpha"])})
+    phi = FeatureMap(words["map"], tensors["weight"], tensors.get("bias"))
+    return Layer(tensors["agop"], tensors["root"], phi, record)

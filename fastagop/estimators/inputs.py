@@ -1,0 +1,235 @@
+"""What estimators are given, made ready: rows, labels, targets and weights, checked by name and never rounded early.
+
+Everything is read in float64 (or float32, where that is what was given). Offsets are subtracted there; only then does
+anything become the dtype that a fit computes in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+
+import numpy as np
+import torch
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, column_or_1d, validate_data
+
+from fastagop.kernels import checks
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_SORTED = 2**22  # items sorted at once
+_FAR = 4.0  # an offset is subtracted where it exceeds so many times the spread around it
+
+
+def dtype(value) -> torch.dtype:
+    """float32 or float64, given by name, as a torch dtype or as NumPy's."""
+    name = value
+    if isinstance(value, torch.dtype):
+        name = str(value).removeprefix("torch.")
+    elif isinstance(value, (np.dtype, type)):
+        name = np.dtype(value).name
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"dtype must be 'float32' or 'float64', got {value!r}")
+    return DTYPES[name]
+
+
+def device(name) -> torch.device:
+    """The device of that name, "auto" being CUDA where there is one."""
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {name!r} is not there ({error}); use 'auto' or 'cpu'") from error
+    if found.type == "meta":
+        raise ValueError(f"device must be one that holds numbers, got {name!r}; use 'auto' or 'cpu'")
+    return found
+
+
+def dense(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor without history, refused where it holds no numbers of its own."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; use {name}.to_dense()")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} must hold numbers, got a tensor on the meta device; make it on the CPU or a GPU")
+    if value.is_complex():
+        raise ValueError(f"Complex data not supported: {name} must be real, got {value.dtype}; use {name}.real")
+    return value.detach()
+
+
+def numpy(name: str, value):
+    """Tensors as NumPy arrays, halves as float32; arrays in this machine's byte order; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        value = dense(name, value)
+        narrow = value.is_floating_point() and value.dtype not in DTYPES.values()
+        return (value.float() if narrow else value).cpu().resolve_neg().numpy()
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
+
+
+def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
+    """X as a float32 or float64 tensor that holds what was given, where it lies; scikit-learn's rules for its columns.
+
+    Args:
+        estimator: whose ``n_features_in_`` and ``feature_names_in_`` are set (``reset``) or must be met.
+    """
+    if not isinstance(X, torch.Tensor):
+        X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
+        return torch.from_numpy(np.array(X, order="C"))
+    tensor = dense("X", X)
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"Expected 2D array: X must be a matrix (samples, features), got shape {tuple(X.shape)}. Reshape your "
+            "data with X.reshape(-1, 1) for a single feature or X.reshape(1, -1) for a single sample"
+        )
+    if 0 in tensor.shape:
+        raise ValueError(f"X must have at least one row and one column, got shape {tuple(X.shape)}")
+    validate_data(estimator, X, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
+    tensor = tensor if tensor.dtype in DTYPES.values() else tensor.double()
+    if not checks.finite(tensor):
+        raise ValueError("X holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+    return tensor
+
+
+def narrowed(name: str, value: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+    """Numbers in the dtype that a fit computes in; refused where it cannot hold them."""
+    if value.dtype == to:
+        return value
+    found = value.to(to)
+    largest = float(value.abs().max()) if value.numel() else 0.0
+    if not checks.finite(found) or 0 < largest < torch.finfo(to).tiny:
+        what = "large" if largest > 1 else "small"
+        raise ValueError(
+            f"{name} is too {what} for {to}: its largest entry is {largest:.1e}; "
+            f"{'divide' if what == 'large' else 'multiply'} {name} by a constant, or use dtype='float64'"
+        )
+    return found
+
+
+def offsets(X: torch.Tensor) -> torch.Tensor:
+    """What to subtract from each column so that a narrower dtype keeps its differences: (d,), float64, mostly zero.
+
+    It is the median of a column's distinct values where that exceeds their spread (between quartiles) many times, as
+    in time stamps and coordinates: there the subtraction is exact. Copies of rows, their order and a few fill values
+    do not change it.
+    """
+    out = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
+    step = max(1, _SORTED // len(X))
+    for start in range(0, X.shape[1], step):
+        values = X[:, start : start + step].T.contiguous().sort(1).values
+        count = torch.ones_like(values, dtype=torch.int64)
+        count[:, 1:] = values[:, 1:] != values[:, :-1]
+        count = count.cumsum(1)  # distinct values so far
+        last = count[:, -1:] - 1
+        places = torch.searchsorted(count, torch.cat([last // 4, last // 2, 3 * last // 4], 1) + 1)
+        low, middle, high = values.gather(1, places).double().unbind(1)
+        out[start : start + step] = torch.where(middle.abs() > _FAR * (high - low), middle, 0.0)
+    return out
+
+
+def labels(y) -> np.ndarray:
+    """Labels (n,) in their own kind."""
+    if y is None:
+        raise ValueError("requires y to be passed, but the target y is None")
+    y = check_array(numpy("y", y), ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
+    y = column_or_1d(y, warn=True)
+    check_classification_targets(y)
+    return y
+
+
+def targets(y) -> np.ndarray:
+    """Targets in float64, (n,) or (n, K)."""
+    if y is None:
+        raise ValueError("requires y to be passed, but the target y is None")
+    return np.asarray(check_array(numpy("y", y), ensure_2d=False, dtype="float64", input_name="y"))
+
+
+def same_length(name: str, value, n: int) -> None:
+    """Refuse what has not one row for each row of X."""
+    if len(value) != n:
+        raise ValueError(f"{name} must have one row per row of X: X has {n}, {name} has {len(value)}")
+
+
+def weights(value, n: int) -> np.ndarray | None:
+    """Sample weights in float64, (n,); None where there are none or all are 1."""
+    if value is None:
+        return None
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        value = np.full(n, float(value))
+    value = numpy("sample_weight", value)
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind == "c":
+            raise TypeError
+        found = np.array(found, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"sample_weight must be real numbers, one for each row of X, got {value!r}") from None
+    if found.shape != (n,):
+        raise ValueError(f"sample_weight must have shape ({n},), one number for each row of X, got {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError("sample_weight must be finite, but it holds NaN or infinity")
+    if (found < 0).any():
+        raise ValueError(f"sample_weight must not be negative, got {found.min():g}; a weight of 0 leaves a row out")
+    if not found.any():
+        raise ValueError("sample_weight must contain at least one non-zero number, got zeros only")
+    return None if (found == 1.0).all() else found
+
+
+def weighted_rows(given: np.ndarray | None, rows: torch.Tensor, *arrays: np.ndarray | None) -> tuple:
+    """(rows, arrays..., weights) without what has weight zero."""
+    if given is None or given.all():
+        return rows, *arrays, given
+    kept = given > 0
+    return rows[torch.from_numpy(kept).to(rows.device)], *(a if a is None else a[kept] for a in arrays), given[kept]
+
+
+def class_weights(value, classes: np.ndarray, codes: np.ndarray, given: np.ndarray | None) -> np.ndarray | None:
+    """The weight that ``class_weight`` gives each row, (n,), beside the weights ``given``; None where it is None.
+
+    "balanced" is (sum of weights) / (classes * sum of the class's weights), so that a weight counts as copies do.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "balanced":
+        total = np.bincount(codes, weights=given, minlength=len(classes))
+        return (total.sum() / (len(classes) * total))[codes]
+    if not isinstance(value, dict):
+        raise ValueError(f"class_weight must be None, 'balanced' or a dict {{label: weight}}, got {value!r}")
+    known = classes.tolist()
+    factors = np.ones(len(classes))
+    for label, weight in value.items():
+        if label not in known:
+            raise ValueError(f"class_weight names the label {label!r}, which y does not hold; its labels are {known}")
+        factors[known.index(label)] = checks.nonnegative(f"class_weight[{label!r}]", weight)
+    return factors[codes]
+
+
+def target_offset(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    """What to subtract from each column of targets (n, K) so that a narrower dtype keeps their differences: (K,).
+
+    The (weighted) mean where it exceeds the spread around it many times, as in coordinates and time stamps, else 0:
+    other targets are learnt as they are.
+    """
+    middle = mean(y, given)
+    with np.errstate(over="ignore", invalid="ignore"):  # differences beyond float64: nothing is subtracted
+        unit = np.abs(y - middle).max(0)
+        scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
+        spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=given))
+    return np.where(np.abs(middle) > _FAR * spread, middle, 0.0)
+
+
+def mean(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    """The (weighted) mean of each column (K,) of targets (n, K).
+
+    Sums are exact, so that a weight of two and a row that is there twice give the same bits; they are taken from the
+    smallest target on, so that constant targets have exactly their value as the mean.
+    """
+    base = y.min(0)
+    ones = np.ones(len(y)) if given is None else given
+    weighted = ones[:, None].astype(np.longdouble) * (y - base)
+    upper = weighted.astype(np.float64)
+    lower = (weighted - upper).astype(np.float64)
+    total = math.fsum(ones)
+    sums = [math.fsum(itertools.chain(a, b)) for a, b in zip(upper.T.tolist(), lower.T.tolist(), strict=True)]
+    return base + np.array(sums) / total

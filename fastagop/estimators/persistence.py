@@ -1,0 +1,93 @@
+"""Fitted estimators in files: what ``save`` writes and ``load`` reads."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from fastagop.estimators import files as storage
+
+_KIND = "fitted estimator"
+_HOMES = {  # what load knows, by name
+    "DeepRFMClassifier": "fastagop.deep_rfm.estimator",
+    "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
+    "RFMClassifier": "fastagop.rfm",
+    "RFMRegressor": "fastagop.rfm",
+}
+_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
+# Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
+_NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
+
+
+def save(model, path: Path) -> None:
+    """Write a fitted ``KernelEstimator``."""
+    name = type(model).__name__
+    if name not in _HOMES or type(model) is not _class(name):
+        *names, last = _HOMES
+        raise TypeError(f"save knows {', '.join(names)} and {last}, not {name}")
+    tensors, words = model._packed()
+    parameters = model.get_params(deep=False).items()
+    words = {
+        "estimator": name,
+        "parameters": {k: storage.pack_value(v) for k, v in parameters if k not in _NOT_SAVED},
+        "kernel": storage.pack_kernel(model._kernel),
+        "solution": storage.pack_solution(model.solution_),
+        "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
+        "versions": storage.versions(),
+        **words,
+    }
+    storage.write(path, _KIND, {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}, words)
+
+
+def load(path, device=None):
+    """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
+
+    Args:
+        path: the file. device: where its tensors go; default its own ``device`` parameter.
+
+    Returns:
+        The estimator, fitted: ``DeepRFMClassifier``, ``DeepRFMRegressor``, ``RFMClassifier`` or ``RFMRegressor``.
+
+    Raises:
+        OSError: the file is not there or cannot be read. ValueError: it is damaged or was not written by ``save``, its
+            kernel is defined nowhere, or its device is not there.
+    """
+    path = Path(path)
+    tensors, words = storage.read(path, _KIND)
+    with storage.restoring(path):
+        return _restored(path, tensors, words, device)
+
+
+def _restored(path: Path, tensors: dict, words: dict, device):
+    """The estimator of a file's contents."""
+    if words["estimator"] not in _HOMES:
+        raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
+    parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
+    if device is not None:
+        parameters["device"] = str(device)
+    model = _class(words["estimator"])(**parameters)
+    model._machine()
+    model._kernel = storage.unpack_kernel(words["kernel"])
+    _check_shapes(tensors, words)
+    tensors = {name: value.to(model._device) for name, value in tensors.items()}
+    model._centers = tensors["centers"]
+    model.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
+    for name in _ATTRIBUTES:
+        if name in words["attributes"]:
+            setattr(model, name, storage.unpack_value(words["attributes"][name]))
+    model._restore(tensors, words)
+    return model
+
+
+def _check_shapes(tensors: dict, words: dict) -> None:
+    """A kernel machine whose parts belong together: they are only put to use much later."""
+    centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # of the points, copies merged
+    if centers.ndim != 2 or alpha.ndim != 2 or len(centers) != len(alpha):
+        raise ValueError(f"centers {tuple(centers.shape)} and alpha {tuple(alpha.shape)} do not belong together")
+    classes = words["attributes"].get("classes_")
+    if classes is not None and len(classes["array"]) != alpha.shape[1]:
+        raise ValueError(f"{len(classes['array'])} classes and {alpha.shape[1]} outputs do not belong together")
+
+
+def _class(name: str) -> type:
+    return getattr(importlib.import_module(_HOMES[name]), name)

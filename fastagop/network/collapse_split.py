@@ -1,0 +1,164 @@
+"""Collapse inside a network's layers: before a weight matrix, after its right singular part, after the nonlinearity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastagop import collapse
+from fastagop.kernels import checks
+from fastagop.kernels.backends import matmul_precision
+from fastagop.network import model_access
+from fastagop.network.lending import lent, replaced
+from fastagop.network.model_access import Layers, Source
+from fastagop.network.readout import bare
+from fastagop.network.sample_independence import refuse_neighbours
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class NotAMatrixError(ValueError):
+    """What enters a layer is no single matrix (n, d): tokens, or the inputs of several calls."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What the parts of a Linear layer W = U S V^T do to collapse (paper, section 5 and figure 2).
+
+    Attributes:
+        nc1, nc2: collapse measures of "input" (the features x that enter), "projected" (S V^T x) and "features"
+            (after U, the bias and the nonlinearity); infinite where all class means coincide.
+    """
+
+    nc1: Mapping[str, float]
+    nc2: Mapping[str, float]
+
+
+@torch.no_grad()
+def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = torch.relu) -> Split:
+    """NC1 and NC2 before a Linear layer, after S V^T, and after U and the nonlinearity.
+
+    U preserves distances, so W x has the NC1 and NC2 of S V^T x and no decomposition is needed.
+
+    Args:
+        layer: a torch.nn.Linear. X: features that enter it (n, d). y: integer labels (n,).
+        activation: the nonlinearity after the layer; None where there is none, as after a readout.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+    if isinstance(X, torch.Tensor) and X.dtype in (torch.float16, torch.bfloat16):
+        X = X.float()
+    checks.matrix("X", X, columns=(layer.in_features, "layer"))
+    return _of_parts(X, layer.weight, layer.bias, y, activation)
+
+
+def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, activation: Activation | None) -> Split:
+    """The Split of features X (n, d) at a layer, computed in float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(X.dtype, W.dtype), torch.float32)
+    X = X.to(dtype)
+    with matmul_precision("highest", X.device):
+        projected = nn.functional.linear(X, W.to(dtype))
+        out = projected if bias is None else projected + bias.to(dtype)
+        features = out if activation is None else activation(out.clone())  # it may work in place
+    return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
+
+
+@torch.no_grad()
+def collapse_split(
+    model: nn.Module,
+    X: Source,
+    y: torch.Tensor | np.ndarray | None = None,
+    layers: Layers = None,
+    *,
+    activation: Activation | None = torch.relu,
+    batch_size: int | None = None,
+) -> dict[str, Split]:
+    """``split`` of each Linear layer of a model, on the features that its samples have there.
+
+    Args:
+        model, X, layers, batch_size: as in ``agop``. The inputs of all chosen layers, (n, d) each, are held at once.
+        y: integer labels (n,); default those that come with the batches of X.
+        activation: the nonlinearity after every layer but those that none follows: what the model returns is the
+            layer's output, seen another way or shifted and scaled.
+
+    Returns:
+        Split by layer name, in the model's order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
+            no matrix, or the layer is called more than once, or hooks change its weight from batch to batch.
+    """
+    with lent(model), torch.no_grad():
+        linear = model_access.linear_layers(model, layers)
+        model_access.say_unmeasured(model, layers)
+        gathered = _Inputs(linear)
+        labels = gathered.run(model, X, batch_size, find_bare=activation is not None)
+        if y is None and not labels:
+            raise ValueError("y must be given where the batches of X bring no labels")
+        y = _labels(y, labels)
+        model_access.refuse_uncalled(linear, gathered.rows, layers)
+        return {
+            name: _of_parts(torch.cat(rows), *gathered.weights[name], y, None if name in gathered.bare else activation)
+            for name, rows in gathered.rows.items()
+        }
+
+
+def _labels(y, labels: list[torch.Tensor]):
+    """The one set of labels there is; two that differ mean that X comes in another order than y."""
+    if not labels:
+        return y
+    brought = torch.cat(labels)
+    if y is not None and not torch.equal(torch.as_tensor(y).cpu().to(brought.dtype), brought):
+        raise ValueError("y differs from the labels that the batches of X bring (is X shuffled?); pass one of the two")
+    return brought
+
+
+class _Inputs:
+    """What enters each layer, batch by batch, its weight and bias, and the names of the layers without nonlinearity."""
+
+    def __init__(self, linear: Mapping[str, nn.Linear]):
+        self.linear, self.bare = linear, set()
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._called: set[str] = set()
+
+    def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
+        """Send all samples through the model; the batches' labels."""
+        labels = []
+        for i, (inputs, given) in enumerate(model_access.batches(X, batch_size, model)):
+            if i == 0:
+                refuse_neighbours(model, inputs)
+            self._called.clear()
+            with replaced({layer: partial(self._note, name, layer) for name, layer in self.linear.items()}):
+                model_access.outputs(model, inputs)
+            if i == 0 and find_bare:
+                self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
+            labels += [] if given is None else [torch.as_tensor(given).cpu()]
+        return labels
+
+    def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        if name in self._called:
+            raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
+        if input.ndim != 2:
+            shape = tuple(input.shape)
+            raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
+        self._called.add(name)
+        weights = layer.weight, layer.bias
+        if name not in self.weights:
+            self.weights[name] = (weights[0].clone(), None if weights[1] is None else weights[1].clone())
+        elif not all(_equal(now, then) for now, then in zip(weights, self.weights[name], strict=True)):
+            raise NotAMatrixError(f"layers: the weight of {name!r} changes from batch to batch; leave it out")
+        self.rows.setdefault(name, []).append(input.clone())  # the model may go on to change it in place
+        return nn.functional.linear(input, *weights)
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)

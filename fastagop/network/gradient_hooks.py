@@ -1,0 +1,208 @@
+"""Taps at Linear layers: the gradients that pass by in a backward pass, without those of any weight.
+
+While a model is tapped, the forward of each chosen layer computes the same numbers and, on the way back, hands the
+gradients to a sink. No gradient is kept unless the sink keeps it, and no weight's gradient is formed unless the model
+makes the weight from other layers' outputs. Weights are those with which the layer's forward runs, call by call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fastagop.kernels.gemm import product
+from fastagop.network import model_access
+from fastagop.network.lending import Here, replaced
+
+
+class Sink(Protocol):
+    """Where the gradients at one layer go."""
+
+    def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Of a weight that a call computes with: what to hand back, and whether gradients are wanted at the input."""
+        ...
+
+    def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        """Gradients (m, d) of a call, and what ``taken`` returned for its weight."""
+        ...
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a tapped layer: ``tracked`` where autograd records it, ``pull`` the last pass that reached it."""
+
+    taps: Taps
+    layer: nn.Linear
+    tracked: bool
+    pull: int = 0
+
+
+class _Tap(torch.autograd.Function):
+    """rows W^T + bias; backwards, the sink gets the gradients (m, d) at the output or at the input.
+
+    The graph starts at the first tapped layer: only the anchor, an empty leaf, requires a gradient by itself.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, rows, weight, bias, call: Call):
+        ctx.weight, ctx.at_input = call.taps.sinks[call.layer].taken(weight)
+        ctx.call, ctx.dtype = call, rows.dtype
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None)
+        out = nn.functional.linear(rows, weight, bias)
+        call.taps.narrow |= torch.float16 in (rows.dtype, out.dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weight, taps = ctx.weight, ctx.call.taps
+        grad = grads[0].to(weight.dtype)
+        if not taps.here.backward:  # the model differentiates in its own forward, and that may be differentiated again
+            return None, (grad @ weight).to(ctx.dtype), None, None, None
+        grad = grad.contiguous()
+        _, pass_on, to_weight, to_bias, _ = ctx.needs_input_grad
+        below = product(grad, weight.T) if pass_on or ctx.at_input else grad
+        taps.receive(ctx.call, below if ctx.at_input else grad, weight)
+        return (
+            None,
+            below.to(ctx.dtype) if pass_on else None,
+            grad.T @ ctx.saved_tensors[0].to(grad.dtype) if to_weight else None,
+            grad.sum(0) if to_bias else None,
+            None,
+        )
+
+
+class Taps:
+    """A tapped forward pass: ``run`` the model, then ``pull_back`` cotangents as often as wanted.
+
+    Attributes:
+        calls: the calls of tapped layers in the forward pass.
+        arrived: how many calls of each layer the last backward pass reached.
+        recomputing: whether checkpoints with use_reentrant=True are provided for.
+    """
+
+    def __init__(self, sinks: Mapping[nn.Linear, Sink], recomputing: bool = False):
+        self.sinks, self.recomputing, self.here = sinks, recomputing, Here()
+        self.anchor = torch.empty(0, requires_grad=True)
+        self.calls: list[Call] = []
+        self.arrived: Counter[nn.Linear] = Counter()
+        self.narrow = False  # float16 occurs
+        self._pulls = 0
+        self._held: list[tuple[Call, torch.Tensor, torch.Tensor]] = []
+        self._scale, self._most = 1.0, math.inf
+
+    def run(self, model: nn.Module, inputs: torch.Tensor, asking: bool = False) -> torch.Tensor:
+        """The model's outputs (m, K); ``asking``: inputs require gradients, which takes more memory.
+
+        A checkpoint with use_reentrant=True runs its function without gradients and again, with them, in the backward
+        pass; it does so only where its input asks for gradients. So where a layer ran without, the model runs again.
+        """
+        asking |= self.recomputing
+        out = model_access.outputs(model, self._asking(inputs) if asking else inputs)
+        if not all(call.tracked for call in self.calls):
+            self.recomputing = True
+            if not asking:
+                self.calls.clear()
+                return self.run(model, inputs)
+        self.recomputing |= _recomputes(out)
+        return out
+
+    @staticmethod
+    def _asking(inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs that require gradients, no leaf, since the model may work in place."""
+        return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
+
+    def forward(self, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        """What the layer's forward becomes."""
+        call = Call(self, layer, torch.is_grad_enabled())
+        if not self.here.backward:  # a checkpoint that computes again makes no new call
+            self.calls.append(call)
+        rows = input.reshape(-1, input.shape[-1])  # the function sees matrices only: its output must not be a view
+        out = _Tap.apply(self.anchor, rows, layer.weight, layer.bias, call)
+        return out if input.ndim == 2 else out.view(*input.shape[:-1], out.shape[-1])
+
+    def receive(self, call: Call, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        """Take the gradients of a call in a backward pass."""
+        if call.pull == self._pulls:
+            raise ValueError(
+                f"layers: one backward pass goes more than once through a call of {call.layer}, as in implicit models, "
+                "so that there is no one gradient; leave the layer out"
+            )
+        call.pull = self._pulls
+        self.arrived[call.layer] += 1
+        if self.narrow:
+            self._held.append((call, rows, weight))
+        else:
+            self.sinks[call.layer].add(rows, weight)
+
+    def pull_back(self, out: torch.Tensor, cotangent: torch.Tensor, keep: bool) -> None:
+        """Send one vector-Jacobian product past all taps; keep the graph for the next one.
+
+        Where float16 occurs the cotangent is multiplied by a power of two that keeps gradients within its range.
+        """
+        if not self.narrow:
+            self._pull(out, cotangent, keep)
+            return
+        self._most = min(self._most, 2.0**15 if out.dtype == torch.float16 else 2.0**30)
+        while True:
+            self._held.clear()
+            self._pull(out, cotangent * self._scale, True)
+            if not self._rescale():
+                break
+        for call, rows, weight in self._held:
+            self.sinks[call.layer].add(rows.float() / self._scale, weight)
+        self._held.clear()
+
+    def _pull(self, out: torch.Tensor, cotangent: torch.Tensor, keep: bool) -> None:
+        self._pulls += 1
+        self.arrived.clear()
+        self.here.backward = True
+        try:
+            if self.recomputing:  # such checkpoints refuse a backward pass towards chosen tensors
+                torch.autograd.backward(out, cotangent, retain_graph=keep)
+            else:
+                torch.autograd.grad(out, self.anchor, cotangent, retain_graph=keep, allow_unused=True)
+        finally:
+            self.here.backward = False
+
+    def _rescale(self) -> bool:
+        """Whether the pass has to run again at the new scale: it left float16's range, or stayed near its lower end."""
+        top = max((float(rows.abs().max()) for _, rows, _ in self._held if rows.numel()), default=1.0)
+        if not math.isfinite(top):
+            self._scale = self._most = self._scale / 256
+            if self._scale < 2.0**-24:
+                raise ValueError("model: its gradients leave float16's range; measure it in bfloat16 or float32")
+            return True
+        if top >= 64 or self._scale >= self._most:
+            return False
+        self._scale = min(self._most, self._scale * 2.0 ** (10 - math.frexp(top)[1]) if top > 0 else self._most)
+        return True
+
+
+def _recomputes(out: torch.Tensor) -> bool:
+    """Whether a checkpoint with use_reentrant=True lies on the way back from the outputs."""
+    todo, seen = [out.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+    return False
+
+
+@contextlib.contextmanager
+def tapped(sinks: Mapping[nn.Linear, Sink], recomputing: bool = False) -> Iterator[Taps]:
+    """Tap each layer while the block runs the model forwards and backwards."""
+    taps = Taps(sinks, recomputing)
+    with replaced({layer: partial(taps.forward, layer) for layer in sinks}, taps.here):
+        yield taps

@@ -1,0 +1,167 @@
+"""A user's torch model as the measures need it: its Linear layers, its batches and outputs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Container, Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
+
+Source = torch.Tensor | Iterable
+Layers = str | Iterable[str] | None
+
+BATCH = 256  # samples at a time, unless the caller knows better
+_SHOWN = 8  # layers that a warning names
+
+
+def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
+    """The model's Linear layers by name, in its order; or those that match a pattern such as "classifier.*"."""
+    every = dict(model.named_modules(remove_duplicate=patterns is None))
+    linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
+    if not linear:
+        raise ValueError(f"model must have a torch.nn.Linear layer to measure, this {type(model).__name__} has none")
+    if patterns is not None:
+        linear = _matching(linear, [patterns] if isinstance(patterns, str) else list(patterns), every)
+    for name, layer in linear.items():
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            others = listed(other for other in linear if other != name)
+            raise TypeError(
+                f"layers: {name!r} is a {type(layer).__name__} with a forward of its own, not a plain torch.nn.Linear; "
+                f"leave it out, layers=[{others}]"
+            )
+    return linear
+
+
+def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    if not patterns:
+        raise ValueError(f"layers must be None for all or name at least one, there are {listed(linear)}")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
+            other = next(
+                (name for name in every if fnmatch.fnmatchcase(name, pattern) and _unserved(every[name])), None
+            )
+            if other is not None:
+                kind = type(every[other]).__name__
+                raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")
+            raise ValueError(f"layers: no Linear layer is called {pattern!r}, there are {listed(linear)}")
+    return {name: layer for name, layer in linear.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+
+
+def refuse_uncalled(linear: Iterable[str], ran: Container[str], layers: Layers) -> None:
+    """Refuse layers that were asked for and did not run, and a model that runs none."""
+    silent = [name for name in linear if name not in ran]
+    if silent and (layers is not None or len(silent) == len(list(linear))):
+        raise ValueError(
+            f"layers: the model's forward does not call {listed(silent)}, so there is no input to measure; "
+            "leave it out of layers"
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in an error message."""
+    return ", ".join(map(repr, names))
+
+
+_WITH_WEIGHTS = (
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+
+
+def _unserved(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights and is no Linear layer; normalisations only scale."""
+    if isinstance(module, _WITH_WEIGHTS):
+        return True
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) or type(module).__name__ == "RMSNorm":
+        return False
+    return any("weight" in name and p.ndim > 1 for name, p in module.named_parameters(recurse=False))
+
+
+def say_unmeasured(model: nn.Module, layers: Layers) -> None:
+    """Warn, where all layers were asked for, of those that have weights and cannot be measured."""
+    if layers is not None:
+        return
+    left_out = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if _unserved(module)]
+    if left_out:
+        shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
+        warn(
+            f"network measures serve torch.nn.Linear layers and leave out {shown}; name the layers to measure, "
+            "layers=..., to silence this",
+            UserWarning,
+        )
+
+
+def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(inputs on the model's device, labels or None) from a tensor or from an iterable of batches."""
+    _check_source(X, batch_size)
+    held = next((t for group in (model.parameters(), model.buffers()) for t in group), None)
+    count = 0
+    for batch in X.split(batch_size or BATCH) if isinstance(X, torch.Tensor) else X:
+        inputs, labels = _parts(batch)
+        count += len(inputs)
+        if len(inputs) == 0:
+            continue
+        inputs = inputs.detach().to(inputs.device if held is None else held.device)
+        yield inputs.clone() if inputs.is_inference() else inputs, labels
+    if count == 0:
+        raise ValueError("X must have at least one sample, got none")
+
+
+def _check_source(X, batch_size) -> None:
+    if isinstance(X, torch.Tensor):
+        if X.ndim == 0:
+            raise ValueError("X must have samples along its first dimension, got a scalar")
+    elif not isinstance(X, Iterable) or isinstance(X, (str, bytes, Mapping)) or hasattr(X, "__array__"):
+        raise TypeError(f"X must be a torch.Tensor or an iterable of batches, got {type(X).__name__}")
+    elif batch_size is not None:
+        raise ValueError("batch_size must be None for an iterable X, which brings batches of its own")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size must be an integer >= 1 or None, got {batch_size!r}")
+
+
+def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Inputs and labels of a batch: a tensor, (inputs,) or (inputs, labels, ...)."""
+    pair = tuple(batch[:2]) if isinstance(batch, (tuple, list)) else (batch,)
+    if not pair or not isinstance(pair[0], torch.Tensor) or pair[0].ndim == 0:
+        got = type(pair[0]).__name__ if pair else "an empty tuple"
+        raise TypeError(f"X must give batches of tensors or of (inputs, labels), got {got}")
+    return pair[0], pair[1] if len(pair) == 2 else None
+
+
+def outputs(model: nn.Module, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
+    """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
+    out = model(inputs)
+    if not isinstance(out, torch.Tensor) or not out.is_floating_point():
+        what = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise TypeError(f"model must return one floating tensor, got {what}; wrap it in a module that does")
+    if out.ndim == 0 or len(out) != len(inputs):
+        shape = tuple(out.shape)
+        raise ValueError(f"model must return a row for each sample of X, got shape {shape} for {len(inputs)} samples")
+    if finite and not checks.finite(out.detach()):
+        raise ValueError("model returns NaN or infinity for X; check its weights and X's scale")
+    return out.reshape(len(out), -1)
+
+
+def pattern(like: torch.Tensor) -> torch.Tensor:
+    """Numbers in [-1, 1] without regularity, the same at every call; no random numbers are drawn."""
+    return torch.sin(torch.arange(1, like.numel() + 1, device=like.device).double() ** 1.5).view(like.shape).to(like)
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors differ by more than rounding; NaN differs from a number."""
+    size = float(b.double().abs().max()) if b.numel() else 0.0
+    return not bool(((a.double() - b.double()).abs() <= 1e3 * rounding(b) * size).all())
+
+
+def rounding(t: torch.Tensor) -> float:
+    """Relative rounding error of a tensor's dtype."""
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0

@@ -1,0 +1,125 @@
+"""Refuse models whose samples interact: one sample's gradient would depend on the batch it is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from fastagop.network.gradient_hooks import tapped
+from fastagop.network.lending import Here
+
+_ALONE = "or pass batch_size=1, which takes each sample by itself"
+
+
+def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> bool:
+    """Try the model on two samples of a batch: outputs must keep to their sample, and so must gradients.
+
+    Returns:
+        Whether checkpoints may have to compute again (``Taps.recomputing``).
+
+    Raises:
+        ValueError: naming the module or layer where samples meet.
+    """
+    if len(inputs) == 1:
+        return False
+    refuse_neighbours(model, inputs)
+    return _refuse_backward(model, linear, _pair(inputs))
+
+
+def _pair(inputs: torch.Tensor) -> torch.Tensor:
+    """The first sample and the next one that differs from it."""
+    unlike = (inputs != inputs[0]).reshape(len(inputs), -1).any(1)
+    return inputs[[0, int(unlike.int().argmax()) or 1]]
+
+
+class _Reached:
+    """Which rows of a layer's output each backward pass reached."""
+
+    def __init__(self):
+        self.rows: list[torch.Tensor] = []
+
+    def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return weight.detach(), False
+
+    def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
+        self.rows.append((rows != 0).any(1))
+
+
+def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> bool:
+    """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
+    seen = {layer: _Reached() for layer in linear.values()}
+    with tapped(seen) as taps:
+        out = taps.run(model, pair, asking=True)  # two samples take little memory
+        for row in (0, 1) if out.requires_grad else ():
+            cotangent = torch.zeros_like(out)
+            cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
+            taps.pull_back(out, cotangent, keep=row == 0)
+    for name, layer in linear.items():
+        rows = seen[layer].rows
+        calls = len(rows) // 2
+        if any(bool((a & b).any()) for a, b in zip(rows[:calls], rows[calls:], strict=True)):
+            raise ValueError(
+                f"layers: gradients at {name!r} mix the samples of a batch: its inputs are shared by them, or a later "
+                f"module brings them together. Leave the layer out, {_ALONE}"
+            )
+    return taps.recomputing
+
+
+def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
+    """The first sample's outputs may not change with another sample; says in which module they do."""
+    if len(inputs) < 2:
+        return
+    calls = list(zip(_trace(model, _pair(inputs)), _trace(model, inputs[[0, 0]]), strict=False))
+    (_, _, out), (_, _, alike) = calls[-1]
+    if not _differ(out, alike):
+        return
+    mixers = (one[0] for one, two in calls if one[1] and not _differ(one[1], two[1]) and _differ(one[2], two[2]))
+    name = next(mixers, "")
+    kind = type(model.get_submodule(name)).__name__
+    raise ValueError(
+        f"model: {f'module {name!r} ({kind})' if name else kind} mixes the samples of a batch, or is random: what it "
+        "returns for one sample changes with the others. Take it out (batch normalisation needs running statistics), "
+        + _ALONE
+    )
+
+
+Call = tuple[str, list[torch.Tensor], list[torch.Tensor]]
+
+
+def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
+    """Every module call as it ends, the model's own last: its name and the first sample's inputs and outputs."""
+    calls: list[Call] = []
+    here = Here()
+
+    def note(name: str, _, args, out) -> None:
+        if here:
+            calls.append((name, _first(args), _first(out)))
+
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
+    try:
+        with torch.enable_grad():  # with inputs that ask for gradients: without, some checkpoints warn of that
+            model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _first(value) -> list[torch.Tensor]:
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return [t[0].detach().clone() for t in values if isinstance(t, torch.Tensor) and t.ndim > 0 and len(t) == 2]
+
+
+def _differ(ones: list[torch.Tensor], twos: list[torch.Tensor]) -> bool:
+    """Whether tensors differ by more than rounding; NaN differs from nothing, the outputs' check has it."""
+    return any(
+        bool(((a.double() - b.double()).abs() > 1e3 * _rounding(a)).any()) for a, b in zip(ones, twos, strict=False)
+    )
+
+
+def _rounding(t: torch.Tensor) -> float:
+    eps = torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
+    return eps * float(t.double().abs().max()) if t.numel() else 0.0

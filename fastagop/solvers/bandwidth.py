@@ -1,0 +1,51 @@
+"""Bandwidths at which a kernel says nothing: every pair of points looks equal to it, or no two do."""
+
+from __future__ import annotations
+
+import torch
+
+from fastagop.kernels.backends import matmul_precision
+from fastagop.kernels.operations import in_units
+from fastagop.kernels.radial import Radial
+from fastagop.kernels.torch_backend import tiles
+
+_FEW = 64  # points whose pairs show in nearly every problem that values differ
+
+
+def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
+    """What to say where every k(x_i, x_j), i != j, is 0 or 1 to the rounding of X's dtype; "" elsewhere.
+
+    A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
+    """
+    n, (scaled, X, _, unit) = len(X), in_units(kernel, X, X)
+    if n < 2:
+        return ""
+    few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
+    with matmul_precision("highest", X.device):
+        zeros, ones, others = _counts(scaled, few, block)
+        if others or (n > _FEW and _counts(scaled, X, block)[2]):
+            return ""
+    apart = torch.pdist(few.double()).median()
+    given, typical = kernel.bandwidth, float(apart) * unit
+    if ones and zeros:
+        what = "0 or 1 to rounding: points are equal to it or have nothing in common"
+    elif zeros:
+        what = "0 to rounding: no point says anything about another"
+    else:
+        what = "1 to rounding: all points look alike"
+    return (
+        f"at bandwidth {given:.3g} every kernel value of two different points is {what}. Their typical distance is "
+        f"{typical:.3g}: take a bandwidth of that size, or scale the features"
+    )
+
+
+def _counts(kernel: Radial, X: torch.Tensor, block: int) -> tuple[int, int, int]:
+    """(pairs with value 0, with value 1, others) to rounding; ends at the first block that holds others."""
+    eps, zeros, ones = torch.finfo(X.dtype).eps, 0, 0
+    for _, values in tiles.tiles(X, X, block):
+        kernel.value_(values)
+        low, high = int((values <= eps).sum()), int((values >= 1.0 - 4 * eps).sum())
+        zeros, ones = zeros + low, ones + high - len(values)  # each point's value with itself
+        if low + high < values.numel():
+            return zeros, ones, values.numel() - low - high
+    return zeros, ones, 0

@@ -1,0 +1,296 @@
+"""Direct solve of (K + ridge W^-1) alpha = Y: one n x n matrix, its factor below the diagonal, itself above."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastagop import linalg
+from fastagop.kernels.backends import triton_fills
+from fastagop.kernels.plan import Plan, human, roomy
+from fastagop.kernels.radial import Radial
+from fastagop.kernels.torch_backend import tiles
+from fastagop.solvers import cg
+
+log = logging.getLogger("fastagop")
+
+# A residual above this is worth a warning: what each dtype can promise on a solvable problem.
+RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
+MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
+WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
+_STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
+_GOAL = 1e-9
+# The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
+ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+_PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
+_SAMPLE = 512  # rows whose float64 residual stands for that of all
+
+
+@dataclass(frozen=True)
+class System:
+    """The system to solve and where its large products are done.
+
+    Attributes:
+        K: (n, n), k(X, X); a factorisation takes its lower triangle.
+        ridge: on the diagonal: a number, or ridge / weight of each point (n,).
+        matmul: V -> (k(X, X) + ridge) V in float64, from what is at hand: K, or the points.
+        check: V -> (rows, their k(X, X) V) from k(X, X) in float64, a sample where all rows would cost too much.
+        update: the column-block update of ``linalg.cholesky_lower_``; None for the library's products.
+        steps: of refinement after a float32 factorisation, at most.
+        out: the dtype in which alpha is wanted.
+    """
+
+    K: torch.Tensor
+    ridge: float | torch.Tensor
+    matmul: Callable[[torch.Tensor], torch.Tensor]
+    check: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    update: Callable | None
+    steps: int
+    out: torch.dtype
+
+    def residual(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
+        """||(k + ridge) alpha - Y|| / ||Y|| with the matrix at hand."""
+        return cg.relative(self.matmul(alpha.double()).sub_(Y), Y)
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64."""
+        rows, R = self.check(alpha.double())
+        return rows, R.add_(times(self.ridge, alpha.double())[rows]).sub_(Y[rows])
+
+    def excess(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
+        """0 where alpha, rounded to the dtype it is wanted in, solves the system or stays bounded; else its excess.
+
+        Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
+        in the working dtype their differences are noise.
+        """
+        most = bound(Y, self.out)
+        excess = largest(alpha) / most if most > 0 else 0.0
+        fine = excess <= 1 or self.residual(alpha.to(self.out), Y) <= RESIDUAL[self.out]
+        return 0.0 if fine else excess
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a direct solve came to: alpha in float64, and how; ``system.K`` holds k(X, X) above its diagonal.
+
+    ``checked``: (rows, residuals of alpha rounded to ``system.out``) where they have been measured on the way.
+    """
+
+    system: System
+    alpha: torch.Tensor
+    jitter: float
+    iterations: int
+    rank: int
+    checked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64, of the alpha that is returned."""
+        if self.checked is not None and torch.equal(alpha, self.alpha.to(self.system.out).double()):
+            return self.checked
+        return self.system.unmet(alpha, Y)
+
+
+def bound(Y: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest coefficient that a dtype can bear: beyond it, differences of coefficients are noise beside Y."""
+    return largest(Y) / torch.finfo(dtype).eps ** 0.5
+
+
+def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """A diagonal matrix, given as a number or (n,), times V."""
+    return V * (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal)
+
+
+def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
+    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
+    return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
+
+
+def solve(
+    kernel: Radial, X: torch.Tensor, Y: torch.Tensor, ridge, plan: Plan, how: tuple[torch.dtype, int], precision, out
+) -> Found:
+    """Solve with the plan's method in a dtype; with a float64 matrix after all where a float32 one is found too coarse.
+
+    Args:
+        kernel, X, plan, precision: of the call. Y: float64 targets.
+        ridge: a number, or one for each point. how: (dtype of the matrix, bytes that may be taken).
+        out: the dtype in which alpha is wanted.
+    """
+    dtype, room = how
+    if plan.method == "eigh":
+        found = system(kernel, X, ridge, plan, dtype, precision, out)
+        alpha, rank = eigh(found, Y)
+        return Found(found, alpha, 0.0, 0, rank)
+    wide = needed_bytes(len(X), X.shape[1], torch.float64) <= room
+    found = _cholesky(system(kernel, X, ridge, plan, dtype, precision, out), Y, wide)
+    if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
+        return found
+    if found is not None:
+        coarse, found = _coarse(found, Y)
+        if not coarse:
+            return found
+        log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
+        if not wide or _PASSES * (X.shape[1] + 2 * Y.shape[1]) < len(X) / 3:
+            steps = found.system.steps if not wide else _PASSES
+            refined, met = _refined_from_points(kernel, X, Y, found, plan, steps)
+            if met or not wide:
+                return refined
+    log.info("solve: solving again with a float64 matrix of %s", human(8 * len(X) ** 2))
+    found = None  # the float32 matrix is given back first
+    found = _cholesky(system(kernel, X, ridge, plan, torch.float64, precision, out), Y, False)
+    assert found is not None
+    return found
+
+
+def _is_zero(ridge) -> bool:
+    return not isinstance(ridge, torch.Tensor) and ridge == 0
+
+
+def system(kernel: Radial, X: torch.Tensor, ridge, plan: Plan, dtype: torch.dtype, precision: str, out) -> System:
+    """A matrix filled with k(X, X), in its dtype, and how to go on.
+
+    Products come from K's upper triangle, but for a float32 K without a ridge: the eigenvalues that matter there are
+    below its rounding, so they come from the points in float64, one pass over all pairs a step.
+    """
+    K = roomy(len(X), len(X), X, dtype)
+    update, steps = None, _STEPS["highest"]
+    if plan.backend == "triton" and triton_fills(K.dtype):
+        from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton
+
+        triton_launch.fill_symmetric(K, kernel, X)
+        if K.dtype == torch.float32:  # the library's float64 products are on tensor cores as they are
+            update, steps = triton_launch.cholesky_update(precision), _STEPS[precision]
+    else:
+        tiles.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
+    every, wide = torch.arange(len(X), device=X.device), functools.cache(X.double)
+
+    def stored(V: torch.Tensor) -> torch.Tensor:
+        return linalg.upper_matmul(K, ridge + 1.0, V)
+
+    def from_points(V: torch.Tensor) -> torch.Tensor:
+        return tiles.kernel_matmul(kernel, wide(), wide(), V, plan).add_(times(ridge, V))
+
+    def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if K.dtype == torch.float64:
+            return every, linalg.upper_matmul(K, 1.0, V)
+        return sample_product(kernel, wide(), V, plan)
+
+    exact = K.dtype == torch.float32 and _is_zero(ridge)
+    return System(K, ridge, from_points if exact else stored, sampled, update, steps, out)
+
+
+def sample_product(kernel: Radial, X: torch.Tensor, V: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, their k(X, X) V) from points in float64: all rows of few, a sample of many."""
+    n = len(X)
+    if n <= _FEW:
+        return torch.arange(n, device=X.device), tiles.kernel_matmul(kernel, X, X, V, plan)
+    rows = torch.arange(_SAMPLE, device=X.device) * n // _SAMPLE
+    return rows, tiles.kernel_matmul(kernel, X[rows], X, V, plan)
+
+
+def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
+    """(residual with float64 kernel values where a float32 matrix is to blame for it, else 0; found, checked)."""
+    system, alpha, K = found.system, found.alpha, Y.shape[1]
+    lost = alpha - alpha.to(system.out).double()
+    rounded = system.out != torch.float64
+    rows, both = system.check(torch.cat([alpha, lost], 1) if rounded else alpha)
+    R = both[:, :K] + times(system.ridge, alpha)[rows] - Y[rows]
+    change = both[:, K:] + times(system.ridge, lost)[rows] if rounded else torch.zeros_like(R)
+    found = replace(found, checked=(rows, R - change))
+    size = float(torch.linalg.vector_norm(Y)) * (len(rows) / len(Y)) ** 0.5
+    if size == 0:
+        return 0.0, found
+    error, floor = (float(torch.linalg.vector_norm(part)) / size for part in (R + found.jitter * alpha[rows], change))
+    enough = ENOUGH_OF_FEW if len(Y) <= _FEW else ENOUGH
+    return (error if error > max(enough, 4.0 * floor) else 0.0), found
+
+
+def _cholesky(system: System, Y: torch.Tensor, wide: bool) -> Found | None:
+    """The solution with the least jitter that has bounded coefficients; K's lower triangle holds the factor afterwards.
+
+    None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
+    """
+    K, n = system.K, len(system.K)
+    scale = linalg.largest_row_sum(K) + float(torch.as_tensor(system.ridge).min())
+    hopeful = wide and K.dtype == torch.float32 and not _is_zero(system.ridge)
+    jitter = _factor(system, 0.0, scale, hopeful)
+    while jitter is not None:
+        alpha, iterations, singular = _refined(system, Y, jitter)
+        excess = 1.0 if singular else system.excess(alpha, Y)
+        if not excess or jitter >= MAX_JITTER * scale:
+            return Found(system, alpha, jitter, iterations, n)
+        linalg.restore_lower_(K)
+        least = max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale)
+        jitter = None if hopeful else _factor(system, least, scale, False)
+    return None
+
+
+def _factor(system: System, jitter: float, scale: float, once: bool) -> float | None:
+    """Factor K in place with the least jitter >= the one given that works; returns it. None if only one try is due."""
+    while linalg.cholesky_lower_(system.K, 1.0 + system.ridge + jitter, update=system.update):
+        if once:
+            return None
+        linalg.restore_lower_(system.K)
+        jitter = max(10.0 * jitter, torch.finfo(system.K.dtype).eps * scale)
+    return jitter
+
+
+def _refined(system: System, Y: torch.Tensor, jitter: float) -> tuple[torch.Tensor, int, bool]:
+    """(alpha, steps, whether the matrix is singular): a float32 factor preconditions float64 conjugate gradients.
+
+    The jitter belongs to the system that is refined: without it that system is not positive definite to rounding.
+    """
+    K = system.K
+
+    def by_factor(R: torch.Tensor) -> torch.Tensor:
+        return linalg.cholesky_solve(K, R.to(K.dtype)).double()
+
+    if K.dtype == torch.float64:
+        return by_factor(Y), 0, False
+    options = cg.ConjugateGradients(tolerance=_GOAL, max_iterations=system.steps)
+    outcome = cg.conjugate_gradients(lambda V: system.matmul(V).add_(V, alpha=jitter), Y, by_factor, options)
+    return outcome.alpha, outcome.iterations, outcome.singular
+
+
+def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan, steps: int) -> tuple[Found, bool]:
+    """(alpha refined with float64 kernel values from the points, whether that was enough): one pass a step."""
+    old, wide = found.system, X.double()
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        return tiles.kernel_matmul(kernel, wide, wide, V, plan).add_(times(old.ridge, V)).add_(V * found.jitter)
+
+    def by_factor(R: torch.Tensor) -> torch.Tensor:
+        return linalg.cholesky_solve(old.K, R.to(old.K.dtype)).double()
+
+    left = Y - matmul(found.alpha)
+    reach = ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
+    options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=steps)
+    outcome = cg.conjugate_gradients(matmul, left, by_factor, options)
+    better = replace(found, alpha=found.alpha + outcome.alpha, checked=None)
+    return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
+
+
+def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
+    K, ridge, root = system.K, system.ridge, torch.ones((), device=system.K.device)
+    if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
+        least = float(ridge.min())
+        root = (least / ridge).sqrt()[:, None]
+        K, ridge = K * root * root.T, least
+    values, vectors = linalg.eigh(K)
+    cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ (root * Y)
+    while True:
+        keep = values + ridge > cut
+        alpha = root * (vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target))
+        excess = system.excess(alpha, Y)
+        if not excess or int(keep.sum()) <= 1:
+            return alpha, int(keep.sum())
+        cut *= 10.0
+
+
+def largest(A: torch.Tensor) -> float:
+    """The largest absolute item, 0 where there is none."""
+    return float(A.abs().max()) if A.numel() else 0.0

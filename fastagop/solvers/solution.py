@@ -1,0 +1,137 @@
+"""What a solve found, in words and numbers, and what is said aloud about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastagop.kernels.errors import warn
+from fastagop.solvers.direct import RESIDUAL
+
+_OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
+
+
+def size_of(tensor: torch.Tensor) -> str:
+    """A tensor's shape in a short repr."""
+    return " x ".join(map(str, tensor.shape))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What ``solve`` found and what it did to find it.
+
+    Attributes:
+        alpha: coefficients (n, K), in X's dtype.
+        residual: ||(k + ridge W^-1) alpha - Y|| / ||Y|| (Frobenius) over rows with weight, of the alpha returned and of
+            k(X, X) in float64, without the jitter; what copies of a row contradict each other is in it.
+        ridge: the ridge asked for.
+        jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
+        method: what ran, "cholesky", "eigh" or "cg".
+        dtype: the dtype of the factorisation, or of the products of "cg".
+        iterations: steps of "cg", or of float64 refinement after a float32 factorisation.
+        rank: n less the eigenvalues dropped by "eigh"; rank of the preconditioner of "cg"; n otherwise.
+        seconds: wall-clock time.
+        stopped: why "cg" ended before its tolerance; "" where it did not.
+        tolerance: the residual "cg" was asked for; 0.0 for the others.
+        residual_rows: rows that the residual was measured on: all, or an evenly spaced sample.
+        merged: rows merged away because the dtype cannot tell them apart from others; they share a coefficient.
+        contradictions: rows whose target differs from the mean target of their copies.
+        merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
+        note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
+    """
+
+    alpha: torch.Tensor
+    residual: float
+    ridge: float
+    jitter: float
+    method: str
+    dtype: torch.dtype
+    iterations: int
+    rank: int
+    seconds: float
+    stopped: str = ""
+    tolerance: float = 0.0
+    residual_rows: int = 0
+    merged: int = 0
+    contradictions: int = 0
+    merged_residual: float | None = None
+    note: str = ""
+
+    def __repr__(self):
+        how = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
+        how += f", jitter {self.jitter:.1e}" if self.jitter else ""
+        rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
+        parts = [
+            f"alpha {size_of(self.alpha)} {str(self.alpha.dtype).removeprefix('torch.')}",
+            how,
+            f"residual {self.residual:.1e}{rows}",
+        ]
+        if self.merged:
+            parts.append(
+                f"{self.merged} rows merged" + f", {self.contradictions} contradict" * bool(self.contradictions)
+            )
+        parts += [f"stopped: {self.stopped}"] * bool(self.stopped) + [f"{self.seconds:.2g} s"]
+        return f"Solution({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A Solution for the rows given, and the coefficients (r, K) of the points that they were merged into."""
+
+    solution: Solution
+    alpha: torch.Tensor
+
+    def to(self, device: torch.device) -> Solved:
+        """The same with its tensors on a device."""
+        return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
+
+
+def report(solution: Solution, said: set[str] | None = None) -> None:
+    """Warn once about what was altered, or about a residual larger than the dtype promises.
+
+    ``said``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
+    """
+    found, about, repeated = _altered(solution), _problem(solution), set() if said is None else said
+    if found:
+        remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+        if solution.method == "cg":
+            remedy = "a larger rank, more max_iterations or a larger ridge helps"
+        found = [f"{' and '.join(found)}; {remedy}"]
+    found += [text for key, text in about.items() if key not in repeated]
+    repeated.update(about)
+    if found:
+        warn(f"solve: {'. '.join(found)}")
+
+
+def _altered(solution: Solution) -> list[str]:
+    """What was done to this solve, and a residual that is too large."""
+    said, points = [], len(solution.alpha) - solution.merged
+    dropped = len(solution.alpha) - solution.rank if solution.method == "eigh" else 0
+    if solution.jitter > 0:
+        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
+    if dropped:
+        said.append(f"{dropped} of {points} eigenvalues were dropped")
+    if solution.stopped:
+        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
+    residual = solution.residual if solution.merged_residual is None else solution.merged_residual
+    limit = RESIDUAL[solution.alpha.dtype]
+    if solution.dtype != solution.alpha.dtype == torch.float64:
+        limit = _OF_FLOAT32
+    if solution.stopped or not residual <= max(limit, solution.tolerance):
+        said.append(f"the relative residual is {residual:.1e}")
+    return said
+
+
+def _problem(solution: Solution) -> dict[str, str]:
+    """What is wrong with the problem, whatever the solver does."""
+    found = {}
+    if solution.contradictions and solution.ridge == 0:
+        more = "" if solution.jitter else ", without jitter"
+        found["contradictions"] = (
+            f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
+            f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
+        )
+    if solution.note:
+        found["bandwidth"] = solution.note
+    return found

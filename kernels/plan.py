@@ -1,0 +1,125 @@
+"""What a call will do, decided before it does it: backend, method, cost, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .memory import host_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The road a call takes; ``fastagop.explain`` prints it, the call itself obeys it."""
+
+    op: str
+    backend: str
+    method: str
+    why: str
+    precision: str
+    flops: float
+    peak_bytes: int
+    block: int  # rows of one block
+    seconds: float | None = None  # estimate: operations at the device's rates; None where nobody asked for it
+
+    def __str__(self):
+        seconds = "" if self.seconds is None else f"  seconds    about {self.seconds:.2g}\n"
+        return (
+            f"{self.op}: backend {self.backend}, method {self.method}\n"
+            f"  why        {self.why}\n"
+            f"  precision  {self.precision}\n"
+            f"  work       {self.flops:.3g} floating-point operations\n"
+            f"{seconds}"
+            f"  memory     {human(self.peak_bytes)} beyond the inputs, in blocks of {self.block} rows"
+        )
+
+
+def human(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return host_bytes()
+
+
+_PAGES = 2**22  # bytes from which NumPy asks the system for huge pages
+
+
+def roomy(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised matrix for work within a call, on a tensor's device.
+
+    On the CPU a large one is NumPy's, which asks for huge pages: the system hands those out hundreds of times faster
+    than small ones, and products read them faster.
+    """
+    dtype = dtype or like.dtype
+    if like.device.type != "cpu" or rows * columns * dtype.itemsize < _PAGES:
+        return like.new_empty(rows, columns, dtype=dtype)
+    return torch.from_numpy(np.empty((rows, columns), {torch.float32: np.float32, torch.float64: np.float64}[dtype]))
+
+
+def budget(limit: int | None, device: torch.device) -> int:
+    """Bytes a call may take beyond its inputs: the caller's limit, else most of what is free."""
+    return limit if limit is not None else int(0.9 * available_bytes(device))
+
+
+RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one
+ROWS = 256  # of a block, at most
+
+
+USE_LESS = "use fewer points, or free memory"  # advice of the others
+
+
+def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str, advice: str = USE_LESS) -> int:
+    """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
+
+    ``advice``: what the caller of ``what`` can do where not even one row fits.
+
+    Blocks aim at 32 MB, so that elementwise work on a block stays near the caches, and at 128 to 256 rows.
+    """
+    room = (limit - fixed_bytes) // max(1, row_bytes)
+    if room < 1:
+        raise MemoryError(
+            f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but {human(limit)} may be used; "
+            f"{advice}"
+        )
+    wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
+    return int(max(1, min(room, wish, most)))
+
+
+def fitting_rows(
+    bytes_of: Callable[[int], int], limit: int, most: int, what: str, advice: str = USE_LESS
+) -> tuple[int, int]:
+    """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
+
+    Blocks aim at 32 MB and at 128 to 256 rows, and ``advice`` is what the caller can do, as in ``block_rows``.
+    """
+    least = bytes_of(1)
+    if least > limit:
+        raise MemoryError(
+            f"{what} needs {human(least)} for a single row block, but {human(limit)} may be used; {advice}"
+        )
+    each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
+    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), most)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle - 1)
+    return low, bytes_of(low)
+
+
+def longest_first(count: int, rows: int) -> range:
+    """First rows of the blocks of a lower triangle; memory that a block frees then has room for the next one's."""
+    return range(0, count, rows)[::-1]

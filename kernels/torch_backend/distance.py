@@ -1,0 +1,148 @@
+"""Squared Euclidean distances by block, accurate for far and for near pairs alike.
+
+The expansion ||x||^2 + ||z||^2 - 2 x.z costs one matrix product, but its absolute error is about
+eps (||x||^2 + ||z||^2): relative to a small distance that is noise, and once classes collapse a tenth of all
+pairs are that small. Pairs whose expansion falls below ``NEAR[dtype]`` of the squared norms are therefore
+measured again: crowded groups by the same product around a centre of their own, stragglers by direct
+differences. In a space of so few dimensions that most points have near ones, all pairs are measured directly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..gemm import product
+
+# A pair is near when r^2 < NEAR * (||x||^2 + ||z||^2). The expansion of a pair that is not near has a relative
+# error of a few eps / NEAR in r^2: below 1e-5 in float32 and 1e-12 in float64.
+NEAR = {torch.float32: 2.0**-6, torch.float64: 2.0**-10}
+
+_GROUP = 16  # fewer near columns than this are not worth a product of their own
+_REACH = 8.0  # a group takes in points up to this multiple of the near bound
+_CENTRE_SAMPLE = 128  # members that vote for a group's centre
+_ROUNDS = 64  # groups tried per block before direct differences take the rest
+_CHUNK = 2**18  # items of one chunk of direct differences, and of one step of a group's product
+FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
+_FEWEST = 16  # rows of one step of a group's product, at least
+_CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
+
+
+def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
+    """Most memory that ``squared_distances`` takes for a block of that many rows, the block itself left out.
+
+    The points in another unit; the norms; -2 Z, the library's copy of X; of suspect rows a copy, thresholds and a
+    mask; a group's points around their centre, and the work of one step of it or of direct differences.
+    """
+    if d <= FEW:
+        return size * ((2 * n + m) * d + n + m + 2 * min(rows * n, max(_CACHED, n)))
+    pairs = min(rows * n, max(_FEWEST * n, _CHUNK))
+    work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, _CHUNK)))
+    copies = 4 if size == 4 else 2  # the float64 product takes its factors as they are
+    return size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
+
+
+def squared_norms(X: torch.Tensor) -> torch.Tensor:
+    """Squared row norms, shape (n,)."""
+    return torch.einsum("ij,ij->i", X, X)
+
+
+def squared_distances(
+    Z: torch.Tensor,
+    X: torch.Tensor,
+    z2: torch.Tensor,
+    x2: torch.Tensor,
+    out: torch.Tensor,
+    self_offset: int | None = None,
+) -> torch.Tensor:
+    """Write ||Z[i] - X[j]||^2 into out, shape (b, n).
+
+    Args:
+        Z, X: points (b, d) and (n, d).
+        z2, x2: their squared norms.
+        out: result; any strides that a matrix product can write to.
+        self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
+    """
+    if out.numel() == 0:
+        return out
+    if 0 < X.shape[1] <= FEW:
+        return _measure_all(Z, X, out)
+    torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
+    near = NEAR[out.dtype]
+    own = None if self_offset is None else torch.diagonal(out, self_offset)
+    if own is not None:
+        own.fill_(torch.inf)  # never near; set to zero below
+    suspects = out.amin(1) < near * (z2 + x2.amax())
+    if suspects.any():
+        rows = suspects.nonzero().squeeze(1)
+        everything = len(rows) * 2 > len(out)  # then skip the copy of the suspect rows
+        sub = out if everything else out[rows]
+        z, zz = (Z, z2) if everything else (Z[rows], z2[rows])
+        mask = sub < near * (zz[:, None] + x2)
+        _measure_near(sub, mask, z, X, zz, x2)
+        if not everything:
+            out[rows] = sub
+    if own is not None:
+        own.zero_()
+    return out
+
+
+def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, feature by feature; zero for equal points."""
+    columns = X.T.contiguous()
+    rows = len(out) if out.is_cuda else max(1, _CACHED // len(X))
+    for start in range(0, len(out), rows):
+        part, z = out[start : start + rows], Z[start : start + rows]
+        torch.sub(z[:, :1], columns[0], out=part).square_()
+        for k in range(1, len(columns)):
+            difference = z[:, k : k + 1] - columns[k]
+            part.addcmul_(difference, difference)
+    return out
+
+
+def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, x2: torch.Tensor) -> None:
+    """Measure the pairs under mask again, in place; mask is used up.
+
+    Each round moves the origin into the most crowded row's company and repeats the product for all points within
+    reach of it; pairs that are near even from there wait for a round of their own.
+    """
+    near = NEAR[sq.dtype]
+    for _ in range(_ROUNDS):
+        crowd = mask.sum(1)
+        leader = int(crowd.argmax())
+        if crowd[leader] < _GROUP:
+            break
+        company = mask[leader].nonzero().squeeze(1)
+        # The median is robust: a few far members must not drag the centre off the crowd.
+        centre = X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]].median(0).values
+        reach = _REACH * near * z2[leader]
+        cols = ((sq[leader] < reach + _REACH * near * x2) | sq[leader].isinf()).nonzero().squeeze(1)
+        rows = (squared_norms(Z - Z[leader]) < reach + _REACH * near * z2).nonzero().squeeze(1)
+        x = X[cols].sub_(centre)
+        xc2 = squared_norms(x)
+        helped = False
+        for some in rows.split(max(_FEWEST, _CHUNK // len(cols))):
+            index = (some[:, None], cols)
+            z = Z[some].sub_(centre)
+            zc2 = squared_norms(z)
+            fresh = product(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
+            group = mask[index]
+            good = group & (fresh >= near * (zc2[:, None] + xc2))
+            sq[index] = torch.where(good, fresh, sq[index])
+            mask[index] = group & ~good
+            helped = helped or bool(good.any())
+        if not helped:  # the centre did not help this row: no second try
+            _measure_directly(sq, torch.full_like(company, leader), company, Z, X)
+            mask[leader] = False
+    step = max(1, _CHUNK // max(1, mask.shape[1]))
+    for start in range(0, len(mask), step):
+        i, j = mask[start : start + step].nonzero(as_tuple=True)
+        _measure_directly(sq, i.add_(start), j, Z, X)
+
+
+def _measure_directly(sq: torch.Tensor, i: torch.Tensor, j: torch.Tensor, Z: torch.Tensor, X: torch.Tensor) -> None:
+    """Write sum_k (Z[i, k] - X[j, k])^2 into sq for a list of pairs."""
+    step = max(1, _CHUNK // max(1, X.shape[1]))
+    for k in range(0, len(i), step):
+        a, b = i[k : k + step], j[k : k + step]
+        difference = Z[a].sub_(X[b])
+        sq[a, b] = squared_norms(difference)

@@ -1,0 +1,276 @@
+"""Torch backend: the gradients of one row block, accurate relative to their terms.
+
+g_ic = sum_j W_ij A_jc (x_j - z_i) is one product, W (A_c o X) - s_c o Z with s = W A, whose rounding is about
+eps W_ij |A_jc| (|x_j| + |z_i|) a pair. For a near pair that is many times its term W_ij |A_jc| ||x_j - z_i||, and where
+weights grow as 1 / r nothing hides it. Near pairs are therefore taken out of the product and added by themselves:
+crowds by a float64 product around a centre of their own, stragglers by direct differences. With few features, where
+most points have near ones, every difference is formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import readable
+from ..gemm import product
+from .distance import FEW, NEAR, squared_distances, squared_norms
+
+# Around a local centre, in float64, a pair is served when r^2 is at least this share of its squared norms there: the
+# error of its term is then below 2^15 eps of float64, and 2^5 eps for float64 points.
+_SERVED = {torch.float32: 2.0**-30, torch.float64: NEAR[torch.float64]}
+_GROUP = 16  # fewer near columns than this are not worth a product of their own
+_CENTRE_SAMPLE = 128  # members that vote for a group's centre
+_ROUNDS = 64  # groups tried per block before direct differences take the rest
+_OUTPUTS = 16  # outputs of one step beside the product
+_FEWEST = 16  # rows of one step of a group's product, at least
+_CHUNK = 2**18  # items of a step's work tensors
+
+
+@dataclass
+class Near:
+    """Near pairs of one row block.
+
+    Attributes:
+        rows: index of the block's rows that have near pairs.
+        mask: (len(rows), n), True at the near pairs.
+    """
+
+    rows: torch.Tensor
+    mask: torch.Tensor
+
+
+class Nearness:
+    """Finds the near pairs of points, from squared distances or from stored weights.
+
+    Squared norms are those of the shifted points that the product will see.
+    """
+
+    def __init__(self, X: torch.Tensor, Z: torch.Tensor, shift: torch.Tensor | None):
+        self.X, self.Z, self.own = X, Z, Z is X
+        self.few = X.shape[1] <= FEW  # every difference is formed there
+        if not self.few:
+            self.x2 = _norms_from(X, shift)
+            self.z2 = self.x2 if self.own else _norms_from(Z, shift)
+            self._most = self.x2.amax()
+            self._plain: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def among(self, sq: torch.Tensor, row: slice) -> Near | None:
+        """Near pairs of a row block from its squared distances; pairs at distance zero weigh nothing."""
+        if self.few or not readable(sq) or sq.numel() == 0:
+            return None
+        self_pairs = torch.diagonal(sq, row.start) if self.own else None
+        if self_pairs is not None:
+            self_pairs.fill_(torch.inf)
+        near, z2 = NEAR[sq.dtype], self.z2[row]
+        rows = (sq.amin(1) < near * (z2 + self._most)).nonzero().squeeze(1)
+        found = None
+        if len(rows):
+            sub = sq if len(rows) == len(sq) else sq[rows]
+            mask = (sub < near * (z2[rows, None] + self.x2)).logical_and_(sub > 0)
+            some = mask.any(1)
+            if not bool(some.all()):
+                rows, mask = rows[some], mask[some]
+            found = Near(rows, mask) if len(rows) else None
+        if self_pairs is not None:
+            self_pairs.zero_()
+        return found
+
+    def among_weights(self, W: torch.Tensor, row: slice, kernel=None) -> Near | None:
+        """Near pairs of a row block whose squared distances are gone.
+
+        Weights decrease with the distance: only rows whose largest weight belongs to a near pair are measured again,
+        all of them where the kernel is not known.
+        """
+        if self.few or not readable(W) or W.numel() == 0:
+            return None
+        suspects = torch.arange(len(W), device=W.device)
+        if kernel is not None:
+            bound = kernel.weight_(NEAR[self.X.dtype] * (self.z2[row] + self._most))
+            suspects = (W.amax(1) >= 0.999 * bound).nonzero().squeeze(1)
+            if len(suspects) == 0:
+                return None
+        if self._plain is None:
+            x2 = squared_norms(self.X)
+            self._plain = x2, x2 if self.own else squared_norms(self.Z)
+        x2, z2 = self._plain[0], self._plain[1][row]
+        sq = W.new_empty(len(W), len(self.X), dtype=self.X.dtype)
+        squared_distances(self.Z[row], self.X, z2, x2, sq, row.start if self.own else None)
+        return self.among(sq, row)
+
+
+def _norms_from(X: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    if shift is None:
+        return squared_norms(X)
+    return torch.cat([squared_norms(part - shift) for part in X.split(256)])
+
+
+def block_gradients(
+    W: torch.Tensor,
+    near: Near | None,
+    alpha: torch.Tensor,
+    X: torch.Tensor,
+    Z: torch.Tensor,
+    shift: torch.Tensor | None,
+    out: torch.Tensor,
+    step: Callable | None = None,
+) -> torch.Tensor:
+    """sum_j W_ij alpha_jc (x_j - z_i) for one row block, into out (b, K, d); W may be changed.
+
+    ``step`` is a backend's product: (W, alpha, X, Z, shift, out) -> out; default ``output_gradients``.
+    """
+    if X.shape[1] <= FEW:
+        return _by_feature(W, alpha, X, Z, out)
+    step = step or output_gradients
+    if near is None:
+        return step(W, alpha, X, Z, shift, out)
+    taken = _take_(W, near, alpha, X, Z, shift)
+    step(W, alpha, X, Z, shift, out)
+    if taken is not None:
+        rows, weights = taken
+        z = Z[rows]
+        _add_crowds(weights, alpha, X, z, rows, out)
+        _add_directly(weights, alpha, X, z, rows, out)
+    return out
+
+
+def output_gradients(
+    W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, shift, out: torch.Tensor
+) -> torch.Tensor:
+    """W (alpha_c o X) - s_c o Z with s = W alpha, for one row block, into out (b, K, d)."""
+    if shift is not None:  # a gradient sees differences of points only
+        X, Z = X - shift, Z - shift
+    s, d, K = W @ alpha, X.shape[1], alpha.shape[1]
+    if d <= len(W):  # alpha is applied to the centers, which are the smaller factor, for a few outputs at once
+        for some in range(0, K, max(1, len(W) // d)):
+            c = slice(some, some + max(1, len(W) // d))
+            right = (alpha.T[c, None] * X.T).flatten(0, 1)
+            torch.addcmul(product(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
+        return out
+    scaled = torch.empty_like(W)
+    for c in range(K):
+        torch.mul(W, alpha[:, c], out=scaled)
+        torch.addcmul(product(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
+    return out
+
+
+def gradient_bytes(rows: int, n: int, d: int, K: int, size: int) -> int:
+    """Most memory that ``block_gradients`` takes for a block of that many rows, W and the result left out.
+
+    Of W: the near pairs and a copy, the other factor of the product, made and copied twice; shifted points, the
+    library's copy and, in float64, a group's; of the result a few outputs; one step's work with a group.
+    """
+    if d <= FEW:
+        return size * (2 * rows * n + 2 * rows * K + n * K)
+    pairs, some = min(rows * n, max(_FEWEST * n, _CHUNK)), min(K, _OUTPUTS)
+    outputs = min(rows * K * d, max(rows * d, _CHUNK)) * (16 + size)
+    near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
+    return size * (5 * rows * n + 2 * n * d + rows * (max(rows, d) + 2 * K + d)) + rows * n + near
+
+
+def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:
+    """Every difference of every feature formed: nothing cancels."""
+    terms = torch.empty_like(W)
+    for k in range(X.shape[1]):
+        torch.sub(X[:, k], Z[:, k : k + 1], out=terms).mul_(W)
+        out[:, :, k] = product(terms, alpha.T)
+    return out
+
+
+def _take_(W, near: Near, alpha, X, Z, shift) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(rows, their near pairs' weights, zero elsewhere), taken out of W where they would spoil the product.
+
+    A row's near pairs stay in where the rounding that they bring, W |alpha| (|x| + |z|) eps, is below that of all other
+    pairs: bounded weights near a point change nothing then.
+    """
+    rows, mask = near.rows, near.mask
+    taken, everything = W[rows].mul_(mask), W[rows]
+    x, z = (_norms_from(points, shift).sqrt_()[:, None] for points in (X, Z[rows]))
+    spoilt = torch.zeros_like(rows, dtype=torch.bool)
+    for part in alpha.split(_OUTPUTS, 1):
+        size = part.abs()
+        sizes = [size.T, (x * size).T]
+
+        def rounding(weights, sizes=sizes):
+            return product(weights, sizes[1]).addcmul_(product(weights, sizes[0]), z)
+
+        spoilt |= (rounding(taken) > 0.5 * rounding(everything)).any(1)  # more than the other pairs' part of it
+    del everything
+    if not bool(spoilt.any()):
+        return None
+    if not bool(spoilt.all()):
+        rows, mask, taken = rows[spoilt], mask[spoilt], taken[spoilt]
+    W[rows] = W[rows].masked_fill_(mask, 0.0)
+    return rows, taken
+
+
+def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
+    """Add what groups of near pairs contribute, by float64 products around centres of their own.
+
+    weights (r, n) belong to out's ``rows``, whose points Z are; what is served becomes zero there.
+    """
+    for _ in range(_ROUNDS):
+        mask = weights != 0
+        crowd = mask.sum(1)
+        leader = int(crowd.argmax())
+        if crowd[leader] < _GROUP:
+            return
+        company = mask[leader].nonzero().squeeze(1)
+        # The median is robust: a few far members must not drag the centre off the crowd.
+        centre = X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]].median(0).values.double()
+        members = mask[:, company].any(1).nonzero().squeeze(1)
+        del mask
+        x = X[company].double().sub_(centre)
+        x2, helped = squared_norms(x), False
+        for some in members.split(max(_FEWEST, _CHUNK // len(company))):
+            z = Z[some].double().sub_(centre)
+            z2 = squared_norms(z)
+            far = product(-2.0 * z, x, x2).add_(z2[:, None]) >= _SERVED[X.dtype] * (z2[:, None] + x2)
+            index = (some[:, None], company)
+            served = weights[index] * far
+            weights[index] -= served
+            _add_product(served.double(), alpha, company, x, z, rows[some], out)
+            helped = helped or bool(served[some == leader].any())
+        if not helped:  # the centre did not help this row: no second try
+            one = slice(leader, leader + 1)
+            _add_directly(weights[one], alpha, X, Z[one], rows[one], out)
+            weights[leader] = 0.0
+
+
+def _add_product(W, alpha, company, x, z, rows, out: torch.Tensor) -> None:
+    """Add W (alpha_c o x) - s_c o z to out's rows, a few outputs at a time; x and float64 W are of the company."""
+    K, d = out.shape[1:]
+    some = max(1, min(_OUTPUTS, _CHUNK // (len(W) * d)))
+    for first in range(0, K, some):
+        c = slice(first, first + some)
+        a = alpha[company, c].double()
+        part = output_gradients(W, a, x, z, None, W.new_empty(len(W), a.shape[1], d))
+        out[:, c].index_add_(0, rows, part.to(out.dtype))
+
+
+def _add_directly(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
+    """Add sum_j weights_ij alpha_jc (x_j - z_i) to out's rows from differences of points."""
+    (K, d), counts = out.shape[1:], (weights != 0).sum(1)
+    counts, order = counts.sort(descending=True)
+    done, end = 0, int((counts > 0).sum())
+    while done < end:
+        most = int(counts[done])
+        step = max(1, _CHUNK // (most * (K + d) + K * d))
+        index = order[done : min(end, done + step)]
+        w, j = weights[index].topk(most, dim=1, sorted=False)  # weights are not negative: zeros fill what is left
+        terms = torch.bmm((w[:, :, None] * alpha[j]).transpose(1, 2), X[j] - Z[index, None])
+        out.index_add_(0, rows[index], terms)
+        done += step
+
+
+def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
+    """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
+
+    Elsewhere centring would round the very differences that collapsed classes live on. None in a CUDA graph's capture.
+    """
+    if not readable(X):
+        return None
+    mean = X.mean(0)
+    return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None

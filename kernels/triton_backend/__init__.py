@@ -1,0 +1,1 @@
+"""The Triton backend: fused device kernels, one operation a file, launched from ``launch``."""

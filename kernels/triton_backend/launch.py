@@ -1,0 +1,240 @@
+"""Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients, agop and solve, float32.
+
+The algorithms around the kernels (blocks, guard, centring, float64 accumulation; the factorisation) are those of
+``torch_agop`` and of ``fastagop.linalg``. Only the kernel matrix of a float64 factorisation is made in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from ..backends import PRODUCTS
+from ..plan import Plan
+from ..radial import Radial
+from ..torch_backend import agop as torch_agop
+from ..torch_backend.distance import NEAR, squared_norms
+from ..torch_backend.gradients import Nearness, block_gradients, dominant_offset
+from .agop import _gradient_kernel, _gram_kernel
+from .cholesky import _update_kernel
+from .launch_config import config
+from .matmul import _matmul_kernel
+from .matrix import _matrix_kernel
+from .profile import constants, kind
+from .split import Operand, operand
+
+# Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
+INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
+
+
+def _rows(X: torch.Tensor) -> torch.Tensor:
+    return X if X.stride(1) == 1 or X.shape[1] == 1 else X.contiguous()
+
+
+def _current(X: torch.Tensor):
+    """Launches go to the current device: make it X's."""
+    return torch.cuda.device(X.device) if X.is_cuda else contextlib.nullcontext()
+
+
+def _grid(config, m: int, n: int, *more: int) -> tuple[int, ...]:
+    return (-(-m // config.rows), -(-n // config.columns), *more)
+
+
+class Points:
+    """Centers or evaluation points made ready once: rows, operand of the products, squared norms."""
+
+    def __init__(self, X: torch.Tensor, prec: str):
+        self.rows = _rows(X.double() if prec == "fp64" else X)
+        with _current(X):
+            self.operand = operand(self.rows, prec == "fp16x3")
+        self.norms = squared_norms(self.rows)
+        self.prec = prec
+
+    def __len__(self):
+        return len(self.rows)
+
+    def part(self, rows: slice) -> Points:
+        """Some of the points."""
+        part = object.__new__(Points)
+        part.prec, o = self.prec, self.operand
+        part.rows, part.norms = self.rows[rows], self.norms[rows]
+        part.operand = Operand(o.high[rows], o.low[rows], o.scale[rows], o.split)
+        return part
+
+
+def _pair(Z: Points, X: Points) -> tuple:
+    z, x = Z.operand, X.operand
+    return Z.rows, X.rows, z.high, z.low, x.high, x.low, z.scale, x.scale, Z.norms, X.norms
+
+
+def _strides(Z: Points, X: Points) -> tuple:
+    return Z.rows.stride(0), X.rows.stride(0), Z.operand.high.stride(0), X.operand.high.stride(0)
+
+
+def fill(
+    kernel: Radial,
+    Z: Points,
+    X: Points,
+    out: torch.Tensor,
+    *,
+    weight: bool,
+    first: int | None,
+    lower: bool = False,
+    ridge: float = 0.0,
+) -> torch.Tensor:
+    """Kernel values or weights of (Z, X) into out; ``first``: the row of X that Z starts at, None for other points.
+
+    Self-pairs get phi(0) + ridge = 1 + ridge, or weight 0. ``lower`` computes half and stores it twice.
+    """
+    c = config("matrix", X.prec, out.device)
+    diagonal = out.new_full((1,), 0.0 if weight else 1.0 + ridge)
+    if out.numel():
+        with _current(out):
+            _matrix_kernel[_grid(c, len(Z), len(X))](
+                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[out.dtype],
+                constants(kernel, out), diagonal, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
+                LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+            )  # fmt: skip
+    return out
+
+
+def kernel_matrix(kernel: Radial, X, Z, out, precision: str, ridge: float = 0.0) -> torch.Tensor:
+    """k(X, Z), shape (n, m); + ridge I where Z is X."""
+    result = X.new_empty(len(X), len(Z)) if out is None else out
+    target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
+    x, own = Points(X, PRODUCTS[precision]), Z is X
+    z = x if own else Points(Z, x.prec)
+    fill(kernel, x, z, target, weight=False, first=0 if own else None, lower=own, ridge=ridge)
+    return result if target is result else result.copy_(target)
+
+
+def fill_symmetric(out: torch.Tensor, kernel: Radial, X) -> torch.Tensor:
+    """k(X, X) of float32 points into out, to the accuracy of out's dtype."""
+    x = Points(X, "fp64" if out.dtype == torch.float64 else "fp16x3")
+    return fill(kernel, x, x, out, weight=False, first=0, lower=True)
+
+
+def cholesky_update(precision: str):
+    """The column-block update of ``fastagop.linalg.cholesky_lower_`` for a float32 matrix."""
+    prec = INSIDE[PRODUCTS[precision]]
+
+    def update(A: torch.Tensor, start: int, stop: int) -> None:
+        c = config("update", prec, A.device)
+        with _current(A):
+            _update_kernel[_grid(c, len(A) - start, stop - start)](
+                A, start, stop, len(A), A.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch
+            )
+
+    return update
+
+
+def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
+    """k(X, Z) V, shape (n, p): K lives in registers only."""
+    prec, own, V = PRODUCTS[precision], Z is X, _rows(V)
+    x = Points(X, prec)
+    z = x if own else Points(Z, prec)
+    out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
+    c = config("matmul", prec, out.device)
+    width = min(64, max(16, 1 << max(0, p - 1).bit_length()))
+    if out.numel() and len(z):
+        with _current(out):
+            _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
+                *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
+                NEAR[torch.float32], constants(kernel, out), KIND=kind(kernel), SELF=own, PREC=prec,
+                SECOND=INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
+            )  # fmt: skip
+    return out
+
+
+def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int):
+    """(rows of Z, their weights) block by block."""
+    buffer = x.rows.new_empty(min(rows, len(z)), len(x))
+    for start in range(0, len(z), rows):
+        row = slice(start, min(len(z), start + rows))
+        block = buffer[: row.stop - start]
+        yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if own else None)
+
+
+def _near_blocks(kernel: Radial, x: Points, z: Points, X, Z, shift, rows: int):
+    """(rows of Z, their weights, their near pairs) block by block."""
+    nearness = Nearness(X, Z, shift)
+    for row, W in _blocks(kernel, x, z, Z is X, rows):
+        yield row, W, nearness.among_weights(W, row, kernel)
+
+
+def steps(X: torch.Tensor, precision: str) -> torch_agop.Steps:
+    """The device's steps of the two AGOP forms for these centers."""
+    return _steps(Points(X, PRODUCTS[precision]))
+
+
+def _steps(x: Points) -> torch_agop.Steps:
+    return torch_agop.Steps(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
+
+
+def _output_gradients(x: Points):
+    """The row-block step of the gradient form, as ``torch_blocks.output_gradients``."""
+
+    def gradients_of(W, alpha, X, Z, shift, out):
+        centers, Z = (x, Z) if shift is None else (Points(X - shift, x.prec), Z - shift)
+        W, Z, s, At = _rows(W), _rows(Z), W @ alpha, alpha.T.contiguous()
+        o, (b, n), (K, d) = centers.operand, W.shape, out.shape[1:]
+        c = config("gradient", x.prec, out.device)
+        with _current(out):
+            _gradient_kernel[_grid(c, b, d, K)](
+                W, At, s, o.high, o.low, o.scale, Z, out, b, n, d, K, W.stride(0), o.high.stride(0), Z.stride(0),
+                out.stride(0), out.stride(1), PREC=x.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+            )  # fmt: skip
+        return out
+
+    return gradients_of
+
+
+def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.Tensor:
+    """grad f_c(Z[i]), shape (m, K, d)."""
+    out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
+    if not out.numel():
+        return out
+    x, shift = Points(X, PRODUCTS[precision]), dominant_offset(X)
+    z, step = x if Z is X else Points(Z, x.prec), _output_gradients(x)
+    for row, W, near in _near_blocks(kernel, x, z, X, Z, shift, plan.block):
+        block_gradients(W, near, alpha, X, Z[row], shift, out[row], step)
+    return out
+
+
+def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
+    """The block rows of the gram form's S from stored weights."""
+    alpha = alpha.contiguous()
+    with _current(W):
+        pair = operand(W, prec == "fp16x3")
+
+    def lower(s, weight, start: int, stop: int) -> torch.Tensor:
+        out = W.new_empty(stop - start, stop)
+        c = config("gram", prec, W.device)
+        with _current(W):
+            _gram_kernel[_grid(c, stop - start, stop)](
+                W, pair.high, pair.low, pair.scale, alpha, s, weight, out, start, stop, len(W), alpha.shape[1],
+                W.stride(0), pair.high.stride(0), out.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner,
+                **c.launch,
+            )  # fmt: skip
+        return out
+
+    return lower
+
+
+def agop(
+    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str, row_weights=None
+) -> torch.Tensor:
+    """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
+    if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
+        return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+    own, x = Z is X, Points(X, PRODUCTS[precision])
+    z, inner = x if own else Points(Z, x.prec), _steps(x)
+    if plan.method == "gradient":
+        shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
+        blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, shift, center, inner.gradients, roots)
+    W = X.new_empty(len(Z), len(X))
+    fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
+    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
+    return torch_agop.agop_from_weights_(W, X, alpha, Z, rows=plan.block, steps=inner, **how)

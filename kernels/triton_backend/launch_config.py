@@ -1,0 +1,94 @@
+"""Launch configurations: tiles, warps and stages per operation, precision and chip, frozen in one table.
+
+A device that was calibrated uses what was fastest on it (``_measured``). Nothing is ever tuned inside a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..calibration import measured
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of rows, columns and inner dimension; warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# (operation, precision) -> configuration, for compute capability 8.x and from 9.0 on. None spills registers and all
+# fit into shared memory: tests compile every entry for both.
+TABLE = {
+    8: {
+        ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("matrix", "tf32"): Config(128, 64, 32, 8, 3),
+        ("matrix", "fp64"): Config(64, 64, 16, 8, 3),
+        ("matmul", "fp16x3"): Config(32, 32, 32, 4, 3),
+        ("matmul", "bf16x3"): Config(64, 32, 32, 8, 3),
+        ("matmul", "tf32"): Config(64, 32, 32, 8, 3),
+        ("gradient", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 64, 32, 8, 3),
+        ("gram", "fp16x3"): Config(64, 64, 32, 8, 3),
+        ("gram", "bf16x3"): Config(64, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(64, 64, 32, 8, 3),
+        ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
+        ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
+        ("update", "tf32"): Config(128, 128, 32, 8, 3),
+    },
+}
+TABLE[9] = TABLE[8] | {
+    ("matmul", "fp16x3"): Config(64, 32, 32, 8, 3),
+    ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
+    ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
+    ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
+}
+# The interpreter runs tile by tile in NumPy: small tiles keep tests short, and leave tails at small sizes.
+_INTERPRETER = Config(32, 32, 32, 4, 1)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_on_trial: contextvars.ContextVar[tuple | None] = contextvars.ContextVar("on trial", default=None)
+
+
+@contextlib.contextmanager
+def trial(operation: str, precision: str, candidate: Config):
+    """Launch an operation with a candidate, to time it."""
+    token = _on_trial.set((operation, precision, candidate))
+    try:
+        yield
+    finally:
+        _on_trial.reset(token)
+
+
+def config(operation: str, precision: str, device: torch.device) -> Config:
+    """The configuration of a launch: one on trial, the interpreter's, the one measured here, or the table's."""
+    on_trial = _on_trial.get()
+    if on_trial is not None and on_trial[:2] == (operation, precision):
+        return on_trial[2]
+    if interpreted():
+        return _INTERPRETER
+    if own := measured(device).configs.get(f"{operation} {precision}"):
+        return Config(*own)
+    major, _ = torch.cuda.get_device_capability(device)
+    return TABLE[9 if major >= 9 else 8][operation, precision]

@@ -1,0 +1,76 @@
+"""Kernel matrix on CUDA: distance, profile and store in the epilogue of one product, near pairs measured in place."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .profile import profile
+from .split import inner_products, origin
+
+
+@triton.jit
+def squared_distances(
+    Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, row, col, m, n, d, stride_z, stride_x, stride_za, stride_xa, near,
+    first, SELF: tl.constexpr, PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """||Z[row + i] - X[col + j]||^2 of one tile; pairs below the near bound by direct differences.
+
+    With SELF, row 0 of Z is row ``first`` of X, and these pairs are zero by index.
+    """
+    acc = inner_products(ZA, ZL, XA, XL, row, col, m, n, d, stride_za, stride_xa, PREC, BM, BN, BK)
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    row_in, col_in = rows < m, cols < n
+    if PREC == "fp16x3":
+        acc *= tl.load(z_scale + rows, mask=row_in, other=0.0)[:, None]
+        acc *= tl.load(x_scale + cols, mask=col_in, other=0.0)[None, :]
+    # Rows beyond the end have norm infinity, so that they are never near.
+    zz, xx = tl.load(z2 + rows, mask=row_in, other=float("inf")), tl.load(x2 + cols, mask=col_in, other=float("inf"))
+    sq = zz[:, None] + xx[None, :] - 2.0 * acc
+    if SELF:
+        sq = tl.where((first + rows)[:, None] == cols[None, :], float("inf"), sq)
+    close = sq < near * (zz[:, None] + xx[None, :])
+    if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
+        direct = tl.zeros((BM, BN), acc.dtype)
+        z_at, x_at = (
+            origin(Z, row, stride_z) + tl.arange(0, BM) * stride_z,
+            origin(X, col, stride_x) + tl.arange(0, BN) * stride_x,
+        )
+        for k in range(0, d):
+            z, x = tl.load(z_at + k, mask=row_in, other=0.0), tl.load(x_at + k, mask=col_in, other=0.0)
+            difference = z[:, None] - x[None, :]
+            direct += difference * difference
+        sq = tl.where(sq < near * (zz[:, None] + xx[None, :]), direct, sq)
+    if SELF:
+        sq = tl.where((first + rows)[:, None] == cols[None, :], 0.0, sq)
+    return sq
+
+
+@triton.jit
+def _matrix_kernel(
+    Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
+    near, constants_at, diagonal_at, first,
+    KIND: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
+
+    With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and the kernel's constants are on
+    the device, since numbers of a launch have float32's digits only.
+    """
+    row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
+    if LOWER and col > row + BM - 1:
+        return
+    sq = squared_distances(
+        Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, row, col, m, n, d, stride_z, stride_x, stride_za, stride_xa,
+        near, first, SELF, PREC, BM, BN, BK,
+    )  # fmt: skip
+    value = profile(sq, constants_at, KIND, WEIGHT)
+    i, j = tl.arange(0, BM), tl.arange(0, BN)
+    mask = (row + i < m)[:, None] & (col + j < n)[None, :]
+    if SELF:
+        value = tl.where((first + row + i)[:, None] == (col + j)[None, :], tl.load(diagonal_at), value)
+    if LOWER:
+        mask = mask & ((row + i)[:, None] >= (col + j)[None, :])
+        tl.store(origin(out, col, stride_out) + row + j[None, :] * stride_out + i[:, None], value, mask=mask)
+    tl.store(origin(out, row, stride_out) + col + i[:, None] * stride_out + j[None, :], value, mask=mask)
