@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from fastagop.kernels import rates
+from fastagop.kernels import calibration
 from fastagop.kernels.backends import PRODUCTS
 from fastagop.kernels.plan import Plan
 from fastagop.solvers import cg
@@ -25,7 +25,7 @@ def timed(plan: Plan, X: torch.Tensor, Z: torch.Tensor, dtype: torch.dtype, prec
     form = "gram" if plan.method in ("gram", "cholesky", "eigh") else "gradient"
     halves = Z is X and plan.op != "gradients" and plan.method != "gradient"  # of the pairs the mirror image is known
     pairs = float(len(X)) * len(Z) * (0.5 if halves else 1.0) * (cg.STEPS if plan.method == "cg" else 1.0)
-    seconds = rates.seconds(plan.flops, pairs, X.device, form, products, plan.backend)
+    seconds = calibration.seconds(plan.flops, pairs, X.device, form, products, plan.backend)
     return dataclasses.replace(plan, seconds=seconds)
 
 
@@ -37,7 +37,7 @@ def solve(plan: Plan, X: torch.Tensor, ridge: float, how, precision: str = "high
         return plan
     n = float(len(X))
     passes = 2.0 * min(n, _SAMPLE) * n if ridge else _PASSES * n * n  # in float64, after a float32 factor
-    more = rates.seconds(passes * X.shape[1], passes / 2, X.device, "gram", "float64")
+    more = calibration.seconds(passes * X.shape[1], passes / 2, X.device, "gram", "float64")
     return dataclasses.replace(plan, seconds=(plan.seconds or 0.0) + more)
 
 
@@ -53,9 +53,9 @@ def _products(plan: Plan, device: torch.device, dtype: torch.dtype, precision: s
 
 def of_eigh(d: int, device: torch.device) -> float:
     """A float64 eigendecomposition (d, d)."""
-    return rates.seconds(9.0 * d**3, 0.0, device, "gram", "float64")
+    return calibration.seconds(9.0 * d**3, 0.0, device, "gram", "float64")
 
 
 def of_products(flops: float, X: torch.Tensor) -> float:
     """Products of matrices in X's dtype."""
-    return rates.seconds(flops, 0.0, X.device, "gram", str(X.dtype).removeprefix("torch."))
+    return calibration.seconds(flops, 0.0, X.device, "gram", str(X.dtype).removeprefix("torch."))

@@ -17,7 +17,7 @@ from fastagop.kernels.operations import (
     plan_kernel_matmul,
     plan_kernel_matrix,
 )
-from fastagop.kernels.plan import Plan, available_bytes, human
+from fastagop.kernels.plan import Plan, available_bytes, format_bytes
 from fastagop.solvers.solve import plan_solve, solve
 
 _PLANS = {
@@ -119,4 +119,4 @@ def stand_in(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def assumption(device: torch.device) -> str:
     """What is assumed of tensors on meta."""
-    return f"tensors on meta are planned for {device}, where {human(available_bytes(device))} are free now"
+    return f"tensors on meta are planned for {device}, where {format_bytes(available_bytes(device))} are free now"

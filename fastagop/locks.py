@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fastagop.kernels import process_identity
+from fastagop.kernels import atomic_files
 
 try:
     import fcntl
@@ -43,13 +43,13 @@ class Holder:
     @property
     def state(self) -> str:
         """RUNNING, STOPPED, ENDED or ELSEWHERE (another host, which cannot be asked)."""
-        return process_identity.state(self.token)
+        return atomic_files.process_state(self.token)
 
     def __str__(self):
         states = {
-            process_identity.STOPPED: f", which is stopped: `kill -CONT {self.pid}` continues it",
-            process_identity.ENDED: ", which has ended, but left a process behind that holds the lock",
-            process_identity.ELSEWHERE: ", which cannot be asked from here",
+            atomic_files.STOPPED: f", which is stopped: `kill -CONT {self.pid}` continues it",
+            atomic_files.ENDED: ", which has ended, but left a process behind that holds the lock",
+            atomic_files.ELSEWHERE: ", which cannot be asked from here",
         }
         return f"process {self.pid} on {self.host} (since {self.since}{states.get(self.state, '')})"
 
@@ -76,7 +76,7 @@ class Lock:
             if self._file is not None:
                 break
             holder = _read(self._path)
-            named = holder is not None and holder.state != process_identity.ENDED
+            named = holder is not None and holder.state != atomic_files.ENDED
             if named or time.monotonic() > deadline:
                 who = holder or "another process, which did not write down who it is"
                 gone = f", or remove {self._path} if that process is gone" if _is_elsewhere(holder) else ""
@@ -139,7 +139,7 @@ def waiting(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
             break
         except FolderInUse as refusal:
             holder = _read(folder / _NAME)
-            if holder is not None and holder.state == process_identity.STOPPED:
+            if holder is not None and holder.state == atomic_files.STOPPED:
                 raise
             if not said:
                 say(f"waiting: {refusal}")
@@ -180,17 +180,17 @@ def _lock(file: int, path: Path) -> bool:
         else:
             return True
     holder = _read(path)
-    return holder is None or holder.state == process_identity.ENDED
+    return holder is None or holder.state == atomic_files.ENDED
 
 
 def _is_elsewhere(holder: Holder | None) -> bool:
-    return holder is not None and holder.state == process_identity.ELSEWHERE
+    return holder is not None and holder.state == atomic_files.ELSEWHERE
 
 
 def _sign(file: int) -> None:
     """Write down who holds the lock."""
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    words = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": process_identity.token()}
+    words = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": atomic_files.process_token()}
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)

@@ -107,7 +107,7 @@ class _RFM(KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        machine, iterations = self._checked()
+        regression, iterations = self._checked()
         data = self._training(X, y, sample_weight)
         rows, said, Y = copies.find(data.X, data.weights), set(), data.Y
         points = rows.take(data.X)
@@ -115,33 +115,33 @@ class _RFM(KernelEstimator):
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
             for index in range(iterations):
-                M, record = self._iterate(points, Y, M, machine, rows)
+                M, record = self._iterate(points, Y, M, regression, rows)
                 report(record.solution, said)
                 self.iterations_.append(record)
                 for callback in self.callbacks:
                     callback(IterationEvent(index, iterations, record, M))
                 progress.step()
         self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
-        solved = kernel_ridge.solve(self._centers, Y, machine, self.process_group, rows=rows)
+        solved = kernel_ridge.solve(self._centers, Y, regression, self.process_group, rows=rows)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, said)
         self.M_ = self._kept(M)
         return self
 
-    def _checked(self) -> tuple[kernel_ridge.Machine, int]:
-        machine, count = self._machine(), self.iterations
+    def _checked(self) -> tuple[kernel_ridge.KernelRidge, int]:
+        regression, count = self._machine(), self.iterations
         if isinstance(count, bool) or not isinstance(count, numbers.Integral) or int(count) < 0:
             raise ValueError(f"iterations must be an integer >= 0, got {count!r}")
         checks.flag("diagonal", self.diagonal)
         checks.flag("center", self.center)
-        return machine, int(count)
+        return regression, int(count)
 
-    def _iterate(self, X, Y, M: torch.Tensor, machine: kernel_ridge.Machine, rows: copies.Rows):
+    def _iterate(self, X, Y, M: torch.Tensor, regression: kernel_ridge.KernelRidge, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
         about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
-        solution, inner, _ = kernel_ridge.solve_and_agop(points, Y, machine, group, **about)
+        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **about)
         agop = pulled_back(inner, self._root, self.diagonal)
         scale = kernel_ridge.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
@@ -188,17 +188,17 @@ class _RFM(KernelEstimator):
         tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset, **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
-        words = []
+        metadata = []
         for index, record in enumerate(self.iterations_):
             solution = storage.pack_solution(record.solution)
-            words.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
+            metadata.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
             tensors[f"{index}.alpha"] = record.solution.alpha
-        return tensors, {"iterations": words}
+        return tensors, {"iterations": metadata}
 
-    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         self._root, self._offset, self.M_ = tensors.get("root"), tensors["offset"], self._kept(tensors["M"])
         self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
-        for index, record in enumerate(words["iterations"]):
+        for index, record in enumerate(metadata["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
             self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
 

@@ -9,12 +9,13 @@ import math
 import torch
 
 from . import checks
-from .backends import NAMES, PRODUCTS, choose, matmul_precision, precision_words
+from .backends import NAMES, PRODUCTS, choose, describe_precision
 from .errors import warn
 from .keops_backend import reductions
 from .plan import ROWS
+from .precision import matmul_precision
 from .radial import Radial
-from .scaling import in_range, in_units, scaled_
+from .scaling import in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
 
 log = logging.getLogger("fastagop")
@@ -58,7 +59,7 @@ def plan_agop(
     checks.sample_weight(sample_weight, Z, reduction)
     # Scaled rows of W are not symmetric: the gram form treats weighted points as other points.
     at = Z if sample_weight is None else Z[:]
-    words = precision_words(precision, X, backend)
+    words = describe_precision(precision, X, backend)
     if backend == "keops":
         plan = reductions.plan_agop(X, alpha, Z, method, limit, why, words)
     else:
@@ -121,7 +122,7 @@ def agop(
         memory_limit=memory_limit,
         sample_weight=sample_weight,
     )
-    kernel, X, Z, unit = in_units(kernel, X, Z)
+    kernel, X, Z, unit = scale_points(kernel, X, Z)
     kernel, alpha, amplitude = in_range(kernel, X, alpha, unit)
     weights, divisor, exponent = row_weights(sample_weight, Z, reduction)
     if weights is not None and checks.readable(X) and not weights.any():
@@ -193,7 +194,7 @@ def agop_from_weights_(
     W and alpha may be wider than X; W is overwritten. row_weights (n,) weigh the evaluation points.
     """
     rows = ROWS
-    steps = torch_agop.TORCH_STEPS
+    steps = torch_agop.TORCH_KERNELS
     with matmul_precision(precision, X.device):
         if backend == "triton":
             from .triton_backend import launch as triton_launch  # imports triton

@@ -1,7 +1,8 @@
 """Files that are there whole or not at all, whoever else writes them at the same moment.
 
 A file is written under a temporary name of its own in the same folder, settled on the disk, and renamed. Readers see
-the old file or the new one; of two writers the later one wins. What a killed writer left is removed by the next.
+the old file or the new one; of two writers the later one wins. What a killed writer left is removed by the next, which
+knows by the process's identity that it has ended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import platform
 import re
 import secrets
 import stat
@@ -17,8 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import process_identity
-
+RUNNING, STOPPED, ENDED, ELSEWHERE = "running", "stopped", "ended", "elsewhere"
 _TEMPORARY = re.compile(r"\.(?P<target>.+)\.(?P<token>[0-9a-f]{8}-\d+-\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _DAY = 86400.0  # after which a temporary of a process that this host cannot ask about counts as left behind
 _LONGEST = 150  # bytes of the target's name inside a temporary's; file systems allow 255 in all
@@ -40,7 +41,7 @@ def write(path: str | os.PathLike, data: bytes | memoryview) -> None:
             path.write_bytes(data)
             return
         remove_left_behind(path.parent, path.name)
-        temporary = path.with_name(f".{_short(path.name)}.{process_identity.token()}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{_short(path.name)}.{process_token()}.{secrets.token_hex(4)}.tmp")
         try:
             _write_new(temporary, data)
             os.replace(temporary, path)
@@ -66,10 +67,10 @@ def remove_left_behind(folder: Path, name: str | None = None) -> None:
 
 
 def _is_left_behind(temporary: Path, token: str) -> bool:
-    state = process_identity.state(token)
-    if state == process_identity.ELSEWHERE:
+    state = process_state(token)
+    if state == ELSEWHERE:
         return time.time() - os.lstat(temporary).st_mtime > _DAY
-    return state == process_identity.ENDED
+    return state == ENDED
 
 
 def _write_new(path: Path, data: bytes | memoryview) -> None:
@@ -127,3 +128,57 @@ def _naming(path: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# Who a process is, so that what it left behind can be told from what it still uses.
+def process_token() -> str:
+    """This process as "place-pid-start": the numbers of a pid come back after a restart, its start does not."""
+    pid = os.getpid()
+    return f"{_host_and_boot()}-{pid}-{_start_of(pid) or 0}"
+
+
+def process_state(text: str) -> str:
+    """What became of the process of a token: RUNNING, STOPPED, ENDED, or ELSEWHERE where this host cannot tell."""
+    try:
+        place, pid, start = text.split("-")
+        number, begun = int(pid), int(start)
+    except ValueError:
+        return ELSEWHERE
+    if place != _host_and_boot() or number < 1:
+        return ELSEWHERE
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return ENDED
+    except OSError:  # another user's process, so there is one
+        pass
+    except OverflowError:  # no pid of this system
+        return ENDED
+    if begun and (_start_of(number) or begun) != begun:
+        return ENDED
+    return {"Z": ENDED, "X": ENDED, "T": STOPPED, "t": STOPPED}.get(_process_status(number, 0), RUNNING)
+
+
+def _host_and_boot() -> str:
+    """A short hash of host, boot and pid namespace: where a pid means the same process."""
+    said = [platform.node()]
+    for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
+        try:
+            said.append(read())
+        except OSError:
+            said.append("")
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
+
+
+def _start_of(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process; None where the system does not say."""
+    found = _process_status(pid, 19)
+    return int(found) if found.isdigit() else None
+
+
+def _process_status(pid: int, index: int) -> str:
+    """A field of /proc/PID/stat, counted from the state, which follows the name in brackets; empty where unknown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[index]
+    except (OSError, IndexError):
+        return ""

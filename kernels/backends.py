@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 
 import torch
-from torch.amp.autocast_mode import is_autocast_available
 
 from .checks import choice
 from .errors import BackendUnavailable
 from .keops_backend import reductions
-from .precision import Switch
 from .radial import Radial
 from .triton_backend.launch_config import interpreted
 
@@ -95,64 +92,7 @@ def triton_fills(dtype: torch.dtype) -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
 
 
-@contextlib.contextmanager
-def matmul_precision(precision: str, device: torch.device):
-    """Run torch's float32 products at the precision asked for, whatever the process has set globally.
-
-    torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
-    computes like "highest" here, and the CPU always does. Autocast, which rounds factors to bfloat16, is off.
-    Calls of several threads share the setting: while any of them needs full float32, all compute in it.
-    """
-    off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
-    with off, _switched(precision, device):
-        yield
-
-
-@contextlib.contextmanager
-def _switched(precision: str, device: torch.device):
-    """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
-    medium = precision == "medium" and device.type == "cuda"
-    if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
-        with _ONEDNN.at("ieee"), _CUDA.at("tf32" if medium else "ieee"):
-            yield
-    else:
-        with _OLDER.at("medium" if medium else "highest"):
-            yield
-
-
-def _products_by_backend() -> tuple:
-    return torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-
-
-def _newer(backend: int) -> Switch:
-    """The setting of one backend's products in torch >= 2.9; "none", where nothing sets it, computes like "ieee"."""
-
-    def read() -> str:
-        return _products_by_backend()[backend].fp32_precision
-
-    def write(value: str) -> None:
-        _products_by_backend()[backend].fp32_precision = value
-
-    def restore(value: str) -> None:
-        write("none")  # a value that a wider setting implied: written out, it would outlive that setting
-        if read() != value:
-            write(value)
-
-    def same(found: str, wanted: str) -> bool:
-        return found == wanted or (wanted == "ieee" and found == "none")
-
-    return Switch(read, write, ("ieee", "tf32"), same=same, restore=restore)
-
-
-_CUDA, _ONEDNN = _newer(0), _newer(1)
-_OLDER = Switch(
-    torch.get_float32_matmul_precision,
-    torch.set_float32_matmul_precision,
-    ("highest", "medium"),
-)
-
-
-def precision_words(precision: str, X: torch.Tensor, backend: str = "torch") -> str:
+def describe_precision(precision: str, X: torch.Tensor, backend: str = "torch") -> str:
     """What a precision means for this tensor, in words."""
     if backend == "triton":
         words = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}

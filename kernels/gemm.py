@@ -10,7 +10,7 @@ from .checks import readable
 from .scaling import scaled_
 
 
-def product(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def matmul_nt(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """A B^T + bias (by column), shape (len(A), len(B)).
 
     float32 on the CPU goes to oneDNN where this torch has it: its product is a fifth to a third faster than the
@@ -41,7 +41,7 @@ def add_product_(M: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: floa
     """Add factor A B^T to float64 M, panel by panel: only a panel of the product exists in A's dtype."""
     rows = max(64, _PANEL // max(1, M.shape[1]))
     for start in range(0, len(M), rows):
-        M[start : start + rows].add_(product(A[start : start + rows], B), alpha=factor)
+        M[start : start + rows].add_(matmul_nt(A[start : start + rows], B), alpha=factor)
 
 
 def square_bytes(rows: int, d: int, size: int) -> int:

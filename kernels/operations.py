@@ -7,11 +7,12 @@ import dataclasses
 import torch
 
 from . import checks
-from .backends import NAMES, choose, matmul_precision, precision_words
+from .backends import NAMES, choose, describe_precision
 from .keops_backend import reductions
 from .plan import Plan
+from .precision import matmul_precision
 from .radial import Radial
-from .scaling import in_range, in_units
+from .scaling import in_range, scale_points
 from .torch_backend import tiles
 
 
@@ -26,7 +27,7 @@ def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple
 
 def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
     """The plan as the chosen backend carries it out; Triton's blocks and costs are torch's."""
-    return dataclasses.replace(plan, backend=backend, precision=precision_words(precision, X, backend))
+    return dataclasses.replace(plan, backend=backend, precision=describe_precision(precision, X, backend))
 
 
 def _triton():
@@ -98,7 +99,7 @@ def kernel_matrix(
     plan, (X, Z, out, ridge) = plan_kernel_matrix(
         kernel, X, Z, out=out, ridge=ridge, precision=precision, backend=backend
     )
-    kernel, X, Z, _ = in_units(kernel, X, Z)
+    kernel, X, Z, _ = scale_points(kernel, X, Z)
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             return _triton().kernel_matrix(kernel, X, Z, out, precision, ridge)
@@ -139,7 +140,7 @@ def kernel_matmul(
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, Z, V) = plan_kernel_matmul(kernel, X, Z, V, precision=precision, backend=backend)
-    kernel, X, Z, _ = in_units(kernel, X, Z)
+    kernel, X, Z, _ = scale_points(kernel, X, Z)
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":
             return _triton().kernel_matmul(kernel, X, Z, V, precision)
@@ -182,7 +183,7 @@ def gradients(
         BackendUnavailable: the backend cannot serve the call.
     """
     plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
-    kernel, X, Z, unit = in_units(kernel, X, Z)
+    kernel, X, Z, unit = scale_points(kernel, X, Z)
     kernel, alpha, amplitude = in_range(kernel, X, alpha, unit)
     with matmul_precision(precision, X.device):
         if plan.backend == "triton":

@@ -33,11 +33,11 @@ class Plan:
             f"  precision  {self.precision}\n"
             f"  work       {self.flops:.3g} floating-point operations\n"
             f"{seconds}"
-            f"  memory     {human(self.peak_bytes)} beyond the inputs, in blocks of {self.block} rows"
+            f"  memory     {format_bytes(self.peak_bytes)} beyond the inputs, in blocks of {self.block} rows"
         )
 
 
-def human(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
@@ -59,7 +59,7 @@ def available_bytes(device: torch.device) -> int:
 _PAGES = 2**22  # bytes from which NumPy asks the system for huge pages
 
 
-def roomy(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty_matrix(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised matrix for work within a call, on a tensor's device.
 
     On the CPU a large one is NumPy's, which asks for huge pages: the system hands those out hundreds of times faster
@@ -93,8 +93,8 @@ def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: st
     room = (limit - fixed_bytes) // max(1, row_bytes)
     if room < 1:
         raise MemoryError(
-            f"{what} needs {human(fixed_bytes + row_bytes)} for a single row block, but {human(limit)} may be used; "
-            f"{advice}"
+            f"{what} needs {format_bytes(fixed_bytes + row_bytes)} for a single row block, but "
+            f"{format_bytes(limit)} may be used; {advice}"
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
     return int(max(1, min(room, wish, most)))
@@ -110,7 +110,8 @@ def fitting_rows(
     least = bytes_of(1)
     if least > limit:
         raise MemoryError(
-            f"{what} needs {human(least)} for a single row block, but {human(limit)} may be used; {advice}"
+            f"{what} needs {format_bytes(least)} for a single row block, but "
+            f"{format_bytes(limit)} may be used; {advice}"
         )
     each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
     low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), most)))

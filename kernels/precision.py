@@ -1,4 +1,7 @@
-"""Settings of the whole process that a call needs changed: threads share the change, and the last one undoes it."""
+"""The precision of torch's products: a setting of the whole process that a call needs changed.
+
+Threads share the change, and the last one undoes it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import torch
+from torch.amp.autocast_mode import is_autocast_available
 
 
 class Switch:
@@ -78,3 +84,60 @@ class Switch:
 
     def _renew(self) -> None:
         self._lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str, device: torch.device):
+    """Run torch's float32 products at the precision asked for, whatever the process has set globally.
+
+    torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
+    computes like "highest" here, and the CPU always does. Autocast, which rounds factors to bfloat16, is off.
+    Calls of several threads share the setting: while any of them needs full float32, all compute in it.
+    """
+    off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
+    with off, _switched(precision, device):
+        yield
+
+
+@contextlib.contextmanager
+def _switched(precision: str, device: torch.device):
+    """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
+    medium = precision == "medium" and device.type == "cuda"
+    if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
+        with _ONEDNN.at("ieee"), _CUDA.at("tf32" if medium else "ieee"):
+            yield
+    else:
+        with _OLDER.at("medium" if medium else "highest"):
+            yield
+
+
+def _products_by_backend() -> tuple:
+    return torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+
+
+def _newer(backend: int) -> Switch:
+    """The setting of one backend's products in torch >= 2.9; "none", where nothing sets it, computes like "ieee"."""
+
+    def read() -> str:
+        return _products_by_backend()[backend].fp32_precision
+
+    def write(value: str) -> None:
+        _products_by_backend()[backend].fp32_precision = value
+
+    def restore(value: str) -> None:
+        write("none")  # a value that a wider setting implied: written out, it would outlive that setting
+        if read() != value:
+            write(value)
+
+    def same(found: str, wanted: str) -> bool:
+        return found == wanted or (wanted == "ieee" and found == "none")
+
+    return Switch(read, write, ("ieee", "tf32"), same=same, restore=restore)
+
+
+_CUDA, _ONEDNN = _newer(0), _newer(1)
+_OLDER = Switch(
+    torch.get_float32_matmul_precision,
+    torch.set_float32_matmul_precision,
+    ("highest", "medium"),
+)

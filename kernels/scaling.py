@@ -33,7 +33,7 @@ def _largest(*tensors: torch.Tensor) -> float:
     return max((float(end.abs()) for t in tensors if t.numel() for end in torch.aminmax(t)), default=0.0)
 
 
-def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
+def scale_points(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
     """(kernel, X, Z, unit) with lengths in a power-of-two unit, where squares of the points would leave their dtype.
 
     The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
@@ -47,8 +47,8 @@ def in_units(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, 
     if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
         exponent = max(wide - 1000, min(wide + 1000, exponent))
     checks.spread(X, Z, largest)
-    own, X = Z is X, scaled_(X.detach().clone(), -exponent)
-    Z = X if own else scaled_(Z.detach().clone(), -exponent)
+    symmetric, X = Z is X, scaled_(X.detach().clone(), -exponent)
+    Z = X if symmetric else scaled_(Z.detach().clone(), -exponent)
     unit = math.ldexp(1.0, exponent)
     return dataclasses.replace(kernel, bandwidth=_quotient(kernel.bandwidth, exponent)), X, Z, unit
 

@@ -65,7 +65,7 @@ def least_room(_):
     """Every rank may take what the poorest one has, and the processes of a machine share that."""
     plain, few = plan.available_bytes, 900_000
     plan.available_bytes = lambda device: few if dist.get_rank() == 1 else plain(device)
-    _, room = communicator.Ranks(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
+    _, room = communicator.Communicator(None, "agop", torch.device("cpu")).agree(lambda: None, "the same")
     plan.available_bytes = plain
     assert 0.5 * few <= room * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= few
 
@@ -319,7 +319,7 @@ def refused(message, error_type, call):
 
 
 def disagreement(_):
-    """Ranks that pass different things are told so, all of them, and can go on."""
+    """Communicator that pass different things are told so, all of them, and can go on."""
     rank, kernel, X, Y = dist.get_rank(), Laplace(2.0), normal(40, 3), normal(40, 2, seed=1)
     other = X.clone()
     other[17, 2] += 1e-15 * rank

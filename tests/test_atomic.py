@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from fastagop.kernels import atomic_files, process_identity
+from fastagop.kernels import atomic_files
 
 
 def names(folder):
@@ -127,7 +127,7 @@ def test_what_killed_writers_left_is_removed_by_the_next(tmp_path, name):
     os.waitpid(pid, 0)
     (left,) = names(tmp_path)
     alive = left.replace(f"-{pid}-", f"-{os.getpid()}-").rpartition(f"-{os.getpid()}-")[0]
-    alive += f"-{process_identity.token().split('-', 1)[1]}.00000000.tmp"
+    alive += f"-{atomic_files.process_token().split('-', 1)[1]}.00000000.tmp"
     others = [alive, ".a.tmp", ".a.1234.tmp", ".b." + left.split(".", 2)[2]]
     for other in others:
         (tmp_path / other).write_bytes(b"")
@@ -167,12 +167,12 @@ def test_threads_that_write_one_file_publish_whole_ones(tmp_path):
 
 
 def test_what_became_of_a_process():
-    mine = process_identity.token()
-    assert process_identity.state(mine) == process_identity.RUNNING
+    mine = atomic_files.process_token()
+    assert atomic_files.process_state(mine) == atomic_files.RUNNING
     place, pid, start = mine.split("-")
-    assert process_identity.state(f"{place}-{pid}-{int(start) + 1}") == process_identity.ENDED  # the pid came back
-    assert process_identity.state(f"{place}-{2**22 + 7}-1") == process_identity.ENDED
-    assert process_identity.state(f"{place}-{2**70}-1") == process_identity.ENDED
-    assert process_identity.state(f"00000000-{pid}-{start}") == process_identity.ELSEWHERE
+    assert atomic_files.process_state(f"{place}-{pid}-{int(start) + 1}") == atomic_files.ENDED  # the pid came back
+    assert atomic_files.process_state(f"{place}-{2**22 + 7}-1") == atomic_files.ENDED
+    assert atomic_files.process_state(f"{place}-{2**70}-1") == atomic_files.ENDED
+    assert atomic_files.process_state(f"00000000-{pid}-{start}") == atomic_files.ELSEWHERE
     for nonsense in ("", "a-b-c", "1", f"{place}-0-0", f"{place}--5-1"):
-        assert process_identity.state(nonsense) == process_identity.ELSEWHERE
+        assert atomic_files.process_state(nonsense) == atomic_files.ELSEWHERE

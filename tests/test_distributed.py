@@ -15,7 +15,7 @@ from sklearn.base import clone
 
 import fastagop
 from fastagop import DeepRFMClassifier, Laplace, distributed
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 
 CASES = Path(__file__).with_name("rank_cases.py")
 
@@ -114,7 +114,7 @@ def test_groups_survive_clone_and_stay_out_of_copies(alone):
 @pytest.mark.parametrize("count", [1, 5, 64, 1000])
 def test_shares(size, count, alone):
     """Rows and blocks are dealt out once each, and the triangle's area evenly."""
-    ranks = Ranks(alone, "agop", torch.device("cpu"))
+    ranks = Communicator(alone, "agop", torch.device("cpu"))
     ranks.size, rows, starts, area = size, [], [], []
     for ranks.rank in range(size):
         rows += range(*ranks.rows(count))

@@ -11,7 +11,7 @@ from fastagop.kernels import reference
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import gram as torch_gram
 from fastagop.kernels.torch_backend import low_rank
-from fastagop.kernels.torch_backend.low_rank import Smooth
+from fastagop.kernels.torch_backend.low_rank import LowRank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +33,11 @@ def smooth_part(kind, W, own, normal, rank=3):
     """Some part, good or bad: the sum must not depend on it."""
     m, n = W.shape
     if kind == "constant":
-        return low_rank.constant(W, own)
+        return low_rank.mean_part(W, own)
     if kind == "leading":
-        return low_rank.leading(W, own, rank)
+        return low_rank.leading_part(W, own, rank)
     Q = normal(n, rank, dtype=W.dtype, seed=7)  # as large as W, and nothing to do with it
-    return Smooth(Q * torch.tensor([1.0, -2.0, 0.5], dtype=W.dtype) if own else normal(m, rank, dtype=W.dtype), Q, own)
+    return LowRank(Q * torch.tensor([1.0, -2.0, 0.5], dtype=W.dtype) if own else normal(m, rank, dtype=W.dtype), Q, own)
 
 
 # ---- the identity
@@ -83,11 +83,11 @@ def test_what_is_left(kind, own, dtype, cloud, normal, relative):
         E.fill_diagonal_(0.0)
         assert relative(part.P @ part.Q.T, part.Q @ part.P.T) <= 4 * torch.finfo(dtype).eps
         assert relative(part.diagonal()[:, 0], (part.P.double() @ part.Q.double().T).diagonal()) <= 1e-6
-    assert relative(part.left_over(W), E.square().sum(0)) <= 1e3 * torch.finfo(dtype).eps
+    assert relative(part.residual_column_norms(W), E.square().sum(0)) <= 1e3 * torch.finfo(dtype).eps
     left = part.subtract_(W.clone())
     assert left.dtype == dtype
     assert relative(left, E) <= 4 * torch.finfo(dtype).eps  # P Q^T itself is not rounded to float32
-    assert relative(part.against(left), E.T @ part.P.double()) <= 100 * torch.finfo(dtype).eps
+    assert relative(part.project(left), E.T @ part.P.double()) <= 100 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -96,7 +96,9 @@ def test_the_leading_part_is_nearly_the_best(own, cloud, normal):
     Z = X if own else cloud("collapsed 3e-1", n=150, d=9, seed=0)
     W = torch_agop.weights(Laplace(2.0), X, Z, 64)
     best = torch.linalg.svdvals(W)[low_rank.RANK :].square().sum()
-    constant, leading = (float(f(W, own).left_over(W).sum()) for f in (low_rank.constant, low_rank.leading))
+    constant, leading = (
+        float(f(W, own).residual_column_norms(W).sum()) for f in (low_rank.mean_part, low_rank.leading_part)
+    )
     assert leading <= 2 * float(best)  # the iteration need not converge
     assert leading < 0.1 * constant
 
@@ -104,8 +106,8 @@ def test_the_leading_part_is_nearly_the_best(own, cloud, normal):
 @pytest.mark.parametrize("n", [1, 2])
 def test_parts_of_very_little(n):
     W = torch.zeros(n, n)
-    assert low_rank.constant(W, own=True).left_over(W).tolist() == [0.0] * n
-    assert low_rank.constant(W, own=False).left_over(W).tolist() == [0.0] * n
+    assert low_rank.mean_part(W, symmetric=True).residual_column_norms(W).tolist() == [0.0] * n
+    assert low_rank.mean_part(W, symmetric=False).residual_column_norms(W).tolist() == [0.0] * n
 
 
 # ---- what it is for
@@ -114,9 +116,9 @@ def test_parts_of_very_little(n):
 @pytest.mark.parametrize(
     ("name", "part", "least"),
     [
-        ("spread", low_rank.constant, 10),  # distances are alike
-        ("collapsed 3e-1", low_rank.leading, 5),  # and by pairs of classes
-        ("collapsed 3e-2", low_rank.leading, 10),
+        ("spread", low_rank.mean_part, 10),  # distances are alike
+        ("collapsed 3e-1", low_rank.leading_part, 5),  # and by pairs of classes
+        ("collapsed 3e-2", low_rank.leading_part, 10),
     ],
 )
 def test_digits_that_a_smooth_part_saves(name, part, least, cloud, targets, relative):
@@ -125,13 +127,13 @@ def test_digits_that_a_smooth_part_saves(name, part, least, cloud, targets, rela
     alpha = fastagop.solve(Laplace(2.0), X, targets(500, torch.float32), ridge=1e-4).alpha
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
     true = reference.agop(Laplace(2.0), X, alpha) * 500
-    none = Smooth(W.new_zeros(500, 1), W.new_zeros(500, 1), own=True)
+    none = LowRank(W.new_zeros(500, 1), W.new_zeros(500, 1), symmetric=True)
     without = relative(gram(W, X, alpha, X, none), true)
-    assert relative(gram(W, X, alpha, X, part(W, own=True)), true) <= without / least
+    assert relative(gram(W, X, alpha, X, part(W, symmetric=True)), true) <= without / least
 
 
 @kernels
-@pytest.mark.parametrize("part", [low_rank.constant, low_rank.leading])
+@pytest.mark.parametrize("part", [low_rank.mean_part, low_rank.leading_part])
 @pytest.mark.parametrize(
     "name", ["spread", "collapsed 1", "collapsed 1e-1", "collapsed 1e-2", "collapsed 1e-3", "offset"]
 )
@@ -145,22 +147,24 @@ def test_the_guard_bounds_the_loss(kernel, part, name, outputs, own, cloud, norm
     if outputs == "solved":
         alpha = fastagop.solve(kernel, X, targets(300, torch.float32), ridge=1e-2).alpha
     W = torch_agop.weights(kernel, X, Z, 64)
-    guard = torch_gram.Guard(W, X, alpha, Z, False)
-    loss = torch_agop._LOSS * EPS * guard.amplification(part(W, own))
+    guard = torch_gram.CancellationEstimate(W, X, alpha, Z, False)
+    loss = torch_agop.LOSS_PER_EPS * EPS * guard.amplification(part(W, own))
     wide = [t.double() for t in (W, X, alpha, Z)]
     z = wide[1] if own else wide[3]
-    true = gram(wide[0], wide[1], wide[2], z, low_rank.constant(wide[0], own))
+    true = gram(wide[0], wide[1], wide[2], z, low_rank.mean_part(wide[0], own))
     found = relative(gram(W, X, alpha, Z, part(W, own)), true)
     assert found <= 4 * loss + 8 * EPS
-    assert torch_gram.Guard(*wide[:3], z, False).amplification(part(wide[0], own)) > 0
+    assert torch_gram.CancellationEstimate(*wide[:3], z, False).amplification(part(wide[0], own)) > 0
 
 
 def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
     X, alpha = cloud("spread", n=150, d=10), normal(150, 3)
     Z = 3 + 0.03 * cloud("spread", n=80, d=10, seed=2)  # gradients there nearly agree
     W = torch_agop.weights(Laplace(2.0), X, Z, 64)
-    part = low_rank.constant(W, own=False)
-    plain, centred = (torch_gram.Guard(W, X, alpha, Z, center).amplification(part) for center in (False, True))
+    part = low_rank.mean_part(W, symmetric=False)
+    plain, centred = (
+        torch_gram.CancellationEstimate(W, X, alpha, Z, center).amplification(part) for center in (False, True)
+    )
     assert centred > 100 * plain
 
 
@@ -171,8 +175,8 @@ def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
 ])  # fmt: skip
 def test_the_roads(name, form, dtype, rank, cloud, normal):
     X, alpha = cloud(name, n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
-    road = torch_agop.safe_road(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, False, "auto", None)
-    assert (road.form, road.dtype, road.smooth and road.smooth.rank) == (form, dtype, rank)
+    road = torch_agop.choose_form(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, False, "auto", None)
+    assert (road.form, road.dtype, road.low_rank and road.low_rank.rank) == (form, dtype, rank)
 
 
 def test_coarse_products_lose_more(cloud, normal, monkeypatch):
@@ -181,10 +185,10 @@ def test_coarse_products_lose_more(cloud, normal, monkeypatch):
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
 
     def road(method, products):
-        return torch_agop.safe_road(W, X, alpha, X, False, method, None, products)
+        return torch_agop.choose_form(W, X, alpha, X, False, method, None, products)
 
     monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: 1e9 if products == "float64" else 3e11)
-    assert road("auto", "fp16x3").smooth
+    assert road("auto", "fp16x3").low_rank
     assert road("auto", "tf32").form == "gradient"
     assert road("gram", "tf32").dtype == torch.float32
 
@@ -203,14 +207,14 @@ def test_small_memory_in_float32(method, name, cloud, normal, relative, least_me
         warnings.simplefilter("always")
         M, taken = tensor_memory(lambda: fastagop.agop(Laplace(2.0), X, alpha, method=method, memory_limit=limit))
         tight = relative(M, true)
-    roomy = relative(fastagop.agop(Laplace(2.0), X, alpha, method="gradient"), true)
+    empty_matrix = relative(fastagop.agop(Laplace(2.0), X, alpha, method="gradient"), true)
     if method == "gram":
-        assert said or tight <= roomy + GRAM
+        assert said or tight <= empty_matrix + GRAM
         assert name != "collapsed 1e-4" or said
         assert all(issubclass(w.category, fastagop.NumericalWarning) for w in said)
     else:
         assert not said
-        assert tight <= roomy + GRAM
+        assert tight <= empty_matrix + GRAM
         assert taken <= limit
 
 

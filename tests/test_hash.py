@@ -1,4 +1,4 @@
-"""Ranks compare inputs by a hash of their bytes: every value counts at its place, and storage does not."""
+"""Communicator compare inputs by a hash of their bytes: every value counts at its place, and storage does not."""
 
 from __future__ import annotations
 

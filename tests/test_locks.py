@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fastagop.kernels import process_identity
+from fastagop.kernels import atomic_files
 
 from fastagop import DeepRFMClassifier, locks
 from fastagop.locks import FolderInUse, Lock
@@ -63,7 +63,7 @@ def test_another_process_is_named_and_its_lock_taken_over_when_it_is_killed(tmp_
         with pytest.raises(FolderInUse, match=f"process {pid} on"):
             Lock(tmp_path)
         os.kill(pid, signal.SIGSTOP)
-        while process_identity.state(locks._read(tmp_path / ".lock").token) != process_identity.STOPPED:
+        while atomic_files.process_state(locks._read(tmp_path / ".lock").token) != atomic_files.STOPPED:
             time.sleep(0.01)
         start = time.monotonic()
         with pytest.raises(FolderInUse, match=f"which is stopped: `kill -CONT {pid}`"):

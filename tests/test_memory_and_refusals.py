@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import fastagop
 from fastagop import Laplace, distributed
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -76,7 +76,7 @@ def test_keops_plans_within_the_limit(limit, monkeypatch):
 
 def test_processes_of_one_machine_share_its_memory(alone, little_memory, monkeypatch):
     little_memory(4e6)
-    ranks = Ranks(alone, "agop", torch.device("cpu"))
+    ranks = Communicator(alone, "agop", torch.device("cpu"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     _, whole = ranks.agree(lambda: None, "the same")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

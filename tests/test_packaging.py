@@ -38,7 +38,7 @@ import fastagop, fastagop.kernels.distance, kernels
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 M = fastagop.agop(fastagop.Laplace(2.0), X, X)
 assert M.shape == (3, 3) and bool(M.isfinite().all()) and float(M.trace()) > 0
-from fastagop.estimators import DeepRFMClassifier
+from fastagop.deep_rfm.estimator import DeepRFMClassifier
 from importlib.metadata import version
 assert version("fastagop") == fastagop.__version__
 print(fastagop.__file__)

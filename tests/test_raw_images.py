@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from fastagop import datasets
-from fastagop.datasets import raw_images
-from fastagop.datasets.loading import UnknownDataWarning
+from fastagop.datasets import UnknownDataWarning, raw_images
 
 RNG = np.random.default_rng(0)
 

@@ -22,7 +22,7 @@ def test_what_is_left_is_exact(own, rank, n, normal):
     exact = W.double() - P.double() @ Q.double().T
     if own:
         exact.fill_diagonal_(0.0)
-    left = low_rank.Smooth(P, Q, own).subtract_(W.clone())
+    left = low_rank.LowRank(P, Q, own).subtract_(W.clone())
     assert float((left.double() - exact).abs().max()) <= 4 * EPS * float(exact.abs().max())
 
 
@@ -41,14 +41,14 @@ def test_the_leading_part_keeps_the_signs_of_its_eigenvalues(dtype, normal):
     large = torch.tensor([9.0, -8.0, 7.0, -6.0, 5.0, -4.0, 3.0, -2.0], dtype=torch.float64)
     W = symmetric(normal, torch.cat([large, torch.full((112,), 1e-3, dtype=torch.float64)])).fill_diagonal_(0.0)
     W = W.to(dtype)
-    part = low_rank.leading(W.clone(), own=True)
+    part = low_rank.leading_part(W.clone(), symmetric=True)
     assert part.rank == 16
     total = float(W.double().square().sum())
-    assert float(part.left_over(W).sum()) <= 0.004 * total
+    assert float(part.residual_column_norms(W).sum()) <= 0.004 * total
     E = W.double() - part.P.double() @ part.Q.double().T
     E.fill_diagonal_(0.0)  # the diagonal of W is free
     assert float(E.square().sum()) <= 0.004 * total
-    assert float(part.left_over(W).sum()) == pytest.approx(float(E.square().sum()), rel=1e-2)
+    assert float(part.residual_column_norms(W).sum()) == pytest.approx(float(E.square().sum()), rel=1e-2)
 
 
 @pytest.mark.parametrize(("share", "taken"), [(0.98, False), (0.995, True)])

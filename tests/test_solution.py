@@ -15,7 +15,7 @@ import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, GeneralisedLaplace, Laplace, Matern52, RFMClassifier, RFMRegressor
 from fastagop.solvers import direct
 
-solving = importlib.import_module("fastagop.solve")  # the module: fastagop.solve is the function
+solving = importlib.import_module("fastagop.solvers.solve")  # the module: fastagop.solve is the function
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 

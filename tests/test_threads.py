@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fastagop.kernels import backends
-from fastagop.kernels.backends import matmul_precision
-from fastagop.kernels.precision import Switch
+from fastagop.kernels.precision import Switch, matmul_precision
 from torch import nn
 
 import fastagop
@@ -187,14 +186,14 @@ def test_a_fork_during_a_call_leaves_the_child_free(python):
         python("""
 import os, threading, torch, fastagop, warnings
 from fastagop import network
-from fastagop.kernels import _backends
+from fastagop.kernels import precision
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-from fastagop import lending
+from fastagop.network import lending
 inside, leave = threading.Event(), threading.Event()
 def hold():
-    with lending._TURNS.changed, _backends._ONEDNN._lock:
+    with lending._TURNS.changed, precision._ONEDNN._lock:
         inside.set()
         leave.wait()
 thread = threading.Thread(target=hold)

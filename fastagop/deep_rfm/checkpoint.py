@@ -109,9 +109,9 @@ class Checkpoint:
     def _load(self) -> tuple[list[Layer], torch.Tensor | None]:
         layers = []
         for index, digest in enumerate(self._manifest["layers"]):
-            tensors, words = self._contents(self._file("layer", index), _LAYER, digest)
+            tensors, metadata = self._contents(self._file("layer", index), _LAYER, digest)
             path = self._file("layer", index)
-            layers.append(self._trusted(path, lambda _, t=tensors, w=words: self._layer(t, w)))
+            layers.append(self._trusted(path, lambda _, t=tensors, w=metadata: self._layer(t, w)))
         if not layers:
             return [], None
         newest = self._file("features", len(layers) - 1)
@@ -122,12 +122,12 @@ class Checkpoint:
 
     def save(self, index: int, layer: Layer, features: torch.Tensor) -> None:
         """Add a finished layer; the features of the layer before are dropped once nothing names them."""
-        tensors, words = storage.pack_layer(layer)
-        storage.write(self._file("layer", index), _LAYER, tensors, words)
+        tensors, metadata = storage.pack_layer(layer)
+        storage.write(self._file("layer", index), _LAYER, tensors, metadata)
         newest = self._file("features", index)
         storage.write(newest, _FEATURES, {"features": features}, {})
         self._manifest["features"] = _digest({"features": features}, {})
-        self._manifest["layers"].append(_digest(tensors, words))
+        self._manifest["layers"].append(_digest(tensors, metadata))
         storage.write_json(self._path, self._manifest)
         self._forget(newest)
 
@@ -140,17 +140,17 @@ class Checkpoint:
             if path != newest:
                 path.unlink(missing_ok=True)
 
-    def _layer(self, tensors: dict, words: dict) -> Layer:
-        return storage.unpack_layer(tensors, words, self._like.device)
+    def _layer(self, tensors: dict, metadata: dict) -> Layer:
+        return storage.unpack_layer(tensors, metadata, self._like.device)
 
     def _contents(self, path: Path, kind: str, digest: str) -> tuple[dict[str, torch.Tensor], dict]:
         """(tensors, description) of the file that the manifest means."""
 
         def read(path: Path):
-            tensors, words = storage.read(path, kind)
-            if _digest(tensors, words) != digest:
+            tensors, metadata = storage.read(path, kind)
+            if _digest(tensors, metadata) != digest:
                 raise ValueError(f"{path} was replaced: it is whole, but not the file that was written here")
-            return tensors, words
+            return tensors, metadata
 
         try:
             return self._trusted(path, read)
@@ -188,13 +188,13 @@ class Checkpoint:
             )
 
 
-def _digest(tensors: dict[str, torch.Tensor], words: dict) -> str:
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict) -> str:
     """SHA-256 of what a fit found, without what it took: two runs of the same fit agree on it."""
-    record = words.get("record", {})
+    record = metadata.get("record", {})
     found = {name: value for name, value in record.items() if name not in _MEASURED}
     if "solution" in found:
         found["solution"] = {name: value for name, value in found["solution"].items() if name not in _MEASURED}
-    rest = {name: value for name, value in words.items() if name not in ("record", "kind")}
+    rest = {name: value for name, value in metadata.items() if name not in ("record", "kind")}
     return storage.fingerprint(tensors, json.dumps({**rest, "record": found}, sort_keys=True))
 
 
@@ -211,6 +211,6 @@ def _manifest(path: Path) -> dict:
 
 def _identity(settings: Settings) -> dict:
     """What makes a fit this fit and no other; how much memory it may take does not."""
-    words = {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)}
-    del words["memory_limit"]
-    return words
+    metadata = {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)}
+    del metadata["memory_limit"]
+    return metadata

@@ -17,7 +17,7 @@ from fastagop.deep_rfm import layer as layer_module
 from fastagop.deep_rfm.checkpoint import Checkpoint
 from fastagop.deep_rfm.module import DeepRFMModule
 from fastagop.deep_rfm.random_features import NAMES as FEATURES
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import files as storage
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.estimators.progress import Progress
@@ -137,7 +137,7 @@ class _DeepRFM(_Layers, KernelEstimator):
     def _begin_together(self, settings: layer_module.Settings, data: Training, seeds: list[int]):
         """What _begin says on the first rank, which alone reads and writes the checkpoint."""
         X, given = data.X, "any" if self.random_state is None else seeds
-        ranks = Ranks(self.process_group, "fit", X.device)
+        ranks = Communicator(self.process_group, "fit", X.device)
         about = {"X": X, "Y": data.Y, "sample_weight": data.weights}
         ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", **about)
         checkpoint = None
@@ -146,16 +146,16 @@ class _DeepRFM(_Layers, KernelEstimator):
             nonlocal checkpoint
             checkpoint, own, done, features = self._begin(settings, data, seeds)
             packed = [storage.pack_layer(layer) for layer in done]
-            sent = [({name: value.cpu() for name, value in tensors.items()}, words) for tensors, words in packed]
+            sent = [({name: value.cpu() for name, value in tensors.items()}, metadata) for tensors, metadata in packed]
             return own, sent, features.cpu() if done else None
 
         try:
-            seeds, packed, features = ranks.lead(first)
+            seeds, packed, features = ranks.run_on_root(first)
         except BaseException:
             if checkpoint is not None:
                 checkpoint.close()
             raise
-        layers = [storage.unpack_layer(tensors, words, X.device) for tensors, words in packed]
+        layers = [storage.unpack_layer(tensors, metadata, X.device) for tensors, metadata in packed]
         return checkpoint, seeds, layers, X if features is None else features.to(X.device)
 
     def _publish(self):
@@ -176,14 +176,14 @@ class _DeepRFM(_Layers, KernelEstimator):
     def _packed(self):
         tensors, layers = self._packed_alpha(), []
         for index, layer in enumerate(self._layers):
-            held, words = storage.pack_layer(layer)
+            held, metadata = storage.pack_layer(layer)
             tensors.update({f"{index}.{name}": value for name, value in held.items()})
-            layers.append(words)
+            layers.append(metadata)
         return tensors, {"layers": layers}
 
-    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         self._layers, self._alpha = [], tensors.get("readout", self.solution_.alpha)
-        for index, layer in enumerate(words["layers"]):
+        for index, layer in enumerate(metadata["layers"]):
             start = f"{index}."
             held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             self._layers.append(storage.unpack_layer(held, layer, self._device))
@@ -196,7 +196,7 @@ class _DeepRFM(_Layers, KernelEstimator):
 
     def _settings(self) -> layer_module.Settings:
         """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
-        machine = self._machine()
+        regression = self._machine()
         for name in ("depth", "width"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
@@ -214,7 +214,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             self.features,
             int(self.width),
             None if scale is None else float(scale),
-            machine.ridge,
+            regression.ridge,
             self.agop_scale,
             self.precision,
             self.backend,

@@ -13,8 +13,8 @@ import torch
 from fastagop import collapse, distributed, linalg
 from fastagop.deep_rfm.random_features import FeatureMap, random_features
 from fastagop.estimators import kernel_ridge
-from fastagop.estimators.kernel_ridge import Machine
-from fastagop.kernels.gemm import product
+from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.radial import Radial
 from fastagop.solvers import copies
 from fastagop.solvers.cg import ConjugateGradients
@@ -39,9 +39,9 @@ class Settings:
     memory_limit: float | None = None
 
     @property
-    def machine(self) -> Machine:
+    def regression(self) -> KernelRidge:
         """The kernel regression of every layer."""
-        return Machine(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
+        return KernelRidge(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
 
 @dataclass(frozen=True)
@@ -167,19 +167,19 @@ def train_layer(
     """
     clock, base, rows = _Clock(X.device), _reset_peak(X.device), rows or copies.alone(X)
     X = normalise_rows(X)
-    solution, M, planned = kernel_ridge.solve_and_agop(X, Y, settings.machine, group, rows=rows, mark=clock.mark)
+    solution, M, planned = kernel_ridge.fit_and_agop(X, Y, settings.regression, group, rows=rows, mark=clock.mark)
     scale = kernel_ridge.agop_divisor(M, settings.agop_scale, rows.total)
     # a constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I
     M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
     root = linalg.psd_sqrt(M, rows=X).to(X.dtype)  # gradients at the points are combinations of the points
     root = root if group is None else distributed.broadcast(root, group)
     clock.mark("root")
-    projected = product(X, root)  # root is symmetric
+    projected = matmul_nt(X, root)  # root is symmetric
     phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
     features = phi(projected)
     features = features if group is None else distributed.broadcast(features, group)
     unweighted = [] if rest is None else [normalise_rows(rest)]
-    unweighted += [product(unweighted[0], root)] if unweighted else []
+    unweighted += [matmul_nt(unweighted[0], root)] if unweighted else []
     unweighted += [phi(unweighted[1])] if unweighted else []
     clock.mark("features")
     stages = {"input": X, "projected": projected, "features": features}
@@ -207,7 +207,7 @@ def readout(
 ) -> tuple[torch.Tensor, Solved]:
     """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
     X = normalise_rows(X)
-    return X, kernel_ridge.solve(X, Y, settings.machine, group, rows=rows)
+    return X, kernel_ridge.solve(X, Y, settings.regression, group, rows=rows)
 
 
 def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastagop.kernels.gemm import product
+from fastagop.kernels.gemm import matmul_nt
 
 COS_SCALE = 0.05  # paper, appendix C
 NAMES = ("relu", "cos")
@@ -40,8 +40,8 @@ class FeatureMap:
 def mapped(X: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Phi(X) of "relu" (no bias) or "cos", shape (n, width); a function, since torch.export traces it."""
     if bias is None:
-        return product(X, weight).relu_()
-    return product(X, weight, bias).cos_().mul_(math.sqrt(2.0 / len(weight)))
+        return matmul_nt(X, weight).relu_()
+    return matmul_nt(X, weight, bias).cos_().mul_(math.sqrt(2.0 / len(weight)))
 
 
 def random_features(name: str, d: int, width: int, scale: float | None, seed: int, like: torch.Tensor) -> FeatureMap:

@@ -29,7 +29,7 @@ class RankLost(RuntimeError):
     """Another process of the group died, or did not answer within the group's timeout."""
 
 
-class Ranks:
+class Communicator:
     """This process among those of a group, for one operation.
 
     Args:
@@ -59,7 +59,7 @@ class Ranks:
         self._wire = torch.device("cpu") if backend in ("gloo", "mpi") else device
 
     @contextlib.contextmanager
-    def exchange(self):
+    def collective(self):
         """Say what it means when a collective fails."""
         try:
             yield
@@ -134,7 +134,7 @@ class Ranks:
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of value over ranks, the same bits everywhere."""
         wire = value.to(self._wire, copy=True)
-        with self.exchange():
+        with self.collective():
             dist.all_reduce(wire, group=self.group)
         return wire.to(value.device)
 
@@ -153,37 +153,37 @@ class Ranks:
             piece = places[self.rank]
             if stop > start:
                 piece[: stop - start] = compute(start, stop)
-            with self.exchange():
+            with self.collective():
                 pending.append(dist.all_gather(places, piece, group=self.group, async_op=True))
-        with self.exchange():
+        with self.collective():
             for work in pending:
                 work.wait()
         return everything.flatten(0, 1)[:count].to(like.device)
 
-    def lead(self, job: Callable, serve: Callable | None = None) -> Any:
+    def run_on_root(self, job: Callable, handle: Callable | None = None) -> Any:
         """What job(ask) returns on the first rank, on every rank; its error too.
 
         Other ranks wait. ask(V, number) makes every rank run serve(V, number) and gives the sum of the answers.
         """
         if self.rank == 0:
-            answer = self._lead(job, serve)
+            answer = self._run_as_root(job, handle)
         else:
             while (order := self._order(None))[0] == _ASK:
                 V = torch.empty(order[1], order[2], dtype=torch.float64, device=self._wire)
-                self._serve(V, order[3], serve)
+                self._handle(V, order[3], handle)
             answer = None
         result, error = self._broadcast(answer)
         if error is not None:
             raise error
         return result
 
-    def _lead(self, job: Callable, serve: Callable | None):
-        def ask(V: torch.Tensor, number: int) -> torch.Tensor:
+    def _run_as_root(self, job: Callable, handle: Callable | None):
+        def request(V: torch.Tensor, number: int) -> torch.Tensor:
             self._order([_ASK, *V.shape, number])
-            return self._serve(V.to(self._wire).contiguous(), number, serve)
+            return self._handle(V.to(self._wire).contiguous(), number, handle)
 
         try:
-            result, error = job(ask), None
+            result, error = job(request), None
         except RankLost:  # nobody is left to be told
             raise
         except Exception as own:
@@ -191,26 +191,26 @@ class Ranks:
         self._order([_DONE, 0, 0, 0])
         return result, error
 
-    def _serve(self, V: torch.Tensor, number: int, serve) -> torch.Tensor:
+    def _handle(self, V: torch.Tensor, number: int, handle) -> torch.Tensor:
         """One product: V from the first rank to all, the parts of the answer back to it."""
-        with self.exchange():
+        with self.collective():
             dist.broadcast(V, self._first, group=self.group)
-        part = serve(V.to(self.device), number).to(self._wire)
-        with self.exchange():
+        part = handle(V.to(self.device), number).to(self._wire)
+        with self.collective():
             dist.reduce(part, self._first, group=self.group)
         return part.to(self.device)
 
     def _order(self, order: list[int] | None) -> list[int]:
         """What the first rank wants next."""
         wire = torch.tensor(order or [0] * 4, dtype=torch.int64, device=self._wire)
-        with self.exchange():
+        with self.collective():
             dist.broadcast(wire, self._first, group=self.group)
         return wire.tolist()
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on every rank."""
         wire = value.to(self._wire, copy=True)
-        with self.exchange():
+        with self.collective():
             dist.broadcast(wire, self._first, group=self.group)
         return wire.to(value.device)
 
@@ -225,19 +225,19 @@ class Ranks:
     def _gather(self, numbers: list[int]) -> list[list[int]]:
         wire = torch.tensor(numbers, dtype=torch.int64, device=self._wire)
         everyone = [torch.empty_like(wire) for _ in range(self.size)]
-        with self.exchange():
+        with self.collective():
             dist.all_gather(everyone, wire, group=self.group)
         return [row.tolist() for row in everyone]
 
     def _objects(self, value) -> list:
         everyone = [None] * self.size
-        with self.exchange():
+        with self.collective():
             dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
     def _broadcast(self, value) -> Any:
         box = [value]
-        with self.exchange():
+        with self.collective():
             dist.broadcast_object_list(box, self._first, group=self.group)
         return box[0]
 

@@ -7,19 +7,18 @@ import functools
 
 import torch
 
-from fastagop.distributed.communicator import RankLost, Ranks
+from fastagop.distributed.communicator import Communicator, RankLost
 from fastagop.kernels import checks, operations
 from fastagop.kernels.agop import agop as agop_here
 from fastagop.kernels.agop import plan_agop, row_weights
-from fastagop.kernels.backends import matmul_precision
 from fastagop.kernels.gemm import symmetrise_
-from fastagop.kernels.operations import in_units
 from fastagop.kernels.plan import Plan, block_rows
-from fastagop.kernels.scaling import scaled_
+from fastagop.kernels.precision import matmul_precision
+from fastagop.kernels.scaling import scale_points, scaled_
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import gram as torch_gram
 from fastagop.kernels.torch_backend import tiles
-from fastagop.kernels.torch_backend.low_rank import Smooth
+from fastagop.kernels.torch_backend.low_rank import LowRank
 from fastagop.solvers import copies
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.solve import ADVICE, Solution, Solved, as_given, plan_solve, report, solve_stored, solve_unstored
@@ -34,8 +33,8 @@ def broadcast(value: torch.Tensor, group) -> torch.Tensor:
     return _ranks(group, "broadcast", value).broadcast(value)
 
 
-def _ranks(group, op: str, X) -> Ranks:
-    return Ranks(group, op, X.device if isinstance(X, torch.Tensor) else torch.device("cpu"))
+def _ranks(group, op: str, X) -> Communicator:
+    return Communicator(group, op, X.device if isinstance(X, torch.Tensor) else torch.device("cpu"))
 
 
 def _other(X, Z):
@@ -110,7 +109,7 @@ def agop_as(
     tensors = {"X": X, "alpha": alpha, "Z": _other(X, Z), "sample_weight": weights}
     (plan, (X, alpha, at, limit)), room = ranks.agree(prepare, said, **tensors)
     room = room if limit is None else limit
-    kernel, X, at, unit = in_units(kernel, X, at)
+    kernel, X, at, unit = scale_points(kernel, X, at)
     scaled, divisor, exponent = row_weights(weights, at, options["reduction"])
     with matmul_precision(precision, X.device):
         M, stored = None, None
@@ -145,11 +144,11 @@ def _stored_weights(X, alpha, Z, method: str, room: int, size: int) -> Plan | No
     return plan if pays or method == "gram" else None
 
 
-def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Ranks):
+def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: int, ranks: Communicator):
     """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
     W = torch_agop.weights(kernel, X, X, most)
     dtypes = [X.dtype, torch.float64]
-    mine = torch_agop.safe_road(W, X, alpha.to(X.dtype), X, center, method, room)
+    mine = torch_agop.choose_form(W, X, alpha.to(X.dtype), X, center, method, room)
     rank = mine.smooth.rank if mine.smooth else 0
     rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(mine.dtype))[0], 2)  # the first rank decides
     if rank == 0:
@@ -157,19 +156,19 @@ def _rows_of_gram(kernel, X, alpha, center: bool, method: str, room: int, most: 
     rows, starts = ranks.blocks(len(X), most)
     wide = dtypes[place]
     P, Q = (ranks.broadcast(part) for part in _parts(mine.smooth, W.new_zeros(len(X), rank)))
-    x, taken, first = X.to(wide), Smooth(P, Q, own=True).to(wide), ranks.rank == 0
+    x, taken, first = X.to(wide), LowRank(P, Q, own=True).to(wide), ranks.rank == 0
     how = {"center": center, "rows": rows, "starts": starts, "all_else": first}
     return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), x, taken, **how)
 
 
-def _parts(smooth: Smooth | None, blank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(smooth: LowRank | None, blank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(P, Q) as they can be sent or received, (n, rank) each."""
     if smooth is None or smooth.rank != blank.shape[1]:
         return blank, blank
     return smooth.P.contiguous(), smooth.Q.contiguous()
 
 
-def _rows_of_points(kernel, X, alpha, Z, weights, center: bool, ranks: Ranks, how: dict) -> torch.Tensor:
+def _rows_of_points(kernel, X, alpha, Z, weights, center: bool, ranks: Communicator, how: dict) -> torch.Tensor:
     """This rank's rows of Z, centred by the mean over all of Z where asked; float64. weights (m,) or None for ones.
 
     Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
@@ -243,7 +242,7 @@ def kernel_matmul(
             (right.shape[1],),
             right,
         )
-    kernel, X, _, _ = in_units(kernel, X, X)
+    kernel, X, _, _ = scale_points(kernel, X, X)
     with matmul_precision(precision, X.device):
         return ranks.total(_area(kernel, X, right, _block(X, right.shape[1], room), ranks))
 
@@ -254,7 +253,7 @@ def _block(X: torch.Tensor, p: int, room: int) -> int:
     return block_rows(tiles.BLOCKS_ALIVE * n * size, n * p * size, room, n, "kernel_matmul")
 
 
-def _area(kernel, X: torch.Tensor, V: torch.Tensor, most: int, ranks: Ranks) -> torch.Tensor:
+def _area(kernel, X: torch.Tensor, V: torch.Tensor, most: int, ranks: Communicator) -> torch.Tensor:
     """What this rank's part of the lower half of k(X, X), and its mirror image, contributes to k(X, X) V."""
     rows, starts = ranks.blocks(len(X), most)
     plan = tiles.plan_kernel_matmul(X, X, V, "", "")
@@ -369,17 +368,17 @@ def solve_as(
     if rows is None:
         rows = found = copies.find(X, sample_weight)
         X = rows.take(X)
-    units, points, _, _ = in_units(kernel, X, X)
+    units, points, _, _ = scale_points(kernel, X, X)
     wide = functools.cache(points.double)
 
-    def job(ask):
+    def job(request):
         plan, (_, _, ridge, how) = plan_solve(
             kernel, X, rows.take(Y), memory_limit=memory_limit, advice=advice, **options
         )
         with matmul_precision(options["precision"], X.device):
             if isinstance(how, ConjugateGradients):
                 most = 0 if plan.backend == "keops" else _block(wide(), Y.shape[1], room)
-                shared = functools.partial(_asked, ask, most)
+                shared = functools.partial(_asked, request, most)
                 solved = solve_unstored(kernel, X, Y, ridge, plan, how, out or X.dtype, rows, shared, apart=out is None)
             else:
                 solved, _ = solve_stored(
@@ -389,14 +388,14 @@ def solve_as(
             solved = dataclasses.replace(solved, solution=as_given(solved.solution, kernel, given, Y, found))
         return solved.to(torch.device("cpu")), plan.peak_bytes
 
-    def serve(V, most):
+    def handle(V, most):
         return _area(units, wide(), V, most, ranks) if most else _rows(units, wide(), V, ranks)
 
-    solved, planned = ranks.lead(job, serve)
+    solved, planned = ranks.run_on_root(job, handle)
     return solved.to(X.device), planned
 
 
-def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Communicator) -> torch.Tensor:
     """This rank's rows of k(X, X) V by KeOps, zero elsewhere."""
     first, last = ranks.rows(len(X))
     out = torch.zeros_like(V)
@@ -405,6 +404,6 @@ def _rows(kernel, X: torch.Tensor, V: torch.Tensor, ranks: Ranks) -> torch.Tenso
     return out
 
 
-def _asked(ask, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:
+def _asked(request, most: int, kernel, X, Z, V: torch.Tensor, plan) -> torch.Tensor:
     """k(X, X) V as conjugate gradients want it, made by all ranks."""
-    return ask(V, most)
+    return request(V, most)

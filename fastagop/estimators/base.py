@@ -20,9 +20,9 @@ from sklearn.base import (
 )
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import inputs, persistence
-from fastagop.estimators.kernel_ridge import AGOP_SCALES, Machine
+from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.kernels import checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Radial
@@ -147,7 +147,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """(tensors, description) that ``_restore`` needs beyond the kernel machine's own."""
         raise NotImplementedError
 
-    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Set what ``_packed`` gave."""
         raise NotImplementedError
 
@@ -155,7 +155,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def _dtype(self) -> torch.dtype:
         return inputs.dtype(self.dtype)
 
-    def _machine(self) -> Machine:
+    def _machine(self) -> KernelRidge:
         """The shared parameters, checked; scikit-learn wants this in fit, not in __init__."""
         checks.kernel(self.kernel)
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
@@ -169,7 +169,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         self._device = inputs.device(self.device)
         self._checked_process()
         self._kernel = self.kernel
-        return Machine(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
+        return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
     def _checked_process(self) -> None:
         """Refuse callbacks, a verbosity or a process group that are none."""
@@ -179,7 +179,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if not isinstance(self.verbose, (bool, numbers.Integral)) or int(self.verbose) < 0:
             raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
         if self.process_group is not None:
-            Ranks(self.process_group, "fit", self._device)
+            Communicator(self.process_group, "fit", self._device)
 
     def save(self, path) -> None:
         """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
@@ -347,9 +347,9 @@ class Regressor(RegressorMixin, KernelEstimator):
         return r2_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 
     def _packed(self):
-        tensors, words = super()._packed()
-        return {**tensors, "intercept": self._intercept}, {**words, "wide": self._wide}
+        tensors, metadata = super()._packed()
+        return {**tensors, "intercept": self._intercept}, {**metadata, "wide": self._wide}
 
-    def _restore(self, tensors: dict[str, torch.Tensor], words: dict) -> None:
-        self._intercept, self._wide = tensors.pop("intercept"), words["wide"]
-        super()._restore(tensors, words)
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+        self._intercept, self._wide = tensors.pop("intercept"), metadata["wide"]
+        super()._restore(tensors, metadata)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 from fastagop.kernels import checks
 from fastagop.kernels.agop import row_weights
-from fastagop.kernels.backends import matmul_precision
 from fastagop.kernels.plan import budget
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.radial import Radial
 from fastagop.kernels.scaling import scaled_
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
@@ -41,7 +41,7 @@ def agop_diagonal(
     scaled, _, exponent = row_weights(weights, X, "sum")
     how = {"center": center, "roots": None if scaled is None else scaled.sqrt()}
     if group is not None:
-        ranks = Ranks(group, "agop", X.device)
+        ranks = Communicator(group, "agop", X.device)
         how |= {"span": ranks.rows(len(X)), "total": ranks.total}
     with matmul_precision(precision, X.device):
         return scaled_(torch_diagonal.agop_diagonal(kernel, X, alpha, rows, **how), exponent)

@@ -58,10 +58,10 @@ def put(path: Path, data: bytes) -> None:
     atomic_files.write(path, data)
 
 
-def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], words: dict) -> str:
+def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: dict) -> str:
     """Write tensors and their description as one file of a kind; returns its checksum."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    text = json.dumps({"kind": kind, **words})
+    text = json.dumps({"kind": kind, **metadata})
     if len(text) > LONGEST_TEXT:
         raise ValueError(
             f"{path} cannot hold a description of {len(text)} bytes, {LONGEST_TEXT} at most; "
@@ -88,10 +88,10 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     text, said = metadata.get("words", ""), metadata.get("sha256")
     if fingerprint(tensors, text) != said:
         raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
-    words = parse_json(path, text)
-    if words.get("kind") != kind:
-        raise ValueError(f"{path} holds a {words.get('kind')}, not a {kind}")
-    return tensors, words
+    metadata = parse_json(path, text)
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path} holds a {metadata.get('kind')}, not a {kind}")
+    return tensors, metadata
 
 
 def parse_json(path: Path, text: str | bytes) -> dict:
@@ -118,10 +118,10 @@ def restoring(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is corrupt or of another version of fastagop ({said})") from error
 
 
-def write_json(path: Path, words: dict) -> None:
+def write_json(path: Path, metadata: dict) -> None:
     """Write a description with its own checksum."""
-    text = json.dumps(words, sort_keys=True)
-    put(path, json.dumps({**words, "sha256": fingerprint({}, text)}, indent=1).encode())
+    text = json.dumps(metadata, sort_keys=True)
+    put(path, json.dumps({**metadata, "sha256": fingerprint({}, text)}, indent=1).encode())
 
 
 def read_json(path: Path) -> dict:
@@ -132,13 +132,13 @@ def read_json(path: Path) -> dict:
     """
     if regular_size(path) > 2 * LONGEST_TEXT:
         raise ValueError(f"{path} is corrupt: no description is as long")
-    words = parse_json(path, path.read_bytes())
-    said = words.pop("sha256", None)
+    metadata = parse_json(path, path.read_bytes())
+    said = metadata.pop("sha256", None)
     with restoring(path):
-        found = fingerprint({}, json.dumps(words, sort_keys=True))
+        found = fingerprint({}, json.dumps(metadata, sort_keys=True))
     if found != said:
         raise ValueError(f"{path} is corrupt or was edited: its contents do not match its checksum")
-    return words
+    return metadata
 
 
 def pack_kernel(kernel: Radial) -> dict:
@@ -146,9 +146,9 @@ def pack_kernel(kernel: Radial) -> dict:
     return {"name": type(kernel).__name__, **dataclasses.asdict(kernel)}
 
 
-def unpack_kernel(words: dict) -> Radial:
+def unpack_kernel(metadata: dict) -> Radial:
     """The kernel of ``pack_kernel``; its class must be one that this process knows."""
-    return named(words["name"])(**{key: value for key, value in words.items() if key != "name"})
+    return named(metadata["name"])(**{key: value for key, value in metadata.items() if key != "name"})
 
 
 def pack_value(value):
@@ -194,14 +194,14 @@ def _unpack_array(entries: list, name: str) -> np.ndarray:
 
 def pack_solution(solution: Solution) -> dict:
     """A Solution without its alpha."""
-    words = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
-    del words["alpha"]
-    return {**words, "dtype": str(solution.dtype).removeprefix("torch.")}
+    metadata = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
+    del metadata["alpha"]
+    return {**metadata, "dtype": str(solution.dtype).removeprefix("torch.")}
 
 
-def unpack_solution(words: dict, alpha: torch.Tensor) -> Solution:
+def unpack_solution(metadata: dict, alpha: torch.Tensor) -> Solution:
     """The Solution of ``pack_solution`` with its alpha."""
-    return Solution(alpha=alpha, **{**words, "dtype": _DTYPES[words["dtype"]]})
+    return Solution(alpha=alpha, **{**metadata, "dtype": _DTYPES[metadata["dtype"]]})
 
 
 def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
@@ -210,14 +210,14 @@ def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
     tensors = {"agop": layer.agop, "root": layer.root, "weight": layer.map.weight, "alpha": record.solution.alpha}
     if layer.map.bias is not None:
         tensors["bias"] = layer.map.bias
-    words = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return tensors, {"map": layer.map.name, "record": {**words, "solution": pack_solution(record.solution)}}
+    metadata = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return tensors, {"map": layer.map.name, "record": {**metadata, "solution": pack_solution(record.solution)}}
 
 
-def unpack_layer(tensors: dict[str, torch.Tensor], words: dict, device: torch.device) -> Layer:
+def unpack_layer(tensors: dict[str, torch.Tensor], metadata: dict, device: torch.device) -> Layer:
     """The layer of ``pack_layer`` on a device."""
     tensors = {name: value.to(device) for name, value in tensors.items()}
-    record = words["record"]
+    record = metadata["record"]
     record = LayerRecord(**{**record, "solution": unpack_solution(record["solution"], tensors["alpha"])})
-    phi = FeatureMap(words["map"], tensors["weight"], tensors.get("bias"))
+    phi = FeatureMap(metadata["map"], tensors["weight"], tensors.get("bias"))
     return Layer(tensors["agop"], tensors["root"], phi, record)

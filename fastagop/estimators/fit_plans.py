@@ -12,13 +12,13 @@ from sklearn.base import clone
 
 from fastagop import estimates
 from fastagop.deep_rfm.layer import Settings
-from fastagop.distributed.communicator import Ranks
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import inputs
-from fastagop.estimators.kernel_ridge import Machine
+from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.explain import assumption, on_meta, stand_in
-from fastagop.kernels import checks, rates
+from fastagop.kernels import calibration, checks
 from fastagop.kernels.agop import plan_agop
-from fastagop.kernels.plan import Plan, available_bytes, budget, human
+from fastagop.kernels.plan import Plan, available_bytes, budget, format_bytes
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 from fastagop.solvers import direct
@@ -62,11 +62,11 @@ def explain_fit(estimator, X, y, sample_weight=None) -> str:
         raise ValueError(f"op must be an estimator with its parameters, got the class; use {estimator.__name__}()")
     fresh: Any = clone(estimator)  # the estimator stays as it is
     settings = fresh._settings() if hasattr(fresh, "_settings") else None
-    machine = fresh._checked()[0] if settings is None else settings.machine
+    regression = fresh._checked()[0] if settings is None else settings.regression
     data = _data(fresh, X, y, sample_weight)
-    share = 1 if fresh.process_group is None else Ranks(fresh.process_group, "explain", data.X.device).size
+    share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size
     if settings is None:
-        steps, held = _iterations(data, machine, fresh, share)
+        steps, held = _iterations(data, regression, fresh, share)
     else:
         steps, held = _layers(data, settings, share, hasattr(fresh, "class_weight"))
     return _text(type(fresh).__name__, data, steps, held, share)
@@ -107,33 +107,33 @@ def _layers(data: Data, settings: Settings, share: int, classes: bool) -> tuple[
     steps, held = [], 0
     for name, times, d in names:
         X = data.of_width(d)
-        step = _step(X, data.Y, settings.machine, share, {})
+        step = _step(X, data.Y, settings.regression, share, {})
         maps = estimates.of_products(2.0 * n * d * (d + width), X)
         passes = _PASSES * n * (2 * d + width) * 8 / _bandwidth(X.device) if classes else 0.0
         step.seconds.update(root=_root(n, d, X.device), features=maps, measures=passes)
         peak = max(step.peak_bytes, 4 * 8 * d * d) + (n * (d + 2 * width) + d * width) * size
         steps.append((f"{name}, {d} features", times, dataclasses.replace(step, peak_bytes=peak)))
         held += times * ((2 * d * d + d * width) * size + 8 * n * data.Y.shape[1])
-    steps.append((f"readout, {width} features", 1, _solve_only(data.of_width(width), data.Y, settings.machine)))
+    steps.append((f"readout, {width} features", 1, _solve_only(data.of_width(width), data.Y, settings.regression)))
     return steps, held
 
 
-def _iterations(data: Data, machine: Machine, estimator, share: int) -> tuple[list[tuple[str, int, Step]], int]:
+def _iterations(data: Data, regression: KernelRidge, estimator, share: int) -> tuple[list[tuple[str, int, Step]], int]:
     (n, d), iterations, diagonal, steps = data.X.shape, int(estimator.iterations), estimator.diagonal, []
     if iterations:
-        step = _step(data.X, data.Y, machine, share, {"center": estimator.center}, diagonal)
+        step = _step(data.X, data.Y, regression, share, {"center": estimator.center}, diagonal)
         root = 0.0 if diagonal else _root(n, d, data.X.device) + estimates.of_products(2.0 * n * d * d, data.X)
         step.seconds.update(root=root)
         peak = step.peak_bytes + n * d * data.X.element_size() + (0 if diagonal else 4 * 8 * d * d)
         name = "iteration" if iterations == 1 else f"{iterations} iterations"
         steps.append((f"{name}, {d} features", iterations, dataclasses.replace(step, peak_bytes=peak)))
-    steps.append((f"last solve, {d} features", 1, _solve_only(data.X, data.Y, machine)))
+    steps.append((f"last solve, {d} features", 1, _solve_only(data.X, data.Y, regression)))
     held = (d if diagonal else 2 * d * d) * data.X.element_size() + 8 * n * data.Y.shape[1] * (iterations + 1)
     return steps, held
 
 
-def _solve_only(X: torch.Tensor, Y: torch.Tensor, machine: Machine) -> Step:
-    plan, refused, how = _solve_plan(X, Y, machine)
+def _solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Step:
+    plan, refused, how = _solve_plan(X, Y, regression)
     if plan is None:
         return Step({}, 0, "", refused)
     return Step({"solve": plan.seconds or 0.0}, _solve_peak(plan, X, how), _solver(plan))
@@ -146,48 +146,48 @@ def _solve_peak(plan: Plan, X: torch.Tensor, how) -> int:
     return max(plan.peak_bytes, wide) if coarse else plan.peak_bytes
 
 
-def _step(X, Y, machine: Machine, share: int, options: dict, diagonal: bool = False) -> Step:
+def _step(X, Y, regression: KernelRidge, share: int, options: dict, diagonal: bool = False) -> Step:
     """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of passes of "cg"."""
-    plan, refused, how = _solve_plan(X, Y, machine)
+    plan, refused, how = _solve_plan(X, Y, regression)
     if plan is None:
         return Step({}, 0, "", refused)
     apart = (plan.seconds or 0.0) / (share if plan.method == "cg" else 1)
     try:
-        seconds, peak = _agop(X, Y, machine, options, diagonal, isinstance(how, tuple) and how[0] == torch.float64)
+        seconds, peak = _agop(X, Y, regression, options, diagonal, isinstance(how, tuple) and how[0] == torch.float64)
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))
     peak = max(_solve_peak(plan, X, how), peak)
     return Step({"solve": apart, "agop": seconds / share}, peak, _solver(plan))
 
 
-def _solve_plan(X, Y, machine: Machine) -> tuple[Plan | None, str, object]:
+def _solve_plan(X, Y, regression: KernelRidge) -> tuple[Plan | None, str, object]:
     """(plan with seconds, what does not fit, how), the plan None where something does not."""
     try:
-        plan, (_, _, ridge, how) = plan_solve(machine.kernel, X, Y, **machine.how)
+        plan, (_, _, ridge, how) = plan_solve(regression.kernel, X, Y, **regression.how)
     except MemoryError as error:
         return None, str(error), None
-    return estimates.solve(plan, X, ridge, how, machine.precision), "", how
+    return estimates.solve(plan, X, ridge, how, regression.precision), "", how
 
 
-def _agop(X, Y, machine: Machine, options: dict, diagonal: bool, stored: bool) -> tuple[float, int]:
+def _agop(X, Y, regression: KernelRidge, options: dict, diagonal: bool, stored: bool) -> tuple[float, int]:
     """(seconds, peak bytes) of the AGOP; ``stored``: the solve has left weights, which were counted there."""
     (n, d), K = X.shape, Y.shape[1]
     if diagonal:
-        limit = budget(checks.memory_limit(machine.memory_limit), X.device)
+        limit = budget(checks.memory_limit(regression.memory_limit), X.device)
         _, peak = torch_diagonal.plan_rows(X, K, limit)
         flops = torch_agop.flops(n, n, d, K, True)["gradient"] - 2.0 * n * K * d * d
-        return rates.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
+        return calibration.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
     if stored:
         return min(torch_agop.costs(X, X, K, torch_agop.products_of(X, X, None)).values()), 0
-    how = {"precision": machine.precision, "backend": machine.backend, "memory_limit": machine.memory_limit}
-    plan, _ = plan_agop(machine.kernel, X, Y, reduction="sum", **options, **how)
-    return estimates.timed(plan, X, X, X.dtype, machine.precision).seconds or 0.0, plan.peak_bytes
+    how = {"precision": regression.precision, "backend": regression.backend, "memory_limit": regression.memory_limit}
+    plan, _ = plan_agop(regression.kernel, X, Y, reduction="sum", **options, **how)
+    return estimates.timed(plan, X, X, X.dtype, regression.precision).seconds or 0.0, plan.peak_bytes
 
 
 def _root(n: int, d: int, device: torch.device) -> float:
     """M^(1/2), in the span of the points where these are fewer than features."""
     r = min(n, d)
-    return estimates.of_eigh(r, device) + rates.seconds(6.0 * d * d * r, 0.0, device, "gram", "float64")
+    return estimates.of_eigh(r, device) + calibration.seconds(6.0 * d * d * r, 0.0, device, "gram", "float64")
 
 
 def _word(X: torch.Tensor) -> str:
@@ -209,16 +209,16 @@ def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, 
     for label, times, step in steps:
         parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in step.seconds.items() if seconds)
         each = " each" if times > 1 else ""
-        cost = f"about {step.total:.2g} s{each} ({parts}), {human(step.peak_bytes)}"
+        cost = f"about {step.total:.2g} s{each} ({parts}), {format_bytes(step.peak_bytes)}"
         lines.append(f"  {label}: {'does not fit, see below' if step.refused else cost}")
     total, peak = sum(times * step.total for _, times, step in steps), max(step.peak_bytes for *_, step in steps)
     solvers = list(dict.fromkeys(step.solver for *_, step in steps if step.solver))
     lines += [f"  solver     {solver}" for solver in solvers]
     fits, free = not any(step.refused for *_, step in steps), available_bytes(device)
     words = "in all" if fits else "for what fits"
-    lines.append(f"  seconds    about {total:.2g} {words} ({rates.source(device)})")
-    words = f"beyond X and y, {human(held)} of it kept" if fits else "for what fits"
-    lines.append(f"  memory     {human(peak + held)} {words}; {human(free)} are free now")
+    lines.append(f"  seconds    about {total:.2g} {words} ({calibration.source(device)})")
+    words = f"beyond X and y, {format_bytes(held)} of it kept" if fits else "for what fits"
+    lines.append(f"  memory     {format_bytes(peak + held)} {words}; {format_bytes(free)} are free now")
     if fits and peak + held > free:
         lines.append("  does not fit: all of it together; use fewer rows, a smaller memory_limit, or solver='cg'")
     if share > 1:

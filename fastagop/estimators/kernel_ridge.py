@@ -12,15 +12,15 @@ from fastagop import distributed
 from fastagop.estimators.diagonal import agop_diagonal
 from fastagop.kernels import checks
 from fastagop.kernels.agop import agop, agop_from_weights_
-from fastagop.kernels.backends import matmul_precision
-from fastagop.kernels.operations import in_units
 from fastagop.kernels.plan import Plan
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.radial import Radial
+from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import copies
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.solve import Advice, Solution, Solved, in_unit, plan_solve, solve_stored, solve_unstored
+from fastagop.solvers.solve import Advice, Solution, Solved, plan_solve, scale_targets, solve_stored, solve_unstored
 
 log = logging.getLogger("fastagop")
 
@@ -32,7 +32,7 @@ _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled
 
 
 @dataclass(frozen=True)
-class Machine:
+class KernelRidge:
     """A kernel regression's kernel and ridge, and how it computes.
 
     ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
@@ -48,40 +48,40 @@ class Machine:
     @property
     def how(self) -> dict:
         """How a solve computes."""
-        words = {"ridge": self.ridge, "method": self.solver, "memory_limit": self.memory_limit, "advice": _ADVICE}
-        words["wide"] = True  # alpha is wanted in float64
-        return {**words, "precision": self.precision, "backend": self.backend}
+        metadata = {"ridge": self.ridge, "method": self.solver, "memory_limit": self.memory_limit, "advice": _ADVICE}
+        metadata["wide"] = True  # alpha is wanted in float64
+        return {**metadata, "precision": self.precision, "backend": self.backend}
 
 
-def solve(X: torch.Tensor, Y: torch.Tensor, machine: Machine, group=None, *, rows: Rows | None = None) -> Solved:
+def solve(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge, group=None, *, rows: Rows | None = None) -> Solved:
     """The kernel regression's solution, alpha in float64; by the ranks of a group together where there is one.
 
     Args:
         X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
     """
     if group is None:
-        return _solved(X, Y, machine, rows or copies.alone(X))[0]
-    return _solved_together(X, Y, machine, group, rows or copies.alone(X))[0]
+        return _solved(X, Y, regression, rows or copies.alone(X))[0]
+    return _solved_together(X, Y, regression, group, rows or copies.alone(X))[0]
 
 
-def _solved_together(X, Y, machine: Machine, group, rows: Rows) -> tuple[Solved, int]:
-    return distributed.solve_as(torch.float64, machine.kernel, X, Y, group=group, rows=rows, **machine.how)
+def _solved_together(X, Y, regression: KernelRidge, group, rows: Rows) -> tuple[Solved, int]:
+    return distributed.solve_as(torch.float64, regression.kernel, X, Y, group=group, rows=rows, **regression.how)
 
 
-def _solved(X, Y, machine: Machine, rows: Rows) -> tuple[Solved, torch.Tensor | None, Plan]:
+def _solved(X, Y, regression: KernelRidge, rows: Rows) -> tuple[Solved, torch.Tensor | None, Plan]:
     """(solution in float64, matrix that holds k(X, X) above its diagonal or None, plan)."""
-    kernel = machine.kernel
-    plan, (_, _, ridge, how) = plan_solve(kernel, X, rows.take(Y), **machine.how)
+    kernel = regression.kernel
+    plan, (_, _, ridge, how) = plan_solve(kernel, X, rows.take(Y), **regression.how)
     if not isinstance(how, ConjugateGradients):
-        return *solve_stored(kernel, X, Y, ridge, plan, how, machine.precision, torch.float64, rows), plan
-    with matmul_precision(machine.precision, X.device):
+        return *solve_stored(kernel, X, Y, ridge, plan, how, regression.precision, torch.float64, rows), plan
+    with matmul_precision(regression.precision, X.device):
         return solve_unstored(kernel, X, Y, ridge, plan, how, torch.float64, rows), None, plan
 
 
-def solve_and_agop(
+def fit_and_agop(
     X: torch.Tensor,
     Y: torch.Tensor,
-    machine: Machine,
+    regression: KernelRidge,
     group=None,
     *,
     rows: Rows | None = None,
@@ -101,14 +101,14 @@ def solve_and_agop(
     """
     mark, rows = mark or (lambda stage: None), rows or copies.alone(X)
     if group is not None:
-        solved, planned = _solved_together(X, Y, machine, group, rows)
+        solved, planned = _solved_together(X, Y, regression, group, rows)
         K, backend = None, ""
     else:
-        solved, K, plan = _solved(X, Y, machine, rows)
+        solved, K, plan = _solved(X, Y, regression, rows)
         planned, backend = plan.peak_bytes, plan.backend
     mark("solve")
-    alpha, size = in_unit(solved.alpha, _SQUARABLE)
-    kernel, X, _, unit = in_units(machine.kernel, X, X)
+    alpha, size = scale_targets(solved.alpha, _SQUARABLE)
+    kernel, X, _, unit = scale_points(regression.kernel, X, X)
     K = None if diagonal else K
     if K is not None:  # one in float64 still holds every small distance, so no second pass over pairs is needed
         K = tiles.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
@@ -122,10 +122,10 @@ def solve_and_agop(
         X = X.double()
     weights = None if rows.weights is None else rows.weights.to(X)
     weighted = {} if weights is None else {"sample_weight": weights}
-    how = {"center": center, "precision": machine.precision, "backend": "auto" if wide else machine.backend}
-    limit = {"memory_limit": machine.memory_limit}
+    how = {"center": center, "precision": regression.precision, "backend": "auto" if wide else regression.backend}
+    limit = {"memory_limit": regression.memory_limit}
     if diagonal:
-        how = {"precision": machine.precision, "group": group, **limit}
+        how = {"precision": regression.precision, "group": group, **limit}
         M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, **how)
     elif group is not None:
         M = distributed.agop_as(
@@ -134,7 +134,7 @@ def solve_and_agop(
     elif K is not None:
         backend = "torch" if wide else backend
         weighted = {} if weights is None else {"row_weights": weights}
-        M = agop_from_weights_(K, X, alpha, machine.precision, backend, center, **weighted)
+        M = agop_from_weights_(K, X, alpha, regression.precision, backend, center, **weighted)
     else:
         M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **limit, **weighted, **how)
     M = _of_size(M.double().div_(unit).div_(unit), size)

@@ -25,18 +25,18 @@ def save(model, path: Path) -> None:
     if name not in _HOMES or type(model) is not _class(name):
         *names, last = _HOMES
         raise TypeError(f"save knows {', '.join(names)} and {last}, not {name}")
-    tensors, words = model._packed()
+    tensors, metadata = model._packed()
     parameters = model.get_params(deep=False).items()
-    words = {
+    metadata = {
         "estimator": name,
         "parameters": {k: storage.pack_value(v) for k, v in parameters if k not in _NOT_SAVED},
         "kernel": storage.pack_kernel(model._kernel),
         "solution": storage.pack_solution(model.solution_),
         "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
         "versions": storage.versions(),
-        **words,
+        **metadata,
     }
-    storage.write(path, _KIND, {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}, words)
+    storage.write(path, _KIND, {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}, metadata)
 
 
 def load(path, device=None):
@@ -53,38 +53,38 @@ def load(path, device=None):
             kernel is defined nowhere, or its device is not there.
     """
     path = Path(path)
-    tensors, words = storage.read(path, _KIND)
+    tensors, metadata = storage.read(path, _KIND)
     with storage.restoring(path):
-        return _restored(path, tensors, words, device)
+        return _restored(path, tensors, metadata, device)
 
 
-def _restored(path: Path, tensors: dict, words: dict, device):
+def _restored(path: Path, tensors: dict, metadata: dict, device):
     """The estimator of a file's contents."""
-    if words["estimator"] not in _HOMES:
-        raise ValueError(f"{path} holds a {words['estimator']}, which this version of fastagop does not have")
-    parameters = {name: storage.unpack_value(value) for name, value in words["parameters"].items()}
+    if metadata["estimator"] not in _HOMES:
+        raise ValueError(f"{path} holds a {metadata['estimator']}, which this version of fastagop does not have")
+    parameters = {name: storage.unpack_value(value) for name, value in metadata["parameters"].items()}
     if device is not None:
         parameters["device"] = str(device)
-    model = _class(words["estimator"])(**parameters)
+    model = _class(metadata["estimator"])(**parameters)
     model._machine()
-    model._kernel = storage.unpack_kernel(words["kernel"])
-    _check_shapes(tensors, words)
+    model._kernel = storage.unpack_kernel(metadata["kernel"])
+    _check_shapes(tensors, metadata)
     tensors = {name: value.to(model._device) for name, value in tensors.items()}
     model._centers = tensors["centers"]
-    model.solution_ = storage.unpack_solution(words["solution"], tensors["alpha"])
+    model.solution_ = storage.unpack_solution(metadata["solution"], tensors["alpha"])
     for name in _ATTRIBUTES:
-        if name in words["attributes"]:
-            setattr(model, name, storage.unpack_value(words["attributes"][name]))
-    model._restore(tensors, words)
+        if name in metadata["attributes"]:
+            setattr(model, name, storage.unpack_value(metadata["attributes"][name]))
+    model._restore(tensors, metadata)
     return model
 
 
-def _check_shapes(tensors: dict, words: dict) -> None:
+def _check_shapes(tensors: dict, metadata: dict) -> None:
     """A kernel machine whose parts belong together: they are only put to use much later."""
     centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # of the points, copies merged
     if centers.ndim != 2 or alpha.ndim != 2 or len(centers) != len(alpha):
         raise ValueError(f"centers {tuple(centers.shape)} and alpha {tuple(alpha.shape)} do not belong together")
-    classes = words["attributes"].get("classes_")
+    classes = metadata["attributes"].get("classes_")
     if classes is not None and len(classes["array"]) != alpha.shape[1]:
         raise ValueError(f"{len(classes['array'])} classes and {alpha.shape[1]} outputs do not belong together")
 

@@ -15,8 +15,9 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.agop import agop
-from fastagop.kernels.operations import gradients, in_units, kernel_matrix
+from fastagop.kernels.operations import gradients, kernel_matrix
 from fastagop.kernels.radial import Radial
+from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import tiles
 
@@ -144,7 +145,7 @@ class FastKernel(LaplaceKernel):
 
     def _means(self, x, alpha, z) -> torch.Tensor:
         """mean_i grad f_c(z_i), shape (outputs, d)."""
-        kernel, x, z, unit = in_units(self.kernel, x, z)
+        kernel, x, z, unit = scale_points(self.kernel, x, z)
         blocks = ((row, kernel.weight_(block)) for row, block in tiles.tiles(x, z, _ROWS))
         return torch_agop.mean_gradient(blocks, alpha, x, z, tiles.dominant_offset(x)) / unit
 

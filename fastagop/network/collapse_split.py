@@ -12,7 +12,7 @@ from torch import nn
 
 from fastagop import collapse
 from fastagop.kernels import checks
-from fastagop.kernels.backends import matmul_precision
+from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
 from fastagop.network.lending import lent, replaced
 from fastagop.network.model_access import Layers, Source

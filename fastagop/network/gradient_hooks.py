@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from fastagop.kernels.gemm import product
+from fastagop.kernels.gemm import matmul_nt
 from fastagop.network import model_access
 from fastagop.network.lending import Here, replaced
 
@@ -68,7 +68,7 @@ class _Tap(torch.autograd.Function):
             return None, (grad @ weight).to(ctx.dtype), None, None, None
         grad = grad.contiguous()
         _, pass_on, to_weight, to_bias, _ = ctx.needs_input_grad
-        below = product(grad, weight.T) if pass_on or ctx.at_input else grad
+        below = matmul_nt(grad, weight.T) if pass_on or ctx.at_input else grad
         taps.receive(ctx.call, below if ctx.at_input else grad, weight)
         return (
             None,

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from fastagop.kernels.backends import matmul_precision
-from fastagop.kernels.gemm import product
+from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
 from fastagop.network.blocked import refuse_blocked
 from fastagop.network.gradient_hooks import Taps, tapped
@@ -78,7 +78,7 @@ class LayerSum:
             self._total = columns.new_zeros(len(columns), len(columns), dtype=torch.float64)
         for start in range(0, len(columns), _BLOCK):
             block = slice(start, start + _BLOCK)
-            part = product(columns[block], columns[: block.stop])
+            part = matmul_nt(columns[block], columns[: block.stop])
             self._total[block, : block.stop] += part if factor is None else part.double().mul_(factor)
 
     def _move(self) -> None:
@@ -104,7 +104,7 @@ class LayerSum:
             working = torch.promote_types(W.dtype, torch.float32)
             columns, scale = _scaled(W.T.to(working))
             inner, factor = _scaled(total)
-            total = product(product(columns, inner.to(working)), columns).double().mul_(factor * scale * scale)
+            total = matmul_nt(matmul_nt(columns, inner.to(working)), columns).double().mul_(factor * scale * scale)
             total = total.add_(total.T.clone()).mul_(0.5)
         return total if self._before is None else total.add_(self._before)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastagop.kernels.backends import matmul_precision
-from fastagop.kernels.operations import in_units
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.radial import Radial
+from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import tiles
 
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
@@ -17,7 +17,7 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
 
     A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
     """
-    n, (scaled, X, _, unit) = len(X), in_units(kernel, X, X)
+    n, (scaled, X, _, unit) = len(X), scale_points(kernel, X, X)
     if n < 2:
         return ""
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastagop.kernels import checks
-from fastagop.kernels.plan import Plan, block_rows, human
+from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 
 log = logging.getLogger("fastagop")
@@ -80,14 +80,14 @@ def plan(
     if needed + row > room:
         largest = int(room / ((fixed + wish * each + row) / n))
         raise MemoryError(
-            f"solve with n = {n} needs {human(needed + row)} even without a kernel matrix (method 'cg', "
-            f"preconditioner of rank {wish}), but {human(room)} may be used; n up to about {largest} fits. "
+            f"solve with n = {n} needs {format_bytes(needed + row)} even without a kernel matrix (method 'cg', "
+            f"preconditioner of rank {wish}), but {format_bytes(room)} may be used; n up to about {largest} fits. "
             f"{advice.iterative()}"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (d + 2 * K)
     why = (
-        f"{why}; preconditioner of rank {wish} ({human(8 * n * wish)}), one pass over all pairs a step "
+        f"{why}; preconditioner of rank {wish} ({format_bytes(8 * n * wish)}), one pass over all pairs a step "
         f"({step:.2g} flop), work given for {STEPS} steps"
     )
     work = STEPS * step + 4.0 * n * wish**2
@@ -96,7 +96,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CGResult:
     """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or "".
 
     ``singular``: what stopped them is a matrix without a bounded solution, which a larger diagonal would cure.
@@ -227,7 +227,7 @@ def _rotate_(F: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
     return F[:, : T.shape[1]]
 
 
-class Watch:
+class ProgressReporter:
     """Says how far the iteration is: a log line per step, and a bar where one was asked for."""
 
     def __init__(self, options: ConjugateGradients):
@@ -256,7 +256,7 @@ def conjugate_gradients(
     precondition: Matmul | None,
     options: ConjugateGradients,
     bound: float = float("inf"),
-) -> Outcome:
+) -> CGResult:
     """Solve A alpha = Y for all columns at once, one product with A a step.
 
     The residual that decides is Y - A alpha itself: when the recursion says that the goal is reached, it is
@@ -269,14 +269,14 @@ def conjugate_gradients(
         options: tolerance, max_iterations, progress.
         bound: largest coefficient to go on with. Targets that differ where A sees one point make them grow for ever.
     """
-    watch = Watch(options)
+    watch = ProgressReporter(options)
     try:
         return _iterate(matmul, Y, precondition or torch.clone, options, bound, watch)
     finally:
         watch.close()
 
 
-def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, bound: float, watch) -> Outcome:
+def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradients, bound: float, watch) -> CGResult:
     size = torch.linalg.vector_norm(Y, dim=0)
     goal = options.tolerance * size
     alpha, R, step, since, stopped, singular = torch.zeros_like(Y), Y.clone(), 0, 0, "", False
@@ -288,7 +288,7 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             R = Y - matmul(alpha)
             error = _largest(R, size)
             if error <= options.tolerance:
-                return Outcome(alpha, relative(R, Y), step, "")
+                return CGResult(alpha, relative(R, Y), step, "")
             if error > 0.5 * verified:
                 stopped = "rounding keeps the residual above the tolerance"
             best, best_error, verified = (alpha, error, error) if error < verified else (best, best_error, verified)
@@ -316,7 +316,7 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             singular, stopped = True, f"coefficients grew past {bound:.0e}"
         elif error < best_error:
             best, best_error, since = alpha, error, 0
-    return Outcome(best, relative(Y - matmul(best), Y), step, stopped, singular)
+    return CGResult(best, relative(Y - matmul(best), Y), step, stopped, singular)
 
 
 def _largest(R: torch.Tensor, size: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from fastagop import linalg
 from fastagop.kernels.backends import triton_fills
-from fastagop.kernels.plan import Plan, human, roomy
+from fastagop.kernels.plan import Plan, empty_matrix, format_bytes
 from fastagop.kernels.radial import Radial
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import cg
@@ -138,7 +138,7 @@ def solve(
             refined, met = _refined_from_points(kernel, X, Y, found, plan, steps)
             if met or not wide:
                 return refined
-    log.info("solve: solving again with a float64 matrix of %s", human(8 * len(X) ** 2))
+    log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * len(X) ** 2))
     found = None  # the float32 matrix is given back first
     found = _cholesky(system(kernel, X, ridge, plan, torch.float64, precision, out), Y, False)
     assert found is not None
@@ -155,7 +155,7 @@ def system(kernel: Radial, X: torch.Tensor, ridge, plan: Plan, dtype: torch.dtyp
     Products come from K's upper triangle, but for a float32 K without a ridge: the eigenvalues that matter there are
     below its rounding, so they come from the points in float64, one pass over all pairs a step.
     """
-    K = roomy(len(X), len(X), X, dtype)
+    K = empty_matrix(len(X), len(X), X, dtype)
     update, steps = None, _STEPS["highest"]
     if plan.backend == "triton" and triton_fills(K.dtype):
         from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton

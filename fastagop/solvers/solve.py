@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels import checks
-from fastagop.kernels.backends import NAMES, choose, matmul_precision, precision_words, triton_fills
+from fastagop.kernels.backends import NAMES, choose, describe_precision, triton_fills
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.keops_backend import reductions
-from fastagop.kernels.plan import Plan, block_rows, budget, human
+from fastagop.kernels.plan import Plan, block_rows, budget, format_bytes
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.radial import Radial
-from fastagop.kernels.scaling import in_units
+from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import bandwidth, cg, copies, direct
 from fastagop.solvers.cg import ConjugateGradients
@@ -93,7 +94,7 @@ def plan_solve(
         except MemoryError:
             if method != "auto" or chosen == "triton":
                 raise
-            reason = f"no n x n matrix fits into {human(room)}"
+            reason = f"no n x n matrix fits into {format_bytes(room)}"
     backend, why = _passes(backend, kernel, X)
     plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}", advice)
     return plan, (X, Y, ridge, options)
@@ -120,7 +121,7 @@ def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str
     if dtype != X.dtype or X.dtype == torch.float64:
         words = f"{words} factorisation"
     else:
-        words = f"{precision_words(precision, X, backend)} factorisation, float64 refinement"
+        words = f"{describe_precision(precision, X, backend)} factorisation, float64 refinement"
     if backend == "triton" and not triton_fills(dtype):
         words += " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
     return Plan("solve", backend, method, why, words, work, int(copies * n * n * size) + extra, rows)
@@ -156,14 +157,15 @@ def _road(
         reason = "few rows: float64 takes about as long as float32 and its refinement"
     else:
         needed, dtype = need[torch.float32], torch.float32
-        reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {human(room)}"
+        reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {format_bytes(room)}"
         if coarse:
             reason = "the precision asked for makes the factor a preconditioner"
     if needed > room:
         largest = int((room / (needed / n**2)) ** 0.5)
         raise MemoryError(
-            f"solve with n = {n} needs {human(needed)} ({dtype} matrix of {human(n * n * dtype.itemsize)} and "
-            f"its workspace), but {human(room)} may be used; n up to about {largest} fits. {advice.direct()}"
+            f"solve with n = {n} needs {format_bytes(needed)} ({dtype} matrix of "
+            f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(room)} may be used; "
+            f"n up to about {largest} fits. {advice.direct()}"
         )
     return ("cholesky" if method == "auto" else method), dtype, reason
 
@@ -242,8 +244,8 @@ def as_given(solution: Solution, kernel: Radial, X: torch.Tensor, Y: torch.Tenso
     """The solution with the residual of the rows as they were given, where copies equal each other to rounding only."""
     if rows.exact:
         return solution
-    kernel, X, _, _ = in_units(kernel, X, X)
-    (y, unit), live = in_unit(Y.double()), rows.live
+    kernel, X, _, _ = scale_points(kernel, X, X)
+    (y, unit), live = scale_targets(Y.double()), rows.live
     x, y, alpha = X.double()[live], y[live], solution.alpha.double()[live] / unit
     some, R = direct.sample_product(kernel, x, alpha, tiles.plan_kernel_matmul(x, x, alpha, "", ""))
     R = R + (solution.ridge / rows.each[live][some])[:, None] * alpha[some] - y[some]
@@ -272,7 +274,7 @@ def solve_stored(
     """
     start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
     note = bandwidth.note(kernel, X)
-    kernel, X, _, _ = in_units(kernel, X, X)
+    kernel, X, _, _ = scale_points(kernel, X, X)
     with matmul_precision(precision, X.device):
         found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
         answer = task.answer(found.alpha)
@@ -307,7 +309,7 @@ def solve_unstored(
     product = product or (reductions if plan.backend == "keops" else tiles).kernel_matmul
     start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
     note = bandwidth.note(kernel, X)
-    kernel, X, _, _ = in_units(kernel, X, X)
+    kernel, X, _, _ = scale_points(kernel, X, X)
     x, every = X.double(), torch.arange(len(X), device=X.device)
 
     def matmul(V, jitter=0.0):
@@ -346,7 +348,7 @@ class _Task:
     @classmethod
     def of(cls, Y: torch.Tensor, ridge: float, rows: Rows, out: torch.dtype, apart: bool) -> _Task:
         """The task of targets as they were given (n, K); ``apart``: copies meet their own targets where they can."""
-        y, unit = in_unit(Y.double())
+        y, unit = scale_targets(Y.double())
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
         given = rows.given(y, target, ridge, direct.bound(y, out) if apart else 0.0)
@@ -354,10 +356,10 @@ class _Task:
 
     def answer(self, alpha: torch.Tensor) -> _Answer:
         """The coefficients that are returned, from those found for the points."""
-        points = _of_unit(alpha.to(self.out), self.unit)
+        points = unscale_coefficients(alpha.to(self.out), self.unit)
         if self.given is None:
             return _Answer(points, self.rows.shared(points), points.double() / self.unit, None)
-        rows = _of_unit(self.given.rows(alpha, self.out), self.unit)
+        rows = unscale_coefficients(self.given.rows(alpha, self.out), self.unit)
         seen = rows.double() / self.unit
         return _Answer(points, self.rows.among_all(rows), self.given.summed(seen, len(alpha)), seen)
 
@@ -396,7 +398,7 @@ class _Answer:
     rows: torch.Tensor | None
 
 
-def in_unit(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
+def scale_targets(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
     """(Y / unit, unit), the unit a power of two: 1 where the largest item is within 1 / reach and reach."""
     most = largest(Y)
     if most == 0 or 1.0 / reach <= most <= reach:
@@ -405,7 +407,8 @@ def in_unit(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, floa
     return Y / unit, unit
 
 
-def _of_unit(alpha: torch.Tensor, unit: float) -> torch.Tensor:
+def unscale_coefficients(alpha: torch.Tensor, unit: float) -> torch.Tensor:
+    """Coefficients of targets that were divided by a unit, as those of the targets themselves."""
     alpha = alpha if unit == 1.0 else alpha * unit
     if not checks.finite(alpha):
         raise ValueError(f"Y is so large that its coefficients leave {alpha.dtype}; divide Y by a constant")

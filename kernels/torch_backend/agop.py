@@ -19,33 +19,33 @@ from dataclasses import dataclass
 
 import torch
 
+from ..calibration import rate, source
 from ..checks import readable
 from ..errors import warn
 from ..gemm import add_squares_, square_bytes, symmetrise_
-from ..plan import RAISE_LIMIT, ROWS, Plan, budget, fitting_rows, human, roomy
+from ..plan import RAISE_LIMIT, ROWS, Plan, budget, empty_matrix, fitting_rows, format_bytes
 from ..radial import Radial
-from ..rates import rate, source
 from ..scaling import scaled_
 from . import gram as torch_gram
 from . import low_rank
 from .distance import tile_bytes
 from .gradients import Near, Nearness, block_gradients, dominant_offset, gradient_bytes, output_gradients
-from .low_rank import Smooth
+from .low_rank import LowRank
 from .tiles import fill_symmetric, tiles, weight_tiles
 
 log = logging.getLogger("fastagop")
 
-# The gram form loses about _LOSS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice it). It
-# runs in a dtype while that is below the dtype's limit; from a fourth of it on, a better smooth part is worth its time.
-_LOSS = 4.0
+# The gram form loses about LOSS_PER_EPS eps amplification of M (measured from spread 1 to 1e-6: a fifth of it to twice
+# it). It runs in a dtype while that is below the dtype's limit; from a fourth of it on, a low-rank part pays.
+LOSS_PER_EPS = 4.0
 GRAM_LIMIT = {torch.float32: 4e-6, torch.float64: 1e-12}
-_WORTH = 0.25
+LOW_RANK_THRESHOLD = 0.25
 # What the gram form may lose before it gives way where it was asked for by name: float64 has the digits to spare.
-_NAMED = 1e-7
+GRAM_WARN_LOSS = 1e-7
 # Rounding of a device's coarser products, and what "auto" lets the gram form lose in them; who asks for the gram form
 # by name may lose as many bits in them as in float32.
-_COARSE = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
-_BITS = 32.0
+PRODUCT_ROUNDING = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
+EXPLICIT_LOSS_FACTOR = 32.0
 # Centred gradients are computed in float64 where rounding float32 weights would cost more of them than this, as seen at
 # about so many points.
 _CENTRED = 5e-7
@@ -53,11 +53,11 @@ _POINTS = 32
 _WEIGHTS = 20  # stored weights and coefficients whose largest is within 2^-20 .. 2^20 are squared as they are
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
-_DIGITS = 4.0
+FLOAT64_PREFERENCE = 4.0
 
 
 @dataclass(frozen=True)
-class Steps:
+class InnerKernels:
     """Where the work of the two forms is done: a backend's version of each inner step.
 
     Attributes:
@@ -71,23 +71,23 @@ class Steps:
     products: str | None = None
 
 
-TORCH_STEPS = Steps(output_gradients, torch_gram.lower_s)
+TORCH_KERNELS = InnerKernels(output_gradients, torch_gram.lower_s)
 
 
 @dataclass(frozen=True)
-class Road:
+class GramDecision:
     """A form, the dtype of its products, and the part of the weights that the gram form need not square."""
 
     form: str
     dtype: torch.dtype
-    smooth: Smooth | None = None
+    low_rank: LowRank | None = None
     loss: float = 0.0  # of M, estimated
 
 
-def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
+def flops(m: int, n: int, d: int, K: int, symmetric: bool) -> dict[str, float]:
     """Floating-point operations of each form, distances included."""
     gradient = 2.0 * m * n * d * (K + 1) + 2.0 * m * K * d * d
-    if own:
+    if symmetric:
         gram = 1.0 * n * n * d + 1.0 * n**3 + 1.0 * n * n * d + 2.0 * n * d * d + 3.0 * n * n * K
     else:
         gram = 2.0 * m * n * d + 1.0 * n * n * m + 1.0 * n * n * d + 2.0 * m * n * d + 2.0 * (n + m) * d * d
@@ -96,8 +96,8 @@ def flops(m: int, n: int, d: int, K: int, own: bool) -> dict[str, float]:
 
 def products_of(X: torch.Tensor, Z: torch.Tensor, device: str | None) -> dict[str, str]:
     """The word for each form's products: the dtype's own, or those of device steps, whose gram form is for Z = X."""
-    own = str(X.dtype).removeprefix("torch.")
-    return {"gradient": device or own, "gram": device if device and Z is X else own}
+    symmetric = str(X.dtype).removeprefix("torch.")
+    return {"gradient": device or symmetric, "gram": device if device and Z is X else symmetric}
 
 
 def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) -> dict[str, float]:
@@ -129,11 +129,11 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     size = 8 if wide else size
     most = max(m, n)
     points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
-    smooth = torch_gram.smooth_bytes(m, n, d, K, rank)
+    low_rank = torch_gram.low_rank_bytes(m, n, d, K, rank)
     step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d
     held = stored + 8 * d * d
-    return held + held // 16 + max(tile, points + smooth + step) + narrow
+    return held + held // 16 + max(tile, points + low_rank + step) + narrow
 
 
 def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
@@ -186,7 +186,7 @@ def plan(
             _plan_form(method, X, alpha, Z, room, center)
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
-            reason = f"{reason}, but the cheaper one does not fit into {human(room)}"
+            reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
     rows, peak = _plan_form(method, X, alpha, Z, room, center)
     peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
     if X.dtype == torch.float32 and method == "gram":
@@ -225,7 +225,7 @@ def agop_from_weights_(
     method: str,
     limit: int | None,
     rows: int,
-    steps: Steps = TORCH_STEPS,
+    steps: InnerKernels = TORCH_KERNELS,
     row_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
@@ -242,8 +242,8 @@ def agop_from_weights_(
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
         Z = Z[:]  # another object
-    road = safe_road(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots, rows)
-    if road.smooth is None:
+    road = choose_form(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots, rows)
+    if road.low_rank is None:
         shift = dominant_offset(X)
         room = _room(W, limit) - W.numel() * W.element_size()
         rows = min(rows, _gradient_form_beside(X, alpha, Z, center, room)[0])
@@ -253,8 +253,8 @@ def agop_from_weights_(
     z = x if Z is X else Z.to(wide)
     lower = steps.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
-        W = roomy(len(W), W.shape[1], W, wide).copy_(W)
-    taken = road.smooth.to(wide)
+        W = empty_matrix(len(W), W.shape[1], W, wide).copy_(W)
+    taken = road.low_rank.to(wide)
     how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
     M = torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
     eps = torch.finfo(X.dtype).eps
@@ -277,7 +277,7 @@ def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
 
 def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X."""
-    W = roomy(len(Z), len(X), X)
+    W = empty_matrix(len(Z), len(X), X)
     if Z is X:
         return fill_symmetric(W, X, rows, kernel.weight_).fill_diagonal_(0.0)
     for _, block in tiles(X, Z, rows, out=W):
@@ -285,59 +285,63 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def safe_road(
+def choose_form(
     W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None, rows=ROWS
-) -> Road:
+) -> GramDecision:
     """The cheapest road that loses no digits of M and fits into memory, in blocks of that many rows.
 
     alpha is of X's dtype; roots: square roots of the points' weights, by which the rows of W have been multiplied.
     """
     if method == "gradient":
-        return Road(method, X.dtype)
-    (m, n), d, K, own = W.shape, X.shape[1], alpha.shape[1], Z is X
+        return GramDecision(method, X.dtype)
+    (m, n), d, K, symmetric = W.shape, X.shape[1], alpha.shape[1], Z is X
     word = products_of(X, Z, products)
-    eps, most = _COARSE.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
-    most = most if method == "auto" else max(most, _BITS * eps, _NAMED)
+    eps, most = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
+    most = most if method == "auto" else max(most, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS)
     cost = costs(X, Z, K, word)
     wide = rate("gram", "float64", X.device)
-    more = torch_gram.smooth_flops(m, n, d, K, low_rank.RANK) / wide
+    more = torch_gram.low_rank_flops(m, n, d, K, low_rank.RANK) / wide
     room = _room(W, limit)
 
     def fits(dtype: torch.dtype, rank: int) -> bool:
         wide = W.dtype != dtype
         return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
 
-    guard, taken, price = torch_gram.Guard(W, X, alpha, Z, center, roots), low_rank.constant(W, own), cost["gram"]
-    growth = _LOSS * guard.amplification(taken)
+    guard, taken, price = (
+        torch_gram.CancellationEstimate(W, X, alpha, Z, center, roots),
+        low_rank.mean_part(W, symmetric),
+        cost["gram"],
+    )
+    growth = LOSS_PER_EPS * guard.amplification(taken)
     plain = eps * growth  # what would be lost without further ado
     if (
-        plain > _WORTH * most
+        plain > LOW_RANK_THRESHOLD * most
         and (method == "gram" or price + more < cost["gradient"])
         and n > 4 * low_rank.RANK
         and gram_form_bytes(rows, X, alpha, Z, False, low_rank.RANK) <= room
     ):
-        better = low_rank.leading(W, own)
-        if (less := _LOSS * guard.amplification(better)) < growth:
+        better = low_rank.leading_part(W, symmetric)
+        if (less := LOSS_PER_EPS * guard.amplification(better)) < growth:
             taken, growth, price = better, less, price + more
     safe = (
-        [(price, Road("gram", X.dtype, taken, eps * growth))]
+        [(price, GramDecision("gram", X.dtype, taken, eps * growth))]
         if eps * growth <= most and fits(X.dtype, taken.rank)
         else []
     )
     narrow = bool(safe)
     loss = torch.finfo(torch.float64).eps * growth
     if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and loss <= most:
-        work = flops(m, n, d, K, own)["gram"] + torch_gram.smooth_flops(m, n, d, K, taken.rank)
-        safe.append((work / wide, Road("gram", torch.float64, taken, loss)))
+        work = flops(m, n, d, K, symmetric)["gram"] + torch_gram.low_rank_flops(m, n, d, K, taken.rank)
+        safe.append((work / wide, GramDecision("gram", torch.float64, taken, loss)))
     if method == "auto":
-        safe.append((cost["gradient"] * (1.0 if narrow else _DIGITS), Road("gradient", X.dtype)))
+        safe.append((cost["gradient"] * (1.0 if narrow else FLOAT64_PREFERENCE), GramDecision("gradient", X.dtype)))
     elif not safe:
         _warn_of(growth * torch.finfo(torch.float64 if fits(torch.float64, taken.rank) else X.dtype).eps)
-        return Road("gradient", X.dtype)
+        return GramDecision("gradient", X.dtype)
     _, road = min(safe, key=lambda option: option[0])
     if plain > most:
         said = f"{road.form} form in {road.dtype}"
-        said += f" with a smooth part of rank {road.smooth.rank}" if road.smooth else ""
+        said += f" with a smooth part of rank {road.low_rank.rank}" if road.low_rank else ""
         log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, said)
     return road
 
@@ -381,9 +385,9 @@ def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
 
 def agop_in_float64(kernel: Radial, X, alpha, Z, *, method: str, limit: int | None, **how) -> torch.Tensor | None:
     """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
-    own, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
+    symmetric, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
     x = X.double()
-    z, a = x if own else Z.double(), alpha.double()
+    z, a = x if symmetric else Z.double(), alpha.double()
     if how.get("row_weights") is not None:
         how["row_weights"] = how["row_weights"].double()
     try:

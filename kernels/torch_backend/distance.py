@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from ..gemm import product
+from ..gemm import matmul_nt
 
 # A pair is near when r^2 < NEAR * (||x||^2 + ||z||^2). The expansion of a pair that is not near has a relative
 # error of a few eps / NEAR in r^2: below 1e-5 in float32 and 1e-12 in float64.
@@ -66,11 +66,11 @@ def squared_distances(
         return out
     if 0 < X.shape[1] <= FEW:
         return _measure_all(Z, X, out)
-    torch.add(product(-2.0 * Z, X, x2), z2[:, None], out=out)
+    torch.add(matmul_nt(-2.0 * Z, X, x2), z2[:, None], out=out)
     near = NEAR[out.dtype]
-    own = None if self_offset is None else torch.diagonal(out, self_offset)
-    if own is not None:
-        own.fill_(torch.inf)  # never near; set to zero below
+    symmetric = None if self_offset is None else torch.diagonal(out, self_offset)
+    if symmetric is not None:
+        symmetric.fill_(torch.inf)  # never near; set to zero below
     suspects = out.amin(1) < near * (z2 + x2.amax())
     if suspects.any():
         rows = suspects.nonzero().squeeze(1)
@@ -81,8 +81,8 @@ def squared_distances(
         _measure_near(sub, mask, z, X, zz, x2)
         if not everything:
             out[rows] = sub
-    if own is not None:
-        own.zero_()
+    if symmetric is not None:
+        symmetric.zero_()
     return out
 
 
@@ -124,7 +124,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
             index = (some[:, None], cols)
             z = Z[some].sub_(centre)
             zc2 = squared_norms(z)
-            fresh = product(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
+            fresh = matmul_nt(z.mul_(-2.0), x, xc2).add_(zc2[:, None])
             group = mask[index]
             good = group & (fresh >= near * (zc2[:, None] + xc2))
             sq[index] = torch.where(good, fresh, sq[index])

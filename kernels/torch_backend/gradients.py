@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import readable
-from ..gemm import product
+from ..gemm import matmul_nt
 from .distance import FEW, NEAR, squared_distances, squared_norms
 
 # Around a local centre, in float64, a pair is served when r^2 is at least this share of its squared norms there: the
@@ -49,11 +49,11 @@ class Nearness:
     """
 
     def __init__(self, X: torch.Tensor, Z: torch.Tensor, shift: torch.Tensor | None):
-        self.X, self.Z, self.own = X, Z, Z is X
+        self.X, self.Z, self.symmetric = X, Z, Z is X
         self.few = X.shape[1] <= FEW  # every difference is formed there
         if not self.few:
             self.x2 = _norms_from(X, shift)
-            self.z2 = self.x2 if self.own else _norms_from(Z, shift)
+            self.z2 = self.x2 if self.symmetric else _norms_from(Z, shift)
             self._most = self.x2.amax()
             self._plain: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -61,7 +61,7 @@ class Nearness:
         """Near pairs of a row block from its squared distances; pairs at distance zero weigh nothing."""
         if self.few or not readable(sq) or sq.numel() == 0:
             return None
-        self_pairs = torch.diagonal(sq, row.start) if self.own else None
+        self_pairs = torch.diagonal(sq, row.start) if self.symmetric else None
         if self_pairs is not None:
             self_pairs.fill_(torch.inf)
         near, z2 = NEAR[sq.dtype], self.z2[row]
@@ -94,10 +94,10 @@ class Nearness:
                 return None
         if self._plain is None:
             x2 = squared_norms(self.X)
-            self._plain = x2, x2 if self.own else squared_norms(self.Z)
+            self._plain = x2, x2 if self.symmetric else squared_norms(self.Z)
         x2, z2 = self._plain[0], self._plain[1][row]
         sq = W.new_empty(len(W), len(self.X), dtype=self.X.dtype)
-        squared_distances(self.Z[row], self.X, z2, x2, sq, row.start if self.own else None)
+        squared_distances(self.Z[row], self.X, z2, x2, sq, row.start if self.symmetric else None)
         return self.among(sq, row)
 
 
@@ -147,12 +147,12 @@ def output_gradients(
         for some in range(0, K, max(1, len(W) // d)):
             c = slice(some, some + max(1, len(W) // d))
             right = (alpha.T[c, None] * X.T).flatten(0, 1)
-            torch.addcmul(product(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
+            torch.addcmul(matmul_nt(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
         return out
     scaled = torch.empty_like(W)
     for c in range(K):
         torch.mul(W, alpha[:, c], out=scaled)
-        torch.addcmul(product(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
+        torch.addcmul(matmul_nt(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
     return out
 
 
@@ -175,7 +175,7 @@ def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:
     terms = torch.empty_like(W)
     for k in range(X.shape[1]):
         torch.sub(X[:, k], Z[:, k : k + 1], out=terms).mul_(W)
-        out[:, :, k] = product(terms, alpha.T)
+        out[:, :, k] = matmul_nt(terms, alpha.T)
     return out
 
 
@@ -194,7 +194,7 @@ def _take_(W, near: Near, alpha, X, Z, shift) -> tuple[torch.Tensor, torch.Tenso
         sizes = [size.T, (x * size).T]
 
         def rounding(weights, sizes=sizes):
-            return product(weights, sizes[1]).addcmul_(product(weights, sizes[0]), z)
+            return matmul_nt(weights, sizes[1]).addcmul_(matmul_nt(weights, sizes[0]), z)
 
         spoilt |= (rounding(taken) > 0.5 * rounding(everything)).any(1)  # more than the other pairs' part of it
     del everything
@@ -227,7 +227,7 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
         for some in members.split(max(_FEWEST, _CHUNK // len(company))):
             z = Z[some].double().sub_(centre)
             z2 = squared_norms(z)
-            far = product(-2.0 * z, x, x2).add_(z2[:, None]) >= _SERVED[X.dtype] * (z2[:, None] + x2)
+            far = matmul_nt(-2.0 * z, x, x2).add_(z2[:, None]) >= _SERVED[X.dtype] * (z2[:, None] + x2)
             index = (some[:, None], company)
             served = weights[index] * far
             weights[index] -= served

@@ -10,7 +10,7 @@ and M = sum_ic g_ic g_ic^T consists of
 
 n^2 m products by symmetry, whatever K is; where Z is X, all of it is X^T S X with one matrix S; and of what u adds,
 n r K d products in float64. The terms cancel: near collapse E has entries far larger than any gradient. The form
-therefore runs only while ``Guard`` says that the cancelled digits do not matter.
+therefore runs only while ``CancellationEstimate`` says that the cancelled digits do not matter.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..gemm import add_product_, product, symmetrise_
+from ..gemm import add_product_, matmul_nt, symmetrise_
 from ..plan import ROWS, longest_first
 from .distance import squared_norms
-from .low_rank import Smooth
+from .low_rank import LowRank
 
 _SQUARE = 128  # rows of the steps along the diagonal
 _PROBES = 64
 _CLIPPED = 2048  # features up to which M's eigenvalues are looked at
 
 
-class Guard:
+class CancellationEstimate:
     """How much larger the gram form's uncancelled terms are than M (centred where asked), in trace.
 
     The terms: sum_j |a_j|^2 (E^T E)_jj |x_j - mean|^2 and sum_i |s_i|^2 |z_i - mean|^2. The trace of M, sum |g_ic|^2,
@@ -43,7 +43,7 @@ class Guard:
     ):
         self.W, self.alpha, self.m, mean = W, alpha, len(Z), X.mean(0)
         self._mean = mean
-        self._s = product(W, alpha.T.to(W.dtype)).to(X.dtype)
+        self._s = matmul_nt(W, alpha.T.to(W.dtype)).to(X.dtype)
         self._x2 = _squares_about(mean, X)
         self._z2 = self._x2 if Z is X else _squares_about(mean, Z)
         self._trace = self._estimate(X, Z, center, roots)
@@ -66,10 +66,10 @@ class Guard:
         g = _about(mean, rows.to(X.dtype) * (alpha @ signs).T, X) - s
         return float(g.square().sum(dtype=torch.float64)) * m / len(index)
 
-    def amplification(self, smooth: Smooth) -> float:
+    def amplification(self, low_rank: LowRank) -> float:
         """For what is left when the smooth part is taken out."""
-        s = self._s + smooth.diagonal().to(self._s.dtype) * self.alpha if smooth.own else self._s
-        total = float((squared_norms(self.alpha).double() * smooth.left_over(self.W) * self._x2).sum())
+        s = self._s + low_rank.diagonal().to(self._s.dtype) * self.alpha if low_rank.symmetric else self._s
+        total = float((squared_norms(self.alpha).double() * low_rank.residual_column_norms(self.W) * self._x2).sum())
         total += float((squared_norms(s).double() * self._z2).sum())
         return total / self._trace if self._trace > 0 else (float("inf") if total > 0 else 0.0)
 
@@ -93,12 +93,12 @@ def centring_direction(m: int, W: torch.Tensor, roots: torch.Tensor | None) -> t
     return (roots.double() / torch.linalg.vector_norm(roots.double())).to(W.dtype)
 
 
-def smooth_flops(m: int, n: int, d: int, K: int, rank: int) -> float:
+def low_rank_flops(m: int, n: int, d: int, K: int, rank: int) -> float:
     """Float64 operations that a smooth part costs."""
     return 2.0 * (n + max(m, n)) * rank * K * d
 
 
-def smooth_bytes(m: int, n: int, d: int, K: int, rank: int) -> int:
+def low_rank_bytes(m: int, n: int, d: int, K: int, rank: int) -> int:
     """Memory that a smooth part takes beyond one of rank 1."""
     return 8 * rank * (2 * (m + n) + 3 * K * d + ROWS * K)
 
@@ -108,7 +108,7 @@ def gram_form(
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor,
-    smooth: Smooth,
+    low_rank: LowRank,
     *,
     center: bool,
     rows: int,
@@ -128,32 +128,32 @@ def gram_form(
         all_else: add what is not in blocks of S; of several callers with starts of their own, one does.
         roots: square roots of the points' weights, by which the rows of W have been multiplied; needs Z other than X.
     """
-    own = Z is X
+    symmetric = Z is X
     mean = X.mean(0)
     X = X - mean  # a gradient sees differences of points only
-    Z = X if own else Z - mean
+    Z = X if symmetric else Z - mean
     n, d = X.shape
-    s = product(W, alpha.T)
-    if own:
-        s.addcmul_(smooth.diagonal(), alpha)
-    E = smooth.subtract_(W)
+    s = matmul_nt(W, alpha.T)
+    if symmetric:
+        s.addcmul_(low_rank.diagonal(), alpha)
+    E = low_rank.subtract_(W)
     along = centring_direction(len(Z), E, roots) if center else None
     weight = s.square().sum(1)  # sum_c s_ic^2
-    step = (lower or lower_s)(E, alpha) if own else _lower_s(E.T, None, alpha)
+    step = (lower or lower_s)(E, alpha) if symmetric else _lower_s(E.T, None, alpha)
     half = X.new_zeros(d, d, dtype=torch.float64)  # M = half + half^T
     for start in longest_first(n, rows) if starts is None else starts:
         stop = min(n, start + rows)
         row = slice(start, stop)
         S = step(s, weight, start, stop)
-        add_product_(half, X[row].T, product(S, X[:stop].T).T)
-    if not own:
+        add_product_(half, X[row].T, matmul_nt(S, X[:stop].T).T)
+    if not symmetric:
         for start in range(0, len(Z), rows):
             row = slice(start, min(len(Z), start + rows))
             z = Z[row]
-            T = product(s[row], alpha).mul_(E[row])
-            add_product_(half, z.T, product(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T, -1.0)
+            T = matmul_nt(s[row], alpha).mul_(E[row])
+            add_product_(half, z.T, matmul_nt(T, X.T).addcmul_(weight[row, None], z, value=-0.5).T, -1.0)
     if all_else:
-        _add_smooth(half, E, X, alpha, Z, s, smooth, rows, along)
+        _add_low_rank(half, E, X, alpha, Z, s, low_rank, rows, along)
         if along is not None:  # of h alone: b's part was centred before it was squared
             total = _total(along, E, X, alpha, Z, s, rows)
             half.addmm_(total.T, total, alpha=-0.5)
@@ -169,16 +169,16 @@ def _total(along, E, X, alpha, Z, s, rows: int) -> torch.Tensor:
     return of_centers - _moments(lambda row: s[row], Z, rows)
 
 
-def _add_smooth(half, E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> None:
+def _add_low_rank(half, E, X, alpha, Z, s, low_rank: LowRank, rows: int, along) -> None:
     """Add half of what g g^T has beyond h h^T, with b_i = sum_r P_ir u_r: sum_i (h_i + b_i / 2) b_i^T.
 
     With ``along``, P and thereby b are centred.
     """
-    P, Q = smooth.P.double(), smooth.Q.double()
+    P, Q = low_rank.P.double(), low_rank.Q.double()
     if along is not None:
         v = along.double()[:, None]
         P = P - v * (v.T @ P)
-    against = smooth.against(E, P)
+    against = low_rank.project(E, P)
     alpha, s, d = alpha.double(), s.double(), X.shape[1]
 
     def of_centers(row: slice) -> torch.Tensor:
@@ -188,7 +188,7 @@ def _add_smooth(half, E, X, alpha, Z, s, smooth: Smooth, rows: int, along) -> No
     u, h = _moments(of_centers, X, rows).chunk(2)
     if Z is not X:
         h = h - _moments(lambda row: _outer(P, s, row), Z, rows)
-    u = u.reshape(smooth.rank, -1)
+    u = u.reshape(low_rank.rank, -1)
     h = h + 0.5 * ((P.T @ P) @ u).view(-1, d)  # h was sum_i P_ir h_ic
     half.addmm_(h.T, u.view(-1, d))
 
@@ -221,7 +221,7 @@ def nonnegative(M: torch.Tensor, eps: float) -> torch.Tensor:
         return M
     del shifted
     values, vectors = torch.linalg.eigh(M)
-    return symmetrise_(product(vectors * values.clamp_(min=0.0), vectors))
+    return symmetrise_(matmul_nt(vectors * values.clamp_(min=0.0), vectors))
 
 
 def nonnegative_bytes(d: int) -> int:
@@ -240,10 +240,10 @@ def _lower_s(Et: torch.Tensor, E: torch.Tensor | None, alpha: torch.Tensor) -> C
     def lower(s, weight, start: int, stop: int) -> torch.Tensor:
         row = slice(start, stop)
         S = _lower_rows(Et, start, stop)
-        S.mul_(product(alpha[row], alpha[:stop]))
+        S.mul_(matmul_nt(alpha[row], alpha[:stop]))
         if E is not None:  # T + T^T = E o (s A^T + A s^T)
             left, right = torch.cat([s[row], alpha[row]], 1), torch.cat([alpha[:stop], s[:stop]], 1)
-            S.addcmul_(E[row, :stop], product(left, right), value=-1.0)
+            S.addcmul_(E[row, :stop], matmul_nt(left, right), value=-1.0)
             S.diagonal(start).add_(weight[row])
         S.diagonal(start).mul_(0.5)
         S[:, start:].tril_()
@@ -256,10 +256,10 @@ def _lower_rows(Et: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Rows start:stop of E^T E up to the diagonal; of the square on the diagonal one half is mostly left undone."""
     width = stop - start
     if width < 2 * _SQUARE:
-        return product(Et[start:stop], Et[:stop])
+        return matmul_nt(Et[start:stop], Et[:stop])
     out = Et.new_zeros(width, stop)
-    out[:, :start] = product(Et[start:stop], Et[:start])
+    out[:, :start] = matmul_nt(Et[start:stop], Et[:start])
     for i in range(0, width, _SQUARE):
         j = min(width, i + _SQUARE)
-        out[i:j, start : start + j] = product(Et[start + i : start + j], Et[start : start + j])
+        out[i:j, start : start + j] = matmul_nt(Et[start + i : start + j], Et[start : start + j])
     return out

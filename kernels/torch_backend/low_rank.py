@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gemm import product
+from ..gemm import matmul_nt
 
 RANK = 16  # columns of the leading part
 _ROWS = 256  # rows of W looked at once
 
 
 @dataclass(frozen=True)
-class Smooth:
+class LowRank:
     """P Q^T for weights W (m, n), shared by evaluation points and centers.
 
     Where these are the same points, the diagonal of W is free, since a point's weight with itself multiplies
@@ -33,16 +33,16 @@ class Smooth:
 
     P: torch.Tensor
     Q: torch.Tensor
-    own: bool
+    symmetric: bool
 
     @property
     def rank(self) -> int:
         """Columns of P and Q."""
         return self.P.shape[1]
 
-    def to(self, dtype: torch.dtype) -> Smooth:
+    def to(self, dtype: torch.dtype) -> LowRank:
         """The same in another dtype."""
-        return Smooth(self.P.to(dtype), self.Q.to(dtype), self.own)
+        return LowRank(self.P.to(dtype), self.Q.to(dtype), self.symmetric)
 
     def diagonal(self) -> torch.Tensor:
         """What the diagonal of W counts as, (n, 1)."""
@@ -56,7 +56,7 @@ class Smooth:
                 block.sub_(self.P[row] * Q[0])
             else:  # P Q^T must not round: errors of W's size may be all that a cancelling alpha leaves
                 block.copy_(torch.addmm(block.double(), self.P[row].double(), Q.T, alpha=-1.0))
-            if self.own:
+            if self.symmetric:
                 block.diagonal(row.start).zero_()
         return W
 
@@ -64,22 +64,22 @@ class Smooth:
     def _constant(self) -> bool:
         return self.rank == 1 and not self.Q.stride(0)
 
-    def left_over(self, W: torch.Tensor) -> torch.Tensor:
+    def residual_column_norms(self, W: torch.Tensor) -> torch.Tensor:
         """Sums of squares of E's columns to a few digits, float64 (n,); W stays as it is."""
         total = W.new_zeros(W.shape[1], dtype=torch.float64)
         for row, block in _blocks(W):
-            E = block - (self.P[row] * self.Q[0] if self._constant else product(self.P[row], self.Q))
-            if self.own:  # symmetric: rows are columns
+            E = block - (self.P[row] * self.Q[0] if self._constant else matmul_nt(self.P[row], self.Q))
+            if self.symmetric:  # symmetric: rows are columns
                 E.diagonal(row.start).zero_()
                 total[row] = torch.linalg.vector_norm(E, dim=1).double().square_()
             else:
                 total += torch.linalg.vector_norm(E, dim=0).double().square_()
         return total
 
-    def against(self, E: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, E: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
         """E^T P, (n, r), float64; with the P given or its own."""
         P = self.P if P is None else P
-        return product(E if self.own else E.T, P.T.to(E.dtype).contiguous()).double()
+        return matmul_nt(E if self.symmetric else E.T, P.T.to(E.dtype).contiguous()).double()
 
 
 def _blocks(W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -88,15 +88,15 @@ def _blocks(W: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         yield row, W[row]
 
 
-def constant(W: torch.Tensor, own: bool) -> Smooth:
+def mean_part(W: torch.Tensor, symmetric: bool) -> LowRank:
     """The mean of W, its diagonal left out where points are their own centers."""
     m, n = W.shape
-    pairs = m * n - (m if own else 0)
+    pairs = m * n - (m if symmetric else 0)
     mean = W.sum(1).sum(dtype=torch.float64) / max(1, pairs)
-    return Smooth(mean.to(W.dtype).expand(m, 1), W.new_ones(1, 1).expand(n, 1), own)
+    return LowRank(mean.to(W.dtype).expand(m, 1), W.new_ones(1, 1).expand(n, 1), symmetric)
 
 
-def leading(W: torch.Tensor, own: bool, rank: int = RANK) -> Smooth:
+def leading_part(W: torch.Tensor, symmetric: bool, rank: int = RANK) -> LowRank:
     """The leading part of W by subspace iteration: three products with ``rank`` columns.
 
     The iteration starts with the constant vector and random signs of a fixed seed, and fills the diagonal with the row
@@ -107,16 +107,16 @@ def leading(W: torch.Tensor, own: bool, rank: int = RANK) -> Smooth:
         torch.randint(0, 2, (n, rank), generator=torch.Generator().manual_seed(0), device="cpu").to(W).mul_(2).sub_(1)
     )
     signs[:, 0] = 1.0
-    if not own:
+    if not symmetric:
         Q = torch.linalg.qr(W.T @ torch.linalg.qr(W @ signs).Q).Q
-        return Smooth(W @ Q, Q, own)
+        return LowRank(W @ Q, Q, symmetric)
     fill = W.sum(1, keepdim=True).div_(max(1, n - 1))
 
     def apply(V: torch.Tensor) -> torch.Tensor:
-        return product(W, V.T).addcmul_(fill, V)
+        return matmul_nt(W, V.T).addcmul_(fill, V)
 
     Q = torch.linalg.qr(apply(torch.linalg.qr(apply(signs)).Q)).Q
     inner = (Q.T @ apply(Q)).double()
     values, vectors = torch.linalg.eigh(inner.add_(inner.T.clone()).mul_(0.5))
     Q = Q @ (vectors * values.abs().sqrt()).to(Q.dtype)
-    return Smooth(Q * values.sign().to(Q.dtype), Q, own)
+    return LowRank(Q * values.sign().to(Q.dtype), Q, symmetric)

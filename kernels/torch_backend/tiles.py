@@ -33,9 +33,9 @@ def tiles(
         out: (m, n) tensor to write the blocks into; by default one buffer serves all of them.
         starts: first rows of the blocks wanted; default all, those of the lower triangle longest first.
     """
-    own = Z is X
+    symmetric = Z is X
     x2 = squared_norms(X)
-    z2 = x2 if own else squared_norms(Z)
+    z2 = x2 if symmetric else squared_norms(Z)
     m, n = len(Z), len(X)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
     if starts is None:
@@ -47,7 +47,7 @@ def tiles(
             block = out[start:stop, :width]
         else:
             block = buffer[: (stop - start) * width].view(stop - start, width)
-        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, start if own else None)
+        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, start if symmetric else None)
         yield slice(start, stop), block
 
 
@@ -94,16 +94,16 @@ def _fit(op: str, X: torch.Tensor, Z: torch.Tensor, held: int, step: Callable[[i
 def plan_kernel_matrix(X: torch.Tensor, Z: torch.Tensor, out: torch.Tensor | None, why: str, precision: str) -> Plan:
     """The road of kernel_matrix."""
     m, n, d = len(X), len(Z), X.shape[1]
-    own = Z is X
+    symmetric = Z is X
     held = 0 if out is not None else m * n * X.element_size()
     rows, peak = _fit("kernel_matrix", Z, X, held, lambda rows: 3 * rows * rows * X.element_size())
     return Plan(
         "kernel_matrix",
         "torch",
-        "blocked, half of it and mirrored" if own else "blocked",
+        "blocked, half of it and mirrored" if symmetric else "blocked",
         why,
         precision,
-        (1.0 if own else 2.0) * m * n * d,
+        (1.0 if symmetric else 2.0) * m * n * d,
         peak,
         rows,
     )
@@ -143,11 +143,11 @@ def kernel_matmul(
 ) -> torch.Tensor:
     """k(X, Z) V, shape (n, p); with starts, what these row blocks contribute to it."""
     result = X.new_zeros(len(X), V.shape[1])
-    own = Z is X
-    for row, block in tiles(Z, X, plan.block, lower=own, starts=starts):
+    symmetric = Z is X
+    for row, block in tiles(Z, X, plan.block, lower=symmetric, starts=starts):
         kernel.value_(block)
         result[row].addmm_(block, V[: block.shape[1]])
-        if own:  # the mirrored block serves the rows above
+        if symmetric:  # the mirrored block serves the rows above
             result[: row.start].addmm_(block[:, : row.start].T, V[row])
     return result
 

@@ -87,6 +87,6 @@ def _gram_kernel(
             tl.load(S + cols * K + c, mask=col_in, other=0.0),
         )
         value -= w * (s_row[:, None] * a_col[None, :] + a_row[:, None] * s_col[None, :])
-    own = rows[:, None] == cols[None, :]
-    value = tl.where(own, 0.5 * (value + tl.load(weight + rows, mask=row_in, other=0.0)[:, None]), value)
+    symmetric = rows[:, None] == cols[None, :]
+    value = tl.where(symmetric, 0.5 * (value + tl.load(weight + rows, mask=row_in, other=0.0)[:, None]), value)
     tl.store(out, tl.where(rows[:, None] >= cols[None, :], value, 0.0), mask=mask)

@@ -103,9 +103,9 @@ def kernel_matrix(kernel: Radial, X, Z, out, precision: str, ridge: float = 0.0)
     """k(X, Z), shape (n, m); + ridge I where Z is X."""
     result = X.new_empty(len(X), len(Z)) if out is None else out
     target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-    x, own = Points(X, PRODUCTS[precision]), Z is X
-    z = x if own else Points(Z, x.prec)
-    fill(kernel, x, z, target, weight=False, first=0 if own else None, lower=own, ridge=ridge)
+    x, symmetric = Points(X, PRODUCTS[precision]), Z is X
+    z = x if symmetric else Points(Z, x.prec)
+    fill(kernel, x, z, target, weight=False, first=0 if symmetric else None, lower=symmetric, ridge=ridge)
     return result if target is result else result.copy_(target)
 
 
@@ -131,9 +131,9 @@ def cholesky_update(precision: str):
 
 def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
     """k(X, Z) V, shape (n, p): K lives in registers only."""
-    prec, own, V = PRODUCTS[precision], Z is X, _rows(V)
+    prec, symmetric, V = PRODUCTS[precision], Z is X, _rows(V)
     x = Points(X, prec)
-    z = x if own else Points(Z, prec)
+    z = x if symmetric else Points(Z, prec)
     out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
     c = config("matmul", prec, out.device)
     width = min(64, max(16, 1 << max(0, p - 1).bit_length()))
@@ -141,19 +141,19 @@ def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
         with _current(out):
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
-                NEAR[torch.float32], constants(kernel, out), KIND=kind(kernel), SELF=own, PREC=prec,
+                NEAR[torch.float32], constants(kernel, out), KIND=kind(kernel), SELF=symmetric, PREC=prec,
                 SECOND=INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
             )  # fmt: skip
     return out
 
 
-def _blocks(kernel: Radial, x: Points, z: Points, own: bool, rows: int):
+def _blocks(kernel: Radial, x: Points, z: Points, symmetric: bool, rows: int):
     """(rows of Z, their weights) block by block."""
     buffer = x.rows.new_empty(min(rows, len(z)), len(x))
     for start in range(0, len(z), rows):
         row = slice(start, min(len(z), start + rows))
         block = buffer[: row.stop - start]
-        yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if own else None)
+        yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if symmetric else None)
 
 
 def _near_blocks(kernel: Radial, x: Points, z: Points, X, Z, shift, rows: int):
@@ -163,13 +163,13 @@ def _near_blocks(kernel: Radial, x: Points, z: Points, X, Z, shift, rows: int):
         yield row, W, nearness.among_weights(W, row, kernel)
 
 
-def steps(X: torch.Tensor, precision: str) -> torch_agop.Steps:
+def steps(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
     """The device's steps of the two AGOP forms for these centers."""
     return _steps(Points(X, PRODUCTS[precision]))
 
 
-def _steps(x: Points) -> torch_agop.Steps:
-    return torch_agop.Steps(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
+def _steps(x: Points) -> torch_agop.InnerKernels:
+    return torch_agop.InnerKernels(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
 def _output_gradients(x: Points):
@@ -228,13 +228,13 @@ def agop(
     """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
     if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
-    own, x = Z is X, Points(X, PRODUCTS[precision])
-    z, inner = x if own else Points(Z, x.prec), _steps(x)
+    symmetric, x = Z is X, Points(X, PRODUCTS[precision])
+    z, inner = x if symmetric else Points(Z, x.prec), _steps(x)
     if plan.method == "gradient":
         shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
         blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
         return torch_agop.gradient_form(blocks, alpha, X, Z, shift, center, inner.gradients, roots)
     W = X.new_empty(len(Z), len(X))
-    fill(kernel, z, x, W, weight=True, first=0 if own else None, lower=own)
+    fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
     how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
     return torch_agop.agop_from_weights_(W, X, alpha, Z, rows=plan.block, steps=inner, **how)

@@ -88,7 +88,7 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
         return on_trial[2]
     if interpreted():
         return _INTERPRETER
-    if own := measured(device).configs.get(f"{operation} {precision}"):
-        return Config(*own)
+    if found := measured(device).configs.get(f"{operation} {precision}"):
+        return Config(*found)
     major, _ = torch.cuda.get_device_capability(device)
     return TABLE[9 if major >= 9 else 8][operation, precision]
