@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace
-from fastagop.deep_rfm.estimator import files as storage
+from fastagop.estimators import files as storage
 from tests.test_estimators import blobs
 
 X, y = blobs()

@@ -18,8 +18,8 @@ from safetensors.torch import save
 import fastagop
 from fastagop import DeepRFMClassifier, datasets
 from fastagop.datasets import npz
-from fastagop.deep_rfm.estimator import files as storage
-from fastagop.deep_rfm.estimator import tensor_files
+from fastagop.estimators import files as storage
+from fastagop.estimators import tensor_files
 
 RNG = np.random.default_rng(0)
 

@@ -10,7 +10,7 @@ import torch
 
 import fastagop
 from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor
-from fastagop.deep_rfm.estimator import inputs
+from fastagop.estimators import inputs
 
 
 def smooth(n=150, d=4, seed=0):

@@ -10,7 +10,7 @@ from sklearn.exceptions import NotFittedError
 
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace
-from fastagop.deep_rfm.estimator import files as storage
+from fastagop.estimators import files as storage
 from tests.test_estimators import SMALL, blobs
 
 X, y = blobs()
