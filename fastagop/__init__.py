@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from fastagop import collapse, datasets, distributed, network
 from fastagop.explain import explain
-from fastagop.kernels.agop import agop
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
-from fastagop.kernels.operations import gradients, kernel_matmul, kernel_matrix
+from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.solve import Solution, solve
+from fastagop.solvers.solution import Solution
+from fastagop.solvers.solve import solve
 
 if TYPE_CHECKING:
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor

@@ -1,54 +1,11 @@
-"""Seconds that a plan would take: its operations at the device's rates, and what its pairs of points cost beside."""
+"""Seconds of steps that no operator plans, and tensors that stand for data which are not there yet."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 
 from fastagop.kernels import calibration
-from fastagop.kernels.backends import PRODUCTS
-from fastagop.kernels.plan import Plan
-from fastagop.solvers import cg
-
-_PASSES, _SAMPLE = 5, 2048  # of refinement over all pairs at ridge 0; rows whose residual is measured elsewhere
-
-
-def timed(plan: Plan, X: torch.Tensor, Z: torch.Tensor, dtype: torch.dtype, precision: str = "highest") -> Plan:
-    """The plan with its seconds.
-
-    Args:
-        plan: of a call. X, Z: its points, one tensor where they are the same.
-        dtype: of its large products. precision: asked for.
-    """
-    products = _products(plan, X.device, dtype, precision)
-    form = "gram" if plan.method in ("gram", "cholesky", "eigh") else "gradient"
-    halves = Z is X and plan.op != "gradients" and plan.method != "gradient"  # of the pairs the mirror image is known
-    pairs = float(len(X)) * len(Z) * (0.5 if halves else 1.0) * (cg.STEPS if plan.method == "cg" else 1.0)
-    seconds = calibration.seconds(plan.flops, pairs, X.device, form, products, plan.backend)
-    return dataclasses.replace(plan, seconds=seconds)
-
-
-def solve(plan: Plan, X: torch.Tensor, ridge: float, how, precision: str = "highest") -> Plan:
-    """The plan of a solve with its seconds; ``how`` as ``plan_solve`` gives it."""
-    dtype = how[0] if isinstance(how, tuple) else torch.float64  # of the factorisation, or of the passes of "cg"
-    plan = timed(plan, X, X, dtype, precision)
-    if dtype == torch.float64:
-        return plan
-    n = float(len(X))
-    passes = 2.0 * min(n, _SAMPLE) * n if ridge else _PASSES * n * n  # in float64, after a float32 factor
-    more = calibration.seconds(passes * X.shape[1], passes / 2, X.device, "gram", "float64")
-    return dataclasses.replace(plan, seconds=(plan.seconds or 0.0) + more)
-
-
-def _products(plan: Plan, device: torch.device, dtype: torch.dtype, precision: str) -> str:
-    """The word that the rate of these products is known by."""
-    word = str(dtype).removeprefix("torch.")
-    if word == "float64" or device.type != "cuda":
-        return word
-    if plan.backend == "triton":
-        return PRODUCTS[precision]
-    return "tf32" if precision == "medium" else word
+from fastagop.kernels.plan import available_bytes, format_bytes
 
 
 def of_eigh(d: int, device: torch.device) -> float:
@@ -59,3 +16,23 @@ def of_eigh(d: int, device: torch.device) -> float:
 def of_products(flops: float, X: torch.Tensor) -> float:
     """Products of matrices in X's dtype."""
     return calibration.seconds(flops, 0.0, X.device, "gram", str(X.dtype).removeprefix("torch."))
+
+
+def default_device() -> torch.device:
+    """What "auto" means: CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_meta(value) -> bool:
+    """Whether a value is a tensor that holds no numbers."""
+    return isinstance(value, torch.Tensor) and value.device.type == "meta"
+
+
+def stand_in(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the same shape and dtype that takes no memory: one item, repeated."""
+    return torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
+
+
+def assumption(device: torch.device) -> str:
+    """What is assumed of tensors on meta."""
+    return f"tensors on meta are planned for {device}, where {format_bytes(available_bytes(device))} are free now"

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
 
-from fastagop import estimates
-from fastagop.kernels.agop import agop, plan_agop
-from fastagop.kernels.operations import (
-    gradients,
-    kernel_matmul,
-    kernel_matrix,
-    plan_gradients,
-    plan_kernel_matmul,
-    plan_kernel_matrix,
-)
-from fastagop.kernels.plan import Plan, available_bytes, format_bytes
-from fastagop.solvers.solve import plan_solve, solve
+from fastagop.estimates import assumption, default_device, on_meta, stand_in
+from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix, prepared
+from fastagop.solvers.solve import SolveOptions, prepare, solve
 
-_PLANS = {
-    kernel_matrix: plan_kernel_matrix,
-    kernel_matmul: plan_kernel_matmul,
-    gradients: plan_gradients,
-    agop: plan_agop,
-    solve: plan_solve,
-}
-_NAMES = {function.__name__: function for function in _PLANS}
+_FUNCTIONS = (kernel_matrix, kernel_matmul, gradients, agop, solve)
+_NAMES = {function.__name__: function for function in _FUNCTIONS}
 
 
 def explain(op, *args, **kwargs) -> str:
@@ -48,29 +34,35 @@ def explain(op, *args, **kwargs) -> str:
         TypeError, ValueError, MemoryError, BackendUnavailable: what the call itself would raise before it computes. A
             fit that does not fit is said in the text.
     """
-    if hasattr(op, "fit") and hasattr(op, "_machine"):  # one of the estimators, which import scikit-learn
-        from fastagop.estimators.fit_plans import explain_fit
-
-        return _called(f"{getattr(op, '__name__', type(op).__name__)}.fit", explain_fit, op, *args, **kwargs)
-    function = next((function for function in _PLANS if function is op), None)
+    if hasattr(op, "fit") and hasattr(op, "_explain_fit"):  # one of the estimators
+        if isinstance(op, type):
+            raise ValueError(f"op must be an estimator with its parameters, got the class; use {op.__name__}()")
+        name, signature = f"{type(op).__name__}.fit", inspect.signature(op._explain_fit)
+        _bound(name, signature, args, kwargs)
+        return op._explain_fit(*args, **kwargs)
+    function = next((function for function in _FUNCTIONS if function is op), None)
     function = _NAMES.get(op) if isinstance(op, str) else function
     if function is None:
         raise ValueError(_unknown(op))
-    given = _bound(function.__name__, inspect.signature(function), args, kwargs).arguments
+    arguments = _bound(function.__name__, inspect.signature(function), args, kwargs)
+    arguments.apply_defaults()
+    given = arguments.arguments
     meta = [value for value in given.values() if on_meta(value)]
     device = next((value.device for value in given.values() if _held(value)), default_device())
     made = {id(value): stand_in(value, device) for value in meta}  # one for each, however often it is given
     bound: dict[str, Any] = {name: made.get(id(value), value) for name, value in given.items()}
-    plan, checked = _PLANS[function](**bound)
-    text = str(_timed(plan, bound["X"], checked, bound.get("precision", "highest")))
+    call = _prepared(function.__name__, bound)
+    seconds = call.seconds()
+    text = str(dataclasses.replace(call.plan, seconds=seconds))
     return f"{text}\n  assumed    {assumption(device)}" if meta else text
 
 
-def _timed(plan: Plan, X: torch.Tensor, checked: tuple, precision: str) -> Plan:
-    """The plan with seconds; ``checked`` are the arguments as the plan's function gives them back."""
-    if plan.op == "solve":
-        return estimates.solve(plan, X, checked[2], checked[3], precision)
-    return estimates.timed(plan, X, checked[1 if plan.op.startswith("kernel") else 2], X.dtype, precision)
+def _prepared(name: str, arguments: dict[str, Any]):
+    """The call as it would run: its ``plan``, and ``seconds()``."""
+    if name != "solve":
+        return prepared(name, **arguments)
+    kernel, X, Y, weights = (arguments.pop(key) for key in ("kernel", "X", "Y", "sample_weight"))
+    return prepare(kernel, X, Y, SolveOptions(**arguments), weights)
 
 
 def _bound(name: str, signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.BoundArguments:
@@ -79,12 +71,6 @@ def _bound(name: str, signature: inspect.Signature, args: tuple, kwargs: dict) -
         return signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"{name}() {error}") from None
-
-
-def _called(name: str, function, op, *args, **kwargs) -> str:
-    signature = inspect.signature(function)
-    _bound(name, signature.replace(parameters=list(signature.parameters.values())[1:]), args, kwargs)
-    return function(op, *args, **kwargs)
 
 
 def _unknown(op) -> str:
@@ -98,25 +84,5 @@ def _unknown(op) -> str:
     return f"op must be one of {names} or that function, or an estimator of fastagop, got {op!r}"
 
 
-def default_device() -> torch.device:
-    """What "auto" means: CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def on_meta(value) -> bool:
-    """Whether a value is a tensor that holds no numbers."""
-    return isinstance(value, torch.Tensor) and value.device.type == "meta"
-
-
 def _held(value) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "meta"
-
-
-def stand_in(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the same shape and dtype that takes no memory: one item, repeated."""
-    return torch.zeros((), dtype=value.dtype, device=device).expand(value.shape)
-
-
-def assumption(device: torch.device) -> str:
-    """What is assumed of tensors on meta."""
-    return f"tensors on meta are planned for {device}, where {format_bytes(available_bytes(device))} are free now"

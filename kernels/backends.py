@@ -1,106 +1,113 @@
-"""Who can serve a call, and why not."""
+"""The backends: what one is, the one table of them, and who serves a call."""
 
 from __future__ import annotations
 
-import importlib.util
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .checks import choice
 from .errors import BackendUnavailable
-from .keops_backend import reductions
-from .radial import Radial
-from .triton_backend.launch_config import interpreted
-
-# What each backend of this version serves; "auto" stays with torch until the Triton kernels were measured on a GPU.
-SERVES = {
-    "torch": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
-    "triton": ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"),
-    "keops": ("kernel_matmul", "gradients", "agop"),
-}
-PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # of the Triton backend
-NAMES = ("auto", "torch", "triton", "keops")
-# (device, operation) -> most features with which KeOps measured faster than torch, 0 for never:
-# bench/results/keops_cpu.json, made by ``python -m bench keops``. A GPU has not been measured.
-KEOPS_FEATURES = {("cpu", "kernel_matmul"): 0, ("cpu", "gradients"): 0, ("cpu", "agop"): 0}
-# Pairs from which "auto" lets KeOps compile: that takes about ten seconds, and torch would then take longer.
-KEOPS_PAIRS = 1e9
+from .keops_backend.backend import KeopsBackend
+from .plan import AgopTask, Call
+from .profile import Profile
+from .scaling import Points
+from .torch_backend.backend import TorchBackend
+from .triton_backend.backend import TritonBackend
 
 
-def choose(
-    backend: str, op: str, kernel: Radial, X: torch.Tensor, precision: str = "highest", pairs: float = 0.0
-) -> tuple[str, str]:
-    """(backend, why) for a call that visits so many pairs of points, or BackendUnavailable."""
-    choice("backend", backend, NAMES)
+class Request(NamedTuple):
+    """A call as far as a backend must know it to say whether it serves it.
+
+    ``operation`` is "kernel_matrix", "kernel_matmul", "gradients", "agop", "solve" (by a stored matrix), or "solve with
+    method 'cg'" (float64 products).
+    """
+
+    operation: str
+    kernel: Profile
+    X: torch.Tensor
+    precision: str = "highest"
+
+
+class Backend(Protocol):
+    """Where a call's large work is done. ``register`` adds one; docs/pages/architecture.md has an example.
+
+    Each operation's method gets a ``KernelOperator`` (its X, Z, precision and the reason ``why`` are for the plan) and
+    returns a ``Call``, planned but not run. Its ``run(points, ...)`` gets the points in a unit of length in which
+    nothing leaves the dtype. A backend that refuses an operation need not have its method.
+    """
+
+    name: str
+    operations: tuple[str, ...]  # that it has, as ``Request`` names them
+    # Whether ranks can share out the lower triangle of k(X, X), as torch's products and gram form can; else its rows.
+    shares_triangle: bool
+
+    def refusal(self, request: Request) -> str | None:
+        """Why it does not serve a call, and what to change; None where it does."""
+
+    def describe_precision(self, precision: str, X: torch.Tensor) -> str:
+        """What a precision means for these points, in words."""
+
+    def products(self, precision: str, X: torch.Tensor) -> str:
+        """The word that the rate of its products is known by in ``calibration``."""
+
+    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+        """k(X, Z) + ridge I; ``run(points)`` gives (n, m), in ``out`` where there is one."""
+
+    def matmul(self, operator, V: torch.Tensor) -> Call:
+        """k(X, Z) V; ``run(points)`` gives (n, p)."""
+
+    def product(self, at: Points, V: torch.Tensor, rows: int) -> torch.Tensor:
+        """For "solve with method 'cg'": k(X, Z) V of scaled float64 points, in blocks of that many rows."""
+
+    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+        """The predictor's gradients at Z; ``run(points, alpha)`` gives (m, K, d)."""
+
+    def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
+        """The summed AGOP; ``run(points, alpha, weights)`` gives float64 (d, d)."""
+
+    def inner_kernels(self, X: torch.Tensor, precision: str):
+        """For AGOPs from stored weights: a ``torch_backend.agop.InnerKernels``."""
+
+    def factor_kernels(self, dtype: torch.dtype, precision: str):
+        """For solves: how a stored matrix is filled and factored, a ``torch_backend.backend.FactorKernels``."""
+
+
+_TABLE: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Add a backend to the table, or put it in the place of one of the same name."""
+    _TABLE[backend.name] = backend
+
+
+for _backend in (TorchBackend(), TritonBackend(), KeopsBackend()):
+    register(_backend)
+
+
+def names(operation: str | None = None) -> tuple[str, ...]:
+    """What the argument ``backend`` may be; of backends that have an operation, where one is named."""
+    return ("auto", *(name for name, backend in _TABLE.items() if operation is None or operation in backend.operations))
+
+
+def choose(backend: str, request: Request) -> tuple[Backend, str]:
+    """(backend, why) for a call, or BackendUnavailable.
+
+    "auto" is torch: KeOps measured faster nowhere (bench/results/keops_cpu.json), and the Triton kernels have not been
+    measured on a GPU.
+    """
+    choice("backend", backend, names())
     if backend == "auto":
-        most = KEOPS_FEATURES.get((X.device.type, op), 0)
-        if X.shape[1] <= most and pairs >= KEOPS_PAIRS and reductions.missing(kernel, X) is None:
-            return "keops", f"KeOps is faster up to {most} features here, and {pairs:.0e} pairs are worth compiling for"
-        return "torch", "the torch backend serves every device"
-    reason = None
-    if op not in SERVES[backend]:
-        reason = f"this version of fastagop has no {backend} kernel for it"
-        if backend == "keops":
-            reason = "it would store the kernel matrix and KeOps never does"
-            reason += "; method='cg' solves without it" if op == "solve" else ""
-    elif backend == "triton":
-        reason = _no_triton(kernel, X, precision)
-    elif backend == "keops":
-        reason = reductions.missing(kernel, X)
+        return _TABLE["torch"], "the torch backend serves every device"
+    reason = _TABLE[backend].refusal(request)
     if reason is not None:
         raise BackendUnavailable(
-            f"backend {backend!r} cannot serve {op}: {reason}; use backend='torch' or 'auto' to compute without it"
+            f"backend {backend!r} cannot serve {request.operation}: {reason}; use backend='torch' or 'auto' to compute "
+            "without it"
         )
-    return backend, "asked for"
+    return _TABLE[backend], "asked for"
 
 
-def _no_triton(kernel: Radial, X: torch.Tensor, precision: str) -> str | None:
-    """Why Triton cannot serve a call, and what to change; None where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton (Linux, CUDA)"
-    if X.dtype != torch.float32:
-        return f"it computes in float32 and X is {X.dtype}; convert with X.float()"
-    if not interpreted():
-        if X.device.type != "cuda":
-            return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
-        if torch.cuda.get_device_capability(X.device) < (8, 0):
-            return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
-    if precision == "high" and "bf16x3" not in _input_precisions():
-        return (
-            "its Triton has no bf16x3 products, which precision='high' means; use another precision or a newer triton"
-        )
-    from .triton_backend.profile import kind
-
-    return None if kind(kernel) else f"{type(kernel).__name__} has no device profile; add one to radial_triton.py"
-
-
-def _input_precisions() -> tuple[str, ...]:
-    """What the installed Triton's products can do with float32 factors."""
-    if interpreted():
-        from triton.runtime.interpreter import InterpreterOptions as Options
-    else:
-        from triton.backends.nvidia.compiler import CUDAOptions as Options
-    return Options().allowed_dot_input_precisions
-
-
-def triton_fills(dtype: torch.dtype) -> bool:
-    """Whether the installed Triton can make a kernel matrix of that dtype: float64 products came with Triton 3.5."""
-    if dtype == torch.float32:
-        return True
-    import triton
-
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
-
-
-def describe_precision(precision: str, X: torch.Tensor, backend: str = "torch") -> str:
-    """What a precision means for this tensor, in words."""
-    if backend == "triton":
-        words = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
-        return f"float32, {precision} ({words[precision]})"
-    if X.dtype == torch.float64:
-        return "float64 (float64 tensors always compute in float64)"
-    if precision == "medium" and X.device.type == "cuda" and backend == "torch":
-        return "float32, medium (TF32)"
-    return "float32, highest" + (
-        "" if precision == "highest" else f" ({precision!r} asked for: at least that accurate)"
-    )
+def serving(backend: str, request: Request) -> str:
+    """The backend's name where it serves a call, else "auto"."""
+    return backend if backend == "auto" or _TABLE[backend].refusal(request) is None else "auto"

@@ -145,12 +145,10 @@ def rate(form: str, products: str, device: torch.device) -> float:
     return _CUDA[9 if torch.cuda.get_device_capability(device) >= (9, 0) else 8][products]
 
 
-def seconds(
-    flops: float, pairs: float, device: torch.device, form: str, products: str, backend: str = "torch"
-) -> float:
+def seconds(flops: float, pairs: float, device: torch.device, form: str, products: str) -> float:
     """Estimated time of so many operations with products of a kind, on so many pairs of points."""
     kind = "cuda" if device.type == "cuda" else "cpu"
-    if backend == "keops":
+    if products == "keops":
         return flops / _KEOPS[kind]
     dtype = "float64" if products == "float64" else "float32"
     return flops / rate(form, products, device) + pairs * _PAIR[f"{kind} {dtype}"]

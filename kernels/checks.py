@@ -8,7 +8,7 @@ import numbers
 
 import torch
 
-from .radial import Radial
+from .profile import Profile
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -21,7 +21,7 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 def kernel(value) -> None:
     """Refuse what is no kernel."""
-    if not isinstance(value, Radial):
+    if not isinstance(value, Profile):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
 
 
@@ -114,6 +114,25 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
             )
     if not finite(value):
         raise ValueError(f"{name} holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+
+
+def output(name: str, value, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Refuse a result tensor that is not dense, or of another shape, dtype or device."""
+    dense = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_nested
+    if not dense or value.shape != shape:
+        raise ValueError(f"{name} must be a dense tensor of shape {shape}, got {_describe(value)}")
+    if value.dtype != like.dtype or value.device != like.device:
+        raise ValueError(f"{name} must be {like.dtype} on {like.device}, got {_describe(value)}")
+
+
+def _describe(value) -> str:
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        return "a nested tensor"
+    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+        return f"layout {value.layout}"
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    return type(value).__name__
 
 
 def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:

@@ -1,71 +1,63 @@
-"""The public operations on all pairs: check the input, pick the backend, obey its plan."""
+"""The public operations on all pairs: a few lines each over KernelOperator, which checks, plans and serves them.
+
+``prepared(name, **arguments)`` is what each of them runs, and what ``fastagop.explain`` asks for its plan.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from . import checks
-from .backends import NAMES, choose, describe_precision
-from .keops_backend import reductions
-from .plan import Plan
-from .precision import matmul_precision
-from .radial import Radial
-from .scaling import in_range, scale_points
-from .torch_backend import tiles
+from .kernel_operator import KernelOperator
+from .plan import AgopTask, Call
+from .profile import Profile
 
 
-def _begin(op: str, kernel: Radial, X, Z, precision: str, backend: str) -> tuple[torch.Tensor, str, str]:
-    """(evaluation points, backend, why), everything that all operations share checked."""
-    checks.kernel(kernel)
-    checks.choice("precision", precision, checks.PRECISIONS)
-    checks.choice("backend", backend, NAMES)
-    Z = checks.points(X, Z)
-    return Z, *choose(backend, op, kernel, X, precision, float(len(X)) * len(Z))
+def _matrix(kernel, X, Z, *, out, ridge, precision, backend) -> Call:
+    operator = KernelOperator("kernel_matrix", kernel, X, Z, precision=precision, backend=backend)
+    return operator.matrix(out, ridge)
 
 
-def _served(plan: Plan, backend: str, precision: str, X: torch.Tensor) -> Plan:
-    """The plan as the chosen backend carries it out; Triton's blocks and costs are torch's."""
-    return dataclasses.replace(plan, backend=backend, precision=describe_precision(precision, X, backend))
+def _matmul(kernel, X, Z, V, *, precision, backend) -> Call:
+    if V is None:
+        raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
+    return KernelOperator("kernel_matmul", kernel, X, Z, precision=precision, backend=backend).matmul(V)
 
 
-def _triton():
-    from .triton_backend import launch  # imports triton
-
-    return launch
+def _gradients(kernel, X, alpha, Z, *, precision, backend) -> Call:
+    return KernelOperator("gradients", kernel, X, Z, precision=precision, backend=backend).gradients(alpha)
 
 
-def plan_kernel_matrix(kernel, X, Z=None, *, out=None, ridge=0.0, precision="highest", backend="auto"):
-    """(Plan, checked arguments) of a kernel_matrix call."""
-    Z, backend, why = _begin("kernel_matrix", kernel, X, Z, precision, backend)
-    ridge = checks.ridge(ridge, X.dtype)
-    if ridge and Z is not X:
-        raise ValueError(f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one")
-    if out is not None:
-        dense = isinstance(out, torch.Tensor) and out.layout == torch.strided and not out.is_nested
-        if not dense or out.shape != (len(X), len(Z)):
-            raise ValueError(f"out must be a dense tensor of shape {(len(X), len(Z))}, got {_describe(out)}")
-        if out.dtype != X.dtype or out.device != X.device:
-            raise ValueError(f"out must be {X.dtype} on {X.device}, got {_describe(out)}")
-        checks.apart("out", out, X, Z)
-    plan = tiles.plan_kernel_matrix(X, Z, out, why, "")
-    return _served(plan, backend, precision, X), (X, Z, out, ridge)
+def _agop(kernel, X, alpha, Z, task: AgopTask, *, precision, backend) -> Call:
+    checks.choice("reduction", task.reduction, ("mean", "sum"))
+    checks.choice("method", task.method, ("auto", "gradient", "gram"))
+    checks.flag("center", task.center)
+    return KernelOperator("agop", kernel, X, Z, precision=precision, backend=backend).agop(alpha, task)
 
 
-def _describe(value) -> str:
-    if isinstance(value, torch.Tensor) and value.is_nested:
-        return "a nested tensor"
-    if isinstance(value, torch.Tensor) and value.layout != torch.strided:
-        return f"layout {value.layout}"
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-    return type(value).__name__
+def _agop_of_arguments(kernel, X, alpha, Z, *, precision, backend, sample_weight, memory_limit, **task) -> Call:
+    made = AgopTask(**task, limit=memory_limit, weights=sample_weight)
+    return _agop(kernel, X, alpha, Z, made, precision=precision, backend=backend)
+
+
+_PREPARED: dict[str, Callable[..., Call]] = {
+    "kernel_matrix": _matrix,
+    "kernel_matmul": _matmul,
+    "gradients": _gradients,
+    "agop": _agop_of_arguments,
+}
+
+
+def prepared(name: str, *args, **kwargs) -> Call:
+    """The call of a public operation, checked and planned; all of its arguments are given."""
+    return _PREPARED[name](*args, **kwargs)
 
 
 @torch.no_grad()
 def kernel_matrix(
-    kernel: Radial,
+    kernel: Profile,
     X: torch.Tensor,
     Z: torch.Tensor | None = None,
     *,
@@ -96,29 +88,12 @@ def kernel_matrix(
     Raises:
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
-    plan, (X, Z, out, ridge) = plan_kernel_matrix(
-        kernel, X, Z, out=out, ridge=ridge, precision=precision, backend=backend
-    )
-    kernel, X, Z, _ = scale_points(kernel, X, Z)
-    with matmul_precision(precision, X.device):
-        if plan.backend == "triton":
-            return _triton().kernel_matrix(kernel, X, Z, out, precision, ridge)
-        return tiles.kernel_matrix(kernel, X, Z, out, plan, ridge)
-
-
-def plan_kernel_matmul(kernel, X, Z=None, V=None, *, precision="highest", backend="auto"):
-    """(Plan, checked arguments) of a kernel_matmul call."""
-    if V is None:
-        raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
-    Z, backend, why = _begin("kernel_matmul", kernel, X, Z, precision, backend)
-    checks.matrix("V", V, like=X, rows=(len(Z), "Z"))
-    plan = (reductions if backend == "keops" else tiles).plan_kernel_matmul(X, Z, V, why, "")
-    return _served(plan, backend, precision, X), (X, Z, V)
+    return _matrix(kernel, X, Z, out=out, ridge=ridge, precision=precision, backend=backend).run()
 
 
 @torch.no_grad()
 def kernel_matmul(
-    kernel: Radial,
+    kernel: Profile,
     X: torch.Tensor,
     Z: torch.Tensor | None = None,
     V: torch.Tensor | None = None,
@@ -139,25 +114,12 @@ def kernel_matmul(
     Raises:
         TypeError, ValueError: naming the argument. BackendUnavailable: the backend cannot serve the call.
     """
-    plan, (X, Z, V) = plan_kernel_matmul(kernel, X, Z, V, precision=precision, backend=backend)
-    kernel, X, Z, _ = scale_points(kernel, X, Z)
-    with matmul_precision(precision, X.device):
-        if plan.backend == "triton":
-            return _triton().kernel_matmul(kernel, X, Z, V, precision)
-        return (reductions if plan.backend == "keops" else tiles).kernel_matmul(kernel, X, Z, V, plan)
-
-
-def plan_gradients(kernel, X, alpha, Z=None, *, precision="highest", backend="auto"):
-    """(Plan, checked arguments) of a gradients call."""
-    Z, backend, why = _begin("gradients", kernel, X, Z, precision, backend)
-    checks.matrix("alpha", alpha, like=X, rows=(len(X), "X"))
-    plan = (reductions if backend == "keops" else tiles).plan_gradients(X, alpha, Z, why, "")
-    return _served(plan, backend, precision, X), (X, alpha, Z)
+    return _matmul(kernel, X, Z, V, precision=precision, backend=backend).run()
 
 
 @torch.no_grad()
 def gradients(
-    kernel: Radial,
+    kernel: Profile,
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor | None = None,
@@ -182,15 +144,49 @@ def gradients(
         TypeError, ValueError: naming the argument; ValueError where gradients leave X's dtype.
         BackendUnavailable: the backend cannot serve the call.
     """
-    plan, (X, alpha, Z) = plan_gradients(kernel, X, alpha, Z, precision=precision, backend=backend)
-    kernel, X, Z, unit = scale_points(kernel, X, Z)
-    kernel, alpha, amplitude = in_range(kernel, X, alpha, unit)
-    with matmul_precision(precision, X.device):
-        if plan.backend == "triton":
-            result = _triton().gradients(kernel, X, alpha, Z, plan, precision)
-        else:
-            serving = reductions if plan.backend == "keops" else tiles
-            result = serving.gradients(kernel, X, alpha, Z, plan)
-    if not checks.finite(amplitude.restore(result)):
-        raise ValueError(f"alpha is so large that a gradient leaves {X.dtype}; divide alpha by a constant")
-    return result
+    return _gradients(kernel, X, alpha, Z, precision=precision, backend=backend).run()
+
+
+@torch.no_grad()
+def agop(
+    kernel: Profile,
+    X: torch.Tensor,
+    alpha: torch.Tensor,
+    Z: torch.Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    center: bool = False,
+    method: str = "auto",
+    precision: str = "highest",
+    backend: str = "auto",
+    memory_limit: float | None = None,
+    sample_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Average gradient outer product of f_c(z) = sum_j alpha[j, c] k(z, X[j]) over the points Z.
+
+    Formula: M = (1/m) sum_ic grad f_c(Z[i]) grad f_c(Z[i])^T (paper, section 3.3), symmetric and positive
+    semi-definite; with weights w, M = sum_i w_i sum_c grad f_c(Z[i]) grad f_c(Z[i])^T / sum_i w_i.
+
+    Args:
+        kernel: a kernel such as ``Laplace(2.0)``.
+        X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
+        reduction: "mean" divides by m, or by the sum of the weights; "sum" does not.
+        center: subtract the mean gradient of each output first (the weighted mean where there are weights).
+        method: "gradient" (2 m n K d products, no n x n memory), "gram" (n^2 m products for any number of
+            outputs, stores the (m, n) weights), or "auto", the cheaper one that fits into memory. Near collapse
+            float32 cannot hold the gram form's cancellation; it is measured beforehand, and its products then
+            run in float64, or, with "auto", the gradient form may run (logged at INFO to "fastagop").
+        precision, backend: as in ``kernel_matrix``.
+        memory_limit: bytes the call may take beyond its inputs; default most of what is free.
+        sample_weight: weights (m,) >= 0 of the evaluation points, of X's dtype and device; default 1 each. A weight of
+            2 is the same as that point written twice.
+
+    Returns:
+        Tensor (d, d) of X's dtype and device, without autograd history.
+
+    Raises:
+        TypeError, ValueError: naming the argument. MemoryError: a single block exceeds memory_limit.
+        BackendUnavailable: the backend cannot serve the call.
+    """
+    task = AgopTask(reduction, center, method, memory_limit, sample_weight)
+    return _agop(kernel, X, alpha, Z, task, precision=precision, backend=backend).run()

@@ -37,6 +37,36 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class AgopTask:
+    """What an AGOP is asked for beside its predictor; ``fastagop.agop`` has the meanings, checked here already.
+
+    Attributes:
+        reduction: "mean" or "sum". center: subtract the mean gradient of each output.
+        method: "auto", "gradient" or "gram". limit: bytes that may be taken, or None.
+        weights: of the evaluation points, as they were given, or None for 1 each.
+    """
+
+    reduction: str = "mean"
+    center: bool = False
+    method: str = "auto"
+    limit: int | None = None
+    weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, checked and planned, of which nothing has run.
+
+    ``explain`` prints its plan with its estimated seconds; ``run`` computes. A backend's ``run`` takes the points in
+    their unit of length, and what the operation has beside them; that of a ``KernelOperator`` takes nothing.
+    """
+
+    plan: Plan
+    run: Callable[..., torch.Tensor]
+    seconds: Callable[[], float] | None = None
+
+
 def format_bytes(count: float) -> str:
     """Bytes in words."""
     for unit in ("B", "kB", "MB"):

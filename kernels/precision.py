@@ -141,3 +141,14 @@ _OLDER = Switch(
     torch.set_float32_matmul_precision,
     ("highest", "medium"),
 )
+
+
+def describe_precision(precision: str, X: torch.Tensor, tf32: bool = False) -> str:
+    """What a precision means where float32 products are full ones, or TF32 with "medium" where there are such."""
+    if X.dtype == torch.float64:
+        return "float64 (float64 tensors always compute in float64)"
+    if precision == "medium" and tf32:
+        return "float32, medium (TF32)"
+    return "float32, highest" + (
+        "" if precision == "highest" else f" ({precision!r} asked for: at least that accurate)"
+    )

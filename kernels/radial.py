@@ -1,16 +1,33 @@
-"""Kernel profiles: a radial kernel is k(x, z) = phi(r) with r = ||x - z||_2.
+"""Radial kernels: k(x, z) = phi(r) with r = ||x - z||_2. Each is one class, in the three languages that it computes in.
 
-A kernel is added by writing one class here (docs/pages/add_a_kernel.md). Everything else in the package asks a profile
-three questions: its value and its gradient weight from squared distances, and, where a closed form exists, the
-gradient weight from a stored value. Of these it takes for granted that phi(0) = 1 and that r enters as r / L.
+Docs/pages/add_a_kernel.md says how a kernel is added. ``value_``, ``weight_`` and the optional rest are torch's;
+``triton`` is the body of a device function, and ``keops`` a pair of formulas:
+
+* In ``triton``, ``sq`` is r^2, ``inverse_bandwidth`` is 1 / L, and further parameters go by their fields' names. The
+  body sets ``value`` to phi(r), or with ``WEIGHT`` to the gradient weight, zero where r = 0. r^2 is infinite beyond the
+  last point: the value there must be 0, not NaN.
+* In ``keops``, x and z are a center and an evaluation point, and ``Elem(c, 0)`` is 1 / L, ``Elem(c, 1)``
+  the first further parameter. Distances are sums of squared differences, so near pairs keep their digits, and a pair
+  at distance zero has the difference zero.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
+
+from .operations import kernel_matrix
+from .profile import Formulas, Profile
+
+# KeOps' Powf, IntInv(3) and / IntCst(3) have float32's digits only: powers are taken by Log, thirds by roots.
+_INVERSE = "Elem(c, 0)"
+_RADIUS = f"({_INVERSE} * Sqrt(SqDist(x, z)))"  # r / L
+_HALF_SQUARE = f"(IntInv(2) * SqNorm2({_INVERSE} * (x - z)))"
+_LOG_POWER = f"(Elem(c, 1) * Log({_RADIUS}))"  # ln t with t = (r / L)^p
+_SCALED = f"ClampInt({_INVERSE} * Sqrt(IntCst(5) * SqDist(x, z)), 0, 10000)"  # cut where exp(-s) is zero: s^2 is finite
+_ROOT_FACTOR = f"(Sqrt(IntCst(5)) * (Rsqrt(IntCst(3)) * {_INVERSE}))"  # sqrt(5 / 3) / L
 
 
 def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
@@ -37,79 +54,15 @@ def _over_square_(t: torch.Tensor, bandwidth: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Radial:
+class Radial(Profile):
     """A radial kernel with a bandwidth; subclasses give the profile.
 
-    The in-place methods below consume a tensor of squared distances (or kernel values) block by block, so that
-    a block is transformed while it is in cache. The kernel's gradient at distance zero is zero by definition.
+    ``kernel(X, Z)`` is its kernel matrix. The kernel's gradient at distance zero is zero by definition.
     """
-
-    bandwidth: float
-
-    def __post_init__(self):
-        self._positive("bandwidth")
-
-    def _positive(self, name: str, most: float = math.inf) -> None:
-        """Make a parameter a float; refuse what is no number, not finite, or outside (0, most]."""
-        given = value = getattr(self, name)
-        try:
-            if isinstance(value, (bool, str, bytes)):
-                raise TypeError
-            value = float(value)  # numpy scalars, zero-dimensional tensors
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, got {given!r}") from None
-        except OverflowError:
-            value = math.inf
-        if not (math.isfinite(value) and 0 < value <= most):
-            limit = "" if most == math.inf else f" up to {most:g}"
-            raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")
-        object.__setattr__(self, name, float(value))
-
-    @property
-    def further_parameters(self) -> tuple[float, ...]:
-        """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
-
-    def get_params(self, deep: bool = True) -> dict[str, float]:
-        """The kernel's parameters by name, as scikit-learn asks for them; ``deep`` changes nothing."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def set_params(self, **params: float) -> Radial:
-        """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
-
-        Raises:
-            ValueError: a parameter that the kernel does not have. ValueError, TypeError: naming the parameter.
-        """
-        known = list(self.get_params())
-        for name in params:
-            if name not in known:
-                raise ValueError(f"Invalid parameter {name!r} for kernel {self!r}. Valid parameters are: {known!r}.")
-        return replace(self, **params)
-
-    def __sklearn_clone__(self) -> Radial:
-        """Itself: what never changes needs no copy."""
-        return self
 
     def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
         """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""
-        from .operations import kernel_matrix
-
         return kernel_matrix(self, X, Z)
-
-    def value_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite squared distances r^2 by phi(r)."""
-        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
-
-    def weight_(self, sq: torch.Tensor) -> torch.Tensor:
-        """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
-        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
-
-    def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
-        """Overwrite kernel values by gradient weights; None where the profile has no closed form for it.
-
-        The caller sets pairs at distance zero itself: the value 1 may also be a tiny distance rounded away.
-        """
-        return None
 
 
 @dataclass(frozen=True)
@@ -122,6 +75,17 @@ class Laplace(Radial):
     Args:
         bandwidth: L > 0, in the units of the data.
     """
+
+    triton = """
+r = tl.sqrt(sq) * inverse_bandwidth
+value = tl.exp(-r)
+if WEIGHT:
+    value = tl.where(r > 0.0, value / tl.where(r > 0.0, r, 1.0), 0.0) * (inverse_bandwidth * inverse_bandwidth)
+"""
+    keops = Formulas(
+        f"Exp(-{_RADIUS})",
+        f"({_INVERSE} * Exp(-{_RADIUS})) * (Rsqrt(SqDist(x, z)) * (x - z))",  # KeOps defines Rsqrt(0) = 0
+    )
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
@@ -140,6 +104,10 @@ class Laplace(Radial):
         _over_square_(value, self.bandwidth)
         return torch.nan_to_num_(value, posinf=0.0, neginf=0.0)
 
+    def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dw/dt = -w (1 / (L r) + 1 / r^2) / 2."""
+        return -0.5 * weight * (1.0 / (self.bandwidth * sq.sqrt()) + 1.0 / sq)
+
 
 @dataclass(frozen=True)
 class Gaussian(Radial):
@@ -150,6 +118,13 @@ class Gaussian(Radial):
     Args:
         bandwidth: L > 0, in the units of the data.
     """
+
+    triton = """
+value = tl.exp(sq * (-0.5 * inverse_bandwidth * inverse_bandwidth))
+if WEIGHT:
+    value = tl.where(sq > 0.0, value * (inverse_bandwidth * inverse_bandwidth), 0.0)
+"""
+    keops = Formulas(f"Exp(-{_HALF_SQUARE})", f"({_INVERSE} * Exp(-{_HALF_SQUARE})) * ({_INVERSE} * (x - z))")
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
@@ -162,6 +137,15 @@ class Gaussian(Radial):
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
         return value.mul_(_factor(1.0 / self.bandwidth / self.bandwidth, value, beyond=0.0))
+
+    def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dw/dt = -w / (2 L^2)."""
+        return weight * (-0.5 / self.bandwidth**2)
+
+    @property
+    def _weight_at_zero(self) -> float:
+        """1 / L^2."""
+        return 1.0 / self.bandwidth**2
 
 
 @dataclass(frozen=True)
@@ -177,6 +161,18 @@ class GeneralisedLaplace(Radial):
     """
 
     exponent: float
+
+    triton = """
+r = tl.sqrt(sq) * inverse_bandwidth
+t = tl.where(r > 0.0, tl.exp2(exponent * tl.log2(tl.where(r > 0.0, r, 1.0))), 0.0)
+value = tl.exp(-t)
+if WEIGHT:
+    value = tl.where(sq > 0.0, exponent * t * value / tl.where(sq > 0.0, sq, 1.0), 0.0)
+"""
+    keops = Formulas(
+        f"Exp(-Exp({_LOG_POWER}))",
+        f"(Elem(c, 1) * Exp({_LOG_POWER} - Exp({_LOG_POWER})) * Rsqrt(SqDist(x, z))) * (Rsqrt(SqDist(x, z)) * (x - z))",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -209,6 +205,16 @@ class GeneralisedLaplace(Radial):
         value.mul_(weight).mul_(self.exponent / self.bandwidth / self.bandwidth)
         return torch.nan_to_num_(value, nan=0.0, posinf=0.0)
 
+    def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dw/dt = w (p (1 - u) / 2 - 1) / r^2 with u = (r / L)^p."""
+        u = (sq.sqrt() / self.bandwidth) ** self.exponent
+        return weight * (0.5 * self.exponent * (1.0 - u) - 1.0) / sq
+
+    @property
+    def _weight_at_zero(self) -> float:
+        """2 / L^2 for the exponent 2; there is a kink, or a singularity, for the others."""
+        return 2.0 / self.bandwidth**2 if self.exponent == 2.0 else 0.0
+
 
 @dataclass(frozen=True)
 class Matern52(Radial):
@@ -219,6 +225,19 @@ class Matern52(Radial):
     Args:
         bandwidth: L > 0, in the units of the data.
     """
+
+    triton = """
+s = tl.minimum(tl.sqrt(sq * 5.0) * inverse_bandwidth, 1e4)
+value = tl.exp(-s)
+if WEIGHT:
+    value = tl.where(sq > 0.0, (1.0 + s) * value * (5.0 * inverse_bandwidth * inverse_bandwidth) / 3.0, 0.0)
+else:
+    value = tl.minimum((1.0 + s * (1.0 + s / 3.0)) * value, 1.0)  # it may round upwards
+"""
+    keops = Formulas(
+        f"(IntCst(1) + {_SCALED} + Square(Rsqrt(IntCst(3)) * {_SCALED})) * Exp(-{_SCALED})",
+        f"({_ROOT_FACTOR} * ((IntCst(1) + {_SCALED}) * Exp(-{_SCALED}))) * ({_ROOT_FACTOR} * (x - z))",
+    )
 
     def _scaled_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by s, cut where exp(-s) is zero, so that its square stays finite."""
@@ -235,6 +254,16 @@ class Matern52(Radial):
         s = self._scaled_(_apart_(sq))
         decay = torch.exp(-s)
         return s.add_(1.0).mul_(decay).mul_(_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
+
+    def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dw/dt = -25 exp(-s) / (6 L^4)."""
+        s = math.sqrt(5.0) / self.bandwidth * sq.sqrt()
+        return (-25.0 / 6.0 / self.bandwidth**4) * torch.exp(-s)
+
+    @property
+    def _weight_at_zero(self) -> float:
+        """5 / (3 L^2)."""
+        return 5.0 / 3.0 / self.bandwidth**2
 
 
 def named(name: str) -> type[Radial]:

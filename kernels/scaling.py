@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 
 from . import checks
-from .radial import Radial
+from .profile import Profile
 
 _EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
 # Bandwidths, in the points' unit, from which a kernel may be homogeneous at every distance.
@@ -33,16 +34,25 @@ def _largest(*tensors: torch.Tensor) -> float:
     return max((float(end.abs()) for t in tensors if t.numel() for end in torch.aminmax(t)), default=0.0)
 
 
-def scale_points(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radial, torch.Tensor, torch.Tensor, float]:
-    """(kernel, X, Z, unit) with lengths in a power-of-two unit, where squares of the points would leave their dtype.
+class Points(NamedTuple):
+    """A kernel, centers X and evaluation points Z (X itself where they are the same) in a unit of length."""
+
+    kernel: Profile
+    X: torch.Tensor
+    Z: torch.Tensor
+    unit: float = 1.0
+
+
+def scale_points(kernel: Profile, X: torch.Tensor, Z: torch.Tensor) -> Points:
+    """The points with lengths in a power-of-two unit, where squares of the points would leave their dtype.
 
     The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
     """
     if not checks.readable(X):
-        return kernel, X, Z, 1.0
+        return Points(kernel, X, Z)
     largest = _largest(X, Z)
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
-        return kernel, X, Z, 1.0
+        return Points(kernel, X, Z)
     exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
     if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
         exponent = max(wide - 1000, min(wide + 1000, exponent))
@@ -50,7 +60,7 @@ def scale_points(kernel: Radial, X: torch.Tensor, Z: torch.Tensor) -> tuple[Radi
     symmetric, X = Z is X, scaled_(X.detach().clone(), -exponent)
     Z = X if symmetric else scaled_(Z.detach().clone(), -exponent)
     unit = math.ldexp(1.0, exponent)
-    return dataclasses.replace(kernel, bandwidth=_quotient(kernel.bandwidth, exponent)), X, Z, unit
+    return Points(dataclasses.replace(kernel, bandwidth=_quotient(kernel.bandwidth, exponent)), X, Z, unit)
 
 
 def _quotient(bandwidth: float, exponent: int) -> float:
@@ -82,8 +92,8 @@ class Amplitude:
 
 
 def in_range(
-    kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0
-) -> tuple[Radial, torch.Tensor, Amplitude]:
+    kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0
+) -> tuple[Profile, torch.Tensor, Amplitude]:
     """(kernel, alpha, amplitude) whose weights and coefficients stay within X's dtype, for points in units.
 
     Weights of a kernel that is far wider than the points are homogeneous in the bandwidth: those of a narrower one are
@@ -103,7 +113,7 @@ def in_range(
     return kernel, alpha, Amplitude(factor, exponent)
 
 
-def _narrower(kernel: Radial, X: torch.Tensor) -> tuple[Radial, float, int]:
+def _narrower(kernel: Profile, X: torch.Tensor) -> tuple[Profile, float, int]:
     """(kernel, factor, exponent): weights are factor * 2^exponent times those of the kernel returned.
 
     w(r) = L^-2 omega(r / L), and where omega(u) goes by u^q at all distances of the points, w goes by L^-(2 + q).
@@ -123,7 +133,7 @@ def _narrower(kernel: Radial, X: torch.Tensor) -> tuple[Radial, float, int]:
     return kernel, 1.0, 0
 
 
-def _weight(kernel: Radial, r: float) -> float:
+def _weight(kernel: Profile, r: float) -> float:
     return float(kernel.weight_(torch.tensor([r], dtype=torch.float64, device="cpu").square_()))
 
 

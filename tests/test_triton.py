@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels.backends import _input_precisions, triton_fills
 from fastagop.kernels.triton_backend import launch_config
+from fastagop.kernels.triton_backend.backend import has_products, input_precisions
 
 import fastagop
 from fastagop import BackendUnavailable, Laplace
@@ -43,16 +43,17 @@ def test_cases():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def compiled(operation, precision, capability, profile="laplace", weight=True):
+def compiled(operation, precision, capability, profile=Laplace, weight=True):
     """One launch configuration, compiled as it would be for 16-divisible sizes and pointers."""
-    if precision == "fp64" and not triton_fills(torch.float64):
+    if precision == "fp64" and not has_products(torch.float64):
         pytest.skip("this Triton has no float64 products")
-    if precision == "bf16x3" and "bf16x3" not in _input_precisions():
+    if precision == "bf16x3" and "bf16x3" not in input_precisions():
         pytest.skip("this Triton has no bf16x3 products")
     from fastagop.kernels.triton_backend import agop as agop_triton
     from fastagop.kernels.triton_backend import cholesky
     from fastagop.kernels.triton_backend import matmul as matmul_triton
     from fastagop.kernels.triton_backend import matrix as matrix_triton
+    from fastagop.kernels.triton_backend.profile import device_profile
 
     kernel = {
         "update": cholesky._update_kernel,
@@ -64,7 +65,13 @@ def compiled(operation, precision, capability, profile="laplace", weight=True):
     config = launch_config.TABLE[capability // 10][operation, precision]
     second = {"fp16x3": "tf32x3"}.get(precision, precision)
     constants = {
-        **{"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner, "KIND": profile},
+        **{
+            "PREC": precision,
+            "BM": config.rows,
+            "BN": config.columns,
+            "BK": config.inner,
+            "PROFILE": device_profile(profile),
+        },
         **{"WEIGHT": weight, "SELF": True, "LOWER": True, "SECOND": second, "BP": 64},
     }
     names = kernel.arg_names
@@ -123,7 +130,7 @@ def test_ahead_of_time(operation, precision, capability, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("profile", ["generalised laplace", "matern52"])
+@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace, fastagop.Matern52])
 @pytest.mark.parametrize(
     ("operation", "precision", "weight"),
     [("matrix", "fp16x3", True), ("matrix", "fp64", False)],  # what holds most registers; what solve starts from

@@ -6,8 +6,7 @@ import torch
 
 from fastagop.deep_rfm.layer import Layer, normalise_rows
 from fastagop.deep_rfm.random_features import mapped
-from fastagop.kernels.radial import Radial
-from fastagop.kernels.radial_slopes import slope, smooth_weight
+from fastagop.kernels.profile import Profile, weight_at_zero, weight_slope
 
 # Rows have length 1: below this squared distance two of them are one point, computed in two orders of summation.
 _SAME = (256 * torch.finfo(torch.float64).eps) ** 2
@@ -55,7 +54,7 @@ class _Profile(torch.autograd.Function):
     """phi of squared distances; its derivative in r^2 is -w / 2, w the gradient weight."""
 
     @staticmethod
-    def forward(sq: torch.Tensor, kernel: Radial) -> torch.Tensor:
+    def forward(sq: torch.Tensor, kernel: Profile) -> torch.Tensor:
         return kernel.value_(sq.clone())
 
     @staticmethod
@@ -81,8 +80,8 @@ class _Weight(torch.autograd.Function):
     """The gradient weight w of squared distances; at distance zero its limit, or zero where the kernel has a kink."""
 
     @staticmethod
-    def forward(sq: torch.Tensor, kernel: Radial) -> torch.Tensor:
-        return torch.where(sq > _SAME, kernel.weight_(sq.clone()), smooth_weight(kernel))
+    def forward(sq: torch.Tensor, kernel: Profile) -> torch.Tensor:
+        return torch.where(sq > _SAME, kernel.weight_(sq.clone()), weight_at_zero(kernel))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -97,7 +96,9 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def _slope(ctx) -> torch.Tensor:
         (sq,) = ctx.saved_tensors
-        return torch.where(sq > _SAME, slope(ctx.kernel, sq, _Weight.apply(sq, ctx.kernel)), 0.0)
+        apart = sq > _SAME
+        slope = weight_slope(ctx.kernel, torch.where(apart, sq, 1.0), _Weight.apply(sq, ctx.kernel))
+        return torch.where(apart, slope, 0.0)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -126,7 +127,7 @@ class DeepRFMModule(torch.nn.Module):
     centers: torch.Tensor
     alpha: torch.Tensor
 
-    def __init__(self, layers: list[Layer], kernel: Radial, centers, alpha, *, binary: bool, flat: bool, offset=None):
+    def __init__(self, layers: list[Layer], kernel: Profile, centers, alpha, *, binary: bool, flat: bool, offset=None):
         super().__init__()
         self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
         for i, layer in enumerate(layers):

@@ -23,7 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
-from fastagop.kernels import checks
+from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Radial
 from fastagop.solvers.cg import ConjugateGradients
@@ -161,7 +161,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         checks.choice("precision", self.precision, checks.PRECISIONS)
         inputs.dtype(self.dtype)
-        checks.choice("backend", self.backend, ("auto", "torch", "triton"))  # a layer stores its kernel matrix
+        checks.choice("backend", self.backend, backends.names("solve"))  # a layer stores its kernel matrix
         ridge = checks.nonnegative("ridge", self.ridge)
         if not isinstance(self.solver, ConjugateGradients):
             checks.choice("solver", self.solver, METHODS)
@@ -180,6 +180,12 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
         if self.process_group is not None:
             Communicator(self.process_group, "fit", self._device)
+
+    def _explain_fit(self, X, y, sample_weight=None) -> str:
+        """What ``fastagop.explain`` says of a fit."""
+        from fastagop.estimators.fit_plans import explain_fit
+
+        return explain_fit(self, X, y, sample_weight)
 
     def save(self, path) -> None:
         """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
@@ -220,7 +226,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         points = self._mapped(self._samples(X))
         centers, alpha = self._centers.double(), self._alpha.double()
-        backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
+        # This product is in float64, which the backend of the fit may not have.
+        backend = backends.serving(self.backend, backends.Request("kernel_matmul", self._kernel, points))
         return kernel_matmul(self._kernel, points, centers, alpha, backend=backend)
 
     def _packed_alpha(self) -> dict[str, torch.Tensor]:

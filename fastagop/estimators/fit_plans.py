@@ -13,16 +13,16 @@ from sklearn.base import clone
 from fastagop import estimates
 from fastagop.deep_rfm.layer import Settings
 from fastagop.distributed.communicator import Communicator
+from fastagop.estimates import assumption, on_meta, stand_in
 from fastagop.estimators import inputs
 from fastagop.estimators.kernel_ridge import KernelRidge
-from fastagop.explain import assumption, on_meta, stand_in
 from fastagop.kernels import calibration, checks
-from fastagop.kernels.agop import plan_agop
-from fastagop.kernels.plan import Plan, available_bytes, budget, format_bytes
-from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
+from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 from fastagop.solvers import direct
-from fastagop.solvers.solve import plan_solve
+from fastagop.solvers.solve import PreparedSolve, prepare
 
 _CLASSES = 10  # assumed of labels that hold no values
 _PASSES = 12  # over the features of a layer, for the measures of collapse
@@ -58,8 +58,6 @@ class Step:
 
 def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
-    if isinstance(estimator, type):
-        raise ValueError(f"op must be an estimator with its parameters, got the class; use {estimator.__name__}()")
     fresh: Any = clone(estimator)  # the estimator stays as it is
     settings = fresh._settings() if hasattr(fresh, "_settings") else None
     regression = fresh._checked()[0] if settings is None else settings.regression
@@ -107,7 +105,7 @@ def _layers(data: Data, settings: Settings, share: int, classes: bool) -> tuple[
     steps, held = [], 0
     for name, times, d in names:
         X = data.of_width(d)
-        step = _step(X, data.Y, settings.regression, share, {})
+        step = _step(X, data.Y, settings.regression, share, AgopTask("sum"))
         maps = estimates.of_products(2.0 * n * d * (d + width), X)
         passes = _PASSES * n * (2 * d + width) * 8 / _bandwidth(X.device) if classes else 0.0
         step.seconds.update(root=_root(n, d, X.device), features=maps, measures=passes)
@@ -121,7 +119,7 @@ def _layers(data: Data, settings: Settings, share: int, classes: bool) -> tuple[
 def _iterations(data: Data, regression: KernelRidge, estimator, share: int) -> tuple[list[tuple[str, int, Step]], int]:
     (n, d), iterations, diagonal, steps = data.X.shape, int(estimator.iterations), estimator.diagonal, []
     if iterations:
-        step = _step(data.X, data.Y, regression, share, {"center": estimator.center}, diagonal)
+        step = _step(data.X, data.Y, regression, share, AgopTask("sum", estimator.center), diagonal)
         root = 0.0 if diagonal else _root(n, d, data.X.device) + estimates.of_products(2.0 * n * d * d, data.X)
         step.seconds.update(root=root)
         peak = step.peak_bytes + n * d * data.X.element_size() + (0 if diagonal else 4 * 8 * d * d)
@@ -133,55 +131,54 @@ def _iterations(data: Data, regression: KernelRidge, estimator, share: int) -> t
 
 
 def _solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Step:
-    plan, refused, how = _solve_plan(X, Y, regression)
-    if plan is None:
-        return Step({}, 0, "", refused)
-    return Step({"solve": plan.seconds or 0.0}, _solve_peak(plan, X, how), _solver(plan))
-
-
-def _solve_peak(plan: Plan, X: torch.Tensor, how) -> int:
-    """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
-    wide = direct.needed_bytes(len(X), X.shape[1], torch.float64)
-    coarse = isinstance(how, tuple) and how[0] == torch.float32 and wide <= how[1]
-    return max(plan.peak_bytes, wide) if coarse else plan.peak_bytes
-
-
-def _step(X, Y, regression: KernelRidge, share: int, options: dict, diagonal: bool = False) -> Step:
-    """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of passes of "cg"."""
-    plan, refused, how = _solve_plan(X, Y, regression)
-    if plan is None:
-        return Step({}, 0, "", refused)
-    apart = (plan.seconds or 0.0) / (share if plan.method == "cg" else 1)
     try:
-        seconds, peak = _agop(X, Y, regression, options, diagonal, isinstance(how, tuple) and how[0] == torch.float64)
+        prepared = prepare(regression.kernel, X, Y, regression.options)
+    except MemoryError as error:
+        return Step({}, 0, "", str(error))
+    return Step({"solve": prepared.seconds()}, _solve_peak(prepared), _solver(prepared.plan))
+
+
+def _solve_peak(prepared: PreparedSolve) -> int:
+    """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
+    needed = direct.needed_bytes(*prepared.problem.X.shape, torch.float64)
+    coarse = prepared.solver.dtype == torch.float32 and prepared.problem.fits(torch.float64)
+    return max(prepared.plan.peak_bytes, needed) if coarse else prepared.plan.peak_bytes
+
+
+def _step(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal: bool = False) -> Step:
+    """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of passes of "cg"."""
+    try:
+        prepared = prepare(regression.kernel, X, Y, regression.options)
+    except MemoryError as error:
+        return Step({}, 0, "", str(error))
+    plan = prepared.plan
+    apart = prepared.seconds() / (share if plan.method == "cg" else 1)
+    try:
+        stored = plan.method != "cg" and prepared.solver.dtype == torch.float64
+        seconds, peak = _agop_diagonal(X, Y, regression) if diagonal else _agop(X, Y, regression, task, stored)
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))
-    peak = max(_solve_peak(plan, X, how), peak)
+    peak = max(_solve_peak(prepared), peak)
     return Step({"solve": apart, "agop": seconds / share}, peak, _solver(plan))
 
 
-def _solve_plan(X, Y, regression: KernelRidge) -> tuple[Plan | None, str, object]:
-    """(plan with seconds, what does not fit, how), the plan None where something does not."""
-    try:
-        plan, (_, _, ridge, how) = plan_solve(regression.kernel, X, Y, **regression.how)
-    except MemoryError as error:
-        return None, str(error), None
-    return estimates.solve(plan, X, ridge, how, regression.precision), "", how
-
-
-def _agop(X, Y, regression: KernelRidge, options: dict, diagonal: bool, stored: bool) -> tuple[float, int]:
-    """(seconds, peak bytes) of the AGOP; ``stored``: the solve has left weights, which were counted there."""
+def _agop_diagonal(X, Y, regression: KernelRidge) -> tuple[float, int]:
+    """(seconds, peak bytes) of the AGOP's diagonal."""
     (n, d), K = X.shape, Y.shape[1]
-    if diagonal:
-        limit = budget(checks.memory_limit(regression.memory_limit), X.device)
-        _, peak = torch_diagonal.plan_rows(X, K, limit)
-        flops = torch_agop.flops(n, n, d, K, True)["gradient"] - 2.0 * n * K * d * d
-        return calibration.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
+    limit = budget(checks.memory_limit(regression.memory_limit), X.device)
+    _, peak = torch_diagonal.plan_rows(X, K, limit)
+    flops = costs.flops(n, n, d, K, True)["gradient"] - 2.0 * n * K * d * d
+    return calibration.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
+
+
+def _agop(X, Y, regression: KernelRidge, task: AgopTask, stored: bool) -> tuple[float, int]:
+    """(seconds, peak bytes) of the AGOP; ``stored``: the solve has left weights, which were counted there."""
     if stored:
-        return min(torch_agop.costs(X, X, K, torch_agop.products_of(X, X, None)).values()), 0
-    how = {"precision": regression.precision, "backend": regression.backend, "memory_limit": regression.memory_limit}
-    plan, _ = plan_agop(regression.kernel, X, Y, reduction="sum", **options, **how)
-    return estimates.timed(plan, X, X, X.dtype, regression.precision).seconds or 0.0, plan.peak_bytes
+        return min(costs.costs(X, X, Y.shape[1], costs.products_of(X, X, None)).values()), 0
+    how = {"precision": regression.precision, "backend": regression.backend}
+    task = dataclasses.replace(task, limit=regression.memory_limit)
+    call = KernelOperator("agop", regression.kernel, X, **how).agop(Y, task)
+    return call.seconds(), call.plan.peak_bytes
 
 
 def _root(n: int, d: int, device: torch.device) -> float:

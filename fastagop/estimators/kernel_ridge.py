@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 import torch
 
-from fastagop import distributed
-from fastagop.estimators.diagonal import agop_diagonal
+from fastagop.distributed.engine import Local, Predictor, engine_of
 from fastagop.kernels import checks
-from fastagop.kernels.agop import agop, agop_from_weights_
-from fastagop.kernels.plan import Plan
-from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.radial import Radial
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import copies
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.solve import Advice, Solution, Solved, plan_solve, scale_targets, solve_stored, solve_unstored
+from fastagop.solvers.solution import Solution, Solved
+from fastagop.solvers.solve import SolveOptions, scale_targets
+from fastagop.solvers.table import Advice
 
 log = logging.getLogger("fastagop")
 
@@ -38,7 +38,7 @@ class KernelRidge:
     ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
     """
 
-    kernel: Radial
+    kernel: Profile
     ridge: float
     precision: str
     backend: str
@@ -46,11 +46,11 @@ class KernelRidge:
     memory_limit: float | None = None
 
     @property
-    def how(self) -> dict:
-        """How a solve computes."""
-        metadata = {"ridge": self.ridge, "method": self.solver, "memory_limit": self.memory_limit, "advice": _ADVICE}
-        metadata["wide"] = True  # alpha is wanted in float64
-        return {**metadata, "precision": self.precision, "backend": self.backend}
+    def options(self) -> SolveOptions:
+        """How a solve computes; alpha is wanted in float64."""
+        return SolveOptions(
+            self.ridge, self.solver, self.precision, self.backend, self.memory_limit, float64_alpha=True, advice=_ADVICE
+        )
 
 
 def solve(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge, group=None, *, rows: Rows | None = None) -> Solved:
@@ -59,23 +59,7 @@ def solve(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge, group=None,
     Args:
         X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
     """
-    if group is None:
-        return _solved(X, Y, regression, rows or copies.alone(X))[0]
-    return _solved_together(X, Y, regression, group, rows or copies.alone(X))[0]
-
-
-def _solved_together(X, Y, regression: KernelRidge, group, rows: Rows) -> tuple[Solved, int]:
-    return distributed.solve_as(torch.float64, regression.kernel, X, Y, group=group, rows=rows, **regression.how)
-
-
-def _solved(X, Y, regression: KernelRidge, rows: Rows) -> tuple[Solved, torch.Tensor | None, Plan]:
-    """(solution in float64, matrix that holds k(X, X) above its diagonal or None, plan)."""
-    kernel = regression.kernel
-    plan, (_, _, ridge, how) = plan_solve(kernel, X, rows.take(Y), **regression.how)
-    if not isinstance(how, ConjugateGradients):
-        return *solve_stored(kernel, X, Y, ridge, plan, how, regression.precision, torch.float64, rows), plan
-    with matmul_precision(regression.precision, X.device):
-        return solve_unstored(kernel, X, Y, ridge, plan, how, torch.float64, rows), None, plan
+    return engine_of(group).solve(regression.kernel, X, Y, regression.options, rows or copies.alone(X)).solved
 
 
 def fit_and_agop(
@@ -87,7 +71,7 @@ def fit_and_agop(
     rows: Rows | None = None,
     center: bool = False,
     diagonal: bool = False,
-    mark: Callable[[str], None] | None = None,
+    mark: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Solution, torch.Tensor, int]:
     """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
 
@@ -99,50 +83,46 @@ def fit_and_agop(
         center: subtract the mean gradient. diagonal: the diagonal of the AGOP only, (d,).
         mark: called with "solve" and with "agop" when these are done.
     """
-    mark, rows = mark or (lambda stage: None), rows or copies.alone(X)
-    if group is not None:
-        solved, planned = _solved_together(X, Y, regression, group, rows)
-        K, backend = None, ""
-    else:
-        solved, K, plan = _solved(X, Y, regression, rows)
-        planned, backend = plan.peak_bytes, plan.backend
+    engine, rows = engine_of(group), rows or copies.alone(X)
+    fit = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
-    alpha, size = scale_targets(solved.alpha, _SQUARABLE)
+    alpha, size = scale_targets(fit.solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)
-    K = None if diagonal else K
-    if K is not None:  # one in float64 still holds every small distance, so no second pass over pairs is needed
-        K = tiles.weights_from_upper_(kernel, K) if K.dtype == torch.float64 else None
-    wide = X.dtype != torch.float64 and _rounding_costs(kernel, X, alpha, center, rows.weights)
-    if group is not None and X.dtype != torch.float64:
-        wide = bool(distributed.broadcast(X.new_full((1,), float(wide)), group))
+    K = None if diagonal or fit.matrix is None or fit.matrix.dtype != torch.float64 else fit.matrix
+    if K is not None:  # it still holds every small distance, so no second pass over pairs is needed
+        K = tiles.weights_from_upper_(kernel, K)
+    wide = _float64_pays(kernel, X, alpha, center, rows.weights, engine)
+    X = X.double() if wide else X
+    weights = None if rows.weights is None else rows.weights.to(X)
+    backend = "auto" if wide else regression.backend
+    predictor = Predictor(kernel, X, alpha, regression.precision, backend)
+    task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
+    if diagonal:
+        M = engine.agop_diagonal(predictor, task)
+    elif K is not None:
+        operator = KernelOperator("agop", kernel, X, precision=regression.precision, backend=backend)
+        M = operator.agop_from_weights_(K, alpha, center, weights)
+    else:
+        M = engine.agop(predictor, task)
+    M = _of_size(M.double().div_(unit).div_(unit), size)
+    mark("agop")
+    return fit.solved.solution, M, fit.peak_bytes
+
+
+def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Local) -> bool:
+    """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
+    if X.dtype == torch.float64:
+        return False
+    wide = _rounding_costs(kernel, X, alpha, center, weights)
+    wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
     if wide:
         log.info(
             "agop: float32 coefficients would cost more than %.0e of the gradients; computing in float64", _ROUNDING
         )
-        X = X.double()
-    weights = None if rows.weights is None else rows.weights.to(X)
-    weighted = {} if weights is None else {"sample_weight": weights}
-    how = {"center": center, "precision": regression.precision, "backend": "auto" if wide else regression.backend}
-    limit = {"memory_limit": regression.memory_limit}
-    if diagonal:
-        how = {"precision": regression.precision, "group": group, **limit}
-        M = agop_diagonal(kernel, X, alpha.to(X.dtype), center=center, weights=weights, **how)
-    elif group is not None:
-        M = distributed.agop_as(
-            alpha, kernel, X, alpha.to(X.dtype), reduction="sum", weights=weights, group=group, **limit, **how
-        )
-    elif K is not None:
-        backend = "torch" if wide else backend
-        weighted = {} if weights is None else {"row_weights": weights}
-        M = agop_from_weights_(K, X, alpha, regression.precision, backend, center, **weighted)
-    else:
-        M = agop(kernel, X, alpha.to(X.dtype), reduction="sum", **limit, **weighted, **how)
-    M = _of_size(M.double().div_(unit).div_(unit), size)
-    mark("agop")
-    return solved.solution, M, planned
+    return wide
 
 
-def _rounding_costs(kernel: Radial, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+def _rounding_costs(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
     """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
 
     Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.

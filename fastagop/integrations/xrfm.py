@@ -14,12 +14,9 @@ import dataclasses
 import torch
 
 from fastagop.kernels import checks
-from fastagop.kernels.agop import agop
-from fastagop.kernels.operations import gradients, kernel_matrix
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.operations import agop, gradients, kernel_matrix
 from fastagop.kernels.radial import Radial
-from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import agop as torch_agop
-from fastagop.kernels.torch_backend import tiles
 
 try:
     from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
@@ -138,16 +135,11 @@ class FastKernel(LaplaceKernel):
             backend=self.backend,
         )
         if center_grads and alpha.shape[1] > 1:  # the outputs' own means were subtracted: put back how they differ
-            mean = self._means(x, alpha, z)
+            operator = KernelOperator("agop", self.kernel, x, z, precision=self.precision, backend=self.backend)
+            mean = operator.mean_gradient(alpha, rows=_ROWS)
             mean -= mean.mean(0)
             M += len(z) * (mean.T @ mean)
         return self._transform_m(self._transform_m(M, mat).T, mat).T
-
-    def _means(self, x, alpha, z) -> torch.Tensor:
-        """mean_i grad f_c(z_i), shape (outputs, d)."""
-        kernel, x, z, unit = scale_points(self.kernel, x, z)
-        blocks = ((row, kernel.weight_(block)) for row, block in tiles.tiles(x, z, _ROWS))
-        return torch_agop.mean_gradient(blocks, alpha, x, z, tiles.dominant_offset(x)) / unit
 
     def get_agop_diag(self, x, z, coefs, mat=None, center_grads=False):
         """The diagonal of ``get_agop``, (d,)."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.radial import Radial
+from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import tiles
 
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
 
 
-def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
+def note(kernel: Profile, X: torch.Tensor, block: int = 256) -> str:
     """What to say where every k(x_i, x_j), i != j, is 0 or 1 to the rounding of X's dtype; "" elsewhere.
 
     A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
@@ -39,7 +39,7 @@ def note(kernel: Radial, X: torch.Tensor, block: int = 256) -> str:
     )
 
 
-def _counts(kernel: Radial, X: torch.Tensor, block: int) -> tuple[int, int, int]:
+def _counts(kernel: Profile, X: torch.Tensor, block: int) -> tuple[int, int, int]:
     """(pairs with value 0, with value 1, others) to rounding; ends at the first block that holds others."""
     eps, zeros, ones = torch.finfo(X.dtype).eps, 0, 0
     for _, values in tiles.tiles(X, X, block):

@@ -6,8 +6,8 @@ that the preconditioner is built from. A sharded product serves as well as a loc
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,19 +16,15 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
+from fastagop.solvers.limits import MAX_JITTER, bound, relative, times
+from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
 
 log = logging.getLogger("fastagop")
 
-_PROPOSALS = 128  # pivots drawn at once
 _STALL = 100  # steps without a smaller residual before the iteration is given up
-_ROWS = 4096  # rows of the preconditioner rotated at once
 _RANK = 2000  # of the preconditioner, at most, where none is asked for
 STEPS = 50  # that a plan counts with: the number is known afterwards
 _VECTORS = 10  # (n, K) matrices alive at once
-_WIDE = 1e6  # ratio of eigenvalues from which a Gram matrix is not enough to make columns orthogonal
-_EPS = torch.finfo(torch.float64).eps
-
-Matmul = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,37 +58,110 @@ class ConjugateGradients:
         checks.flag("progress", self.progress)
 
 
-def plan(
-    X, Y, options: ConjugateGradients, room: int, backend: str, why: str, advice
-) -> tuple[Plan, ConjugateGradients]:
-    """(road of method "cg", options with the rank settled), or MemoryError.
+def least_bytes(problem) -> int:
+    """Bytes without a preconditioner, where none is asked for by its rank; ``problem`` is a ``table.Problem``."""
+    (n, d), K = problem.X.shape, problem.outputs
+    rank = min(problem.options.rank or 0, n)
+    fixed = 8 * n * (_VECTORS * K + 1) + (0 if problem.X.dtype == torch.float64 else 8 * n * d)
+    return fixed + rank * _rank_bytes(n, rank) + (_draw_bytes(n, rank) if rank else 0) + 8 * BLOCKS_ALIVE * n
+
+
+def _rank_bytes(n: int, rank: int) -> int:
+    """Per column of the preconditioner: of F, of its rotated rows, of r x r matrices."""
+    return 8 * (n + min(n, ROWS) + 5 * rank)
+
+
+def _draw_bytes(n: int, rank: int) -> int:
+    return 8 * 3 * n * min(PROPOSALS, rank)
+
+
+def plan(problem, reason: str):
+    """(plan of method "cg", problem with the preconditioner's rank settled), or MemoryError.
 
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
-    (n, d), K = X.shape, Y.shape[1]
-    row, fixed = 8 * BLOCKS_ALIVE * n, 8 * n * (_VECTORS * K + 1) + (0 if X.dtype == torch.float64 else 8 * n * d)
-    wish = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
-    each = 8 * (n + min(n, _ROWS) + 5 * wish)  # per column: of F, of its rotated rows, of r x r matrices
-    draw = 8 * 3 * n * min(_PROPOSALS, wish)
+    (n, d), K, room, options = problem.X.shape, problem.outputs, problem.room, problem.options
+    row = 8 * BLOCKS_ALIVE * n
+    fixed = 8 * n * (_VECTORS * K + 1) + (0 if problem.X.dtype == torch.float64 else 8 * n * d)
+    rank = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
+    each, draw = _rank_bytes(n, rank), _draw_bytes(n, rank)
     if options.rank is None:
-        wish = max(0, min(wish, (room - fixed - max(draw + row, 64 * row)) // max(1, each)))
-    needed = fixed + wish * each + (draw if wish else 0)
+        rank = max(0, min(rank, (room - fixed - max(draw + row, 64 * row)) // max(1, each)))
+    needed = fixed + rank * each + (draw if rank else 0)
     if needed + row > room:
-        largest = int(room / ((fixed + wish * each + row) / n))
+        largest = int(room / ((fixed + rank * each + row) / n))
         raise MemoryError(
             f"solve with n = {n} needs {format_bytes(needed + row)} even without a kernel matrix (method 'cg', "
-            f"preconditioner of rank {wish}), but {format_bytes(room)} may be used; n up to about {largest} fits. "
-            f"{advice.iterative()}"
+            f"preconditioner of rank {rank}), but {format_bytes(room)} may be used; n up to about {largest} fits. "
+            f"{problem.advice.iterative()}"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (d + 2 * K)
     why = (
-        f"{why}; preconditioner of rank {wish} ({format_bytes(8 * n * wish)}), one pass over all pairs a step "
-        f"({step:.2g} flop), work given for {STEPS} steps"
+        f"{problem.operator.why}; {reason}; preconditioner of rank {rank} ({format_bytes(8 * n * rank)}), "
+        f"one pass over all pairs a step ({step:.2g} flop), work given for {STEPS} steps"
     )
-    work = STEPS * step + 4.0 * n * wish**2
-    peak = max(needed, fixed + 8 * n * wish + rows * row)
-    return Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows), replace(options, rank=wish)
+    work = STEPS * step + 4.0 * n * rank**2
+    peak = max(needed, fixed + 8 * n * rank + rows * row)
+    backend = problem.operator.backend.name
+    made = Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows)
+    return made, replace(problem, options=replace(options, rank=rank))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a solve came to; ``unmet`` as of ``direct.Found``, which has the same attributes."""
+
+    alpha: torch.Tensor
+    jitter: float
+    iterations: int
+    rank: int
+    stopped: str
+    tolerance: float
+    matmul: Matmul
+    K: None = None
+    dropped: int = 0
+    dtype: torch.dtype = torch.float64
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them), of all rows."""
+        return torch.arange(len(Y), device=Y.device), self.matmul(alpha).sub_(Y)
+
+
+def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=lambda product: product) -> Found:
+    """Solve by conjugate gradients with the least jitter, by tens, that has a bounded solution.
+
+    Products run in float64 whatever X's dtype is: in float32 the residual ends at 3e-5 (Laplace) to 1e-3 (Gaussian)
+    at n = 4000 already, and at more for more points.
+
+    Args:
+        problem: a ``table.Problem``. plan: made of it. Y: float64 targets. ridge: a number, or one for each point.
+        out: the dtype in which alpha is wanted.
+        share: makes of the product with k(X, X) one that other processes take part in.
+    """
+    product, options = share(problem.operator.float64_product(plan.block)), problem.options
+    ones = Y.new_ones(len(product))  # every profile has phi(0) = 1
+    low_rank = preconditioner_of(product.columns, ones, ridge, options)
+    scale = low_rank.largest if low_rank else float(len(Y))
+    jitter, iterations = 0.0, 0
+
+    def matmul(V: torch.Tensor, jitter: float = 0.0) -> torch.Tensor:
+        return product.matmul(V).add_(times(ridge + jitter, V))
+
+    while True:
+        result = conjugate_gradients(
+            functools.partial(matmul, jitter=jitter),
+            Y,
+            low_rank.shifted(jitter) if low_rank else None,
+            options,
+            bound(Y, out),
+        )
+        iterations += result.iterations
+        if not result.singular or jitter >= MAX_JITTER * scale:
+            break
+        jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
+    rank = low_rank.rank if low_rank else 0
+    return Found(result.alpha, jitter, iterations, rank, result.stopped, options.tolerance, matmul)
 
 
 @dataclass(frozen=True)
@@ -107,124 +176,6 @@ class CGResult:
     iterations: int
     stopped: str
     singular: bool = False
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """S^-1 P S^-1 with P = U diag(values) U^T + tail (I - U U^T), U (n, r) with orthonormal columns, S diagonal.
-
-    ``scale``: the diagonal of S (n,), None for 1: weights W make it W^(1/2), as K + ridge W^-1 is
-    S^-1 (S K S + ridge) S^-1.
-    """
-
-    U: torch.Tensor
-    values: torch.Tensor
-    tail: float
-    scale: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """Columns of U."""
-        return self.U.shape[1]
-
-    @property
-    def largest(self) -> float:
-        """The largest eigenvalue."""
-        return float(self.values[-1])
-
-    def shifted(self, jitter: float) -> Preconditioner:
-        """That of the matrix with jitter added to the diagonal."""
-        return replace(self, values=self.values + jitter, tail=self.tail + jitter)
-
-    def __call__(self, R: torch.Tensor) -> torch.Tensor:
-        """tail P^-1 R. Conjugate gradients do not see the factor, and nothing is divided by a small number."""
-        R = R if self.scale is None else R * self.scale[:, None]
-        Z = R - self.U @ ((1.0 - self.tail / self.values)[:, None] * (self.U.T @ R))
-        return Z if self.scale is None else Z * self.scale[:, None]
-
-
-def pivoted_cholesky(columns: Matmul, diagonal: torch.Tensor, rank: int, enough: float, seed: int = 0) -> torch.Tensor:
-    """F (n, r), r <= rank, with F F^T close to K from below: randomly pivoted Cholesky.
-
-    Pivots are drawn with probabilities proportional to the diagonal of K - F F^T, a block at a time; a pivot of the
-    block whose entry has shrunk meanwhile stays with the probability it shrank to, so the draw is that of one pivot
-    at a time (Chen, Epperly, Tropp, Webber 2022; Epperly, Tropp, Webber 2024). Duplicates of a pivot are never drawn.
-
-    Args:
-        columns: index (b,) -> K[:, index], float64 (n, b).
-        diagonal: of K, float64 (n,).
-        rank: columns of F at most.
-        enough: the trace of K - F F^T below which there is nothing left to approximate.
-        seed: of the draw; the same on every device and rank.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    F, r, left = diagonal.new_empty(len(diagonal), rank), 0, diagonal.clone()
-    floor = len(diagonal) * _EPS * float(diagonal.max())
-    while r < rank and float(left.sum()) > max(enough, floor):
-        draw = torch.multinomial(left.cpu(), min(_PROPOSALS, rank - r), replacement=True, generator=generator)
-        index = draw.to(left.device)
-        G = columns(index)
-        kept, L = _accept(G[index].addmm_(F[index, :r], F[index, :r].T, alpha=-1.0), floor, generator)
-        if not kept:
-            break
-        index, G = index[kept], G[:, kept]
-        G.addmm_(F[:, :r], F[index, :r].T, alpha=-1.0)
-        fresh = F[:, r : r + len(kept)].copy_(torch.linalg.solve_triangular(L.mT, G, upper=True, left=False))
-        left.sub_(torch.einsum("ij,ij->i", fresh, fresh)).clamp_(min=0.0)
-        left[index] = 0.0
-        r += len(kept)
-    return F[:, :r]
-
-
-def _accept(H: torch.Tensor, floor: float, generator: torch.Generator) -> tuple[list[int], torch.Tensor]:
-    """(proposals kept, Cholesky factor of their block) from the residual block H (b, b) of all proposals."""
-    a, kept = H.cpu().numpy(), []
-    bar = np.maximum(
-        torch.rand(len(a), generator=generator, dtype=torch.float64, device="cpu").numpy() * a.diagonal(), floor
-    )
-    for i in range(len(a)):
-        if a[i, i] > bar[i]:
-            kept.append(i)
-            a[i:, i] /= np.sqrt(a[i, i])
-            a[i + 1 :, i + 1 :] -= np.outer(a[i + 1 :, i], a[i + 1 :, i])
-    return kept, torch.from_numpy(np.tril(a[np.ix_(kept, kept)])).to(H.device)
-
-
-def preconditioner_of(columns: Matmul, diagonal: torch.Tensor, ridge, options) -> Preconditioner | None:
-    """The preconditioner of K + ridge, a number or one for each point (n,), from K's columns and diagonal."""
-    if not isinstance(ridge, torch.Tensor):
-        return preconditioner(pivoted_cholesky(columns, diagonal, options.rank or 0, ridge, options.seed), ridge)
-    least = float(ridge.min())
-    scale = (least / ridge).sqrt()
-    F = pivoted_cholesky(columns, diagonal, options.rank or 0, least, options.seed)
-    found = preconditioner(F.mul_(scale[:, None]), least)
-    return None if found is None else replace(found, scale=scale)
-
-
-def preconditioner(F: torch.Tensor, ridge: float) -> Preconditioner | None:
-    """The preconditioner of F F^T + ridge I; F is overwritten. None where F has no columns.
-
-    Directions outside F get the smallest eigenvalue inside: what F left out is no larger, and ridge 0 is no special
-    case (Frangella, Tropp, Udell 2023).
-    """
-    if F.shape[1] == 0:
-        return None
-    values, vectors = torch.linalg.eigh(F.T @ F)
-    keep = values > len(F) * _EPS * float(values[-1])
-    values = values[keep]
-    U = _rotate_(F, vectors[:, keep] / values.sqrt())
-    if values[-1] > _WIDE * values[0]:  # the Gram matrix of F has lost half of the digits: U is not orthogonal yet
-        L = torch.linalg.cholesky(U.T @ U)
-        U = _rotate_(U, torch.linalg.inv(L).T)
-    return Preconditioner(U, values + ridge, float(values[0]) + ridge)
-
-
-def _rotate_(F: torch.Tensor, T: torch.Tensor) -> torch.Tensor:
-    """F T, written over F's first columns block by block."""
-    for start in range(0, len(F), _ROWS):
-        rows = F[start : start + _ROWS]
-        rows[:, : T.shape[1]] = rows @ T
-    return F[:, : T.shape[1]]
 
 
 class ProgressReporter:
@@ -323,9 +274,3 @@ def _largest(R: torch.Tensor, size: torch.Tensor) -> float:
     """max_c ||R_c|| / size_c; a column of size 0 counts by its own length."""
     errors = torch.linalg.vector_norm(R, dim=0) / torch.where(size > 0, size, 1.0)
     return float(errors.max()) if errors.numel() else 0.0
-
-
-def relative(R: torch.Tensor, Y: torch.Tensor) -> float:
-    """||R|| / ||Y|| (Frobenius); 0 where Y is."""
-    size = float(torch.linalg.vector_norm(Y))
-    return float(torch.linalg.vector_norm(R)) / size if size > 0 else 0.0

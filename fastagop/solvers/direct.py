@@ -10,34 +10,30 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop import linalg
-from fastagop.kernels.backends import triton_fills
-from fastagop.kernels.plan import Plan, empty_matrix, format_bytes
-from fastagop.kernels.radial import Radial
-from fastagop.kernels.torch_backend import tiles
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.solvers import cg
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relative, times
 
 log = logging.getLogger("fastagop")
 
-# A residual above this is worth a warning: what each dtype can promise on a solvable problem.
-RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
-MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge; nothing sensible is left to try
 WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
 _STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
 _PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
-_SAMPLE = 512  # rows whose float64 residual stands for that of all
 
 
 @dataclass(frozen=True)
-class System:
+class LinearSystem:
     """The system to solve and where its large products are done.
 
     Attributes:
         K: (n, n), k(X, X); a factorisation takes its lower triangle.
         ridge: on the diagonal: a number, or ridge / weight of each point (n,).
         matmul: V -> (k(X, X) + ridge) V in float64, from what is at hand: K, or the points.
+        from_points: the same from the points.
         check: V -> (rows, their k(X, X) V) from k(X, X) in float64, a sample where all rows would cost too much.
         update: the column-block update of ``linalg.cholesky_lower_``; None for the library's products.
         steps: of refinement after a float32 factorisation, at most.
@@ -47,6 +43,7 @@ class System:
     K: torch.Tensor
     ridge: float | torch.Tensor
     matmul: Callable[[torch.Tensor], torch.Tensor]
+    from_points: Callable[[torch.Tensor], torch.Tensor]
     check: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     update: Callable | None
     steps: int
@@ -54,7 +51,7 @@ class System:
 
     def residual(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
         """||(k + ridge) alpha - Y|| / ||Y|| with the matrix at hand."""
-        return cg.relative(self.matmul(alpha.double()).sub_(Y), Y)
+        return relative(self.matmul(alpha.double()).sub_(Y), Y)
 
     def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64."""
@@ -80,12 +77,29 @@ class Found:
     ``checked``: (rows, residuals of alpha rounded to ``system.out``) where they have been measured on the way.
     """
 
-    system: System
+    system: LinearSystem
     alpha: torch.Tensor
     jitter: float
     iterations: int
     rank: int
     checked: tuple[torch.Tensor, torch.Tensor] | None = None
+    stopped: str = ""
+    tolerance: float = 0.0
+
+    @property
+    def K(self) -> torch.Tensor:
+        """The matrix, with k(X, X) in its strict upper triangle."""
+        return self.system.K
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factorisation."""
+        return self.system.K.dtype
+
+    @property
+    def dropped(self) -> int:
+        """Eigenvalues that were left out."""
+        return len(self.system.K) - self.rank
 
     def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64, of the alpha that is returned."""
@@ -94,38 +108,52 @@ class Found:
         return self.system.unmet(alpha, Y)
 
 
-def bound(Y: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest coefficient that a dtype can bear: beyond it, differences of coefficients are noise beside Y."""
-    return largest(Y) / torch.finfo(dtype).eps ** 0.5
-
-
-def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """A diagonal matrix, given as a number or (n,), times V."""
-    return V * (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal)
-
-
 def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
     """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
     return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
 
 
-def solve(
-    kernel: Radial, X: torch.Tensor, Y: torch.Tensor, ridge, plan: Plan, how: tuple[torch.dtype, int], precision, out
-) -> Found:
+def plan(problem, method: str, dtype: torch.dtype, why: str) -> Plan:
+    """The plan with one n x n matrix in a dtype; ``problem`` is a ``table.Problem``."""
+    X, operator, (n, d), size = problem.X, problem.operator, problem.X.shape, dtype.itemsize
+    kernels = operator.backend.factor_kernels(dtype, operator.precision)
+    copies = 3.0 if method == "eigh" else 1.0 + WORKSPACE
+    extra = 0 if X.dtype == dtype else X.numel() * size
+    rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3), n, "solve")
+    work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
+    precision = f"{str(dtype).removeprefix('torch.')} factorisation"
+    if dtype == X.dtype == torch.float32:
+        described = operator.backend.describe_precision(operator.precision, X)
+        precision = f"{described} factorisation, float64 refinement"
+    peak = int(copies * n * n * size) + extra
+    made = Plan("solve", operator.backend.name, method, why, precision + kernels.note, work, peak, rows)
+    return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
+
+
+def _with_second_try(plan: Plan, problem) -> Plan:
+    """The plan of a float32 matrix with what a float64 one takes, where that fits: it may turn out to be needed."""
+    if not problem.fits(torch.float64):
+        return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
+    more = f"; a float64 matrix where the float32 one leaves a residual above {ENOUGH:.0e}"
+    needed = needed_bytes(*problem.X.shape, torch.float64)
+    return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
+
+
+def solve(problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype, torch.dtype]) -> Found:
     """Solve with the plan's method in a dtype; with a float64 matrix after all where a float32 one is found too coarse.
 
     Args:
-        kernel, X, plan, precision: of the call. Y: float64 targets.
-        ridge: a number, or one for each point. how: (dtype of the matrix, bytes that may be taken).
-        out: the dtype in which alpha is wanted.
+        problem: a ``table.Problem``. plan: made of it. Y: float64 targets.
+        ridge: a number, or one for each point. dtypes: of the matrix, and the one in which alpha is wanted.
     """
-    dtype, room = how
+    dtype, out = dtypes
+    build = functools.partial(system, problem.operator, ridge, plan, out)
     if plan.method == "eigh":
-        found = system(kernel, X, ridge, plan, dtype, precision, out)
+        found = build(dtype)
         alpha, rank = eigh(found, Y)
         return Found(found, alpha, 0.0, 0, rank)
-    wide = needed_bytes(len(X), X.shape[1], torch.float64) <= room
-    found = _cholesky(system(kernel, X, ridge, plan, dtype, precision, out), Y, wide)
+    wide, (n, d) = problem.fits(torch.float64), problem.X.shape
+    found = _cholesky(build(dtype), Y, wide)
     if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
         return found
     if found is not None:
@@ -133,14 +161,14 @@ def solve(
         if not coarse:
             return found
         log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
-        if not wide or _PASSES * (X.shape[1] + 2 * Y.shape[1]) < len(X) / 3:
+        if not wide or _PASSES * (d + 2 * Y.shape[1]) < n / 3:
             steps = found.system.steps if not wide else _PASSES
-            refined, met = _refined_from_points(kernel, X, Y, found, plan, steps)
+            refined, met = _refined_from_points(found, Y, steps)
             if met or not wide:
                 return refined
-    log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * len(X) ** 2))
+    log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * n**2))
     found = None  # the float32 matrix is given back first
-    found = _cholesky(system(kernel, X, ridge, plan, torch.float64, precision, out), Y, False)
+    found = _cholesky(build(torch.float64), Y, False)
     assert found is not None
     return found
 
@@ -149,46 +177,30 @@ def _is_zero(ridge) -> bool:
     return not isinstance(ridge, torch.Tensor) and ridge == 0
 
 
-def system(kernel: Radial, X: torch.Tensor, ridge, plan: Plan, dtype: torch.dtype, precision: str, out) -> System:
+def system(operator: KernelOperator, ridge, plan: Plan, out: torch.dtype, dtype: torch.dtype) -> LinearSystem:
     """A matrix filled with k(X, X), in its dtype, and how to go on.
 
     Products come from K's upper triangle, but for a float32 K without a ridge: the eigenvalues that matter there are
     below its rounding, so they come from the points in float64, one pass over all pairs a step.
     """
+    X, kernels = operator.points.X, operator.backend.factor_kernels(dtype, operator.precision)
     K = empty_matrix(len(X), len(X), X, dtype)
-    update, steps = None, _STEPS["highest"]
-    if plan.backend == "triton" and triton_fills(K.dtype):
-        from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton
-
-        triton_launch.fill_symmetric(K, kernel, X)
-        if K.dtype == torch.float32:  # the library's float64 products are on tensor cores as they are
-            update, steps = triton_launch.cholesky_update(precision), _STEPS[precision]
-    else:
-        tiles.fill_symmetric(K, X.to(K.dtype), plan.block, kernel.value_)
-    every, wide = torch.arange(len(X), device=X.device), functools.cache(X.double)
+    kernels.fill(K, operator.points.kernel, X, plan.block)
+    points = functools.cache(functools.partial(operator.float64_product, plan.block))
+    every = torch.arange(len(X), device=X.device)
 
     def stored(V: torch.Tensor) -> torch.Tensor:
         return linalg.upper_matmul(K, ridge + 1.0, V)
 
     def from_points(V: torch.Tensor) -> torch.Tensor:
-        return tiles.kernel_matmul(kernel, wide(), wide(), V, plan).add_(times(ridge, V))
+        return points().matmul(V).add_(times(ridge, V))
 
     def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if K.dtype == torch.float64:
-            return every, linalg.upper_matmul(K, 1.0, V)
-        return sample_product(kernel, wide(), V, plan)
+        return (every, linalg.upper_matmul(K, 1.0, V)) if dtype == torch.float64 else points().sampled(V)
 
-    exact = K.dtype == torch.float32 and _is_zero(ridge)
-    return System(K, ridge, from_points if exact else stored, sampled, update, steps, out)
-
-
-def sample_product(kernel: Radial, X: torch.Tensor, V: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, their k(X, X) V) from points in float64: all rows of few, a sample of many."""
-    n = len(X)
-    if n <= _FEW:
-        return torch.arange(n, device=X.device), tiles.kernel_matmul(kernel, X, X, V, plan)
-    rows = torch.arange(_SAMPLE, device=X.device) * n // _SAMPLE
-    return rows, tiles.kernel_matmul(kernel, X[rows], X, V, plan)
+    exact = dtype == torch.float32 and _is_zero(ridge)
+    update, steps = kernels.update, _STEPS[kernels.precision]
+    return LinearSystem(K, ridge, from_points if exact else stored, from_points, sampled, update, steps, out)
 
 
 def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
@@ -208,7 +220,7 @@ def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
     return (error if error > max(enough, 4.0 * floor) else 0.0), found
 
 
-def _cholesky(system: System, Y: torch.Tensor, wide: bool) -> Found | None:
+def _cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool) -> Found | None:
     """The solution with the least jitter that has bounded coefficients; K's lower triangle holds the factor afterwards.
 
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
@@ -228,7 +240,7 @@ def _cholesky(system: System, Y: torch.Tensor, wide: bool) -> Found | None:
     return None
 
 
-def _factor(system: System, jitter: float, scale: float, once: bool) -> float | None:
+def _factor(system: LinearSystem, jitter: float, scale: float, once: bool) -> float | None:
     """Factor K in place with the least jitter >= the one given that works; returns it. None if only one try is due."""
     while linalg.cholesky_lower_(system.K, 1.0 + system.ridge + jitter, update=system.update):
         if once:
@@ -238,7 +250,7 @@ def _factor(system: System, jitter: float, scale: float, once: bool) -> float | 
     return jitter
 
 
-def _refined(system: System, Y: torch.Tensor, jitter: float) -> tuple[torch.Tensor, int, bool]:
+def _refined(system: LinearSystem, Y: torch.Tensor, jitter: float) -> tuple[torch.Tensor, int, bool]:
     """(alpha, steps, whether the matrix is singular): a float32 factor preconditions float64 conjugate gradients.
 
     The jitter belongs to the system that is refined: without it that system is not positive definite to rounding.
@@ -255,12 +267,12 @@ def _refined(system: System, Y: torch.Tensor, jitter: float) -> tuple[torch.Tens
     return outcome.alpha, outcome.iterations, outcome.singular
 
 
-def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan, steps: int) -> tuple[Found, bool]:
+def _refined_from_points(found: Found, Y: torch.Tensor, steps: int) -> tuple[Found, bool]:
     """(alpha refined with float64 kernel values from the points, whether that was enough): one pass a step."""
-    old, wide = found.system, X.double()
+    old = found.system
 
     def matmul(V: torch.Tensor) -> torch.Tensor:
-        return tiles.kernel_matmul(kernel, wide, wide, V, plan).add_(times(old.ridge, V)).add_(V * found.jitter)
+        return old.from_points(V).add_(V * found.jitter)
 
     def by_factor(R: torch.Tensor) -> torch.Tensor:
         return linalg.cholesky_solve(old.K, R.to(old.K.dtype)).double()
@@ -273,7 +285,7 @@ def _refined_from_points(kernel: Radial, X, Y, found: Found, plan: Plan, steps: 
     return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
 
 
-def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
+def eigh(system: LinearSystem, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
     K, ridge, root = system.K, system.ridge, torch.ones((), device=system.K.device)
     if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
@@ -289,8 +301,3 @@ def eigh(system: System, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
         if not excess or int(keep.sum()) <= 1:
             return alpha, int(keep.sum())
         cut *= 10.0
-
-
-def largest(A: torch.Tensor) -> float:
-    """The largest absolute item, 0 where there is none."""
-    return float(A.abs().max()) if A.numel() else 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels.errors import warn
-from fastagop.solvers.direct import RESIDUAL
+from fastagop.solvers.limits import RESIDUAL
 
 _OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
 

@@ -1,178 +1,134 @@
-"""Kernel ridge(less) regression: (k(X, X) + ridge I) alpha = Y, by factorising one n x n matrix, or without one."""
+"""Kernel ridge(less) regression: (k(X, X) + ridge I) alpha = Y, by the solver that the table names.
+
+``prepare`` checks and plans, which ``fastagop.explain`` prints; what it returns runs.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastagop.kernels import checks
-from fastagop.kernels.backends import NAMES, choose, describe_precision, triton_fills
-from fastagop.kernels.errors import BackendUnavailable
-from fastagop.kernels.keops_backend import reductions
-from fastagop.kernels.plan import Plan, block_rows, budget, format_bytes
-from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.radial import Radial
+from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
+from fastagop.kernels.plan import Plan, budget, format_bytes
+from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import tiles
-from fastagop.solvers import bandwidth, cg, copies, direct
+from fastagop.solvers import bandwidth, copies, table
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.direct import MAX_JITTER, RESIDUAL, largest
+from fastagop.solvers.limits import bound, largest, relative, times
 from fastagop.solvers.solution import Solution, Solved, report
-
-_SHORT = 4096  # rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What a caller's user can change where memory is short: the words of its error."""
-
-    method: str = "method"
-    limit: str = "raise memory_limit where memory is free"
-
-    def direct(self) -> str:
-        """Where no matrix fits."""
-        return f"Use fewer points, {self.method}='cg', or {self.limit}"
-
-    def iterative(self) -> str:
-        """Where not even the vectors of "cg" fit."""
-        return (
-            f"Use fewer points, a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...), or {self.limit}"
-        )
-
+from fastagop.solvers.table import Advice, Problem, Solver
 
 ADVICE = Advice()
 
 
-def plan_solve(
-    kernel,
-    X,
-    Y,
-    *,
-    ridge: float = 0.0,
-    method: str | ConjugateGradients = "auto",
-    precision: str = "highest",
-    backend: str = "auto",
-    memory_limit: float | None = None,
-    sample_weight: torch.Tensor | None = None,
-    advice: Advice = ADVICE,
-    wide: bool = False,
-) -> tuple[Plan, tuple]:
-    """(Plan, (X, Y, ridge, how)) of a solve call.
+@dataclass(frozen=True)
+class SolveOptions:
+    """How a system is solved: arguments of ``fastagop.solve``, and what other callers want otherwise.
 
-    how: (the factorisation's dtype, bytes that may be taken), or the options of method "cg". ``advice``: what the
-    caller's user can change where memory is short. ``wide``: alpha is wanted in float64.
+    Attributes:
+        ridge, method, precision, backend, memory_limit: as in ``fastagop.solve``.
+        float64_alpha: the coefficients are wanted in float64. advice: for errors of memory.
     """
+
+    ridge: float = 0.0
+    method: str | ConjugateGradients = "auto"
+    precision: str = "highest"
+    backend: str = "auto"
+    memory_limit: float | None = None
+    float64_alpha: bool = False
+    advice: Advice = ADVICE
+
+
+@dataclass(frozen=True)
+class PreparedSolve:
+    """A system, checked and planned, of which nothing has run.
+
+    Attributes:
+        problem: the system at the points X. solver: that will run. plan: what it will do.
+    """
+
+    problem: Problem
+    solver: Solver
+    plan: Plan
+
+    def seconds(self) -> float:
+        """Estimated time."""
+        return self.solver.seconds(self.problem, self.plan)
+
+    @torch.no_grad()
+    def run(self, Y: torch.Tensor, rows: Rows, out: torch.dtype, *, apart: bool = False, **shared):
+        """(Solved at the points of given targets Y (n, K), matrix with k(X, X) above its diagonal or None).
+
+        alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
+        everything else, so callers that go on computing ask for float64.
+
+        Args:
+            Y: targets of the rows given. rows: how those became points.
+            apart: copies whose targets differ get coefficients that differ, where the ridge keeps these small; else
+                they share one.
+            **shared: for a solver whose products other processes take part in.
+        """
+        problem, operator = self.problem, self.problem.operator
+        start, task = time.perf_counter(), _Task.of(Y, problem.ridge, rows, out, apart)
+        note = bandwidth.note(operator.kernel, problem.X)
+        with operator.products():
+            found = self.solver.run(problem, self.plan, task.target, task.ridge, out, **shared)
+            answer = task.answer(found.alpha)
+            residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
+        rank = found.rank if found.K is None else found.rank + len(Y) - len(problem.X)
+        made = {"jitter": found.jitter, "method": self.plan.method, "dtype": found.dtype, "rank": rank, "note": note}
+        made |= {"iterations": found.iterations, "stopped": found.stopped, "tolerance": found.tolerance}
+        made["seconds"] = time.perf_counter() - start
+        return task.solved(answer, ridge=problem.ridge, **residuals, **made), found.K
+
+
+def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> PreparedSolve:
+    """The solve of a system as it will run: arguments checked, the solver chosen, its plan made."""
     checks.kernel(kernel)
-    options = ConjugateGradients()
+    method, cg_options = options.method, ConjugateGradients()
     if isinstance(method, ConjugateGradients):
-        options, method = method, "cg"
-    checks.choice("method", method, ("auto", "cholesky", "eigh", "cg"))
-    checks.choice("precision", precision, checks.PRECISIONS)
-    ridge, limit = checks.nonnegative("ridge", ridge), checks.memory_limit(memory_limit)
-    checks.choice("backend", backend, NAMES)
-    checks.points(X, None)
-    checks.ridge(ridge, X.dtype)
-    # KeOps never stores the matrix: it serves the passes of "cg" only.
-    chosen, why = choose("auto" if method == "cg" else backend, "solve", kernel, X, precision)
-    checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
-    checks.sample_weight(sample_weight, X, "mean")
-    room, reason = budget(limit, X.device), "cg asked for"
-    if method != "cg":
-        try:
-            coarse = chosen == "triton" and precision != "highest"
-            road, dtype, reason = _road(X, ridge, method, room, coarse, advice, wide)
-            plan = _plan_direct(X, Y, road, dtype, f"{why}; {reason}", precision, chosen)
-            if dtype == torch.float32 and ridge > 0:
-                plan = _with_second_try(plan, X, room)
-            return plan, (X, Y, ridge, (dtype, room))
-        except MemoryError:
-            if method != "auto" or chosen == "triton":
-                raise
-            reason = f"no n x n matrix fits into {format_bytes(room)}"
-    backend, why = _passes(backend, kernel, X)
-    plan, options = cg.plan(X, Y, options, room, backend, f"{why}; {reason}", advice)
-    return plan, (X, Y, ridge, options)
+        method, cg_options = "cg", method
+    checks.choice("method", method, table.METHODS)
+    checks.choice("precision", options.precision, checks.PRECISIONS)
+    ridge, limit = checks.nonnegative("ridge", options.ridge), checks.memory_limit(options.memory_limit)
+
+    def problem(operation: str) -> Problem:
+        how = {"precision": options.precision, "backend": options.backend}
+        operator = KernelOperator(operation, kernel, X, **how)
+        checks.ridge(ridge, X.dtype)
+        checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
+        checks.sample_weight(sample_weight, X, "mean")
+        room = budget(limit, X.device)
+        return Problem(operator, Y.shape[1], ridge, room, cg_options, options.float64_alpha, options.advice)
+
+    if method == "cg":
+        return _prepared(problem(_CG), "cg", None)
+    stored = problem("solve")
+    try:
+        return _prepared(stored, "cholesky" if method == "auto" else method, None)
+    except MemoryError:
+        if method != "auto" or not stored.operator.serves(_CG):
+            raise
+    return _prepared(problem(_CG), "cg", f"no n x n matrix fits into {format_bytes(stored.room)}")
 
 
-def _passes(backend: str, kernel: Radial, X: torch.Tensor) -> tuple[str, str]:
-    """(backend, why) of the float64 passes of "cg"."""
-    if backend == "triton":
-        raise BackendUnavailable(
-            "backend 'triton' cannot serve solve with method 'cg': these products are in float64; use "
-            "backend='torch' or 'auto' to compute without it"
-        )
-    return choose(backend, "kernel_matmul", kernel, X, pairs=cg.STEPS * float(len(X)) ** 2)
+_CG = "solve with method 'cg'"
 
 
-def _plan_direct(X, Y, method: str, dtype: torch.dtype, why: str, precision: str, backend: str) -> Plan:
-    """The road with one n x n matrix."""
-    n, size = len(X), dtype.itemsize
-    copies = 3.0 if method == "eigh" else 1.0 + direct.WORKSPACE
-    extra = 0 if X.dtype == dtype else X.numel() * size
-    rows = block_rows(n * size, 0, max(n * size, int(direct.WORKSPACE * n * n * size) // 3), n, "solve")
-    work = n * n * X.shape[1] + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * Y.shape[1]
-    words = str(dtype).removeprefix("torch.")
-    if dtype != X.dtype or X.dtype == torch.float64:
-        words = f"{words} factorisation"
-    else:
-        words = f"{describe_precision(precision, X, backend)} factorisation, float64 refinement"
-    if backend == "triton" and not triton_fills(dtype):
-        words += " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
-    return Plan("solve", backend, method, why, words, work, int(copies * n * n * size) + extra, rows)
-
-
-def _with_second_try(plan: Plan, X: torch.Tensor, room: int) -> Plan:
-    """The plan of a float32 matrix with what a float64 one takes, where that fits: it may turn out to be needed."""
-    needed = direct.needed_bytes(len(X), X.shape[1], torch.float64)
-    if needed > room:
-        return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
-    more = f"; a float64 matrix where the float32 one leaves a residual above {direct.ENOUGH:.0e}"
-    return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
-
-
-def _road(
-    X: torch.Tensor, ridge: float, method: str, room: int, coarse: bool, advice: Advice, wide: bool
-) -> tuple[str, torch.dtype, str]:
-    """(method, dtype of the factorisation, why), or MemoryError with the plan.
-
-    ``coarse``: products below float32's accuracy were asked for, so that the factor is a preconditioner anyway.
-    """
-    n = len(X)
-    need = {dtype: direct.needed_bytes(n, X.shape[1], dtype) for dtype in RESIDUAL}
-    if method == "eigh":
-        needed, dtype, reason = 3 * n * n * 8, torch.float64, "eigh asked for; it runs in float64"
-    elif X.dtype == torch.float64:
-        needed, dtype, reason = need[torch.float64], torch.float64, "float64 input"
-    elif ridge == 0 and not coarse and need[torch.float64] <= room:
-        needed, dtype = need[torch.float64], torch.float64
-        reason = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
-    elif wide and n <= _SHORT and X.device.type == "cpu" and not coarse and need[torch.float64] <= room:
-        needed, dtype = need[torch.float64], torch.float64
-        reason = "few rows: float64 takes about as long as float32 and its refinement"
-    else:
-        needed, dtype = need[torch.float32], torch.float32
-        reason = "float32 input with a ridge" if ridge else f"a float64 matrix does not fit into {format_bytes(room)}"
-        if coarse:
-            reason = "the precision asked for makes the factor a preconditioner"
-    if needed > room:
-        largest = int((room / (needed / n**2)) ** 0.5)
-        raise MemoryError(
-            f"solve with n = {n} needs {format_bytes(needed)} ({dtype} matrix of "
-            f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(room)} may be used; "
-            f"n up to about {largest} fits. {advice.direct()}"
-        )
-    return ("cholesky" if method == "auto" else method), dtype, reason
+def _prepared(problem: Problem, method: str, reason: str | None) -> PreparedSolve:
+    solver, asked = table.choose(problem, method)
+    plan, problem = solver.plan(problem, reason or asked)
+    return PreparedSolve(problem, solver, plan)
 
 
 @torch.no_grad()
 def solve(
-    kernel: Radial,
+    kernel: Profile,
     X: torch.Tensor,
     Y: torch.Tensor,
     *,
@@ -222,110 +178,28 @@ def solve(
             residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or the bandwidth
             makes every kernel value 0 or 1.
     """
-    options = {"ridge": ridge, "method": method, "precision": precision, "backend": backend}
-    plan, (X, Y, ridge, how) = plan_solve(
-        kernel, X, Y, memory_limit=memory_limit, sample_weight=sample_weight, **options
-    )
-    rows, points = copies.find(X, sample_weight), X
-    if not rows.plain:  # fewer points may take another road
-        points = rows.take(X)
-        plan, (_, _, _, how) = plan_solve(kernel, points, rows.take(Y), memory_limit=memory_limit, **options)
-    if isinstance(how, ConjugateGradients):
-        with matmul_precision(precision, X.device):
-            solved = solve_unstored(kernel, points, Y, ridge, plan, how, X.dtype, rows, apart=True)
-    else:
-        solved, _ = solve_stored(kernel, points, Y, ridge, plan, how, precision, X.dtype, rows, apart=True)
+    options = SolveOptions(ridge, method, precision, backend, memory_limit)
+    prepared = prepare(kernel, X, Y, options, sample_weight)
+    rows = copies.find(X, sample_weight)
+    if not rows.plain:  # fewer points may take another solver
+        prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
+    solved, _ = prepared.run(Y, rows, X.dtype, apart=True)
     solution = as_given(solved.solution, kernel, X, Y, rows)
     report(solution)
     return solution
 
 
-def as_given(solution: Solution, kernel: Radial, X: torch.Tensor, Y: torch.Tensor, rows: Rows) -> Solution:
+def as_given(solution: Solution, kernel: Profile, X: torch.Tensor, Y: torch.Tensor, rows: Rows) -> Solution:
     """The solution with the residual of the rows as they were given, where copies equal each other to rounding only."""
     if rows.exact:
         return solution
     kernel, X, _, _ = scale_points(kernel, X, X)
     (y, unit), live = scale_targets(Y.double()), rows.live
     x, y, alpha = X.double()[live], y[live], solution.alpha.double()[live] / unit
-    some, R = direct.sample_product(kernel, x, alpha, tiles.plan_kernel_matmul(x, x, alpha, "", ""))
+    some, R = product_of_points(kernel, x, alpha.shape[1]).sampled(alpha)
     R = R + (solution.ridge / rows.each[live][some])[:, None] * alpha[some] - y[some]
-    residual = cg.relative(R * (len(y) / len(some)) ** 0.5, y)
+    residual = relative(R * (len(y) / len(some)) ** 0.5, y)
     return replace(solution, residual=residual, residual_rows=len(Y) if len(some) == len(y) else len(some))
-
-
-def solve_stored(
-    kernel: Radial,
-    X,
-    Y,
-    ridge: float,
-    plan: Plan,
-    how: tuple[torch.dtype, int],
-    precision: str,
-    out: torch.dtype,
-    rows: Rows,
-    *,
-    apart: bool = False,
-) -> tuple[Solved, torch.Tensor]:
-    """(solved, matrix with k(X, X) in its strict upper triangle) at the points X (r, d) of given targets Y (n, K).
-
-    alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
-    everything else, so callers that go on computing ask for float64. ``apart``: copies whose targets differ get
-    coefficients that differ, where the ridge keeps these small; else they share one.
-    """
-    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
-    note = bandwidth.note(kernel, X)
-    kernel, X, _, _ = scale_points(kernel, X, X)
-    with matmul_precision(precision, X.device):
-        found = direct.solve(kernel, X, task.target, task.ridge, plan, how, precision, out)
-        answer = task.answer(found.alpha)
-        residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
-    made = {"jitter": found.jitter, "method": plan.method, "dtype": found.system.K.dtype, "note": note}
-    made |= {
-        "iterations": found.iterations,
-        "rank": found.rank + len(Y) - len(X),
-        "seconds": time.perf_counter() - start,
-    }
-    return task.solved(answer, ridge=ridge, **residuals, **made), found.system.K
-
-
-def solve_unstored(
-    kernel: Radial,
-    X,
-    Y,
-    ridge: float,
-    plan: Plan,
-    options: ConjugateGradients,
-    out: torch.dtype,
-    rows: Rows,
-    product: Callable | None = None,
-    *,
-    apart: bool = False,
-) -> Solved:
-    """Solve by conjugate gradients; ``product(kernel, X, X, V, plan)`` -> k(X, X) V may be a sharded one.
-
-    Products run in float64 whatever X's dtype is: in float32 the residual ends at 3e-5 (Laplace) to 1e-3 (Gaussian)
-    at n = 4000 already, and at more for more points.
-    """
-    product = product or (reductions if plan.backend == "keops" else tiles).kernel_matmul
-    start, task = time.perf_counter(), _Task.of(Y, ridge, rows, out, apart)
-    note = bandwidth.note(kernel, X)
-    kernel, X, _, _ = scale_points(kernel, X, X)
-    x, every = X.double(), torch.arange(len(X), device=X.device)
-
-    def matmul(V, jitter=0.0):
-        return product(kernel, x, x, V, plan).add_(direct.times(task.ridge + jitter, V))
-
-    def columns(index):
-        return tiles.kernel_matrix(kernel, x, x[index], None, plan)
-
-    low_rank = cg.preconditioner_of(columns, x.new_ones(len(x)), task.ridge, options)  # every profile has phi(0) = 1
-    outcome, jitter, iterations = _with_jitter(matmul, task.target, low_rank, options, out)
-    answer = task.answer(outcome.alpha)
-    residuals = task.residuals(every, matmul(answer.seen).sub_(task.target), answer)
-    made = {"jitter": jitter, "method": "cg", "dtype": torch.float64, "iterations": iterations}
-    made |= {"rank": low_rank.rank if low_rank else 0, "stopped": outcome.stopped, "tolerance": options.tolerance}
-    made |= {"note": note, "seconds": time.perf_counter() - start}
-    return task.solved(answer, ridge=ridge, **residuals, **made)
 
 
 @dataclass(frozen=True)
@@ -351,7 +225,7 @@ class _Task:
         y, unit = scale_targets(Y.double())
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
-        given = rows.given(y, target, ridge, direct.bound(y, out) if apart else 0.0)
+        given = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
         return cls(target, ridges, unit, given, rows, rows.contradictions(y, target), out)
 
     def answer(self, alpha: torch.Tensor) -> _Answer:
@@ -371,7 +245,7 @@ class _Task:
         measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
         if self.given is None or answer.rows is None:
             return {"residual": merged, "residual_rows": measured}
-        part = direct.times(self.ridge, answer.seen)
+        part = times(self.ridge, answer.seen)
         total = self.given.squares(R, index, answer.rows, part) ** 0.5
         literal = total / self.given.size if self.given.size > 0 else 0.0
         return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
@@ -413,21 +287,3 @@ def unscale_coefficients(alpha: torch.Tensor, unit: float) -> torch.Tensor:
     if not checks.finite(alpha):
         raise ValueError(f"Y is so large that its coefficients leave {alpha.dtype}; divide Y by a constant")
     return alpha
-
-
-def _with_jitter(matmul, Y, low_rank, options, out: torch.dtype):
-    """(outcome, jitter, steps of all tries) with the least jitter, by tens, that has a bounded solution."""
-    scale = low_rank.largest if low_rank else float(len(Y))
-    jitter, iterations = 0.0, 0
-    while True:
-        outcome = cg.conjugate_gradients(
-            functools.partial(matmul, jitter=jitter),
-            Y,
-            low_rank.shifted(jitter) if low_rank else None,
-            options,
-            direct.bound(Y, out),
-        )
-        iterations += outcome.iterations
-        if not outcome.singular or jitter >= MAX_JITTER * scale:
-            return outcome, jitter, iterations
-        jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)

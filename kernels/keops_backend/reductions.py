@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import logging
-import os
-import shutil
 
 import torch
 
 from ..errors import BackendUnavailable
 from ..gemm import add_squares_, symmetrise_
 from ..plan import RAISE_LIMIT, Plan, block_rows, budget
-from ..radial import Radial
-from .profile import Formulas, constants, formulas
+from ..profile import Profile, text
+from ..scaling import Points
 
 log = logging.getLogger("fastagop")
 
@@ -28,23 +25,8 @@ _OUTPUTS = 1024  # numbers per point that one reduction sums at most: more spill
 _BLOCK = 2**26  # bytes of gradients alive at once in agop
 
 
-def missing(kernel: Radial, X: torch.Tensor) -> str | None:
-    """Why KeOps cannot compute here, and what to change; None where it can."""
-    if importlib.util.find_spec("pykeops") is None:
-        return "pykeops is not installed; pip install 'fastagop[keops]'"
-    if formulas(kernel) is None:
-        return f"{type(kernel).__name__} has no KeOps formula; add one to radial_keops.py"
-    if X.device.type not in ("cpu", "cuda"):
-        return f"X is on {X.device} and it runs on the CPU and on CUDA; move the tensors with .cpu() or .cuda()"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
-        return "it compiles its formulas and there is no C++ compiler; install g++, or set CXX to a compiler's path"
-    if X.device.type == "cuda" and not _pykeops().config.gpu_available:
-        return "pykeops finds no CUDA (libcuda, libnvrtc and headers); see pykeops.check_health()"
-    return None
-
-
 @functools.cache
-def _pykeops():
+def pykeops_module():
     """Pykeops, imported without what it prints: a missing CUDA matters, and is said, where CUDA is asked for."""
     printed = io.StringIO()
     try:
@@ -84,7 +66,7 @@ def _reduction(
     aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", f"c=Pm(3,{parameters})"]
     tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (parameters,))]
     how = "GPU_1D" if device.startswith("cuda") else "CPU"
-    pykeops, printed = _pykeops(), _Announcer(what)
+    pykeops, printed = pykeops_module(), _Announcer(what)
     try:
         with contextlib.redirect_stdout(printed):
             reduce = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
@@ -98,10 +80,14 @@ def _reduction(
     return functools.partial(reduce, backend=how)
 
 
-def _of(kernel: Radial) -> Formulas:
-    found = formulas(kernel)
-    assert found is not None  # ``missing`` said so
-    return found
+def constants(kernel: Profile, like: torch.Tensor) -> torch.Tensor:
+    """1 / L and the further parameters; times a difference of points (below 2^21, in units) 1 / L stays finite."""
+    inverse = min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)
+    return like.new_tensor([inverse, *kernel.further_parameters])
+
+
+def _name(kernel: Profile) -> str:
+    return type(kernel).__name__
 
 
 def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:
@@ -112,24 +98,23 @@ def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:
     return [chunk.contiguous() for chunk in wide.split(width, dim=1)]
 
 
-def plan_kernel_matmul(X, Z, V, why: str, precision: str) -> Plan:
+def plan_kernel_matmul(X, Z, V, why: str) -> Plan:
     """The road of kernel_matmul."""
     n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
     peak = (2 * n * p + m * p) * X.element_size()
-    return Plan(
-        "kernel_matmul", "keops", "one pass, K never stored", why, precision, n * m * (3.0 * d + 2 * p), peak, n
-    )
+    return Plan("kernel_matmul", "keops", "one pass, K never stored", why, "", n * m * (3.0 * d + 2 * p), peak, n)
 
 
-def kernel_matmul(kernel: Radial, X, Z, V, plan: Plan | None = None) -> torch.Tensor:
+def kernel_matmul(kernel: Profile, X, Z, V) -> torch.Tensor:
     """k(X, Z) V, shape (n, p)."""
     if not (len(X) and V.numel()):
         return X.new_zeros(len(X), V.shape[1])
     d, p = X.shape[1], V.shape[1]
     X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(V, _OUTPUTS)
-    what, formula, width = f"kernel_matmul for {type(kernel).__name__}", f"{_of(kernel).value} * b", chunks[0].shape[1]
-    reduce = _reduction(what, formula, "xz", d, width, len(c), X.dtype, str(X.device))
+    formula, width = f"{text(type(kernel), 'keops').value} * b", chunks[0].shape[1]
+    title = f"kernel_matmul for {_name(kernel)}"
+    reduce = _reduction(title, formula, "xz", d, width, len(c), X.dtype, str(X.device))
     return _joined([reduce(X, Z, chunk, c) for chunk in chunks], 1, p)
 
 
@@ -137,46 +122,38 @@ def _joined(parts: list[torch.Tensor], dim: int, size: int) -> torch.Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).narrow(dim, 0, size)
 
 
-def plan_gradients(X, alpha, Z, why: str, precision: str) -> Plan:
+def plan_gradients(X, alpha, Z, why: str) -> Plan:
     """The road of gradients."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     peak = 2 * m * K * d * X.element_size()
-    return Plan("gradients", "keops", "one pass", why, precision, m * n * d * (5.0 + 2 * K), peak, m)
+    return Plan("gradients", "keops", "one pass", why, "", m * n * d * (5.0 + 2 * K), peak, m)
 
 
-def gradients(kernel: Radial, X, alpha, Z, plan: Plan | None = None) -> torch.Tensor:
+def gradients(kernel: Profile, X, alpha, Z) -> torch.Tensor:
     """grad f_c(Z[i]), shape (m, K, d), from differences of points."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     if not (n and m and K):
         return X.new_zeros(m, K, d)
     X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(alpha, _OUTPUTS // d)
-    what, formula, width = (
-        f"gradients for {type(kernel).__name__}",
-        f"TensorProd(b, {_of(kernel).slope})",
-        chunks[0].shape[1],
-    )
-    reduce = _reduction(what, formula, "zx", d, width, len(c), X.dtype, str(X.device))
+    formula, width = f"TensorProd(b, {text(type(kernel), 'keops').slope})", chunks[0].shape[1]
+    reduce = _reduction(f"gradients for {_name(kernel)}", formula, "zx", d, width, len(c), X.dtype, str(X.device))
     return _joined([reduce(Z, X, chunk, c).view(m, width, d) for chunk in chunks], 1, K)
 
 
-def plan_agop(X, alpha, Z, method: str, limit: int | None, why: str, precision: str) -> Plan:
+def plan_agop(X, alpha, Z, limit: int | None, why: str) -> Plan:
     """The road of agop: the gradient form; the gram form stores the weights."""
-    if method == "gram":
-        raise BackendUnavailable(
-            "backend 'keops' cannot serve agop with method 'gram': that form stores the weights and KeOps stores "
-            "nothing; use method='gradient' or 'auto' with it, or backend='torch' or 'auto'"
-        )
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     row, fixed, room = 3 * K * d * size, 2 * 8 * d * d + 2 * n * K * size, budget(limit, X.device)
     block_rows(row, fixed, room, m, "agop, gradient form,", RAISE_LIMIT)  # MemoryError where a single row does not fit
     rows = max(1, min(m, (room - fixed) // max(1, row), _BLOCK // max(1, row)))
     work = m * n * d * (5.0 + 2 * K) + 2.0 * m * K * d * d
-    return Plan("agop", "keops", "gradient", why, precision, work, fixed + rows * row, rows)
+    return Plan("agop", "keops", "gradient", why, "", work, fixed + rows * row, rows)
 
 
-def agop(kernel: Radial, X, alpha, Z, *, center: bool, plan: Plan, row_weights=None) -> torch.Tensor:
+def agop(at: Points, alpha, center: bool, block: int, row_weights=None) -> torch.Tensor:
     """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d), by blocks of evaluation points; w = row_weights, default 1."""
+    kernel, X, Z, _ = at
     K, d = alpha.shape[1], X.shape[1]
     M = X.new_zeros(d, d, dtype=torch.float64)
     if len(Z) == 0 or K == 0 or (center and len(Z) == 1):
@@ -184,10 +161,7 @@ def agop(kernel: Radial, X, alpha, Z, *, center: bool, plan: Plan, row_weights=N
     w = X.new_ones(len(Z)) if row_weights is None else row_weights
 
     def blocks():
-        return (
-            (gradients(kernel, X, alpha, z), part)
-            for z, part in zip(Z.split(plan.block), w.split(plan.block), strict=True)
-        )
+        return ((gradients(kernel, X, alpha, z), part) for z, part in zip(Z.split(block), w.split(block), strict=True))
 
     mean = X.new_zeros(K, d, dtype=torch.float64)
     if center:

@@ -4,33 +4,31 @@ With weights W_ij = w(||z_i - x_j||), A = alpha and s = W A, the gradient of out
 g_ic = sum_j W_ij A_jc x_j - s_ic z_i, and M = sum_ic g_ic g_ic^T is either
 
 gradient form  M = sum_c G_c^T G_c, G_c = W (A_c o X) - s_c o Z: 2 m n K d products, W made block by block;
-gram form      n^2 m products by symmetry, whatever K is, with W stored (``torch_gram``).
+gram form      n^2 m products by symmetry, whatever K is, with W stored (``gram``).
 
-The gram form's terms cancel, so it runs only while its guard says that the cancelled digits do not matter.
+The gram form's terms cancel, so it runs only while an estimate says that the cancelled digits do not matter.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..calibration import rate, source
+from ..calibration import rate
 from ..checks import readable
 from ..errors import warn
-from ..gemm import add_squares_, square_bytes, symmetrise_
-from ..plan import RAISE_LIMIT, ROWS, Plan, budget, empty_matrix, fitting_rows, format_bytes
-from ..radial import Radial
-from ..scaling import scaled_
+from ..gemm import add_squares_, symmetrise_
+from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix
+from ..profile import Profile
+from ..scaling import Points, scaled_
 from . import gram as torch_gram
-from . import low_rank
-from .distance import tile_bytes
-from .gradients import Near, Nearness, block_gradients, dominant_offset, gradient_bytes, output_gradients
-from .low_rank import LowRank
+from .costs import costs, flops, gradient_form_beside, gram_form_bytes, plan, products_of, wide_bytes
+from .gradients import Near, Nearness, block_gradients, dominant_offset, output_gradients
+from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
 
 log = logging.getLogger("fastagop")
@@ -58,11 +56,11 @@ FLOAT64_PREFERENCE = 4.0
 
 @dataclass(frozen=True)
 class InnerKernels:
-    """Where the work of the two forms is done: a backend's version of each inner step.
+    """Where the work of the two forms is done: a backend's version of each inner product.
 
     Attributes:
-        gradients: (W, alpha, X, Z, shift, out) -> out, as ``torch_blocks.output_gradients``.
-        lower: as of ``torch_gram.gram_form``, in X's dtype.
+        gradients: (W, alpha, X, Z, shift, out) -> out, as ``gradients.output_gradients``.
+        lower: as of ``gram.gram_form``, in X's dtype.
         products: what their rates are known by; None for X's dtype.
     """
 
@@ -84,149 +82,22 @@ class GramDecision:
     loss: float = 0.0  # of M, estimated
 
 
-def flops(m: int, n: int, d: int, K: int, symmetric: bool) -> dict[str, float]:
-    """Floating-point operations of each form, distances included."""
-    gradient = 2.0 * m * n * d * (K + 1) + 2.0 * m * K * d * d
-    if symmetric:
-        gram = 1.0 * n * n * d + 1.0 * n**3 + 1.0 * n * n * d + 2.0 * n * d * d + 3.0 * n * n * K
-    else:
-        gram = 2.0 * m * n * d + 1.0 * n * n * m + 1.0 * n * n * d + 2.0 * m * n * d + 2.0 * (n + m) * d * d
-    return {"gradient": gradient, "gram": gram}
-
-
-def products_of(X: torch.Tensor, Z: torch.Tensor, device: str | None) -> dict[str, str]:
-    """The word for each form's products: the dtype's own, or those of device steps, whose gram form is for Z = X."""
-    symmetric = str(X.dtype).removeprefix("torch.")
-    return {"gradient": device or symmetric, "gram": device if device and Z is X else symmetric}
-
-
-def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) -> dict[str, float]:
-    """Estimated seconds of each form: its operations at its rate."""
-    work = flops(len(Z), len(X), X.shape[1], K, Z is X)
-    return {form: work[form] / rate(form, products[form], X.device) for form in work}
-
-
-def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
-    """Most memory that the gradient form takes with blocks of that many rows."""
-    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
-    copied = 0 if alpha.is_contiguous() else n * K
-    held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
-    work = max(tile, gradient_bytes(rows, n, d, K, size), square_bytes(rows * K, d, size))
-    # M in float32 comes when nothing else is alive, but an allocator may keep what was freed; libraries take some more.
-    return held + held // 16 + work + (4 if size == 4 else 0) * d * d
-
-
-def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
-    """Most memory that the gram form takes with blocks of that many rows.
-
-    wide: float32 weights are copied for products in float64. rank: columns of the smooth part.
-    """
-    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
-    others = 0 if Z is X else m
-    stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
-    size = 8 if wide else size
-    most = max(m, n)
-    points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
-    low_rank = torch_gram.low_rank_bytes(m, n, d, K, rank)
-    step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
-    narrow = (4 if X.element_size() == 4 else 0) * d * d
-    held = stored + 8 * d * d
-    return held + held // 16 + max(tile, points + low_rank + step) + narrow
-
-
-def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
-    """(block rows, peak bytes) of a form, or MemoryError."""
-    what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
-    if form == "gradient":
-        bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
-    else:
-        bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
-    return fitting_rows(bytes_of, limit, most, what, RAISE_LIMIT)
-
-
-def _gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
-    """(block rows, bytes) of the gradient form from stored weights; single rows where even these do not fit."""
-    try:
-        return _plan_form("gradient", X, alpha, Z, room, center)
-    except MemoryError:
-        return 1, gradient_form_bytes(1, X, alpha, Z, center)
-
-
-def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
-    """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
-    most = peak
-    if form == "gram":
-        stored = len(X) * len(Z) * X.element_size()
-        beside = stored + _gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
-        clipped = torch_gram.nonnegative_bytes(X.shape[1])
-        most = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, low_rank.RANK))
-    if center and X.dtype == torch.float32:
-        x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
-        z = x if Z is X else x.new_empty(Z.shape)
-        bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
-        most = max(most, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
-    return max(peak, min(most, limit))
-
-
-def plan(
-    X, alpha, Z, method: str, limit: int | None, why: str, precision: str, device: str | None = None, center=False
-) -> Plan:
-    """The road of agop: the cheaper form that fits into memory."""
-    (n, d), K, m = X.shape, alpha.shape[1], len(Z)
-    work, room = flops(m, n, d, K, Z is X), budget(limit, X.device)
-    reason = f"{why}; method asked for"
-    if method == "auto":
-        cost = costs(X, Z, K, products_of(X, Z, device))
-        method = min(cost, key=lambda form: cost[form])
-        each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
-        reason = f"{why}; {each} ({source(X.device)})"
-        try:
-            _plan_form(method, X, alpha, Z, room, center)
-        except MemoryError:
-            method = "gradient" if method == "gram" else "gram"
-            reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
-    rows, peak = _plan_form(method, X, alpha, Z, room, center)
-    peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
-    if X.dtype == torch.float32 and method == "gram":
-        reason += (
-            "; float32 is guarded: near collapse a smooth part of the weights is split off, or its products run in "
-            "float64, or the gradient form runs"
-        )
-    if X.dtype == torch.float32 and center:
-        reason += "; centred gradients that nearly agree are computed in float64"
-    return Plan("agop", "torch", method, reason, precision, work[method], peak, rows)
-
-
-def agop(
-    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit: int | None, plan: Plan, row_weights=None
-) -> torch.Tensor:
-    """sum_ic w_i g_ic g_ic^T, float64 (d, d); method is what the caller asked for; w = row_weights, default 1."""
-    if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
+def agop(at: Points, alpha, task: AgopTask, plan: Plan, row_weights=None) -> torch.Tensor:
+    """Sum_ic w_i g_ic g_ic^T, float64 (d, d), by the plan's form; w = row_weights, default 1."""
+    kernel, X, Z, _ = at
+    if len(Z) == 0 or alpha.shape[1] == 0 or (task.center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
     if plan.method == "gradient":
         shift = dominant_offset(X)
         blocks = weight_tiles(kernel, X, Z, plan.block, shift)
-        return gradient_form(blocks, alpha, X, Z, shift, center, roots=roots_of(row_weights))
+        return gradient_form(blocks, alpha, X, Z, shift, task.center, roots=roots_of(row_weights))
     W = weights(kernel, X, Z, plan.block)
-    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
-    return agop_from_weights_(W, X, alpha, Z, rows=plan.block, **how)
+    return agop_from_weights_(W, X, alpha, Z, task, rows=plan.block, row_weights=row_weights)
 
 
 def agop_from_weights_(
-    W,
-    X,
-    alpha,
-    Z,
-    *,
-    center: bool,
-    method: str,
-    limit: int | None,
-    rows: int,
-    steps: InnerKernels = TORCH_KERNELS,
-    row_weights: torch.Tensor | None = None,
+    W, X, alpha, Z, task: AgopTask, *, rows: int, kernels: InnerKernels = TORCH_KERNELS, row_weights=None
 ) -> torch.Tensor:
     """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
 
@@ -235,30 +106,30 @@ def agop_from_weights_(
     """
     exponents = exponent_of(W), exponent_of(alpha)
     if any(exponents):  # squares would leave their dtype
-        how = {"center": center, "method": method, "limit": limit, "steps": steps, "row_weights": row_weights}
         W, alpha = scaled_(W, -exponents[0]), scaled_(alpha.clone(), -exponents[1])
-        return scaled_(agop_from_weights_(W, X, alpha, Z, rows=rows, **how), 2 * sum(exponents))
+        M = agop_from_weights_(W, X, alpha, Z, task, rows=rows, kernels=kernels, row_weights=row_weights)
+        return scaled_(M, 2 * sum(exponents))
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
         Z = Z[:]  # another object
-    road = choose_form(W, X, alpha.to(X.dtype), Z, center, method, limit, steps.products, roots, rows)
-    if road.low_rank is None:
+    narrow = alpha.to(X.dtype)
+    decision = choose_form(W, X, narrow, Z, task, products=kernels.products, roots=roots, rows=rows)
+    if decision.low_rank is None:
         shift = dominant_offset(X)
-        room = _room(W, limit) - W.numel() * W.element_size()
-        rows = min(rows, _gradient_form_beside(X, alpha, Z, center, room)[0])
+        room = _room(W, task.limit) - W.numel() * W.element_size()
+        rows = min(rows, gradient_form_beside(X, alpha, Z, task.center, room)[0])
         blocks = stored_tiles(W, X, Z, rows, shift)
-        return gradient_form(blocks, alpha.to(X.dtype), X, Z, shift, center, steps.gradients, roots, scaled=True)
-    wide, x = road.dtype, X.to(road.dtype)
+        return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
+    wide, x = decision.dtype, X.to(decision.dtype)
     z = x if Z is X else Z.to(wide)
-    lower = steps.lower if wide == X.dtype else torch_gram.lower_s
+    lower = kernels.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
         W = empty_matrix(len(W), W.shape[1], W, wide).copy_(W)
-    taken = road.low_rank.to(wide)
-    how = {"center": center, "rows": rows, "lower": lower, "roots": roots}
-    M = torch_gram.gram_form(W, x, alpha.to(wide), z, taken, **how)
+    part = decision.low_rank.to(wide)
+    M = torch_gram.gram_form(W, x, alpha.to(wide), z, part, center=task.center, rows=rows, lower=lower, roots=roots)
     eps = torch.finfo(X.dtype).eps
-    if road.loss > 8 * eps and torch_gram.nonnegative_bytes(len(M)) <= budget(limit, X.device):
+    if decision.loss > 8 * eps and torch_gram.nonnegative_bytes(len(M)) <= budget(task.limit, X.device):
         return torch_gram.nonnegative(M, eps)
     return M
 
@@ -275,7 +146,7 @@ def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
     return None if row_weights is None else row_weights.sqrt()
 
 
-def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
+def weights(kernel: Profile, X, Z, rows: int) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X."""
     W = empty_matrix(len(Z), len(X), X)
     if Z is X:
@@ -285,65 +156,54 @@ def weights(kernel: Radial, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def choose_form(
-    W, X, alpha, Z, center: bool, method: str, limit: int | None, products: str | None = None, roots=None, rows=ROWS
-) -> GramDecision:
-    """The cheapest road that loses no digits of M and fits into memory, in blocks of that many rows.
+def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, roots=None, rows=ROWS) -> GramDecision:
+    """The cheapest form that loses no digits of M and fits into memory, in blocks of that many rows.
 
     alpha is of X's dtype; roots: square roots of the points' weights, by which the rows of W have been multiplied.
     """
-    if method == "gradient":
-        return GramDecision(method, X.dtype)
-    (m, n), d, K, symmetric = W.shape, X.shape[1], alpha.shape[1], Z is X
+    if task.method == "gradient":
+        return GramDecision("gradient", X.dtype)
+    (m, n), d, K, symmetric, explicit = W.shape, X.shape[1], alpha.shape[1], Z is X, task.method != "auto"
     word = products_of(X, Z, products)
-    eps, most = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
-    most = most if method == "auto" else max(most, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS)
-    cost = costs(X, Z, K, word)
-    wide = rate("gram", "float64", X.device)
-    more = torch_gram.low_rank_flops(m, n, d, K, low_rank.RANK) / wide
-    room = _room(W, limit)
+    eps, allowed = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
+    allowed = max(allowed, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS) if explicit else allowed
+    cost, room = costs(X, Z, K, word), _room(W, task.limit)
+    float64_rate = rate("gram", "float64", X.device)
+    more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
     def fits(dtype: torch.dtype, rank: int) -> bool:
         wide = W.dtype != dtype
         return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
 
-    guard, taken, price = (
-        torch_gram.CancellationEstimate(W, X, alpha, Z, center, roots),
-        low_rank.mean_part(W, symmetric),
-        cost["gram"],
-    )
-    growth = LOSS_PER_EPS * guard.amplification(taken)
-    plain = eps * growth  # what would be lost without further ado
+    estimate = torch_gram.CancellationEstimate(W, X, alpha, Z, task.center, roots)
+    part, price = mean_part(W, symmetric), cost["gram"]
+    growth = LOSS_PER_EPS * estimate.amplification(part)
+    plain = eps * growth  # the loss where nothing but the mean is taken out
     if (
-        plain > LOW_RANK_THRESHOLD * most
-        and (method == "gram" or price + more < cost["gradient"])
-        and n > 4 * low_rank.RANK
-        and gram_form_bytes(rows, X, alpha, Z, False, low_rank.RANK) <= room
+        plain > LOW_RANK_THRESHOLD * allowed
+        and (explicit or price + more < cost["gradient"])
+        and n > 4 * RANK
+        and gram_form_bytes(rows, X, alpha, Z, False, RANK) <= room
     ):
-        better = low_rank.leading_part(W, symmetric)
-        if (less := LOSS_PER_EPS * guard.amplification(better)) < growth:
-            taken, growth, price = better, less, price + more
-    safe = (
-        [(price, GramDecision("gram", X.dtype, taken, eps * growth))]
-        if eps * growth <= most and fits(X.dtype, taken.rank)
-        else []
-    )
-    narrow = bool(safe)
-    loss = torch.finfo(torch.float64).eps * growth
-    if X.dtype != torch.float64 and fits(torch.float64, taken.rank) and loss <= most:
-        work = flops(m, n, d, K, symmetric)["gram"] + torch_gram.low_rank_flops(m, n, d, K, taken.rank)
-        safe.append((work / wide, GramDecision("gram", torch.float64, taken, loss)))
-    if method == "auto":
+        better = leading_part(W, symmetric)
+        if (less := LOSS_PER_EPS * estimate.amplification(better)) < growth:
+            part, growth, price = better, less, price + more
+    narrow, loss = eps * growth <= allowed and fits(X.dtype, part.rank), torch.finfo(torch.float64).eps * growth
+    safe = [(price, GramDecision("gram", X.dtype, part, eps * growth))] if narrow else []
+    if X.dtype != torch.float64 and fits(torch.float64, part.rank) and loss <= allowed:
+        work = flops(m, n, d, K, symmetric)["gram"] + torch_gram.low_rank_flops(m, n, d, K, part.rank)
+        safe.append((work / float64_rate, GramDecision("gram", torch.float64, part, loss)))
+    if not explicit:
         safe.append((cost["gradient"] * (1.0 if narrow else FLOAT64_PREFERENCE), GramDecision("gradient", X.dtype)))
     elif not safe:
-        _warn_of(growth * torch.finfo(torch.float64 if fits(torch.float64, taken.rank) else X.dtype).eps)
+        _warn_of(growth * torch.finfo(torch.float64 if fits(torch.float64, part.rank) else X.dtype).eps)
         return GramDecision("gradient", X.dtype)
-    _, road = min(safe, key=lambda option: option[0])
-    if plain > most:
-        said = f"{road.form} form in {road.dtype}"
-        said += f" with a smooth part of rank {road.low_rank.rank}" if road.low_rank else ""
-        log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, said)
-    return road
+    _, decision = min(safe, key=lambda option: option[0])
+    if plain > allowed:
+        rank = f" with a low-rank part of rank {decision.low_rank.rank}" if decision.low_rank else ""
+        chosen = f"{decision.form} form in {decision.dtype}{rank}"
+        log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, chosen)
+    return decision
 
 
 def _room(W: torch.Tensor, limit: int | None) -> int:
@@ -359,11 +219,12 @@ def _warn_of(loss: float) -> None:
     )
 
 
-def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
+def centring_cancels(at: Points, alpha, row_weights=None) -> bool:
     """Whether gradients agree so nearly that float32 weights cannot hold what centring leaves of them.
 
     From the float64 gradients of a few evaluation points, for a few random sums of the outputs.
     """
+    kernel, X, Z, _ = at
     m, K = len(Z), alpha.shape[1]
     if X.dtype != torch.float32 or m < 2 or K == 0 or not readable(X):
         return False
@@ -383,23 +244,18 @@ def centring_cancels(kernel: Radial, X, alpha, Z, row_weights=None) -> bool:
     return torch.finfo(X.dtype).eps * math.sqrt(float(mean.square().sum())) > _CENTRED * math.sqrt(left)
 
 
-def agop_in_float64(kernel: Radial, X, alpha, Z, *, method: str, limit: int | None, **how) -> torch.Tensor | None:
+def agop_in_float64(at: Points, alpha, task: AgopTask, row_weights=None) -> torch.Tensor | None:
     """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
-    symmetric, room = Z is X, budget(limit, X.device) - wide_bytes(X, alpha, Z)
-    x = X.double()
-    z, a = x if symmetric else Z.double(), alpha.double()
-    if how.get("row_weights") is not None:
-        how["row_weights"] = how["row_weights"].double()
+    kernel, X, Z, unit = at
+    room, x, a = budget(task.limit, X.device) - wide_bytes(X, alpha, Z), X.double(), alpha.double()
+    z = x if Z is X else Z.double()
+    weights = None if row_weights is None else row_weights.double()
+    task = replace(task, limit=room, weights=weights)
     try:
-        wide = plan(x, a, z, method, room, "", "")
+        made = plan(x, a, z, task, "")
     except MemoryError:
         return None
-    return agop(kernel, x, a, z, method=method, limit=room, plan=wide, **how)
-
-
-def wide_bytes(X, alpha, Z) -> int:
-    """Bytes of float64 copies of the points and the coefficients."""
-    return 8 * (X.numel() + alpha.numel() + (0 if Z is X else Z.numel()))
+    return agop(Points(kernel, x, z, unit), a, task, made, weights)
 
 
 def stored_tiles(W, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ..plan import RAISE_LIMIT, block_rows
-from ..radial import Radial
+from ..profile import Profile
 from .agop import Means
 from .gradients import block_gradients, dominant_offset
 from .tiles import BLOCKS_ALIVE, weight_tiles
@@ -35,7 +35,7 @@ def plan_rows(X: torch.Tensor, K: int, limit: int) -> tuple[int, int]:
 
 
 def agop_diagonal(
-    kernel: Radial,
+    kernel: Profile,
     X: torch.Tensor,
     alpha: torch.Tensor,
     rows: int,

@@ -1,7 +1,7 @@
 """Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients, agop and solve, float32.
 
 The algorithms around the kernels (blocks, guard, centring, float64 accumulation; the factorisation) are those of
-``torch_agop`` and of ``fastagop.linalg``. Only the kernel matrix of a float64 factorisation is made in float64.
+``torch_backend`` and of the solvers. Only the kernel matrix of a float64 factorisation is made in float64.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import contextlib
 
 import torch
 
-from ..backends import PRODUCTS
-from ..plan import Plan
-from ..radial import Radial
+from ..plan import AgopTask, Plan
+from ..profile import Profile
+from ..scaling import Points
 from ..torch_backend import agop as torch_agop
 from ..torch_backend.distance import NEAR, squared_norms
 from ..torch_backend.gradients import Nearness, block_gradients, dominant_offset
 from .agop import _gradient_kernel, _gram_kernel
 from .cholesky import _update_kernel
-from .launch_config import config
+from .launch_config import PRODUCTS, config
 from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
-from .profile import constants, kind
+from .profile import constants, device_profile
 from .split import Operand, operand
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
@@ -41,7 +41,7 @@ def _grid(config, m: int, n: int, *more: int) -> tuple[int, ...]:
     return (-(-m // config.rows), -(-n // config.columns), *more)
 
 
-class Points:
+class DevicePoints:
     """Centers or evaluation points made ready once: rows, operand of the products, squared norms."""
 
     def __init__(self, X: torch.Tensor, prec: str):
@@ -54,28 +54,28 @@ class Points:
     def __len__(self):
         return len(self.rows)
 
-    def part(self, rows: slice) -> Points:
+    def part(self, rows: slice) -> DevicePoints:
         """Some of the points."""
-        part = object.__new__(Points)
+        part = object.__new__(DevicePoints)
         part.prec, o = self.prec, self.operand
         part.rows, part.norms = self.rows[rows], self.norms[rows]
         part.operand = Operand(o.high[rows], o.low[rows], o.scale[rows], o.split)
         return part
 
 
-def _pair(Z: Points, X: Points) -> tuple:
+def _pair(Z: DevicePoints, X: DevicePoints) -> tuple:
     z, x = Z.operand, X.operand
     return Z.rows, X.rows, z.high, z.low, x.high, x.low, z.scale, x.scale, Z.norms, X.norms
 
 
-def _strides(Z: Points, X: Points) -> tuple:
+def _strides(Z: DevicePoints, X: DevicePoints) -> tuple:
     return Z.rows.stride(0), X.rows.stride(0), Z.operand.high.stride(0), X.operand.high.stride(0)
 
 
 def fill(
-    kernel: Radial,
-    Z: Points,
-    X: Points,
+    kernel: Profile,
+    Z: DevicePoints,
+    X: DevicePoints,
     out: torch.Tensor,
     *,
     weight: bool,
@@ -93,25 +93,26 @@ def fill(
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
                 *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[out.dtype],
-                constants(kernel, out), diagonal, first or 0, KIND=kind(kernel), WEIGHT=weight, SELF=first is not None,
-                LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+                constants(kernel, out), diagonal, first or 0, PROFILE=device_profile(type(kernel)), WEIGHT=weight,
+                SELF=first is not None, LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
             )  # fmt: skip
     return out
 
 
-def kernel_matrix(kernel: Radial, X, Z, out, precision: str, ridge: float = 0.0) -> torch.Tensor:
+def kernel_matrix(at: Points, out, precision: str, ridge: float = 0.0) -> torch.Tensor:
     """k(X, Z), shape (n, m); + ridge I where Z is X."""
+    kernel, X, Z, _ = at
     result = X.new_empty(len(X), len(Z)) if out is None else out
     target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-    x, symmetric = Points(X, PRODUCTS[precision]), Z is X
-    z = x if symmetric else Points(Z, x.prec)
+    x, symmetric = DevicePoints(X, PRODUCTS[precision]), Z is X
+    z = x if symmetric else DevicePoints(Z, x.prec)
     fill(kernel, x, z, target, weight=False, first=0 if symmetric else None, lower=symmetric, ridge=ridge)
     return result if target is result else result.copy_(target)
 
 
-def fill_symmetric(out: torch.Tensor, kernel: Radial, X) -> torch.Tensor:
+def fill_symmetric(out: torch.Tensor, kernel: Profile, X) -> torch.Tensor:
     """k(X, X) of float32 points into out, to the accuracy of out's dtype."""
-    x = Points(X, "fp64" if out.dtype == torch.float64 else "fp16x3")
+    x = DevicePoints(X, "fp64" if out.dtype == torch.float64 else "fp16x3")
     return fill(kernel, x, x, out, weight=False, first=0, lower=True)
 
 
@@ -129,11 +130,12 @@ def cholesky_update(precision: str):
     return update
 
 
-def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
+def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
     """k(X, Z) V, shape (n, p): K lives in registers only."""
+    kernel, X, Z, _ = at
     prec, symmetric, V = PRODUCTS[precision], Z is X, _rows(V)
-    x = Points(X, prec)
-    z = x if symmetric else Points(Z, prec)
+    x = DevicePoints(X, prec)
+    z = x if symmetric else DevicePoints(Z, prec)
     out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
     c = config("matmul", prec, out.device)
     width = min(64, max(16, 1 << max(0, p - 1).bit_length()))
@@ -141,13 +143,14 @@ def kernel_matmul(kernel: Radial, X, Z, V, precision: str) -> torch.Tensor:
         with _current(out):
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
-                NEAR[torch.float32], constants(kernel, out), KIND=kind(kernel), SELF=symmetric, PREC=prec,
-                SECOND=INSIDE[prec], BM=c.rows, BN=c.columns, BK=c.inner, BP=width, **c.launch,
+                NEAR[torch.float32], constants(kernel, out), PROFILE=device_profile(type(kernel)),
+                SELF=symmetric, PREC=prec, SECOND=INSIDE[prec], BP=width, BM=c.rows, BN=c.columns, BK=c.inner,
+                **c.launch,
             )  # fmt: skip
     return out
 
 
-def _blocks(kernel: Radial, x: Points, z: Points, symmetric: bool, rows: int):
+def _blocks(kernel: Profile, x: DevicePoints, z: DevicePoints, symmetric: bool, rows: int):
     """(rows of Z, their weights) block by block."""
     buffer = x.rows.new_empty(min(rows, len(z)), len(x))
     for start in range(0, len(z), rows):
@@ -156,27 +159,27 @@ def _blocks(kernel: Radial, x: Points, z: Points, symmetric: bool, rows: int):
         yield row, fill(kernel, z.part(row), x, block, weight=True, first=start if symmetric else None)
 
 
-def _near_blocks(kernel: Radial, x: Points, z: Points, X, Z, shift, rows: int):
+def _near_blocks(kernel: Profile, x: DevicePoints, z: DevicePoints, X, Z, shift, rows: int):
     """(rows of Z, their weights, their near pairs) block by block."""
     nearness = Nearness(X, Z, shift)
     for row, W in _blocks(kernel, x, z, Z is X, rows):
         yield row, W, nearness.among_weights(W, row, kernel)
 
 
-def steps(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
+def inner_kernels(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
     """The device's steps of the two AGOP forms for these centers."""
-    return _steps(Points(X, PRODUCTS[precision]))
+    return _inner_kernels(DevicePoints(X, PRODUCTS[precision]))
 
 
-def _steps(x: Points) -> torch_agop.InnerKernels:
+def _inner_kernels(x: DevicePoints) -> torch_agop.InnerKernels:
     return torch_agop.InnerKernels(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
-def _output_gradients(x: Points):
-    """The row-block step of the gradient form, as ``torch_blocks.output_gradients``."""
+def _output_gradients(x: DevicePoints):
+    """The row-block step of the gradient form, as ``gradients.output_gradients``."""
 
     def gradients_of(W, alpha, X, Z, shift, out):
-        centers, Z = (x, Z) if shift is None else (Points(X - shift, x.prec), Z - shift)
+        centers, Z = (x, Z) if shift is None else (DevicePoints(X - shift, x.prec), Z - shift)
         W, Z, s, At = _rows(W), _rows(Z), W @ alpha, alpha.T.contiguous()
         o, (b, n), (K, d) = centers.operand, W.shape, out.shape[1:]
         c = config("gradient", x.prec, out.device)
@@ -190,14 +193,15 @@ def _output_gradients(x: Points):
     return gradients_of
 
 
-def gradients(kernel: Radial, X, alpha, Z, plan: Plan, precision: str) -> torch.Tensor:
+def gradients(at: Points, alpha, rows: int, precision: str) -> torch.Tensor:
     """grad f_c(Z[i]), shape (m, K, d)."""
+    kernel, X, Z, _ = at
     out = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     if not out.numel():
         return out
-    x, shift = Points(X, PRODUCTS[precision]), dominant_offset(X)
-    z, step = x if Z is X else Points(Z, x.prec), _output_gradients(x)
-    for row, W, near in _near_blocks(kernel, x, z, X, Z, shift, plan.block):
+    x, shift = DevicePoints(X, PRODUCTS[precision]), dominant_offset(X)
+    z, step = x if Z is X else DevicePoints(Z, x.prec), _output_gradients(x)
+    for row, W, near in _near_blocks(kernel, x, z, X, Z, shift, rows):
         block_gradients(W, near, alpha, X, Z[row], shift, out[row], step)
     return out
 
@@ -222,19 +226,17 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
     return lower
 
 
-def agop(
-    kernel: Radial, X, alpha, Z, *, center: bool, method: str, limit, plan: Plan, precision: str, row_weights=None
-) -> torch.Tensor:
-    """sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
-    if len(Z) == 0 or alpha.shape[1] == 0 or (center and len(Z) == 1):
+def agop(at: Points, alpha, task: AgopTask, plan: Plan, precision: str, row_weights=None) -> torch.Tensor:
+    """Sum_i w_i sum_c g_ic g_ic^T, float64 (d, d); w = row_weights, default 1."""
+    kernel, X, Z, _ = at
+    if len(Z) == 0 or alpha.shape[1] == 0 or (task.center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
-    symmetric, x = Z is X, Points(X, PRODUCTS[precision])
-    z, inner = x if symmetric else Points(Z, x.prec), _steps(x)
+    symmetric, x = Z is X, DevicePoints(X, PRODUCTS[precision])
+    z, inner = x if symmetric else DevicePoints(Z, x.prec), _inner_kernels(x)
     if plan.method == "gradient":
         shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
         blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
-        return torch_agop.gradient_form(blocks, alpha, X, Z, shift, center, inner.gradients, roots)
+        return torch_agop.gradient_form(blocks, alpha, X, Z, shift, task.center, inner.gradients, roots)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
-    how = {"center": center, "method": method, "limit": limit, "row_weights": row_weights}
-    return torch_agop.agop_from_weights_(W, X, alpha, Z, rows=plan.block, steps=inner, **how)
+    return torch_agop.agop_from_weights_(W, X, alpha, Z, task, rows=plan.block, kernels=inner, row_weights=row_weights)

@@ -1,6 +1,6 @@
 """Launch configurations: tiles, warps and stages per operation, precision and chip, frozen in one table.
 
-A device that was calibrated uses what was fastest on it (``_measured``). Nothing is ever tuned inside a call.
+A device that was calibrated uses what was fastest on it (``calibration``). Nothing is ever tuned inside a call.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ..calibration import measured
+
+PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # what a precision means here
 
 
 @dataclass(frozen=True)

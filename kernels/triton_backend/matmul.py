@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .matrix import squared_distances
-from .profile import profile
 from .split import origin
 
 
@@ -14,7 +13,7 @@ from .split import origin
 def _matmul_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, V, out, m, n, d, p,
     stride_z, stride_x, stride_za, stride_xa, stride_v, stride_out, near, constants_at,
-    KIND: tl.constexpr, SELF: tl.constexpr, PREC: tl.constexpr, SECOND: tl.constexpr,
+    PROFILE: tl.constexpr, SELF: tl.constexpr, PREC: tl.constexpr, SECOND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Rows of phi(||z - x||) V: one row tile, all column tiles."""
@@ -32,6 +31,6 @@ def _matmul_kernel(
             mask=v_in,
             other=0.0,
         )
-        acc += tl.dot(profile(sq, constants_at, KIND, False), v, input_precision=SECOND)
+        acc += tl.dot(PROFILE(sq, constants_at, False), v, input_precision=SECOND)
     mask = (row + i < m)[:, None] & (column + c < p)[None, :]
     tl.store(origin(out, row, stride_out) + i[:, None] * stride_out + column + c[None, :], acc, mask=mask)

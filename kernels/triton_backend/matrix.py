@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .profile import profile
 from .split import inner_products, origin
 
 
@@ -50,7 +49,7 @@ def squared_distances(
 def _matrix_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
     near, constants_at, diagonal_at, first,
-    KIND: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
+    PROFILE: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
@@ -65,7 +64,7 @@ def _matrix_kernel(
         Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, row, col, m, n, d, stride_z, stride_x, stride_za, stride_xa,
         near, first, SELF, PREC, BM, BN, BK,
     )  # fmt: skip
-    value = profile(sq, constants_at, KIND, WEIGHT)
+    value = PROFILE(sq, constants_at, WEIGHT)
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     mask = (row + i < m)[:, None] & (col + j < n)[None, :]
     if SELF:

@@ -1,0 +1,333 @@
+"""Who does the work of a fit or a shared call: this process alone (Local), or the ranks of a group (Sharded).
+
+Both have the same methods, and what they return is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from fastagop.distributed.communicator import Communicator
+from fastagop.kernels import checks
+from fastagop.kernels.gemm import symmetrise_
+from fastagop.kernels.kernel_operator import KernelOperator, PointsProduct, scale_weights
+from fastagop.kernels.operations import agop as agop_here
+from fastagop.kernels.plan import AgopTask, Plan, block_rows, budget
+from fastagop.kernels.precision import matmul_precision
+from fastagop.kernels.profile import Profile
+from fastagop.kernels.scaling import Points, scaled_
+from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import costs, matrix
+from fastagop.kernels.torch_backend import diagonal as torch_diagonal
+from fastagop.kernels.torch_backend import gram as torch_gram
+from fastagop.kernels.torch_backend.low_rank import LowRank
+from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
+from fastagop.solvers import copies
+from fastagop.solvers.copies import Rows
+from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
+
+_UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
+
+
+class Predictor(NamedTuple):
+    """f_c(z) = sum_j alpha[j, c] k(z, X[j]), and how its products are computed.
+
+    ``alpha`` is float64 where the caller has it so: the gram form in float64 takes it.
+    """
+
+    kernel: Profile
+    X: torch.Tensor
+    alpha: torch.Tensor
+    precision: str = "highest"
+    backend: str = "auto"
+
+    @property
+    def rounded(self) -> torch.Tensor:
+        """alpha in X's dtype."""
+        return self.alpha.to(self.X.dtype)
+
+
+class Fit(NamedTuple):
+    """What a solve of a fit came to.
+
+    ``matrix`` has k(X, X) of the scaled points above its diagonal, or is None; ``peak_bytes`` is the plan's figure.
+    """
+
+    solved: Solved
+    matrix: torch.Tensor | None
+    peak_bytes: int
+
+
+class Local:
+    """This process alone."""
+
+    def solve(self, kernel: Profile, X: torch.Tensor, Y: torch.Tensor, options: SolveOptions, rows: Rows) -> Fit:
+        """The system at the points X (r, d) of given targets Y (n, K), alpha in float64."""
+        prepared = prepare(kernel, X, rows.take(Y), options)
+        return Fit(*prepared.run(Y, rows, torch.float64), prepared.plan.peak_bytes)
+
+    def agop(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
+        """The AGOP at X, of X's dtype at least."""
+        kernel, X, _, precision, backend = predictor
+        how = {"reduction": task.reduction, "center": task.center, "method": task.method, "precision": precision}
+        how |= {"backend": backend, "memory_limit": task.limit, "sample_weight": task.weights}
+        return agop_here(kernel, X, predictor.rounded, **how)
+
+    def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
+        """sum_i w_i sum_c (d f_c / d x_k)(X[i])^2 for each feature k: (d,), float64, O(d) memory beyond row blocks.
+
+        Raises:
+            MemoryError: a single block exceeds the task's limit.
+        """
+        return self._diagonal(predictor, task)
+
+    def _diagonal(self, predictor: Predictor, task: AgopTask, **shared) -> torch.Tensor:
+        kernel, X, alpha, precision, _ = predictor
+        room = budget(checks.memory_limit(task.limit), X.device)
+        rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], room)
+        weights, _, exponent = scale_weights(task.weights, X, "sum")
+        roots = None if weights is None else weights.sqrt()
+        with matmul_precision(precision, X.device):
+            M = torch_diagonal.agop_diagonal(
+                kernel, X, predictor.rounded, rows, center=task.center, roots=roots, **shared
+            )
+        return scaled_(M, exponent)
+
+    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, on every rank."""
+        return value
+
+
+class Sharded(Local):
+    """The ranks of a ``torch.distributed`` group, each of which makes the same calls.
+
+    Args:
+        group: a process group, or None for all processes.
+    """
+
+    def __init__(self, group):
+        self.group = group
+
+    def communicator(self, op: str, X) -> Communicator:
+        """This process among the others, for one operation."""
+        device = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
+        return Communicator(self.group, op, device)
+
+    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, on every rank."""
+        return self.communicator("broadcast", value).broadcast(value)
+
+    def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
+        """As ``Local.agop_diagonal``; every rank takes its share of the rows."""
+        ranks = self.communicator("agop", predictor.X)
+        return self._diagonal(predictor, task, span=ranks.rows(len(predictor.X)), total=ranks.total)
+
+    def agop(self, predictor: Predictor, task: AgopTask, Z: torch.Tensor | None = None) -> torch.Tensor:
+        """The AGOP at Z, default X, in float64; partial sums (d, d) are added in float64."""
+        kernel, X, alpha, precision, backend = predictor
+        ranks = self.communicator("agop", X)
+        given = predictor.rounded if isinstance(alpha, torch.Tensor) and isinstance(X, torch.Tensor) else alpha
+
+        def checked() -> KernelOperator:
+            checks.choice("reduction", task.reduction, ("mean", "sum"))
+            checks.choice("method", task.method, ("auto", "gradient", "gram"))
+            checks.flag("center", task.center)
+            operator = KernelOperator("agop", kernel, X, Z, precision=precision, backend=backend)
+            operator.agop(given, replace(task, method="gradient"))
+            return operator
+
+        options = {"reduction": task.reduction, "center": task.center, "precision": precision, "backend": backend}
+        call = f"{kernel!r}, {options}, method={task.method!r}, memory_limit={task.limit}"
+        tensors = {"X": X, "alpha": given, "Z": other(X, Z), "sample_weight": task.weights}
+        operator, room = ranks.agree(checked, call, **tensors)
+        limit = checks.memory_limit(task.limit)
+        task = replace(task, limit=room if limit is None else limit)
+        at = operator.points
+        weights, divisor, exponent = scale_weights(task.weights, at.Z, task.reduction)
+        scaled = predictor._replace(kernel=at.kernel, X=at.X)
+        with operator.products():
+            M, stored = None, None
+            if operator.backend.shards_gram and ranks.size > 1 and weights is None:
+                stored = _stored_weights(at, scaled.rounded, task, ranks.size)
+            if stored is not None:
+                M = _rows_of_gram(scaled, task, stored.block, ranks)
+            if M is None:
+                alone = at.Z is at.X and task.method == "auto" and ranks.size > 1
+                task = replace(task, method="gradient") if alone else task
+                M = _rows_of_points(scaled, at.Z, weights, task, ranks)
+        M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
+        return scaled_(M.div_(at.unit).div_(at.unit).div_(divisor), exponent)
+
+    @torch.no_grad()
+    def solve(self, kernel, X, Y, options: SolveOptions, rows: Rows | None = None, **of_points) -> Fit:
+        """As ``Local.solve``; nothing warns, and no matrix is kept.
+
+        Args:
+            rows: where the caller has found copies already: X are the points that they say, Y the targets as given.
+            **of_points: where it has not: ``sample_weight``, and ``out``, the dtype of alpha.
+        """
+        sample_weight, out = of_points.get("sample_weight"), of_points.get("out", torch.float64)
+        ranks, found = self.communicator("solve", X), None
+
+        def checked():
+            checks.memory_limit(options.memory_limit)
+            like = Y if rows is None else rows.take(Y)
+            prepare(kernel, X, like, replace(options, memory_limit=_UNLIMITED), sample_weight)
+
+        weight = sample_weight if rows is None else None if rows.plain else rows.each
+        _, room = ranks.agree(checked, f"{kernel!r}, {options}", X=X, Y=Y, sample_weight=weight)
+        given = X
+        if rows is None:
+            rows = found = copies.find(X, sample_weight)
+            X = rows.take(X)
+
+        @functools.cache
+        def product() -> PointsProduct:
+            how = {"precision": options.precision, "backend": options.backend}
+            operator = KernelOperator("solve with method 'cg'", kernel, X, **how)
+            return operator.float64_product(block_of_product(operator.points.X.double(), Y.shape[1], room))
+
+        def job(request) -> tuple[Solved, int]:
+            prepared = prepare(kernel, X, rows.take(Y), options)
+            shared = {}
+            if prepared.plan.method == "cg":
+                shared["share"] = functools.partial(SharedProduct, request, product().rows)
+            solved, _ = prepared.run(Y, rows, out, apart=found is not None, **shared)
+            if found is not None:
+                solved = replace(solved, solution=as_given(solved.solution, kernel, given, Y, found))
+            return solved.to(torch.device("cpu")), prepared.plan.peak_bytes
+
+        solved, planned = ranks.run_on_root(job, lambda V, rows: _part_of_product(product(), V, rows, ranks))
+        return Fit(solved.to(X.device), None, planned)
+
+
+@dataclass(frozen=True)
+class SharedProduct:
+    """k(X, X) as a solver sees it on the first rank; its products are made by all ranks.
+
+    Attributes:
+        request: (V, rows) -> the sum of what every rank makes. rows: of a block. local: the columns come from it.
+    """
+
+    request: Callable[[torch.Tensor, int], torch.Tensor]
+    rows: int
+    local: PointsProduct
+
+    def __len__(self) -> int:
+        return len(self.local)
+
+    def matmul(self, V: torch.Tensor) -> torch.Tensor:
+        """k(X, X) V."""
+        return self.request(V, self.rows)
+
+    def columns(self, index: torch.Tensor) -> torch.Tensor:
+        """k(X, X[index])."""
+        return self.local.columns(index)
+
+
+def _part_of_product(product: PointsProduct, V: torch.Tensor, rows: int, ranks: Communicator) -> torch.Tensor:
+    """What this rank contributes to k(X, X) V: its area of the triangle, or its rows, zero elsewhere."""
+    kernel, x, _, _ = product.at
+    if product.backend.shares_triangle:
+        return area_of_product(kernel, x, V, rows, ranks)
+    first, last = ranks.rows(len(x))
+    out = torch.zeros_like(V)
+    if last > first:
+        out[first:last] = product.backend.product(Points(kernel, x[first:last], x), V, rows)
+    return out
+
+
+def area_of_product(kernel: Profile, X: torch.Tensor, V: torch.Tensor, most: int, ranks: Communicator) -> torch.Tensor:
+    """What this rank's part of the lower half of k(X, X), and its mirror image, contributes to k(X, X) V."""
+    rows, starts = ranks.blocks(len(X), most)
+    return matrix.kernel_matmul(kernel, X, X, V, rows, starts)
+
+
+def block_of_product(X: torch.Tensor, p: int, room: int) -> int:
+    """Rows of a block of k(X, X), the same on every rank."""
+    n, size = len(X), X.element_size()
+    return block_rows(BLOCKS_ALIVE * n * size, n * p * size, room, n, "kernel_matmul")
+
+
+def engine_of(group) -> Local:
+    """The engine of a fit: ``Local`` where there is no group."""
+    return Local() if group is None else Sharded(group)
+
+
+def _stored_weights(at: Points, alpha: torch.Tensor, task: AgopTask, size: int) -> Plan | None:
+    """The plan where every rank should hold the weights (n, n) and make its rows of S: asked for, or fits and pays.
+
+    The task's limit is the same on every rank, and so is the plan: ranks must cut S alike.
+    """
+    if at.Z is not at.X or task.method == "gradient":
+        return None
+    try:
+        plan = costs.plan(at.X, alpha, at.X, AgopTask(method="gram", limit=task.limit), "")
+    except MemoryError:
+        if task.method == "gram":
+            raise
+        return None
+    (n, d), K = at.X.shape, alpha.shape[1]
+    gram = n * n * d * (1 + 1 / size) + (n**3 + 3.0 * n * n * K) / size + 2.0 * n * d * d / size
+    pays = gram < costs.flops(-(-n // size), n, d, K, False)["gradient"]
+    return plan if pays or task.method == "gram" else None
+
+
+def _rows_of_gram(predictor: Predictor, task: AgopTask, most: int, ranks: Communicator) -> torch.Tensor | None:
+    """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
+    kernel, X, alpha, _, _ = predictor
+    W = torch_agop.weights(kernel, X, X, most)
+    dtypes = [X.dtype, torch.float64]
+    here = torch_agop.choose_form(W, X, predictor.rounded, X, task)
+    rank = here.low_rank.rank if here.low_rank else 0
+    rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(here.dtype))[0], 2)  # the first rank decides
+    if rank == 0:
+        return None
+    rows, starts = ranks.blocks(len(X), most)
+    wide = dtypes[place]
+    P, Q = (ranks.broadcast(part) for part in _parts(here.low_rank, W.new_zeros(len(X), rank)))
+    x, part, first = X.to(wide), LowRank(P, Q, symmetric=True).to(wide), ranks.rank == 0
+    shared = {"rows": rows, "starts": starts, "all_else": first}
+    return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), x, part, center=task.center, **shared)
+
+
+def _parts(low_rank: LowRank | None, blank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, Q) as they can be sent or received, (n, rank) each."""
+    if low_rank is None or low_rank.rank != blank.shape[1]:
+        return blank, blank
+    return low_rank.P.contiguous(), low_rank.Q.contiguous()
+
+
+def _rows_of_points(predictor: Predictor, Z, weights, task: AgopTask, ranks: Communicator) -> torch.Tensor:
+    """This rank's rows of Z, centred by the mean over all of Z where asked; float64. weights (m,) or None for ones.
+
+    Each share is centred by its own mean, and what its mean differs from that of all is added: variances merge so
+    without losing digits.
+    """
+    kernel, X, _, precision, backend = predictor
+    alpha, (first, last) = predictor.rounded, ranks.rows(len(Z))
+    share = Z[first:last] if ranks.size > 1 else Z
+    part = None if weights is None else weights[first:last]
+    operator = KernelOperator("agop", kernel, X, share, precision=precision, backend=backend)
+    M = operator.agop(alpha, replace(task, reduction="sum", weights=part)).run().double()
+    if task.center and ranks.size > 1 and len(Z) > 0:
+        size = float(len(share) if part is None else part.sum(dtype=torch.float64))
+        mean = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
+        if size > 0:
+            rows = costs.plan(X, alpha, share, AgopTask(method="gradient", limit=task.limit), "").block
+            mean += operator.mean_gradient(alpha, part, rows)
+        both = ranks.total(torch.cat([(size * mean).flatten(), mean.new_tensor([size])]))
+        if both[-1] > 0:
+            apart = mean - (both[:-1] / both[-1]).view_as(mean)
+            M += size * (apart.T @ apart)
+    return M
+
+
+def other(X, Z):
+    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
+    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and checks.same(X, Z) else Z

@@ -1,0 +1,78 @@
+"""The KeOps backend's door: what it serves and why not, and its calls, planned."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+
+from ..errors import BackendUnavailable
+from ..plan import Call
+from ..precision import describe_precision
+from ..profile import Profile, text
+from ..scaling import Points
+from . import reductions
+
+
+class KeopsBackend:
+    """Products, gradients and the gradient form of the AGOP, without a block of the kernel matrix."""
+
+    name = "keops"
+    operations = ("kernel_matmul", "gradients", "agop", "solve with method 'cg'")
+    shares_triangle = False
+
+    def refusal(self, request) -> str | None:
+        """Why it cannot serve a call, and what to change; None where it can."""
+        if request.operation not in self.operations:
+            reason = "it would store the kernel matrix and KeOps never does"
+            return reason + ("; method='cg' solves without it" if request.operation == "solve" else "")
+        return missing(request.kernel, request.X)
+
+    def describe_precision(self, precision: str, X: torch.Tensor) -> str:
+        """What a precision means for this tensor, in words."""
+        return describe_precision(precision, X)
+
+    def products(self, precision: str, X: torch.Tensor) -> str:
+        """The word that the rate of its sums is known by."""
+        return "keops"
+
+    def matmul(self, operator, V: torch.Tensor) -> Call:
+        """K(X, Z) V."""
+        plan = reductions.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
+        return Call(plan, lambda at: self.product(at, V, plan.block))
+
+    def product(self, at: Points, V: torch.Tensor, rows: int) -> torch.Tensor:
+        """K(X, Z) V of scaled points; the rows of a block mean nothing here."""
+        return reductions.kernel_matmul(at.kernel, at.X, at.Z, V)
+
+    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+        """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
+        plan = reductions.plan_gradients(operator.X, alpha, operator.Z, operator.why)
+        return Call(plan, lambda at, alpha: reductions.gradients(at.kernel, at.X, alpha, at.Z))
+
+    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+        """The gradient form; coefficients and weights come in their units when it runs."""
+        if task.method == "gram":
+            raise BackendUnavailable(
+                "backend 'keops' cannot serve agop with method 'gram': that form stores the weights and KeOps stores "
+                "nothing; use method='gradient' or 'auto' with it, or backend='torch' or 'auto'"
+            )
+        plan = reductions.plan_agop(operator.X, alpha, operator.Z, task.limit, operator.why)
+        return Call(plan, lambda at, alpha, weights: reductions.agop(at, alpha, task.center, plan.block, weights))
+
+
+def missing(kernel: Profile, X: torch.Tensor) -> str | None:
+    """Why KeOps cannot compute here, and what to change; None where it can."""
+    if importlib.util.find_spec("pykeops") is None:
+        return "pykeops is not installed; pip install 'fastagop[keops]'"
+    if text(type(kernel), "keops") is None:
+        return f"{type(kernel).__name__} has no KeOps formula; give its class one, as those in kernels/radial.py have"
+    if X.device.type not in ("cpu", "cuda"):
+        return f"X is on {X.device} and it runs on the CPU and on CUDA; move the tensors with .cpu() or .cuda()"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+        return "it compiles its formulas and there is no C++ compiler; install g++, or set CXX to a compiler's path"
+    if X.device.type == "cuda" and not reductions.pykeops_module().config.gpu_available:
+        return "pykeops finds no CUDA (libcuda, libnvrtc and headers); see pykeops.check_health()"
+    return None

@@ -1,0 +1,127 @@
+"""What a backend asks of a kernel: its value and its gradient weight, and what it says about itself.
+
+A profile has phi(0) = 1, and r enters it as r / L. The kernels themselves are in ``radial``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Formulas:
+    """phi(r), and w(r) (x - z) with w(r) = -phi'(r)/r, zero where r = 0, as KeOps writes them."""
+
+    value: str
+    slope: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A radial kernel with a bandwidth; subclasses give the profile.
+
+    The in-place methods below consume a tensor of squared distances (or kernel values) block by block, so that
+    a block is transformed while it is in cache. The kernel's gradient at distance zero is zero by definition.
+    """
+
+    bandwidth: float
+
+    # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
+    triton: ClassVar[str | None] = None
+    keops: ClassVar[Formulas | None] = None
+
+    def __post_init__(self):
+        self._positive("bandwidth")
+
+    def _positive(self, name: str, most: float = math.inf) -> None:
+        """Make a parameter a float; refuse what is no number, not finite, or outside (0, most]."""
+        given = value = getattr(self, name)
+        try:
+            if isinstance(value, (bool, str, bytes)):
+                raise TypeError
+            value = float(value)  # numpy scalars, zero-dimensional tensors
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number, got {given!r}") from None
+        except OverflowError:
+            value = math.inf
+        if not (math.isfinite(value) and 0 < value <= most):
+            limit = "" if most == math.inf else f" up to {most:g}"
+            raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")
+        object.__setattr__(self, name, float(value))
+
+    @property
+    def further_parameters(self) -> tuple[float, ...]:
+        """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
+
+    def get_params(self, deep: bool = True) -> dict[str, float]:
+        """The kernel's parameters by name, as scikit-learn asks for them; ``deep`` changes nothing."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def set_params(self, **params: float) -> Profile:
+        """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
+
+        Raises:
+            ValueError: a parameter that the kernel does not have. ValueError, TypeError: naming the parameter.
+        """
+        known = list(self.get_params())
+        for name in params:
+            if name not in known:
+                raise ValueError(f"Invalid parameter {name!r} for kernel {self!r}. Valid parameters are: {known!r}.")
+        return replace(self, **params)
+
+    def __sklearn_clone__(self) -> Profile:
+        """Itself: what never changes needs no copy."""
+        return self
+
+    def value_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite squared distances r^2 by phi(r)."""
+        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
+
+    def weight_(self, sq: torch.Tensor) -> torch.Tensor:
+        """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
+        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
+
+    def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Overwrite kernel values by gradient weights; None where the profile has no closed form for it.
+
+        The caller sets pairs at distance zero itself: the value 1 may also be a tiny distance rounded away.
+        """
+        return None
+
+    def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """dw/dt at t = r^2 > 0, from t and the weights there; differentiable in both."""
+        raise TypeError(
+            f"kernel {type(self).__name__} has no second derivatives; give its class a method _weight_slope"
+        )
+
+    @property
+    def _weight_at_zero(self) -> float:
+        """The gradient weight's limit at r = 0 where the kernel is twice differentiable there, and 0 elsewhere."""
+        return 0.0
+
+
+def weight_slope(kernel: Profile, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The derivative of the gradient weight in r^2 where r > 0, which second derivatives of kernel machines need.
+
+    Raises:
+        TypeError: naming the kernel whose class does not define it.
+    """
+    return kernel._weight_slope(sq, weight)
+
+
+def weight_at_zero(kernel: Profile) -> float:
+    """The gradient weight's limit at r = 0, zero where there is a kink."""
+    return kernel._weight_at_zero
+
+
+def text(kernel: type[Profile], language: str):
+    """A kernel's profile in a device's language, "triton" or "keops"; None where its class itself gives none.
+
+    What a parent class gives does not count: the class may have another profile.
+    """
+    return vars(kernel).get(language)

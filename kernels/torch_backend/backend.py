@@ -1,0 +1,121 @@
+"""The torch backend's door: what it serves, and its calls, planned."""
+
+from __future__ import annotations
+
+import torch
+
+from ..plan import Call, Plan
+from ..precision import describe_precision
+from ..profile import Profile
+from ..scaling import Points
+from . import agop as torch_agop
+from . import costs, matrix
+from .gradients import block_gradients, dominant_offset, gradient_bytes
+from .tiles import fill_symmetric, fit_rows, weight_tiles
+
+
+class TorchBackend:
+    """Every operation, on every device that torch has in float64, too."""
+
+    name = "torch"
+    operations = ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve", "solve with method 'cg'")
+    shares_triangle = True
+
+    def refusal(self, request) -> str | None:
+        """It serves every call."""
+        return None
+
+    def describe_precision(self, precision: str, X: torch.Tensor) -> str:
+        """What a precision means for this tensor, in words."""
+        return describe_precision(precision, X, tf32=X.device.type == "cuda")
+
+    def products(self, precision: str, X: torch.Tensor) -> str:
+        """The word that the rate of its products with these points is known by."""
+        if X.dtype == torch.float32 and X.device.type == "cuda" and precision == "medium":
+            return "tf32"
+        return str(X.dtype).removeprefix("torch.")
+
+    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+        """K(X, Z), with the ridge on the diagonal where Z is X."""
+        plan = matrix.plan_kernel_matrix(operator.X, operator.Z, out, operator.why)
+        return Call(plan, lambda at: matrix.kernel_matrix(at.kernel, at.X, at.Z, out, plan.block, ridge))
+
+    def matmul(self, operator, V: torch.Tensor) -> Call:
+        """K(X, Z) V."""
+        plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
+        return Call(plan, lambda at: self.product(at, V, plan.block))
+
+    def product(self, at: Points, V: torch.Tensor, rows: int) -> torch.Tensor:
+        """K(X, Z) V of scaled points, in blocks of that many rows."""
+        return matrix.kernel_matmul(at.kernel, at.X, at.Z, V, rows)
+
+    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+        """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
+        plan = plan_gradients(operator.X, alpha, operator.Z, operator.why)
+        return Call(plan, lambda at, alpha: predictor_gradients(at, alpha, plan.block))
+
+    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+        """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
+        # Rows of W that are scaled by weights are not symmetric: the gram form treats weighted points as other points.
+        Z = operator.Z if task.weights is None else operator.Z[:]
+        plan = costs.plan(operator.X, alpha, Z, task, operator.why)
+        return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
+
+    def inner_kernels(self, X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
+        """Its inner steps of the AGOP's two forms."""
+        return torch_agop.TORCH_KERNELS
+
+    def factor_kernels(self, dtype: torch.dtype, precision: str) -> FactorKernels:
+        """What a factorisation of k(X, X) needs of it."""
+        return FactorKernels()
+
+
+class FactorKernels:
+    """How a stored k(X, X) is filled and factored: by torch, in full precision.
+
+    Attributes:
+        update: the column-block update of a blocked Cholesky factorisation; None for the library's products.
+        coarse: products below float32's accuracy were asked for, so that a factor is a preconditioner only.
+        precision: of the products of the update.
+        note: what is done otherwise than asked for; "" where nothing is.
+    """
+
+    update = None
+    coarse = False
+    precision = "highest"
+    note = ""
+
+    def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
+        """K(X, X) into out, in out's dtype."""
+        return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_)
+
+
+def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str) -> Plan:
+    """The plan of gradients."""
+    (n, d), K, m = X.shape, alpha.shape[1], len(Z)
+    size = X.element_size()
+
+    def step(rows: int) -> int:
+        return n * K * size + gradient_bytes(rows, n, d, K, size)
+
+    rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step)
+    return Plan(
+        "gradients",
+        "torch",
+        "blocked",
+        why,
+        "",
+        2.0 * m * n * d * (K + 1),
+        peak,
+        rows,
+    )
+
+
+def predictor_gradients(at: Points, alpha: torch.Tensor, rows: int) -> torch.Tensor:
+    """Grad f_c(Z[i]), shape (m, K, d)."""
+    kernel, X, Z, _ = at
+    result = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
+    shift = dominant_offset(X)
+    for row, W, near in weight_tiles(kernel, X, Z, rows, shift):
+        block_gradients(W, near, alpha, X, Z[row], shift, result[row])
+    return result

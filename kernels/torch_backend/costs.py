@@ -1,0 +1,137 @@
+"""What the two forms of the AGOP cost: operations, seconds at the device's rates, bytes; and the plan made of that."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..calibration import rate, source
+from ..gemm import square_bytes
+from ..plan import RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
+from . import gram as torch_gram
+from .distance import tile_bytes
+from .gradients import gradient_bytes
+from .low_rank import RANK
+
+
+def flops(m: int, n: int, d: int, K: int, symmetric: bool) -> dict[str, float]:
+    """Floating-point operations of each form, distances included."""
+    gradient = 2.0 * m * n * d * (K + 1) + 2.0 * m * K * d * d
+    if symmetric:
+        gram = 1.0 * n * n * d + 1.0 * n**3 + 1.0 * n * n * d + 2.0 * n * d * d + 3.0 * n * n * K
+    else:
+        gram = 2.0 * m * n * d + 1.0 * n * n * m + 1.0 * n * n * d + 2.0 * m * n * d + 2.0 * (n + m) * d * d
+    return {"gradient": gradient, "gram": gram}
+
+
+def products_of(X: torch.Tensor, Z: torch.Tensor, device: str | None) -> dict[str, str]:
+    """The word for each form's products: the dtype's own, or those of device steps, whose gram form is for Z = X."""
+    symmetric = str(X.dtype).removeprefix("torch.")
+    return {"gradient": device or symmetric, "gram": device if device and Z is X else symmetric}
+
+
+def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) -> dict[str, float]:
+    """Estimated seconds of each form: its operations at its rate."""
+    work = flops(len(Z), len(X), X.shape[1], K, Z is X)
+    return {form: work[form] / rate(form, products[form], X.device) for form in work}
+
+
+def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
+    """Most memory that the gradient form takes with blocks of that many rows."""
+    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    copied = 0 if alpha.is_contiguous() else n * K
+    held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
+    work = max(tile, gradient_bytes(rows, n, d, K, size), square_bytes(rows * K, d, size))
+    # M in float32 comes when nothing else is alive, but an allocator may keep what was freed; libraries take some more.
+    return held + held // 16 + work + (4 if size == 4 else 0) * d * d
+
+
+def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
+    """Most memory that the gram form takes with blocks of that many rows.
+
+    wide: float32 weights are copied for products in float64. rank: columns of the smooth part.
+    """
+    (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
+    others = 0 if Z is X else m
+    stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
+    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
+    size = 8 if wide else size
+    most = max(m, n)
+    points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
+    low_rank = torch_gram.low_rank_bytes(m, n, d, K, rank)
+    step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
+    narrow = (4 if X.element_size() == 4 else 0) * d * d
+    held = stored + 8 * d * d
+    return held + held // 16 + max(tile, points + low_rank + step) + narrow
+
+
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError."""
+    what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
+    if form == "gradient":
+        bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
+    else:
+        bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
+    return fitting_rows(bytes_of, limit, most, what, RAISE_LIMIT)
+
+
+def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
+    """(block rows, bytes) of the gradient form from stored weights; single rows where even these do not fit."""
+    try:
+        return _plan_form("gradient", X, alpha, Z, room, center)
+    except MemoryError:
+        return 1, gradient_form_bytes(1, X, alpha, Z, center)
+
+
+def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
+    """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
+    most = peak
+    if form == "gram":
+        stored = len(X) * len(Z) * X.element_size()
+        beside = stored + gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
+        clipped = torch_gram.nonnegative_bytes(X.shape[1])
+        most = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, RANK))
+    if center and X.dtype == torch.float32:
+        x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
+        z = x if Z is X else x.new_empty(Z.shape)
+        bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
+        most = max(most, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
+    return max(peak, min(most, limit))
+
+
+def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> Plan:
+    """The plan of an agop: the cheaper form that fits into memory.
+
+    products: the word that the rates of a device's own inner kernels are known by; None for torch's.
+    """
+    method, center = task.method, task.center
+    (n, d), K, m = X.shape, alpha.shape[1], len(Z)
+    work, room = flops(m, n, d, K, Z is X), budget(task.limit, X.device)
+    reason = f"{why}; method asked for"
+    if method == "auto":
+        cost = costs(X, Z, K, products_of(X, Z, products))
+        method = min(cost, key=lambda form: cost[form])
+        each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
+        reason = f"{why}; {each} ({source(X.device)})"
+        try:
+            _plan_form(method, X, alpha, Z, room, center)
+        except MemoryError:
+            method = "gradient" if method == "gram" else "gram"
+            reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
+    rows, peak = _plan_form(method, X, alpha, Z, room, center)
+    peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
+    if X.dtype == torch.float32 and method == "gram":
+        reason += (
+            "; float32 is guarded: near collapse a low-rank part of the weights is split off, or its products run in "
+            "float64, or the gradient form runs"
+        )
+    if X.dtype == torch.float32 and center:
+        reason += "; centred gradients that nearly agree are computed in float64"
+    return Plan("agop", "torch", method, reason, "", work[method], peak, rows)
+
+
+def wide_bytes(X, alpha, Z) -> int:
+    """Bytes of float64 copies of the points and the coefficients."""
+    return 8 * (X.numel() + alpha.numel() + (0 if Z is X else Z.numel()))

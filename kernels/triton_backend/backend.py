@@ -1,0 +1,137 @@
+"""The Triton backend's door: what it serves and why not, and its calls, planned. Triton is imported by what runs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from ..plan import Call
+from ..profile import Profile, text
+from ..torch_backend import backend as torch_door
+from ..torch_backend import costs, matrix
+from ..torch_backend.agop import InnerKernels
+from .launch_config import PRODUCTS, interpreted
+
+_WORDS = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
+
+
+def _launch():
+    from . import launch  # imports triton
+
+    return launch
+
+
+class TritonBackend:
+    """Every operation in float32 on CUDA, by fused kernels; blocks and costs are planned as torch's are."""
+
+    name = "triton"
+    operations = ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve")
+    shares_triangle = False
+
+    def refusal(self, request) -> str | None:
+        """Why it cannot serve a call, and what to change; None where it can."""
+        if request.operation == "solve with method 'cg'":
+            return "these products are in float64"
+        if request.operation not in self.operations:
+            return "this version of fastagop has no triton kernel for it"
+        return _unusable(request.X) or _unserved(request)
+
+    def describe_precision(self, precision: str, X: torch.Tensor) -> str:
+        """What a precision means here, in words."""
+        return f"float32, {precision} ({_WORDS[precision]})"
+
+    def products(self, precision: str, X: torch.Tensor) -> str:
+        """The word that the rate of its products is known by."""
+        return PRODUCTS[precision]
+
+    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+        """K(X, Z), with the ridge on the diagonal where Z is X."""
+        plan = matrix.plan_kernel_matrix(operator.X, operator.Z, out, operator.why)
+        return Call(plan, lambda at: _launch().kernel_matrix(at, out, operator.precision, ridge))
+
+    def matmul(self, operator, V: torch.Tensor) -> Call:
+        """K(X, Z) V."""
+        plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
+        return Call(plan, lambda at: _launch().kernel_matmul(at, V, operator.precision))
+
+    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+        """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
+        plan = torch_door.plan_gradients(operator.X, alpha, operator.Z, operator.why)
+        return Call(plan, lambda at, alpha: _launch().gradients(at, alpha, plan.block, operator.precision))
+
+    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+        """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
+        Z = operator.Z if task.weights is None else operator.Z[:]
+        plan = costs.plan(operator.X, alpha, Z, task, operator.why, PRODUCTS[operator.precision])
+        return Call(plan, lambda at, alpha, weights: _launch().agop(at, alpha, task, plan, operator.precision, weights))
+
+    def inner_kernels(self, X: torch.Tensor, precision: str) -> InnerKernels:
+        """Its inner steps of the AGOP's two forms, for these centers."""
+        return _launch().inner_kernels(X, precision)
+
+    def factor_kernels(self, dtype: torch.dtype, precision: str) -> torch_door.FactorKernels:
+        """What a factorisation of k(X, X) needs of it; torch's where this Triton has no products in the dtype."""
+        if not has_products(dtype):
+            found = torch_door.FactorKernels()
+            found.note = (
+                " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
+            )
+            return found
+        return _FactorKernels(dtype, precision)
+
+
+class _FactorKernels(torch_door.FactorKernels):
+    """The matrix made once by the fused kernel; a float32 one is factored by products of the precision asked for."""
+
+    def __init__(self, dtype: torch.dtype, precision: str):
+        self.coarse = precision != "highest"
+        if dtype == torch.float32:  # the library's float64 products are on tensor cores as they are
+            self.update, self.precision = _launch().cholesky_update(precision), precision
+
+    def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
+        """K(X, X) into out, in out's dtype."""
+        return _launch().fill_symmetric(out, kernel, X)
+
+
+def _unusable(X: torch.Tensor) -> str | None:
+    """Why this machine's Triton cannot compute with these points; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux, CUDA)"
+    if X.dtype != torch.float32:
+        return f"it computes in float32 and X is {X.dtype}; convert with X.float()"
+    if not interpreted():
+        if X.device.type != "cuda":
+            return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
+        if torch.cuda.get_device_capability(X.device) < (8, 0):
+            return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
+    return None
+
+
+def _unserved(request) -> str | None:
+    if request.precision == "high" and "bf16x3" not in input_precisions():
+        return (
+            "its Triton has no bf16x3 products, which precision='high' means; use another precision or a newer triton"
+        )
+    if text(type(request.kernel), "triton") is None:
+        name = type(request.kernel).__name__
+        return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
+    return None
+
+
+def input_precisions() -> tuple[str, ...]:
+    """What the installed Triton's products can do with float32 factors."""
+    if interpreted():
+        from triton.runtime.interpreter import InterpreterOptions as Options
+    else:
+        from triton.backends.nvidia.compiler import CUDAOptions as Options
+    return Options().allowed_dotinput_precisions
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether the installed Triton can make a kernel matrix of that dtype: float64 products came with Triton 3.5."""
+    if dtype == torch.float32:
+        return True
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
