@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import costs
 
 import fastagop
 from bench import clock, files, machine, peers
@@ -69,7 +69,7 @@ def main(out: Path, repeats: int, n: int | None = None, d: Sequence[int] | None 
     cases = dict.fromkeys((n or rows, columns, K) for rows, width, K in CASES for columns in d or (width,))
     rows = [row for case in cases for row in measure(*case, repeats)]
     for row in rows:
-        row["floor"] = min(torch_agop.flops(row["n"], row["n"], row["d"], row["K"], own=True).values()) / rate
+        row["floor"] = min(costs.flops(row["n"], row["n"], row["d"], row["K"], symmetric=True).values()) / rate
     result = {"machine": machine.describe(), "product GFLOP/s": rate / 1e9, "repeats": repeats, "rows": rows}
     files.write_json(out, result)
     print(table(rows))

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from fastagop.kernels import calibration
-from fastagop.kernels.backends import PRODUCTS
-from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.triton_backend import launch_config
-from fastagop.kernels.triton_backend.launch_config import Config
+from fastagop.kernels.triton_backend.launch_config import PRODUCTS, Config
 
 import fastagop
 from bench import clock, files, machine
@@ -41,7 +40,7 @@ def points(n: int, d: int, K: int, device: torch.device, dtype=torch.float32) ->
 def rates(device: torch.device, n: int, d: int, K: int, repeats: int) -> dict[str, float]:
     """Floating-point operations per second of each AGOP form with each kind of products."""
     found = {}
-    work = torch_agop.flops(n, n, d, K, own=True)
+    work = costs.flops(n, n, d, K, symmetric=True)
     ways = [("torch", "highest", torch.float32, "float32"), ("torch", "highest", torch.float64, "float64")]
     if device.type == "cuda":
         ways += [("triton", precision, torch.float32, word) for precision, word in PRODUCTS.items()]
@@ -69,7 +68,7 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
         ("matrix", "fp64"): lambda: triton_launch.fill_symmetric(wide, KERNEL, X[: len(wide)])
     }
     for precision, word in PRODUCTS.items():
-        steps = triton_launch.steps(X, precision)
+        steps = triton_launch.inner_kernels(X, precision)
         lower, update = steps.lower(W, alpha), triton_launch.cholesky_update(precision)
         inside = triton_launch.INSIDE[word]
 

@@ -188,10 +188,10 @@ def kernel_matmul(suite: Suite, d: int, K: int) -> None:
 
 def agop(suite: Suite, d: int, K: int) -> None:
     """Both forms against the plain composition and xrfm; the work is that of the cheaper form."""
-    from fastagop.kernels.torch_backend import agop as torch_agop
+    from fastagop.kernels.torch_backend import costs
 
     X, alpha = data(suite.n, d, K, suite.device, None)
-    work = min(torch_agop.flops(suite.n, suite.n, d, K, own=True).values())
+    work = min(costs.flops(suite.n, suite.n, d, K, symmetric=True).values())
     truth = fastagop.agop(
         KERNEL, X.double(), alpha.double(), method="gram" if K > 10 else "gradient", reduction="sum", backend="torch"
     )

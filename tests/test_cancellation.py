@@ -7,7 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels.agop import agop_from_weights_
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend import agop as torch_agop
 
 import fastagop
@@ -245,9 +246,10 @@ def test_stored_weights_of_crowds(crowded):
     kernel, X, alpha, g, _ = crowded
     r = np.sqrt(((long(X)[:, None] - long(X)) ** 2).sum(-1))
     for W in (torch.from_numpy(weights(kernel, r)[0].astype(float)), torch_agop.weights(kernel, X, X, 64)):
-        how = {"center": False, "method": "gradient", "limit": None, "rows": 64}
-        assert relative(torch_agop.agop_from_weights_(W.clone(), X, alpha, X, **how), squares(g)) <= 2e-6
-        assert relative(agop_from_weights_(W, X, alpha, "highest", "torch"), squares(g)) <= 1e-5
+        task = AgopTask("sum", method="gradient")
+        assert relative(torch_agop.agop_from_weights_(W.clone(), X, alpha, X, task, rows=64), squares(g)) <= 2e-6
+        operator = KernelOperator("agop", kernel, X)
+        assert relative(operator.agop_from_weights_(W, alpha, center=False), squares(g)) <= 1e-5
 
 
 def test_mean_gradient_of_crowds(crowded):

@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import costs, low_rank
 from fastagop.kernels.torch_backend import gram as torch_gram
-from fastagop.kernels.torch_backend import low_rank
 from fastagop.kernels.torch_backend.low_rank import LowRank
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,10 +174,10 @@ def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
     ("collapsed 3e-1", "gram", torch.float32, low_rank.RANK),
     ("collapsed 1e-3", "gram", torch.float64, low_rank.RANK),
 ])  # fmt: skip
-def test_the_roads(name, form, dtype, rank, cloud, normal):
+def test_the_decisions(name, form, dtype, rank, cloud, normal):
     X, alpha = cloud(name, n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
-    road = torch_agop.choose_form(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, False, "auto", None)
-    assert (road.form, road.dtype, road.low_rank and road.low_rank.rank) == (form, dtype, rank)
+    decision = torch_agop.choose_form(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, AgopTask())
+    assert (decision.form, decision.dtype, decision.low_rank and decision.low_rank.rank) == (form, dtype, rank)
 
 
 def test_coarse_products_lose_more(cloud, normal, monkeypatch):
@@ -184,13 +185,14 @@ def test_coarse_products_lose_more(cloud, normal, monkeypatch):
     X, alpha = cloud("collapsed 3e-1", n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
 
-    def road(method, products):
-        return torch_agop.choose_form(W, X, alpha, X, False, method, None, products)
+    def decision(method, products):
+        return torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), products=products)
 
-    monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: 1e9 if products == "float64" else 3e11)
-    assert road("auto", "fp16x3").low_rank
-    assert road("auto", "tf32").form == "gradient"
-    assert road("gram", "tf32").dtype == torch.float32
+    for module in (torch_agop, costs):
+        monkeypatch.setattr(module, "rate", lambda form, products, device: 1e9 if products == "float64" else 3e11)
+    assert decision("auto", "fp16x3").low_rank
+    assert decision("auto", "tf32").form == "gradient"
+    assert decision("gram", "tf32").dtype == torch.float32
 
 
 # ---- memory, warnings, the log

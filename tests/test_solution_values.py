@@ -9,7 +9,7 @@ from fastagop.kernels import reference
 
 import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMRegressor
-from fastagop.solvers import cg
+from fastagop.solvers import preconditioner
 
 EPS = 2.0**-52
 
@@ -22,7 +22,7 @@ def normalised(rows: torch.Tensor) -> torch.Tensor:
 
 
 def pivoted_cholesky(K: torch.Tensor, rank: int) -> torch.Tensor:
-    return cg.pivoted_cholesky(lambda index: K[:, index].clone(), K.diagonal().clone(), rank, 0.0)
+    return preconditioner.pivoted_cholesky(lambda index: K[:, index].clone(), K.diagonal().clone(), rank, 0.0)
 
 
 def near_copies(normal, X: torch.Tensor, rows: slice, of: slice) -> None:
@@ -113,7 +113,7 @@ def test_fewer_pivots_leave_what_their_columns_do_not_say(cloud):
 def test_columns_that_repeat_others_add_no_rank(normal):
     """A preconditioner's U has orthonormal columns, whatever rounding makes of eigenvalues that are zero."""
     Q = torch.linalg.qr(normal(60, 20)).Q
-    P = cg.preconditioner(torch.cat([Q, Q[:, :5]], 1), 1e-3)
+    P = preconditioner.preconditioner(torch.cat([Q, Q[:, :5]], 1), 1e-3)
     assert P.rank == 20
     assert float((P.U.T @ P.U - torch.eye(20)).abs().max()) <= 1e-12
     assert P.tail == pytest.approx(1.001, rel=1e-12)  # eigenvalues of F F^T: fifteen of 1, five of 2

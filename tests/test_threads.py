@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from fastagop.kernels import backends
+from fastagop.kernels import precision
 from fastagop.kernels.precision import Switch, matmul_precision
 from torch import nn
 
@@ -138,7 +138,7 @@ def test_different_wishes_at_once(older, monkeypatch):
     """On CUDA "medium" means TF32: while a call that needs full float32 runs, nobody computes in TF32."""
     if older:
         before = torch.get_float32_matmul_precision()
-        monkeypatch.setattr(backends, "_products_by_backend", lambda: (object(), object()))
+        monkeypatch.setattr(precision, "_products_by_backend", lambda: (object(), object()))
         read, full, fast = torch.get_float32_matmul_precision, {"highest"}, "medium"
     else:
         if not NEWER:
@@ -168,7 +168,7 @@ def test_different_wishes_at_once(older, monkeypatch):
 
 
 def test_the_older_interface_is_left_as_found(monkeypatch):
-    monkeypatch.setattr(backends, "_products_by_backend", lambda: (object(), object()))
+    monkeypatch.setattr(precision, "_products_by_backend", lambda: (object(), object()))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -10,9 +10,9 @@ import dataclasses
 import pytest
 import torch
 from fastagop.kernels import reference
-from fastagop.kernels.backends import triton_fills
 from fastagop.kernels.triton_backend import launch as triton_launch
 from fastagop.kernels.triton_backend import launch_config
+from fastagop.kernels.triton_backend.backend import has_products
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
 
@@ -109,7 +109,7 @@ def test_gradients_and_agop(kernel, spread):
 @pytest.mark.parametrize("spread", [None, 1e-5])
 def test_float64_kernel_matrix(kernel, spread):
     """What a float64 factorisation gets: float64 throughout, the bandwidth's digits included."""
-    if not triton_fills(torch.float64):
+    if not has_products(torch.float64):
         pytest.skip("this Triton has no float64 products")
     kernel, X = type(kernel)(1.7), points(spread=spread)
     K = triton_launch.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
@@ -133,7 +133,7 @@ def test_further_profiles(kernel, spread):
     assert error(product, truth[:, :35] @ alpha[:35].cpu().double()) <= 16 * EPS
     limit = 32 * EPS if spread is None or kernel != GeneralisedLaplace(1.7, 0.7) else 1e-3  # singular at distance 0
     assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
-    if triton_fills(torch.float64):
+    if has_products(torch.float64):
         wide = triton_launch.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
         assert error(wide, truth) <= 1e-14
     narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow

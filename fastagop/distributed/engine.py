@@ -152,7 +152,7 @@ class Sharded(Local):
         scaled = predictor._replace(kernel=at.kernel, X=at.X)
         with operator.products():
             M, stored = None, None
-            if operator.backend.shards_gram and ranks.size > 1 and weights is None:
+            if operator.backend.shares_triangle and ranks.size > 1 and weights is None:
                 stored = _stored_weights(at, scaled.rounded, task, ranks.size)
             if stored is not None:
                 M = _rows_of_gram(scaled, task, stored.block, ranks)
