@@ -20,7 +20,26 @@ FORBIDDEN = {
     "bench": {"kernels", "tests"},
     "tests": {"kernels"},
 }
-LINES = 500
+LINES, FUNCTION = 400, 60  # of a file and of a function, of what is installed
+FLAT = {"kernels": 16, "fastagop": 9}  # files that lie beside the folders
+# The floors of the house from the ground up: a module imports from floors below its own and from its own room.
+FLOORS = (
+    ("kernels.errors", "kernels.profile", "kernels.memory", "kernels.reference", "kernels.atomic_files"),
+    ("kernels.checks", "kernels.plan", "kernels.precision", "kernels.scaling", "kernels.gemm", "kernels.calibration"),
+    ("kernels.torch_backend",),
+    ("kernels.triton_backend", "kernels.keops_backend"),
+    ("kernels.backends",),
+    ("kernels.kernel_operator",),
+    ("kernels.operations",),
+    ("kernels.radial",),
+    ("linalg", "collapse", "datasets", "locks", "commands", "estimates"),
+    ("solvers",),
+    ("distributed",),
+    ("estimators", "network"),
+    ("rfm", "deep_rfm", "integrations"),
+    ("explain",),
+    ("",),  # fastagop/__init__.py
+)
 
 
 def imports(source: str) -> list[str]:
@@ -93,10 +112,104 @@ def test_right_arrows_are_not(room, source):
     assert not wrong(room, source)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_files_stay_short(room):
-    lengths = {path.name: len(path.read_text().splitlines()) for path in files(room)}
-    assert {name: n for name, n in lengths.items() if n > LINES} == {}
+def module_of(path: Path) -> str:
+    """A file of kernels or fastagop by its module's name, "fastagop." left out."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "kernels" else parts[1:]
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_of(path): path for room in ("kernels", "fastagop") for path in files(room)}
+
+
+def imported(name: str) -> set[str]:
+    """Modules of the project that a module imports, anywhere in it, but for what only type checkers see."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    tree, found, packages = ast.parse(path.read_text()), set(), set()
+    for branch in ast.walk(tree):
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test):
+            branch.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("fastagop").removeprefix(".") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                module = ".".join([*package[: len(package) - node.level + 1], *filter(None, [module])])
+            elif module.split(".")[0] == "fastagop":
+                module = module.removeprefix("fastagop").removeprefix(".")
+            else:
+                continue
+            inner = {f"{module}.{alias.name}".removeprefix(".") for alias in node.names}
+            found |= inner
+            packages |= set() if inner & MODULES.keys() else {module}  # not where one of its modules is what is meant
+    return ((found | packages) & MODULES.keys()) - {name}
+
+
+def floor(name: str) -> tuple[int, str]:
+    """(the floor, the room) of a module."""
+    for level, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if name == room or (room and name.startswith(f"{room}.")):
+                return level, room
+    return -1, name  # kernels/__init__.py holds nothing
+
+
+GRAPH = {name: imported(name) for name in MODULES}
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_arrows_go_down(name):
+    """Lazy imports count: a circle that closes when a function runs is a circle."""
+    level, room = floor(name)
+    up = {other for other in GRAPH[name] if floor(other)[1] != room and floor(other)[0] > level}
+    assert not up
+
+
+def test_no_circles():
+    order, seen, path = [], set(), []
+
+    def visit(name: str) -> None:
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name in seen:
+            return
+        path.append(name)
+        for other in sorted(GRAPH[name]):
+            visit(other)
+        path.pop()
+        seen.add(name)
+        order.append(name)
+
+    for name in sorted(GRAPH):
+        visit(name)
+    assert len(order) == len(MODULES)
+
+
+def test_an_arrow_that_goes_up_is_found(monkeypatch, tmp_path):
+    file = tmp_path / "linalg.py"
+    file.write_text("def f():\n    from fastagop.solvers import cg\n    return cg")
+    monkeypatch.setitem(MODULES, "linalg", file)
+    assert imported("linalg") == {"solvers.cg"}
+    assert floor("solvers.cg")[0] > floor("linalg")[0]
+
+
+@pytest.mark.parametrize("room", ["kernels", "fastagop"])
+def test_folders_hold_what_would_be_many_files(room):
+    assert len(list((ROOT / room).glob("*.py"))) <= FLAT[room]
+
+
+@pytest.mark.parametrize("room", ["kernels", "fastagop"])
+def test_files_and_functions_stay_short(room):
+    long = {}
+    for path in files(room):
+        source = path.read_text()
+        if (lines := len(source.splitlines())) > LINES:
+            long[path.name] = lines
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= FUNCTION:
+                long[f"{path.name}:{node.name}"] = node.end_lineno - node.lineno + 1
+    assert long == {}
 
 
 @pytest.mark.parametrize("room", ["kernels", "fastagop"])

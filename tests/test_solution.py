@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import reference
+from fastagop.kernels import kernel_operator, reference
 
 import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, GeneralisedLaplace, Laplace, Matern52, RFMClassifier, RFMRegressor
-from fastagop.solvers import direct
+from fastagop.solvers import direct, table
 
-solving = importlib.import_module("fastagop.solvers.solve")  # the module: fastagop.solve is the function
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -65,7 +63,7 @@ def test_a_fit_in_float32_solves_its_system(kernel, ridge, road, monkeypatch):
     """A float32 kernel matrix would leave 1e-5 to 1e-2 of the targets: alpha is then taken from float64 values."""
     X, Y = smooth_problem(300)
     if road != "float64 at once":
-        monkeypatch.setattr(solving, "_SHORT", 0)
+        monkeypatch.setattr(table, "SHORT", 0)
         monkeypatch.setattr(direct, "_PASSES", 1000 if road == "float64 after all" else 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ill-conditioned, but solved
@@ -75,8 +73,9 @@ def test_a_fit_in_float32_solves_its_system(kernel, ridge, road, monkeypatch):
 
 def test_a_sample_stands_for_many_rows(monkeypatch):
     X, Y = smooth_problem(400)
-    monkeypatch.setattr(direct, "_FEW", 100)
-    monkeypatch.setattr(direct, "_SAMPLE", 80)
+    for module in (direct, kernel_operator):
+        monkeypatch.setattr(module, "_FEW", 100)
+    monkeypatch.setattr(kernel_operator, "_SAMPLE", 80)
     solution = quietly(Laplace(5.0), X, Y, ridge=1e-1)
     assert solution.dtype == torch.float32
     assert solution.residual_rows == 80
