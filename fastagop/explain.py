@@ -46,11 +46,11 @@ def explain(op, *args, **kwargs) -> str:
         raise ValueError(_unknown(op))
     arguments = _bound(function.__name__, inspect.signature(function), args, kwargs)
     arguments.apply_defaults()
-    given = arguments.arguments
-    meta = [value for value in given.values() if on_meta(value)]
-    device = next((value.device for value in given.values() if _held(value)), default_device())
+    values = arguments.arguments
+    meta = [value for value in values.values() if on_meta(value)]
+    device = next((value.device for value in values.values() if _held(value)), default_device())
     made = {id(value): stand_in(value, device) for value in meta}  # one for each, however often it is given
-    bound: dict[str, Any] = {name: made.get(id(value), value) for name, value in given.items()}
+    bound: dict[str, Any] = {name: made.get(id(value), value) for name, value in values.items()}
     call = _prepared(function.__name__, bound)
     seconds = call.seconds()
     text = str(dataclasses.replace(call.plan, seconds=seconds))

@@ -161,13 +161,13 @@ def process_state(text: str) -> str:
 
 def _host_and_boot() -> str:
     """A short hash of host, boot and pid namespace: where a pid means the same process."""
-    said = [platform.node()]
+    parts = [platform.node()]
     for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
         try:
-            said.append(read())
+            parts.append(read())
         except OSError:
-            said.append("")
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:8]
+            parts.append("")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
 def _start_of(pid: int) -> int | None:

@@ -60,8 +60,8 @@ def path(device: torch.device) -> Path:
     folder = os.environ.get("FASTAGOP_CACHE")
     if not folder:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "fastagop"
-    words = name(device) if device.type != "cuda" else f"{name(device)} triton {importlib.metadata.version('triton')}"
-    return Path(folder) / (re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json")
+    title = name(device) if device.type != "cuda" else f"{name(device)} triton {importlib.metadata.version('triton')}"
+    return Path(folder) / (re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-") + ".json")
 
 
 def _home() -> Path:

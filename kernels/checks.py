@@ -61,9 +61,9 @@ def plain(name: str, value) -> None:
         (value.is_quantized, f"a quantized one ({value.dtype})", f"convert it with {name}.dequantize()"),
         (_is_wrapper(value), f"a {type(value).__name__}", f"pass what it holds (of a DTensor, {name}.full_tensor())"),
     )
-    for refused, given, remedy in refusals:
+    for refused, kind, remedy in refusals:
         if refused:
-            raise TypeError(f"{name} must be a dense torch.Tensor, got {given}; {remedy}")
+            raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}; {remedy}")
 
 
 def _is_wrapper(value: torch.Tensor) -> bool:
@@ -106,10 +106,10 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
             f"{name} must be on a device with float64, got {value.device}: AGOPs are summed and systems solved in "
             f"float64; move it with {name}.cpu()"
         )
-    for axis, what in ((0, rows), (1, columns)):
-        if what is not None and value.shape[axis] != what[0]:
+    for axis, agreement in ((0, rows), (1, columns)):
+        if agreement is not None and value.shape[axis] != agreement[0]:
             raise ValueError(
-                f"{name} must have {what[0]} {('rows', 'columns')[axis]} to agree with {what[1]}, "
+                f"{name} must have {agreement[0]} {('rows', 'columns')[axis]} to agree with {agreement[1]}, "
                 f"got shape {tuple(value.shape)}"
             )
     if not finite(value):
@@ -171,9 +171,9 @@ def finite(value: torch.Tensor) -> bool:
 
 def spread(X: torch.Tensor, Z: torch.Tensor, largest: float) -> None:
     """Refuse points of which a few are so far out that squares of the others' distances vanish beside theirs."""
-    most = torch.finfo(X.dtype).tiny ** -0.33  # 2e12 in float32, 3e101 in float64
+    bound = torch.finfo(X.dtype).tiny ** -0.33  # 2e12 in float32, 3e101 in float64
     typical = max(float(points.abs().amax(1).median()) for points in (X, Z) if len(points))
-    if 0 < typical < largest / most:
+    if 0 < typical < largest / bound:
         name, points = ("Z", Z) if Z is not X and float(X.abs().max()) < largest else ("X", X)
         row = int(points.abs().amax(1).argmax())
         raise ValueError(

@@ -56,8 +56,8 @@ def group_bytes() -> float:
 def _left_in(group: Path, limit: str, used: str, cache: str) -> float:
     """One group's limit less what it holds; file pages that the system drops on demand do not count."""
     try:
-        most, held = int((group / limit).read_text()), int((group / used).read_text())
+        allowed, held = int((group / limit).read_text()), int((group / used).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # not visible here, or "max"
         return math.inf
-    return max(0, most - held + int(stat.get(cache, 0)))
+    return max(0, allowed - held + int(stat.get(cache, 0)))

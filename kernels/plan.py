@@ -13,7 +13,7 @@ from .memory import host_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """The road a call takes; ``fastagop.explain`` prints it, the call itself obeys it."""
+    """What a call will do; ``fastagop.explain`` prints it, and the call itself obeys it."""
 
     op: str
     backend: str
@@ -113,25 +113,27 @@ ROWS = 256  # of a block, at most
 USE_LESS = "use fewer points, or free memory"  # advice of the others
 
 
-def block_rows(row_bytes: int, fixed_bytes: int, limit: int, most: int, what: str, advice: str = USE_LESS) -> int:
+def block_rows(
+    row_bytes: int, fixed_bytes: int, limit: int, max_rows: int, purpose: str, advice: str = USE_LESS
+) -> int:
     """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
 
-    ``advice``: what the caller of ``what`` can do where not even one row fits.
+    ``advice``: what the caller of ``purpose`` can do where not even one row fits.
 
     Blocks aim at 32 MB, so that elementwise work on a block stays near the caches, and at 128 to 256 rows.
     """
     room = (limit - fixed_bytes) // max(1, row_bytes)
     if room < 1:
         raise MemoryError(
-            f"{what} needs {format_bytes(fixed_bytes + row_bytes)} for a single row block, but "
+            f"{purpose} needs {format_bytes(fixed_bytes + row_bytes)} for a single row block, but "
             f"{format_bytes(limit)} may be used; {advice}"
         )
     wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
-    return int(max(1, min(room, wish, most)))
+    return int(max(1, min(room, wish, max_rows)))
 
 
 def fitting_rows(
-    bytes_of: Callable[[int], int], limit: int, most: int, what: str, advice: str = USE_LESS
+    bytes_of: Callable[[int], int], limit: int, max_rows: int, purpose: str, advice: str = USE_LESS
 ) -> tuple[int, int]:
     """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
 
@@ -140,11 +142,11 @@ def fitting_rows(
     least = bytes_of(1)
     if least > limit:
         raise MemoryError(
-            f"{what} needs {format_bytes(least)} for a single row block, but "
+            f"{purpose} needs {format_bytes(least)} for a single row block, but "
             f"{format_bytes(limit)} may be used; {advice}"
         )
     each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
-    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), most)))
+    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), max_rows)))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle - 1)

@@ -39,7 +39,7 @@ class Switch:
         restore: Callable[[Any], None] | None = None,
     ):
         self._read, self._write, self._order = read, write, tuple(order)
-        self._same = same if same is not None else lambda found, wanted: found == wanted
+        self._same = same if same is not None else lambda found, needed: found == needed
         self._restore = restore if restore is not None else write
         self._users = dict.fromkeys(self._order, 0)
         self._found: Any = None  # the value before ours
@@ -68,18 +68,18 @@ class Switch:
 
     def _settle(self) -> None:
         """Bring the setting to what the present users need; the lock is held."""
-        wanted = next((value for value in self._order if self._users[value]), None)
+        needed = next((value for value in self._order if self._users[value]), None)
         found = self._read()
         if self._changed and found != self._set:  # somebody else has changed it: their value is the one to keep
             self._changed = False
-        if wanted is None:
+        if needed is None:
             if self._changed:
                 self._changed = False
                 self._restore(self._found)
-        elif not self._same(found, wanted):
+        elif not self._same(found, needed):
             if not self._changed:
                 self._found = found
-            self._write(wanted)
+            self._write(needed)
             self._set, self._changed = self._read(), True
 
     def _renew(self) -> None:
@@ -129,8 +129,8 @@ def _newer(backend: int) -> Switch:
         if read() != value:
             write(value)
 
-    def same(found: str, wanted: str) -> bool:
-        return found == wanted or (wanted == "ieee" and found == "none")
+    def same(found: str, needed: str) -> bool:
+        return found == needed or (needed == "ieee" and found == "none")
 
     return Switch(read, write, ("ieee", "tf32"), same=same, restore=restore)
 

@@ -37,20 +37,20 @@ class Profile:
     def __post_init__(self):
         self._positive("bandwidth")
 
-    def _positive(self, name: str, most: float = math.inf) -> None:
-        """Make a parameter a float; refuse what is no number, not finite, or outside (0, most]."""
-        given = value = getattr(self, name)
+    def _positive(self, name: str, largest: float = math.inf) -> None:
+        """Make a parameter a float; refuse what is no number, not finite, or outside (0, largest]."""
+        original = value = getattr(self, name)
         try:
             if isinstance(value, (bool, str, bytes)):
                 raise TypeError
             value = float(value)  # numpy scalars, zero-dimensional tensors
         except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, got {given!r}") from None
+            raise TypeError(f"{name} must be a number, got {original!r}") from None
         except OverflowError:
             value = math.inf
-        if not (math.isfinite(value) and 0 < value <= most):
-            limit = "" if most == math.inf else f" up to {most:g}"
-            raise ValueError(f"{name} must be a positive finite number{limit}, got {given!r}")
+        if not (math.isfinite(value) and 0 < value <= largest):
+            limit = "" if largest == math.inf else f" up to {largest:g}"
+            raise ValueError(f"{name} must be a positive finite number{limit}, got {original!r}")
         object.__setattr__(self, name, float(value))
 
     @property

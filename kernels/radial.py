@@ -32,8 +32,8 @@ _ROOT_FACTOR = f"(Sqrt(IntCst(5)) * (Rsqrt(IntCst(3)) * {_INVERSE}))"  # sqrt(5 
 
 def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
     """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
-    most = torch.finfo(like.dtype).max
-    return value if value <= most else min(beyond, most)
+    largest = torch.finfo(like.dtype).max
+    return value if value <= largest else min(beyond, largest)
 
 
 def _apart_(sq: torch.Tensor) -> torch.Tensor:
@@ -176,7 +176,7 @@ if WEIGHT:
 
     def __post_init__(self):
         super().__post_init__()
-        self._positive("exponent", most=2.0)
+        self._positive("exponent", largest=2.0)
 
     def _power_(self, r: torch.Tensor) -> torch.Tensor:
         """Overwrite r by (r / L)^p."""

@@ -104,9 +104,9 @@ def in_range(
         return kernel, alpha, Amplitude(1.0, exponent)
     kernel, factor, more = _narrower(kernel, X)
     exponent += more
-    most, bound = _largest(alpha), _COEFFICIENTS[X.dtype]
-    if most > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once
-        size = math.frexp(most)[1]
+    largest, bound = _largest(alpha), _COEFFICIENTS[X.dtype]
+    if largest > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once
+        size = math.frexp(largest)[1]
         more = max(-bound, min(bound, size + exponent)) - size
         if more:
             alpha, exponent = scaled_(alpha.detach().clone(), more), exponent - more
@@ -121,12 +121,12 @@ def _narrower(kernel: Profile, X: torch.Tensor) -> tuple[Profile, float, int]:
     size = _largest(X)
     if not 0 < size * math.ldexp(1.0, _WIDE[X.dtype][0]) < kernel.bandwidth:
         return kernel, 1.0, 0
-    most = 4.0 * size * X.shape[1] ** 0.5  # more than any distance
+    reach = 4.0 * size * X.shape[1] ** 0.5  # more than any distance
     for power in _WIDE[X.dtype]:
         other = dataclasses.replace(kernel, bandwidth=size * math.ldexp(1.0, power))
         if other.bandwidth >= kernel.bandwidth:
             break
-        near, middle, far = (_weight(other, most * math.ldexp(1.0, -e)) for e in (40, 20, 0))
+        near, middle, far = (_weight(other, reach * math.ldexp(1.0, -e)) for e in (40, 20, 0))
         slopes = [math.log2(b / a) / 20 if min(a, b) > 0 else math.inf for a, b in ((near, middle), (middle, far))]
         if abs(slopes[1] - slopes[0]) <= _HOMOGENEOUS[X.dtype]:
             return other, *_power(kernel.bandwidth, other.bandwidth, -2.0 - _snapped(slopes[0]))

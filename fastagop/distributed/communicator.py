@@ -64,14 +64,14 @@ class Communicator:
         try:
             yield
         except RuntimeError as error:
-            said = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
+            reason = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
             raise RankLost(
-                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({said}). That process died "
+                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({reason}). That process died "
                 "or did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
                 "RFM with checkpoint_dir goes on after its last layer"
             ) from error
 
-    def agree(self, prepare: Callable, said: str, **tensors: torch.Tensor | None) -> tuple[Any, int]:
+    def agree(self, prepare: Callable, call: str, **tensors: torch.Tensor | None) -> tuple[Any, int]:
         """(prepare(), bytes that every rank may take), once all ranks are known to want the same thing.
 
         An error of prepare is raised where it happens, and named everywhere else. Inputs are compared by hashes.
@@ -79,28 +79,33 @@ class Communicator:
         result, error = None, None
         try:
             result = prepare()
-        except Exception as own:  # raised below, after the other ranks were told
-            error = own
+        except Exception as raised:  # raised below, after the other ranks were told
+            error = raised
         hashes = [0 if error else _hash(value) for value in tensors.values()]
-        mine = [int(error is not None), _hash_text(f"{self.op} {said}"), *hashes, *[0] * (_COMPARED - len(hashes))]
-        everyone = self._gather([*mine, 0 if error else self._room()])
+        numbers = [
+            int(error is not None),
+            _hash_text(f"{self.op} {call}"),
+            *hashes,
+            *[0] * (_COMPARED - len(hashes)),
+        ]
+        everyone = self._gather([*numbers, 0 if error else self._room()])
         if error is not None:
             raise error
         failed = [rank for rank, row in enumerate(everyone) if row[0]]
         if failed:
             raise RuntimeError(f"distributed.{self.op}: rank {failed[0]} refused its arguments; its error says why")
         if any(row[:-1] != everyone[0][:-1] for row in everyone):
-            self._disagree(said, tensors, everyone)
+            self._disagree(call, tensors, everyone)
         return result, min(row[-1] for row in everyone)
 
-    def _disagree(self, said: str, tensors: dict, everyone: list[list[int]]) -> None:
+    def _disagree(self, call: str, tensors: dict, everyone: list[list[int]]) -> None:
         """Name what differs; every rank sees the same hashes, so every rank comes here."""
         other = next(rank for rank, row in enumerate(everyone) if row[:-1] != everyone[0][:-1])
         kinds = {
             name: None if value is None else f"{value.dtype} {tuple(value.shape)}" for name, value in tensors.items()
         }
-        words = self._objects((f"{self.op}({said})", kinds))
-        first, second = words[0], words[other]
+        calls = self._objects((f"{self.op}({call})", kinds))
+        first, second = calls[0], calls[other]
         if first[0] != second[0]:
             raise ValueError(f"ranks must make the same call: rank 0 calls {first[0]}, rank {other} {second[0]}")
         name = next(n for i, n in enumerate(tensors) if everyone[0][2 + i] != everyone[other][2 + i])
@@ -120,16 +125,16 @@ class Communicator:
         share = -(-count // self.size)
         return min(count, self.rank * share), min(count, (self.rank + 1) * share)
 
-    def blocks(self, count: int, most: int) -> tuple[int, list[int]]:
+    def blocks(self, count: int, max_rows: int) -> tuple[int, list[int]]:
         """(rows of a block, first rows of this rank's blocks) of a triangle, so that every rank has as much area.
 
         Blocks are dealt out forth and back, 0 1 2 2 1 0 0 1 2 and so on, the longest first: what is left over at the
         end is short.
         """
-        rows = max(1, min(most, -(-count // (4 * self.size))))
+        rows = max(1, min(max_rows, -(-count // (4 * self.size))))
         turn = 2 * self.size
-        mine = (self.rank, turn - 1 - self.rank)
-        return rows, [start for i, start in enumerate(longest_first(count, rows)) if i % turn in mine]
+        numbers = (self.rank, turn - 1 - self.rank)
+        return rows, [start for i, start in enumerate(longest_first(count, rows)) if i % turn in numbers]
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of value over ranks, the same bits everywhere."""
@@ -186,8 +191,8 @@ class Communicator:
             result, error = job(request), None
         except RankLost:  # nobody is left to be told
             raise
-        except Exception as own:
-            result, error = None, _portable(own)
+        except Exception as raised:
+            result, error = None, _portable(raised)
         self._order([_DONE, 0, 0, 0])
         return result, error
 

@@ -74,9 +74,9 @@ class Local:
     def agop(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """The AGOP at X, of X's dtype at least."""
         kernel, X, _, precision, backend = predictor
-        how = {"reduction": task.reduction, "center": task.center, "method": task.method, "precision": precision}
-        how |= {"backend": backend, "memory_limit": task.limit, "sample_weight": task.weights}
-        return agop_here(kernel, X, predictor.rounded, **how)
+        arguments = {"reduction": task.reduction, "center": task.center, "method": task.method, "precision": precision}
+        arguments |= {"backend": backend, "memory_limit": task.limit, "sample_weight": task.weights}
+        return agop_here(kernel, X, predictor.rounded, **arguments)
 
     def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """sum_i w_i sum_c (d f_c / d x_k)(X[i])^2 for each feature k: (d,), float64, O(d) memory beyond row blocks.
@@ -131,19 +131,19 @@ class Sharded(Local):
         """The AGOP at Z, default X, in float64; partial sums (d, d) are added in float64."""
         kernel, X, alpha, precision, backend = predictor
         ranks = self.communicator("agop", X)
-        given = predictor.rounded if isinstance(alpha, torch.Tensor) and isinstance(X, torch.Tensor) else alpha
+        coefficients = predictor.rounded if isinstance(alpha, torch.Tensor) and isinstance(X, torch.Tensor) else alpha
 
         def checked() -> KernelOperator:
             checks.choice("reduction", task.reduction, ("mean", "sum"))
             checks.choice("method", task.method, ("auto", "gradient", "gram"))
             checks.flag("center", task.center)
             operator = KernelOperator("agop", kernel, X, Z, precision=precision, backend=backend)
-            operator.agop(given, replace(task, method="gradient"))
+            operator.agop(coefficients, replace(task, method="gradient"))
             return operator
 
         options = {"reduction": task.reduction, "center": task.center, "precision": precision, "backend": backend}
         call = f"{kernel!r}, {options}, method={task.method!r}, memory_limit={task.limit}"
-        tensors = {"X": X, "alpha": given, "Z": other(X, Z), "sample_weight": task.weights}
+        tensors = {"X": X, "alpha": coefficients, "Z": other(X, Z), "sample_weight": task.weights}
         operator, room = ranks.agree(checked, call, **tensors)
         limit = checks.memory_limit(task.limit)
         task = replace(task, limit=room if limit is None else limit)
@@ -181,15 +181,15 @@ class Sharded(Local):
 
         weight = sample_weight if rows is None else None if rows.plain else rows.each
         _, room = ranks.agree(checked, f"{kernel!r}, {options}", X=X, Y=Y, sample_weight=weight)
-        given = X
+        original = X
         if rows is None:
             rows = found = copies.find(X, sample_weight)
             X = rows.take(X)
 
         @functools.cache
         def product() -> PointsProduct:
-            how = {"precision": options.precision, "backend": options.backend}
-            operator = KernelOperator("solve with method 'cg'", kernel, X, **how)
+            arguments = {"precision": options.precision, "backend": options.backend}
+            operator = KernelOperator("solve with method 'cg'", kernel, X, **arguments)
             return operator.float64_product(block_of_product(operator.points.X.double(), Y.shape[1], room))
 
         def job(request) -> tuple[Solved, int]:
@@ -199,7 +199,7 @@ class Sharded(Local):
                 shared["share"] = functools.partial(SharedProduct, request, product().rows)
             solved, _ = prepared.run(Y, rows, out, apart=found is not None, **shared)
             if found is not None:
-                solved = replace(solved, solution=as_given(solved.solution, kernel, given, Y, found))
+                solved = replace(solved, solution=as_given(solved.solution, kernel, original, Y, found))
             return solved.to(torch.device("cpu")), prepared.plan.peak_bytes
 
         solved, planned = ranks.run_on_root(job, lambda V, rows: _part_of_product(product(), V, rows, ranks))
@@ -242,9 +242,11 @@ def _part_of_product(product: PointsProduct, V: torch.Tensor, rows: int, ranks: 
     return out
 
 
-def area_of_product(kernel: Profile, X: torch.Tensor, V: torch.Tensor, most: int, ranks: Communicator) -> torch.Tensor:
+def area_of_product(
+    kernel: Profile, X: torch.Tensor, V: torch.Tensor, max_rows: int, ranks: Communicator
+) -> torch.Tensor:
     """What this rank's part of the lower half of k(X, X), and its mirror image, contributes to k(X, X) V."""
-    rows, starts = ranks.blocks(len(X), most)
+    rows, starts = ranks.blocks(len(X), max_rows)
     return matrix.kernel_matmul(kernel, X, X, V, rows, starts)
 
 
@@ -278,17 +280,17 @@ def _stored_weights(at: Points, alpha: torch.Tensor, task: AgopTask, size: int) 
     return plan if pays or task.method == "gram" else None
 
 
-def _rows_of_gram(predictor: Predictor, task: AgopTask, most: int, ranks: Communicator) -> torch.Tensor | None:
+def _rows_of_gram(predictor: Predictor, task: AgopTask, max_rows: int, ranks: Communicator) -> torch.Tensor | None:
     """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
     kernel, X, alpha, _, _ = predictor
-    W = torch_agop.weights(kernel, X, X, most)
+    W = torch_agop.weights(kernel, X, X, max_rows)
     dtypes = [X.dtype, torch.float64]
     here = torch_agop.choose_form(W, X, predictor.rounded, X, task)
     rank = here.low_rank.rank if here.low_rank else 0
     rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(here.dtype))[0], 2)  # the first rank decides
     if rank == 0:
         return None
-    rows, starts = ranks.blocks(len(X), most)
+    rows, starts = ranks.blocks(len(X), max_rows)
     wide = dtypes[place]
     P, Q = (ranks.broadcast(part) for part in _parts(here.low_rank, W.new_zeros(len(X), rank)))
     x, part, first = X.to(wide), LowRank(P, Q, symmetric=True).to(wide), ranks.rank == 0

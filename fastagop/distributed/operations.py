@@ -138,7 +138,7 @@ def solve(
 ) -> Solution:
     """``fastagop.solve``, shared by the ranks of a group.
 
-    "cg" is the road that gains from more ranks: the first rank iterates and holds the preconditioner, and every
+    "cg" is the method that gains from more ranks: the first rank iterates and holds the preconditioner, and every
     product with k(X, X) is shared out by equal area. "cholesky" and "eigh" are not distributed: the first rank solves
     alone, with the memory it has, and the others wait for its result.
 

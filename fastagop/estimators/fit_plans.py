@@ -175,9 +175,9 @@ def _agop(X, Y, regression: KernelRidge, task: AgopTask, stored: bool) -> tuple[
     """(seconds, peak bytes) of the AGOP; ``stored``: the solve has left weights, which were counted there."""
     if stored:
         return min(costs.costs(X, X, Y.shape[1], costs.products_of(X, X, None)).values()), 0
-    how = {"precision": regression.precision, "backend": regression.backend}
+    served = {"precision": regression.precision, "backend": regression.backend}
     task = dataclasses.replace(task, limit=regression.memory_limit)
-    call = KernelOperator("agop", regression.kernel, X, **how).agop(Y, task)
+    call = KernelOperator("agop", regression.kernel, X, **served).agop(Y, task)
     return call.seconds(), call.plan.peak_bytes
 
 
@@ -212,14 +212,14 @@ def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, 
     solvers = list(dict.fromkeys(step.solver for *_, step in steps if step.solver))
     lines += [f"  solver     {solver}" for solver in solvers]
     fits, free = not any(step.refused for *_, step in steps), available_bytes(device)
-    words = "in all" if fits else "for what fits"
-    lines.append(f"  seconds    about {total:.2g} {words} ({calibration.source(device)})")
-    words = f"beyond X and y, {format_bytes(held)} of it kept" if fits else "for what fits"
-    lines.append(f"  memory     {format_bytes(peak + held)} {words}; {format_bytes(free)} are free now")
+    scope = "in all" if fits else "for what fits"
+    lines.append(f"  seconds    about {total:.2g} {scope} ({calibration.source(device)})")
+    scope = f"beyond X and y, {format_bytes(held)} of it kept" if fits else "for what fits"
+    lines.append(f"  memory     {format_bytes(peak + held)} {scope}; {format_bytes(free)} are free now")
     if fits and peak + held > free:
         lines.append("  does not fit: all of it together; use fewer rows, a smaller memory_limit, or solver='cg'")
     if share > 1:
         lines.append(f"  ranks      {share}: each makes its part of AGOPs and of passes of cg; the first factors alone")
     lines += [f"  does not fit: {label}: {step.refused}" for label, _, step in steps if step.refused]
-    lines += [f"  assumed    {words}" for words in data.assumed]
+    lines += [f"  assumed    {scope}" for scope in data.assumed]
     return "\n".join(lines)

@@ -95,9 +95,9 @@ class FastKernel(LaplaceKernel):
     def _points(self, x: torch.Tensor, z: torch.Tensor, mat: torch.Tensor | None):
         """(centers, points) times M^(1/2), one tensor where they are equal: half the work, and self-pairs by index."""
         self._check_columns(x)
-        own = z is x or (z.shape == x.shape and torch.equal(z, x))
+        symmetric = z is x or (z.shape == x.shape and torch.equal(z, x))
         x = self._transform_m(x, mat)
-        return x, x if own else self._transform_m(z, mat)
+        return x, x if symmetric else self._transform_m(z, mat)
 
     def _get_kernel_matrix_impl(self, x, z, mat=None):
         x, z = self._points(x, z, mat)

@@ -26,15 +26,15 @@ def note(kernel: Profile, X: torch.Tensor, block: int = 256) -> str:
         if others or (n > _FEW and _counts(scaled, X, block)[2]):
             return ""
     apart = torch.pdist(few.double()).median()
-    given, typical = kernel.bandwidth, float(apart) * unit
+    asked, typical = kernel.bandwidth, float(apart) * unit
     if ones and zeros:
-        what = "0 or 1 to rounding: points are equal to it or have nothing in common"
+        finding = "0 or 1 to rounding: points are equal to it or have nothing in common"
     elif zeros:
-        what = "0 to rounding: no point says anything about another"
+        finding = "0 to rounding: no point says anything about another"
     else:
-        what = "1 to rounding: all points look alike"
+        finding = "1 to rounding: all points look alike"
     return (
-        f"at bandwidth {given:.3g} every kernel value of two different points is {what}. Their typical distance is "
+        f"at bandwidth {asked:.3g} every kernel value of two different points is {finding}. Their typical distance is "
         f"{typical:.3g}: take a bandwidth of that size, or scale the features"
     )
 

@@ -54,11 +54,11 @@ class Given:
         A row's residual is its point's and what the row has of its own: its ridge times its coefficient in place of
         ``part`` (r, K), the point's, and its target in place of the mean.
         """
-        own = (self.ridges * rows.double()).sub_(part[self.group]).add_(self.apart)
+        beyond = (self.ridges * rows.double()).sub_(part[self.group]).add_(self.apart)
         count = torch.bincount(self.group, minlength=len(part)).double()
-        shift = torch.zeros_like(part).index_add_(0, self.group, own)
+        shift = torch.zeros_like(part).index_add_(0, self.group, beyond)
         of_points = (count[index, None] * R.square() + 2.0 * R * shift[index]).sum()
-        return max(0.0, len(part) / max(1, len(index)) * float(of_points) + float(own.square().sum()))
+        return max(0.0, len(part) / max(1, len(index)) * float(of_points) + float(beyond.square().sum()))
 
 
 @dataclass(frozen=True)
@@ -252,10 +252,10 @@ def _keys(X: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (X.shape[1],), generator=generator, dtype=torch.int64, device="cpu")
     factors = (factors | 1).to(X.device)
-    words = torch.int32 if X.element_size() == 4 else torch.int64
+    integers = torch.int32 if X.element_size() == 4 else torch.int64
     keys = torch.empty(len(X), dtype=torch.int64, device=X.device)
     for s in _slices(X):
-        bits = (X[s] + 0.0).contiguous().view(words).to(torch.int64)  # + 0: minus zero is zero
+        bits = (X[s] + 0.0).contiguous().view(integers).to(torch.int64)  # + 0: minus zero is zero
         for factor, shift in zip(_MIX, (32, 29), strict=True):  # round numbers differ in their high bits only
             bits.mul_(factor).bitwise_xor_(bits >> shift)
         keys[s] = bits.mul_(factors).sum(1)
@@ -321,11 +321,11 @@ def _crowds(place: np.ndarray, reach: np.ndarray) -> np.ndarray:
     label = np.empty(len(place), dtype=np.int64)
     label[order] = np.cumsum(np.append(False, place[order[1:], 0] > far[:-1]))
     for k in range(1, _DIRECTIONS):
-        most = np.zeros(label.max() + 1)
-        np.maximum.at(most, label, reach)
+        farthest = np.zeros(label.max() + 1)
+        np.maximum.at(farthest, label, reach)
         order = np.lexsort((place[:, k], label))
         same = label[order[1:]] == label[order[:-1]]
-        near = np.diff(place[order, k]) <= most[label[order[1:]]]
+        near = np.diff(place[order, k]) <= farthest[label[order[1:]]]
         label[order] = np.cumsum(np.append(False, ~(same & near)))
     return label
 
@@ -350,11 +350,11 @@ def _thinned(U, exponent, tolerance: np.ndarray, rows: np.ndarray, label: np.nda
     for crowd in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
         x = _wide(U[torch.from_numpy(crowd).to(U.device)], exponent)
         x = x - x[:1]
-        squares, most = x.square().sum(1), torch.from_numpy(tolerance[crowd]).to(U.device)
+        squares, farthest = x.square().sum(1), torch.from_numpy(tolerance[crowd]).to(U.device)
         slack = 1e-12 * float(squares.max())
         for start in range(0, len(crowd), 256):
             sq = squares[start : start + 256, None] + squares - 2.0 * (x[start : start + 256] @ x.T)
-            reach = torch.minimum(most[start : start + 256, None], most)
+            reach = torch.minimum(farthest[start : start + 256, None], farthest)
             near = (sq <= reach.square() + slack).sum(1) > 1  # itself is one
             kept.append(crowd[start : start + 256][near.cpu().numpy()])
     return np.sort(np.concatenate(kept)) if kept else rows[:0]

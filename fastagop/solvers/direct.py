@@ -64,8 +64,8 @@ class LinearSystem:
         Targets that differ where the kernel sees one point cannot be met: coefficients then grow like 1 / jitter, and
         in the working dtype their differences are noise.
         """
-        most = bound(Y, self.out)
-        excess = largest(alpha) / most if most > 0 else 0.0
+        bearable = bound(Y, self.out)
+        excess = largest(alpha) / bearable if bearable > 0 else 0.0
         fine = excess <= 1 or self.residual(alpha.to(self.out), Y) <= RESIDUAL[self.out]
         return 0.0 if fine else excess
 

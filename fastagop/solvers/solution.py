@@ -59,12 +59,12 @@ class Solution:
     note: str = ""
 
     def __repr__(self):
-        how = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
-        how += f", jitter {self.jitter:.1e}" if self.jitter else ""
+        header = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
+        header += f", jitter {self.jitter:.1e}" if self.jitter else ""
         rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
         parts = [
             f"alpha {size_of(self.alpha)} {str(self.alpha.dtype).removeprefix('torch.')}",
-            how,
+            header,
             f"residual {self.residual:.1e}{rows}",
         ]
         if self.merged:
@@ -87,12 +87,12 @@ class Solved:
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
-def report(solution: Solution, said: set[str] | None = None) -> None:
+def report(solution: Solution, reported: set[str] | None = None) -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
     ``said``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
     """
-    found, about, repeated = _altered(solution), _problem(solution), set() if said is None else said
+    found, about, repeated = _altered(solution), _problem(solution), set() if reported is None else reported
     if found:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
         if solution.method == "cg":
@@ -106,21 +106,21 @@ def report(solution: Solution, said: set[str] | None = None) -> None:
 
 def _altered(solution: Solution) -> list[str]:
     """What was done to this solve, and a residual that is too large."""
-    said, points = [], len(solution.alpha) - solution.merged
+    reported, points = [], len(solution.alpha) - solution.merged
     dropped = len(solution.alpha) - solution.rank if solution.method == "eigh" else 0
     if solution.jitter > 0:
-        said.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
+        reported.append(f"jitter {solution.jitter:.1e} was added to the diagonal beyond the ridge {solution.ridge:.1e}")
     if dropped:
-        said.append(f"{dropped} of {points} eigenvalues were dropped")
+        reported.append(f"{dropped} of {points} eigenvalues were dropped")
     if solution.stopped:
-        said.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
+        reported.append(f"conjugate gradients ended after {solution.iterations} steps because {solution.stopped}")
     residual = solution.residual if solution.merged_residual is None else solution.merged_residual
     limit = RESIDUAL[solution.alpha.dtype]
     if solution.dtype != solution.alpha.dtype == torch.float64:
         limit = _OF_FLOAT32
     if solution.stopped or not residual <= max(limit, solution.tolerance):
-        said.append(f"the relative residual is {residual:.1e}")
-    return said
+        reported.append(f"the relative residual is {residual:.1e}")
+    return reported
 
 
 def _problem(solution: Solution) -> dict[str, str]:

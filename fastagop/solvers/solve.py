@@ -98,8 +98,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
     ridge, limit = checks.nonnegative("ridge", options.ridge), checks.memory_limit(options.memory_limit)
 
     def problem(operation: str) -> Problem:
-        how = {"precision": options.precision, "backend": options.backend}
-        operator = KernelOperator(operation, kernel, X, **how)
+        operator = KernelOperator(operation, kernel, X, precision=options.precision, backend=options.backend)
         checks.ridge(ridge, X.dtype)
         checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
         checks.sample_weight(sample_weight, X, "mean")
@@ -208,13 +207,13 @@ class _Task:
 
     Attributes:
         target: mean targets (r, K), float64. ridge: a number, or one for each point (r,). unit: of the targets.
-        given: what the residual of the rows given needs beyond it. rows, contradictions, out: as elsewhere.
+        copied: what the residual of the rows given needs beyond it. rows, contradictions, out: as elsewhere.
     """
 
     target: torch.Tensor
     ridge: float | torch.Tensor
     unit: float
-    given: copies.Given | None
+    copied: copies.Given | None
     rows: Rows
     contradictions: int
     out: torch.dtype
@@ -225,17 +224,17 @@ class _Task:
         y, unit = scale_targets(Y.double())
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
-        given = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
-        return cls(target, ridges, unit, given, rows, rows.contradictions(y, target), out)
+        copied = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
+        return cls(target, ridges, unit, copied, rows, rows.contradictions(y, target), out)
 
     def answer(self, alpha: torch.Tensor) -> _Answer:
         """The coefficients that are returned, from those found for the points."""
         points = unscale_coefficients(alpha.to(self.out), self.unit)
-        if self.given is None:
+        if self.copied is None:
             return _Answer(points, self.rows.shared(points), points.double() / self.unit, None)
-        rows = unscale_coefficients(self.given.rows(alpha, self.out), self.unit)
+        rows = unscale_coefficients(self.copied.rows(alpha, self.out), self.unit)
         seen = rows.double() / self.unit
-        return _Answer(points, self.rows.among_all(rows), self.given.summed(seen, len(alpha)), seen)
+        return _Answer(points, self.rows.among_all(rows), self.copied.summed(seen, len(alpha)), seen)
 
     def residuals(self, index: torch.Tensor, R: torch.Tensor, answer: _Answer) -> dict:
         """Residuals of the rows given and of the points, from those (s, K) of some points."""
@@ -243,11 +242,11 @@ class _Task:
         merged = (grow * float(R.square().sum())) ** 0.5
         merged = merged / size if size > 0 else 0.0
         measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
-        if self.given is None or answer.rows is None:
+        if self.copied is None or answer.rows is None:
             return {"residual": merged, "residual_rows": measured}
         part = times(self.ridge, answer.seen)
-        total = self.given.squares(R, index, answer.rows, part) ** 0.5
-        literal = total / self.given.size if self.given.size > 0 else 0.0
+        total = self.copied.squares(R, index, answer.rows, part) ** 0.5
+        literal = total / self.copied.size if self.copied.size > 0 else 0.0
         return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
 
     def solved(self, answer: _Answer, **made) -> Solved:
@@ -274,10 +273,10 @@ class _Answer:
 
 def scale_targets(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
     """(Y / unit, unit), the unit a power of two: 1 where the largest item is within 1 / reach and reach."""
-    most = largest(Y)
-    if most == 0 or 1.0 / reach <= most <= reach:
+    size = largest(Y)
+    if size == 0 or 1.0 / reach <= size <= reach:
         return Y, 1.0
-    unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(most)[1])))
+    unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1])))
     return Y / unit, unit
 
 

@@ -44,9 +44,9 @@ def pykeops_module():
 class _Announcer(io.StringIO):
     """What KeOps prints while it loads a formula; the first sign of compilation is said aloud."""
 
-    def __init__(self, what: str):
+    def __init__(self, title: str):
         super().__init__()
-        self.what = what
+        self.what = title
 
     def write(self, text: str) -> int:
         if not self.tell() and ("Generating" in text or "Compiling" in text):
@@ -56,28 +56,28 @@ class _Announcer(io.StringIO):
 
 @functools.cache
 def _reduction(
-    what: str, formula: str, pair: str, d: int, width: int, parameters: int, dtype: torch.dtype, device: str
+    title: str, formula: str, pair: str, d: int, width: int, parameters: int, dtype: torch.dtype, device: str
 ):
     """The compiled callable (rows, columns, b, c) -> sums of a formula over the columns, one per row.
 
     ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); c (parameters,).
     """
-    what = f"{what}, {d} features, {width} columns, {str(dtype).removeprefix('torch.')}, {device}"
+    title = f"{title}, {d} features, {width} columns, {str(dtype).removeprefix('torch.')}, {device}"
     aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", f"c=Pm(3,{parameters})"]
     tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (parameters,))]
-    how = "GPU_1D" if device.startswith("cuda") else "CPU"
-    pykeops, printed = pykeops_module(), _Announcer(what)
+    mode = "GPU_1D" if device.startswith("cuda") else "CPU"
+    pykeops, printed = pykeops_module(), _Announcer(title)
     try:
         with contextlib.redirect_stdout(printed):
             reduce = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
-            reduce(*tiny, backend=how)
+            reduce(*tiny, backend=mode)
     except Exception as error:
         raise BackendUnavailable(
-            f"backend 'keops' cannot serve this call: compiling {what} failed with {error!r}. It needs a C++ "
+            f"backend 'keops' cannot serve this call: compiling {title} failed with {error!r}. It needs a C++ "
             "compiler and Python's headers (apt install g++ python3-dev); use backend='torch' or 'auto' to compute "
             f"without it. KeOps printed: {printed.getvalue()!r}"
         ) from error
-    return functools.partial(reduce, backend=how)
+    return functools.partial(reduce, backend=mode)
 
 
 def constants(kernel: Profile, like: torch.Tensor) -> torch.Tensor:
@@ -90,16 +90,16 @@ def _name(kernel: Profile) -> str:
     return type(kernel).__name__
 
 
-def _chunks(B: torch.Tensor, most: int) -> list[torch.Tensor]:
+def _chunks(B: torch.Tensor, widest: int) -> list[torch.Tensor]:
     """Columns of B in chunks of one width, so that one compiled formula serves all; zeros fill the last."""
-    parts = -(-B.shape[1] // max(1, most))
+    parts = -(-B.shape[1] // max(1, widest))
     width = -(-B.shape[1] // parts)
     wide = torch.nn.functional.pad(B, (0, parts * width - B.shape[1]))
     return [chunk.contiguous() for chunk in wide.split(width, dim=1)]
 
 
 def plan_kernel_matmul(X, Z, V, why: str) -> Plan:
-    """The road of kernel_matmul."""
+    """The plan of kernel_matmul."""
     n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
     peak = (2 * n * p + m * p) * X.element_size()
     return Plan("kernel_matmul", "keops", "one pass, K never stored", why, "", n * m * (3.0 * d + 2 * p), peak, n)
@@ -123,7 +123,7 @@ def _joined(parts: list[torch.Tensor], dim: int, size: int) -> torch.Tensor:
 
 
 def plan_gradients(X, alpha, Z, why: str) -> Plan:
-    """The road of gradients."""
+    """The plan of gradients."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     peak = 2 * m * K * d * X.element_size()
     return Plan("gradients", "keops", "one pass", why, "", m * n * d * (5.0 + 2 * K), peak, m)
@@ -142,7 +142,7 @@ def gradients(kernel: Profile, X, alpha, Z) -> torch.Tensor:
 
 
 def plan_agop(X, alpha, Z, limit: int | None, why: str) -> Plan:
-    """The road of agop: the gradient form; the gram form stores the weights."""
+    """The plan of agop: the gradient form; the gram form stores the weights."""
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     row, fixed, room = 3 * K * d * size, 2 * 8 * d * d + 2 * n * K * size, budget(limit, X.device)
     block_rows(row, fixed, room, m, "agop, gradient form,", RAISE_LIMIT)  # MemoryError where a single row does not fit

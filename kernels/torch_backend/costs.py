@@ -58,10 +58,10 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size
     size = 8 if wide else size
-    most = max(m, n)
+    longer = max(m, n)
     points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
     low_rank = torch_gram.low_rank_bytes(m, n, d, K, rank)
-    step = size * (3 * rows * most + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
+    step = size * (3 * rows * longer + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d
     held = stored + 8 * d * d
     return held + held // 16 + max(tile, points + low_rank + step) + narrow
@@ -69,12 +69,12 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
 
 def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
     """(block rows, peak bytes) of a form, or MemoryError."""
-    what, most = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
+    purpose, max_rows = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
     if form == "gradient":
         bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
     else:
         bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
-    return fitting_rows(bytes_of, limit, most, what, RAISE_LIMIT)
+    return fitting_rows(bytes_of, limit, max_rows, purpose, RAISE_LIMIT)
 
 
 def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
@@ -85,20 +85,20 @@ def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int
         return 1, gradient_form_bytes(1, X, alpha, Z, center)
 
 
-def _at_most(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
+def _highest_peak(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
     """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
-    most = peak
+    highest = peak
     if form == "gram":
         stored = len(X) * len(Z) * X.element_size()
         beside = stored + gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
         clipped = torch_gram.nonnegative_bytes(X.shape[1])
-        most = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, RANK))
+        highest = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, RANK))
     if center and X.dtype == torch.float32:
         x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
         z = x if Z is X else x.new_empty(Z.shape)
         bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
-        most = max(most, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
-    return max(peak, min(most, limit))
+        highest = max(highest, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
+    return max(peak, min(highest, limit))
 
 
 def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> Plan:
@@ -121,7 +121,7 @@ def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> 
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
     rows, peak = _plan_form(method, X, alpha, Z, room, center)
-    peak = _at_most(method, rows, peak, X, alpha, Z, room, center)
+    peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center)
     if X.dtype == torch.float32 and method == "gram":
         reason += (
             "; float32 is guarded: near collapse a low-rank part of the weights is split off, or its products run in "

@@ -256,10 +256,10 @@ def _add_directly(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
     counts, order = counts.sort(descending=True)
     done, end = 0, int((counts > 0).sum())
     while done < end:
-        most = int(counts[done])
-        step = max(1, _CHUNK // (most * (K + d) + K * d))
+        longest = int(counts[done])
+        step = max(1, _CHUNK // (longest * (K + d) + K * d))
         index = order[done : min(end, done + step)]
-        w, j = weights[index].topk(most, dim=1, sorted=False)  # weights are not negative: zeros fill what is left
+        w, j = weights[index].topk(longest, dim=1, sorted=False)  # weights are not negative: zeros fill what is left
         terms = torch.bmm((w[:, :, None] * alpha[j]).transpose(1, 2), X[j] - Z[index, None])
         out.index_add_(0, rows[index], terms)
         done += step
