@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 
@@ -12,7 +12,8 @@ from .keops_backend.backend import KeopsBackend
 from .plan import AgopTask, Call
 from .profile import Profile
 from .scaling import Points
-from .torch_backend.backend import TorchBackend
+from .torch_backend.agop import InnerKernels
+from .torch_backend.backend import FactorKernels, TorchBackend
 from .triton_backend.backend import TritonBackend
 
 
@@ -30,47 +31,74 @@ class Request(NamedTuple):
 
 
 class Backend(Protocol):
-    """Where a call's large work is done. ``register`` adds one; docs/pages/architecture.md has an example.
+    """Where a call's large work is done, as far as every backend says it of itself; ``register`` adds one.
 
-    Each operation's method gets a ``KernelOperator`` (its X, Z, precision and the reason ``why`` are for the plan) and
-    returns a ``Call``, planned but not run. Its ``run(points, ...)`` gets the points in a unit of length in which
-    nothing leaves the dtype. A backend that refuses an operation need not have its method.
+    What it serves it has a method for, see ``Serving``. docs/pages/architecture.md has an example.
     """
 
-    name: str
-    operations: tuple[str, ...]  # that it has, as ``Request`` names them
-    # Whether ranks can share out the lower triangle of k(X, X), as torch's products and gram form can; else its rows.
-    shares_triangle: bool
+    @property
+    def name(self) -> str:
+        """What the argument ``backend`` calls it."""
+        ...
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """Those that it has, as ``Request`` names them."""
+        ...
+
+    @property
+    def shares_triangle(self) -> bool:
+        """Whether ranks can share out the lower triangle of k(X, X), as torch's products and gram form can."""
+        ...
 
     def refusal(self, request: Request) -> str | None:
         """Why it does not serve a call, and what to change; None where it does."""
+        ...
 
     def describe_precision(self, precision: str, X: torch.Tensor) -> str:
         """What a precision means for these points, in words."""
+        ...
 
     def products(self, precision: str, X: torch.Tensor) -> str:
         """The word that the rate of its products is known by in ``calibration``."""
+        ...
+
+
+class Serving(Backend, Protocol):
+    """A backend that does not refuse a call; of the methods here it has those of the operations that it names.
+
+    Each operation's method gets a ``KernelOperator`` (its X, Z, precision and the reason ``why`` are for the plan) and
+    returns a ``Call``, planned but not run. Its ``run(points, ...)`` gets the points in a unit of length in which
+    nothing leaves the dtype.
+    """
 
     def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
         """k(X, Z) + ridge I; ``run(points)`` gives (n, m), in ``out`` where there is one."""
+        ...
 
     def matmul(self, operator, V: torch.Tensor) -> Call:
         """k(X, Z) V; ``run(points)`` gives (n, p)."""
+        ...
 
     def product(self, at: Points, V: torch.Tensor, rows: int) -> torch.Tensor:
         """For "solve with method 'cg'": k(X, Z) V of scaled float64 points, in blocks of that many rows."""
+        ...
 
     def gradients(self, operator, alpha: torch.Tensor) -> Call:
         """The predictor's gradients at Z; ``run(points, alpha)`` gives (m, K, d)."""
+        ...
 
     def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The summed AGOP; ``run(points, alpha, weights)`` gives float64 (d, d)."""
+        ...
 
-    def inner_kernels(self, X: torch.Tensor, precision: str):
-        """For AGOPs from stored weights: a ``torch_backend.agop.InnerKernels``."""
+    def inner_kernels(self, X: torch.Tensor, precision: str) -> InnerKernels:
+        """For AGOPs from stored weights: the inner steps of its two forms."""
+        ...
 
-    def factor_kernels(self, dtype: torch.dtype, precision: str):
-        """For solves: how a stored matrix is filled and factored, a ``torch_backend.backend.FactorKernels``."""
+    def factor_kernels(self, dtype: torch.dtype, precision: str) -> FactorKernels:
+        """For "solve": how a stored matrix is filled and factored."""
+        ...
 
 
 _TABLE: dict[str, Backend] = {}
@@ -90,7 +118,7 @@ def names(operation: str | None = None) -> tuple[str, ...]:
     return ("auto", *(name for name, backend in _TABLE.items() if operation is None or operation in backend.operations))
 
 
-def choose(backend: str, request: Request) -> tuple[Backend, str]:
+def choose(backend: str, request: Request) -> tuple[Serving, str]:
     """(backend, why) for a call, or BackendUnavailable.
 
     "auto" is torch: KeOps measured faster nowhere (bench/results/keops_cpu.json), and the Triton kernels have not been
@@ -98,14 +126,14 @@ def choose(backend: str, request: Request) -> tuple[Backend, str]:
     """
     choice("backend", backend, names())
     if backend == "auto":
-        return _TABLE["torch"], "the torch backend serves every device"
+        return cast(Serving, _TABLE["torch"]), "the torch backend serves every device"
     reason = _TABLE[backend].refusal(request)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {request.operation}: {reason}; use backend='torch' or 'auto' to compute "
             "without it"
         )
-    return _TABLE[backend], "asked for"
+    return cast(Serving, _TABLE[backend]), "asked for"
 
 
 def serving(backend: str, request: Request) -> str:

@@ -214,7 +214,7 @@ class PointsProduct:
 
     at: Points
     rows: int
-    backend: backends.Backend
+    backend: backends.Serving
 
     def __len__(self) -> int:
         return len(self.at.X)

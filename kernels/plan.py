@@ -50,7 +50,7 @@ class AgopTask:
     reduction: str = "mean"
     center: bool = False
     method: str = "auto"
-    limit: int | None = None
+    limit: float | None = None
     weights: torch.Tensor | None = None
 
 
@@ -64,7 +64,7 @@ class Call:
 
     plan: Plan
     run: Callable[..., torch.Tensor]
-    seconds: Callable[[], float] | None = None
+    seconds: Callable[[], float] = lambda: 0.0
 
 
 def format_bytes(count: float) -> str:
@@ -101,9 +101,9 @@ def empty_matrix(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype
     return torch.from_numpy(np.empty((rows, columns), {torch.float32: np.float32, torch.float64: np.float64}[dtype]))
 
 
-def budget(limit: int | None, device: torch.device) -> int:
+def budget(limit: float | None, device: torch.device) -> int:
     """Bytes a call may take beyond its inputs: the caller's limit, else most of what is free."""
-    return limit if limit is not None else int(0.9 * available_bytes(device))
+    return int(limit) if limit is not None else int(0.9 * available_bytes(device))
 
 
 RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one

@@ -66,9 +66,9 @@ class Communicator:
         except RuntimeError as error:
             reason = re.sub(r"^\[\S+:\d+\] ", "", str(error)).split(". ")[0]  # without the place in gloo's source
             raise RankLost(
-                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({reason}). That process died "
-                "or did not answer within the group's timeout; its own output says why. Start all ranks again: a Deep "
-                "RFM with checkpoint_dir goes on after its last layer"
+                f"distributed.{self.op}: rank {self.rank} of {self.size} lost another rank ({reason}). That process "
+                "died or did not answer within the group's timeout; its own output says why. Start all ranks again: a "
+                "Deep RFM with checkpoint_dir goes on after its last layer"
             ) from error
 
     def agree(self, prepare: Callable, call: str, **tensors: torch.Tensor | None) -> tuple[Any, int]:

@@ -140,7 +140,7 @@ def _solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> St
 
 def _solve_peak(prepared: PreparedSolve) -> int:
     """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
-    needed = direct.needed_bytes(*prepared.problem.X.shape, torch.float64)
+    needed = direct.needed_bytes(len(prepared.problem.X), prepared.problem.X.shape[1], torch.float64)
     coarse = prepared.solver.dtype == torch.float32 and prepared.problem.fits(torch.float64)
     return max(prepared.plan.peak_bytes, needed) if coarse else prepared.plan.peak_bytes
 

@@ -135,7 +135,7 @@ def _with_second_try(plan: Plan, problem) -> Plan:
     if not problem.fits(torch.float64):
         return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
     more = f"; a float64 matrix where the float32 one leaves a residual above {ENOUGH:.0e}"
-    needed = needed_bytes(*problem.X.shape, torch.float64)
+    needed = needed_bytes(len(problem.X), problem.X.shape[1], torch.float64)
     return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
 
 

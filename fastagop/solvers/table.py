@@ -69,7 +69,7 @@ class Problem:
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a Cholesky factorisation in a dtype fits into memory."""
-        return needed_bytes(*self.X.shape, dtype) <= self.room
+        return needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Solver:
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
     def memory(problem: Problem) -> int:
         n = len(problem.X)
-        return 3 * n * n * dtype.itemsize if name == "eigh" else needed_bytes(*problem.X.shape, dtype)
+        return 3 * n * n * dtype.itemsize if name == "eigh" else needed_bytes(len(problem.X), problem.X.shape[1], dtype)
 
     def seconds(problem: Problem, plan: Plan) -> float:
         found = problem.operator.seconds(plan, dtype)

@@ -16,7 +16,7 @@ import torch
 from ..errors import BackendUnavailable
 from ..gemm import add_squares_, symmetrise_
 from ..plan import RAISE_LIMIT, Plan, block_rows, budget
-from ..profile import Profile, text
+from ..profile import Formulas, Profile, text
 from ..scaling import Points
 
 log = logging.getLogger("fastagop")
@@ -86,6 +86,12 @@ def constants(kernel: Profile, like: torch.Tensor) -> torch.Tensor:
     return like.new_tensor([inverse, *kernel.further_parameters])
 
 
+def _formulas(kernel: Profile) -> Formulas:
+    found = text(type(kernel), "keops")
+    assert found is not None  # the backend has refused other kernels
+    return found
+
+
 def _name(kernel: Profile) -> str:
     return type(kernel).__name__
 
@@ -112,7 +118,7 @@ def kernel_matmul(kernel: Profile, X, Z, V) -> torch.Tensor:
     d, p = X.shape[1], V.shape[1]
     X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(V, _OUTPUTS)
-    formula, width = f"{text(type(kernel), 'keops').value} * b", chunks[0].shape[1]
+    formula, width = f"{_formulas(kernel).value} * b", chunks[0].shape[1]
     title = f"kernel_matmul for {_name(kernel)}"
     reduce = _reduction(title, formula, "xz", d, width, len(c), X.dtype, str(X.device))
     return _joined([reduce(X, Z, chunk, c) for chunk in chunks], 1, p)
@@ -136,7 +142,7 @@ def gradients(kernel: Profile, X, alpha, Z) -> torch.Tensor:
         return X.new_zeros(m, K, d)
     X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
     chunks = _chunks(alpha, _OUTPUTS // d)
-    formula, width = f"TensorProd(b, {text(type(kernel), 'keops').slope})", chunks[0].shape[1]
+    formula, width = f"TensorProd(b, {_formulas(kernel).slope})", chunks[0].shape[1]
     reduce = _reduction(f"gradients for {_name(kernel)}", formula, "zx", d, width, len(c), X.dtype, str(X.device))
     return _joined([reduce(Z, X, chunk, c).view(m, width, d) for chunk in chunks], 1, K)
 

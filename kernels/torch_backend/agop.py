@@ -206,7 +206,7 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
     return decision
 
 
-def _room(W: torch.Tensor, limit: int | None) -> int:
+def _room(W: torch.Tensor, limit: float | None) -> int:
     """Bytes a call may take, its stored weights included: of what is free now these are no part."""
     return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..plan import Call, Plan
@@ -80,7 +82,7 @@ class FactorKernels:
         note: what is done otherwise than asked for; "" where nothing is.
     """
 
-    update = None
+    update: Callable | None = None
     coarse = False
     precision = "highest"
     note = ""
