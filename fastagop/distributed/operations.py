@@ -76,6 +76,7 @@ def kernel_matmul(
         return KernelOperator("kernel_matmul", kernel, X, Z, **options)
 
     operator, room = ranks.agree(checked, f"{kernel!r}, {options}", X=X, Z=other(X, Z), V=V)
+    assert V is not None  # as has been checked
     if operator.Z is not X or not operator.backend.shares_triangle:
         return ranks.concatenate(
             lambda first, last: operations.kernel_matmul(kernel, X[first:last], operator.Z, V, **options),
