@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,12 +128,10 @@ class _RFM(KernelEstimator):
         return self
 
     def _checked(self) -> tuple[kernel_ridge.KernelRidge, int]:
-        regression, count = self._machine(), self.iterations
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or int(count) < 0:
-            raise ValueError(f"iterations must be an integer >= 0, got {count!r}")
+        regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
         checks.flag("diagonal", self.diagonal)
         checks.flag("center", self.center)
-        return regression, int(count)
+        return regression, iterations
 
     def _iterate(self, X, Y, M: torch.Tensor, regression: kernel_ridge.KernelRidge, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +175,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
             raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
-        if not isinstance(self.verbose, (bool, numbers.Integral)) or int(self.verbose) < 0:
-            raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
+        if not isinstance(self.verbose, bool):
+            checks.integer("verbose", self.verbose, 0)
         if self.process_group is not None:
             Communicator(self.process_group, "fit", self._device)
 
