@@ -80,7 +80,7 @@ def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> t
 
 
 class _RFM(KernelEstimator):
-    """What the classifier and the regressor share."""
+    """The parts that the classifier and the regressor share."""
 
     iterations: int
     diagonal: bool
@@ -108,22 +108,23 @@ class _RFM(KernelEstimator):
         """
         regression, iterations = self._checked()
         data = self._training(X, y, sample_weight)
-        rows, said, Y = copies.find(data.X, data.weights), set(), data.Y
+        rows, reported, Y = copies.find(data.X, data.weights), set(), data.Y
         points = rows.take(data.X)
         M = points.new_ones(points.shape[1])
         M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
         with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
             for index in range(iterations):
                 M, record = self._iterate(points, Y, M, regression, rows)
-                report(record.solution, said)
+                report(record.solution, reported)
                 self.iterations_.append(record)
                 for callback in self.callbacks:
                     callback(IterationEvent(index, iterations, record, M))
                 progress.step()
-        self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
+        # The caller's tensor must not be kept.
+        self._centers = project(points, self._root) if self._root is not None else points.clone()
         solved = kernel_ridge.solve(self._centers, Y, regression, self.process_group, rows=rows)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        report(self.solution_, said)
+        report(self.solution_, reported)
         self.M_ = self._kept(M)
         return self
 
@@ -137,13 +138,13 @@ class _RFM(KernelEstimator):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
-        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **about)
+        options = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
+        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **options)
         agop = pulled_back(inner, self._root, self.diagonal)
         scale = kernel_ridge.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
-            # gradients at the points are combinations of the points, and M of the one before maps their span to itself
+            # Gradients at the points are combinations of the points, whose span the M before maps to itself.
             root = M.clamp_(min=0.0).sqrt() if self.diagonal else linalg.psd_sqrt(M, rows=X)
             self._root = root if group is None else distributed.broadcast(root, group)
         return M, IterationRecord(solution, scale, time.perf_counter() - start)
@@ -172,7 +173,7 @@ class _RFM(KernelEstimator):
         return inputs.narrowed("X", self._near(X), self._dtype).to(self._dtype)
 
     def _near(self, X: torch.Tensor) -> torch.Tensor:
-        """X less what lies far from zero in every row: the kernel sees differences only."""
+        """X without its offset, which lies far from zero in every row: the kernel sees differences only."""
         return X.double() - self._offset if bool(self._offset.any()) else X
 
     def _projected(self, X: torch.Tensor) -> torch.Tensor:

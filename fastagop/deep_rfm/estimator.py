@@ -74,7 +74,7 @@ class _Layers:
 
 
 class _DeepRFM(_Layers, KernelEstimator):
-    """What the classifier and the regressor share."""
+    """The parts that the classifier and the regressor share."""
 
     depth: int
     features: str
@@ -322,7 +322,7 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         # With ridge 0 every training label is met, whatever its weight. scikit-learn's check that class weights move
-        # predictions is left out for what this tag marks.
+        # predictions is left out for estimators with this tag.
         tags.classifier_tags.poor_score = self.ridge == 0
         return tags
 

@@ -26,7 +26,7 @@ from fastagop.solvers.solution import Solution
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# What reading or using a file's contents raises where they are not what we write; ValueError stands apart.
+# Reading or using the contents of a file that fastagop did not write raises one of these.
 MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
 
 
@@ -40,7 +40,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a result may depend on, for the record."""
+    """The versions that a result may depend on, for the record."""
     from fastagop import __version__
 
     return {
@@ -170,7 +170,7 @@ def pack_value(value):
 
 
 def unpack_value(value):
-    """What ``pack_value`` was given."""
+    """The value that ``pack_value`` packed."""
     if not isinstance(value, dict):
         return value
     if "options" in value:

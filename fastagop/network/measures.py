@@ -96,7 +96,7 @@ def _nfa(name: str, one: LayerSum) -> float:
 
 def _pearson(A: torch.Tensor, B: torch.Tensor, sums: torch.Tensor, count: int) -> float | None:
     """Pearson correlation of the entries of Q A Q^T and Q B Q^T, count of them, with sums = Q^T 1."""
-    a, b = sums @ A @ sums, sums @ B @ sums  # the sums of all entries
+    a, b = sums @ A @ sums, sums @ B @ sums  # These are the sums of all entries.
     covariance = float((A * B).sum() - a * b / count)
     variances = [float(C.square().sum() - c * c / count) for C, c in ((A, a), (B, b))]
     scales = [float(C.square().sum()) for C in (A, B)]

@@ -52,7 +52,7 @@ def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: to
     """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
     seen = {layer: _Reached() for layer in linear.values()}
     with tapped(seen) as taps:
-        out = taps.run(model, pair, asking=True)  # two samples take little memory
+        out = taps.run(model, pair, asking=True)  # Two samples take little memory.
         for row in (0, 1) if out.requires_grad else ():
             cotangent = torch.zeros_like(out)
             cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
@@ -100,7 +100,7 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        with torch.enable_grad():  # with inputs that ask for gradients: without, some checkpoints warn of that
+        with torch.enable_grad():  # Some checkpoints warn where no input requires gradients.
             model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
