@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop import distributed, linalg
+from fastagop import linalg
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, kernel_ridge
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, in_full
@@ -146,7 +147,9 @@ class _RFM(KernelEstimator):
             M = (agop / scale).to(X.dtype)
             # Gradients at the points are combinations of the points, whose span the M before maps to itself.
             root = M.clamp_(min=0.0).sqrt() if self.diagonal else linalg.psd_sqrt(M, rows=X)
-            self._root = root if group is None else distributed.broadcast(root, group)
+            if group is not None:
+                root = Communicator(group, "broadcast", root.device).broadcast(root)
+            self._root = root
         return M, IterationRecord(solution, scale, time.perf_counter() - start)
 
     @in_full

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, distributed, linalg
+from fastagop import collapse, linalg
 from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, mapped
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels.gemm import matmul_nt
@@ -263,7 +264,9 @@ class LayerTraining:
 
     def _of_first_rank(self, value: torch.Tensor) -> torch.Tensor:
         """The value that the group's first rank has, which every rank goes on with."""
-        return value if self.group is None else distributed.broadcast(value, self.group)
+        if self.group is None:
+            return value
+        return Communicator(self.group, "broadcast", value.device).broadcast(value)
 
     def _collapse(self, stages: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
         """(NC1, NC2) of all rows by stage, empty where there are no two classes."""

@@ -161,8 +161,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         checks.choice("precision", self.precision, checks.PRECISIONS)
         inputs.dtype(self.dtype)
-        # KeOps is missing, since a layer stores its kernel matrix.
-        checks.choice("backend", self.backend, ("auto", "torch", "triton"))
+        checks.choice("backend", self.backend, ("auto", "torch", "triton"))  # a layer stores its kernel matrix
         ridge = checks.nonnegative("ridge", self.ridge)
         if not isinstance(self.solver, ConjugateGradients):
             checks.choice("solver", self.solver, METHODS)
@@ -221,8 +220,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         check_is_fitted(self)
         points = self._mapped(self._samples(X))
         centers, alpha = self._centers.double(), self._alpha.double()
-        # Triton's products are float32, and this one is float64.
-        backend = "torch" if self.backend == "triton" else self.backend
+        backend = "torch" if self.backend == "triton" else self.backend  # this product is in float64
         return kernel_matmul(self._kernel, points, centers, alpha, backend=backend)
 
     def _packed_alpha(self) -> dict[str, torch.Tensor]:
