@@ -111,8 +111,9 @@ class _RFM(KernelEstimator):
         data = self._training(X, y, sample_weight)
         rows, reported, Y = copies.find(data.X, data.weights), set(), data.Y
         points = rows.take(data.X)
-        M = points.new_ones(points.shape[1])
-        M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
+        ones = points.new_ones(points.shape[1])
+        M = ones if self.diagonal else ones.diag()
+        self._root, self.iterations_ = None, []
         with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
             for index in range(iterations):
                 M, record = self._iterate(points, Y, M, regression, rows)
@@ -189,12 +190,12 @@ class _RFM(KernelEstimator):
         tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset, **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
-        metadata = []
+        records = []
         for index, record in enumerate(self.iterations_):
             solution = storage.pack_solution(record.solution)
-            metadata.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
+            records.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
             tensors[f"{index}.alpha"] = record.solution.alpha
-        return tensors, {"iterations": metadata}
+        return tensors, {"iterations": records}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         self._root, self._offset, self.M_ = tensors.get("root"), tensors["offset"], self._kept(tensors["M"])

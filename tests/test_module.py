@@ -267,8 +267,8 @@ def test_ensembles_by_stacked_buffers():
     X = fitted()[1][:5]
     stacked = {name: torch.stack([m.state_dict()[name] for m in modules]) for name in modules[0].state_dict()}
     found = torch.func.vmap(lambda state: torch.func.functional_call(modules[0], state, (X,)))(stacked)
-    for one, module in zip(found, modules, strict=True):
-        torch.testing.assert_close(one, module(X))
+    for row, module in zip(found, modules, strict=True):
+        torch.testing.assert_close(row, module(X))
     held = modules[0].readout
     alpha = torch.func.jacrev(lambda a: torch.func.functional_call(modules[0], {"readout.alpha": a}, (X,)))(held.alpha)
 
@@ -296,15 +296,15 @@ def test_exports_and_compiles():
     )
 
 
-@pytest.mark.parametrize("how", ["binary", "flat", "neither"])
-def test_an_offset_is_added_to_the_outputs(how, normal):
-    centers, alpha = torch.nn.functional.normalize(normal(9, 3)), normal(9, 1 if how == "flat" else 2, seed=2)
-    flags = {"binary": how == "binary", "flat": how == "flat"}
-    offset = torch.tensor([0.5] if how == "flat" else [0.25, -3.0])
+@pytest.mark.parametrize("form", ["binary", "flat", "neither"])
+def test_an_offset_is_added_to_the_outputs(form, normal):
+    centers, alpha = torch.nn.functional.normalize(normal(9, 3)), normal(9, 1 if form == "flat" else 2, seed=2)
+    flags = {"binary": form == "binary", "flat": form == "flat"}
+    offset = torch.tensor([0.5] if form == "flat" else [0.25, -3.0])
     parts = fastagop.Laplace(1.0), centers, alpha
     plain, moved = (DeepRFMModule([], Readout(*parts, added), **flags) for added in (None, offset))
     Z = normal(4, 3, seed=3)
-    expected = plain(Z) + {"binary": -3.0, "flat": 0.5, "neither": offset.double()}[how]
+    expected = plain(Z) + {"binary": -3.0, "flat": 0.5, "neither": offset.double()}[form]
     torch.testing.assert_close(moved(Z), expected)
     assert torch.equal(moved.state_dict()["readout.offset"], offset.double())
     assert "readout.offset" not in plain.state_dict()

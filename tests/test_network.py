@@ -314,10 +314,10 @@ MIXING = {
 
 @pytest.mark.parametrize("name", MIXING)
 def test_refuses_models_that_mix_samples(name):
-    build, words = MIXING[name]
-    with pytest.raises(ValueError, match=words):
+    build, message = MIXING[name]
+    with pytest.raises(ValueError, match=message):
         network.agop(build(), torch.randn(6, 4))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         network.collapse_split(build(), torch.randn(6, 4), LABELS[:6])
 
 
@@ -400,8 +400,8 @@ BAD = {
 @pytest.mark.parametrize("function", [network.agop, network.nfa_correlation])
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(function, name):
-    error, words, call = BAD[name]
-    with pytest.raises(error, match=words):
+    error, message, call = BAD[name]
+    with pytest.raises(error, match=message):
         function(*call())
 
 

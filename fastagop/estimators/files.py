@@ -78,13 +78,13 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path)
-    if metadata.get("fastagop") != FORMAT:
-        found = metadata.get("fastagop")
+    tensors, header = read_tensors(path)
+    found = header.get("fastagop")
+    if found != FORMAT:
         reason = "was not written by fastagop" if found is None else f"is corrupt or has format {found[:80]}"
         raise ValueError(f"{path} {reason}; this version of fastagop reads its own format {FORMAT}")
-    text = metadata.get("words", "")
-    if fingerprint(tensors, text) != metadata.get("sha256"):
+    text = header.get("words", "")
+    if fingerprint(tensors, text) != header.get("sha256"):
         raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
     metadata = parse_json(path, text)
     if metadata.get("kind") != kind:

@@ -63,11 +63,11 @@ class _Turns:
         """Whether a thread waits for another one, or for one that does."""
         seen, todo = set(), [thread]
         while todo:
-            for one in self.waits.get(todo.pop(), set()) - seen:
-                if one == other:
+            for holder in self.waits.get(todo.pop(), set()) - seen:
+                if holder == other:
                     return True
-                seen.add(one)
-                todo.append(one)
+                seen.add(holder)
+                todo.append(holder)
         return False
 
     def give_back(self, parts: set[int]) -> None:

@@ -76,7 +76,7 @@ def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
     (_, _, out), (_, _, alike) = calls[-1]
     if not _differ(out, alike):
         return
-    mixers = (one[0] for one, two in calls if one[1] and not _differ(one[1], two[1]) and _differ(one[2], two[2]))
+    mixers = (a[0] for a, b in calls if a[1] and not _differ(a[1], b[1]) and _differ(a[2], b[2]))
     name = next(mixers, "")
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
