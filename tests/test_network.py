@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -409,6 +410,11 @@ def test_refuses(function, name):
 def test_refuses_batch_sizes(size):
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         network.agop(mlp(4, 2), X, batch_size=size)
+
+
+def test_batch_sizes_may_be_numpys():
+    model = mlp(4, 2)
+    assert torch.equal(*(network.agop(model, X, batch_size=size)["0"] for size in (3, np.int64(3))))
 
 
 def test_refuses_other_arguments():

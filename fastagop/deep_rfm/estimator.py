@@ -109,7 +109,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         seeds = layer_module.seeds(random, settings.depth)
         # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
         rows = copies.find(normalise_rows(data.X), data.weights)
-        training = LayerTraining(data.Y, settings, data.classes, self.process_group, rows)
+        training = LayerTraining(data.Y, settings, rows, data.classes, self.process_group)
         begin = self._begin if self.process_group is None else self._begin_together
         start, reported = begin(settings, data, seeds), set()
         self._layers = start.layers

@@ -137,10 +137,11 @@ class Layer(FixedPrecision):
     root: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    record: LayerRecord
 
     def __init__(self, agop: torch.Tensor, root: torch.Tensor, features: FeatureMap, record: LayerRecord | None = None):
         super().__init__()
-        self.record = record
+        self.record = record  # pyright: ignore[reportAttributeAccessIssue] (only a network's copy has none)
         self.register_buffer("agop", agop)
         self.register_buffer("root", root)
         self.register_buffer("weight", features.weight)
@@ -215,16 +216,16 @@ class LayerTraining:
 
     Attributes:
         Y: targets (n, K) of the rows that the fit was given. settings: of the layers.
+        rows: how these rows became points (``copies.find``).
         classes: class indices of the rows (n,), or None in regression.
         group: ranks that share the work.
-        rows: how rows became points (``copies.find``); None where every row is one.
     """
 
     Y: torch.Tensor
     settings: Settings
+    rows: Rows
     classes: torch.Tensor | None = None
     group: object = None
-    rows: Rows | None = None
 
     def layer(self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None) -> tuple[Layer, Trained]:
         """A layer on its input, the points X (r, d), and what it makes of them and of ``rest`` (e, d).
@@ -232,7 +233,7 @@ class LayerTraining:
         Args:
             X: input of the points. seed: of the random features. rest: input of the rows without weight.
         """
-        clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows or copies.alone(X)
+        clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
         X = normalise_rows(X)
         regression, group = self.settings.regression, self.group
         solution, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, group, rows=rows, mark=clock.mark)
@@ -279,7 +280,7 @@ def train_layer(
     X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None
 ) -> tuple[Layer, Trained]:
     """One layer by itself, on its input X (n, d), targets Y (n, K) and class indices (n,), or None."""
-    return LayerTraining(Y, settings, classes).layer(X, seed)
+    return LayerTraining(Y, settings, copies.alone(X), classes).layer(X, seed)
 
 
 def _reset_peak(device: torch.device) -> int | None:
