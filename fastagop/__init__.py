@@ -13,7 +13,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 import importlib
 from typing import TYPE_CHECKING
 
-from fastagop import collapse, datasets, distributed, network
+from fastagop import collapse, datasets, distributed, estimators, network
 from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
@@ -55,13 +55,7 @@ __all__ = [
     "solve",
 ]
 
-_LAZY = {  # they import scikit-learn or safetensors
-    "DeepRFMClassifier": "fastagop.deep_rfm.estimator",
-    "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
-    "RFMClassifier": "fastagop.rfm",
-    "RFMRegressor": "fastagop.rfm",
-    "load": "fastagop.estimators.persistence",
-}
+_LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}  # They import scikit-learn or safetensors.
 
 
 def __getattr__(name: str):

@@ -23,9 +23,9 @@ class EqualMeansError(ValueError):
     """All class means coincide up to rounding: there is no between-class scatter to compare with."""
 
 
-_LARGEST = 1e140  # sums of squares of larger entries may overflow float64
+_LARGEST = 1e140  # Sums of squares of larger entries may overflow float64.
 _EPS = torch.finfo(torch.float64).eps
-_ROWS = 1024  # of the Gram matrix's factor made at once
+_ROWS = 1024  # The Gram matrix's factor is made in blocks of so many rows.
 
 
 @torch.no_grad()
@@ -128,15 +128,16 @@ def _moments(X: torch.Tensor, classes: list[torch.Tensor]) -> _Moments:
     widest = float((X.amax(0).double() - X.amin(0).double()).max())
     scale = 2.0 ** -max(-1000, math.frexp(widest)[1])
     origin, within, means, errors = _long(X[0]), 0.0, [], []
-    rounding = torch.finfo(X.dtype).eps  # a step before they were stored, and storing them: half of it each
-    least = torch.finfo(X.dtype).smallest_normal * rounding  # spacing of subnormal numbers
+    # A step before the features were stored, and storing them, cost half of it each.
+    rounding = torch.finfo(X.dtype).eps
+    least = torch.finfo(X.dtype).smallest_normal * rounding  # This is the spacing of subnormal numbers.
     for rows in classes:
         members = X[rows].double()
         size = members.abs().amax(0).mul_(scale).mul_(rounding).add_(least * scale)
         members.sub_(members[0].clone()).mul_(scale)
         reach = members.abs().amax(0)
         mean = members.mean(0)
-        rest = members.sub_(mean).mean(0)  # what rounding has left out of the mean
+        rest = members.sub_(mean).mean(0)  # Rounding has left this out of the mean.
         squares = members.square_().sum(0)
         within += squares.sum().item()
         means.append((_long(X[rows[0]]) - origin) * scale + _long(mean) + _long(rest))
@@ -200,17 +201,19 @@ def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 def _checked(X, y) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """X as a tensor, and the row numbers of each class."""
     if isinstance(X, np.ndarray) and X.dtype.kind == "f":
-        dtype = X.dtype.newbyteorder("=") if X.dtype.itemsize <= 8 else np.float64  # long double has no tensor
-        X = torch.from_numpy(np.array(X, dtype=dtype, order="C"))  # copied: torch refuses some strides, byte orders
+        # There are no tensors of long double.
+        dtype = X.dtype.newbyteorder("=") if X.dtype.itemsize <= 8 else np.float64
+        # torch refuses some strides and byte orders, so this is a copy.
+        X = torch.from_numpy(np.array(X, dtype=dtype, order="C"))
     if not isinstance(X, torch.Tensor) or not X.is_floating_point():
-        what = getattr(X, "dtype", type(X).__name__)
-        raise TypeError(f"X must be a floating torch.Tensor or NumPy array, got {what}; convert it first")
+        kind = getattr(X, "dtype", type(X).__name__)
+        raise TypeError(f"X must be a floating torch.Tensor or NumPy array, got {kind}; convert it first")
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X must be a non-empty matrix (n, d), got shape {tuple(X.shape)}")
     low, high = (end.item() for end in X.aminmax())
-    if not -_LARGEST <= low <= high <= _LARGEST:  # false for NaN
+    if not -_LARGEST <= low <= high <= _LARGEST:  # The comparison is false for NaN.
         raise ValueError(f"X must be finite and within +-{_LARGEST:g}, found the range {low} to {high}")
-    X = X.detach() if X.device.type in ("cpu", "cuda") else X.detach().cpu()  # other devices may lack float64
+    X = X.detach() if X.device.type in ("cpu", "cuda") else X.detach().cpu()  # Other devices may lack float64.
     return X, [rows.to(X.device) for rows in _classes(y, len(X))]
 
 

@@ -18,13 +18,13 @@ from fastagop.kernels import atomic_files
 
 try:
     import fcntl
-except ImportError:  # no POSIX system: what the lock file says of its holder then decides alone
+except ImportError:  # Without POSIX, the holder that the lock file names decides alone.
     fcntl = None
 
 _NAME = ".lock"
-_PATIENCE = 0.5  # seconds for a new holder to write who it is
-_BETWEEN = 0.2  # seconds between two looks at a lock that is waited for
-_LONGEST = 4096  # bytes of a lock file
+_PATIENCE = 0.5  # A new holder has so many seconds to write who it is.
+_BETWEEN = 0.2  # A lock that is waited for is looked at after so many seconds.
+_LONGEST = 4096  # A lock file has at most so many bytes.
 
 
 class FolderInUse(ValueError):
@@ -61,13 +61,13 @@ class Lock:
     only read. Forked children do not inherit the lock.
 
     Args:
-        folder: an existing folder. what: the folder's name in messages.
+        folder: an existing folder. name: the folder's name in messages.
 
     Raises:
         FolderInUse: naming the holder's process, host and start. OSError: the lock file cannot be made.
     """
 
-    def __init__(self, folder: str | os.PathLike, what: str = "folder"):
+    def __init__(self, folder: str | os.PathLike, name: str = "folder"):
         self._path = Path(folder) / _NAME
         self._file: int | None = None
         deadline = time.monotonic() + _PATIENCE
@@ -78,12 +78,12 @@ class Lock:
             holder = _read(self._path)
             named = holder is not None and holder.state != atomic_files.ENDED
             if named or time.monotonic() > deadline:
-                who = holder or "another process, which did not write down who it is"
+                process = holder or "another process, which did not write down who it is"
                 gone = f", or remove {self._path} if that process is gone" if _is_elsewhere(holder) else ""
                 raise FolderInUse(
-                    f"{what} {folder} is in use by {who}; let it finish or end it, or use another folder{gone}"
+                    f"{name} {folder} is in use by {process}; let it finish or end it, or use another folder{gone}"
                 )
-            time.sleep(0.01)  # it has just been taken, or given back
+            time.sleep(0.01)  # The lock has just been taken, or given back.
         if self._file is not None:
             _held.add(self)
             _sign(self._file)
@@ -92,7 +92,7 @@ class Lock:
         """Give the folder back."""
         file, self._file = self._file, None
         if file is not None:
-            with contextlib.suppress(OSError):  # the folder may be gone
+            with contextlib.suppress(OSError):  # The folder may be gone.
                 os.unlink(self._path)
             os.close(file)
 
@@ -132,7 +132,7 @@ def waiting(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
         FolderInUse: the holder is stopped, so that waiting might never end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    said = False
+    announced = False
     while True:
         try:
             lock = Lock(folder)
@@ -141,9 +141,9 @@ def waiting(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
             holder = _read(folder / _NAME)
             if holder is not None and holder.state == atomic_files.STOPPED:
                 raise
-            if not said:
+            if not announced:
                 say(f"waiting: {refusal}")
-            said = True
+            announced = True
             time.sleep(_BETWEEN)
     with lock:
         yield
@@ -154,7 +154,7 @@ def _take(path: Path) -> int | None:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
         file = os.open(path, flags, 0o666)
-    except PermissionError:  # another user's lock file in a shared folder: it can be locked, if not signed
+    except PermissionError:  # Another user's lock file in a shared folder can be locked, though not signed.
         file = os.open(path, flags & ~(os.O_RDWR | os.O_CREAT))
     try:
         # A holder removes its file when it is done: a lock on the removed file is worth nothing.
@@ -190,18 +190,18 @@ def _is_elsewhere(holder: Holder | None) -> bool:
 def _sign(file: int) -> None:
     """Write down who holds the lock."""
     since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    words = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": atomic_files.process_token()}
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+    metadata = {"pid": os.getpid(), "host": platform.node(), "since": since, "token": atomic_files.process_token()}
+    with contextlib.suppress(OSError):  # The lock holds on a full disk, too.
         os.ftruncate(file, 0)
         os.lseek(file, 0, os.SEEK_SET)
-        os.write(file, json.dumps(words).encode())
+        os.write(file, json.dumps(metadata).encode())
 
 
 def _read(path: Path) -> Holder | None:
     """Who a lock file names; None where it names nobody yet."""
     try:
         with open(path, "rb") as file:
-            words = json.loads(file.read(_LONGEST))
-        return Holder(int(words["pid"]), str(words["host"]), str(words["since"]), str(words["token"]))
+            metadata = json.loads(file.read(_LONGEST))
+        return Holder(int(metadata["pid"]), *(str(metadata[name]) for name in ("host", "since", "token")))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

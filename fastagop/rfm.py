@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop import distributed, linalg
+from fastagop import linalg
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, kernel_ridge
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, in_full
@@ -81,7 +81,7 @@ def pulled_back(M: torch.Tensor, root: torch.Tensor | None, diagonal: bool) -> t
 
 
 class _RFM(KernelEstimator):
-    """What the classifier and the regressor share."""
+    """The parts that the classifier and the regressor share."""
 
     iterations: int
     diagonal: bool
@@ -109,46 +109,48 @@ class _RFM(KernelEstimator):
         """
         regression, iterations = self._checked()
         data = self._training(X, y, sample_weight)
-        rows, said, Y = copies.find(data.X, data.weights), set(), data.Y
+        rows, reported, Y = copies.find(data.X, data.weights), set(), data.Y
         points = rows.take(data.X)
-        M = points.new_ones(points.shape[1])
-        M, self._root, self.iterations_ = M if self.diagonal else M.diag(), None, []
+        ones = points.new_ones(points.shape[1])
+        M = ones if self.diagonal else ones.diag()
+        self._root, self.iterations_ = None, []
         with Progress("RFM", "iteration", iterations, quiet=not self.verbose) as progress:
             for index in range(iterations):
                 M, record = self._iterate(points, Y, M, regression, rows)
-                report(record.solution, said)
+                report(record.solution, reported)
                 self.iterations_.append(record)
                 for callback in self.callbacks:
                     callback(IterationEvent(index, iterations, record, M))
                 progress.step()
-        self._centers = project(points, self._root) if self._root is not None else points.clone()  # not the caller's
+        # The caller's tensor must not be kept.
+        self._centers = project(points, self._root) if self._root is not None else points.clone()
         solved = kernel_ridge.solve(self._centers, Y, regression, self.process_group, rows=rows)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        report(self.solution_, said)
+        report(self.solution_, reported)
         self.M_ = self._kept(M)
         return self
 
     def _checked(self) -> tuple[kernel_ridge.KernelRidge, int]:
-        regression, count = self._machine(), self.iterations
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or int(count) < 0:
-            raise ValueError(f"iterations must be an integer >= 0, got {count!r}")
+        regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
         checks.flag("diagonal", self.diagonal)
         checks.flag("center", self.center)
-        return regression, int(count)
+        return regression, iterations
 
     def _iterate(self, X, Y, M: torch.Tensor, regression: kernel_ridge.KernelRidge, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
         start, group = time.perf_counter(), self.process_group
         points = project(X, self._root)
-        about = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
-        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **about)
+        options = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
+        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **options)
         agop = pulled_back(inner, self._root, self.diagonal)
         scale = kernel_ridge.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
-            # gradients at the points are combinations of the points, and M of the one before maps their span to itself
+            # Gradients at the points are combinations of the points, whose span the M before maps to itself.
             root = M.clamp_(min=0.0).sqrt() if self.diagonal else linalg.psd_sqrt(M, rows=X)
-            self._root = root if group is None else distributed.broadcast(root, group)
+            if group is not None:
+                root = Communicator(group, "broadcast", root.device).broadcast(root)
+            self._root = root
         return M, IterationRecord(solution, scale, time.perf_counter() - start)
 
     @in_full
@@ -175,7 +177,7 @@ class _RFM(KernelEstimator):
         return inputs.narrowed("X", self._near(X), self._dtype).to(self._dtype)
 
     def _near(self, X: torch.Tensor) -> torch.Tensor:
-        """X less what lies far from zero in every row: the kernel sees differences only."""
+        """X without its offset, which lies far from zero in every row: the kernel sees differences only."""
         return X.double() - self._offset if bool(self._offset.any()) else X
 
     def _projected(self, X: torch.Tensor) -> torch.Tensor:
@@ -188,12 +190,12 @@ class _RFM(KernelEstimator):
         tensors = {"M": torch.as_tensor(self.M_), "offset": self._offset, **self._packed_alpha()}
         if self._root is not None:
             tensors["root"] = self._root
-        metadata = []
+        records = []
         for index, record in enumerate(self.iterations_):
             solution = storage.pack_solution(record.solution)
-            metadata.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
+            records.append({"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds})
             tensors[f"{index}.alpha"] = record.solution.alpha
-        return tensors, {"iterations": metadata}
+        return tensors, {"iterations": records}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         self._root, self._offset, self.M_ = tensors.get("root"), tensors["offset"], self._kept(tensors["M"])

@@ -32,6 +32,15 @@ def nonnegative(name: str, value) -> float:
     return float(value)
 
 
+def integer(name: str, value, least: int, most: int | None = None) -> int:
+    """An integer from ``least`` to ``most``, or without an upper bound, as int; a bool is none."""
+    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    if not fits or (most is not None and value > most):
+        bounds = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
+    return int(value)
+
+
 def ridge(value, dtype: torch.dtype) -> float:
     """A ridge that the kernel matrix's dtype holds, as float."""
     found = nonnegative("ridge", value)

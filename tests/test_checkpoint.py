@@ -153,8 +153,8 @@ def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
         plain = getattr(os, name)
 
         def spy(*args, name=name, plain=plain):
-            what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else os.fspath(args[1])
-            steps.append((name, what))
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else os.fspath(args[1])
+            steps.append((name, path))
             return plain(*args)
 
         monkeypatch.setattr(os, name, spy)
@@ -167,15 +167,16 @@ def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-@pytest.mark.parametrize("how", [("random", "5"), ("every",)], ids=lambda how: how[0])
-def test_kill_and_resume(python, how):
+@pytest.mark.parametrize("cases", [("random", "5"), ("every",)], ids=lambda cases: cases[0])
+def test_kill_and_resume(python, cases):
     """SIGKILL, resume, and the features, coefficients and records are the same to the bit."""
     folder = str(Path(__file__).parent)
     printed = python(
-        f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(how)}\nimport kill_cases; kill_cases.main()"
+        f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(cases)}\n"
+        "import kill_cases; kill_cases.main()"
     )
     assert "all resumed to the same bits" in printed
-    assert int(printed.split()[0]) >= (5 if how[0] == "random" else 18)  # nine steps on the disk a layer
+    assert int(printed.split()[0]) >= (5 if cases[0] == "random" else 18)  # nine steps on the disk a layer
 
 
 def test_a_half_written_layer_is_done_again(tmp_path):

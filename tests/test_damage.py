@@ -81,9 +81,9 @@ def test_flipped_and_cut_models(saved, tmp_path):
 def forged(data: bytes, change) -> bytes:
     """The file with a changed description and the checksum that goes with it."""
     (length,) = struct.unpack("<Q", data[:8])
-    words = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["words"])
+    metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["words"])
     tensors = _tensors(data)
-    text = change if isinstance(change, str) else json.dumps(change(words, tensors) or words)
+    text = change if isinstance(change, str) else json.dumps(change(metadata, tensors) or metadata)
     digest = storage.fingerprint(tensors, text)
     return save(tensors, metadata={"fastagop": storage.FORMAT, "sha256": digest, "words": text})
 
@@ -97,10 +97,10 @@ def _tensors(data: bytes) -> dict[str, torch.Tensor]:
 def changed(*keys, value=None):
     """A change that sets, or with no value drops, an entry of the description."""
 
-    def change(words, _):
+    def change(metadata, _):
         for key in keys[:-1]:
-            words = words[key]
-        words.pop(keys[-1]) if value is None else words.update({keys[-1]: value})
+            metadata = metadata[key]
+        metadata.pop(keys[-1]) if value is None else metadata.update({keys[-1]: value})
 
     return change
 
@@ -157,7 +157,7 @@ def test_forged_models_with_a_right_checksum(saved, tmp_path, name):
 
 def test_unforged_is_loaded(saved, tmp_path):
     """The forger itself does no harm."""
-    (tmp_path / "model").write_bytes(forged(saved[2], lambda words, tensors: None))
+    (tmp_path / "model").write_bytes(forged(saved[2], lambda metadata, tensors: None))
     assert np.array_equal(fastagop.load(tmp_path / "model").decision_function(saved[0]), saved[1])
 
 
@@ -240,12 +240,12 @@ def test_what_is_no_file(tmp_path):
 
 
 def test_flipped_and_cut_descriptions(tmp_path):
-    path, words = tmp_path / "manifest.json", {"layers": ["abc", "def"], "n": 3, "x": 0.1, "none": None, "é": [[]]}
-    storage.write_json(path, words)
-    assert storage.read_json(path) == words
+    path, metadata = tmp_path / "manifest.json", {"layers": ["abc", "def"], "n": 3, "x": 0.1, "none": None, "é": [[]]}
+    storage.write_json(path, metadata)
+    assert storage.read_json(path) == metadata
     for broken in damaged(path.read_bytes(), 500):
         path.write_bytes(broken)
-        assert outcome(lambda: storage.read_json(path), path) in (None, words)  # a flip in white space is no damage
+        assert outcome(lambda: storage.read_json(path), path) in (None, metadata)  # a flip in white space is no damage
 
 
 @pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")

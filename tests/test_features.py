@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastagop.deep_rfm.random_features import random_features
+from fastagop.deep_rfm.random_features import RandomFeatures
 
 LIKE = torch.empty(0, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["relu", "cos"])
 def test_seed_and_dtype(name):
-    wide = random_features(name, 7, 11, None, 3, LIKE)
-    again = random_features(name, 7, 11, None, 3, LIKE)
-    narrow = random_features(name, 7, 11, None, 3, LIKE.float())
-    other = random_features(name, 7, 11, None, 4, LIKE)
+    wide = RandomFeatures(name, 11).draw(7, 3, LIKE)
+    again = RandomFeatures(name, 11).draw(7, 3, LIKE)
+    narrow = RandomFeatures(name, 11).draw(7, 3, LIKE.float())
+    other = RandomFeatures(name, 11).draw(7, 4, LIKE)
     assert torch.equal(wide.weight, again.weight)
     assert torch.equal(wide.weight.float(), narrow.weight)
     assert not torch.equal(wide.weight, other.weight)
@@ -24,7 +24,7 @@ def test_seed_and_dtype(name):
 
 def test_relu_is_relu_of_gaussian_projections():
     X = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    phi = random_features("relu", 7, 20_000, None, 0, LIKE)
+    phi = RandomFeatures("relu", 20_000).draw(7, 0, LIKE)
     assert torch.equal(phi(X), (X @ phi.weight.T).clamp(min=0))
     # Standard Gaussian: mean 0 and variance 1, within five standard errors of 140,000 draws.
     assert abs(float(phi.weight.mean())) < 5 / math.sqrt(140_000)
@@ -36,14 +36,14 @@ def test_cosines_approximate_the_l1_laplacian():
     rng = np.random.default_rng(1)
     X = torch.from_numpy(rng.normal(size=(6, 4)))
     scale, width = 0.3, 40_000
-    phi = random_features("cos", 4, width, scale, 0, LIKE)(X)
+    phi = RandomFeatures("cos", width, scale).draw(4, 0, LIKE)(X)
     expected = torch.exp(-scale * torch.cdist(X, X, p=1.0))
     assert (phi @ phi.T - expected).abs().max() < 5 / math.sqrt(width)
 
 
 def test_phases_fill_the_whole_circle():
     """b is uniform on [0, 2 pi): mean pi, variance pi^2 / 3, within four standard errors of 20,000 draws."""
-    bias = random_features("cos", 3, 20_000, None, 0, LIKE).bias
+    bias = RandomFeatures("cos", 20_000).draw(3, 0, LIKE).bias
     assert 0 <= float(bias.min()) < 0.01
     assert 2 * math.pi - 0.01 < float(bias.max()) < 2 * math.pi
     assert float(bias.mean()) == pytest.approx(math.pi, abs=4 * math.pi / math.sqrt(3 * 20_000))

@@ -58,21 +58,21 @@ def test_torch_targets_of_any_kind(name, dtype):
 def test_rows_of_any_kind(name, kind):
     X, y = data()
     X = (4 * X).round()
-    given = torch.from_numpy(X).to(kind) if isinstance(kind, torch.dtype) else X.astype(kind)
-    model, plain = MAKE[name]().fit(given, y), MAKE[name]().fit(X, y)
-    found = model.transform(given)
+    converted = torch.from_numpy(X).to(kind) if isinstance(kind, torch.dtype) else X.astype(kind)
+    model, plain = MAKE[name]().fit(converted, y), MAKE[name]().fit(X, y)
+    found = model.transform(converted)
     floating = isinstance(kind, torch.dtype) and kind.is_floating_point
     assert found.dtype == (kind if floating else torch.float64 if isinstance(kind, torch.dtype) else np.float64)
     tolerance = torch.finfo(kind).eps if floating else 1e-12
-    wanted = plain.transform(X)
+    expected = plain.transform(X)
     np.testing.assert_allclose(
-        torch.as_tensor(found).double(), wanted, rtol=tolerance, atol=tolerance * np.abs(wanted).max()
+        torch.as_tensor(found).double(), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
     )
 
 
 @every
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         (lambda X, y: (X.to_sparse(), y), TypeError, r"^X must be a dense tensor.*X.to_dense\(\)"),
         (lambda X, y: (X.to_sparse_csr(), y), TypeError, r"^X must be a dense tensor.*X.to_dense\(\)"),
@@ -96,9 +96,9 @@ def test_rows_of_any_kind(name, kind):
         (lambda X, y: (None, y), ValueError, "Expected 2D array|X"),
     ],
 )
-def test_bad_data_is_named(name, change, error, said):
+def test_bad_data_is_named(name, change, error, message):
     X, y = data()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         MAKE[name]().fit(*change(torch.from_numpy(X), torch.from_numpy(y)))
 
 
@@ -110,14 +110,14 @@ def test_bad_new_rows_are_named(name):
     methods += [model.decision_function, model.predict_proba] if hasattr(model, "predict_proba") else []
     T = torch.from_numpy(X)
     for method in methods:
-        for bad, error, said in (
+        for bad, error, message in (
             (T.to_sparse(), TypeError, "^X must be a dense tensor"),
             (T[:, :3], ValueError, f"X has 3 features, but {name} is expecting 4 features"),
             (X[:, :3], ValueError, f"X has 3 features, but {name} is expecting 4 features"),
             (T[0], ValueError, "Expected 2D array: X"),
             (T.to("meta"), ValueError, "^X must hold numbers"),
         ):
-            with pytest.raises(error, match=said):
+            with pytest.raises(error, match=message):
                 method(bad)
 
 
@@ -175,9 +175,9 @@ def test_feature_importances(name, diagonal, rows):
     assert not hasattr(model, "feature_importances_")
     found = model.fit(X, y).feature_importances_
     assert type(found) is type(model.M_)
-    wanted = np.asarray(model.M_, dtype=float)
-    wanted = wanted if diagonal else np.diag(wanted)
-    np.testing.assert_allclose(np.asarray(found), wanted / wanted.sum(), rtol=1e-12)
+    expected = np.asarray(model.M_, dtype=float)
+    expected = expected if diagonal else np.diag(expected)
+    np.testing.assert_allclose(np.asarray(found), expected / expected.sum(), rtol=1e-12)
     assert set(np.argsort(np.asarray(found))[-2:].tolist()) == {0, 1}
     none = MAKE[name]().set_params(iterations=0).fit(X, y).feature_importances_
     np.testing.assert_allclose(np.asarray(none), 0.25)
@@ -195,9 +195,9 @@ def test_autocast_changes_nothing(name):
         answers = [getattr(inside, method)(T) for method in methods]
         answers += [inside.transform(T, layer=0)] if name.startswith("Deep") else []
         assert torch.is_autocast_enabled("cpu")  # as it was
-    wanted = [getattr(model, method)(T) for method in methods]
-    wanted += [model.transform(T, layer=0)] if name.startswith("Deep") else []
-    for found, right in zip(answers, wanted, strict=True):
+    expected = [getattr(model, method)(T) for method in methods]
+    expected += [model.transform(T, layer=0)] if name.startswith("Deep") else []
+    for found, right in zip(answers, expected, strict=True):
         assert torch.equal(found, right)
     if name.startswith("RFM"):
         assert torch.equal(inside.M_, model.M_)

@@ -118,8 +118,8 @@ def test_without_locks_of_the_system_the_written_holder_decides(tmp_path, monkey
     finally:
         end(pid)
     Lock(tmp_path).close()
-    words = {"pid": 1, "host": "far", "since": "yesterday", "token": "00000000-1-1"}
-    (tmp_path / ".lock").write_text(json.dumps(words))
+    metadata = {"pid": 1, "host": "far", "since": "yesterday", "token": "00000000-1-1"}
+    (tmp_path / ".lock").write_text(json.dumps(metadata))
     with pytest.raises(FolderInUse, match=r"process 1 on far .*remove .*\.lock if that process is gone"):
         Lock(tmp_path)
 
@@ -131,20 +131,20 @@ def test_a_folder_that_only_can_be_read_is_not_locked(tmp_path, monkeypatch):
 
 
 def test_waiting_ends_when_the_holder_does(tmp_path):
-    said, entered = [], threading.Event()
+    messages, entered = [], threading.Event()
 
     def second():
-        with locks.waiting(tmp_path, said.append):
+        with locks.waiting(tmp_path, messages.append):
             entered.set()
 
-    with locks.waiting(tmp_path, said.append):
+    with locks.waiting(tmp_path, messages.append):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.5)
     assert entered.wait(20)
     thread.join()
-    assert len(said) == 1
-    assert f"process {os.getpid()}" in said[0]
+    assert len(messages) == 1
+    assert f"process {os.getpid()}" in messages[0]
 
 
 def test_waiting_for_a_stopped_process_is_refused(tmp_path):
@@ -235,16 +235,14 @@ def test_a_complete_folder_resumes_where_nothing_can_be_written(tmp_path, blobs)
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("cases", "printed"),
     [
         (("pairs", "3"), "3 pairs"),
         (("loads", "40"), "40 loads, none broken"),
         (("stopped",), "a stopped holder is named"),
     ],
 )
-def test_races(python, how, words):
+def test_races(python, cases, printed):
     folder = str(Path(__file__).parent)
-    code = (
-        f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(how)}\nimport race_cases; race_cases.main()"
-    )
-    assert words in python(code)
+    code = f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(cases)}\n"
+    assert printed in python(code + "import race_cases; race_cases.main()")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastagop
-from fastagop.deep_rfm.module import DeepRFMModule
+from fastagop.deep_rfm.module import DeepRFMModule, Readout
 
 KERNELS = {
     "Laplace": fastagop.Laplace(1.3),
@@ -40,16 +40,16 @@ def _quiet():
         yield
 
 
-def readout(name: str, normal, **how) -> DeepRFMModule:
+def readout(name: str, normal) -> DeepRFMModule:
     """A module without layers: f(x) = sum_j a_j k(x / ||x||, c_j)."""
     centers = torch.nn.functional.normalize(normal(9, 3))
-    return DeepRFMModule([], KERNELS[name], centers, normal(9, 2, seed=2), binary=False, flat=False, **how)
+    return DeepRFMModule([], Readout(KERNELS[name], centers, normal(9, 2, seed=2)), binary=False, flat=False)
 
 
-def fitted(kernel=None, features="relu", classes=3, **how):
+def fitted(kernel=None, features="relu", classes=3, **parameters):
     X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scale = None if features == "relu" else 0.5
-    settings = {"depth": 2, "width": 16, "random_state": 0, "ridge": 1e-3, "feature_scale": scale, **how}
+    settings = {"depth": 2, "width": 16, "random_state": 0, "ridge": 1e-3, "feature_scale": scale, **parameters}
     model = fastagop.DeepRFMClassifier(kernel or fastagop.Laplace(2.0), features=features, **settings)
     return model.fit(X.numpy(), (np.arange(40) % classes)), X
 
@@ -57,7 +57,7 @@ def fitted(kernel=None, features="relu", classes=3, **how):
 def values(name: str, module: DeepRFMModule, x: np.ndarray) -> np.ndarray:
     """f of one row in long double, written apart."""
     h = x / np.sqrt((x * x).sum())
-    c, a = (t.numpy().astype(np.longdouble) for t in (module.centers, module.alpha))
+    c, a = (t.numpy().astype(np.longdouble) for t in (module.readout.centers, module.readout.alpha))
     return PROFILES[name](np.sqrt(((h - c) ** 2).sum(1))) @ a
 
 
@@ -136,12 +136,12 @@ def test_derivatives(name, normal, relative):
 def test_derivatives_at_centers(name, normal, relative):
     """At a center of a kernel with a kink that center adds nothing; a smooth one has its second derivative."""
     module = readout(name, normal)
-    Z = 1.7 * module.centers[:3].clone()  # the length does not count
+    Z = 1.7 * module.readout.centers[:3].clone()  # the length does not count
     first, second = transforms(module)
     for index, z in enumerate(Z):
         rest = copy.deepcopy(module)
         if name not in SMOOTH:
-            rest.alpha[index] = 0
+            rest.readout.alpha[index] = 0
         J, H = jacobian(name, rest, z), hessian(name, rest, z)
         for way, f in first.items():
             assert relative(f(z[None])[0], J) <= 1e-7, way
@@ -189,7 +189,7 @@ def test_kernels_without_a_slope_say_so(normal):
             return k.square_().mul_(2 / self.bandwidth**2).masked_fill_(zero, 0.0)
 
     centers = torch.nn.functional.normalize(normal(9, 3))
-    module = DeepRFMModule([], Cauchy(1.0), centers, normal(9, 2, seed=2), binary=False, flat=False)
+    module = DeepRFMModule([], Readout(Cauchy(1.0), centers, normal(9, 2, seed=2)), binary=False, flat=False)
     z = normal(1, 3, seed=3)
     assert torch.autograd.gradcheck(module, (z.clone().requires_grad_(),))
     with pytest.raises(TypeError, match="kernel Cauchy has no second derivatives"):
@@ -229,7 +229,7 @@ def test_moves_are_followed():
     model, X = fitted()
     module = model.to_module().to("meta", torch.float16)
     assert {t.device.type for t in module.state_dict().values()} == {"meta"}
-    assert module.alpha.dtype == torch.float64
+    assert module.readout.alpha.dtype == torch.float64
     empty = module.to_empty(device="cpu")
     empty.load_state_dict(model.to_module().state_dict())
     assert torch.equal(empty(X), model.to_module()(X))
@@ -267,18 +267,19 @@ def test_ensembles_by_stacked_buffers():
     X = fitted()[1][:5]
     stacked = {name: torch.stack([m.state_dict()[name] for m in modules]) for name in modules[0].state_dict()}
     found = torch.func.vmap(lambda state: torch.func.functional_call(modules[0], state, (X,)))(stacked)
-    for one, module in zip(found, modules, strict=True):
-        torch.testing.assert_close(one, module(X))
-    alpha = torch.func.jacrev(lambda a: torch.func.functional_call(modules[0], {"alpha": a}, (X,)))(modules[0].alpha)
-    centers = torch.func.jacrev(lambda c: torch.func.functional_call(modules[0], {"centers": c}, (X,)))(
-        modules[0].centers
-    )
+    for row, module in zip(found, modules, strict=True):
+        torch.testing.assert_close(row, module(X))
+    held = modules[0].readout
+    alpha = torch.func.jacrev(lambda a: torch.func.functional_call(modules[0], {"readout.alpha": a}, (X,)))(held.alpha)
+
+    def outputs(centers):
+        return torch.func.functional_call(modules[0], {"readout.centers": centers}, (X,))
+
+    centers = torch.func.jacrev(outputs)(held.centers)
     assert alpha.isfinite().all()
-    step = torch.zeros_like(modules[0].centers)
+    step = torch.zeros_like(held.centers)
     step[3, 2] = 1e-6
-    up, down = (
-        torch.func.functional_call(modules[0], {"centers": modules[0].centers + s * step}, (X,)) for s in (1, -1)
-    )
+    up, down = (outputs(held.centers + s * step) for s in (1, -1))
     torch.testing.assert_close(centers[..., 3, 2], (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
@@ -295,14 +296,34 @@ def test_exports_and_compiles():
     )
 
 
-@pytest.mark.parametrize("how", ["binary", "flat", "neither"])
-def test_an_offset_is_added_to_the_outputs(how, normal):
-    centers, alpha = torch.nn.functional.normalize(normal(9, 3)), normal(9, 1 if how == "flat" else 2, seed=2)
-    flags = {"binary": how == "binary", "flat": how == "flat"}
-    offset = torch.tensor([0.5] if how == "flat" else [0.25, -3.0])
-    plain, moved = (DeepRFMModule([], fastagop.Laplace(1.0), centers, alpha, offset=o, **flags) for o in (None, offset))
+@pytest.mark.parametrize("form", ["binary", "flat", "neither"])
+def test_an_offset_is_added_to_the_outputs(form, normal):
+    centers, alpha = torch.nn.functional.normalize(normal(9, 3)), normal(9, 1 if form == "flat" else 2, seed=2)
+    flags = {"binary": form == "binary", "flat": form == "flat"}
+    offset = torch.tensor([0.5] if form == "flat" else [0.25, -3.0])
+    parts = fastagop.Laplace(1.0), centers, alpha
+    plain, moved = (DeepRFMModule([], Readout(*parts, added), **flags) for added in (None, offset))
     Z = normal(4, 3, seed=3)
-    expected = plain(Z) + {"binary": -3.0, "flat": 0.5, "neither": offset.double()}[how]
+    expected = plain(Z) + {"binary": -3.0, "flat": 0.5, "neither": offset.double()}[form]
     torch.testing.assert_close(moved(Z), expected)
-    assert torch.equal(moved.state_dict()["offset"], offset.double())
-    assert "offset" not in plain.state_dict()
+    assert torch.equal(moved.state_dict()["readout.offset"], offset.double())
+    assert "readout.offset" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("features", ["relu", "cos"])
+def test_is_the_estimators_layers_in_sequence(features):
+    """A layer is a module by itself: it returns what transform does, its buffers are copies, and casts spare it."""
+    model, X = fitted(features=features, dtype="float64")
+    module = model.to_module()
+    entering = X
+    for index, layer in enumerate(module.layers):
+        expected = {"agop", "root", "weight"} | ({"bias"} if features == "cos" else set())
+        assert set(layer.state_dict()) == expected
+        entering = layer.half()(entering)
+        assert torch.equal(entering, torch.from_numpy(model.transform(X.numpy(), layer=index + 1)))
+        assert np.array_equal(layer.agop.numpy(), model.agops_[index])
+    assert torch.equal(module.readout(entering), module(X))
+    before = model.decision_function(X.numpy())
+    for held in module.state_dict().values():
+        held.zero_()
+    assert np.array_equal(model.decision_function(X.numpy()), before)

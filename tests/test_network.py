@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -314,10 +315,10 @@ MIXING = {
 
 @pytest.mark.parametrize("name", MIXING)
 def test_refuses_models_that_mix_samples(name):
-    build, words = MIXING[name]
-    with pytest.raises(ValueError, match=words):
+    build, message = MIXING[name]
+    with pytest.raises(ValueError, match=message):
         network.agop(build(), torch.randn(6, 4))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         network.collapse_split(build(), torch.randn(6, 4), LABELS[:6])
 
 
@@ -400,8 +401,8 @@ BAD = {
 @pytest.mark.parametrize("function", [network.agop, network.nfa_correlation])
 @pytest.mark.parametrize("name", BAD)
 def test_refuses(function, name):
-    error, words, call = BAD[name]
-    with pytest.raises(error, match=words):
+    error, message, call = BAD[name]
+    with pytest.raises(error, match=message):
         function(*call())
 
 
@@ -409,6 +410,11 @@ def test_refuses(function, name):
 def test_refuses_batch_sizes(size):
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         network.agop(mlp(4, 2), X, batch_size=size)
+
+
+def test_batch_sizes_may_be_numpys():
+    model = mlp(4, 2)
+    assert torch.equal(*(network.agop(model, X, batch_size=size)["0"] for size in (3, np.int64(3))))
 
 
 def test_refuses_other_arguments():

@@ -122,10 +122,10 @@ BLOCKED = {
 @pytest.mark.parametrize("size", [1, 256])
 @pytest.mark.parametrize("name", BLOCKED)
 def test_blocked_gradients_are_refused_by_name(name, size, differences, relative):
-    function, layers, words = BLOCKED[name]
+    function, layers, message = BLOCKED[name]
     model, X = Wrapped(function).double(), torch.randn(6, 4, dtype=torch.float64)
     rest = ", ".join(repr(layer) for layer in "abco" if layer not in layers)
-    with pytest.raises(ValueError, match=f"depend on '{layers[0]}', but its forward.*({words})") as caught:
+    with pytest.raises(ValueError, match=f"depend on '{layers[0]}', but its forward.*({message})") as caught:
         network.agop(model, X, batch_size=size)
     assert (f"layers=[{rest}]" in str(caught.value)) == bool(rest)
     for layer in layers:

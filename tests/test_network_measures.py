@@ -95,7 +95,7 @@ def test_two_sets_of_labels():
     X, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     batches = [(X[:10], y[:10]), (X[10:], y[10:])]
-    own, both = network.collapse_split(model, batches), network.collapse_split(model, batches, y)
-    assert own["0"].nc1 == both["0"].nc1
+    brought, both = network.collapse_split(model, batches), network.collapse_split(model, batches, y)
+    assert brought["0"].nc1 == both["0"].nc1
     with pytest.raises(ValueError, match="y differs from the labels that the batches of X bring"):
         network.collapse_split(model, batches, y.flip(0))

@@ -26,8 +26,8 @@ def mlp(scale: float = 1.0) -> nn.Sequential:
     return model
 
 
-def exact(model: nn.Module, X: torch.Tensor, **how) -> dict[str, torch.Tensor]:
-    return network.agop(copy.deepcopy(model).double(), X.double(), **how)
+def exact(model: nn.Module, X: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    return network.agop(copy.deepcopy(model).double(), X.double(), **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -112,12 +112,12 @@ def test_an_agop_that_its_dtype_cannot_hold_is_refused():
         network.agop(model, torch.randn(20, 6))
 
 
-@pytest.mark.parametrize("words", ["medium", "high"])
-def test_the_sums_ignore_the_processs_settings(words, relative):
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_the_sums_ignore_the_processs_settings(precision, relative):
     """The model's forward runs as the process has it; what this library computes is float32."""
     model, X = nn.Linear(40, 30), torch.randn(600, 40)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(words)
+    torch.set_float32_matmul_precision(precision)
     try:
         found = network.agop(model, X)[""]
     finally:

@@ -35,9 +35,9 @@ def test_is_the_formula(make, classes):
     f = model.decision_function(Z)
     f = np.stack([-f, f], 1) if classes == 2 else f
     p = np.clip((f + 1) / 2, np.finfo(np.float32).eps, 1.0)
-    wanted = p / p.sum(1, keepdims=True)
+    expected = p / p.sum(1, keepdims=True)
     found = model.predict_proba(Z)
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
     assert found.shape == (120, classes)
     assert (found >= 0).all()
     np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)

@@ -39,7 +39,7 @@ def outcome(call, path: Path):
         return None
 
 
-def mnist_files(root: Path, images: int = 50, labels: int | None = None, most: int = 9) -> Path:
+def mnist_files(root: Path, images: int = 50, labels: int | None = None, largest: int = 9) -> Path:
     """A small data set in MNIST's form; the test split is its first half."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def mnist_files(root: Path, images: int = 50, labels: int | None = None, most: i
     for start in ("train", "t10k"):
         pixels = RNG.integers(0, 256, (images, 28, 28), dtype=np.uint8).tobytes()
         (raw / f"{start}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, images, 28, 28) + pixels)
-        names = bytes(min(k % 10, most) for k in range(count - 1)) + bytes([most])
+        names = bytes(min(k % 10, largest) for k in range(count - 1)) + bytes([largest])
         (raw / f"{start}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, count) + names)
     return raw
 
@@ -59,12 +59,14 @@ def load_mnist(root, **options):
 
 def test_unknown_mnist_files_warn(tmp_path):
     mnist_files(tmp_path)
-    with pytest.warns(UnknownDataWarning, match=r"train-images-idx3-ubyte is not the file that was published") as said:
+    with pytest.warns(
+        UnknownDataWarning, match=r"train-images-idx3-ubyte is not the file that was published"
+    ) as caught:
         X, y = load_mnist(tmp_path)
     assert X.shape == (50, 784)
     assert y.tolist() == [k % 10 for k in range(50)]
-    assert len(said) == 2
-    assert said[0].filename == __file__
+    assert len(caught) == 2
+    assert caught[0].filename == __file__
 
 
 def test_published_mnist_is_silent(recwarn):
@@ -81,7 +83,7 @@ def test_published_mnist_is_silent(recwarn):
     ("files", "message"),
     [
         ({"labels": 30}, "holds 50 images, train-labels-idx1-ubyte 30 labels"),
-        ({"most": 200}, "must hold labels from 0 to 9, got 200"),
+        ({"largest": 200}, "must hold labels from 0 to 9, got 200"),
         ({"images": 0, "labels": 1}, "holds 0 images"),
     ],
 )
@@ -122,10 +124,10 @@ def test_flipped_raw_files_are_refused_or_warned_of(tmp_path, monkeypatch):
         data = (raw / name).read_bytes()
         for broken in damaged(data, 60):
             (raw / name).write_bytes(broken)
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 found = outcome(lambda: raw_images.mnist(raw, "train"), raw / name)
-            assert found is None or [w.category for w in said] == [UnknownDataWarning]
+            assert found is None or [w.category for w in caught] == [UnknownDataWarning]
         (raw / name).write_bytes(data)
 
 

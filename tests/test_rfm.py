@@ -45,8 +45,8 @@ def plain_rfm(X, Y, kernel, iterations, *, diagonal=False, center=False, scale="
     n, d = X.shape
     M = torch.eye(d, dtype=torch.float64)
 
-    def distance(z, others):
-        difference = others - z
+    def distance(z, centers):
+        difference = centers - z
         return torch.einsum("ij,jk,ik->i", difference, M, difference).sqrt()
 
     def system():
@@ -75,7 +75,7 @@ def plain_rfm(X, Y, kernel, iterations, *, diagonal=False, center=False, scale="
 
 
 @pytest.mark.parametrize(
-    ("kernel", "how"),
+    ("kernel", "parameters"),
     [
         (Laplace(3.0), {}),
         (Laplace(3.0), {"diagonal": True, "center": True}),
@@ -86,12 +86,12 @@ def plain_rfm(X, Y, kernel, iterations, *, diagonal=False, center=False, scale="
     ids=str,
 )
 @pytest.mark.parametrize("ridge", [1e-2, 0.0])
-def test_is_the_algorithm(kernel, how, ridge, relative):
+def test_is_the_algorithm(kernel, parameters, ridge, relative):
     rng = np.random.default_rng(1)
     X = rng.normal(size=(25, 4))
     Y = np.stack([X[:, 0] * X[:, 1], np.sin(X[:, 0]) + 0.1 * X[:, 3]], 1)
-    model = RFMRegressor(kernel, iterations=3, ridge=ridge, dtype="float64", **how).fit(X, Y)
-    plain = {"scale" if key == "agop_scale" else key: value for key, value in how.items()}
+    model = RFMRegressor(kernel, iterations=3, ridge=ridge, dtype="float64", **parameters).fit(X, Y)
+    plain = {"scale" if key == "agop_scale" else key: value for key, value in parameters.items()}
     M, alpha, condition = plain_rfm(torch.from_numpy(X), torch.from_numpy(Y), kernel, 3, ridge=ridge, **plain)
     assert model.M_.shape == ((4,) if model.diagonal else (4, 4))
     rounding = 64 * 2.0**-52 * condition
@@ -99,8 +99,8 @@ def test_is_the_algorithm(kernel, how, ridge, relative):
     assert relative(model.solution_.alpha, alpha) <= rounding
     half = torch.from_numpy(model.transform(X))
     difference = torch.from_numpy(X)[:, None] - torch.from_numpy(X)
-    wanted = torch.einsum("ijk,kl,ijl->ij", difference, M, difference)
-    assert relative(torch.cdist(half, half, compute_mode="donot_use_mm_for_euclid_dist").square(), wanted) <= rounding
+    expected = torch.einsum("ijk,kl,ijl->ij", difference, M, difference)
+    assert relative(torch.cdist(half, half, compute_mode="donot_use_mm_for_euclid_dist").square(), expected) <= rounding
 
 
 def test_finds_the_directions_that_matter():
@@ -137,8 +137,8 @@ def test_equals_xrfm(iterations, diagonal, center, relative):
     theirs = xrfm.RFM(kernels.LaplaceKernel(10.0, 1.0), iters=iterations, device="cpu", diag=diagonal, verbose=False)
     options = {"reg": 1e-3, "center_grads": center, "return_best_params": False, "early_stop_rfm": False}
     theirs.fit((X, y[:, None]), (X, y[:, None]), **options)
-    how = {"iterations": iterations, "diagonal": diagonal, "center": center, "dtype": "float64"}
-    ours = RFMRegressor(Laplace(10.0), ridge=1e-3, **how).fit(X, y)
+    parameters = {"iterations": iterations, "diagonal": diagonal, "center": center, "dtype": "float64"}
+    ours = RFMRegressor(Laplace(10.0), ridge=1e-3, **parameters).fit(X, y)
     # it adds 1e-8 to M's diagonal before the root (to an M whose largest entry is 1), and cdist loses half the digits
     assert relative(ours.M_, theirs.M) <= 1e-6
     assert relative(ours.predict(X[:50] + 0.1), theirs.predict(X[:50] + 0.1).squeeze(1)) <= 1e-6

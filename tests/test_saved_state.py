@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,3 +76,41 @@ def test_a_file_of_another_format_is_refused(tmp_path):
         save_file(tensors, tmp_path / "other", {**metadata, "fastagop": other})
         with pytest.raises(ValueError, match=f"has format {other}"):
             fastagop.load(tmp_path / "other")
+
+
+# Files of version 0.1.0 as it was first written to disk, and what the estimators that wrote them answered.
+STORED = Path(__file__).parent / "stored"
+COUNT = np.arange(10)
+POINTS = np.stack([COUNT % 3 - 1.0, COUNT % 4 - 1.5, COUNT**2 % 5 - 2.0], 1)
+COSINES = {"depth": 2, "width": 4, "features": "cos", "feature_scale": 0.25, "solver": "cholesky", "ridge": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "answer"),
+    [
+        ("classifier", "decision_function", [-0.15556861403289446, 0.1459880898146153, 0.08318292929991511]),
+        ("rfm", "predict", [-0.9967886811332172, -0.002794581496256887, 0.9983960196521807]),
+    ],
+)
+def test_files_of_earlier_versions_load(name, method, answer):
+    model = fastagop.load(STORED / f"{name}.safetensors")
+    np.testing.assert_allclose(getattr(model, method)(POINTS[:3]), answer, rtol=0, atol=1e-12)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
+    """It was interrupted after the first of two layers; the second one and the readout are those of that version."""
+    shutil.copytree(STORED / "checkpoint", tmp_path / "checkpoint")
+    trained = []
+    model = DeepRFMClassifier(
+        **COSINES,
+        dtype="float64",
+        random_state=0,
+        checkpoint_dir=tmp_path / "checkpoint",
+        callbacks=[trained.append],
+        device="cpu",
+    ).fit(POINTS, COUNT % 2)
+    assert [event.layer for event in trained] == [1]
+    whole = fastagop.load(STORED / "classifier.safetensors")
+    np.testing.assert_allclose(model.decision_function(POINTS), whole.decision_function(POINTS), rtol=0, atol=1e-9)
+    for found, expected in zip(model.layers_, whole.layers_, strict=True):
+        np.testing.assert_allclose(found.solution.alpha, expected.solution.alpha, rtol=1e-9, atol=1e-9)

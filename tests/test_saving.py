@@ -121,8 +121,8 @@ def test_unusual_numbers_survive(tmp_path):
 
 
 def test_what_it_is_written_with_is_recorded(saved):
-    words = header(saved[1].read_bytes())["__metadata__"]
-    assert json.loads(words["words"])["versions"]["torch"] == torch.__version__
+    metadata = header(saved[1].read_bytes())["__metadata__"]
+    assert json.loads(metadata["words"])["versions"]["torch"] == torch.__version__
 
 
 def test_others_may_read_it(saved, tmp_path):

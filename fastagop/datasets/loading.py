@@ -12,7 +12,7 @@ from fastagop.datasets import npz, raw_images
 
 __all__ = ["load", "standardize"]
 
-# What torchvision reads: a folder below root and the files it wants there, whichever split is asked for.
+# torchvision reads a folder below root and needs these files there, whichever split is asked for.
 _MNIST = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 _CIFAR10 = "data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta"
 _FILES = {
@@ -57,9 +57,9 @@ def load(
     images, labels = _read(name_or_path, Path("data" if root is None else root), split, download, n)
     count = _count(n, len(labels), f"the {split} split of {name_or_path}")
     X = images[:count].reshape(count, -1)
-    with np.errstate(over="ignore"):  # refused below
+    with np.errstate(over="ignore"):  # Such entries are refused below.
         scale = np.float32(255 if X.dtype == np.uint8 else 1)
-        X = X.astype(np.float32)  # a copy, so that the division below takes no further memory
+        X = X.astype(np.float32)  # The division below works in place on this copy.
         X /= scale
     if not np.isfinite(X).all():
         raise ValueError(f"{name_or_path} holds entries that are NaN or beyond float32; clean it first")
@@ -148,14 +148,14 @@ def _sound(name: str, images, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _not_intact(name: str, root: Path, split: str, download: bool, error: Exception) -> Exception:
-    """What to say when a data set is not there, not fetched, or damaged: which files it needs, and where."""
+    """The error of a data set that is not there, not fetched, or damaged: which files it needs, and where."""
     folder, files = _FILES[name]
     place = (root / folder).resolve()
-    wanted = files.format(split=split).split(", ")
-    there = [file for file in wanted if (place / file).exists()]
+    needed = files.format(split=split).split(", ")
+    there = [file for file in needed if (place / file).exists()]
     remedy = "the download failed, put them there" if download else "put them there or pass download=True"
-    message = f"{name} needs intact files {', '.join(wanted)} in {place}: {remedy}"
-    if isinstance(error, raw_images.DamagedData) or len(there) == len(wanted):
+    message = f"{name} needs intact files {', '.join(needed)} in {place}: {remedy}"
+    if isinstance(error, raw_images.DamagedData) or len(there) == len(needed):
         return raw_images.DamagedData(f"{message} ({' '.join(str(error).split())})")
     return FileNotFoundError(message)
 
@@ -191,9 +191,9 @@ def _count(n: int | None, available: int, where: str) -> int:
 
 def _check_columns(name: str, X: torch.Tensor, like: torch.Tensor) -> None:
     if not isinstance(X, torch.Tensor) or not X.is_floating_point():
-        what = getattr(X, "dtype", type(X).__name__)
-        raise TypeError(f"{name} must be a floating torch.Tensor, got {what}; convert it first")
+        kind = getattr(X, "dtype", type(X).__name__)
+        raise TypeError(f"{name} must be a floating torch.Tensor, got {kind}; convert it first")
     if X.ndim != 2 or 0 in X.shape or X.shape[1] != like.shape[1]:
         raise ValueError(f"{name} must be a non-empty matrix with X_train's columns, got {tuple(X.shape)}")
-    if not X.abs().max().item() <= 1e150:  # false for NaN
+    if not X.abs().max().item() <= 1e150:  # The comparison is false for NaN.
         raise ValueError(f"{name} holds entries that are NaN, infinite or too large to square; clean it first")

@@ -17,9 +17,9 @@ import numpy as np
 
 from fastagop.kernels.memory import host_bytes
 
-_KINDS = "biufcUSmM"  # arrays of plain numbers, dates and text; nothing that has to be unpickled
-_DEFLATED = 1100  # how many bytes one compressed byte may stand for: deflate reaches 1032
-_HEADER = 2**16  # bytes of an array's description
+_KINDS = "biufcUSmM"  # Plain numbers, dates and text need no unpickling.
+_DEFLATED = 1100  # One compressed byte stands for at most so many; deflate reaches 1032.
+_HEADER = 2**16  # An array's description has at most so many bytes.
 _PIECE = 2**20
 _MALFORMED = (
     zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError, SyntaxError,
@@ -29,7 +29,7 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class Header:
-    """What an array is, before it is read; ``bytes`` is what it would take."""
+    """An array's description, before it is read; ``bytes`` is the memory that it would take."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -77,7 +77,7 @@ class Archive:
         return [member.CRC for member in self._members.values()]
 
     def header(self, name: str) -> Header:
-        """What an array is."""
+        """An array's description."""
         with self._opened(name) as file:
             return _header(file, self._members[name].file_size)
 
@@ -97,7 +97,7 @@ class Archive:
             _header(file, self._members[name].file_size)
             if found.nbytes:
                 _fill(file, found.view(np.uint8).data)
-            while file.read(_PIECE):  # the checksum is looked at when the last byte was read
+            while file.read(_PIECE):  # The checksum is compared when the last byte was read.
                 pass
         found = found.reshape(shape[::-1]).T if header.fortran else found.reshape(shape)
         return found if rows is None else found[:rows]
@@ -125,13 +125,13 @@ class Archive:
         except _MALFORMED as error:
             raise ValueError(f"{where} ({' '.join(str(error).split()) or type(error).__name__})") from error
         except OSError as error:
-            if error.errno in (None, 22):  # EINVAL: a place in the file that cannot be
+            if error.errno in (None, 22):  # EINVAL means that the file has no such place.
                 raise ValueError(f"{where} ({error})") from error
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def _header(file, size: int) -> Header:
-    """What an array of so many bytes says it is, if they agree."""
+    """The description of an array of so many bytes, if they agree."""
     before = file.read(8)
     if len(before) < 8 or before[:6] != b"\x93NUMPY" or before[6] not in (1, 2):
         raise ValueError("it is no array of format 1 or 2")
@@ -146,10 +146,10 @@ def _header(file, size: int) -> Header:
         raise ValueError(f"dtype {dtype} is none of plain numbers, dates or text")
     if any(not isinstance(length, int) or length < 0 for length in shape) or len(shape) > 32:
         raise ValueError(f"shape {shape} is none")
-    wanted = math.prod(shape) * dtype.itemsize
-    if wanted != size - len(before) - len(text.getvalue()) or (dtype.itemsize == 0 and math.prod(shape) > _PIECE):
+    needed = math.prod(shape) * dtype.itemsize
+    if needed != size - len(before) - len(text.getvalue()) or (dtype.itemsize == 0 and math.prod(shape) > _PIECE):
         raise ValueError(f"shape {shape} and dtype {dtype} do not agree with its {size} bytes")
-    return Header(shape, dtype, fortran, wanted)
+    return Header(shape, dtype, fortran, needed)
 
 
 def read(path: str | Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -19,9 +19,10 @@ _PUBLISHED = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-_IMAGES, _LABELS = 0x803, 0x801  # first four bytes: unsigned bytes, and the number of dimensions
+# A file begins with these four bytes, which say that bytes follow and in how many dimensions.
+_IMAGES, _LABELS = 0x803, 0x801
 _SIDE = 28
-_MOST = 2**28  # bytes of a file, five times the published one
+_LARGEST = 2**28  # A file has at most so many bytes, five times those of the published one.
 
 
 class UnknownDataWarning(UserWarning):
@@ -63,9 +64,9 @@ def _read(path: Path, magic: int) -> tuple[np.ndarray, tuple[int, ...]]:
     if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
         raise DamagedData(f"{path} does not begin as an idx file of {dimensions} dimensions does")
     shape = struct.unpack(f">{dimensions}I", data[4:header])
-    wanted = header + int(np.prod([int(length) for length in shape], dtype=object))
-    if len(data) != wanted:
-        raise DamagedData(f"{path} must have {wanted} bytes for the {shape[0]} items it announces, got {len(data)}")
+    expected = header + int(np.prod([int(length) for length in shape], dtype=object))
+    if len(data) != expected:
+        raise DamagedData(f"{path} must have {expected} bytes for the {shape[0]} items it announces, got {len(data)}")
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != _PUBLISHED[path.name]:
         errors.warn(f"{path} is not the file that was published as MNIST: its checksum differs", UnknownDataWarning)
     return np.frombuffer(data, np.uint8, offset=header).copy(), shape
@@ -76,7 +77,7 @@ def _unpacked(path: Path) -> bytes:
     if path.exists():
         if not path.is_file():
             raise DamagedData(f"{path} is no file")
-        if path.stat().st_size > _MOST:
+        if path.stat().st_size > _LARGEST:
             raise DamagedData(f"{path} has {path.stat().st_size} bytes, far more than MNIST")
         return path.read_bytes()
     packed = path.with_name(f"{path.name}.gz")
@@ -84,9 +85,9 @@ def _unpacked(path: Path) -> bytes:
         raise FileNotFoundError(f"no file {path}")
     try:
         with gzip.open(packed) as file:
-            data = file.read(_MOST + 1)
+            data = file.read(_LARGEST + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DamagedData(f"{packed} is damaged ({error})") from error
-    if len(data) > _MOST:
+    if len(data) > _LARGEST:
         raise DamagedData(f"{packed} unpacks to far more bytes than MNIST has")
     return data

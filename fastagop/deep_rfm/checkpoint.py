@@ -15,69 +15,63 @@ from pathlib import Path
 import torch
 
 from fastagop.deep_rfm.layer import Layer, Settings
+from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.estimators import files as storage
+from fastagop.estimators.base import Training
 from fastagop.kernels import atomic_files
 from fastagop.locks import Lock
 
 _LAYER, _FEATURES = "Deep RFM layer", "Deep RFM layer's features"
-_FORMAT = "3"  # of the folder; a file's is storage.FORMAT
-_MEASURED = ("seconds", "stages", "peak_bytes")  # of a record: what two runs of the same fit differ in
+_FORMAT = "3"  # This is the folder's format; that of a file is storage.FORMAT.
+_MEASURED = ("seconds", "stages", "peak_bytes")  # These parts of a record differ between two runs of the same fit.
 
 
 class Checkpoint:
     """A checkpoint folder bound to one fit: what is trained, its settings, data and seeds.
 
     Args:
-        folder: made where it does not exist. task: "classification" or "regression".
-        settings: of the fit. X, Y, weights: its data as the first layer sees them; weights where there are any.
+        folder: made where it does not exist. settings: of the fit.
+        data: the fit's data as its first layer sees them; without classes the task is a regression.
         seeds: of the layers, or None where any will do: those of an earlier run are then kept.
 
     Raises:
-        ValueError: the folder belongs to another fit (naming what differs), or a file is damaged.
+        ValueError: the folder belongs to another fit (naming the difference), or a file is damaged.
         fastagop.locks.FolderInUse: another fit works in it (naming its process). OSError: a file cannot be read.
     """
 
-    def __init__(
-        self,
-        folder,
-        task: str,
-        settings: Settings,
-        X: torch.Tensor,
-        Y: torch.Tensor,
-        seeds: list[int] | None,
-        weights: torch.Tensor | None = None,
-    ):
+    def __init__(self, folder, settings: Settings, data: Training, seeds: list[int] | None):
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint_dir must be a folder, but {self.folder} is a file")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "manifest.json"
-        self._like = X
-        wanted = {
+        self._like = data.X
+        tensors = {"X": data.X, "Y": data.Y} | ({} if data.weights is None else {"weights": data.weights})
+        identity = {
             "format": _FORMAT,
-            "task": task,
+            "task": "regression" if data.classes is None else "classification",
             "settings": _identity(settings),
-            "data": storage.fingerprint({"X": X, "Y": Y} | ({} if weights is None else {"weights": weights})),
-            "dtype": str(X.dtype).removeprefix("torch."),
+            "data": storage.fingerprint(tensors),
+            "dtype": str(data.X.dtype).removeprefix("torch."),
         }
         if seeds is not None:
-            wanted["seeds"] = seeds
+            identity["seeds"] = seeds
         self._lock = Lock(self.folder, "checkpoint_dir")
         try:
-            self._open(wanted)
+            self._open(identity)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, wanted: dict) -> None:
+    def _open(self, identity: dict) -> None:
         """Read the manifest that is there, or begin one."""
         atomic_files.remove_left_behind(self.folder)
         try:
             self._manifest = self._trusted(self._path, _manifest)
         except FileNotFoundError:
-            self._manifest = {**wanted, "versions": storage.versions(), "layers": [], "features": None}
+            self._manifest = {**identity, "versions": storage.versions(), "layers": [], "features": None}
         else:
-            self._refuse_other(wanted)
+            self._refuse_other(identity)
 
     def close(self) -> None:
         """Let another fit have the folder."""
@@ -95,7 +89,7 @@ class Checkpoint:
         return self._manifest.get("seeds")
 
     def start(self, seeds: list[int]) -> None:
-        """Fix the seeds of a fit that was given none."""
+        """Fix the seeds of a fit that has none yet."""
         self._manifest.setdefault("seeds", seeds)
 
     def load(self) -> tuple[list[Layer], torch.Tensor | None]:
@@ -109,9 +103,9 @@ class Checkpoint:
     def _load(self) -> tuple[list[Layer], torch.Tensor | None]:
         layers = []
         for index, digest in enumerate(self._manifest["layers"]):
-            tensors, metadata = self._contents(self._file("layer", index), _LAYER, digest)
             path = self._file("layer", index)
-            layers.append(self._trusted(path, lambda _, t=tensors, w=metadata: self._layer(t, w)))
+            tensors, metadata = self._contents(path, _LAYER, digest)
+            layers.append(self._trusted(path, lambda _, t=tensors, m=metadata: unpack_layer(t, m, self._like.device)))
         if not layers:
             return [], None
         newest = self._file("features", len(layers) - 1)
@@ -122,7 +116,7 @@ class Checkpoint:
 
     def save(self, index: int, layer: Layer, features: torch.Tensor) -> None:
         """Add a finished layer; the features of the layer before are dropped once nothing names them."""
-        tensors, metadata = storage.pack_layer(layer)
+        tensors, metadata = pack_layer(layer)
         storage.write(self._file("layer", index), _LAYER, tensors, metadata)
         newest = self._file("features", index)
         storage.write(newest, _FEATURES, {"features": features}, {})
@@ -131,8 +125,8 @@ class Checkpoint:
         storage.write_json(self._path, self._manifest)
         self._forget(newest)
 
-    def _file(self, what: str, index: int) -> Path:
-        return self.folder / f"{what}-{index:03d}.safetensors"
+    def _file(self, stem: str, index: int) -> Path:
+        return self.folder / f"{stem}-{index:03d}.safetensors"
 
     def _forget(self, newest: Path) -> None:
         """Remove features that the manifest no longer names, those of a killed run too."""
@@ -140,11 +134,8 @@ class Checkpoint:
             if path != newest:
                 path.unlink(missing_ok=True)
 
-    def _layer(self, tensors: dict, metadata: dict) -> Layer:
-        return storage.unpack_layer(tensors, metadata, self._like.device)
-
     def _contents(self, path: Path, kind: str, digest: str) -> tuple[dict[str, torch.Tensor], dict]:
-        """(tensors, description) of the file that the manifest means."""
+        """(tensors, description) of the file that the manifest names by its digest."""
 
         def read(path: Path):
             tensors, metadata = storage.read(path, kind)
@@ -160,7 +151,7 @@ class Checkpoint:
             ) from error
 
     def _trusted(self, path: Path, read):
-        """What a reader makes of a file; where it cannot be trusted, say what to do about it."""
+        """The object that a reader makes of a file; an error says how to mend a file that cannot be trusted."""
         try:
             with storage.restoring(path):
                 return read(path)
@@ -168,28 +159,31 @@ class Checkpoint:
             raise ValueError(f"checkpoint_dir: {error}. Remove the folder to start again") from error
         except FileNotFoundError:
             raise
-        except OSError as error:  # the layers may be whole: nothing says that they should go
-            what = f"{error.strerror}: a checkpoint file that is there cannot be read; mend that and fit again"
-            raise OSError(error.errno, what, str(path)) from error
+        except OSError as error:  # The layers may be whole, so the message does not say that they should go.
+            reason = f"{error.strerror}: a checkpoint file that is there cannot be read; mend that and fit again"
+            raise OSError(error.errno, reason, str(path)) from error
 
-    def _refuse_other(self, wanted: dict) -> None:
-        for key, value in wanted.items():
+    def _refuse_other(self, identity: dict) -> None:
+        for key, value in identity.items():
             found = self._manifest.get(key)
             if found == value:
                 continue
             if key == "settings":
                 old = found or {}
                 names = [name for name in {**old, **value} if old.get(name) != value.get(name)]
-                what = "; ".join(f"{name} was {old.get(name)!r}, now {value.get(name)!r}" for name in names)
+                difference = "; ".join(f"{name} was {old.get(name)!r}, now {value.get(name)!r}" for name in names)
+            elif key in ("data", "seeds"):
+                difference = f"the {key} differ"
             else:
-                what = f"the {key} differ" if key in ("data", "seeds") else f"{key} was {found!r}, now {value!r}"
+                difference = f"{key} was {found!r}, now {value!r}"
             raise ValueError(
-                f"checkpoint_dir {self.folder} belongs to another fit: {what}. Use another folder, or remove this one"
+                f"checkpoint_dir {self.folder} belongs to another fit: {difference}. "
+                "Use another folder, or remove this one"
             )
 
 
 def _digest(tensors: dict[str, torch.Tensor], metadata: dict) -> str:
-    """SHA-256 of what a fit found, without what it took: two runs of the same fit agree on it."""
+    """SHA-256 of a fit's results without its times and memory: two runs of the same fit agree on it."""
     record = metadata.get("record", {})
     found = {name: value for name, value in record.items() if name not in _MEASURED}
     if "solution" in found:
@@ -199,7 +193,7 @@ def _digest(tensors: dict[str, torch.Tensor], metadata: dict) -> str:
 
 
 def _manifest(path: Path) -> dict:
-    """A manifest whose parts are of the kinds that are used of it."""
+    """A manifest whose parts have the types that are expected of them."""
     manifest = storage.read_json(path)
     layers, seeds = manifest["layers"], manifest.get("seeds", [])
     if not isinstance(layers, list) or not all(isinstance(digest, str) for digest in layers):
@@ -210,7 +204,7 @@ def _manifest(path: Path) -> dict:
 
 
 def _identity(settings: Settings) -> dict:
-    """What makes a fit this fit and no other; how much memory it may take does not."""
-    metadata = {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)}
-    del metadata["memory_limit"]
-    return metadata
+    """The settings that tell fits apart; the memory that a fit may take is not among them."""
+    identity = {**dataclasses.asdict(settings), "kernel": repr(settings.kernel)}
+    del identity["memory_limit"]
+    return identity

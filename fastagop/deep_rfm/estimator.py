@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,18 +15,34 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from fastagop.deep_rfm import layer as layer_module
 from fastagop.deep_rfm.checkpoint import Checkpoint
-from fastagop.deep_rfm.module import DeepRFMModule
+from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerTraining, Settings, normalise_rows
+from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
+from fastagop.deep_rfm.module import DeepRFMModule, Readout
 from fastagop.deep_rfm.random_features import NAMES as FEATURES
 from fastagop.distributed.communicator import Communicator
-from fastagop.estimators import files as storage
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.estimators.progress import Progress
 from fastagop.kernels import checks
 from fastagop.kernels.radial import Laplace
 from fastagop.solvers import copies
-from fastagop.solvers.solve import report
+from fastagop.solvers.solution import report
 
 _LAPLACE = Laplace(2.0)
+
+
+@dataclass
+class _Start:
+    """Where a fit begins: at its first layer, or after those that its checkpoint holds.
+
+    Attributes:
+        checkpoint: which takes the layers to come, or None. seeds: of all layers.
+        layers: finished ones. features: what enters the next one, (n, d).
+    """
+
+    checkpoint: Checkpoint | None
+    seeds: list[int]
+    layers: list[Layer]
+    features: torch.Tensor
 
 
 class _Layers:
@@ -47,11 +63,8 @@ class _Layers:
         """
         check_is_fitted(self)
         depth = len(self._layers)
-        if layer is None:
-            layer = depth
-        if isinstance(layer, bool) or not isinstance(layer, numbers.Integral) or not 0 <= int(layer) <= depth:
-            raise ValueError(f"layer must be an integer from 0 to {depth}, got {layer!r}")
-        answer = self._answer(self._through(self._samples(X), int(layer)), X)
+        layer = depth if layer is None else checks.integer("layer", layer, 0, depth)
+        answer = self._answer(self._through(self._samples(X), layer), X)
         columns = SimpleNamespace(
             get_feature_names_out=self.get_feature_names_out if layer else lambda: _check_feature_names_in(self),
             _sklearn_output_config=getattr(self, "_sklearn_output_config", {}),
@@ -61,7 +74,7 @@ class _Layers:
 
 
 class _DeepRFM(_Layers, KernelEstimator):
-    """What the classifier and the regressor share."""
+    """The parts that the classifier and the regressor share."""
 
     depth: int
     features: str
@@ -93,70 +106,74 @@ class _DeepRFM(_Layers, KernelEstimator):
         """
         settings, random = self._settings(), self._random()
         data = self._training(X, y, sample_weight)
-        Y, classes, group = data.Y, data.classes, self.process_group
         seeds = layer_module.seeds(random, settings.depth)
-        begin = self._begin if group is None else self._begin_together
-        # Copies in what the first layer solves for, rows divided by their length, stay one point in all layers.
-        rows, said = copies.find(layer_module.normalise_rows(data.X), data.weights), set()
-        checkpoint, seeds, self._layers, features = begin(settings, data, seeds)
-        points, rest = rows.take(features), rows.rest(features)
-        quiet, done = not self.verbose or (group is not None and checkpoint is None), len(self._layers)
-        progress = Progress("Deep RFM", "layer", settings.depth, done=done, quiet=quiet)
-        with checkpoint or contextlib.nullcontext(), progress:
-            for index in range(done, settings.depth):
-                about = {"rows": rows, "rest": rest}
-                layer, made = layer_module.train_layer(points, Y, settings, seeds[index], classes, group, **about)
-                points, rest = made.points, made.rest
-                report(layer.record.solution, said)
-                self._layers.append(layer)
-                if checkpoint is not None:
-                    checkpoint.save(index, layer, made.features)
-                event = layer_module.LayerEvent(
-                    index, settings.depth, layer.record, made.projected, made.features, classes
-                )
-                for callback in self.callbacks:
-                    callback(event)
-                measured = layer.record.nc1
-                progress.step(**{"nc1": f"{measured['projected']:.1e}"} if "projected" in measured else {})
-        self._centers, solved = layer_module.readout(points, Y, settings, group, rows)
+        # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
+        rows = copies.find(normalise_rows(data.X), data.weights)
+        training = LayerTraining(data.Y, settings, rows, data.classes, self.process_group)
+        begin = self._begin if self.process_group is None else self._begin_together
+        start, reported = begin(settings, data, seeds), set()
+        self._layers = start.layers
+        with start.checkpoint or contextlib.nullcontext():
+            points = self._train(training, start, reported)
+        self._centers, solved = training.readout(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        report(self.solution_, said)
+        report(self.solution_, reported)
         return self._publish()
 
-    def _begin(self, settings: layer_module.Settings, data: Training, seeds: list[int]):
-        """(checkpoint or None, seeds, finished layers, features entering the next one)"""
-        if self.checkpoint_dir is None:
-            return None, seeds, [], data.X
-        task = "regression" if data.classes is None else "classification"
-        wanted = None if self.random_state is None else seeds
-        checkpoint = Checkpoint(self.checkpoint_dir, task, settings, data.X, data.Y, wanted, data.weights)
-        checkpoint.start(seeds)
-        done, resumed = checkpoint.load()
-        return checkpoint, checkpoint.seeds or seeds, done, data.X if resumed is None else resumed
+    def _train(self, training: LayerTraining, start: _Start, reported: set) -> torch.Tensor:
+        """Add the layers that are missing to those there are; returns the points that enter the readout."""
+        rows, depth, done = training.rows, training.settings.depth, len(start.layers)
+        points, rest = rows.take(start.features), rows.rest(start.features)
+        quiet = not self.verbose or (training.group is not None and start.checkpoint is None)
+        with Progress("Deep RFM", "layer", depth, done=done, quiet=quiet) as progress:
+            for index in range(done, depth):
+                layer, made = training.layer(points, start.seeds[index], rest)
+                points, rest = made.points, made.rest
+                report(layer.record.solution, reported)
+                self._layers.append(layer)
+                if start.checkpoint is not None:
+                    start.checkpoint.save(index, layer, made.features)
+                event = LayerEvent(index, depth, layer.record, made.projected, made.features, training.classes)
+                for callback in self.callbacks:
+                    callback(event)
+                nc1 = layer.record.nc1
+                progress.step(**{"nc1": f"{nc1['projected']:.1e}"} if "projected" in nc1 else {})
+        return points
 
-    def _begin_together(self, settings: layer_module.Settings, data: Training, seeds: list[int]):
-        """What _begin says on the first rank, which alone reads and writes the checkpoint."""
-        X, given = data.X, "any" if self.random_state is None else seeds
-        ranks = Communicator(self.process_group, "fit", X.device)
-        about = {"X": X, "Y": data.Y, "sample_weight": data.weights}
-        ranks.agree(lambda: None, f"{type(self).__name__}, {settings}, seeds {given}", **about)
+    def _begin(self, settings: Settings, data: Training, seeds: list[int]) -> _Start:
+        """The first layer, or the one after those that the checkpoint folder holds."""
+        if self.checkpoint_dir is None:
+            return _Start(None, seeds, [], data.X)
+        checkpoint = Checkpoint(self.checkpoint_dir, settings, data, None if self.random_state is None else seeds)
+        checkpoint.start(seeds)
+        layers, features = checkpoint.load()
+        return _Start(checkpoint, checkpoint.seeds or seeds, layers, data.X if features is None else features)
+
+    def _begin_together(self, settings: Settings, data: Training, seeds: list[int]) -> _Start:
+        """The start that ``_begin`` finds on the first rank, which alone reads and writes the checkpoint."""
+        ranks = Communicator(self.process_group, "fit", data.X.device)
+        agreed = f"{type(self).__name__}, {settings}, seeds {'any' if self.random_state is None else seeds}"
+        ranks.agree(lambda: None, agreed, X=data.X, Y=data.Y, sample_weight=data.weights)
         checkpoint = None
 
-        def first(_):
+        def begin_on_first(_):
             nonlocal checkpoint
-            checkpoint, own, done, features = self._begin(settings, data, seeds)
-            packed = [storage.pack_layer(layer) for layer in done]
-            sent = [({name: value.cpu() for name, value in tensors.items()}, metadata) for tensors, metadata in packed]
-            return own, sent, features.cpu() if done else None
+            start = self._begin(settings, data, seeds)
+            checkpoint = start.checkpoint
+            packed = []
+            for layer in start.layers:
+                tensors, metadata = pack_layer(layer)
+                packed.append(({name: value.cpu() for name, value in tensors.items()}, metadata))
+            return start.seeds, packed, start.features.cpu() if packed else None
 
         try:
-            seeds, packed, features = ranks.run_on_root(first)
+            seeds, packed, features = ranks.run_on_root(begin_on_first)
         except BaseException:
             if checkpoint is not None:
                 checkpoint.close()
             raise
-        layers = [storage.unpack_layer(tensors, metadata, X.device) for tensors, metadata in packed]
-        return checkpoint, seeds, layers, X if features is None else features.to(X.device)
+        layers = [unpack_layer(tensors, metadata, data.X.device) for tensors, metadata in packed]
+        return _Start(checkpoint, seeds, layers, data.X if features is None else features.to(data.X.device))
 
     def _publish(self):
         """Set the public attributes that are views of the trained layers."""
@@ -170,14 +187,14 @@ class _DeepRFM(_Layers, KernelEstimator):
         check_is_fitted(self)
         binary = len(getattr(self, "classes_", ())) == 2
         flat = not binary and getattr(self, "_flat", False)
-        shape = {"binary": binary, "flat": flat, "offset": getattr(self, "_intercept", None)}
-        return DeepRFMModule(self._layers, self._kernel, self._centers, self._alpha, **shape)
+        readout = Readout(self._kernel, self._centers, self._alpha, getattr(self, "_intercept", None))
+        return DeepRFMModule(self._layers, readout, binary=binary, flat=flat)
 
     def _packed(self):
         tensors, layers = self._packed_alpha(), []
         for index, layer in enumerate(self._layers):
-            held, metadata = storage.pack_layer(layer)
-            tensors.update({f"{index}.{name}": value for name, value in held.items()})
+            packed, metadata = pack_layer(layer)
+            tensors.update({f"{index}.{name}": value for name, value in packed.items()})
             layers.append(metadata)
         return tensors, {"layers": layers}
 
@@ -185,22 +202,19 @@ class _DeepRFM(_Layers, KernelEstimator):
         self._layers, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         for index, layer in enumerate(metadata["layers"]):
             start = f"{index}."
-            held = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-            self._layers.append(storage.unpack_layer(held, layer, self._device))
+            packed = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            self._layers.append(unpack_layer(packed, layer, self._device))
         self._publish()
 
     @property
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names: every layer has as many features."""
-        return len(self._layers[-1].map.weight)
+        return len(self._layers[-1].weight)
 
-    def _settings(self) -> layer_module.Settings:
-        """The parameters, checked; scikit-learn wants this in fit, not in __init__."""
+    def _settings(self) -> Settings:
+        """The parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         regression = self._machine()
-        for name in ("depth", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        depth, width = checks.integer("depth", self.depth, 1), checks.integer("width", self.width, 1)
         checks.choice("features", self.features, FEATURES)
         scale = self.feature_scale
         if scale is not None and (self.features != "cos" or not checks.nonnegative("feature_scale", scale)):
@@ -208,11 +222,11 @@ class _DeepRFM(_Layers, KernelEstimator):
                 f"feature_scale is the positive scale of features='cos' and None otherwise, got {scale!r} with "
                 f"features={self.features!r}"
             )
-        return layer_module.Settings(
+        return Settings(
             self.kernel,
-            int(self.depth),
+            depth,
             self.features,
-            int(self.width),
+            width,
             None if scale is None else float(scale),
             regression.ridge,
             self.agop_scale,
@@ -233,15 +247,15 @@ class _DeepRFM(_Layers, KernelEstimator):
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
         for step in self._layers[:layer]:
-            features = layer_module.apply_layer(features, step)
+            features = step(features)
         return features
 
     def _entering(self, X: torch.Tensor) -> torch.Tensor:
         """Rows wider than the estimator's dtype are normalised, as the first layer would, before they are rounded."""
-        return X if X.dtype == self._dtype else layer_module.normalise_rows(X.double()).to(self._dtype)
+        return X if X.dtype == self._dtype else normalise_rows(X.double()).to(self._dtype)
 
     def _mapped(self, X: torch.Tensor) -> torch.Tensor:
-        return layer_module.normalise_rows(self._through(X, len(self._layers)))
+        return normalise_rows(self._through(X, len(self._layers)))
 
 
 class DeepRFMClassifier(Classifier, _DeepRFM):
@@ -308,7 +322,7 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         # With ridge 0 every training label is met, whatever its weight. scikit-learn's check that class weights move
-        # predictions is left out for what this tag marks.
+        # predictions is left out for estimators with this tag.
         tags.classifier_tags.poor_score = self.ridge == 0
         return tags
 

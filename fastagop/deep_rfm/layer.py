@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from fastagop import collapse, distributed, linalg
-from fastagop.deep_rfm.random_features import FeatureMap, random_features
+from fastagop import collapse, linalg
+from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, mapped
+from fastagop.distributed.communicator import Communicator
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels.gemm import matmul_nt
@@ -20,6 +21,8 @@ from fastagop.solvers import copies
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solution, Solved, size_of
+
+STAGES = ("input", "projected", "features")  # These are the places in a layer where collapse is measured.
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Settings:
     def regression(self) -> KernelRidge:
         """The kernel regression of every layer."""
         return KernelRidge(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
+
+    @property
+    def random_features(self) -> RandomFeatures:
+        """The distribution of every layer's random features."""
+        return RandomFeatures(self.features, self.width, self.feature_scale)
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,6 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The trained part of a layer and its record; ``features`` is Phi(X M^(1/2)), the next layer's input."""
-
-    agop: torch.Tensor
-    root: torch.Tensor
-    map: FeatureMap
-    record: LayerRecord
-
-    def __repr__(self):
-        return f"Layer(agop {size_of(self.agop)}, {self.map.name} features {len(self.map.weight)}, {self.record})"
-
-
-@dataclass(frozen=True)
 class LayerEvent:
     """What callbacks see after each layer; tensors are valid during the call only.
 
@@ -105,6 +100,83 @@ class LayerEvent:
     def __repr__(self):
         made = f"projected {size_of(self.projected)}, features {size_of(self.features)}"
         return f"LayerEvent(layer {self.layer} of {self.depth}, {made}, {self.record})"
+
+
+def normalise_rows(X: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their length, whatever that is; a zero row stays zero."""
+    largest = math.frexp(torch.finfo(X.dtype).max)[1] - 2
+    exponent = torch.frexp(X.abs().amax(1, keepdim=True))[1].clamp(-largest, largest)
+    X = X * torch.exp2(-exponent.to(X.dtype))  # This is a power of two: squares stay in range, and no digit is lost.
+    length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    return X / torch.where(length > 0, length, 1.0)
+
+
+class FixedPrecision(torch.nn.Module):
+    """A module whose numbers casts leave alone: rounded, they would not be a solution any more. Moves are followed."""
+
+    def _apply(self, fn, recurse=True):
+        """Every cast and move of a module, and of those that it holds, comes here."""
+
+        def moved(t: torch.Tensor) -> torch.Tensor:
+            changed = fn(t)
+            return changed if changed.dtype == t.dtype else t.to(changed.device)
+
+        return super()._apply(moved, recurse)
+
+
+class Layer(FixedPrecision):
+    """A trained layer, x -> Phi(M^(1/2) x / ||x||) for every row x; it computes in its input's dtype.
+
+    Args:
+        agop: M, scaled (d, d). root: M^(1/2) (d, d).
+        features: Phi, whose weight (width, d) and bias, (width,) or None, become buffers.
+        record: what happened when the layer was trained, which is kept beside the buffers.
+    """
+
+    agop: torch.Tensor
+    root: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    record: LayerRecord
+
+    def __init__(self, agop: torch.Tensor, root: torch.Tensor, features: FeatureMap, record: LayerRecord | None = None):
+        super().__init__()
+        self.record = record  # pyright: ignore[reportAttributeAccessIssue] (only a network's copy has none)
+        self.register_buffer("agop", agop)
+        self.register_buffer("root", root)
+        self.register_buffer("weight", features.weight)
+        self.register_buffer("bias", features.bias)
+
+    @property
+    def map(self) -> FeatureMap:
+        """Phi, the random features."""
+        return FeatureMap(self.weight, self.bias)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """The features (n, width) of rows X (n, d)."""
+        return self.stages(normalise_rows(X))[1]
+
+    def stages(
+        self, X: torch.Tensor, product: Callable[..., torch.Tensor] = torch.matmul
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(X M^(1/2), Phi of it) for normalised rows X.
+
+        The root is symmetric, so ``product`` may be A B or A B^T. These round differently, and what an estimator
+        predicts for new rows is promised to the bit, also from files of earlier versions: they get A B. Training
+        takes the faster A B^T.
+        """
+        projected = product(X, self.root.to(X.dtype))
+        bias = None if self.bias is None else self.bias.to(X.dtype)
+        return projected, mapped(projected, self.weight.to(X.dtype), bias)
+
+    def copy(self) -> Layer:
+        """The same layer with tensors of its own and without its record."""
+        bias = None if self.bias is None else self.bias.clone()
+        return Layer(self.agop.clone(), self.root.clone(), FeatureMap(self.weight.clone(), bias))
+
+    def __repr__(self):
+        record = "" if self.record is None else f", {self.record}"
+        return f"Layer(agop {size_of(self.agop)}, {self.map.name} features {len(self.weight)}{record})"
 
 
 @dataclass(frozen=True)
@@ -138,61 +210,77 @@ class _Clock:
         self.last = now
 
 
-def normalise_rows(X: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their length, whatever that is; a zero row stays zero."""
-    most = math.frexp(torch.finfo(X.dtype).max)[1] - 2
-    exponent = torch.frexp(X.abs().amax(1, keepdim=True))[1].clamp(-most, most)
-    X = X * torch.exp2(-exponent.to(X.dtype))  # a power of two: squares stay in range, and no digit is lost
-    length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    return X / torch.where(length > 0, length, 1.0)
+@dataclass(frozen=True)
+class LayerTraining:
+    """What the layers of one fit are trained with; their results are the same on every rank of a group.
+
+    Attributes:
+        Y: targets (n, K) of the rows that the fit was given. settings: of the layers.
+        rows: how these rows became points (``copies.find``).
+        classes: class indices of the rows (n,), or None in regression.
+        group: ranks that share the work.
+    """
+
+    Y: torch.Tensor
+    settings: Settings
+    rows: Rows
+    classes: torch.Tensor | None = None
+    group: object = None
+
+    def layer(self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None) -> tuple[Layer, Trained]:
+        """A layer on its input, the points X (r, d), and what it makes of them and of ``rest`` (e, d).
+
+        Args:
+            X: input of the points. seed: of the random features. rest: input of the rows without weight.
+        """
+        clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
+        X = normalise_rows(X)
+        regression, group = self.settings.regression, self.group
+        solution, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, group, rows=rows, mark=clock.mark)
+        scale = kernel_ridge.agop_divisor(M, self.settings.agop_scale, rows.total)
+        # A constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I.
+        M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
+        # Gradients at the points are combinations of the points.
+        root = self._of_first_rank(linalg.psd_sqrt(M, rows=X).to(X.dtype))
+        clock.mark("root")
+        layer = Layer(M.to(X.dtype), root, self.settings.random_features.draw(X.shape[1], seed, X))
+        projected, features = layer.stages(X, matmul_nt)
+        features, unweighted = self._of_first_rank(features), {}
+        if rest is not None:
+            rest = normalise_rows(rest)
+            unweighted = dict(zip(STAGES, (rest, *layer.stages(rest, matmul_nt)), strict=True))
+        clock.mark("features")
+        of_points = dict(zip(STAGES, (X, projected, features), strict=True))
+        of_rows = {stage: rows.all(value, unweighted.get(stage)) for stage, value in of_points.items()}
+        nc1, nc2 = self._collapse(of_rows)
+        clock.mark("measures")
+        peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
+        layer.record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
+        return layer, Trained(of_rows["projected"], of_rows["features"], features, unweighted.get("features"))
+
+    def readout(self, X: torch.Tensor) -> tuple[torch.Tensor, Solved]:
+        """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
+        X = normalise_rows(X)
+        return X, kernel_ridge.solve(X, self.Y, self.settings.regression, self.group, rows=self.rows)
+
+    def _of_first_rank(self, value: torch.Tensor) -> torch.Tensor:
+        """The value that the group's first rank has, which every rank goes on with."""
+        if self.group is None:
+            return value
+        return Communicator(self.group, "broadcast", value.device).broadcast(value)
+
+    def _collapse(self, stages: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+        """(NC1, NC2) of all rows by stage, empty where there are no two classes."""
+        if self.classes is None or int(self.classes.max()) == 0:
+            return {}, {}
+        return collapse.of_stages(stages, self.classes)
 
 
 def train_layer(
-    X: torch.Tensor,
-    Y: torch.Tensor,
-    settings: Settings,
-    seed: int,
-    classes: torch.Tensor | None,
-    group=None,
-    rows: Rows | None = None,
-    rest: torch.Tensor | None = None,
+    X: torch.Tensor, Y: torch.Tensor, settings: Settings, seed: int, classes: torch.Tensor | None
 ) -> tuple[Layer, Trained]:
-    """One layer on its input X (r, d); what it makes is the same on every rank of a group.
-
-    Args:
-        X: input of the points (r, d). Y: targets (n, K) of the rows given.
-        settings, seed: of the layer. classes: of the rows given (n,), or None.
-        group: ranks that share the work.
-        rows: how rows became points (``copies.find``); default as they are. rest: input of rows without weight (e, d).
-    """
-    clock, base, rows = _Clock(X.device), _reset_peak(X.device), rows or copies.alone(X)
-    X = normalise_rows(X)
-    solution, M, planned = kernel_ridge.fit_and_agop(X, Y, settings.regression, group, rows=rows, mark=clock.mark)
-    scale = kernel_ridge.agop_divisor(M, settings.agop_scale, rows.total)
-    # a constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I
-    M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
-    root = linalg.psd_sqrt(M, rows=X).to(X.dtype)  # gradients at the points are combinations of the points
-    root = root if group is None else distributed.broadcast(root, group)
-    clock.mark("root")
-    projected = matmul_nt(X, root)  # root is symmetric
-    phi = random_features(settings.features, X.shape[1], settings.width, settings.feature_scale, seed, X)
-    features = phi(projected)
-    features = features if group is None else distributed.broadcast(features, group)
-    unweighted = [] if rest is None else [normalise_rows(rest)]
-    unweighted += [matmul_nt(unweighted[0], root)] if unweighted else []
-    unweighted += [phi(unweighted[1])] if unweighted else []
-    clock.mark("features")
-    stages = {"input": X, "projected": projected, "features": features}
-    all_rows = {k: rows.all(v, *unweighted[i : i + 1]) for i, (k, v) in enumerate(stages.items())}
-    nc1, nc2 = {}, {}
-    if classes is not None and int(classes.max()) > 0:
-        nc1, nc2 = collapse.of_stages(all_rows, classes)
-    clock.mark("measures")
-    peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
-    record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
-    return Layer(M.to(X.dtype), root, phi, record), Trained(
-        all_rows["projected"], all_rows["features"], features, *unweighted[2:]
-    )
+    """One layer by itself, on its input X (n, d), targets Y (n, K) and class indices (n,), or None."""
+    return LayerTraining(Y, settings, copies.alone(X), classes).layer(X, seed)
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -202,22 +290,9 @@ def _reset_peak(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device)
 
 
-def readout(
-    X: torch.Tensor, Y: torch.Tensor, settings: Settings, group=None, rows: Rows | None = None
-) -> tuple[torch.Tensor, Solved]:
-    """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
-    X = normalise_rows(X)
-    return X, kernel_ridge.solve(X, Y, settings.regression, group, rows=rows)
-
-
-def apply_layer(X: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """New rows through a trained layer, in X's dtype."""
-    return layer.map.to(X)(normalise_rows(X) @ layer.root.to(X))
-
-
 def seeds(random_state: np.random.RandomState, depth: int) -> list[int]:
     """One seed per layer, so that a layer can be drawn again without its predecessors."""
-    return [int(s) for s in random_state.randint(0, 2**31 - 1, size=depth)]
+    return [int(seed) for seed in random_state.randint(0, 2**31 - 1, size=depth)]
 
 
 Callback = Callable[[LayerEvent], None]

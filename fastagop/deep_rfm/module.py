@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastagop.deep_rfm.layer import Layer, normalise_rows
-from fastagop.deep_rfm.random_features import mapped
+from fastagop.deep_rfm.layer import FixedPrecision, Layer, normalise_rows
 from fastagop.kernels.profile import Profile, weight_at_zero, weight_slope
 
 # Rows have length 1: below this squared distance two of them are one point, computed in two orders of summation.
@@ -27,7 +26,8 @@ class _SquaredDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (g,), (h, c) = grads, ctx.saved_tensors
-        if not torch.is_grad_enabled() and not ctx.needs_input_grad[1]:  # once only: by differences, cancelling nothing
+        # A derivative that is taken once only is computed by differences, which cancel nothing.
+        if not torch.is_grad_enabled() and not ctx.needs_input_grad[1]:
             r = torch.cdist(h, c, compute_mode="donot_use_mm_for_euclid_dist")
             return torch.ops.aten._cdist_backward(2.0 * r * g, h, c, 2.0, r), None
         to_h = 2.0 * (h * g.sum(-1, keepdim=True) - g @ c) if ctx.needs_input_grad[0] else None
@@ -109,7 +109,33 @@ class _Weight(torch.autograd.Function):
         return tangents[0] * _Weight._slope(ctx)
 
 
-class DeepRFMModule(torch.nn.Module):
+class Readout(FixedPrecision):
+    """The kernel machine f(x) = sum_j alpha_j k(x / ||x||, c_j) + offset of rows x, in their dtype.
+
+    Args:
+        kernel: k. centers: c_j, normalised features of the training points (n, width). alpha: coefficients (n, K).
+        offset: added to the K outputs, (K,); None for nothing.
+    """
+
+    centers: torch.Tensor
+    alpha: torch.Tensor
+    offset: torch.Tensor | None
+
+    def __init__(self, kernel: Profile, centers: torch.Tensor, alpha: torch.Tensor, offset=None):
+        super().__init__()
+        self.kernel = kernel
+        self.register_buffer("centers", centers.clone())
+        self.register_buffer("alpha", alpha.clone())
+        self.register_buffer("offset", None if offset is None else torch.as_tensor(offset).to(alpha).clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) of rows x (m, width)."""
+        sq = _SquaredDistances.apply(normalise_rows(x), self.centers.to(x.dtype))
+        f = _Profile.apply(sq, self.kernel) @ self.alpha.to(x.dtype)
+        return f if self.offset is None else f + self.offset.to(x.dtype)
+
+
+class DeepRFMModule(FixedPrecision):
     """Layers x -> Phi(M^(1/2) x / ||x||), then a kernel machine on the normalised features.
 
     All trained and random numbers are buffers, so that state_dict holds everything. The network computes in
@@ -117,49 +143,19 @@ class DeepRFMModule(torch.nn.Module):
     ``.half()``, leave its numbers as they are; moves to a device are followed.
 
     Args:
-        layers: trained layers. kernel: of the readout.
-        centers: normalised features of the training points (n, width). alpha: readout coefficients (n, K).
+        layers: trained layers, which are copied. readout: the kernel machine.
         binary: answer with the second of two outputs only, shape (m,), scikit-learn's convention.
         flat: answer with shape (m,) for a single output.
-        offset: added to the K outputs, (K,); None for nothing.
     """
 
-    centers: torch.Tensor
-    alpha: torch.Tensor
-
-    def __init__(self, layers: list[Layer], kernel: Profile, centers, alpha, *, binary: bool, flat: bool, offset=None):
+    def __init__(self, layers: list[Layer], readout: Readout, *, binary: bool, flat: bool):
         super().__init__()
-        self.kernel, self.depth, self.binary, self.flat = kernel, len(layers), binary, flat
-        for i, layer in enumerate(layers):
-            self.register_buffer(f"root_{i}", layer.root.clone())
-            self.register_buffer(f"weight_{i}", layer.map.weight.clone())
-            if layer.map.bias is not None:
-                self.register_buffer(f"bias_{i}", layer.map.bias.clone())
-        self.register_buffer("centers", centers.clone())
-        self.register_buffer("alpha", alpha.clone())
-        if offset is not None:
-            self.register_buffer("offset", torch.as_tensor(offset).to(alpha).clone())
-
-    def _apply(self, fn, recurse=True):
-        """Every cast and move of a module comes here: rounded, these numbers would not be a solution any more."""
-
-        def moved(t: torch.Tensor) -> torch.Tensor:
-            changed = fn(t)
-            return changed if changed.dtype == t.dtype else t.to(changed.device)
-
-        return super()._apply(moved, recurse)
+        self.layers = torch.nn.Sequential(*(layer.copy() for layer in layers))
+        self.readout = readout
+        self.binary, self.flat = binary, flat
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
-        h = x.double()
-        for i in range(self.depth):
-            root, weight = getattr(self, f"root_{i}"), getattr(self, f"weight_{i}")  # get_buffer: no export before 2.7
-            bias = getattr(self, f"bias_{i}", None)
-            projected = normalise_rows(h) @ root.double()
-            h = mapped(projected, weight.double(), None if bias is None else bias.double())
-        sq = _SquaredDistances.apply(normalise_rows(h), self.centers.double())
-        f = _Profile.apply(sq, self.kernel) @ self.alpha.double()
-        offset = getattr(self, "offset", None)
-        f = f if offset is None else f + offset.double()
+        f = self.readout(self.layers(x.double()))
         f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
         return f.to(x.dtype) if x.is_floating_point() else f

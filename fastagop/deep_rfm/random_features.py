@@ -10,7 +10,7 @@ import torch
 
 from fastagop.kernels.gemm import matmul_nt
 
-COS_SCALE = 0.05  # paper, appendix C
+COS_SCALE = 0.05  # This is the scale of the paper, appendix C.
 NAMES = ("relu", "cos")
 
 
@@ -19,22 +19,21 @@ class FeatureMap:
     """Phi(x) = ReLU(W x), or sqrt(2 / width) cos(W x + b); rows are samples.
 
     Attributes:
-        name: "relu" or "cos".
         weight: W (width, d).
         bias: b (width,), or None for "relu".
     """
 
-    name: str
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: torch.Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The map's name, "relu" or "cos"."""
+        return "relu" if self.bias is None else "cos"
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor:
         """Phi(X), shape (n, width)."""
         return mapped(X, self.weight, self.bias)
-
-    def to(self, like: torch.Tensor) -> FeatureMap:
-        """The same map with the dtype and device of a tensor."""
-        return FeatureMap(self.name, self.weight.to(like), None if self.bias is None else self.bias.to(like))
 
 
 def mapped(X: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -44,21 +43,32 @@ def mapped(X: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return matmul_nt(X, weight, bias).cos_().mul_(math.sqrt(2.0 / len(weight)))
 
 
-def random_features(name: str, d: int, width: int, scale: float | None, seed: int, like: torch.Tensor) -> FeatureMap:
-    """Draw a feature map; the same seed gives the same map on every device and in every dtype.
+@dataclass(frozen=True)
+class RandomFeatures:
+    """The distribution that feature maps are drawn from.
 
     "relu": W standard Gaussian (its scale does not matter to a layer that normalises its input). "cos": W Cauchy
     with the given scale, b uniform on [0, 2 pi): random Fourier features of the l1-Laplacian kernel
     exp(-scale ||x - z||_1) (paper, section 3.3 and appendix C).
 
-    Args:
-        name: "relu" or "cos". d: input dimension. width: number of features.
+    Attributes:
+        name: "relu" or "cos". width: number of features.
         scale: scale of the Cauchy distribution; None for 0.05; "relu" takes none.
-        seed: of numpy's PCG64. like: tensor whose dtype and device the map gets.
     """
-    rng = np.random.default_rng(seed)
-    if name == "relu":
-        return FeatureMap(name, torch.from_numpy(rng.standard_normal((width, d))).to(like), None)
-    weight = rng.standard_cauchy((width, d)) * (COS_SCALE if scale is None else scale)
-    bias = rng.uniform(0.0, 2.0 * math.pi, width)
-    return FeatureMap(name, torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like))
+
+    name: str
+    width: int
+    scale: float | None = None
+
+    def draw(self, d: int, seed: int, like: torch.Tensor) -> FeatureMap:
+        """A feature map of d inputs; the same seed gives the same map on every device and in every dtype.
+
+        Args:
+            d: input dimension. seed: of numpy's PCG64. like: tensor whose dtype and device the map gets.
+        """
+        rng = np.random.default_rng(seed)
+        if self.name == "relu":
+            return FeatureMap(torch.from_numpy(rng.standard_normal((self.width, d))).to(like))
+        weight = rng.standard_cauchy((self.width, d)) * (COS_SCALE if self.scale is None else self.scale)
+        bias = rng.uniform(0.0, 2.0 * math.pi, self.width)
+        return FeatureMap(torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like))

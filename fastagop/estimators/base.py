@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +28,19 @@ from fastagop.kernels.radial import Radial
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.solve import Solution
 
-METHODS = ("auto", "cholesky", "eigh", "cg")  # of solve
+METHODS = ("auto", "cholesky", "eigh", "cg")  # These are the methods of solve.
 _KERNEL = "kernel__"
-_HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")  # what float32 holds
-_TINY = torch.finfo(torch.float32).eps  # the least probability before rows are normalised
+# float32 holds every number of these dtypes.
+_HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
+_TINY = torch.finfo(torch.float32).eps  # Every probability is at least this before rows are normalised.
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a fit trains on, rows of weight zero left out.
+    """The data that a fit trains on, rows of weight zero left out.
 
     Attributes:
-        X: points (n, d) as the first kernel machine wants them. Y: targets (n, K), centred in regression.
+        X: points (n, d) as the first kernel machine takes them. Y: targets (n, K), centred in regression.
         classes: class indices (n,), or None in regression.
         weights: float64 (n,), or None where all are 1.
     """
@@ -73,7 +73,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
-    # parameters of every subclass
+    # These are the parameters of every subclass.
     kernel: Radial
     ridge: float
     agop_scale: str
@@ -86,17 +86,17 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     process_group: object
     solver: str | ConjugateGradients
     memory_limit: float | None
-    # what fit sets
+    # These are set by fit.
     n_features_in_: int
     _centers: torch.Tensor
     _alpha: torch.Tensor
     _torch_in: bool
     solution_: Solution
 
-    def _store(self, given: dict) -> None:
+    def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
         for name in self._get_param_names():
-            setattr(self, name, given[name])
+            setattr(self, name, arguments[name])
 
     def set_params(self, **params):
         """Set parameters by name; ``kernel__bandwidth`` and the like put a changed kernel in the place of this one."""
@@ -132,15 +132,15 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         raise TypeError(f"{type(self).__name__} is neither a classifier nor a regressor")
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
-        """(targets (n, K) in float64, class indices or None, weights) from what ``_read`` gave."""
+        """(targets (n, K) in float64, class indices or None, weights) of the targets that ``_read`` returned."""
         raise NotImplementedError
 
     def _entering(self, X: torch.Tensor) -> torch.Tensor:
-        """Training points (n, d) as the first kernel machine wants them, in the estimator's dtype."""
+        """Training points (n, d) as the first kernel machine takes them, in the estimator's dtype."""
         raise NotImplementedError
 
     def _mapped(self, X: torch.Tensor) -> torch.Tensor:
-        """What the kernel machine sees of new rows, float64."""
+        """New rows as the kernel machine sees them, float64."""
         raise NotImplementedError
 
     def _packed(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -148,7 +148,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         raise NotImplementedError
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-        """Set what ``_packed`` gave."""
+        """Set the attributes that ``_packed`` gave."""
         raise NotImplementedError
 
     @property
@@ -156,7 +156,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return inputs.dtype(self.dtype)
 
     def _machine(self) -> KernelRidge:
-        """The shared parameters, checked; scikit-learn wants this in fit, not in __init__."""
+        """The shared parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         checks.kernel(self.kernel)
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         checks.choice("precision", self.precision, checks.PRECISIONS)
@@ -176,8 +176,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
             raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
-        if not isinstance(self.verbose, (bool, numbers.Integral)) or int(self.verbose) < 0:
-            raise ValueError(f"verbose must be an integer >= 0, got {self.verbose!r}")
+        if not isinstance(self.verbose, bool):
+            checks.integer("verbose", self.verbose, 0)
         if self.process_group is not None:
             Communicator(self.process_group, "fit", self._device)
 
@@ -200,7 +200,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         persistence.save(self, Path(path))
 
     def _training(self, X, y, sample_weight) -> Training:
-        """What fit was given, checked, on the estimator's device; rows of weight zero are left out."""
+        """The arguments of fit, checked, on the estimator's device; rows of weight zero are left out."""
         self._torch_in = isinstance(X, torch.Tensor)
         rows = inputs.matrix(self, X, reset=True)
         y = self._read(y)
@@ -283,10 +283,12 @@ class Classifier(ClassifierMixin, KernelEstimator):
         outputs = self._outputs(X)
         p = ((outputs + 1.0) / 2.0).clamp_(_TINY, 1.0)
         p = torch.as_tensor(self._answer(p / p.sum(1, keepdim=True), X))
-        best = outputs.argmax(1, keepdim=True).to(p.device)  # rounding and the cut make ties: the class told wins them
-        most = p.amax(1, keepdim=True)
+        # Rounding and the cut make ties, which the class of predict wins.
+        best = outputs.argmax(1, keepdim=True).to(p.device)
+        largest = p.amax(1, keepdim=True)
         tied = p.argmax(1, keepdim=True) != best
-        p.scatter_(1, best, torch.where(tied, torch.nextafter(most, torch.full_like(most, 2.0)), p.gather(1, best)))
+        above = torch.nextafter(largest, torch.full_like(largest, 2.0))
+        p.scatter_(1, best, torch.where(tied, above, p.gather(1, best)))
         return p if isinstance(X, torch.Tensor) else p.numpy()
 
     def predict(self, X):
@@ -318,7 +320,7 @@ class Regressor(RegressorMixin, KernelEstimator):
     def _read(self, y) -> np.ndarray:
         kind = getattr(y, "dtype", None)
         name = getattr(kind, "name", str(kind).removeprefix("torch."))
-        self._wide = name not in _HELD  # predictions hold what the targets held
+        self._wide = name not in _HELD  # Predictions are then float64, as the targets were.
         y = inputs.targets(y)
         self._flat = y.ndim == 1
         return y.reshape(len(y), -1)

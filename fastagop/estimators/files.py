@@ -18,17 +18,15 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from fastagop.deep_rfm.layer import Layer, LayerRecord
-from fastagop.deep_rfm.random_features import FeatureMap
 from fastagop.estimators.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
 from fastagop.kernels import atomic_files
 from fastagop.kernels.radial import Radial, named
 from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.solve import Solution
+from fastagop.solvers.solution import Solution
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# What reading or using a file's contents raises where they are not what we write; ValueError stands apart.
+# Reading or using the contents of a file that fastagop did not write raises one of these.
 MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
 
 
@@ -42,7 +40,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a result may depend on, for the record."""
+    """The versions that a result may depend on, for the record."""
     from fastagop import __version__
 
     return {
@@ -80,13 +78,13 @@ def read(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     Raises:
         ValueError: naming the file, which is damaged, of another kind, or no file of ours. OSError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path)
-    if metadata.get("fastagop") != FORMAT:
-        found = metadata.get("fastagop")
-        said = "was not written by fastagop" if found is None else f"is corrupt or has format {found[:80]}"
-        raise ValueError(f"{path} {said}; this version of fastagop reads its own format {FORMAT}")
-    text, said = metadata.get("words", ""), metadata.get("sha256")
-    if fingerprint(tensors, text) != said:
+    tensors, header = read_tensors(path)
+    found = header.get("fastagop")
+    if found != FORMAT:
+        reason = "was not written by fastagop" if found is None else f"is corrupt or has format {found[:80]}"
+        raise ValueError(f"{path} {reason}; this version of fastagop reads its own format {FORMAT}")
+    text = header.get("words", "")
+    if fingerprint(tensors, text) != header.get("sha256"):
         raise ValueError(f"{path} is corrupt: its contents do not match its checksum")
     metadata = parse_json(path, text)
     if metadata.get("kind") != kind:
@@ -114,8 +112,8 @@ def restoring(path: Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from error
     except MALFORMED as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path} is corrupt or of another version of fastagop ({said})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path} is corrupt or of another version of fastagop ({reason})") from error
 
 
 def write_json(path: Path, metadata: dict) -> None:
@@ -133,10 +131,10 @@ def read_json(path: Path) -> dict:
     if regular_size(path) > 2 * LONGEST_TEXT:
         raise ValueError(f"{path} is corrupt: no description is as long")
     metadata = parse_json(path, path.read_bytes())
-    said = metadata.pop("sha256", None)
+    promised = metadata.pop("sha256", None)
     with restoring(path):
         found = fingerprint({}, json.dumps(metadata, sort_keys=True))
-    if found != said:
+    if found != promised:
         raise ValueError(f"{path} is corrupt or was edited: its contents do not match its checksum")
     return metadata
 
@@ -156,7 +154,7 @@ def pack_value(value):
     if isinstance(value, Radial):
         return {"kernel": pack_kernel(value)}
     if isinstance(value, np.ndarray):
-        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # dates
+        plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # Dates have no JSON.
         return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
     if isinstance(value, np.generic):
         return value.item()
@@ -164,7 +162,7 @@ def pack_value(value):
         return None
     if isinstance(value, ConjugateGradients):
         return {"options": dataclasses.asdict(value)}
-    if isinstance(value, dict):  # JSON's keys are strings, labels are not
+    if isinstance(value, dict):  # Keys are labels here, which need not be strings as JSON's keys are.
         return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
     if isinstance(value, (torch.dtype, np.dtype, type)):
         return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else np.dtype(value).name
@@ -172,7 +170,7 @@ def pack_value(value):
 
 
 def unpack_value(value):
-    """What ``pack_value`` was given."""
+    """The value that ``pack_value`` packed."""
     if not isinstance(value, dict):
         return value
     if "options" in value:
@@ -202,22 +200,3 @@ def pack_solution(solution: Solution) -> dict:
 def unpack_solution(metadata: dict, alpha: torch.Tensor) -> Solution:
     """The Solution of ``pack_solution`` with its alpha."""
     return Solution(alpha=alpha, **{**metadata, "dtype": _DTYPES[metadata["dtype"]]})
-
-
-def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, description) of a trained layer; its random map is stored, not only its seed."""
-    record = layer.record
-    tensors = {"agop": layer.agop, "root": layer.root, "weight": layer.map.weight, "alpha": record.solution.alpha}
-    if layer.map.bias is not None:
-        tensors["bias"] = layer.map.bias
-    metadata = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    return tensors, {"map": layer.map.name, "record": {**metadata, "solution": pack_solution(record.solution)}}
-
-
-def unpack_layer(tensors: dict[str, torch.Tensor], metadata: dict, device: torch.device) -> Layer:
-    """The layer of ``pack_layer`` on a device."""
-    tensors = {name: value.to(device) for name, value in tensors.items()}
-    record = metadata["record"]
-    record = LayerRecord(**{**record, "solution": unpack_solution(record["solution"], tensors["alpha"])})
-    phi = FeatureMap(metadata["map"], tensors["weight"], tensors.get("bias"))
-    return Layer(tensors["agop"], tensors["root"], phi, record)

@@ -1,6 +1,6 @@
-"""What estimators are given, made ready: rows, labels, targets and weights, checked by name and never rounded early.
+"""The arguments of estimators, made ready: rows, labels, targets and weights, checked by name and never rounded early.
 
-Everything is read in float64 (or float32, where that is what was given). Offsets are subtracted there; only then does
+Everything is read in float64, or in float32 where it is given so. Offsets are subtracted there; only then does
 anything become the dtype that a fit computes in.
 """
 
@@ -18,8 +18,8 @@ from sklearn.utils.validation import check_array, column_or_1d, validate_data
 from fastagop.kernels import checks
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_SORTED = 2**22  # items sorted at once
-_FAR = 4.0  # an offset is subtracted where it exceeds so many times the spread around it
+_SORTED = 2**22  # Columns are sorted together up to this many items.
+_FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
 
 
 def dtype(value) -> torch.dtype:
@@ -69,7 +69,7 @@ def numpy(name: str, value):
 
 
 def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
-    """X as a float32 or float64 tensor that holds what was given, where it lies; scikit-learn's rules for its columns.
+    """X as a float32 or float64 tensor that holds its numbers, where it lies; scikit-learn's rules for its columns.
 
     Args:
         estimator: whose ``n_features_in_`` and ``feature_names_in_`` are set (``reset``) or must be met.
@@ -99,16 +99,16 @@ def narrowed(name: str, value: torch.Tensor, to: torch.dtype) -> torch.Tensor:
     found = value.to(to)
     largest = float(value.abs().max()) if value.numel() else 0.0
     if not checks.finite(found) or 0 < largest < torch.finfo(to).tiny:
-        what = "large" if largest > 1 else "small"
+        size, remedy = ("large", "divide") if largest > 1 else ("small", "multiply")
         raise ValueError(
-            f"{name} is too {what} for {to}: its largest entry is {largest:.1e}; "
-            f"{'divide' if what == 'large' else 'multiply'} {name} by a constant, or use dtype='float64'"
+            f"{name} is too {size} for {to}: its largest entry is {largest:.1e}; "
+            f"{remedy} {name} by a constant, or use dtype='float64'"
         )
     return found
 
 
 def offsets(X: torch.Tensor) -> torch.Tensor:
-    """What to subtract from each column so that a narrower dtype keeps its differences: (d,), float64, mostly zero.
+    """The offset of each column without which a narrower dtype keeps its differences: (d,), float64, mostly zero.
 
     It is the median of a column's distinct values where that exceeds their spread (between quartiles) many times, as
     in time stamps and coordinates: there the subtraction is exact. Copies of rows, their order and a few fill values
@@ -120,7 +120,7 @@ def offsets(X: torch.Tensor) -> torch.Tensor:
         values = X[:, start : start + step].T.contiguous().sort(1).values
         count = torch.ones_like(values, dtype=torch.int64)
         count[:, 1:] = values[:, 1:] != values[:, :-1]
-        count = count.cumsum(1)  # distinct values so far
+        count = count.cumsum(1)  # It counts the distinct values up to each place.
         last = count[:, -1:] - 1
         places = torch.searchsorted(count, torch.cat([last // 4, last // 2, 3 * last // 4], 1) + 1)
         low, middle, high = values.gather(1, places).double().unbind(1)
@@ -146,7 +146,7 @@ def targets(y) -> np.ndarray:
 
 
 def same_length(name: str, value, n: int) -> None:
-    """Refuse what has not one row for each row of X."""
+    """Refuse an argument that has not one row for each row of X."""
     if len(value) != n:
         raise ValueError(f"{name} must have one row per row of X: X has {n}, {name} has {len(value)}")
 
@@ -176,23 +176,24 @@ def weights(value, n: int) -> np.ndarray | None:
     return None if (found == 1.0).all() else found
 
 
-def weighted_rows(given: np.ndarray | None, rows: torch.Tensor, *arrays: np.ndarray | None) -> tuple:
-    """(rows, arrays..., weights) without what has weight zero."""
-    if given is None or given.all():
-        return rows, *arrays, given
-    kept = given > 0
-    return rows[torch.from_numpy(kept).to(rows.device)], *(a if a is None else a[kept] for a in arrays), given[kept]
+def weighted_rows(row_weights: np.ndarray | None, rows: torch.Tensor, *arrays: np.ndarray | None) -> tuple:
+    """(rows, arrays..., weights) without the rows of weight zero."""
+    if row_weights is None or row_weights.all():
+        return rows, *arrays, row_weights
+    kept = row_weights > 0
+    arrays = tuple(array if array is None else array[kept] for array in arrays)
+    return rows[torch.from_numpy(kept).to(rows.device)], *arrays, row_weights[kept]
 
 
-def class_weights(value, classes: np.ndarray, codes: np.ndarray, given: np.ndarray | None) -> np.ndarray | None:
-    """The weight that ``class_weight`` gives each row, (n,), beside the weights ``given``; None where it is None.
+def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray | None:
+    """The weight that ``class_weight`` gives each row, (n,), beside ``row_weights``; None where it is None.
 
     "balanced" is (sum of weights) / (classes * sum of the class's weights), so that a weight counts as copies do.
     """
     if value is None:
         return None
     if isinstance(value, str) and value == "balanced":
-        total = np.bincount(codes, weights=given, minlength=len(classes))
+        total = np.bincount(codes, weights=row_weights, minlength=len(classes))
         return (total.sum() / (len(classes) * total))[codes]
     if not isinstance(value, dict):
         raise ValueError(f"class_weight must be None, 'balanced' or a dict {{label: weight}}, got {value!r}")
@@ -205,31 +206,31 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, given: np.ndarr
     return factors[codes]
 
 
-def target_offset(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
-    """What to subtract from each column of targets (n, K) so that a narrower dtype keeps their differences: (K,).
+def target_offset(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
+    """The offset of each column of targets (n, K) without which a narrower dtype keeps their differences: (K,).
 
     The (weighted) mean where it exceeds the spread around it many times, as in coordinates and time stamps, else 0:
     other targets are learnt as they are.
     """
-    middle = mean(y, given)
-    with np.errstate(over="ignore", invalid="ignore"):  # differences beyond float64: nothing is subtracted
+    middle = mean(y, row_weights)
+    with np.errstate(over="ignore", invalid="ignore"):  # Where differences leave float64, nothing is subtracted.
         unit = np.abs(y - middle).max(0)
         scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
-        spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=given))
+        spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=row_weights))
     return np.where(np.abs(middle) > _FAR * spread, middle, 0.0)
 
 
-def mean(y: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+def mean(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
     """The (weighted) mean of each column (K,) of targets (n, K).
 
     Sums are exact, so that a weight of two and a row that is there twice give the same bits; they are taken from the
     smallest target on, so that constant targets have exactly their value as the mean.
     """
     base = y.min(0)
-    ones = np.ones(len(y)) if given is None else given
-    weighted = ones[:, None].astype(np.longdouble) * (y - base)
+    row_weights = np.ones(len(y)) if row_weights is None else row_weights
+    weighted = row_weights[:, None].astype(np.longdouble) * (y - base)
     upper = weighted.astype(np.float64)
     lower = (weighted - upper).astype(np.float64)
-    total = math.fsum(ones)
+    total = math.fsum(row_weights)
     sums = [math.fsum(itertools.chain(a, b)) for a, b in zip(upper.T.tolist(), lower.T.tolist(), strict=True)]
     return base + np.array(sums) / total

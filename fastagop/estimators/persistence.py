@@ -1,29 +1,24 @@
-"""Fitted estimators in files: what ``save`` writes and ``load`` reads."""
+"""Fitted estimators in files, which ``save`` writes and ``load`` reads."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 
+from fastagop.estimators import MODULES
 from fastagop.estimators import files as storage
 
 _KIND = "fitted estimator"
-_HOMES = {  # what load knows, by name
-    "DeepRFMClassifier": "fastagop.deep_rfm.estimator",
-    "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
-    "RFMClassifier": "fastagop.rfm",
-    "RFMRegressor": "fastagop.rfm",
-}
 _ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
-# Parameters of the process that trained, not of what it trained: a saved estimator has their defaults.
+# Parameters of the process that trained and not of the estimator, which has their defaults when it is loaded.
 _NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 
 
 def save(model, path: Path) -> None:
     """Write a fitted ``KernelEstimator``."""
     name = type(model).__name__
-    if name not in _HOMES or type(model) is not _class(name):
-        *names, last = _HOMES
+    if name not in MODULES or type(model) is not _class(name):
+        *names, last = MODULES
         raise TypeError(f"save knows {', '.join(names)} and {last}, not {name}")
     tensors, metadata = model._packed()
     parameters = model.get_params(deep=False).items()
@@ -60,7 +55,7 @@ def load(path, device=None):
 
 def _restored(path: Path, tensors: dict, metadata: dict, device):
     """The estimator of a file's contents."""
-    if metadata["estimator"] not in _HOMES:
+    if metadata["estimator"] not in MODULES:
         raise ValueError(f"{path} holds a {metadata['estimator']}, which this version of fastagop does not have")
     parameters = {name: storage.unpack_value(value) for name, value in metadata["parameters"].items()}
     if device is not None:
@@ -81,7 +76,7 @@ def _restored(path: Path, tensors: dict, metadata: dict, device):
 
 def _check_shapes(tensors: dict, metadata: dict) -> None:
     """A kernel machine whose parts belong together: they are only put to use much later."""
-    centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # of the points, copies merged
+    centers, alpha = tensors["centers"], tensors.get("readout", tensors["alpha"])  # Copies of points are merged.
     if centers.ndim != 2 or alpha.ndim != 2 or len(centers) != len(alpha):
         raise ValueError(f"centers {tuple(centers.shape)} and alpha {tuple(alpha.shape)} do not belong together")
     classes = metadata["attributes"].get("classes_")
@@ -90,4 +85,4 @@ def _check_shapes(tensors: dict, metadata: dict) -> None:
 
 
 def _class(name: str) -> type:
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(MODULES[name]), name)

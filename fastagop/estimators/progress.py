@@ -13,13 +13,13 @@ class Progress:
     """A progress bar over ``total`` steps; quiet, or without a terminal, there is no bar. Steps are logged at INFO.
 
     Args:
-        what: the name before the bar. unit: what a step is called. done: steps already made. quiet: show nothing.
+        title: the name before the bar. unit: the name of a step. done: steps already made. quiet: show nothing.
     """
 
-    def __init__(self, what: str, unit: str, total: int, *, done: int = 0, quiet: bool):
-        self._what, self._unit, self._total, self._count, self._quiet = what, unit, total, done, quiet
-        # None: tqdm asks whether stderr is a terminal
-        self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, disable=True if quiet else None)
+    def __init__(self, title: str, unit: str, total: int, *, done: int = 0, quiet: bool):
+        self._title, self._unit, self._total, self._count, self._quiet = title, unit, total, done, quiet
+        # With None, tqdm asks whether stderr is a terminal.
+        self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, disable=True if quiet else None)
 
     def __enter__(self) -> Progress:
         return self
@@ -34,5 +34,5 @@ class Progress:
         if figures:
             self._bar.set_postfix(figures)
         if not self._quiet:
-            said = "".join(f", {name} {value}" for name, value in figures.items())
-            log.info("%s: %s %d of %d%s", self._what, self._unit, self._count, self._total, said)
+            shown = "".join(f", {name} {value}" for name, value in figures.items())
+            log.info("%s: %s %d of %d%s", self._title, self._unit, self._count, self._total, shown)

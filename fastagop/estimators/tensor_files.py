@@ -1,4 +1,4 @@
-"""Reads safetensors files by one descriptor: what is read is one file, even where others replace it meanwhile.
+"""Reads safetensors files by one descriptor: all of it is one file, even where others replace it meanwhile.
 
 Every size is checked against the file's before memory is taken; a damaged or forged header is a ValueError.
 """
@@ -10,13 +10,13 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from fastagop.kernels.memory import host_bytes
 
-LONGEST_TEXT = 2**25  # bytes of a description: labels and feature names are the longest things in one
+LONGEST_TEXT = 2**25  # A description has at most this many bytes; labels and feature names are its longest parts.
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -25,11 +25,11 @@ _DTYPES = {
 
 def regular_size(path: Path) -> int:
     """Bytes of a file; ValueError where the path is a folder, device or pipe."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # looked at before it is opened: a pipe would block
-        what = "a folder" if stat.S_ISDIR(about.st_mode) else "no regular file"
-        raise ValueError(f"{path} is {what}; give the path of a file")
-    return about.st_size
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # The kind is checked before the file is opened, since a pipe would block.
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise ValueError(f"{path} is {kind}; give the path of a file")
+    return status.st_size
 
 
 def parse_object(text: str | bytes) -> dict:
@@ -72,38 +72,47 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, torch.Tensor], dict[str,
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")
-    places = {name: _place(name, about) for name, about in header.items()}
+    places = {name: _place(name, entry) for name, entry in header.items()}
     end = 0
-    for name, (_, _, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
-        if first != end:
+    for name, place in sorted(places.items(), key=lambda item: (item[1].first, item[1].last)):
+        if place.first != end:
             raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
-        end = last
+        end = place.last
     if end != size - 8 - length:
         raise ValueError(f"its tensors take {end} bytes, where it has {size - 8 - length}")
-    return {name: _tensor(file, 8 + length, *place) for name, place in places.items()}, metadata
+    return {name: _tensor(file, 8 + length, place) for name, place in places.items()}, metadata
 
 
-def _place(name: str, about: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """(dtype, shape, first byte, last byte) of a tensor, if they agree."""
+class _Place(NamedTuple):
+    """A tensor's dtype and shape, and its first and last byte after the header."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    first: int
+    last: int
+
+
+def _place(name: str, entry: Any) -> _Place:
+    """The place that a header's entry gives a tensor, if its numbers agree."""
     try:
-        dtype, shape, (first, last) = _DTYPES[about["dtype"]], about["shape"], about["data_offsets"]
+        dtype, shape, (first, last) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"tensor {name!r} is described as {str(about)[:80]!r}") from error
+        raise ValueError(f"tensor {name!r} is described as {str(entry)[:80]!r}") from error
     if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, (*shape, first, last))):
-        raise ValueError(f"tensor {name!r} has no shape or place: {str(about)[:80]!r}")
+        raise ValueError(f"tensor {name!r} has no shape or place: {str(entry)[:80]!r}")
     if last - first != math.prod(shape) * dtype.itemsize or (0 in shape and max(shape) > 2**40):
         raise ValueError(f"tensor {name!r} of shape {shape} cannot have {last - first} bytes")
-    return dtype, shape, first, last
+    return _Place(dtype, shape, first, last)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _tensor(file: BinaryIO, start: int, dtype: torch.dtype, shape: list[int], first: int, last: int) -> torch.Tensor:
-    found = torch.empty(shape, dtype=dtype)
-    if last > first:
-        file.seek(start + first)
+def _tensor(file: BinaryIO, start: int, place: _Place) -> torch.Tensor:
+    found = torch.empty(place.shape, dtype=place.dtype)
+    if place.last > place.first:
+        file.seek(start + place.first)
         room = memoryview(found.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         while room:
             count = file.readinto(room)  # pyright: ignore[reportAttributeAccessIssue]

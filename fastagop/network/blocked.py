@@ -24,7 +24,7 @@ def refuse_blocked(model: nn.Module, linear: Mapping[str, nn.Linear], taps: Taps
     blocked = {name: call for name, layer in silent.items() if (call := _blocked(model, layer, taps, inputs))}
     if blocked:
         name, call = next(iter(blocked.items()))
-        how = (
+        reason = (
             "its forward detaches it (by .detach(), .data, or an operation that has no derivative)"
             if call.tracked
             else "its forward runs it without gradients (torch.no_grad, inference_mode, or a checkpoint with "
@@ -32,7 +32,7 @@ def refuse_blocked(model: nn.Module, linear: Mapping[str, nn.Linear], taps: Taps
         )
         rest = model_access.listed(other for other in linear if other not in blocked)
         raise ValueError(
-            f"layers: the model's outputs depend on {name!r}, but {how}, so that its AGOP is unknown; "
+            f"layers: the model's outputs depend on {name!r}, but {reason}, so that its AGOP is unknown; "
             + (f"leave it out, layers=[{rest}]" if rest else "measure a model that lets gradients through")
         )
     if taps.calls and not any(taps.arrived.values()):
@@ -50,9 +50,8 @@ def _blocked(model: nn.Module, layer: nn.Linear, taps: Taps, inputs: torch.Tenso
     calls = [call for call in taps.calls if call.layer is layer]
     silent = [index for index, call in enumerate(calls) if call.pull == 0]
     matter = [index for index in silent if _matters(model, layer, index, inputs)]
-    again = taps.arrived[layer] - (
-        len(calls) - len(silent)
-    )  # calls that a checkpoint made again, and that were reached
+    # Of the calls that were reached, a checkpoint made so many again.
+    again = taps.arrived[layer] - (len(calls) - len(silent))
     return calls[matter[-1]] if len(matter) > again else None
 
 

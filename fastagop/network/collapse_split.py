@@ -67,7 +67,7 @@ def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, ac
     with matmul_precision("highest", X.device):
         projected = nn.functional.linear(X, W.to(dtype))
         out = projected if bias is None else projected + bias.to(dtype)
-        features = out if activation is None else activation(out.clone())  # it may work in place
+        features = out if activation is None else activation(out.clone())  # The activation may work in place.
     return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
 
 
@@ -133,7 +133,7 @@ class _Inputs:
     def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
         """Send all samples through the model; the batches' labels."""
         labels = []
-        for i, (inputs, given) in enumerate(model_access.batches(X, batch_size, model)):
+        for i, (inputs, brought) in enumerate(model_access.batches(X, batch_size, model)):
             if i == 0:
                 refuse_neighbours(model, inputs)
             self._called.clear()
@@ -141,7 +141,7 @@ class _Inputs:
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
-            labels += [] if given is None else [torch.as_tensor(given).cpu()]
+            labels += [] if brought is None else [torch.as_tensor(brought).cpu()]
         return labels
 
     def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
@@ -156,7 +156,7 @@ class _Inputs:
             self.weights[name] = (weights[0].clone(), None if weights[1] is None else weights[1].clone())
         elif not all(_equal(now, then) for now, then in zip(weights, self.weights[name], strict=True)):
             raise NotAMatrixError(f"layers: the weight of {name!r} changes from batch to batch; leave it out")
-        self.rows.setdefault(name, []).append(input.clone())  # the model may go on to change it in place
+        self.rows.setdefault(name, []).append(input.clone())  # The model may go on to change it in place.
         return nn.functional.linear(input, *weights)
 
 

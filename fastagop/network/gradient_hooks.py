@@ -27,11 +27,11 @@ class Sink(Protocol):
     """Where the gradients at one layer go."""
 
     def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Of a weight that a call computes with: what to hand back, and whether gradients are wanted at the input."""
+        """The weight to hand back of one that a call computes with, and whether gradients are taken at the input."""
         ...
 
     def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
-        """Gradients (m, d) of a call, and what ``taken`` returned for its weight."""
+        """Add gradients (m, d) of a call; ``taken`` returned this weight for it."""
         ...
 
 
@@ -64,7 +64,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, taps = ctx.weight, ctx.call.taps
         grad = grads[0].to(weight.dtype)
-        if not taps.here.backward:  # the model differentiates in its own forward, and that may be differentiated again
+        if not taps.here.backward:  # The model differentiates in its own forward, which may be differentiated again.
             return None, (grad @ weight).to(ctx.dtype), None, None, None
         grad = grad.contiguous()
         _, pass_on, to_weight, to_bias, _ = ctx.needs_input_grad
@@ -93,10 +93,10 @@ class Taps:
         self.anchor = torch.empty(0, requires_grad=True)
         self.calls: list[Call] = []
         self.arrived: Counter[nn.Linear] = Counter()
-        self.narrow = False  # float16 occurs
+        self.narrow = False  # It is set where float16 occurs.
         self._pulls = 0
         self._held: list[tuple[Call, torch.Tensor, torch.Tensor]] = []
-        self._scale, self._most = 1.0, math.inf
+        self._scale, self._ceiling = 1.0, math.inf
 
     def run(self, model: nn.Module, inputs: torch.Tensor, asking: bool = False) -> torch.Tensor:
         """The model's outputs (m, K); ``asking``: inputs require gradients, which takes more memory.
@@ -120,11 +120,12 @@ class Taps:
         return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
 
     def forward(self, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        """What the layer's forward becomes."""
+        """The forward that takes the place of the layer's own."""
         call = Call(self, layer, torch.is_grad_enabled())
-        if not self.here.backward:  # a checkpoint that computes again makes no new call
+        if not self.here.backward:  # A checkpoint that computes again makes no new call.
             self.calls.append(call)
-        rows = input.reshape(-1, input.shape[-1])  # the function sees matrices only: its output must not be a view
+        # The function sees matrices only, since its output must not be a view.
+        rows = input.reshape(-1, input.shape[-1])
         out = _Tap.apply(self.anchor, rows, layer.weight, layer.bias, call)
         return out if input.ndim == 2 else out.view(*input.shape[:-1], out.shape[-1])
 
@@ -150,7 +151,7 @@ class Taps:
         if not self.narrow:
             self._pull(out, cotangent, keep)
             return
-        self._most = min(self._most, 2.0**15 if out.dtype == torch.float16 else 2.0**30)
+        self._ceiling = min(self._ceiling, 2.0**15 if out.dtype == torch.float16 else 2.0**30)
         while True:
             self._held.clear()
             self._pull(out, cotangent * self._scale, True)
@@ -165,7 +166,7 @@ class Taps:
         self.arrived.clear()
         self.here.backward = True
         try:
-            if self.recomputing:  # such checkpoints refuse a backward pass towards chosen tensors
+            if self.recomputing:  # Such checkpoints refuse a backward pass towards chosen tensors.
                 torch.autograd.backward(out, cotangent, retain_graph=keep)
             else:
                 torch.autograd.grad(out, self.anchor, cotangent, retain_graph=keep, allow_unused=True)
@@ -176,13 +177,13 @@ class Taps:
         """Whether the pass has to run again at the new scale: it left float16's range, or stayed near its lower end."""
         top = max((float(rows.abs().max()) for _, rows, _ in self._held if rows.numel()), default=1.0)
         if not math.isfinite(top):
-            self._scale = self._most = self._scale / 256
+            self._scale = self._ceiling = self._scale / 256
             if self._scale < 2.0**-24:
                 raise ValueError("model: its gradients leave float16's range; measure it in bfloat16 or float32")
             return True
-        if top >= 64 or self._scale >= self._most:
+        if top >= 64 or self._scale >= self._ceiling:
             return False
-        self._scale = min(self._most, self._scale * 2.0 ** (10 - math.frexp(top)[1]) if top > 0 else self._most)
+        self._scale = min(self._ceiling, self._scale * 2.0 ** (10 - math.frexp(top)[1]) if top > 0 else self._ceiling)
         return True
 
 

@@ -16,8 +16,8 @@ from fastagop.network.lending import lent
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.sample_independence import refuse_mixing
 
-_BLOCK = 256  # rows of a symmetric sum computed at once, each only up to the diagonal
-_GATHERED = 512  # gradients that one product takes: products of fewer run slower
+_BLOCK = 256  # A symmetric sum is computed in blocks of so many rows, each only up to the diagonal.
+_GATHERED = 512  # One product takes so many gradients, since products of fewer run slower.
 
 
 class LayerSum:
@@ -37,10 +37,10 @@ class LayerSum:
         self.weight: torch.Tensor | None = None
         self.at_input = self.changed = False
         self._keeps = keep_weight
-        self._rows: torch.Tensor | None = None  # gradients (_GATHERED, d)
+        self._rows: torch.Tensor | None = None  # It holds gradients, (_GATHERED, d).
         self._gathered = 0
         self._total: torch.Tensor | None = None
-        self._before: torch.Tensor | None = None  # sums of earlier weights, at the input
+        self._before: torch.Tensor | None = None  # It is the sum of earlier weights, at the input.
 
     def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """The weight as it is now, unless it is one seen before, and whether sums are taken at the input."""
@@ -48,7 +48,7 @@ class LayerSum:
         if self.weight is None:
             self.at_input = weight.shape[1] < weight.shape[0]
             self._keeps |= not self.at_input
-            self.weight = weight.clone() if self._keeps else weight  # a hook may change it in place
+            self.weight = weight.clone() if self._keeps else weight  # A hook may change the weight in place.
         elif self._keeps and not torch.equal(weight, self.weight):
             return weight.clone(), self.at_input
         return self.weight if self._keeps else weight, self.at_input
@@ -70,7 +70,7 @@ class LayerSum:
                 self._sum_up()
 
     def _sum_up(self) -> None:
-        if self._rows is None or self._gathered == 0:  # the outputs may not depend on this layer
+        if self._rows is None or self._gathered == 0:  # The outputs may not depend on this layer.
             return
         columns, self._gathered = self._rows[: self._gathered].T.contiguous(), 0
         factor = _shrink_(columns)
@@ -88,7 +88,7 @@ class LayerSum:
 
     def total(self) -> torch.Tensor:
         """The float64 sum for the last weight on its side: (d_in, d_in) where ``at_input``, else (d_out, d_out)."""
-        assert self.weight is not None  # the layer was called
+        assert self.weight is not None  # The layer was called.
         self._sum_up()
         self._rows = None
         if self._total is None:
@@ -124,7 +124,7 @@ def _shrink_(columns: torch.Tensor) -> torch.Tensor | None:
     if not columns.is_cuda and all(end == 0 or 1e-12 < abs(end) < 1e12 for end in map(float, columns.aminmax())):
         return None
     exponent = torch.frexp(columns.abs().amax())[1].double()
-    half = torch.floor(exponent / 2)  # in two steps: the power itself may leave the dtype
+    half = torch.floor(exponent / 2)  # The division takes two steps, since the power itself may leave the dtype.
     columns.mul_(torch.exp2(-half)).mul_(torch.exp2(half - exponent))
     return torch.exp2(2 * exponent)
 

@@ -27,7 +27,7 @@ class _Turns:
     def __init__(self):
         self.changed = threading.Condition()
         self.holders: dict[int, int] = {}
-        self.waits: dict[int, set[int]] = {}  # thread -> threads that it waits for
+        self.waits: dict[int, set[int]] = {}  # It maps a thread to the threads that it waits for.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
 
@@ -63,11 +63,11 @@ class _Turns:
         """Whether a thread waits for another one, or for one that does."""
         seen, todo = set(), [thread]
         while todo:
-            for one in self.waits.get(todo.pop(), set()) - seen:
-                if one == other:
+            for holder in self.waits.get(todo.pop(), set()) - seen:
+                if holder == other:
                     return True
-                seen.add(one)
-                todo.append(one)
+                seen.add(holder)
+                todo.append(holder)
         return False
 
     def give_back(self, parts: set[int]) -> None:
@@ -111,7 +111,8 @@ def _one_at_a_time(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    ready = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]  # lazy ones cannot be frozen
+    # Lazy parameters cannot be frozen.
+    ready = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
     trained = [parameter for parameter in ready if parameter.requires_grad]
     try:
         model.eval()
@@ -134,7 +135,7 @@ def _made_weights(model: nn.Module) -> Iterator[None]:
     ]
     ids = {id(module) for module in model.modules()}
     cached = {key: value for key, value in parametrize._cache.items() if key[0] in ids}
-    for key in cached:  # they may be those of training mode
+    for key in cached:  # They may be those of training mode.
         parametrize._cache.pop(key, None)
     try:
         yield
@@ -194,7 +195,8 @@ class Here:
     def __bool__(self) -> bool:
         if threading.get_ident() == self._thread:
             return True
-        return self.backward and torch._C._current_graph_task_id() != -1  # CUDA's backward passes have threads
+        # CUDA's backward passes have threads of their own.
+        return self.backward and torch._C._current_graph_task_id() != -1
 
 
 Forward = Callable[[torch.Tensor], torch.Tensor]

@@ -70,21 +70,21 @@ def nfa_correlation(
         and a ValueError where hooks give a layer another weight with every batch.
     """
     sums, _ = sweep(model, X, layers, batch_size, keep_weights=True)
-    return {name: _nfa(name, one) for name, one in sums.items()}
+    return {name: _nfa(name, layer_sum) for name, layer_sum in sums.items()}
 
 
-def _nfa(name: str, one: LayerSum) -> float:
+def _nfa(name: str, layer_sum: LayerSum) -> float:
     """Both matrices are Q A Q^T, Q (d, r) with orthonormal columns: the identity, or a basis of W's rows."""
-    if one.weight is None or one.changed:
+    if layer_sum.weight is None or layer_sum.changed:
         raise ValueError(
             f"layers: the weight of {name!r} changes from call to call, so W is no one matrix; leave it out"
         )
-    W = one.weight.double()
-    if one.at_input:
-        gram, M, sums = W.T @ W, one.total(), W.new_ones(W.shape[1])
+    W = layer_sum.weight.double()
+    if layer_sum.at_input:
+        gram, M, sums = W.T @ W, layer_sum.total(), W.new_ones(W.shape[1])
     else:
         Q, R = torch.linalg.qr(W.T)
-        gram, M, sums = R @ R.T, R @ one.total() @ R.T, Q.sum(0)
+        gram, M, sums = R @ R.T, R @ layer_sum.total() @ R.T, Q.sum(0)
     correlation = _pearson(gram, linalg.psd_sqrt(_finite(name, M)), sums, W.shape[1] ** 2)
     if correlation is None:
         raise ConstantMatrixError(
@@ -96,7 +96,7 @@ def _nfa(name: str, one: LayerSum) -> float:
 
 def _pearson(A: torch.Tensor, B: torch.Tensor, sums: torch.Tensor, count: int) -> float | None:
     """Pearson correlation of the entries of Q A Q^T and Q B Q^T, count of them, with sums = Q^T 1."""
-    a, b = sums @ A @ sums, sums @ B @ sums  # the sums of all entries
+    a, b = sums @ A @ sums, sums @ B @ sums  # These are the sums of all entries.
     covariance = float((A * B).sum() - a * b / count)
     variances = [float(C.square().sum() - c * c / count) for C, c in ((A, a), (B, b))]
     scales = [float(C.square().sum()) for C in (A, B)]

@@ -14,8 +14,8 @@ from fastagop.kernels.errors import warn
 Source = torch.Tensor | Iterable
 Layers = str | Iterable[str] | None
 
-BATCH = 256  # samples at a time, unless the caller knows better
-_SHOWN = 8  # layers that a warning names
+BATCH = 256  # This many samples are taken at a time where the caller names no other number.
+_SHOWN = 8  # A warning names at most so many layers.
 
 
 def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
@@ -105,7 +105,7 @@ def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch
     _check_source(X, batch_size)
     held = next((t for group in (model.parameters(), model.buffers()) for t in group), None)
     count = 0
-    for batch in X.split(batch_size or BATCH) if isinstance(X, torch.Tensor) else X:
+    for batch in X.split(BATCH if batch_size is None else int(batch_size)) if isinstance(X, torch.Tensor) else X:
         inputs, labels = _parts(batch)
         count += len(inputs)
         if len(inputs) == 0:
@@ -124,8 +124,8 @@ def _check_source(X, batch_size) -> None:
         raise TypeError(f"X must be a torch.Tensor or an iterable of batches, got {type(X).__name__}")
     elif batch_size is not None:
         raise ValueError("batch_size must be None for an iterable X, which brings batches of its own")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size must be an integer >= 1 or None, got {batch_size!r}")
+    if batch_size is not None:
+        checks.integer("batch_size", batch_size, 1)
 
 
 def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -141,8 +141,8 @@ def outputs(model: nn.Module, inputs: torch.Tensor, finite: bool = True) -> torc
     """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
     out = model(inputs)
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
-        what = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
-        raise TypeError(f"model must return one floating tensor, got {what}; wrap it in a module that does")
+        kind = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+        raise TypeError(f"model must return one floating tensor, got {kind}; wrap it in a module that does")
     if out.ndim == 0 or len(out) != len(inputs):
         shape = tuple(out.shape)
         raise ValueError(f"model must return a row for each sample of X, got shape {shape} for {len(inputs)} samples")

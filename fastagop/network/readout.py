@@ -10,7 +10,7 @@ from torch import nn
 from fastagop.network import model_access
 from fastagop.network.lending import replaced
 
-_SAMPLES = 8  # rows that are tried
+_SAMPLES = 8  # So many rows are tried.
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor
 def _keeping(name: str, layer: nn.Linear, to: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(input: torch.Tensor) -> torch.Tensor:
         out = type(layer).forward(layer, input)
-        to[name] = out.clone()  # the model may go on to change it in place
+        to[name] = out.clone()  # The model may go on to change it in place.
         return out
 
     return forward
@@ -59,7 +59,7 @@ def _affine(f: Callable[[torch.Tensor], torch.Tensor], h: torch.Tensor, eps: flo
     change = float((plus - minus).abs().max())
     largest = max(float(value.abs().max()) for value in (zero, plus, minus, double))
     noise = 8 * eps * largest
-    if not change > 8 * noise:  # also where something is not finite
+    if not change > 8 * noise:  # This is true as well where a number is not finite.
         return False
     tolerance = 1e-3 * change + noise
     return all(float(defect.abs().max()) <= tolerance for defect in (plus + minus - 2 * zero, double + zero - 2 * plus))

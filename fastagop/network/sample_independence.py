@@ -52,7 +52,7 @@ def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: to
     """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
     seen = {layer: _Reached() for layer in linear.values()}
     with tapped(seen) as taps:
-        out = taps.run(model, pair, asking=True)  # two samples take little memory
+        out = taps.run(model, pair, asking=True)  # Two samples take little memory.
         for row in (0, 1) if out.requires_grad else ():
             cotangent = torch.zeros_like(out)
             cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
@@ -76,7 +76,7 @@ def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
     (_, _, out), (_, _, alike) = calls[-1]
     if not _differ(out, alike):
         return
-    mixers = (one[0] for one, two in calls if one[1] and not _differ(one[1], two[1]) and _differ(one[2], two[2]))
+    mixers = (a[0] for a, b in calls if a[1] and not _differ(a[1], b[1]) and _differ(a[2], b[2]))
     name = next(mixers, "")
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
@@ -100,7 +100,7 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
-        with torch.enable_grad():  # with inputs that ask for gradients: without, some checkpoints warn of that
+        with torch.enable_grad():  # Some checkpoints warn where no input requires gradients.
             model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
