@@ -2,7 +2,7 @@
 
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
-keops      KeOps against torch by number of features, on the CPU: what "auto" goes by
+keops      KeOps against torch by number of features, on the CPU
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`

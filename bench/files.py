@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import machine
 from fastagop import commands
 from fastagop.estimators import files as storage
 from fastagop.estimators import tensor_files
@@ -27,9 +28,9 @@ def write(path: Path, content: str | bytes) -> None:
     storage.put(path, content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, result: Any) -> None:
-    """Write a result."""
-    write(path, json.dumps(result, indent=1) + "\n")
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, with the machine that it was measured on."""
+    write(path, json.dumps({"machine": machine.describe(), **result}, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
