@@ -22,7 +22,7 @@ from bench import clock
 from bench.problems import Problem
 
 Contender = Callable[[Problem], Any]
-_SMALL = 300  # points of the call that loads libraries, starts threads and compiles formulas
+_SMALL = 300  # points of the call that comes before all others
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Harness:
     ) -> list[dict]:
         """One row per contender: median seconds, median ratio to the first's in the same round, peak memory, error.
 
-        A first call of each warms up; its peak and its result are those of the row.
+        Peak and result are those of a call that comes before the rounds and warms up.
         """
         checked = {}
         for name, run in contenders.items():
@@ -66,6 +66,7 @@ class Harness:
 
     def once(self, run: Contender, problem: Problem) -> tuple[dict, Any]:
         """Seconds and peak memory of a single call, and its result."""
+        run(problem.first(_SMALL))  # libraries loaded, threads started, formulas compiled: none of that is counted
         results, seconds = [], []
 
         def timed() -> None:
@@ -92,9 +93,6 @@ def alone(case: str, contender: str, *size: int) -> dict:
 def measure_alone() -> None:
     """What the fresh process does: print the row of sys.argv's case, contender and size."""
     case, contender = importlib.import_module(f"bench.{sys.argv[1]}"), sys.argv[2]
-    n, *others = map(int, sys.argv[3:])
-    run, harness = case.CONTENDERS[contender], Harness()
-    run(case.problem(min(n, _SMALL), *others))
-    row, result = harness.once(run, case.problem(n, *others))
+    row, result = Harness().once(case.CONTENDERS[contender], case.problem(*map(int, sys.argv[3:])))
     facts = case.facts(result) if hasattr(case, "facts") else {}
     print(json.dumps(facts | row))

@@ -6,8 +6,9 @@ on every device.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from fastagop.kernels.radial import Radial
@@ -68,6 +69,10 @@ class Problem:
         """The kernel's name, or the network's."""
         return "MLP" if self.kernel is None else type(self.kernel).__name__
 
+    def first(self, n: int) -> Problem:
+        """The problem of its first points."""
+        return dataclasses.replace(self, X=self.X[:n], alpha=self.alpha[:n], y=self.y[:n])
+
 
 def draw(n: int, d: int, K: int, kernel: Radial | None = LAPLACE, device: torch.device = CPU) -> Problem:
     """Unit rows around ten class centres, and random coefficients; the MLP and its inputs where there is no kernel."""
@@ -99,7 +104,8 @@ def interpolated(n: int, d: int, K: int) -> Problem:
 def labelled(n: int, d: int) -> Problem:
     """Unit rows around ten centres and their +-1 labels, float64."""
     drawn = draw(n, d, CLASSES)
-    return replace(drawn, X=drawn.X.double(), alpha=2.0 * torch.eye(CLASSES, dtype=torch.float64)[drawn.y] - 1.0)
+    targets = 2.0 * torch.eye(CLASSES, dtype=torch.float64)[drawn.y] - 1.0
+    return dataclasses.replace(drawn, X=drawn.X.double(), alpha=targets)
 
 
 def normal(n: int, d: int, K: int, dtype: torch.dtype) -> Problem:

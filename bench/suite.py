@@ -144,7 +144,7 @@ def solve(problem: Problem) -> Case:
         "fastagop float64": {"backend": "torch", "ridge": 0.0},
     }
     who = contenders.fastagop_by(contenders.solve, ways) | {"K and library Cholesky, float64": library}
-    return Case("solve", problem, who, costs.work("solve", problem), lambda _, s: getattr(s, "residual", float("nan")))
+    return Case("solve", problem, who, costs.work("solve", problem), lambda _, s: getattr(s, "residual", None))
 
 
 def deep_rfm(problem: Problem, depth: int, backends: Mapping[str, dict]) -> Case:

@@ -47,11 +47,11 @@ def test_a_failing_contender_is_a_row(tmp_path):
 
 
 def test_contenders_take_turns():
-    """The first call of each warms up and is checked; every round that is timed then runs all of them."""
+    """Each loads what it needs on few points, then is checked; every round that is timed then runs all of them."""
     seen, errors = [], {"a": 0.5, "b": 0.25}
-    contenders = {name: lambda _, name=name: seen.append(name) or name for name in errors}
-    rows = harness.Harness(repeats=2).rows(contenders, problems.draw(10, 2, 1), lambda _, result: errors[result])
-    assert seen == ["a", "b"] * 3
+    calls = {name: lambda p, name=name: seen.append((name, p.n)) or name for name in errors}
+    rows = harness.Harness(repeats=2).rows(calls, problems.draw(400, 2, 1), lambda _, result: errors[result])
+    assert seen == [("a", 300), ("a", 400), ("b", 300), ("b", 400), *[("a", 400), ("b", 400)] * 2]
     assert [(row["contender"], row["error"]) for row in rows] == [("a", 0.5), ("b", 0.25)]
     assert rows[0]["ratio"] == 1.0
     assert all(row["seconds"] > 0 for row in rows)
