@@ -30,7 +30,15 @@ except ModuleNotFoundError as missing:
 
 from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, suite
 
-# The options of each case beside --out; a case refuses those of the others.
+# What measures in each case, and its options beside --out; a case refuses those of the others.
+MEASURES = {
+    "suite": suite.main,
+    "agop": agop_cpu.main,
+    "keops": keops_cpu.main,
+    "network": network_cpu.main,
+    "cg": cg_cpu.main,
+    "calibrate": calibrate.main,
+}
 OPTIONS = {
     "suite": ("device", "repeats", "n", "d"),
     "agop": ("repeats", "n", "d"),
@@ -88,18 +96,8 @@ def _run(given: argparse.Namespace) -> None:
         return
     out = given.out or Path(f"out/{given.case}_{device.type}.json")
     files.check(out)
-    if given.case == "suite":
-        suite.main(device, out, repeats, given.n, tuple(given.d) if given.d else None)
-    elif given.case == "calibrate":
-        calibrate.main(device, out, repeats, given.n)
-    elif given.case == "agop":
-        agop_cpu.main(out, repeats, given.n, given.d)
-    elif given.case == "keops":
-        keops_cpu.main(out, repeats, given.n, given.d)
-    elif given.case == "network":
-        network_cpu.main(out, repeats, given.n)
-    else:
-        cg_cpu.main(out, given.n)
+    options = vars(given) | {"device": device, "repeats": repeats}
+    MEASURES[given.case](out=out, **{name: options[name] for name in OPTIONS[given.case]})
 
 
 def _count(text: str) -> int:

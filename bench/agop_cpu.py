@@ -33,13 +33,6 @@ def main(out: Path, repeats: int, n: int | None = None, d: Sequence[int] | None 
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table; the floor is the time of the cheaper form's products at this machine's rate."""
-    lines = [
-        "| n | K | | seconds | times fastagop's | times the floor | peak memory | relative error of M |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['n']} | {r['K']} | {r['contender']} | {r['seconds']:.2f} | {r['ratio']:.1f} "
-        f"| {r['seconds'] / r['floor']:.1f} | {r['peak_bytes'] / 1e6:.0f} MB | {r['error']:.0e} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    columns = {"n": "{n}", "K": "{K}", "": "{contender}", "seconds": "{seconds:.2f}", "times fastagop's": "{ratio:.1f}"}
+    columns |= {"times the floor": "{floors:.1f}", "peak memory": "{peak}", "relative error of M": "{error:.0e}"}
+    return files.markdown(columns, [row | {"floors": row["seconds"] / row["floor"]} for row in rows])

@@ -39,10 +39,6 @@ def main(out: Path, n: int | None = None) -> None:
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table; the last column is what a stored kernel matrix would take."""
-    lines = ["| n | rank | steps | seconds | residual | peak memory | K stored |", "|---|---|---|---|---|---|---|"]
-    lines += [
-        f"| {r['n']} | {r['rank']} | {r['iterations']} | {r['seconds']:.0f} | {r['residual']:.0e} "
-        f"| {r['peak_bytes'] / 1e6:.0f} MB | {8 * r['n'] ** 2 / 1e6:.0f} MB |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    columns = {"n": "{n}", "rank": "{rank}", "steps": "{iterations}", "seconds": "{seconds:.0f}"}
+    columns |= {"residual": "{residual:.0e}", "peak memory": "{peak}", "K stored": "{stored:.0f} MB"}
+    return files.markdown(columns, [row | {"stored": 8 * row["n"] ** 2 / 1e6} for row in rows])

@@ -1,8 +1,9 @@
-"""Where the benchmarks' results go: whole files, and JSON that is what it should be."""
+"""Where the benchmarks' results go: whole files, JSON that is what it should be, and Markdown tables."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON ({error})") from error
+
+
+def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; columns are pairs of a heading (only spaces for none) and a format of a row's values.
+
+    A row's peak_bytes can be formatted as peak, in MB.
+    """
+    lines = ["".join(f"| {heading} ".replace("  ", " ") for heading in map(str.strip, columns)) + "|"]
+    lines.append("|---" * len(columns) + "|")
+    for row in rows:
+        peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
+        lines.append("| " + " | ".join(form.format(**row, peak=peak) for form in columns.values()) + " |")
+    return "\n".join(lines)

@@ -62,8 +62,6 @@ def main(out: Path, repeats: int, n: int | None = None, d: Sequence[int] | None 
 
 def table(rows: list[dict], memory: list[dict]) -> str:
     """Both results as Markdown tables."""
-    lines = ["| | features | dtype | torch, s | keops, s |", "|---|---|---|---|---|"]
-    lines += [f"| {r['op']} | {r['d']} | {r['dtype']} | {r['torch']:.3f} | {r['keops']:.3f} |" for r in rows]
-    lines += ["", "| | backend | n | peak memory |", "|---|---|---|---|"]
-    lines += [f"| {r['op']} | {r['backend']} | {r['n']} | {r['peak_bytes'] / 1e6:.0f} MB |" for r in memory]
-    return "\n".join(lines)
+    seconds = {"": "{op}", "features": "{d}", "dtype": "{dtype}", "torch, s": "{torch:.3f}", "keops, s": "{keops:.3f}"}
+    peaks = {"": "{op}", "backend": "{backend}", "n": "{n}", "peak memory": "{peak}"}
+    return f"{files.markdown(seconds, rows)}\n\n{files.markdown(peaks, memory)}"

@@ -37,14 +37,6 @@ def main(out: Path, repeats: int, n: int | None = None) -> None:
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        f"| five layers, n = {rows[0]['n']}, width 512, K = 10 "
-        "| seconds | times fastagop's | peak memory | difference of M |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['contender']} | {r['seconds']:.2f} | {r['ratio']:.1f} "
-        f"| {r['peak_bytes'] / 1e6:.0f} MB | {r['difference']:.0e} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+    columns = {f"five layers, n = {rows[0]['n']}, width 512, K = 10": "{contender}", "seconds": "{seconds:.2f}"}
+    columns |= {"times fastagop's": "{ratio:.1f}", "peak memory": "{peak}", "difference of M": "{difference:.0e}"}
+    return files.markdown(columns, rows)

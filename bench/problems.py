@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from fastagop.kernels.radial import Radial
@@ -41,7 +41,7 @@ class Problem:
     alpha: torch.Tensor
     y: torch.Tensor
     kernel: Radial | None = LAPLACE
-    model: nn.Sequential | None = None
+    model: nn.Sequential = field(default_factory=nn.Sequential)
     ridge: float = 1e-3
 
     @property

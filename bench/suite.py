@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastagop.kernels.triton_backend.launch_config import interpreted
@@ -35,7 +36,7 @@ class Case:
     problem: Problem
     contenders: Mapping[str, Contender]
     work: float
-    error: Callable[[Problem, object], float]
+    error: Callable[[Problem, Any], float | None]
 
 
 class Suite:
@@ -167,7 +168,7 @@ def _case(name: str, op: str, problem: Problem, who: Mapping[str, Contender]) ->
     return Case(name, problem, who, costs.work(op, problem), functools.partial(costs.error, op))
 
 
-def main(device: torch.device, out: Path, repeats: int, n: int | None, dims: tuple[int, ...] | None) -> None:
+def main(device: torch.device, out: Path, repeats: int, n: int | None, d: Sequence[int] | None) -> None:
     """Run everything, print the rows as they come and a table at the end."""
     cuda = device.type == "cuda"
     suite = Suite(device, out, n or (50_000 if cuda else 2000), repeats)
@@ -177,15 +178,15 @@ def main(device: torch.device, out: Path, repeats: int, n: int | None, dims: tup
     suite.save()
     draw = functools.partial(problems.draw, suite.n, device=device)
     fused = {"fastagop triton": {"backend": "triton"}} if suite.fused else {}
-    for d in dims or ((1024, 3072) if cuda else (784,)):
-        suite.run(kernel_matrix(draw(d, 1)))
-        suite.run(agop(draw(d, 10)))
-        suite.run(deep_rfm(draw(d, 10), 1, fused | _TORCH))
-    d = (dims or (1024 if cuda else 784,))[0]
-    suite.run(solve(draw(d, 10)))
-    suite.run(agop(draw(d, 100)))
-    suite.run(kernel_matmul(draw(d, 10)))
-    suite.run(kernel_matrix(problems.collapsed(suite.n, d, 1e-3, device), "kernel_matrix collapsed"))
-    suite.run(deep_rfm(draw(d, 10), 20 if cuda else 2, fused or _TORCH))
+    widths = d or ((1024, 3072) if cuda else (784,))
+    for width in widths:
+        suite.run(kernel_matrix(draw(width, 1)))
+        suite.run(agop(draw(width, 10)))
+        suite.run(deep_rfm(draw(width, 10), 1, fused | _TORCH))
+    suite.run(solve(draw(widths[0], 10)))
+    suite.run(agop(draw(widths[0], 100)))
+    suite.run(kernel_matmul(draw(widths[0], 10)))
+    suite.run(kernel_matrix(problems.collapsed(suite.n, widths[0], 1e-3, device), "kernel_matrix collapsed"))
+    suite.run(deep_rfm(draw(widths[0], 10), 20 if cuda else 2, fused or _TORCH))
     print("\n".join(["", *map(line, suite.rows)]))
     print(f"{time.perf_counter() - suite.start:.0f} s, written to {out}")

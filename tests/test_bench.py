@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastagop.kernels import calibration
 
-from bench import agop_cpu, clock, contenders, costs, harness, keops_cpu, problems, report, suite
+from bench import agop_cpu, clock, contenders, costs, harness, keops_cpu, machine, problems, report, suite
 from bench.__main__ import OPTIONS, main
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,17 @@ def test_errors_are_seen():
         result = contenders.OPERATIONS[op]["fastagop"](drawn)
         assert costs.error(op, drawn, result) < 1e-4
         assert 0.05 < costs.error(op, drawn, 1.1 * result) < 0.2
+
+
+def test_the_machine_is_named_by_one_reader(monkeypatch):
+    """The name that calibration's files go by, with family and model where Linux tells them."""
+    assert machine.describe()["processor"].startswith(calibration.name(CPU))
+    told = {"model name": "Some CPU", "cpu family": "6", "model": "79"}
+    monkeypatch.setattr(calibration, "cpuinfo", lambda: told)
+    assert machine.describe()["processor"] == "Some CPU (family 6, model 79)"
+    monkeypatch.setattr(calibration, "cpuinfo", dict)
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    assert machine.describe()["processor"] == "another"
 
 
 def test_problems_are_the_same_each_time():
