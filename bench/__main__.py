@@ -2,7 +2,7 @@
 
 suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
-keops      KeOps against torch by number of features, on the CPU: what "auto" goes by
+keops      KeOps against torch by number of features, on the CPU
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
@@ -30,7 +30,15 @@ except ModuleNotFoundError as missing:
 
 from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, suite
 
-# The options of each case beside --out; a case refuses those of the others.
+# What measures in each case, and its options beside --out; a case refuses those of the others.
+MEASURES = {
+    "suite": suite.main,
+    "agop": agop_cpu.main,
+    "keops": keops_cpu.main,
+    "network": network_cpu.main,
+    "cg": cg_cpu.main,
+    "calibrate": calibrate.main,
+}
 OPTIONS = {
     "suite": ("device", "repeats", "n", "d"),
     "agop": ("repeats", "n", "d"),
@@ -88,18 +96,8 @@ def _run(given: argparse.Namespace) -> None:
         return
     out = given.out or Path(f"out/{given.case}_{device.type}.json")
     files.check(out)
-    if given.case == "suite":
-        suite.main(device, out, repeats, given.n, tuple(given.d) if given.d else None)
-    elif given.case == "calibrate":
-        calibrate.main(device, out, repeats, given.n)
-    elif given.case == "agop":
-        agop_cpu.main(out, repeats, given.n, given.d)
-    elif given.case == "keops":
-        keops_cpu.main(out, repeats, given.n, given.d)
-    elif given.case == "network":
-        network_cpu.main(out, repeats, given.n)
-    else:
-        cg_cpu.main(out, given.n)
+    options = vars(given) | {"device": device, "repeats": repeats}
+    MEASURES[given.case](out=out, **{name: options[name] for name in OPTIONS[given.case]})
 
 
 def _count(text: str) -> int:

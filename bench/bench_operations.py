@@ -5,7 +5,7 @@ The error against float64 stands beside each time, so that nobody wins by being 
 
 import pytest
 
-from bench.contenders import CONTENDERS
+from bench.contenders import OPERATIONS
 from fastagop import Gaussian, Laplace
 
 # (n, d, K): many points, few features; the paper's MNIST and its classes; many outputs. Growing n draws the plot.
@@ -31,14 +31,14 @@ def pytest_generate_tests(metafunc):
         pytest.param(op, size, kernel, name, id=f"{size[0]}x{size[1]}x{size[2]}-{kernel}-{name.replace(' ', '_')}")
         for size in sizes
         for kernel in OF.get(op, ("Laplace",))
-        for name in CONTENDERS[op]
+        for name in OPERATIONS[op]
     ]
     metafunc.parametrize(("op", "size", "kernel", "contender"), cases)
 
 
 def _test(op):
-    def test(op, size, kernel, contender, problem, device, measure):
-        measure(op, problem(*size, KERNELS[kernel], device), contender)
+    def test(op, size, kernel, contender, problem, measure):
+        measure(op, problem(*size, KERNELS[kernel]), contender)
 
     test.__name__ = f"test_{op}"
     return test

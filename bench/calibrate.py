@@ -16,9 +16,9 @@ from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.launch_config import PRODUCTS, Config
 
 import fastagop
-from bench import clock, files, machine
+from bench import clock, files, problems
 
-KERNEL = fastagop.Laplace(2.0)
+KERNEL = problems.LAPLACE
 _SIZES = {"cpu": (4000, 784, 10), "cuda": (16384, 1024, 10)}
 # (rows, columns, inner, warps, stages) worth a try beside the table's; what a chip cannot launch is skipped.
 CANDIDATES = {
@@ -30,22 +30,15 @@ CANDIDATES = {
 }
 
 
-def points(n: int, d: int, K: int, device: torch.device, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit rows and coefficients."""
-    generator = torch.Generator(device).manual_seed(0)
-    X = torch.randn(n, d, generator=generator, device=device, dtype=dtype)
-    return torch.nn.functional.normalize(X), torch.randn(n, K, generator=generator, device=device, dtype=dtype)
-
-
 def rates(device: torch.device, n: int, d: int, K: int, repeats: int) -> dict[str, float]:
     """Floating-point operations per second of each AGOP form with each kind of products."""
     found = {}
-    work = costs.flops(n, n, d, K, symmetric=True)
+    work, drawn = costs.flops(n, n, d, K, True), problems.draw(n, d, K, device=device)
     ways = [("torch", "highest", torch.float32, "float32"), ("torch", "highest", torch.float64, "float64")]
     if device.type == "cuda":
         ways += [("triton", precision, torch.float32, word) for precision, word in PRODUCTS.items()]
     for backend, precision, dtype, word in ways:
-        X, alpha = points(n, d, K, device, dtype)
+        X, alpha = drawn.X.to(dtype), drawn.alpha.to(dtype)
         for form in ("gradient", "gram"):
 
             def run(form=form, X=X, alpha=alpha, backend=backend, precision=precision):
@@ -59,7 +52,8 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
     """One call for each (operation, products) of the table, that returns something to compare."""
     from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton
 
-    X, alpha = points(n, d, K, device)
+    drawn = problems.draw(n, d, K, device=device)
+    X, alpha = drawn.X, drawn.alpha
     W, wide = X.new_empty(n, n), X.new_empty(min(n, 8192), min(n, 8192), dtype=torch.float64)
     W = fastagop.kernel_matrix(KERNEL, X, backend="triton", out=W)
     out, block = X.new_empty(min(512, n), K, d), min(1024, n // 2)
@@ -135,5 +129,5 @@ def main(device: torch.device, out: Path | None, repeats: int, n: int | None, *,
         print(f"{key:20} {value / 1e9:10.1f} GFLOP/s")
     print(f"written to {file}")
     if out is not None:
-        files.write_json(out, {"machine": machine.describe(), "rates": result, "configs": best})
+        files.write_result(out, {"rates": result, "configs": best})
     return file

@@ -1,4 +1,4 @@
-"""Times and peaks of calls on any device: medians, interleaved contenders, memory beyond what was held before."""
+"""Times and peaks of calls on any device: the only stopwatch and the only gauge of memory that the benchmarks have."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import contextlib
 import ctypes
 import gc
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from fastagop.kernels.gemm import matmul_nt
 
 CPU = torch.device("cpu")
+_KINDS = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}  # others are float32
 
 
 def synchronise(device: torch.device) -> None:
@@ -24,48 +23,54 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def times(calls: Mapping[str, Callable], device: torch.device, repeats: int, warm: int = 0) -> dict[str, list[float]]:
+    """Seconds of each call in every round, after rounds that warm up.
+
+    Every round makes all calls, so that the machine's drift meets all of them.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(warm + repeats):
+        for name, run in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if repeat >= warm:
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
 def seconds(run: Callable, device: torch.device, repeats: int = 3, warm: int = 1) -> float:
     """Median seconds of a call, after warm-up calls."""
-    times = []
-    for repeat in range(warm + repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        run()
-        synchronise(device)
-        if repeat >= warm:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times({"": run}, device, repeats, warm)[""])
 
 
-def product_rate(device: torch.device) -> float:
-    """Floating-point operations per second of square float32 products on a device, by the best library at hand."""
-    size = 8192 if device.type == "cuda" else 2048
-    A = torch.randn(size, size, device=device)
-    return 2 * size**3 / min(seconds(run, device, 5) for run in (lambda: torch.mm(A, A), lambda: matmul_nt(A, A)))
+def ceilings(device: torch.device, kinds: Sequence[str] = ("float32",)) -> dict[str, dict[str, float]]:
+    """What a device does at most: bytes copied a second, and floating-point operations of square products by kind.
 
-
-def interleaved(contenders: Mapping[str, Callable], first: str, repeats: int) -> list[dict]:
-    """One row per contender on the CPU: median seconds, median ratio to the first one's, and the last result.
-
-    Every round runs all of them, so that the machine's drift meets all; the first round warms up.
+    A copy reads and writes. The products in float32 are those of the best library at hand.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    results = {}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            results[name] = run()
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return [
-        {
-            "contender": name,
-            "seconds": statistics.median(own),
-            "ratio": statistics.median(t / one for t, one in zip(own, times[first], strict=True)),
-            "result": results[name],
-        }
-        for name, own in times.items()
-    ]
+    block, out = torch.empty(2, 2**28 if device.type == "cuda" else 2**24, device=device).fill_(1.0)
+    found = {"copy": {"bytes": 8 * block.numel() / seconds(lambda: out.copy_(block), device, 5)}}
+    size = 8192 if device.type == "cuda" else 2048
+    for kind in kinds:
+        A = torch.randn(size, size, device=device).to(_KINDS.get(kind, torch.float32))
+        libraries = [lambda A=A: torch.mm(A, A)]
+        if kind == "float32":
+            libraries.append(lambda A=A: matmul_nt(A, A))
+        with _tf32() if kind == "tf32" else contextlib.nullcontext():
+            found[kind] = {"flops": 2 * size**3 / min(seconds(run, device, 5) for run in libraries)}
+    return found
+
+
+@contextlib.contextmanager
+def _tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def peak_bytes(run: Callable, device: torch.device) -> int | None:
@@ -98,13 +103,3 @@ def _process_peak(run: Callable) -> int | None:
 def _status(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-
-def alone(code: str, *arguments: object) -> str:
-    """The last line that a fresh process prints: peaks do not depend on what ran before."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    root = Path(__file__).resolve().parents[1]  # the process finds bench/ there, wherever this one was started
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=root)
-    if done.returncode or not done.stdout:
-        raise ChildProcessError(f"a process that measures ended with exit code {done.returncode}; its error is above")
-    return done.stdout.splitlines()[-1]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from bench import clock, machine
-from bench.contenders import CONTENDERS, Problem, Unable, error, traffic, work
+from bench import clock, costs, machine, problems
+from bench.contenders import OPERATIONS, Unable
+from bench.harness import Harness
+from bench.problems import Problem
 
 ROUNDS = 3
 
@@ -28,57 +32,56 @@ def device(request) -> torch.device:
 
 @pytest.fixture(scope="session")
 def roof(device) -> tuple[float, float]:
-    """What this device does at most: floating-point operations of square float32 products, and bytes copied, a second.
-
-    A copy reads and writes.
-    """
-    block, out = torch.empty(2, 2**28 if device.type == "cuda" else 2**24, device=device).fill_(1.0)
-    return clock.product_rate(device), 8 * block.numel() / clock.seconds(lambda: out.copy_(block), device, 5)
+    """Most float32 operations of square products a second, and most bytes copied, on this device."""
+    ceilings = clock.ceilings(device)
+    return ceilings["float32"]["flops"], ceilings["copy"]["bytes"]
 
 
 @pytest.fixture(scope="session")
-def problem():
-    """problem(...): a Problem, drawn once."""
-    drawn: dict[tuple, Problem] = {}
-
-    def build(*key) -> Problem:
-        if key not in drawn:
-            drawn.clear()
-            drawn[key] = Problem(*key)
-        return drawn[key]
-
-    return build
+def problem(device):
+    """problem(n, d, K, kernel): drawn once for all of its contenders."""
+    return functools.lru_cache(maxsize=1)(functools.partial(problems.draw, device=device))
 
 
 @pytest.fixture
-def measure(benchmark, roof, device):
+def harness(benchmark, device) -> Harness:
+    """The harness, with pytest-benchmark's rounds of its one contender."""
+
+    def rounds(calls, device, repeats):
+        ((name, run),) = calls.items()
+
+        def finished():
+            run()
+            clock.synchronise(device)
+
+        benchmark.pedantic(finished, rounds=repeats, iterations=1)
+        return {name: benchmark.stats.stats.data}
+
+    return Harness(device, ROUNDS, rounds)
+
+
+@pytest.fixture
+def measure(benchmark, harness, roof):
     """measure(op, problem, contender): time it, and record rate, share of the ceiling, peak memory and error."""
 
     def run(op: str, problem: Problem, contender: str) -> None:
-        compute = CONTENDERS[op][contender]
+        case = {"n": problem.n, "d": problem.d, "K": problem.K, "kernel": problem.family}
+        benchmark.group = f"{op} n={problem.n} d={problem.d} K={problem.K} {problem.family}"
         try:
-            kept = []
-            peak = clock.peak_bytes(lambda: kept.append(compute(problem)), device)
+            who = {contender: OPERATIONS[op][contender]}
+            (row,) = harness.rows(who, problem, functools.partial(costs.error, op))
         except Unable as reason:
             pytest.skip(str(reason))
-        found = error(op, problem, kept.pop())
-        benchmark.group = f"{op} n={problem.n} d={problem.d} K={problem.K} {problem.what}"
-
-        def once():
-            compute(problem)
-            clock.synchronise(device)
-
-        benchmark.pedantic(once, rounds=ROUNDS, iterations=1)
-        flops, intensity = work(op, problem), work(op, problem) / traffic(op, problem)
-        rate, ceiling = flops / benchmark.stats.stats.median, min(roof[0], intensity * roof[1])
+        flops, intensity = costs.work(op, problem), costs.work(op, problem) / costs.traffic(op, problem)
+        rate, ceiling = flops / row["seconds"], min(roof[0], intensity * roof[1])
         benchmark.extra_info.update(
             {
-                **{"op": op, "contender": contender, "n": problem.n, "d": problem.d, "K": problem.K},
-                **{"kernel": problem.what, "GFLOP/s": rate / 1e9, "share of ceiling": rate / ceiling},
-                **{"flop/byte": intensity, "product ceiling GFLOP/s": roof[0] / 1e9, "copy GB/s": roof[1] / 1e9},
-                **{"peak_bytes": peak, "error": found},
+                **{"op": op, "contender": contender, **case},
+                **{"GFLOP/s": rate / 1e9, "share of ceiling": rate / ceiling, "flop/byte": intensity},
+                **{"product ceiling GFLOP/s": roof[0] / 1e9, "copy GB/s": roof[1] / 1e9},
+                **{"peak_bytes": row["peak_bytes"], "error": row["error"]},
             }
         )
-        assert found <= 1e-2, "it is fast, but wrong"
+        assert row["error"] <= 1e-2, "it is fast, but wrong"
 
     return run

@@ -1,11 +1,13 @@
-"""Where the benchmarks' results go: whole files, and JSON that is what it should be."""
+"""Where the benchmarks' results go: whole files, JSON that is what it should be, and Markdown tables."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import machine
 from fastagop import commands
 from fastagop.estimators import files as storage
 from fastagop.estimators import tensor_files
@@ -27,9 +29,9 @@ def write(path: Path, content: str | bytes) -> None:
     storage.put(path, content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, result: Any) -> None:
-    """Write a result."""
-    write(path, json.dumps(result, indent=1) + "\n")
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, with the machine that it was measured on."""
+    write(path, json.dumps({"machine": machine.describe(), **result}, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -40,3 +42,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON ({error})") from error
+
+
+def markdown(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; columns are pairs of a heading (only spaces for none) and a format of a row's values.
+
+    A row's peak_bytes can be formatted as peak, in MB.
+    """
+    lines = ["".join(f"| {heading} ".replace("  ", " ") for heading in map(str.strip, columns)) + "|"]
+    lines.append("|---" * len(columns) + "|")
+    for row in rows:
+        peak = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
+        lines.append("| " + " | ".join(form.format(**row, peak=peak) for form in columns.values()) + " |")
+    return "\n".join(lines)

@@ -6,7 +6,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 from fastagop.kernels import calibration
@@ -27,13 +26,9 @@ def describe() -> dict:
 
 def _processor() -> str:
     """Its name, and where Linux tells family and model: hosts of virtual machines often name the brand only."""
-    name = calibration.name(torch.device("cpu"))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return name
-    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    about = calibration.cpuinfo()
     found = [f"{word} {about[key]}" for word, key in (("family", "cpu family"), ("model", "model")) if key in about]
+    name = calibration.name(torch.device("cpu"))
     return f"{name} ({', '.join(found)})" if found else name
 
 

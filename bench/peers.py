@@ -1,10 +1,12 @@
-"""What people use today: compositions of torch calls, xrfm, and KeOps by hand."""
+"""What people use today: compositions of torch calls, torch.func, xrfm, and KeOps by hand."""
 
 from __future__ import annotations
 
 import torch
+from torch.func import jacrev, vmap
 
 import fastagop
+from bench.problems import LAYERS, Problem
 
 
 def profile(kernel, r: torch.Tensor) -> torch.Tensor:
@@ -29,8 +31,8 @@ def gradients(X: torch.Tensor, A: torch.Tensor, kernel, rows: torch.Tensor | sli
     Z, d = X[rows], X.shape[1]
     exact = X.dtype == torch.float64  # then this is the truth
     r = torch.cdist(Z, X, compute_mode=f"{'donot_' if exact else ''}use_mm_for_euclid_dist")
-    own = torch.arange(len(X), device=X.device)[rows]
-    r[torch.arange(len(Z), device=X.device), own] = torch.inf
+    diagonal = torch.arange(len(X), device=X.device)[rows]
+    r[torch.arange(len(Z), device=X.device), diagonal] = torch.inf
     W = weight(kernel, r)
     del r
     right = (A[:, :, None] * X[:, None, :]).reshape(len(X), -1)
@@ -88,3 +90,17 @@ def lazy_gradients(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:
     K = (-squares.sqrt() / L).exp() if laplace else (-squares / (2 * L * L)).exp()
     columns = [torch.autograd.grad((K @ a[:, None]).sum(), Z, retain_graph=False)[0] for a in A.T.contiguous()]
     return torch.stack(columns, 1)
+
+
+def jacobians(problem: Problem, chunk: int | None = None) -> dict[str, torch.Tensor]:
+    """vmap(jacrev) of the rest of a network at every layer, and one product for its AGOP.
+
+    In chunks of samples it still holds the layer's whole Jacobian in the end.
+    """
+    model, X, found = problem.model, problem.X, {}
+    with torch.no_grad():
+        for i, name in enumerate(LAYERS):
+            J = vmap(jacrev(model[2 * i :]), chunk_size=chunk)(X).reshape(-1, X.shape[1])
+            found[name] = J.T @ J / len(X)
+            X = model[2 * i : 2 * i + 2](X)
+    return found

@@ -8,10 +8,6 @@ from pathlib import Path
 
 from bench import files
 
-_HEAD = [
-    "| | n | d | K | kernel | | seconds | times fastagop's | of the ceiling | peak memory | error |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
-]
 _COLUMNS = ("op", "n", "d", "K", "kernel", "contender")
 _RATES = ("GFLOP/s", "share of ceiling", "flop/byte", "product ceiling GFLOP/s", "copy GB/s")
 _NEEDED = (*_COLUMNS, *_RATES, "peak_bytes", "error")
@@ -41,15 +37,14 @@ def rows_of(result: Path) -> list[dict]:
 def table(measured: list[dict]) -> str:
     """The rows as a Markdown table, each with its ratio to fastagop on the same case."""
     ours = {_case(row): row["seconds"] for row in measured if row["contender"] == "fastagop"}
-    lines = list(_HEAD)
-    for row in measured:
-        ratio = row["seconds"] / ours[_case(row)] if _case(row) in ours else float("nan")
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
-        error = f"{row['error']:.0e}"
-        facts = " | ".join(str(row[key]) for key in _COLUMNS)
-        share = f"{100 * row['share of ceiling']:.0f}%"
-        lines.append(f"| {facts} | {row['seconds']:.3g} | {ratio:.1f} | {share} | {peak} | {error} |")
-    return "\n".join(lines)
+    columns = {"": "{op}", "n": "{n}", "d": "{d}", "K": "{K}", "kernel": "{kernel}", " ": "{contender}"}
+    columns |= {"seconds": "{seconds:.3g}", "times fastagop's": "{ratio:.1f}", "of the ceiling": "{share:.0f}%"}
+    columns |= {"peak memory": "{peak}", "error": "{error:.0e}"}
+    made = [
+        row | {"ratio": row["seconds"] / ours.get(_case(row), float("nan")), "share": 100 * row["share of ceiling"]}
+        for row in measured
+    ]
+    return files.markdown(columns, made)
 
 
 def _case(row: dict) -> tuple:

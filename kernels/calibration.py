@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -44,11 +45,17 @@ def name(device: torch.device) -> str:
     """The chip's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def cpuinfo() -> dict[str, str]:
+    """What Linux tells of the first processor; empty on other systems."""
     try:
         with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            lines = itertools.takewhile(str.strip, file)  # a blank line ends a processor
+            return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    except OSError:
+        return {}
 
 
 def path(device: torch.device) -> Path:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastagop.kernels import calibration
 
-from bench import agop_cpu, clock, keops_cpu, report, suite
+from bench import agop_cpu, clock, contenders, costs, harness, keops_cpu, machine, problems, report, suite
 from bench.__main__ import OPTIONS, main
 
 ROOT = Path(__file__).parent.parent
@@ -30,15 +31,77 @@ def test_suite(tmp_path, capsys):
     assert "kernel_matmul" in capsys.readouterr().out
 
 
+def case(name, **contenders):
+    return suite.Case(name, problems.draw(10, 2, 1), contenders, 1.0, lambda *_: None)
+
+
 def test_a_failing_contender_is_a_row(tmp_path):
     run = suite.Suite(CPU, tmp_path / "out.json", 10, 1)
-    run.case("case", 1.0, [suite.Contender("bad", lambda: 1 / 0), suite.Contender("good", lambda: 1)], None, d=1)
+    run.run(case("case", bad=lambda _: 1 / 0, good=lambda _: 1))
     bad, good = run.rows
     assert bad["note"] == "ZeroDivisionError: division by zero"
     assert good["seconds"] >= 0
     run.start -= 2 * suite.LIMIT
-    run.case("late", 1.0, [suite.Contender("late", lambda: 1 / 0)], None)
+    run.run(case("late", late=lambda _: 1 / 0))
     assert run.rows[-1]["note"] == "not run: out of time"
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == run.rows
+
+
+def test_contenders_take_turns():
+    """Each loads what it needs on few points, then is checked; every round that is timed then runs all of them."""
+    seen, errors = [], {"a": 0.5, "b": 0.25}
+    calls = {name: lambda p, name=name: seen.append((name, p.n)) or name for name in errors}
+    rows = harness.Harness(repeats=2).rows(calls, problems.draw(400, 2, 1), lambda _, result: errors[result])
+    assert seen == [("a", 300), ("a", 400), ("b", 300), ("b", 400), *[("a", 400), ("b", 400)] * 2]
+    assert [(row["contender"], row["error"]) for row in rows] == [("a", 0.5), ("b", 0.25)]
+    assert rows[0]["ratio"] == 1.0
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_process_of_its_own_measures(tmp_path):
+    row = harness.alone("cg_cpu", "rank 0", 200)
+    assert (row["n"], row["rank"], row["stopped"]) == (200, 0, "")
+    assert row["seconds"] > 0
+    assert "peak_bytes" in row
+    with pytest.raises(ChildProcessError, match="exit code 1"):
+        harness.alone("cg_cpu", "no contender", 200)
+
+
+def test_errors_are_seen():
+    """What is recorded as error is that of the result: a wrong one stands out in every operation."""
+    drawn = problems.draw(40, 5, 3)
+    for op in ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"):
+        result = contenders.OPERATIONS[op]["fastagop"](drawn)
+        assert costs.error(op, drawn, result) < 1e-4
+        assert 0.05 < costs.error(op, drawn, 1.1 * result) < 0.2
+
+
+def test_the_machine_is_named_by_one_reader(monkeypatch):
+    """The name that calibration's files go by, with family and model where Linux tells them."""
+    assert machine.describe()["processor"].startswith(calibration.name(CPU))
+    told = {"model name": "Some CPU", "cpu family": "6", "model": "79"}
+    monkeypatch.setattr(calibration, "cpuinfo", lambda: told)
+    assert machine.describe()["processor"] == "Some CPU (family 6, model 79)"
+    monkeypatch.setattr(calibration, "cpuinfo", dict)
+    monkeypatch.setattr("platform.processor", lambda: "another")
+    assert machine.describe()["processor"] == "another"
+
+
+def test_problems_are_the_same_each_time():
+    makers = (
+        lambda: problems.draw(30, 4, 3),
+        lambda: problems.collapsed(30, 4, 1e-3),
+        lambda: problems.interpolated(30, 4, 12),
+        lambda: problems.labelled(30, 4),
+        lambda: problems.normal(30, 4, 3, torch.float64),
+        lambda: problems.network(30),
+    )
+    for make in makers:
+        one, two = make(), make()
+        assert one.n == 30
+        assert torch.equal(one.X, two.X)
+        assert torch.equal(one.alpha, two.alpha)
+    assert problems.collapsed(30, 4, 1e-3).X[:3].std(0).max() < 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +177,7 @@ def test_bad_values_are_refused(capsys, arguments):
 def test_agop_takes_n_and_d(tmp_path, monkeypatch):
     few = {name: agop_cpu.CONTENDERS[name] for name in ("fastagop", "torch composition")}
     monkeypatch.setattr(agop_cpu, "CONTENDERS", few)
-    monkeypatch.setattr(clock, "alone", lambda *_: "0")
+    monkeypatch.setattr(harness, "alone", lambda *_: {"peak_bytes": 0})
     out = tmp_path / "deep" / "agop.json"
     assert main(["agop", "--n", "60", "--d", "5", "7", "--repeats", "1", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
@@ -123,18 +186,20 @@ def test_agop_takes_n_and_d(tmp_path, monkeypatch):
 
 
 def test_other_cases_take_n(tmp_path, monkeypatch):
-    asked = []
+    asked, seen = [], []
+    monkeypatch.setattr(harness, "alone", lambda *given: seen.append(given[-2:]) or {"peak_bytes": 0})
     monkeypatch.setattr(
         keops_cpu, "compare", lambda op, n, d, dtype, repeats: asked.append((n, d)) or {"op": op, "d": d}
     )
     with pytest.raises(KeyError):  # the rows are none
         keops_cpu.main(tmp_path / "k.json", 1, 70, (2, 3))
     assert set(asked) == {(70, 2), (70, 3)}
-    seen = []
+    assert set(seen) == {(70, 3)}  # memory at the widest
+    seen.clear()
     monkeypatch.setattr("bench.network_cpu.problem", lambda n: seen.append(n) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["network", "--n", "80", "--out", str(tmp_path / "n.json")])
-    monkeypatch.setattr(clock, "alone", lambda *given: seen.append(given[-1]) or 1 / 0)
+    monkeypatch.setattr(harness, "alone", lambda *given: seen.append(given[-1]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["cg", "--n", "90", "--out", str(tmp_path / "c.json")])
     assert seen == [80, 90]
