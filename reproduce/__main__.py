@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-if not __package__:  # run by its path: modules come from the folder one is in and from the checkout
+if not __package__:  # It is run by its path: modules come from the current folder and from the checkout.
     sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
 try:
     import torch
@@ -20,30 +20,27 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
 
-from reproduce import deep_rfm_figures, demo, network_figures, nfa_table, options, theory
+from reproduce import deep_rfm_figures, demo, figures, network_figures, nfa_table, theory
+
+FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; each family of experiments brings its own options."""
     top = argparse.ArgumentParser(prog="python -m reproduce", description="Redo the paper's figures and theory.")
     commands = top.add_subparsers(required=True, metavar="command")
-    for name, figure in deep_rfm_figures.FIGURES.items():
-        what = f"{figure.title}: {', '.join(dict.fromkeys(dataset for dataset, _ in figure.rows))}".replace("$", "")
-        command = _add(commands, name, what, partial(deep_rfm_figures.figure, name))
-        options.add_figure(command)
-    for name, figure in network_figures.FIGURES.items():
-        what = f"{figure.title}: {', '.join(dict.fromkeys(dataset for dataset, _ in figure.rows))}"
-        options.add_network_figure(_add(commands, name, what, partial(network_figures.figure, name)))
-    what = "NFA correlation and collapse at every Linear layer of a model of yours"
-    nfa_table.add_options(_add(commands, "nfa_table", what, nfa_table.command))
-    what = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
-    demo.add_options(_add(commands, "demo", what, demo.demo))
+    for name, figure in FIGURES.items():
+        figure.family.add_options(_add(commands, name, figure.description, partial(figures.make, name, figure)))
+    text = "NFA correlation and collapse at every Linear layer of a model of yours"
+    nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
+    text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
+    demo.add_options(_add(commands, "demo", text, demo.demo))
     _add(commands, "theory", "proposition A.1 and theorems 4.3 and 4.4 against numbers", _theory)
     return top
 
 
-def _add(commands, name: str, what: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-    added = commands.add_parser(name, help=what, description=what, usage=f"python -m reproduce {name} [options]")
+def _add(commands, name: str, text: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    added = commands.add_parser(name, help=text, description=text, usage=f"python -m reproduce {name} [options]")
     added.set_defaults(command=command)
     return added
 
@@ -57,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             commands.prepare(args.out, "--out")
         return args.command(args)
 
-    again = "interrupted; the same command resumes after the last finished layer or measurement"
-    return commands.run("python -m reproduce", work, again)
+    interrupted = "interrupted; the same command resumes after the last finished layer or measurement"
+    return commands.run("python -m reproduce", work, interrupted)
 
 
 def _theory(_: argparse.Namespace) -> int:
-    torch.set_num_threads(1)  # matrices of 60 rows: threads cost more than they bring
+    torch.set_num_threads(1)  # Threads cost more than they bring for matrices of 60 rows.
     theory.main()
     return 0
 

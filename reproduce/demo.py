@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from reproduce import deep_rfm_figures as figures
-from reproduce import layers, options, plots, runs, settings
+from reproduce import figures, layers, options, plots, runs, settings
+from reproduce.deep_rfm_figures import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,21 +13,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", type=options.count, help="training points; default all 1437")
     parser.add_argument("--depth", type=options.count, default=20, help="layers; default %(default)s")
     parser.add_argument("--width", type=options.count, default=1024, help="random features; default %(default)s")
-    options.add_place(parser, "out/demo", data=False)
+    options.add_location(parser, "out/demo", data=False)
 
 
 def demo(args: argparse.Namespace) -> int:
     """Run, draw, and say what to look at."""
     plots.require()
-    chosen = settings.paper("digits", "relu", n=args.n, depth=args.depth, width=args.width, score=True)
-    run = runs.run(chosen, options.place(args))
-    title = f"Deep RFM on {chosen.n} handwritten digits"
-    strip = figures.draw("strips", [[run]], f"{title}: Gram matrices of $M_l^{{1/2}}X_l$", args.out / "gram", ["png"])
-    curves = figures.draw("curves", [[run]], f"{title}: neural collapse", args.out / "curves", ["png"])
-    table, source = figures.record([[run]], args.out / "numbers")
+    digits = settings.paper("digits", "relu", n=args.n, depth=args.depth, width=args.width, score=True)
+    run = runs.run(FAMILY.procedure, digits, options.run_location(args))
+    title = f"Deep RFM on {digits.n} handwritten digits"
+    strips = FAMILY.draw("strips", [[run]], f"{title}: Gram matrices of $M_l^{{1/2}}X_l$")
+    curves = FAMILY.draw("curves", [[run]], f"{title}: neural collapse")
+    (strips_file,) = plots.save(strips, args.out / "gram", ["png"])
+    (curves_file,) = plots.save(curves, args.out / "curves", ["png"])
+    table, source = figures.record(FAMILY, [[run]], args.out / "numbers")
     print(
-        f"\nwrote {strip[0]}: cosines between points, layer by layer"
-        f"\nwrote {curves[0]}: NC1 and NC2 of each layer's input, after M^(1/2), and after the random features"
+        f"\nwrote {strips_file}: cosines between points, layer by layer"
+        f"\nwrote {curves_file}: NC1 and NC2 of each layer's input, after M^(1/2), and after the random features"
         f"\nwrote {table} (the numbers) and {source} (settings, versions, seconds)"
         f"\n{_lesson(run)}"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastagop.kernels import atomic_files, calibration
 
 import fastagop
 from fastagop.datasets import npz
@@ -25,7 +26,7 @@ from fastagop.estimators import files as storage
 def write(path: Path, content: bytes | str) -> None:
     """Write a file, and its folder, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.put(path, content.encode() if isinstance(content, str) else content)
+    atomic_files.write(path, content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -49,8 +50,8 @@ def read_record(path: Path, settings: Mapping[str, Any], parts: Sequence[str]) -
         record = storage.read_json(path)
         if record.get("settings") != _plain(settings):
             raise ValueError(f"{path} is another run's: its settings differ")
-        if lacking := [part for part in parts if part not in record]:
-            raise ValueError(f"{path} lacks {', '.join(lacking)}")
+        if missing := [part for part in parts if part not in record]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
     except ValueError as error:
         raise ValueError(f"{error}; remove {path.parent} to compute the run again") from error
     return record
@@ -88,15 +89,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return npz.read(path) if path.exists() else {}
 
 
-def environment(device: str = "auto") -> dict[str, Any]:
+def environment(device: str | torch.device) -> dict[str, Any]:
     """Versions, chip and commit of this moment."""
-    cuda = torch.cuda.is_available() if device == "auto" else torch.device(device).type == "cuda"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "fastagop": fastagop.__version__,
-        "device": torch.cuda.get_device_name(None if device == "auto" else device) if cuda else _processor(),
+        "device": calibration.name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -113,21 +113,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     """The checkout's commit, with -dirty where files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        said = subprocess.run(
+        described = subprocess.run(
             command, cwd=Path(__file__).parent, env=quiet, capture_output=True, text=True, check=False
         )
-    except OSError:  # no git here
+    except OSError:  # There is no git here.
         return None
-    return said.stdout.strip() or None
+    return described.stdout.strip() or None

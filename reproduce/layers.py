@@ -14,10 +14,12 @@ from fastagop import collapse, linalg
 from fastagop.deep_rfm.layer import LayerEvent, LayerRecord, normalise_rows
 from reproduce import files
 
-STAGES = ("input", "projected", "features")  # the layer's rows X, M^(1/2) x, Phi(M^(1/2) x)
-PANELS = 7  # of a strip; the paper's last is layer 19
-LAST_PANEL = 19
-ROWS_PER_CLASS = 60  # of a panel: at n = 50,000 the whole Gram matrix would be 10 GB
+# What a layer is given, what its linear part makes of it, and what leaves it: x, M^(1/2) x and Phi(M^(1/2) x) in Deep
+# RFM; x, S V^T x and ReLU(U S V^T x) in a network.
+STAGES = ("input", "projected", "features")
+PANELS = 7  # A strip of the paper has seven panels.
+LAST_PANEL = 19  # The paper's last panel shows layer 19.
+ROWS_PER_CLASS = 60  # A panel shows a sample: at n = 50,000 the whole Gram matrix would be 10 GB.
 
 _GROUPS = f"{'':>5} |{'NC1':>10}{'':>22} |{'NC2':>10}{'':>16} |"
 _NAMES = (
@@ -82,7 +84,7 @@ def panel(projected: torch.Tensor, classes: np.ndarray) -> np.ndarray:
     return collapse.gram(projected, classes).cpu().numpy().astype(np.float16)
 
 
-class Recorder:
+class LayerRecorder:
     """Callback of the estimator: prints and stores each layer as it finishes.
 
     The estimator saves a layer before it calls back. A run killed in between lacks that layer's row and panel
@@ -93,7 +95,7 @@ class Recorder:
         self.folder, self.X = folder, X
         self.rows = panel_rows(y.numpy())
         self.classes = y.numpy()[self.rows]
-        self.wanted = panel_layers(depth)
+        self.panel_layers = panel_layers(depth)
         self.lines = _shown(folder / "layers.csv") if resumed else []
         self.panels = files.read_arrays(folder / "gram.npz") if resumed else {}
 
@@ -103,7 +105,7 @@ class Recorder:
         tqdm.write(line(values))
         self.lines.append(values)
         files.write_csv(self.folder / "layers.csv", self.lines)
-        if event.layer + 1 in self.wanted:
+        if event.layer + 1 in self.panel_layers:
             self.store(event.layer + 1, event.projected[torch.from_numpy(self.rows).to(event.projected.device)])
 
     def store(self, layer: int, projected: torch.Tensor) -> None:
@@ -113,7 +115,7 @@ class Recorder:
 
     def complete(self, model) -> list[dict[str, Any]]:
         """All rows, from the model; all panels on disk."""
-        for layer in self.wanted:
+        for layer in self.panel_layers:
             if panel_name(layer) not in self.panels:
                 entering = model.transform(self.X[self.rows], layer - 1)
                 root = linalg.psd_sqrt(model.agops_[layer - 1]).cpu()
@@ -142,3 +144,12 @@ def _shown(path: Path) -> list[dict[str, Any]]:
 def panel_name(layer: int) -> str:
     """A panel's name in gram.npz."""
     return f"layer_{layer:02d}"
+
+
+def read_panels(folder: Path) -> dict[int, np.ndarray]:
+    """Gram matrices by layer, from a complete run's folder."""
+    try:
+        arrays = files.read_arrays(folder / "gram.npz")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder} to compute the run again") from error
+    return {int(name.removeprefix("layer_")): array for name, array in sorted(arrays.items())}

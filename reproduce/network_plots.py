@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stage, colour of the paper, name in the legend.
+# Each line holds a stage, its colour in the paper and its name in the legend.
 STAGES = (
     ("input", "tab:blue", r"$\Phi(X)$"),
     ("projected", "tab:green", r"$SV^T\Phi(X)$"),
@@ -22,11 +22,11 @@ _SHARES = (
     ("within", "tab:red", r"tr $\Sigma_W$ / tr $\Sigma_T$"),
     ("between", "tab:blue", r"tr $\Sigma_B$ / tr $\Sigma_T$"),
 )
-_FLOOR = 0.01  # of the mean, where mean minus deviation lies below it (paper, appendix C)
+_FLOOR = 0.01  # The band's lower end is at least this times the mean (paper, appendix C).
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingHistory:
     """A row: what a network did over epochs, NaN where nothing was measured.
 
     ``epochs`` (E,), ``nc1`` by stage (seeds, E, layers), ``nfa`` (seeds, E, layers), ``losses`` (seeds, all epochs).
@@ -45,7 +45,7 @@ def band(seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.maximum(mean - deviation, _FLOOR * mean), mean + deviation
 
 
-def splits(rows: Sequence[Course], title: str) -> Figure:
+def splits(rows: Sequence[TrainingHistory], title: str) -> Figure:
     """A column a layer: NC1 of its input, after S V^T, and after U and the nonlinearity."""
     from matplotlib.figure import Figure
 
@@ -68,7 +68,7 @@ def splits(rows: Sequence[Course], title: str) -> Figure:
     return figure
 
 
-def progress(rows: Sequence[Course], title: str) -> Figure:
+def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
     """Shares of the scatter after the last hidden layer, NFA correlation by layer, and training loss."""
     from matplotlib.figure import Figure
 
@@ -86,8 +86,8 @@ def progress(rows: Sequence[Course], title: str) -> Figure:
         axes[0].set_ylim(0, 1.02)
         axes[1].set_ylim(top=1.02)
         axes[2].set_yscale("log")
-        for axis, what in zip(axes, ("scatter after the last hidden layer", "NFA correlation", "loss"), strict=True):
-            axis.set_title(what, fontsize=9)
+        for axis, text in zip(axes, ("scatter after the last hidden layer", "NFA correlation", "loss"), strict=True):
+            axis.set_title(text, fontsize=9)
             axis.set_xlabel("epoch", fontsize=9)
         for axis in axes[:2]:
             axis.legend(fontsize=7, frameon=False)

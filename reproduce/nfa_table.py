@@ -26,13 +26,13 @@ def table(model: nn.Module, X, y=None, layers=None, activation: Callable | None 
     empty where the layer has no such number: NC1 of tokens, the correlation with an AGOP of zero.
     """
     splits = _by_layer(
-        lambda some: network.collapse_split(model, X, y, some, activation=activation),
+        lambda names: network.collapse_split(model, X, y, names, activation=activation),
         network.NotAMatrixError,
         lambda: network.agop(model, X, layers),
         layers,
     )
     nfa = _by_layer(
-        lambda some: network.nfa_correlation(model, X, some), network.ConstantMatrixError, lambda: splits, layers
+        lambda names: network.nfa_correlation(model, X, names), network.ConstantMatrixError, lambda: splits, layers
     )
     width = max(len(name) for name in ["layer", *splits])
     lines = [f"{'layer':<{width}} |{'NC1 input':>11}{'S V^T x':>11}{'features':>11} |{'NC2 input':>10} |{'NFA':>7}"]
@@ -51,13 +51,13 @@ def _by_layer(measure: Callable, error: type[Exception], names: Callable, layers
     try:
         return measure(layers)
     except error:
-        found = {}
+        measured = {}
         for name in names():
             try:
-                found[name] = measure(name)[name]
+                measured[name] = measure(name)[name]
             except error:
-                found[name] = None
-        return found
+                measured[name] = None
+        return measured
 
 
 def example() -> nn.Module:
@@ -78,8 +78,8 @@ def example() -> nn.Module:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
-    what = "module:function that returns your trained model, importable from here; default %(default)s, an example"
-    add("--model", default="reproduce.nfa_table:example", help=what)
+    text = "module:function that returns your trained model, importable from here; default %(default)s, an example"
+    add("--model", default="reproduce.nfa_table:example", help=text)
     add("--dataset", default="digits", help="mnist, cifar10, svhn, digits or the path of an .npz; default %(default)s")
     add("--n", type=options.count, help="points, the first in file order; default all")
     add("--shape", type=options.count, nargs="+", help="of one input, for example 1 28 28; default flat")
@@ -90,8 +90,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Load the model and the data, and print the table."""
     module, _, function = args.model.partition(":")
-    found = getattr(importlib.import_module(module), function or "model", None)
-    model = found() if callable(found) and not isinstance(found, nn.Module) else found
+    build = getattr(importlib.import_module(module), function or "model", None)
+    model = build() if callable(build) and not isinstance(build, nn.Module) else build
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must be module:function returning a torch.nn.Module, got {args.model!r}")
     X, y = datasets.load(args.dataset, args.data_root, n=args.n, download=args.download)
@@ -100,6 +100,6 @@ def command(args: argparse.Namespace) -> int:
     try:
         print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers))
     except RuntimeError as error:
-        given = tuple(args.shape or X.shape[1:])
-        raise ValueError(f"the model refuses inputs of shape {given} ({error}); --shape says what it wants") from error
+        shape = tuple(args.shape or X.shape[1:])
+        raise ValueError(f"the model refuses inputs of shape {shape} ({error}); --shape says what it wants") from error
     return 0

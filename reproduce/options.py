@@ -9,52 +9,59 @@ from pathlib import Path
 import torch
 
 from fastagop.deep_rfm.random_features import COS_SCALE
-from reproduce.settings import KERNELS, POINTS, Place
+from reproduce.settings import KERNELS, POINTS, RunLocation
 
 
 def add_figure(parser: argparse.ArgumentParser) -> None:
     """Options of a Deep RFM figure; their defaults are the paper's settings."""
     add = parser.add_argument
-    what = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
-    add("--dataset", action="append", default=[], help=what)
-    add("--n", type=count, help=f"training points, the first in file order; default {POINTS}, or what there is")
+    parser.set_defaults(quick=False)
+    _add_points(parser)
     add("--depth", type=count, default=20, help="layers; default %(default)s")
     add("--width", type=count, help="random features; default 1024 for ReLU, 4096 for cos")
     add("--feature-scale", type=float, default=COS_SCALE, help="of cos features' Cauchy W; default %(default)s")
     add("--ridge", type=float, default=0.0, help="default %(default)s")
-    what = "paper: Gaussian for ReLU on MNIST, else Laplace; default %(default)s"
-    add("--kernel", choices=("paper", *KERNELS), default="paper", help=what)
+    text = "paper: Gaussian for ReLU on MNIST, else Laplace; default %(default)s"
+    add("--kernel", choices=("paper", *KERNELS), default="paper", help=text)
     add("--bandwidth", type=float, default=2.0, help="L of the kernel; default %(default)s")
     add("--agop-scale", choices=("max", "mean", "sum"), default="max", help="see README.md; default %(default)s")
-    what = "one run each: curves show their mean and range, strips the first; default 0"
-    add("--seeds", type=int, nargs="+", default=[0], help=what)
+    text = "one run each: curves show their mean and range, strips the first; default 0"
+    add("--seeds", type=int, nargs="+", help=text)
     add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
-    what = "standardise pixels over the training points, as the authors' code does; default on"
-    add("--standardize", action=argparse.BooleanOptionalAction, default=True, help=what)
-    add_place(parser, "out")
+    _add_standardize(parser, ", as the authors' code does")
+    add_location(parser, "out")
 
 
 def add_network_figure(parser: argparse.ArgumentParser) -> None:
     """Options of a figure about neural networks; what is not given is the paper's, or the quick setting's."""
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed, few points and epochs: minutes on two CPU cores")
-    what = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
-    add("--dataset", action="append", default=[], help=what)
-    add("--n", type=count, help=f"training points, the first in file order; default {POINTS}, or what there is")
+    _add_points(parser)
     add("--epochs", type=count, help="default 500 (MLP), 300 (ResNet), 600 (VGG)")
     add("--learning-rate", type=positive, help="default 0.05 (MLP, ResNet), 0.01 (VGG)")
     add("--momentum", type=float, help="default 0 (MLP, ResNet), 0.9 (VGG)")
     add("--init-scale", type=positive, help="of the hidden layers; default 0.3, or 0.2 for ResNet and for MNIST")
     add("--width", type=count, help="of the hidden layers; default 512")
     add("--every", type=count, help="epochs between measurements; default 10")
-    what = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"
-    add("--seeds", type=int, nargs="+", help=what)
-    what = "standardise pixels over the training points (the paper is silent); default on"
-    add("--standardize", action=argparse.BooleanOptionalAction, default=True, help=what)
-    add_place(parser, "out")
+    text = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"
+    add("--seeds", type=int, nargs="+", help=text)
+    _add_standardize(parser, " (the paper is silent)")
+    add_location(parser, "out")
 
 
-def add_place(parser: argparse.ArgumentParser, out: str, data: bool = True) -> None:
+def _add_points(parser: argparse.ArgumentParser) -> None:
+    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
+    parser.add_argument("--dataset", action="append", default=[], help=text)
+    text = f"training points, the first in file order; default {POINTS}, or what there is"
+    parser.add_argument("--n", type=count, help=text)
+
+
+def _add_standardize(parser: argparse.ArgumentParser, remark: str) -> None:
+    text = f"standardise pixels over the training points{remark}; default on"
+    parser.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True, help=text)
+
+
+def add_location(parser: argparse.ArgumentParser, out: str, data: bool = True) -> None:
     """Options that say where to read (where there are files to read), compute and write."""
     add = parser.add_argument
     parser.set_defaults(data_root=None, download=False)
@@ -98,6 +105,6 @@ def _device(text: str) -> str:
     return text
 
 
-def place(args: argparse.Namespace) -> Place:
+def run_location(args: argparse.Namespace) -> RunLocation:
     """Where the command works."""
-    return Place(args.out, args.data_root, args.device, args.download, args.keep_checkpoint)
+    return RunLocation(args.out, args.data_root, args.device, args.download, args.keep_checkpoint)

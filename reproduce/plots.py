@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stage, colour of the paper, name in the legend.
+# Each line holds a stage, its colour in the paper and its name in the legend.
 CURVES = (
     ("input", "tab:green", "original data $X_l$"),
     ("projected", "tab:orange", "after $M_l^{1/2}$"),
@@ -121,7 +121,7 @@ def _curves(axis: Axes, values: Mapping[str, np.ndarray], feature_map: str) -> N
     from matplotlib.ticker import MaxNLocator
 
     for stage, color, name in CURVES:
-        seeds = np.where(values[stage] > 0, values[stage], np.nan)  # a log axis has no place for 0
+        seeds = np.where(values[stage] > 0, values[stage], np.nan)  # A log axis has no place for 0.
         layers = np.arange(1, seeds.shape[1] + 1)
         label = name.replace("{map}", feature_map)
         axis.plot(layers, seeds.mean(0), color=color, marker="o", markersize=3, linewidth=1.4, label=label)

@@ -8,16 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastagop import Gaussian, Laplace, datasets
 from fastagop.datasets import npz
 from fastagop.deep_rfm.random_features import COS_SCALE
 
-POINTS = 50_000  # the first 50,000 of each data set
+POINTS = 50_000  # The paper trains on the first 50,000 points of each data set.
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian}
 WIDTHS = {"relu": 1024, "cos": 4096}
-FEATURES = {"relu": "ReLU", "cos": "cos"}  # as titles write them
+FEATURES = {"relu": "ReLU", "cos": "cos"}  # These are the feature maps' names in titles.
 TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST", "svhn": "SVHN"}
-_SIZES = {"mnist": 60_000, "cifar10": 50_000, "svhn": 73_257}  # training points of torchvision's data sets
+_SIZES = {
+    "mnist": 60_000,
+    "cifar10": 50_000,
+    "svhn": 73_257,
+}  # Training points that torchvision has.
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,11 @@ class Settings(Experiment):
     bandwidth: float = 2.0
     depth: int = 20
     ridge: float = 0.0
-    agop_scale: str = "max"  # the authors' code; ReLU does not care
-    standardize: bool = True  # the authors' code; the paper is silent
+    agop_scale: str = "max"  # This is the authors' code's; ReLU features do not depend on it.
+    standardize: bool = True  # This is the authors' code's; the paper is silent.
     dtype: str = "float32"
     seed: int = 0
-    score: bool = False  # accuracy on training and test points, too
+    score: bool = False  # True adds the accuracies on training and test points.
 
     @property
     def readable(self) -> str:
@@ -105,14 +111,20 @@ def paper(
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run reads, computes and writes: nothing of this changes its numbers, up to rounding."""
+class RunLocation:
+    """Where a run reads, computes and writes; its numbers do not depend on it, up to rounding."""
 
     out: Path
     data_root: str | None = None
     device: str = "auto"
     download: bool = False
     keep_checkpoint: bool = False
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device; "auto" is CUDA where there is one."""
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(automatic if self.device == "auto" else self.device)
 
     def folder(self, settings: Experiment) -> Path:
         """The run's folder."""
@@ -135,10 +147,10 @@ def points(dataset: str, n: int | None) -> int:
 
 def _count(dataset: str) -> int:
     """Training points of digits or an .npz."""
-    datasets.load(dataset, n=1)  # says what is wrong with the name or the file
+    datasets.load(dataset, n=1)  # This tells what is wrong with the name or the file.
     if not dataset.endswith(".npz"):
         return len(datasets.load(dataset)[1])
-    with npz.Archive(dataset) as archive:  # the labels alone: images are large
+    with npz.Archive(dataset) as archive:  # The labels alone are read, because images are large.
         return archive.header("y_train").shape[0]
 
 

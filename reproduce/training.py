@@ -1,7 +1,7 @@
-"""One network's run: trained as in appendix C, measured every few epochs, resumed where it was last measured.
+"""How a network's run is computed: trained as in appendix C, measured every few epochs, resumed where last measured.
 
-A run folder holds settings.json, checkpoint.safetensors (weights, momentum and what was measured so far, in one file,
-until the run is complete), measures.csv and, written last, record.json: with it the run is complete.
+Beside what every run has, its folder holds measures.csv and, until the run is complete, checkpoint.safetensors
+(weights, momentum and what was measured so far, in one file).
 """
 
 from __future__ import annotations
@@ -18,65 +18,65 @@ from tqdm.auto import tqdm
 from fastagop import datasets, network
 from fastagop.estimators import files as storage
 from reproduce import files, networks
-from reproduce.layers import number
+from reproduce.layers import STAGES, number
 from reproduce.network_settings import NetworkSettings
-from reproduce.runs import Run, alone
-from reproduce.settings import Place
+from reproduce.runs import Procedure
+from reproduce.settings import RunLocation
 
-_CHECKPOINT, _KIND = "checkpoint.safetensors", "network in training"
-_PARTS = ("classes", "layers", "losses", "seconds", "accuracy", "resumed")  # of a record, as figures use it
-STAGES = ("input", "projected", "features")  # x, S V^T x, ReLU(U S V^T x)
+_KIND = "network in training"  # The checkpoint file names its kind, and another kind is refused.
 
 
-def run(settings: NetworkSettings, place: Place) -> Run:
-    """Compute, resume or reuse a run, and print its last measurement."""
-    folder = place.folder(settings)
-    print(f"\n{settings}\n{folder}")
-    with alone(folder):
-        if (folder / "record.json").exists():
-            print("complete, nothing to compute")
-            record = files.read_record(folder / "record.json", settings.recorded, _PARTS)
-        else:
-            record = _compute(settings, place, folder)
-    print(table(record["layers"]))
-    print(
-        f"{record['seconds']:.1f} s; loss {record['losses'][-1]:.1e}, accuracy {record['accuracy']:.4f} on its points"
-    )
-    return Run(folder, settings, record)
+class NetworkProcedure(Procedure):
+    """Trains a network, and measures it every few epochs."""
 
+    parts = ("classes", "layers", "losses", "seconds", "accuracy", "resumed")
+    checkpoint = "checkpoint.safetensors"
+    prints_table = False
 
-def _compute(settings: NetworkSettings, place: Place, folder: Path) -> dict[str, Any]:
-    training = Training(settings, place)
-    resumed = training.load(folder / _CHECKPOINT)
-    record: dict[str, Any] = {"settings": settings.recorded, "environment": files.environment(place.device)}
-    files.write_json(folder / "settings.json", record)
-    progress = tqdm(range(training.epoch, settings.epochs), initial=training.epoch, total=settings.epochs, unit="epoch")
-    if not resumed:
-        training.measure()
-    for _ in progress:
-        progress.set_postfix(loss=f"{training.train_epoch():.2e}")
-        if training.epoch % settings.every == 0 or training.epoch == settings.epochs:
+    def compute(self, settings: NetworkSettings, location: RunLocation, folder: Path) -> dict[str, Any]:
+        """Accuracy, losses by epoch, and the measured layers."""
+        training = Training(settings, location)
+        checkpoint = folder / self.checkpoint
+        resumed = training.load(checkpoint)
+        first, last = training.epoch, settings.epochs
+        progress = tqdm(range(first, last), initial=first, total=last, unit="epoch")
+        if not resumed:
             training.measure()
-            training.save(folder / _CHECKPOINT)
-    record |= {"resumed": resumed, "seconds": training.seconds, "accuracy": training.accuracy()}
-    record |= {"classes": training.classes, "losses": training.losses, "layers": training.rows}
-    files.write_csv(folder / "measures.csv", training.rows)
-    files.write_record(folder / "record.json", record)
-    if not place.keep_checkpoint:
-        (folder / _CHECKPOINT).unlink()
-    return record
+        for _ in progress:
+            progress.set_postfix(loss=f"{training.train_epoch():.2e}")
+            if training.epoch % settings.every == 0 or training.epoch == last:
+                training.measure()
+                training.save(checkpoint)
+        record: dict[str, Any] = {"resumed": resumed, "seconds": training.seconds, "accuracy": training.accuracy()}
+        record |= {"classes": training.classes, "losses": training.losses, "layers": training.rows}
+        files.write_csv(folder / "measures.csv", training.rows)
+        return record
+
+    def table(self, rows: list[dict[str, Any]]) -> str:
+        """The last measurement, a line a layer, with the share of NC1's fall that S V^T makes."""
+        lines = [f"{'layer':>6} |{'NC1 input':>11}{'S V^T x':>11}{'ReLU':>11} | {'fall at S V^T':>13} |{'NFA':>7}"]
+        for row in (row for row in rows if row["epoch"] == rows[-1]["epoch"]):
+            values = [number(row[f"nc1_{stage}"]) for stage in STAGES]
+            nc1, share = "".join(f"{value:>11.2e}" for value in values), log_drop_share(*values)
+            text = "no fall" if share is None else f"{100 * share:.0f}%"
+            lines.append(f"{row['layer']:>6} |{nc1} | {text:>13} |{number(row['nfa']):>7.3f}")
+        return "\n".join(lines)
+
+    def summary(self, record: dict[str, Any]) -> str:
+        """Seconds, the last loss and the accuracy."""
+        loss, accuracy = record["losses"][-1], record["accuracy"]
+        return f"{record['seconds']:.1f} s; loss {loss:.1e}, accuracy {accuracy:.4f} on its points"
 
 
 class Training:
     """A network, its data and what has been measured; ``epoch`` counts finished epochs."""
 
-    def __init__(self, settings: NetworkSettings, place: Place):
+    def __init__(self, settings: NetworkSettings, location: RunLocation):
         self.settings = settings
-        X, y = place.load(settings, n=settings.n)
+        X, y = location.load(settings, n=settings.n)
         if settings.standardize:
             (X,) = datasets.standardize(X)
-        self.device = "cuda" if place.device == "auto" and torch.cuda.is_available() else place.device
-        self.device = torch.device("cpu" if self.device == "auto" else self.device)
+        self.device = location.torch_device
         self.X, self.labels = X.to(self.device), torch.unique(y, return_inverse=True)[1]
         self.classes = int(self.labels.max()) + 1
         self.Y = (2.0 * nn.functional.one_hot(self.labels, self.classes) - 1.0).to(self.X)
@@ -84,7 +84,7 @@ class Training:
         rate, momentum = settings.learning_rate, settings.momentum
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=rate, momentum=momentum)
         self.epoch, self.seconds = 0, 0.0
-        self.losses: list[float] = []  # by epoch, the mean over its batches as they were met
+        self.losses: list[float] = []  # There is one an epoch: the mean over its batches as they were met.
         self.rows: list[dict[str, Any]] = []
 
     def train_epoch(self) -> float:
@@ -112,7 +112,7 @@ class Training:
         start = time.perf_counter()
         try:
             correlation = network.nfa_correlation(self.model, self.X)
-        except network.ConstantMatrixError:  # a dead network
+        except network.ConstantMatrixError:  # The network is dead: its outputs do not depend on its input.
             correlation = {}
         try:
             splits = network.collapse_split(self.model, self.X, self.labels)
@@ -130,8 +130,8 @@ class Training:
     def accuracy(self) -> float:
         """Share of the training points that the largest output classifies correctly."""
         self.model.eval()
-        found = torch.cat([self.model(block).argmax(1).cpu() for block in self.X.split(1024)])
-        return float((found == self.labels).double().mean())
+        predicted = torch.cat([self.model(block).argmax(1).cpu() for block in self.X.split(1024)])
+        return float((predicted == self.labels).double().mean())
 
     def save(self, path: Path) -> None:
         """Everything that the next epoch needs, in one file."""
@@ -169,19 +169,8 @@ class Training:
                 self.optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{i}"].to(self.device)
 
 
-def fall(start: float, middle: float, end: float) -> float | None:
+def log_drop_share(start: float, middle: float, end: float) -> float | None:
     """Share of a layer's fall of NC1, on a log scale, that S V^T makes; None where NC1 does not fall."""
     if not (0 < end < start < math.inf and 0 < middle < math.inf):
         return None
     return math.log(start / middle) / math.log(start / end)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The last measurement, a line a layer, with the share of NC1's fall that S V^T makes."""
-    lines = [f"{'layer':>6} |{'NC1 input':>11}{'S V^T x':>11}{'ReLU':>11} | {'fall at S V^T':>13} |{'NFA':>7}"]
-    for row in (row for row in rows if row["epoch"] == rows[-1]["epoch"]):
-        values = [number(row[f"nc1_{stage}"]) for stage in STAGES]
-        nc1, part = "".join(f"{value:>11.2e}" for value in values), fall(*values)
-        words = "no fall" if part is None else f"{100 * part:.0f}%"
-        lines.append(f"{row['layer']:>6} |{nc1} | {words:>13} |{number(row['nfa']):>7.3f}")
-    return "\n".join(lines)

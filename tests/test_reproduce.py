@@ -11,24 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fastagop import DeepRFMClassifier, Laplace, datasets
-from reproduce import deep_rfm_figures as figures
-from reproduce import layers, plots, runs, settings
-from reproduce.__main__ import main, parser
+from reproduce import deep_rfm_runs, figures, layers, plots, runs, settings, theory
+from reproduce.__main__ import FIGURES, main, parser
 
 SMALL = ["--dataset", "digits", "--n", "150", "--depth", "3", "--width", "64"]
 STAGES = ["input", "projected", "features"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -36,7 +25,7 @@ def no_computation(monkeypatch):
     def refuse(*_):
         raise AssertionError("a complete run was computed again")
 
-    monkeypatch.setattr(runs, "_compute", refuse)
+    monkeypatch.setattr(deep_rfm_runs.DeepRFMProcedure, "compute", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +83,8 @@ def check_image(path: Path) -> None:
 )
 def test_defaults_are_the_papers(name, rows):
     args = parser().parse_args([name])
-    found = [
-        one for row in runs.rows_of(figures.FIGURES[name].rows, args.dataset) for one in figures.settings_of(row, args)
-    ]
+    family = FIGURES[name].family
+    found = [s for row in figures.rows_of(FIGURES[name].rows, []) for s in figures.settings_of(family, row, args)]
     assert [(s.dataset, s.features, s.kernel, s.width) for s in found] == rows
     for s in found:
         assert (s.n, s.depth, s.bandwidth, s.ridge) == (50_000, 20, 2.0, 0.0)
@@ -105,9 +93,9 @@ def test_defaults_are_the_papers(name, rows):
 
 
 def test_datasets_restrict_and_replace():
-    assert runs.rows_of(figures.FIGURES["figure1"].rows, ["mnist"]) == (("mnist", "relu"),)
-    assert runs.rows_of(figures.FIGURES["figure1"].rows, ["digits"]) == (("digits", "cos"), ("digits", "relu"))
-    assert runs.rows_of(figures.FIGURES["figure4"].rows, ["svhn", "digits"]) == (("svhn", "cos"), ("digits", "cos"))
+    assert figures.rows_of(FIGURES["figure1"].rows, ["mnist"]) == (("mnist", "relu"),)
+    assert figures.rows_of(FIGURES["figure1"].rows, ["digits"]) == (("digits", "cos"), ("digits", "relu"))
+    assert figures.rows_of(FIGURES["figure4"].rows, ["svhn", "digits"]) == (("svhn", "cos"), ("digits", "cos"))
 
 
 def test_an_npz_is_known_by_its_content(tmp_path):
@@ -219,7 +207,7 @@ def test_runs_are_shared(figure6, name, capsys):
 
 @pytest.mark.parametrize("stored", [False, True], ids=["layer without row and panel", "layer with row and panel"])
 def test_an_interrupted_run_resumes(figure6, tmp_path, monkeypatch, capsys, stored):
-    finish = layers.Recorder.__call__
+    finish = layers.LayerRecorder.__call__
 
     def killed(self, event):
         if stored or event.layer < 1:
@@ -228,7 +216,7 @@ def test_an_interrupted_run_resumes(figure6, tmp_path, monkeypatch, capsys, stor
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers.Recorder, "__call__", killed)
+        patch.setattr(layers.LayerRecorder, "__call__", killed)
         assert main(["figure6", *SMALL, "--out", str(tmp_path)]) == 130
     assert len(read(only_run(tmp_path) / "layers.csv")) == 1 + stored
     assert not (tmp_path / "figure6.csv").exists()
@@ -251,10 +239,10 @@ def test_one_process_a_run(tmp_path, capsys):
     entered = threading.Event()
 
     def second():
-        with runs.alone(tmp_path):
+        with runs.exclusive(tmp_path):
             entered.set()
 
-    with runs.alone(tmp_path):
+    with runs.exclusive(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.2)
@@ -316,7 +304,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise MemoryError("solve with n = 150 needs\n25 GB")
 
-    monkeypatch.setattr(runs, "_compute", refuse)
+    monkeypatch.setattr(deep_rfm_runs.DeepRFMProcedure, "compute", refuse)
     assert main(["figure3", *SMALL, "--out", str(tmp_path)]) == 2
     assert one_line(capsys) == "python -m reproduce: solve with n = 150 needs 25 GB (here: --n)"
 
@@ -325,7 +313,7 @@ def test_the_default_n_takes_what_there_is(tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "_compute", stop)
+    monkeypatch.setattr(deep_rfm_runs.DeepRFMProcedure, "compute", stop)
     assert main(["figure3", "--dataset", "digits", "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().out
     assert said.count("digits has 1437 training points, not the paper's 50000") == 1
@@ -389,8 +377,6 @@ def test_gaps_are_drawn_as_gaps(tmp_path):
 
 
 def test_theory_is_a_command(monkeypatch):
-    from reproduce import theory
-
     called = []
     monkeypatch.setattr(theory, "main", lambda: called.append(True))
     assert main(["theory"]) == 0

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reproduce import files, runs, training
-from reproduce.__main__ import main, parser
+from reproduce import files, network_figures, options, runs, training
+from reproduce.__main__ import FIGURES, main, parser
+from reproduce.figures import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEP = ["figure6", "--dataset", "digits", "--n", "60", "--depth", "2", "--width", "16"]
@@ -54,7 +55,7 @@ def flips(data: bytes, count: int):
 @pytest.mark.parametrize("command", [DEEP, NETWORK], ids=lambda command: command[0])
 def test_a_flipped_record_is_found(complete, command, tmp_path):
     _, folder = copied(complete, command[0], tmp_path)
-    path, parts = folder / "record.json", (runs if command is DEEP else training)._PARTS
+    path, parts = folder / "record.json", FIGURES[command[0]].family.procedure.parts
     data = path.read_bytes()
     settings = json.loads(data)["settings"]
     whole = files.read_record(path, settings, parts)
@@ -98,10 +99,8 @@ def test_a_flipped_training_checkpoint_is_found(complete, tmp_path):
     out, folder = copied(complete, "figure7", tmp_path)
     path = folder / "checkpoint.safetensors"
     args = parser().parse_args([*NETWORK, "--out", str(out)])
-    from reproduce import network_figures, options
-
-    (settings,) = network_figures.settings_of(("digits", "mlp"), args)
-    run = training.Training(settings, options.place(args))
+    (settings,) = settings_of(network_figures.FAMILY, ("digits", "mlp"), args)
+    run = training.Training(settings, options.run_location(args))
     assert run.load(path)
     data, accepted = path.read_bytes(), 0
     for broken in flips(data, 200):
@@ -136,7 +135,6 @@ def test_a_damaged_table_of_a_resumed_run_is_one_line(complete, tmp_path, capsys
 def test_places_that_cannot_be_written_to(command, tmp_path, capsys, monkeypatch):
     """Said before anything is computed."""
     monkeypatch.setattr(runs, "_compute", lambda *_: 1 / 0)
-    monkeypatch.setattr(training, "_compute", lambda *_: 1 / 0)
     file = tmp_path / "file"
     file.write_text("mine")
     for out in (file, file / "deep" / "er"):

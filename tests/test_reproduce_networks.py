@@ -14,21 +14,11 @@ import torch
 from torch import nn
 
 from fastagop import collapse
-from reproduce import network_figures as figures
-from reproduce import network_plots, network_settings, networks, nfa_table, runs, training
-from reproduce.__main__ import main, parser
-from reproduce.settings import Place
+from reproduce import figures, layers, network_plots, network_settings, networks, nfa_table, runs, training
+from reproduce.__main__ import FIGURES, main, parser
+from reproduce.settings import RunLocation
 
 SMALL = ["--dataset", "digits", "--n", "100", "--width", "16", "--epochs", "4", "--every", "2", "--init-scale", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small matrices on a shared machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +47,8 @@ def check_image(path: Path) -> None:
 
 def settings_of(name: str, *options: str) -> list[network_settings.NetworkSettings]:
     args = parser().parse_args([name, *options])
-    rows = runs.rows_of(figures.FIGURES[name].rows, args.dataset)
-    return [one for row in rows for one in figures.settings_of(row, args)]
+    rows = figures.rows_of(FIGURES[name].rows, args.dataset)
+    return [settings for row in rows for settings in figures.settings_of(FIGURES[name].family, row, args)]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +124,7 @@ def test_figure_writes_everything(figure7):
     check_image(figure7 / "figure7.png")
     assert (figure7 / "figure7.pdf").read_bytes().startswith(b"%PDF")
     rows = read(figure7 / "figure7.csv")
-    stages = [f"{measure}_{stage}" for measure in ("nc1", "nc2") for stage in training.STAGES]
+    stages = [f"{measure}_{stage}" for measure in ("nc1", "nc2") for stage in layers.STAGES]
     assert list(rows[0]) == ["dataset", "network", "seed", "epoch", "layer", "loss", "nfa", *stages]
     expected = [(s, e, n) for s in "01" for e in ("0", "2", "4") for n in "123456"]
     assert [(row["seed"], row["epoch"], row["layer"]) for row in rows] == expected
@@ -159,7 +149,7 @@ def test_training_lowers_the_loss_and_nc1(figure7):
 
 @pytest.mark.parametrize("name", ["figure7", "figure10"])
 def test_runs_are_shared(figure7, name, monkeypatch, capsys):
-    monkeypatch.setattr(training, "_compute", None)
+    monkeypatch.setattr(training.NetworkProcedure, "compute", None)
     assert main([name, *SMALL, "--seeds", "0", "1", "--momentum", "0.9", "--out", str(figure7)]) == 0
     said = capsys.readouterr().out
     assert said.count("complete, nothing to compute") == 2
@@ -234,9 +224,9 @@ def test_convolutional_networks_train_and_measure(tmp_path, network, dataset):
         dataset = str(tmp_path / "sixteen.npz")
         np.savez(dataset, x_train=X, y_train=np.arange(40) % 4, x_test=X, y_test=np.arange(40) % 4)
     settings = network_settings.paper(dataset, network, n=40, epochs=1, width=16, init_scale=1.0)
-    run = training.run(settings, Place(tmp_path))
+    run = runs.run(training.NetworkProcedure(), settings, RunLocation(tmp_path))
     assert [(row["epoch"], row["layer"]) for row in run.rows] == [(epoch, i) for epoch in (0, 1) for i in range(1, 7)]
-    one = training.Training(settings, Place(tmp_path))
+    one = training.Training(settings, RunLocation(tmp_path))
     before, after = network_measures(one), step_by_hand(one)
     assert run.record["losses"] == [pytest.approx(after, rel=1e-5)]
     for rows, expected in ((run.rows[:6], before), (run.rows[6:], network_measures(one))):
@@ -253,20 +243,20 @@ def test_the_band_is_truncated():
     np.testing.assert_allclose(high, [1, 4 + np.std([0, 2, 10])])
 
 
-def test_the_share_of_the_fall():
-    assert training.fall(100.0, 1.0, 0.1) == pytest.approx(2 / 3)
-    assert training.fall(10.0, 0.1, 1.0) == pytest.approx(2)  # the nonlinearity takes some back
-    assert training.fall(1.0, 0.5, 2.0) is None
-    assert training.fall(float("inf"), 1.0, 0.5) is None
+def test_the_share_of_the_drop_on_a_log_scale():
+    assert training.log_drop_share(100.0, 1.0, 0.1) == pytest.approx(2 / 3)
+    assert training.log_drop_share(10.0, 0.1, 1.0) == pytest.approx(2)  # the nonlinearity takes some back
+    assert training.log_drop_share(1.0, 0.5, 2.0) is None
+    assert training.log_drop_share(float("inf"), 1.0, 0.5) is None
 
 
 def test_gaps_are_drawn_as_gaps(tmp_path):
-    nc1 = {stage: np.array([[[1.0, np.inf], [np.nan, 0.0]]]) for stage in training.STAGES}
-    course = network_plots.Course("a", np.array([0, 10]), nc1, np.full((1, 2, 2), np.nan), np.ones((1, 10)))
+    nc1 = {stage: np.array([[[1.0, np.inf], [np.nan, 0.0]]]) for stage in layers.STAGES}
+    history = network_plots.TrainingHistory("a", np.array([0, 10]), nc1, np.full((1, 2, 2), np.nan), np.ones((1, 10)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for draw in (network_plots.splits, network_plots.progress):
-            draw([course], "gaps").savefig(tmp_path / "gaps.png")
+            draw([history], "gaps").savefig(tmp_path / "gaps.png")
 
 
 # ---- What cannot run

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from reproduce import files, runs, settings
-from reproduce.settings import Place
+from reproduce.deep_rfm_runs import DeepRFMProcedure
+from reproduce.settings import RunLocation
 
 CLASSES = 3
 
@@ -36,7 +37,7 @@ def points(tmp_path):
 def run(dataset, out, **changes):
     """The record of a small scored run."""
     chosen = settings.paper(dataset, "relu", **{"depth": 2, "width": 32, "score": True, **changes})
-    return runs.run(chosen, Place(out, device="cpu")).record
+    return runs.run(DeepRFMProcedure(), chosen, RunLocation(out, device="cpu")).record
 
 
 def test_test_points_are_scored_as_training_points_were_shifted(points, tmp_path):

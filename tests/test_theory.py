@@ -32,15 +32,6 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices of 60 rows: on a shared machine threads cost a hundred times what they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from reproduce import network_settings
-from reproduce.settings import Place
+from reproduce.settings import RunLocation
 from reproduce.training import Training
 
 N, BATCH = 10, 4  # the last batch has two points
 
 
 def training(**changes) -> Training:
-    given = {"n": N, "width": 8, "batch": BATCH, "init_scale": 1.0, "epochs": 3, **changes}
-    return Training(network_settings.paper("digits", "mlp", **given), Place(Path("."), device="cpu"))
+    changes = {"n": N, "width": 8, "batch": BATCH, "init_scale": 1.0, "epochs": 3, **changes}
+    return Training(network_settings.paper("digits", "mlp", **changes), RunLocation(Path("."), device="cpu"))
 
 
 def orders(one: Training, epochs: int) -> list[list[int]]:
