@@ -91,8 +91,10 @@ class _Moments:
     """Class means and scatter, in a unit (a power of two) in which the widest column is about 1 wide.
 
     Attributes:
-        scale: what differences were multiplied by. sizes: samples of each class.
-        within: tr(Sigma_W). means: class means (K, d) minus the first sample, in long double.
+        scale: what differences were multiplied by.
+        sizes: samples of each class.
+        within: tr(Sigma_W).
+        means: class means (K, d) minus the first sample, in long double.
         error: how far rounding of features and sums may have moved each mean, (K, d).
     """
 

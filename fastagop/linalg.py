@@ -112,7 +112,8 @@ def psd_sqrt(M: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     has near collapse.
 
     Args:
-        M: (d, d). rows: points (n, d) whose span holds M's range, where known; the problem is then n x n for
+        M: (d, d).
+        rows: points (n, d) whose span holds M's range, where known; the problem is then n x n for
             n < d.
     """
     wide = M.double()

@@ -61,7 +61,8 @@ class Lock:
     only read. Forked children do not inherit the lock.
 
     Args:
-        folder: an existing folder. name: the folder's name in messages.
+        folder: an existing folder.
+        name: the folder's name in messages.
 
     Raises:
         FolderInUse: naming the holder's process, host and start. OSError: the lock file cannot be made.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop import linalg
-from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import engine_of
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, kernel_ridge
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, in_full
 from fastagop.estimators.progress import Progress
 from fastagop.kernels import checks
+from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.radial import Laplace
 from fastagop.solvers import copies
 from fastagop.solvers.solution import Solution, report, size_of
@@ -46,8 +48,10 @@ class IterationEvent:
     """What callbacks see after each iteration; M is valid during the call only.
 
     Attributes:
-        iteration: index from 0. iterations: how many there will be.
-        record: the IterationRecord. M: the new metric (d, d) or (d,).
+        iteration: index from 0.
+        iterations: how many there will be.
+        record: the IterationRecord.
+        M: the new metric (d, d) or (d,).
     """
 
     iteration: int
@@ -124,11 +128,22 @@ class _RFM(KernelEstimator):
                 progress.step()
         # The caller's tensor must not be kept.
         self._centers = project(points, self._root) if self._root is not None else points.clone()
-        solved = kernel_ridge.solve(self._centers, Y, regression, self.process_group, rows=rows)
+        solved = kernel_ridge.solve(self._centers, Y, regression, engine_of(self.process_group), rows=rows)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, reported)
         self.M_ = self._kept(M)
         return self
+
+    def _planned_fit(self):
+        """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
+        return functools.partial(self._steps, self._checked()[0])
+
+    def _steps(self, regression: kernel_ridge.KernelRidge, data, share: int):
+        """([(name, how often, step)], bytes that the fit keeps)."""
+        from fastagop.estimators.fit_plans import iteration_steps
+
+        task = AgopTask("sum", self.center)
+        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal))
 
     def _checked(self) -> tuple[kernel_ridge.KernelRidge, int]:
         regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
@@ -138,19 +153,17 @@ class _RFM(KernelEstimator):
 
     def _iterate(self, X, Y, M: torch.Tensor, regression: kernel_ridge.KernelRidge, rows: copies.Rows):
         """(new M, record); sets its root. A constant predictor has nothing to say about features: M stays then."""
-        start, group = time.perf_counter(), self.process_group
+        start, engine = time.perf_counter(), engine_of(self.process_group)
         points = project(X, self._root)
         options = {"rows": rows, "center": self.center, "diagonal": self.diagonal}
-        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, group, **options)
+        solution, inner, _ = kernel_ridge.fit_and_agop(points, Y, regression, engine, **options)
         agop = pulled_back(inner, self._root, self.diagonal)
         scale = kernel_ridge.agop_divisor(agop, self.agop_scale, rows.total)
         if bool(agop.any()):
             M = (agop / scale).to(X.dtype)
             # Gradients at the points are combinations of the points, whose span the M before maps to itself.
             root = M.clamp_(min=0.0).sqrt() if self.diagonal else linalg.psd_sqrt(M, rows=X)
-            if group is not None:
-                root = Communicator(group, "broadcast", root.device).broadcast(root)
-            self._root = root
+            self._root = engine.broadcast(root)
         return M, IterationRecord(solution, scale, time.perf_counter() - start)
 
     @in_full
@@ -223,19 +236,24 @@ class RFMClassifier(Classifier, _RFM):
             from one iteration to the next; "mean" divides by n (the paper's definition), "sum" not at all.
         precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
             rows are computed in float64 and Triton's products are float32.
-        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64", or torch's own.
+        device: a torch device, or "auto": CUDA where there is one.
+        dtype: "float32" or "float64", or torch's own.
         callbacks: functions called with a ``fastagop.rfm.IterationEvent`` after each iteration.
         verbose: 1 shows a progress bar on a terminal, and logs every step at INFO.
         process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
             every rank fits the same data and ends with the same estimator. Prediction is not shared.
         solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "eigh", "cg" (no n x n matrix) or
-            ``fastagop.ConjugateGradients(...)``. memory_limit: bytes that a solve or an AGOP may take.
+            ``fastagop.ConjugateGradients(...)``.
+        memory_limit: bytes that a solve or an AGOP may take.
         class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
             the classes' sums of sample weights; they multiply sample weights.
 
     Attributes:
-        M_: the metric, scaled, (d, d), or (d,) with ``diagonal``. iterations_: one ``IterationRecord`` each.
-        solution_: ``Solution`` of the last solve (float64). classes_: the labels. n_features_in_: d.
+        M_: the metric, scaled, (d, d), or (d,) with ``diagonal``.
+        iterations_: one ``IterationRecord`` each.
+        solution_: ``Solution`` of the last solve (float64).
+        classes_: the labels.
+        n_features_in_: d.
         feature_importances_: the diagonal of M over its sum, (d,).
     """
 

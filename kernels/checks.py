@@ -32,11 +32,11 @@ def nonnegative(name: str, value) -> float:
     return float(value)
 
 
-def integer(name: str, value, least: int, most: int | None = None) -> int:
-    """An integer from ``least`` to ``most``, or without an upper bound, as int; a bool is none."""
-    fits = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
-    if not fits or (most is not None and value > most):
-        bounds = f">= {least}" if most is None else f"from {least} to {most}"
+def integer(name: str, value, least: int, largest: int | None = None) -> int:
+    """An integer from ``least`` to ``largest``, or without an upper bound, as int; a bool is none."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (largest is not None and int(value) > largest):
+        bounds = f">= {least}" if largest is None else f"from {least} to {largest}"
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}")
     return int(value)
 

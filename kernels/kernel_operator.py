@@ -34,12 +34,15 @@ class KernelOperator:
 
     Args:
         operation: of the call, as ``backends.Request`` names it.
-        kernel: a kernel. X: centers (n, d). Z: evaluation points (m, d), default X.
+        kernel: a kernel.
+        X: centers (n, d).
+        Z: evaluation points (m, d), default X.
         precision, backend: as in ``fastagop.kernel_matrix``.
 
     Attributes:
         kernel, X, Z, precision: as given, Z being X where they are the same.
-        backend: the ``Backend`` chosen. why: the reason, in words.
+        backend: the ``Backend`` chosen.
+        why: the reason, in words.
     """
 
     def __init__(self, operation: str, kernel: Profile, X, Z=None, *, precision="highest", backend="auto"):
@@ -209,7 +212,9 @@ class PointsProduct:
     """The matrix k(X, X) as a solver sees it, made of float64 points block by block at every product.
 
     Attributes:
-        at: the scaled points. rows: of a block. backend: that makes the products.
+        at: the scaled points.
+        rows: of a block.
+        backend: that makes the products.
     """
 
     at: Points

@@ -105,7 +105,9 @@ def kernel_matmul(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: points (n, d). Z: points (m, d); default X. V: right-hand sides (m, p), required: ``V=V`` where Z is omitted.
+        X: points (n, d).
+        Z: points (m, d); default X.
+        V: right-hand sides (m, p), required: ``V=V`` where Z is omitted.
         precision, backend: as in ``kernel_matrix``.
 
     Returns:
@@ -134,7 +136,9 @@ def gradients(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
+        X: centers (n, d).
+        alpha: coefficients (n, K).
+        Z: evaluation points (m, d); default X.
         precision, backend: as in ``kernel_matrix``.
 
     Returns:
@@ -169,7 +173,9 @@ def agop(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: centers (n, d). alpha: coefficients (n, K). Z: evaluation points (m, d); default X.
+        X: centers (n, d).
+        alpha: coefficients (n, K).
+        Z: evaluation points (m, d); default X.
         reduction: "mean" divides by m, or by the sum of the weights; "sum" does not.
         center: subtract the mean gradient of each output first (the weighted mean where there are weights).
         method: "gradient" (2 m n K d products, no n x n memory), "gram" (n^2 m products for any number of

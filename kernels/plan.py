@@ -42,8 +42,10 @@ class AgopTask:
     """What an AGOP is asked for beside its predictor; ``fastagop.agop`` has the meanings, checked here already.
 
     Attributes:
-        reduction: "mean" or "sum". center: subtract the mean gradient of each output.
-        method: "auto", "gradient" or "gram". limit: bytes that may be taken, or None.
+        reduction: "mean" or "sum".
+        center: subtract the mean gradient of each output.
+        method: "auto", "gradient" or "gram".
+        limit: bytes that may be taken, or None.
         weights: of the evaluation points, as they were given, or None for 1 each.
     """
 

@@ -24,7 +24,9 @@ class Switch:
     sets meanwhile is theirs: it is left alone when the calls end, and set aside while another call starts.
 
     Args:
-        read: the value in force. write: set a value. order: the values that calls may ask for.
+        read: the value in force.
+        write: set a value.
+        order: the values that calls may ask for.
         same: whether a value in force is as good as one that is wanted; default equality.
         restore: write a value that was found; default ``write``.
     """

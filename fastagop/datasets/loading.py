@@ -73,7 +73,8 @@ def standardize(X_train: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Ten
     the paper's text does not say so.
 
     Args:
-        X_train: (n, d) floating. others: any number of (m, d), shifted and scaled like X_train.
+        X_train: (n, d) floating.
+        others: any number of (m, d), shifted and scaled like X_train.
 
     Returns:
         The new tensors, X_train's first, each of its own dtype and device.

@@ -30,7 +30,8 @@ class Checkpoint:
     """A checkpoint folder bound to one fit: what is trained, its settings, data and seeds.
 
     Args:
-        folder: made where it does not exist. settings: of the fit.
+        folder: made where it does not exist.
+        settings: of the fit.
         data: the fit's data as its first layer sees them; without classes the task is a regression.
         seeds: of the layers, or None where any will do: those of an earlier run are then kept.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._set_output import _wrap_data_with_container
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
+from fastagop.deep_rfm import fit_plan
 from fastagop.deep_rfm import layer as layer_module
 from fastagop.deep_rfm.checkpoint import Checkpoint
 from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerTraining, Settings, normalise_rows
@@ -20,6 +22,7 @@ from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.deep_rfm.module import DeepRFMModule, Readout
 from fastagop.deep_rfm.random_features import NAMES as FEATURES
 from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import engine_of
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.estimators.progress import Progress
 from fastagop.kernels import checks
@@ -35,8 +38,10 @@ class _Start:
     """Where a fit begins: at its first layer, or after those that its checkpoint holds.
 
     Attributes:
-        checkpoint: which takes the layers to come, or None. seeds: of all layers.
-        layers: finished ones. features: what enters the next one, (n, d).
+        checkpoint: which takes the layers to come, or None.
+        seeds: of all layers.
+        layers: finished ones.
+        features: what enters the next one, (n, d).
     """
 
     checkpoint: Checkpoint | None
@@ -56,7 +61,8 @@ class _Layers:
         """Features entering a layer.
 
         Args:
-            X: samples (m, d). layer: 0 (the samples themselves) to depth (what the readout sees, the default).
+            X: samples (m, d).
+            layer: 0 (the samples themselves) to depth (what the readout sees, the default).
 
         Returns:
             (m, width), of X's kind and dtype.
@@ -109,7 +115,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         seeds = layer_module.seeds(random, settings.depth)
         # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
         rows = copies.find(normalise_rows(data.X), data.weights)
-        training = LayerTraining(data.Y, settings, rows, data.classes, self.process_group)
+        training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
         begin = self._begin if self.process_group is None else self._begin_together
         start, reported = begin(settings, data, seeds), set()
         self._layers = start.layers
@@ -124,7 +130,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         """Add the layers that are missing to those there are; returns the points that enter the readout."""
         rows, depth, done = training.rows, training.settings.depth, len(start.layers)
         points, rest = rows.take(start.features), rows.rest(start.features)
-        quiet = not self.verbose or (training.group is not None and start.checkpoint is None)
+        quiet = not self.verbose or (self.process_group is not None and start.checkpoint is None)
         with Progress("Deep RFM", "layer", depth, done=done, quiet=quiet) as progress:
             for index in range(done, depth):
                 layer, made = training.layer(points, start.seeds[index], rest)
@@ -181,6 +187,11 @@ class _DeepRFM(_Layers, KernelEstimator):
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
         self.alphas_ = [self._kept(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
         return self
+
+    def _planned_fit(self):
+        """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
+        settings = self._settings()
+        return functools.partial(fit_plan.layer_steps, settings=settings, classes=hasattr(self, "class_weight"))
 
     def to_module(self) -> torch.nn.Module:
         """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
@@ -267,15 +278,18 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        depth: number of layers. features: "relu", ReLU(W x) with standard Gaussian W, or "cos",
-            sqrt(2/width) cos(W x + b) with Cauchy W. width: number of features.
+        depth: number of layers.
+        features: "relu", ReLU(W x) with standard Gaussian W, or "cos",
+            sqrt(2/width) cos(W x + b) with Cauchy W.
+        width: number of features.
         feature_scale: scale of the Cauchy distribution; None for 0.05. Only with "cos".
         ridge: mu >= 0 added to the kernel matrix's diagonal.
         agop_scale: "max" divides M by its largest entry (the authors' code), "mean" by n (the paper's definition),
             "sum" not at all (the paper's algorithm 1).
         precision, backend: as in ``fastagop.kernel_matrix``, for ``fit``; "triton" fits only, since outputs for new
             rows are computed in float64 and Triton's products are float32.
-        device: a torch device, or "auto": CUDA where there is one. dtype: "float32" or "float64", or torch's own.
+        device: a torch device, or "auto": CUDA where there is one.
+        dtype: "float32" or "float64", or torch's own.
         random_state: seed of the random features.
         checkpoint_dir: folder for finished layers; a fit of the same settings and data resumes from it.
         callbacks: functions called with a ``fastagop.deep_rfm.LayerEvent`` after each layer.
@@ -284,14 +298,18 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
             every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
             the progress bar; callbacks run on every rank. Prediction is not shared.
         solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "eigh", "cg" (no n x n matrix) or
-            ``fastagop.ConjugateGradients(...)``. memory_limit: bytes that a solve or an AGOP may take.
+            ``fastagop.ConjugateGradients(...)``.
+        memory_limit: bytes that a solve or an AGOP may take.
         class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
             the classes' sums of sample weights; they multiply sample weights. With ridge 0 every label is met
             whatever its weight: weights then act through the AGOP only.
 
     Attributes:
-        classes_: the labels. layers_: one ``LayerRecord`` a layer. agops_: M of each layer, scaled, (d_l, d_l).
-        alphas_: coefficients of each layer (n, K). solution_: ``Solution`` of the readout (float64).
+        classes_: the labels.
+        layers_: one ``LayerRecord`` a layer.
+        agops_: M of each layer, scaled, (d_l, d_l).
+        alphas_: coefficients of each layer (n, K).
+        solution_: ``Solution`` of the readout (float64).
         n_features_in_: d.
     """
 

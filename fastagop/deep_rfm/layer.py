@@ -12,7 +12,7 @@ import torch
 
 from fastagop import collapse, linalg
 from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, mapped
-from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import LOCAL, Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels.gemm import matmul_nt
@@ -84,9 +84,11 @@ class LayerEvent:
     """What callbacks see after each layer; tensors are valid during the call only.
 
     Attributes:
-        layer: index from 0. depth: number of layers.
+        layer: index from 0.
+        depth: number of layers.
         record: the LayerRecord.
-        projected: X M^(1/2), shape (n, d). features: Phi of it, shape (n, width).
+        projected: X M^(1/2), shape (n, d).
+        features: Phi of it, shape (n, width).
         classes: class indices (n,), or None in regression.
     """
 
@@ -128,7 +130,8 @@ class Layer(FixedPrecision):
     """A trained layer, x -> Phi(M^(1/2) x / ||x||) for every row x; it computes in its input's dtype.
 
     Args:
-        agop: M, scaled (d, d). root: M^(1/2) (d, d).
+        agop: M, scaled (d, d).
+        root: M^(1/2) (d, d).
         features: Phi, whose weight (width, d) and bias, (width,) or None, become buffers.
         record: what happened when the layer was trained, which is kept beside the buffers.
     """
@@ -185,7 +188,8 @@ class Trained:
 
     Attributes:
         projected, features: of all rows given (n, d) and (n, width), in their order.
-        points: the features of the points (r, width). rest: those of rows without weight (e, width), or None.
+        points: the features of the points (r, width).
+        rest: those of rows without weight (e, width), or None.
     """
 
     projected: torch.Tensor
@@ -215,37 +219,40 @@ class LayerTraining:
     """What the layers of one fit are trained with; their results are the same on every rank of a group.
 
     Attributes:
-        Y: targets (n, K) of the rows that the fit was given. settings: of the layers.
+        Y: targets (n, K) of the rows that the fit was given.
+        settings: of the layers.
         rows: how these rows became points (``copies.find``).
         classes: class indices of the rows (n,), or None in regression.
-        group: ranks that share the work.
+        engine: who does the work, this process or the ranks of a group.
     """
 
     Y: torch.Tensor
     settings: Settings
     rows: Rows
     classes: torch.Tensor | None = None
-    group: object = None
+    engine: Local = LOCAL
 
     def layer(self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None) -> tuple[Layer, Trained]:
         """A layer on its input, the points X (r, d), and what it makes of them and of ``rest`` (e, d).
 
         Args:
-            X: input of the points. seed: of the random features. rest: input of the rows without weight.
+            X: input of the points.
+            seed: of the random features.
+            rest: input of the rows without weight.
         """
         clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
         X = normalise_rows(X)
-        regression, group = self.settings.regression, self.group
-        solution, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, group, rows=rows, mark=clock.mark)
+        regression, engine = self.settings.regression, self.engine
+        solution, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, engine, rows=rows, mark=clock.mark)
         scale = kernel_ridge.agop_divisor(M, self.settings.agop_scale, rows.total)
         # A constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I.
         M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
         # Gradients at the points are combinations of the points.
-        root = self._of_first_rank(linalg.psd_sqrt(M, rows=X).to(X.dtype))
+        root = engine.broadcast(linalg.psd_sqrt(M, rows=X).to(X.dtype))
         clock.mark("root")
         layer = Layer(M.to(X.dtype), root, self.settings.random_features.draw(X.shape[1], seed, X))
         projected, features = layer.stages(X, matmul_nt)
-        features, unweighted = self._of_first_rank(features), {}
+        features, unweighted = engine.broadcast(features), {}
         if rest is not None:
             rest = normalise_rows(rest)
             unweighted = dict(zip(STAGES, (rest, *layer.stages(rest, matmul_nt)), strict=True))
@@ -261,13 +268,7 @@ class LayerTraining:
     def readout(self, X: torch.Tensor) -> tuple[torch.Tensor, Solved]:
         """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
         X = normalise_rows(X)
-        return X, kernel_ridge.solve(X, self.Y, self.settings.regression, self.group, rows=self.rows)
-
-    def _of_first_rank(self, value: torch.Tensor) -> torch.Tensor:
-        """The value that the group's first rank has, which every rank goes on with."""
-        if self.group is None:
-            return value
-        return Communicator(self.group, "broadcast", value.device).broadcast(value)
+        return X, kernel_ridge.solve(X, self.Y, self.settings.regression, self.engine, rows=self.rows)
 
     def _collapse(self, stages: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
         """(NC1, NC2) of all rows by stage, empty where there are no two classes."""

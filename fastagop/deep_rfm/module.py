@@ -113,7 +113,9 @@ class Readout(FixedPrecision):
     """The kernel machine f(x) = sum_j alpha_j k(x / ||x||, c_j) + offset of rows x, in their dtype.
 
     Args:
-        kernel: k. centers: c_j, normalised features of the training points (n, width). alpha: coefficients (n, K).
+        kernel: k.
+        centers: c_j, normalised features of the training points (n, width).
+        alpha: coefficients (n, K).
         offset: added to the K outputs, (K,); None for nothing.
     """
 
@@ -143,7 +145,8 @@ class DeepRFMModule(FixedPrecision):
     ``.half()``, leave its numbers as they are; moves to a device are followed.
 
     Args:
-        layers: trained layers, which are copied. readout: the kernel machine.
+        layers: trained layers, which are copied.
+        readout: the kernel machine.
         binary: answer with the second of two outputs only, shape (m,), scikit-learn's convention.
         flat: answer with shape (m,) for a single output.
     """

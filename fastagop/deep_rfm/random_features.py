@@ -52,7 +52,8 @@ class RandomFeatures:
     exp(-scale ||x - z||_1) (paper, section 3.3 and appendix C).
 
     Attributes:
-        name: "relu" or "cos". width: number of features.
+        name: "relu" or "cos".
+        width: number of features.
         scale: scale of the Cauchy distribution; None for 0.05; "relu" takes none.
     """
 
@@ -64,7 +65,9 @@ class RandomFeatures:
         """A feature map of d inputs; the same seed gives the same map on every device and in every dtype.
 
         Args:
-            d: input dimension. seed: of numpy's PCG64. like: tensor whose dtype and device the map gets.
+            d: input dimension.
+            seed: of numpy's PCG64.
+            like: tensor whose dtype and device the map gets.
         """
         rng = np.random.default_rng(seed)
         if self.name == "relu":

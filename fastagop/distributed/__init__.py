@@ -10,12 +10,6 @@ inputs; and ``RankLost`` where a process of the group died or did not answer wit
 """
 
 from fastagop.distributed.communicator import RankLost
-from fastagop.distributed.engine import engine_of
 from fastagop.distributed.operations import agop, gradients, kernel_matmul, solve
 
 __all__ = ["RankLost", "agop", "gradients", "kernel_matmul", "solve"]
-
-
-def broadcast(value, group):
-    """The first rank's tensor, on every rank."""
-    return engine_of(group).broadcast(value)

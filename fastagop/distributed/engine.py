@@ -211,7 +211,9 @@ class SharedProduct:
     """k(X, X) as a solver sees it on the first rank; its products are made by all ranks.
 
     Attributes:
-        request: (V, rows) -> the sum of what every rank makes. rows: of a block. local: the columns come from it.
+        request: (V, rows) -> the sum of what every rank makes.
+        rows: of a block.
+        local: the columns come from it.
     """
 
     request: Callable[[torch.Tensor, int], torch.Tensor]
@@ -256,9 +258,12 @@ def block_of_product(X: torch.Tensor, p: int, room: int) -> int:
     return block_rows(BLOCKS_ALIVE * n * size, n * p * size, room, n, "kernel_matmul")
 
 
+LOCAL = Local()
+
+
 def engine_of(group) -> Local:
     """The engine of a fit: ``Local`` where there is no group."""
-    return Local() if group is None else Sharded(group)
+    return LOCAL if group is None else Sharded(group)
 
 
 def _stored_weights(at: Points, alpha: torch.Tensor, task: AgopTask, size: int) -> Plan | None:

@@ -40,7 +40,8 @@ class Training:
     """The data that a fit trains on, rows of weight zero left out.
 
     Attributes:
-        X: points (n, d) as the first kernel machine takes them. Y: targets (n, K), centred in regression.
+        X: points (n, d) as the first kernel machine takes them.
+        Y: targets (n, K), centred in regression.
         classes: class indices (n,), or None in regression.
         weights: float64 (n,), or None where all are 1.
     """

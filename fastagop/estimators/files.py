@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -41,10 +42,9 @@ def fingerprint(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
 
 def versions() -> dict[str, str]:
     """The versions that a result may depend on, for the record."""
-    from fastagop import __version__
 
     return {
-        "fastagop": __version__,
+        "fastagop": importlib.metadata.version("fastagop"),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),

@@ -11,7 +11,6 @@ import torch
 from sklearn.base import clone
 
 from fastagop import estimates
-from fastagop.deep_rfm.layer import Settings
 from fastagop.distributed.communicator import Communicator
 from fastagop.estimates import assumption, on_meta, stand_in
 from fastagop.estimators import inputs
@@ -25,7 +24,6 @@ from fastagop.solvers import direct
 from fastagop.solvers.solve import PreparedSolve, prepare
 
 _CLASSES = 10  # assumed of labels that hold no values
-_PASSES = 12  # over the features of a layer, for the measures of collapse
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,10 @@ class Step:
 def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
     fresh: Any = clone(estimator)  # the estimator stays as it is
-    settings = fresh._settings() if hasattr(fresh, "_settings") else None
-    regression = fresh._checked()[0] if settings is None else settings.regression
+    planned = fresh._planned_fit()  # of checked parameters
     data = _data(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size
-    if settings is None:
-        steps, held = _iterations(data, regression, fresh, share)
-    else:
-        steps, held = _layers(data, settings, share, hasattr(fresh, "class_weight"))
+    steps, held = planned(data, share)
     return _text(type(fresh).__name__, data, steps, held, share)
 
 
@@ -96,41 +90,25 @@ def _data(estimator, X, y, sample_weight) -> Data:
     return Data(blank.expand(n, d), stand_in(blank.expand(n, K), device), tuple(assumed))
 
 
-def _layers(data: Data, settings: Settings, share: int, classes: bool) -> tuple[list[tuple[str, int, Step]], int]:
-    """([(name, how often, step)], bytes that the layers keep)."""
-    n, width, size = len(data.X), settings.width, data.X.element_size()
-    names = [("layer 1", 1, data.X.shape[1])]
-    if settings.depth > 1:
-        names.append((f"layers 2 to {settings.depth}" if settings.depth > 2 else "layer 2", settings.depth - 1, width))
-    steps, held = [], 0
-    for name, times, d in names:
-        X = data.of_width(d)
-        step = _step(X, data.Y, settings.regression, share, AgopTask("sum"))
-        maps = estimates.of_products(2.0 * n * d * (d + width), X)
-        passes = _PASSES * n * (2 * d + width) * 8 / _bandwidth(X.device) if classes else 0.0
-        step.seconds.update(root=_root(n, d, X.device), features=maps, measures=passes)
-        peak = max(step.peak_bytes, 4 * 8 * d * d) + (n * (d + 2 * width) + d * width) * size
-        steps.append((f"{name}, {d} features", times, dataclasses.replace(step, peak_bytes=peak)))
-        held += times * ((2 * d * d + d * width) * size + 8 * n * data.Y.shape[1])
-    steps.append((f"readout, {width} features", 1, _solve_only(data.of_width(width), data.Y, settings.regression)))
-    return steps, held
-
-
-def _iterations(data: Data, regression: KernelRidge, estimator, share: int) -> tuple[list[tuple[str, int, Step]], int]:
-    (n, d), iterations, diagonal, steps = data.X.shape, int(estimator.iterations), estimator.diagonal, []
+def iteration_steps(
+    data: Data, regression: KernelRidge, share: int, task: AgopTask, fit: tuple[int, bool]
+) -> tuple[list[tuple[str, int, Step]], int]:
+    """The steps of a recursive feature machine, and the bytes that it keeps; ``fit``: (iterations, diagonal)."""
+    (n, d), (iterations, diagonal), steps = data.X.shape, fit, []
     if iterations:
-        step = _step(data.X, data.Y, regression, share, AgopTask("sum", estimator.center), diagonal)
-        root = 0.0 if diagonal else _root(n, d, data.X.device) + estimates.of_products(2.0 * n * d * d, data.X)
+        step = step_of(data.X, data.Y, regression, share, task, diagonal)
+        root = 0.0 if diagonal else root_seconds(n, d, data.X.device) + estimates.of_products(2.0 * n * d * d, data.X)
         step.seconds.update(root=root)
         peak = step.peak_bytes + n * d * data.X.element_size() + (0 if diagonal else 4 * 8 * d * d)
         name = "iteration" if iterations == 1 else f"{iterations} iterations"
         steps.append((f"{name}, {d} features", iterations, dataclasses.replace(step, peak_bytes=peak)))
-    steps.append((f"last solve, {d} features", 1, _solve_only(data.X, data.Y, regression)))
+    steps.append((f"last solve, {d} features", 1, solve_only(data.X, data.Y, regression)))
     held = (d if diagonal else 2 * d * d) * data.X.element_size() + 8 * n * data.Y.shape[1] * (iterations + 1)
     return steps, held
 
 
-def _solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Step:
+def solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Step:
+    """A kernel regression by itself."""
     try:
         prepared = prepare(regression.kernel, X, Y, regression.options)
     except MemoryError as error:
@@ -145,7 +123,7 @@ def _solve_peak(prepared: PreparedSolve) -> int:
     return max(prepared.plan.peak_bytes, needed) if coarse else prepared.plan.peak_bytes
 
 
-def _step(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal: bool = False) -> Step:
+def step_of(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal: bool = False) -> Step:
     """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of passes of "cg"."""
     try:
         prepared = prepare(regression.kernel, X, Y, regression.options)
@@ -181,7 +159,7 @@ def _agop(X, Y, regression: KernelRidge, task: AgopTask, stored: bool) -> tuple[
     return call.seconds(), call.plan.peak_bytes
 
 
-def _root(n: int, d: int, device: torch.device) -> float:
+def root_seconds(n: int, d: int, device: torch.device) -> float:
     """M^(1/2), in the span of the points where these are fewer than features."""
     r = min(n, d)
     return estimates.of_eigh(r, device) + calibration.seconds(6.0 * d * d * r, 0.0, device, "gram", "float64")
@@ -191,7 +169,7 @@ def _word(X: torch.Tensor) -> str:
     return str(X.dtype).removeprefix("torch.")
 
 
-def _bandwidth(device: torch.device) -> float:
+def memory_rate(device: torch.device) -> float:
     """Bytes a second that elementwise work reads and writes, roughly."""
     return 1e12 if device.type == "cuda" else 4e9
 

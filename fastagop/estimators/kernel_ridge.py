@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastagop.distributed.engine import Local, Predictor, engine_of
+from fastagop.distributed.engine import LOCAL, Local, Predictor
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask
@@ -53,20 +53,26 @@ class KernelRidge:
         )
 
 
-def solve(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge, group=None, *, rows: Rows | None = None) -> Solved:
-    """The kernel regression's solution, alpha in float64; by the ranks of a group together where there is one.
+def solve(
+    X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge, engine: Local = LOCAL, *, rows: Rows | None = None
+) -> Solved:
+    """The kernel regression's solution, alpha in float64.
 
     Args:
-        X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
+        X: points (r, d).
+        Y: targets (n, K) of the rows given.
+        regression: what is solved.
+        engine: who does the work.
+        rows: how the rows became points; default as they are.
     """
-    return engine_of(group).solve(regression.kernel, X, Y, regression.options, rows or copies.alone(X)).solved
+    return engine.solve(regression.kernel, X, Y, regression.options, rows or copies.alone(X)).solved
 
 
 def fit_and_agop(
     X: torch.Tensor,
     Y: torch.Tensor,
     regression: KernelRidge,
-    group=None,
+    engine: Local = LOCAL,
     *,
     rows: Rows | None = None,
     center: bool = False,
@@ -79,11 +85,14 @@ def fit_and_agop(
     (n, n) matrix fits, or "cg" is asked for, conjugate gradients solve. Rows count in M by their weights.
 
     Args:
-        X: points (r, d). Y: targets (n, K) of the rows given. rows: how those became points; default as they are.
-        center: subtract the mean gradient. diagonal: the diagonal of the AGOP only, (d,).
+        X: points (r, d).
+        Y: targets (n, K) of the rows given.
+        rows: how those became points; default as they are.
+        center: subtract the mean gradient.
+        diagonal: the diagonal of the AGOP only, (d,).
         mark: called with "solve" and with "agop" when these are done.
     """
-    engine, rows = engine_of(group), rows or copies.alone(X)
+    rows = rows or copies.alone(X)
     fit = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
     alpha, size = scale_targets(fit.solved.alpha, _SQUARABLE)

@@ -38,7 +38,8 @@ def load(path, device=None):
     """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
 
     Args:
-        path: the file. device: where its tensors go; default its own ``device`` parameter.
+        path: the file.
+        device: where its tensors go; default its own ``device`` parameter.
 
     Returns:
         The estimator, fitted: ``DeepRFMClassifier``, ``DeepRFMRegressor``, ``RFMClassifier`` or ``RFMRegressor``.

@@ -13,7 +13,10 @@ class Progress:
     """A progress bar over ``total`` steps; quiet, or without a terminal, there is no bar. Steps are logged at INFO.
 
     Args:
-        title: the name before the bar. unit: the name of a step. done: steps already made. quiet: show nothing.
+        title: the name before the bar.
+        unit: the name of a step.
+        done: steps already made.
+        quiet: show nothing.
     """
 
     def __init__(self, title: str, unit: str, total: int, *, done: int = 0, quiet: bool):

@@ -46,7 +46,9 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     U preserves distances, so W x has the NC1 and NC2 of S V^T x and no decomposition is needed.
 
     Args:
-        layer: a torch.nn.Linear. X: features that enter it (n, d). y: integer labels (n,).
+        layer: a torch.nn.Linear.
+        X: features that enter it (n, d).
+        y: integer labels (n,).
         activation: the nonlinearity after the layer; None where there is none, as after a readout.
 
     Raises:

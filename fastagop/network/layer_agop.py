@@ -30,7 +30,8 @@ class LayerSum:
     W is what the layer computes with: where hooks change it, the sum so far moves to the input, and a new one begins.
 
     Attributes:
-        weight: W of the calls whose gradients came last. changed: whether there were others.
+        weight: W of the calls whose gradients came last.
+        changed: whether there were others.
     """
 
     def __init__(self, keep_weight: bool = False):

@@ -33,7 +33,8 @@ def agop(
     Weights are those with which a layer's forward runs, after all hooks that make or mask them, batch by batch.
 
     Args:
-        model, X, layers: see the module's text. reduction: "mean" divides by n, "sum" does not.
+        model, X, layers: see the module's text.
+        reduction: "mean" divides by n, "sum" does not.
         batch_size: samples of a tensor X that are taken at once; default 256.
 
     Returns:

@@ -10,7 +10,6 @@ import functools
 import logging
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from fastagop.kernels import checks
@@ -50,11 +49,8 @@ class ConjugateGradients:
         if not checks.nonnegative("tolerance", self.tolerance):
             raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
         for name, least in (("rank", 0), ("max_iterations", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if name == "rank" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+            if name != "rank" or self.rank is not None:
+                checks.integer(name, getattr(self, name), least)
         checks.flag("progress", self.progress)
 
 
@@ -135,7 +131,10 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
     at n = 4000 already, and at more for more points.
 
     Args:
-        problem: a ``table.Problem``. plan: made of it. Y: float64 targets. ridge: a number, or one for each point.
+        problem: a ``table.Problem``.
+        plan: made of it.
+        Y: float64 targets.
+        ridge: a number, or one for each point.
         out: the dtype in which alpha is wanted.
         share: makes of the product with k(X, X) one that other processes take part in.
     """

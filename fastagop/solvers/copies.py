@@ -69,7 +69,8 @@ class Rows:
         kept: rows that stand for the points (r,), in the order of training.
         left: rows of weight 0 (e,).
         group: the point of each row (n,): below r one of ``kept``, from r on one of ``left``.
-        weight: total weight of each point, float64 (r,). each: weight of each row, float64 (n,).
+        weight: total weight of each point, float64 (r,).
+        each: weight of each row, float64 (n,).
         equal: whether all rows of a point are equal to the bit (r,).
         plain: every row is a point of weight 1, in the order given.
     """
@@ -188,7 +189,8 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     come in that order, so that the order in which a row and its copies are given does not matter.
 
     Args:
-        X: points. weights: of the rows (n,), finite and >= 0, not all 0; default 1 each.
+        X: points.
+        weights: of the rows (n,), finite and >= 0, not all 0; default 1 each.
 
     Returns:
         Rows. Cost: O(n d + n log n) time, O(n + block) memory, where no crowd of rows is within rounding of each other.

@@ -143,8 +143,11 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype
     """Solve with the plan's method in a dtype; with a float64 matrix after all where a float32 one is found too coarse.
 
     Args:
-        problem: a ``table.Problem``. plan: made of it. Y: float64 targets.
-        ridge: a number, or one for each point. dtypes: of the matrix, and the one in which alpha is wanted.
+        problem: a ``table.Problem``.
+        plan: made of it.
+        Y: float64 targets.
+        ridge: a number, or one for each point.
+        dtypes: of the matrix, and the one in which alpha is wanted.
     """
     dtype, out = dtypes
     build = functools.partial(system, problem.operator, ridge, plan, out)

@@ -32,7 +32,8 @@ class SolveOptions:
 
     Attributes:
         ridge, method, precision, backend, memory_limit: as in ``fastagop.solve``.
-        float64_alpha: the coefficients are wanted in float64. advice: for errors of memory.
+        float64_alpha: the coefficients are wanted in float64.
+        advice: for errors of memory.
     """
 
     ridge: float = 0.0
@@ -49,7 +50,9 @@ class PreparedSolve:
     """A system, checked and planned, of which nothing has run.
 
     Attributes:
-        problem: the system at the points X. solver: that will run. plan: what it will do.
+        problem: the system at the points X.
+        solver: that will run.
+        plan: what it will do.
     """
 
     problem: Problem
@@ -68,7 +71,8 @@ class PreparedSolve:
         everything else, so callers that go on computing ask for float64.
 
         Args:
-            Y: targets of the rows given. rows: how those became points.
+            Y: targets of the rows given.
+            rows: how those became points.
             apart: copies whose targets differ get coefficients that differ, where the ridge keeps these small; else
                 they share one.
             **shared: for a solver whose products other processes take part in.
@@ -156,7 +160,8 @@ def solve(
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
-        X: points (n, d). Y: targets (n, K).
+        X: points (n, d).
+        Y: targets (n, K).
         ridge: mu >= 0 on the diagonal.
         method: "cholesky", "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix)
             or ``fastagop.ConjugateGradients(...)`` for "cg" with options; "auto" is "cholesky", and "cg" where that
@@ -182,8 +187,7 @@ def solve(
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    solved, _ = prepared.run(Y, rows, X.dtype, apart=True)
-    solution = as_given(solved.solution, kernel, X, Y, rows)
+    solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
     report(solution)
     return solution
 
@@ -206,8 +210,11 @@ class _Task:
     """The system of the points that rows were merged into, in a power-of-two unit of the targets.
 
     Attributes:
-        target: mean targets (r, K), float64. ridge: a number, or one for each point (r,). unit: of the targets.
-        copied: what the residual of the rows given needs beyond it. rows, contradictions, out: as elsewhere.
+        target: mean targets (r, K), float64.
+        ridge: a number, or one for each point (r,).
+        unit: of the targets.
+        copied: what the residual of the rows given needs beyond it.
+        rows, contradictions, out: as elsewhere.
     """
 
     target: torch.Tensor
@@ -260,7 +267,8 @@ class _Answer:
     """Coefficients in the dtype that was asked for.
 
     Attributes:
-        points: of the points (r, K). all: of the rows given (n, K).
+        points: of the points (r, K).
+        all: of the rows given (n, K).
         seen: what the rows' add up to for each point, in the task's unit, float64 (r, K).
         rows: of the rows that have a weight, in the task's unit, float64; None where they are the points'.
     """

@@ -44,9 +44,13 @@ class Problem:
     """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
 
     Attributes:
-        operator: of its kernel and points, by the backend that serves it. outputs: columns of Y.
-        ridge: mu >= 0. room: bytes that may be taken. options: of conjugate gradients.
-        float64_alpha: the coefficients are wanted in float64. advice: for errors of memory.
+        operator: of its kernel and points, by the backend that serves it.
+        outputs: columns of Y.
+        ridge: mu >= 0.
+        room: bytes that may be taken.
+        options: of conjugate gradients.
+        float64_alpha: the coefficients are wanted in float64.
+        advice: for errors of memory.
     """
 
     operator: KernelOperator
@@ -77,8 +81,10 @@ class Solver:
     """A row of the table.
 
     Attributes:
-        name: the ``method`` it is asked for by. dtype: of its matrix, or of its products.
-        memory: problem -> bytes. seconds: (problem, plan) -> estimated time.
+        name: the ``method`` it is asked for by.
+        dtype: of its matrix, or of its products.
+        memory: problem -> bytes.
+        seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled.
         run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.

@@ -48,8 +48,12 @@ def agop_diagonal(
     """Diagonal of the AGOP at X, summed over points and outputs: (d,), float64.
 
     Args:
-        kernel: of the predictor. X: points (n, d). alpha: coefficients (n, K), of X's dtype. rows: of a block.
-        center: subtract the mean gradient of each output. roots: square roots of the points' weights (n,).
+        kernel: of the predictor.
+        X: points (n, d).
+        alpha: coefficients (n, K), of X's dtype.
+        rows: of a block.
+        center: subtract the mean gradient of each output.
+        roots: square roots of the points' weights (n,).
         span: first and last row that this process takes; ``total`` then adds a tensor over the processes.
     """
     shift, d = dominant_offset(X), X.shape[1]

@@ -120,8 +120,10 @@ def gram_form(
     """The summed AGOP, float64 (d, d); W (m, n) is overwritten. Blocks of S exist one at a time, lower part only.
 
     Args:
-        W, X, alpha, Z: of one dtype, that of the products. smooth: what to take out of W.
-        center: subtract the mean gradient of each output. rows: of a block of S.
+        W, X, alpha, Z: of one dtype, that of the products.
+        smooth: what to take out of W.
+        center: subtract the mean gradient of each output.
+        rows: of a block of S.
         lower: (E, alpha) -> the step (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved; default
             torch's.
         starts: first rows of the blocks of S to add up, for Z = X; default all.

@@ -27,7 +27,8 @@ class LowRank:
     x - x = 0: it is what P Q^T says, and E's is zero.
 
     Attributes:
-        P: (m, r), of W's dtype. Q: (n, r).
+        P: (m, r), of W's dtype.
+        Q: (n, r).
         own: evaluation points are the centers; P Q^T is then symmetric.
     """
 
