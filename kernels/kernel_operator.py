@@ -67,6 +67,15 @@ class KernelOperator:
         plan = dataclasses.replace(call.plan, backend=self.backend.name, precision=precision)
         return Call(plan, run, lambda: self.seconds(plan))
 
+    def _served(self, call: Call) -> Call:
+        """The call on the scaled points, where nothing else has a unit."""
+
+        def run() -> torch.Tensor:
+            with self.products():
+                return call.run(self.points)
+
+        return self._planned(call, run)
+
     def seconds(self, plan: Plan, dtype: torch.dtype | None = None, passes: float = 1.0) -> float:
         """Estimated time of a plan: its operations at the device's rates, and what its pairs of points cost beside.
 
@@ -102,24 +111,12 @@ class KernelOperator:
         if out is not None:
             checks.output("out", out, (len(X), len(Z)), X)
             checks.apart("out", out, X, Z)
-        call = self.backend.matrix(self, out, ridge)
-
-        def run() -> torch.Tensor:
-            with self.products():
-                return call.run(self.points)
-
-        return self._planned(call, run)
+        return self._served(self.backend.matrix(self, out, ridge))
 
     def matmul(self, V: torch.Tensor) -> Call:
         """k(X, Z) V, shape (n, p)."""
         checks.matrix("V", V, like=self.X, rows=(len(self.Z), "Z"))
-        call = self.backend.matmul(self, V)
-
-        def run() -> torch.Tensor:
-            with self.products():
-                return call.run(self.points)
-
-        return self._planned(call, run)
+        return self._served(self.backend.matmul(self, V))
 
     def gradients(self, alpha: torch.Tensor) -> Call:
         """grad f_c(Z[i]) of f_c(z) = sum_j alpha[j, c] k(z, X[j]), shape (m, K, d)."""

@@ -51,7 +51,7 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
 def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
     """Most memory that the gram form takes with blocks of that many rows.
 
-    wide: float32 weights are copied for products in float64. rank: columns of the smooth part.
+    wide: float32 weights are copied for products in float64. rank: columns of the low-rank part.
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if Z is X else m
@@ -86,7 +86,7 @@ def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int
 
 
 def _highest_peak(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
-    """Peak bytes where values ask for more than the form's least: float64 products, a larger smooth part."""
+    """Peak bytes where values ask for more than the form's least: float64 products, a larger low-rank part."""
     highest = peak
     if form == "gram":
         stored = len(X) * len(Z) * X.element_size()

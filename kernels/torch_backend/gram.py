@@ -67,7 +67,7 @@ class CancellationEstimate:
         return float(g.square().sum(dtype=torch.float64)) * m / len(index)
 
     def amplification(self, low_rank: LowRank) -> float:
-        """For what is left when the smooth part is taken out."""
+        """For what is left when the low-rank part is taken out."""
         s = self._s + low_rank.diagonal().to(self._s.dtype) * self.alpha if low_rank.symmetric else self._s
         total = float((squared_norms(self.alpha).double() * low_rank.residual_column_norms(self.W) * self._x2).sum())
         total += float((squared_norms(s).double() * self._z2).sum())
@@ -94,12 +94,12 @@ def centring_direction(m: int, W: torch.Tensor, roots: torch.Tensor | None) -> t
 
 
 def low_rank_flops(m: int, n: int, d: int, K: int, rank: int) -> float:
-    """Float64 operations that a smooth part costs."""
+    """Float64 operations that a low-rank part costs."""
     return 2.0 * (n + max(m, n)) * rank * K * d
 
 
 def low_rank_bytes(m: int, n: int, d: int, K: int, rank: int) -> int:
-    """Memory that a smooth part takes beyond one of rank 1."""
+    """Memory that a low-rank part takes beyond one of rank 1."""
     return 8 * rank * (2 * (m + n) + 3 * K * d + ROWS * K)
 
 

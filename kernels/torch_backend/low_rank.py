@@ -1,4 +1,4 @@
-"""The smooth part of the gradient weights, taken out before the weights are squared.
+"""The low-rank part of the gradient weights, taken out before the weights are squared.
 
 The gram form squares W, and what it squares cancels later: float32 loses digits as (W / scale of the gradients)^2. Most
 of W is smooth: in high dimension all distances are alike and W is nearly constant; once classes collapse it is nearly

@@ -1,6 +1,6 @@
 """Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients, agop and solve, float32.
 
-The algorithms around the kernels (blocks, guard, centring, float64 accumulation; the factorisation) are those of
+The algorithms around the kernels (blocks, the estimate of cancellation, centring, float64 accumulation; the factorisation) are those of
 ``torch_backend`` and of the solvers. Only the kernel matrix of a float64 factorisation is made in float64.
 """
 
