@@ -1,7 +1,8 @@
 """Triton backend: the launches behind kernel_matrix, kernel_matmul, gradients, agop and solve, float32.
 
-The algorithms around the kernels (blocks, the estimate of cancellation, centring, float64 accumulation; the factorisation) are those of
-``torch_backend`` and of the solvers. Only the kernel matrix of a float64 factorisation is made in float64.
+The algorithms around the kernels (blocks, the estimate of cancellation, centring, float64 accumulation; the
+factorisation) are those of ``torch_backend`` and of the solvers. Only the kernel matrix of a float64 factorisation is
+made in float64.
 """
 
 from __future__ import annotations
