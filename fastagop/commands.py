@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -35,6 +36,13 @@ def run(program: str, command: Callable[[], int | None], interrupted: str = "int
         code = REFUSED
     _end_output()
     return code
+
+
+def count(text: str) -> int:
+    """An option's integer >= 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def describe(error: Exception) -> str:

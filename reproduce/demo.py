@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from fastagop import commands
 from reproduce import figures, layers, options, plots, runs, settings
 from reproduce.deep_rfm_figures import FAMILY
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the demo."""
-    parser.add_argument("--n", type=options.count, help="training points; default all 1437")
-    parser.add_argument("--depth", type=options.count, default=20, help="layers; default %(default)s")
-    parser.add_argument("--width", type=options.count, default=1024, help="random features; default %(default)s")
+    parser.add_argument("--n", type=commands.count, help="training points; default all 1437")
+    parser.add_argument("--depth", type=commands.count, default=20, help="layers; default %(default)s")
+    parser.add_argument("--width", type=commands.count, default=1024, help="random features; default %(default)s")
     options.add_location(parser, "out/demo", data=False)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastagop import datasets, network
+from fastagop import commands, datasets, network
 from reproduce import options
 
 
@@ -81,8 +81,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "module:function that returns your trained model, importable from here; default %(default)s, an example"
     add("--model", default="reproduce.nfa_table:example", help=text)
     add("--dataset", default="digits", help="mnist, cifar10, svhn, digits or the path of an .npz; default %(default)s")
-    add("--n", type=options.count, help="points, the first in file order; default all")
-    add("--shape", type=options.count, nargs="+", help="of one input, for example 1 28 28; default flat")
+    add("--n", type=commands.count, help="points, the first in file order; default all")
+    add("--shape", type=commands.count, nargs="+", help="of one input, for example 1 28 28; default flat")
     add("--layers", nargs="+", help='names or patterns of Linear layers, for example "classifier.*"; default all')
     options.add_data(parser)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fastagop import commands
 from fastagop.deep_rfm.random_features import COS_SCALE
 from reproduce.settings import KERNELS, POINTS, RunLocation
 
@@ -17,8 +18,8 @@ def add_figure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.set_defaults(quick=False)
     _add_points(parser)
-    add("--depth", type=count, default=20, help="layers; default %(default)s")
-    add("--width", type=count, help="random features; default 1024 for ReLU, 4096 for cos")
+    add("--depth", type=commands.count, default=20, help="layers; default %(default)s")
+    add("--width", type=commands.count, help="random features; default 1024 for ReLU, 4096 for cos")
     add("--feature-scale", type=float, default=COS_SCALE, help="of cos features' Cauchy W; default %(default)s")
     add("--ridge", type=float, default=0.0, help="default %(default)s")
     text = "paper: Gaussian for ReLU on MNIST, else Laplace; default %(default)s"
@@ -37,12 +38,12 @@ def add_network_figure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="one seed, few points and epochs: minutes on two CPU cores")
     _add_points(parser)
-    add("--epochs", type=count, help="default 500 (MLP), 300 (ResNet), 600 (VGG)")
+    add("--epochs", type=commands.count, help="default 500 (MLP), 300 (ResNet), 600 (VGG)")
     add("--learning-rate", type=positive, help="default 0.05 (MLP, ResNet), 0.01 (VGG)")
     add("--momentum", type=float, help="default 0 (MLP, ResNet), 0.9 (VGG)")
     add("--init-scale", type=positive, help="of the hidden layers; default 0.3, or 0.2 for ResNet and for MNIST")
-    add("--width", type=count, help="of the hidden layers; default 512")
-    add("--every", type=count, help="epochs between measurements; default 10")
+    add("--width", type=commands.count, help="of the hidden layers; default 512")
+    add("--every", type=commands.count, help="epochs between measurements; default 10")
     text = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"
     add("--seeds", type=int, nargs="+", help=text)
     _add_standardize(parser, " (the paper is silent)")
@@ -53,7 +54,7 @@ def _add_points(parser: argparse.ArgumentParser) -> None:
     text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
     parser.add_argument("--dataset", action="append", default=[], help=text)
     text = f"training points, the first in file order; default {POINTS}, or what there is"
-    parser.add_argument("--n", type=count, help=text)
+    parser.add_argument("--n", type=commands.count, help=text)
 
 
 def _add_standardize(parser: argparse.ArgumentParser, remark: str) -> None:
@@ -76,13 +77,6 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Options that say where the data sets are."""
     parser.add_argument("--data-root", help="folder with torchvision's files; default data")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch missing files")
-
-
-def count(text: str) -> int:
-    """An option's integer >= 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
 
 
 def positive(text: str) -> float:

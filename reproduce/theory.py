@@ -54,7 +54,7 @@ def relu_variance(r: float | Tensor) -> Tensor:
 
 def monte_carlo(r: float, width: int, draws: int, generator: torch.Generator) -> tuple[float, float, float]:
     """Mean of relu(Wx)^T relu(Wy) over draws of W, its standard error, and width times its variance."""
-    x, y = torch.eye(2, dtype=F64)[0], torch.stack(cosine_and_sine(r))  # the law depends on r alone
+    x, y = torch.eye(2, dtype=F64)[0], torch.stack(cosine_and_sine(r))  # The law depends on r alone.
     W = torch.randn(draws, width, 2, generator=generator, dtype=F64) * math.sqrt(2 / width)
     products = ((W @ x).relu() * (W @ y).relu()).sum(1)
     variance = products.var().item()
@@ -211,5 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # matrices of 60 rows: threads cost more than they bring
+    torch.set_num_threads(1)  # Threads cost more than they bring for matrices of 60 rows.
     main()

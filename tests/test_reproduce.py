@@ -180,15 +180,15 @@ def test_demo(tmp_path, capsys):
     check_image(tmp_path / "gram.png")
     check_image(tmp_path / "curves.png")
     assert len(read(tmp_path / "numbers.csv")) == 9
-    said = capsys.readouterr().out
-    for words in (
+    printed = capsys.readouterr().out
+    for excerpt in (
         "NC1",
         "cholesky float64",
         "accuracy on the training points",
         "the test points",
         "gram.png",
     ):
-        assert words in said
+        assert excerpt in printed
     accuracy = json.loads((tmp_path / "numbers.json").read_text())["runs"][0]["accuracy"]
     assert accuracy == {"training": 1.0, "test": pytest.approx(demo_accuracy(), abs=0.01)}
 
@@ -227,8 +227,8 @@ def test_an_interrupted_run_resumes(figure6, tmp_path, monkeypatch, capsys, stor
     assert (tmp_path / "figure6.csv").read_bytes() == (figure6 / "figure6.csv").read_bytes()
     lines = read(only_run(tmp_path) / "layers.csv")
     assert [line["layer"] for line in lines] == ["1", "2", "3"]
-    said = capsys.readouterr().out
-    assert all(f"\n    {layer} | " in said for layer in (1, 2, 3))
+    printed = capsys.readouterr().out
+    assert all(f"\n    {layer} | " in printed for layer in (1, 2, 3))
     with np.load(only_run(tmp_path) / "gram.npz") as found, np.load(only_run(figure6) / "gram.npz") as expected:
         assert set(found) == set(expected)
         for name in expected:  # float16: one unit in the last place, where a panel was computed again
@@ -255,16 +255,16 @@ def test_one_process_a_run(tmp_path, capsys):
 
 
 def one_line(capsys) -> str:
-    (said,) = capsys.readouterr().err.splitlines()
-    return said
+    (printed,) = capsys.readouterr().err.splitlines()
+    return printed
 
 
 def test_missing_data(tmp_path, capsys):
     arguments = ["figure3", "--dataset", "svhn", "--n", "50", "--data-root", str(tmp_path), "--out", str(tmp_path)]
     assert main(arguments) == 2
-    said = one_line(capsys)
-    assert "train_32x32.mat" in said
-    assert "--download" in said
+    printed = one_line(capsys)
+    assert "train_32x32.mat" in printed
+    assert "--download" in printed
 
 
 def test_missing_data_of_one_row(figure6, tmp_path, capsys):
@@ -277,7 +277,7 @@ def test_missing_data_of_one_row(figure6, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "excerpt"),
     [
         (["--n", "5000"], "--n must be from 1 to 1437"),  # explicit and too large
         (["--dataset", "imagenet"], "'imagenet'"),
@@ -286,10 +286,10 @@ def test_missing_data_of_one_row(figure6, tmp_path, capsys):
         (["--dataset", "nowhere.npz"], "no file nowhere.npz"),
     ],
 )
-def test_bad_settings_are_one_line(tmp_path, capsys, changed, words):
+def test_bad_settings_are_one_line(tmp_path, capsys, changed, excerpt):
     options = [*SMALL, *changed] if changed[0] != "--dataset" else changed
     assert main(["figure3", *options, "--out", str(tmp_path)]) == 2
-    assert words in one_line(capsys)
+    assert excerpt in one_line(capsys)
 
 
 @pytest.mark.parametrize("changed", [["--width", "0"], ["--device", "abacus"], ["--kernel", "linear"]])
@@ -315,9 +315,9 @@ def test_the_default_n_takes_what_there_is(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(deep_rfm_runs.DeepRFMProcedure, "compute", stop)
     assert main(["figure3", "--dataset", "digits", "--out", str(tmp_path)]) == 130
-    said = capsys.readouterr().out
-    assert said.count("digits has 1437 training points, not the paper's 50000") == 1
-    assert "n = 1437" in said
+    printed = capsys.readouterr().out
+    assert printed.count("digits has 1437 training points, not the paper's 50000") == 1
+    assert "n = 1437" in printed
 
 
 # ---- Pieces

@@ -43,8 +43,8 @@ def refused(command, out, capsys) -> str:
     """The one line that a command ends with."""
     capsys.readouterr()
     assert main([*command, "--out", str(out)]) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m reproduce")]
-    return said
+    (printed,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m reproduce")]
+    return printed
 
 
 def flips(data: bytes, count: int):
@@ -89,9 +89,9 @@ def test_damaged_files_of_a_complete_run_are_one_line(complete, command, name, d
     k = len(data) // 3
     broken = {"flip": data[:k] + bytes([data[k] ^ 64]) + data[k + 1 :], "half": data[:k], "empty": b"", "text": b"hi"}
     (folder / name).write_bytes(broken[damage])
-    said = refused(command, out, capsys)
-    assert name in said
-    assert f"remove {folder}" in said
+    printed = refused(command, out, capsys)
+    assert name in printed
+    assert f"remove {folder}" in printed
 
 
 def test_a_flipped_training_checkpoint_is_found(complete, tmp_path):
@@ -132,8 +132,8 @@ def test_a_damaged_table_of_a_resumed_run_is_one_line(complete, tmp_path, capsys
 
 
 @pytest.mark.parametrize("command", [DEEP, NETWORK, ["demo", *DEEP[3:]]], ids=lambda command: command[0])
-def test_places_that_cannot_be_written_to(command, tmp_path, capsys, monkeypatch):
-    """Said before anything is computed."""
+def test_folders_that_cannot_be_written_to(command, tmp_path, capsys, monkeypatch):
+    """The refusal comes before anything is computed."""
     monkeypatch.setattr(runs, "_compute", lambda *_: 1 / 0)
     file = tmp_path / "file"
     file.write_text("mine")
@@ -157,9 +157,9 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(complete, command, step, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        said = refused(command, tmp_path, capsys)
-    assert said.endswith(": No space left on device")
-    assert str(tmp_path) in said
+        printed = refused(command, tmp_path, capsys)
+    assert printed.endswith(": No space left on device")
+    assert str(tmp_path) in printed
     assert not list(tmp_path.rglob("*.tmp"))
     assert main([*command, "--out", str(tmp_path)]) == 0
     name = f"{command[0]}.csv"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from fastagop import collapse
 from reproduce import figures, layers, network_plots, network_settings, networks, nfa_table, runs, training
 from reproduce.__main__ import FIGURES, main, parser
 from reproduce.settings import RunLocation
+from tests.test_reproduce import check_image, read
 
 SMALL = ["--dataset", "digits", "--n", "100", "--width", "16", "--epochs", "4", "--every", "2", "--init-scale", "1"]
 
@@ -27,19 +26,6 @@ def figure7(tmp_path_factory):
     out = tmp_path_factory.mktemp("figure7")
     assert main(["figure7", *SMALL, "--seeds", "0", "1", "--momentum", "0.9", "--out", str(out)]) == 0
     return out
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def check_image(path: Path) -> None:
-    from matplotlib.image import imread
-
-    pixels = imread(path)
-    assert min(pixels.shape[:2]) > 300
-    assert pixels[..., :3].std() > 0.05
 
 
 # ---- Networks and settings
@@ -151,9 +137,9 @@ def test_training_lowers_the_loss_and_nc1(figure7):
 def test_runs_are_shared(figure7, name, monkeypatch, capsys):
     monkeypatch.setattr(training.NetworkProcedure, "compute", None)
     assert main([name, *SMALL, "--seeds", "0", "1", "--momentum", "0.9", "--out", str(figure7)]) == 0
-    said = capsys.readouterr().out
-    assert said.count("complete, nothing to compute") == 2
-    assert "NFA correlation over hidden layers and seeds" in said
+    printed = capsys.readouterr().out
+    assert printed.count("complete, nothing to compute") == 2
+    assert "NFA correlation over hidden layers and seeds" in printed
     assert (figure7 / f"{name}.csv").read_bytes() == (figure7 / "figure7.csv").read_bytes()
     check_image(figure7 / f"{name}.png")
 
@@ -263,17 +249,17 @@ def test_gaps_are_drawn_as_gaps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "excerpt"),
     [
         (["--dataset", "digits", "--n", "5000"], "--n must be from 1 to 1437"),
         (["--dataset", "imagenet"], "'imagenet'"),
         ([*SMALL, "--learning-rate", "1e4"], "choose a smaller --learning-rate"),
     ],
 )
-def test_bad_settings_are_one_line(tmp_path, capsys, options, words):
+def test_bad_settings_are_one_line(tmp_path, capsys, options, excerpt):
     assert main(["figure7", *options, "--seeds", "0", "--out", str(tmp_path)]) == 2
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m reproduce")]
-    assert words in said
+    (printed,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("python -m reproduce")]
+    assert excerpt in printed
 
 
 def test_vgg_refuses_small_images(tmp_path, capsys):
@@ -294,14 +280,16 @@ def test_bad_options_exit_2(capsys, changed):
 # ---- A model of one's own
 
 
-def own() -> nn.Module:
+def custom_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Unflatten(1, (8, 8)), nn.Linear(8, 6), nn.Tanh(), nn.Flatten(), nn.Linear(48, 10))
 
 
 def test_nfa_table_of_a_model_with_tokens(capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mine", type("mine", (), {"own": staticmethod(own), "no": 3}))
-    assert main(["nfa_table", "--model", "mine:own", "--n", "50"]) == 0
+    monkeypatch.setitem(
+        __import__("sys").modules, "mine", type("mine", (), {"build": staticmethod(custom_model), "no": 3})
+    )
+    assert main(["nfa_table", "--model", "mine:build", "--n", "50"]) == 0
     head, tokens, matrix = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "layer"
     assert (tokens.split()[0], matrix.split()[0]) == ("1", "4")
@@ -316,4 +304,4 @@ def test_nfa_table_of_a_model_with_tokens(capsys, monkeypatch):
 def test_nfa_table_takes_a_loader():
     X, y = torch.randn(30, 64), torch.arange(30) % 3
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=7)
-    assert nfa_table.table(own(), loader) == nfa_table.table(own(), X, y)
+    assert nfa_table.table(custom_model(), loader) == nfa_table.table(custom_model(), X, y)
