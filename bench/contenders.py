@@ -31,41 +31,41 @@ class Unable(ValueError):
     """Why a contender does not compete."""
 
 
-def kernel_matrix(p: Problem, **how):
+def kernel_matrix(p: Problem, **options):
     """k(X, X)."""
-    return fastagop.kernel_matrix(p.kernel, p.X, **how)
+    return fastagop.kernel_matrix(p.kernel, p.X, **options)
 
 
-def kernel_matmul(p: Problem, **how):
+def kernel_matmul(p: Problem, **options):
     """k(X, X) alpha without k(X, X)."""
-    return fastagop.kernel_matmul(p.kernel, p.X, None, p.alpha, **how)
+    return fastagop.kernel_matmul(p.kernel, p.X, None, p.alpha, **options)
 
 
-def gradients(p: Problem, **how):
+def gradients(p: Problem, **options):
     """Gradients at the points."""
-    return fastagop.gradients(p.kernel, p.X, p.alpha, **how)
+    return fastagop.gradients(p.kernel, p.X, p.alpha, **options)
 
 
-def agop(p: Problem, **how):
+def agop(p: Problem, **options):
     """Sum of the gradients' outer products."""
-    return fastagop.agop(p.kernel, p.X, p.alpha, reduction="sum", **how)
+    return fastagop.agop(p.kernel, p.X, p.alpha, reduction="sum", **options)
 
 
-def solve(p: Problem, **how):
+def solve(p: Problem, **options):
     """The solution, with what happened on the way; the problem's ridge unless another is named."""
-    return fastagop.solve(p.kernel, p.X, p.alpha, **{"ridge": p.ridge, **how})
+    return fastagop.solve(p.kernel, p.X, p.alpha, **{"ridge": p.ridge, **options})
 
 
 def fastagop_by(call: Callable, ways: Mapping[str, dict], **options) -> dict[str, Contender]:
     """Contenders that make a call of fastagop in several ways; a backend that cannot serve says why."""
 
-    def run(problem: Problem, how: dict):
+    def run(problem: Problem, way: dict):
         try:
-            return call(problem, **how, **options)
+            return call(problem, **way, **options)
         except fastagop.BackendUnavailable as reason:
             raise Unable(str(reason)) from None
 
-    return {name: functools.partial(run, how=how) for name, how in ways.items()}
+    return {name: functools.partial(run, way=way) for name, way in ways.items()}
 
 
 def _every_way(call: Callable) -> dict[str, Contender]:
@@ -108,8 +108,8 @@ def _sklearn_ridge(problem: Problem):
     kernel = _kernel(problem, fastagop.Gaussian, "scikit-learn has no l2 Laplace kernel")
     if problem.device.type != "cpu":
         raise Unable("scikit-learn runs on the CPU")
-    how: dict = {"gamma": 0.5 / kernel.bandwidth**2, "alpha": problem.ridge}
-    model = KernelRidge(kernel="rbf", **how)
+    options: dict = {"gamma": 0.5 / kernel.bandwidth**2, "alpha": problem.ridge}
+    model = KernelRidge(kernel="rbf", **options)
     return torch.from_numpy(model.fit(problem.X.numpy(), problem.alpha.numpy()).dual_coef_)
 
 
@@ -142,9 +142,9 @@ def _kermac(problem: Problem):
 def _layer(problem: Problem, backend: str, precision: str = "highest") -> torch.Tensor:
     """A layer as the estimators train it, collapse measures included; M divided by its largest entry."""
     width = min(1024, problem.d)
-    how = layer_module.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
+    options = layer_module.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
     Y = 2.0 * torch.nn.functional.one_hot(problem.y).to(problem.X) - 1.0
-    return layer_module.train_layer(problem.X, Y, how, 0, problem.y)[0].agop
+    return layer_module.train_layer(problem.X, Y, options, 0, problem.y)[0].agop
 
 
 OPERATIONS: dict[str, dict[str, Contender]] = {
@@ -170,7 +170,7 @@ OPERATIONS: dict[str, dict[str, Contender]] = {
         "KeOps LazyTensor": _lazy_agop,
     },
     "solve": {
-        **_every_way(lambda p, **how: solve(p, **how).alpha),
+        **_every_way(lambda p, **options: solve(p, **options).alpha),
         "torch composition": lambda p: peers.solve(p.X, p.alpha, p.kernel, p.ridge),
         "scikit-learn KernelRidge": _sklearn_ridge,
     },

@@ -92,8 +92,8 @@ def _kernel_rows(p: Problem) -> torch.Tensor:
 @functools.lru_cache(maxsize=1)
 def agop64(p: Problem, method: str = "gradient") -> torch.Tensor:
     """The AGOP by the torch backend in float64."""
-    how = {"reduction": "sum", "method": method, "backend": "torch"}
-    return fastagop.agop(p.kernel, p.X.double(), p.alpha.double(), **how)
+    options = {"reduction": "sum", "method": method, "backend": "torch"}
+    return fastagop.agop(p.kernel, p.X.double(), p.alpha.double(), **options)
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,9 +27,9 @@ def rows_of(result: Path) -> list[dict]:
         if lacking := sorted({name for row in found for name in _NEEDED if name not in row}):
             raise ValueError(f"a benchmark lacks {', '.join(lacking)}")
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        said = f"KeyError {error}" if isinstance(error, KeyError) else error
+        reason = f"KeyError {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"--result {result} is not what `pytest bench --benchmark-only --benchmark-json FILE` writes ({said})"
+            f"--result {result} is not what `pytest bench --benchmark-only --benchmark-json FILE` writes ({reason})"
         ) from error
     return found
 

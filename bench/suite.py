@@ -152,8 +152,8 @@ def deep_rfm(problem: Problem, depth: int, backends: Mapping[str, dict]) -> Case
     """Whole layers of Deep RFM with ReLU features of width d."""
 
     def fit(p: Problem, backend: str) -> fastagop.DeepRFMClassifier:
-        how = {"depth": depth, "width": p.d, "random_state": 0, "device": p.device, "backend": backend}
-        model = fastagop.DeepRFMClassifier(**how).fit(p.X, p.y)
+        options = {"depth": depth, "width": p.d, "random_state": 0, "device": p.device, "backend": backend}
+        model = fastagop.DeepRFMClassifier(**options).fit(p.X, p.y)
         stages = {key: round(value, 3) for key, value in model.layers_[-1].stages.items()}
         print(f"  {backend} stages of the last layer: {stages}, NC1 {model.layers_[-1].nc1['projected']:.2e}")
         return model

@@ -129,9 +129,8 @@ def test_wheel_contents(wheel):
         metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
         tops = archive.read(next(n for n in names if n.endswith("top_level.txt"))).decode().split()
     info = next(name for name in names if name.endswith("/WHEEL")).removesuffix("/WHEEL")
-    expected = {f"fastagop/{path.name}" for path in (ROOT / "fastagop").glob("*.py")}
-    expected |= {f"fastagop/integrations/{path.name}" for path in (ROOT / "fastagop/integrations").glob("*.py")}
-    expected |= {f"fastagop/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastagop").rglob("*.py")}
+    expected |= {f"fastagop/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     expected |= {"fastagop/py.typed"}
     expected |= {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE")}
     assert names == expected  # and so no top-level kernels, tests, bench or reproduce
