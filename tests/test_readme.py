@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs(capsys):
-    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(block.strip().splitlines()) <= 12
     exec(compile(block, "README.md", "exec"), {})
     assert "agop: backend torch" in capsys.readouterr().out
