@@ -23,7 +23,7 @@ def test_layouts(dtype, first, second, normal, relative):
     A, B = LAYOUTS[first](normal(9, 5, dtype=dtype)), LAYOUTS[second](normal(7, 5, dtype=dtype, seed=2))
     for bias in (None, normal(7, dtype=dtype, seed=3)):
         expected = A.double() @ B.double().T + (0.0 if bias is None else bias.double())
-        assert relative(gemm.product(A, B, bias), expected) <= 8 * torch.finfo(dtype).eps
+        assert relative(gemm.matmul_nt(A, B, bias), expected) <= 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -39,4 +39,4 @@ def test_the_second_factor_has_no_gaps(layout, normal):
 @pytest.mark.parametrize("shape", [(0, 5, 7), (9, 0, 7), (9, 5, 0), (1, 1, 1)])
 def test_empty(shape):
     m, k, n = shape
-    assert torch.equal(gemm.product(torch.ones(m, k), torch.ones(n, k)), torch.full((m, n), float(k)))
+    assert torch.equal(gemm.matmul_nt(torch.ones(m, k), torch.ones(n, k)), torch.full((m, n), float(k)))
