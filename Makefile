@@ -1,16 +1,22 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# `make test` leaves out what tests/slow.py lists, `make test-slow` runs that, `make test-all` both.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test docs lint types format clean
+.PHONY: demo test test-slow test-all docs lint types format clean
 
 demo: $(STAMP)
 	$(RUN) -m reproduce demo --out out/demo
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN) -m pytest -m slow
+
+test-all: test test-slow
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml

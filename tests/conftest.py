@@ -6,6 +6,7 @@ hold functions without state, and live for the whole session so that hypothesis 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -22,6 +23,42 @@ import fastagop
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before SciPy is imported: scikit-learn's array API checks want it
 
 CLASSES = 5
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(f"fastagop_test_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GRID = _load("grid")
+SLOW = _load("slow").SLOW
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what slow.py lists; a name there that its file does not define is an error."""
+    for path in {item.path for item in items if item.path.parent == Path(__file__).parent and item.path.name in SLOW}:
+        for name in SLOW[path.name]:
+            if name != "*" and f"def {name}(" not in path.read_text():
+                raise pytest.UsageError(f"slow.py lists {name}, which {path.name} does not define; correct the list")
+    for item in items:
+        names = SLOW.get(item.path.name, {})
+        if "*" in names or item.name.partition("[")[0] in names:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for ``grid_case`` or ``grid_place`` runs over all of those in grid.py."""
+    for name, values in GRID.PARAMETERS.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
+@pytest.fixture(scope="session")
+def grid():
+    """The lists of grid.py."""
+    return GRID
 
 
 def pytest_report_header(config):
@@ -115,7 +152,8 @@ def relative():
 
     def measure(a: torch.Tensor, b: torch.Tensor) -> float:
         assert a.shape == b.shape
-        error, size = torch.linalg.vector_norm(a.double() - b.double()), torch.linalg.vector_norm(b.double())
+        a, b = a.double().cpu(), b.double().cpu()
+        error, size = torch.linalg.vector_norm(a - b), torch.linalg.vector_norm(b)
         return float(error / size if size > 0 else error)
 
     return measure
@@ -133,8 +171,8 @@ def gradient_bound():
 
     def bound(kernel, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor | None = None) -> float:
         eps = torch.finfo(X.dtype).eps
-        x, a = X.double(), alpha.double()
-        z = x if Z is None else Z.double()
+        x, a = X.double().cpu(), alpha.double().cpu()
+        z = x if Z is None else Z.double().cpu()
         difference = x[None] - z[:, None]
         r = difference.square().sum(-1).sqrt()
         u = r / kernel.bandwidth

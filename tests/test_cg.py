@@ -296,7 +296,6 @@ def test_memory_error_where_nothing_fits(cloud, normal, least_memory):
         fastagop.solve(Laplace(2.0), X, Y, method=ConjugateGradients(rank=399), memory_limit=4 * least)
 
 
-@pytest.mark.slow
 def test_peak_memory(peak_memory):
     """Within its own plan, which is a small part of the matrix."""
     setup = """

@@ -109,20 +109,6 @@ def test_few_rows(kernel, n, cloud, normal):
 
 
 @needs_keops
-@dtypes
-def test_layouts_and_autograd(dtype, cloud, normal):
-    X, alpha = cloud("spread", n=80, d=2 * D, dtype=dtype)[::2, ::2], normal(K, 40, dtype=dtype).T
-    assert not X.is_contiguous()
-    assert not alpha.is_contiguous()
-    X.requires_grad_()
-    agrees(
-        fastagop.kernel_matmul(Laplace(2.0), X, None, alpha, **KEOPS),
-        reference.kernel_matmul(Laplace(2.0), X, X, alpha),
-    )
-    agrees(fastagop.gradients(Laplace(2.0), X, alpha, **KEOPS), reference.gradients(Laplace(2.0), X, alpha))
-
-
-@needs_keops
 def test_outputs_in_chunks(cloud, normal, monkeypatch):
     """More outputs than one reduction takes: chunks of one width, the last padded with zeros."""
     X, alpha = cloud("spread", n=40, d=D, dtype=torch.float64), normal(40, 2 * K + 1)

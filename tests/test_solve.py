@@ -151,7 +151,7 @@ def test_refinement_takes_what_the_factor_cannot(cloud, targets):
 @dtypes
 @pytest.mark.parametrize("method", ROADS)
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
-@pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0), Gaussian(5.0)], ids=repr)
+@pytest.mark.parametrize("kernel", [Gaussian(5.0)], ids=repr)  # test_contract.py has the better conditioned ones
 @pytest.mark.parametrize(
     "name",
     [
@@ -344,7 +344,6 @@ def test_memory_limit(dtype, ridge, method, cloud, normal):
         fastagop.explain("solve", Laplace(2.0), X[:beyond], Y[:beyond], memory_limit=limit, **words)
 
 
-@pytest.mark.slow
 def test_peak_memory(peak_memory):
     """One n x n matrix, and less than 0.3 of another beside it."""
     setup = """

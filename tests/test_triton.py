@@ -21,6 +21,8 @@ from fastagop import BackendUnavailable, Laplace
 triton = pytest.importorskip("triton")
 
 CASES = Path(__file__).parent / "triton_cases.py"
+CONTRACT = Path(__file__).parent / "test_contract.py"
+FAST = "test_shapes or test_nothing_to_do or test_explain or test_split"
 SHARED = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may take
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -31,16 +33,27 @@ LAUNCHES = sorted(launch_config.TABLE[8])  # (operation, precision)
 INTERPRETS = VERSION >= (3, 7) or tuple(int(part) for part in np.__version__.split(".")[:2]) < (2, 4)
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRETS), reason="this Triton interprets with numpy < 2.4 only"
-)
-def test_cases():
+def run_cases(*words):
+    if not (torch.cuda.is_available() or INTERPRETS):
+        pytest.skip("this Triton interprets with numpy < 2.4 only")
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *words, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def test_some_cases():
+    """Values, products, gradients and both forms of the AGOP on few points; test_all_cases runs the rest."""
+    run_cases(str(CASES), "-k", FAST)
+
+
+def test_all_cases():
+    """And the contract suite, which on a machine with a GPU runs Triton by itself."""
+    run_cases(str(CASES), "-k", f"not ({FAST})")
+    if not torch.cuda.is_available():
+        run_cases(str(CONTRACT), "-k", "triton")
 
 
 def compiled(operation, precision, capability, profile=Laplace, weight=True):

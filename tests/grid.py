@@ -1,0 +1,124 @@
+"""What the contract suite (test_contract.py) runs over. A new kernel, cloud or backend is one line in a list here.
+
+The tests cannot import this file (pytest's importlib mode): conftest.py loads it and turns ``CASES`` and ``PLACES``
+into the parameters ``grid_case`` and ``grid_place`` of every test that asks for them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
+
+KERNELS = [
+    Laplace(2.0),  # the paper's kernel, singular at distance zero
+    Gaussian(1.0),  # the paper's other kernel, smooth at distance zero
+    Laplace(0.05),  # narrow: far pairs underflow, within-class distances decide
+    GeneralisedLaplace(2.0, 0.5),  # a stronger singularity at distance zero
+    GeneralisedLaplace(1.0, 1.5),  # between Laplace and Gaussian
+    Matern52(2.0),  # a polynomial times an exponential
+]
+WELL_SPREAD = ["spread", "collapsed 1", "offset", "zero-rows"]  # conftest.py says what each cloud is
+NEAR = ["collapsed 1e-2", "collapsed 1e-3", "collapsed 1e-4", "nested", "scales", "line", "pairs"]
+CLOUDS = [*WELL_SPREAD, *NEAR, "identical"]
+FEW_CLOUDS = ["spread", "collapsed 1e-3"]  # for backends whose calls take seconds here
+OPERATIONS = ["kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"]
+DTYPES = [torch.float32, torch.float64]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Backend(NamedTuple):
+    """One backend: where it serves, what it refuses, and the sizes that its speed in the tests allows."""
+
+    name: str
+    devices: list[str]
+    dtypes: list[torch.dtype] = DTYPES
+    refuses: tuple[str, ...] = ()  # operations answered with BackendUnavailable
+    agop_methods: tuple[str, ...] = ("gradient", "gram", "auto")
+    solve_methods: tuple[str, ...] = ("cholesky", "eigh", "cg")
+    coarseness: float = 1.0  # rounding of its products' factors in units of the dtype's eps
+    clouds: list[str] = CLOUDS
+    n: int = 120
+    d: int = 12
+    slow: bool = False
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+_KEOPS = _has("pykeops") and bool(shutil.which("g++") or shutil.which("clang++"))
+_TRITON = ["cpu"] if INTERPRETED else DEVICES[1:]
+BACKENDS = [
+    Backend("torch", DEVICES),
+    # Three fp16 products hold 22 of float32's 24 bits.
+    Backend(
+        "triton",
+        _TRITON if _has("triton") else [],
+        [torch.float32],
+        solve_methods=("cholesky",),
+        coarseness=4.0,
+        clouds=FEW_CLOUDS if INTERPRETED else CLOUDS,
+        n=30,  # one block: triton_cases.py has the tails
+        slow=INTERPRETED,
+    ),
+    # Every feature count is a formula of its own that compiles for ten seconds: five features, as in test_keops.py.
+    Backend(
+        "keops",
+        DEVICES if _KEOPS else [],
+        refuses=("kernel_matrix",),
+        agop_methods=("gradient", "auto"),
+        solve_methods=("cg",),
+        clouds=FEW_CLOUDS,
+        n=60,
+        d=5,
+        slow=True,
+    ),
+]
+
+
+class Place(NamedTuple):
+    """Where an operation runs: a backend on one device in one dtype."""
+
+    backend: Backend
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device, self.dtype)
+
+
+class Case(NamedTuple):
+    """One kernel on one cloud at one place."""
+
+    kernel: Any
+    cloud: str
+    place: Place
+
+    def __str__(self) -> str:
+        return f"{self.kernel}-{self.cloud}-{self.place}"
+
+
+def _parameter(value, backend: Backend):
+    return pytest.param(value, id=str(value), marks=[pytest.mark.slow] if backend.slow else [])
+
+
+_PLACES = [Place(b, device, dtype) for b in BACKENDS for device in b.devices for dtype in b.dtypes]
+PLACES = [_parameter(place, place.backend) for place in _PLACES]
+CASES = [
+    _parameter(Case(kernel, cloud, place), place.backend)
+    for place in _PLACES
+    for kernel in KERNELS
+    for cloud in place.backend.clouds
+]
+PARAMETERS = {"grid_case": CASES, "grid_place": PLACES}

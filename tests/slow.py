@@ -1,0 +1,58 @@
+"""What `make test` leaves to `make test-slow`, and why: the one list of slow tests. conftest.py marks them.
+
+A file maps to {test: reason}; the test "*" is the whole file. Every area keeps fast tests of its own in `make test`.
+Beside these, grid.py marks the contract suite's Triton interpreter and KeOps parts: seconds a call, ten a formula.
+"""
+
+_PROCESS = "starts Python processes, three seconds each"
+_MEMORY = "measures peak memory of large problems in fresh processes"
+_BENCH = "runs contenders of the benchmarks"
+_COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
+_FULL_DISK = "one run of reproduce after the other"
+
+SLOW = {
+    "test_agop.py": {"test_peak_memory": _MEMORY},
+    "test_bench.py": {
+        "test_other_cases_take_n": _BENCH,
+        "test_pytest_benchmarks": _BENCH,
+        "test_report": _BENCH,
+        "test_agop_takes_n_and_d": _BENCH,
+        "test_a_full_disk_is_one_line_and_leaves_the_old_result": _BENCH,
+        "test_from_another_folder": _PROCESS,
+    },
+    "test_cg.py": {"test_peak_memory": _MEMORY},
+    "test_diagonal.py": {"test_memory_grows_with_d_only": _MEMORY},
+    "test_distributed.py": {
+        "test_two_ranks": "starts ranks with torchrun, which work through rank_cases.py",
+        "test_shares_of_nothing_and_lost_ranks": "starts ranks, kills one and waits for the others' timeout",
+    },
+    "test_docs.py": {"test_site_builds": "builds the documentation"},
+    "test_errors.py": {"test_a_script_is_named": _PROCESS},
+    "test_keops.py": {
+        "test_against_the_reference": _COMPILES,
+        "test_further_kernels": _COMPILES,
+        "test_self_pairs_and_duplicates_contribute_nothing": _COMPILES,
+        "test_few_rows": _COMPILES,
+        "test_outputs_in_chunks": _COMPILES,
+        "test_blocks_of_evaluation_points": _COMPILES,
+        "test_extreme_bandwidths": _COMPILES,
+        "test_conjugate_gradients": _COMPILES,
+        # test_a_call_prints_nothing and test_nothing_to_do stay: one formula
+    },
+    "test_packaging.py": {"*": "builds wheels and installs them into fresh environments"},
+    "test_readme.py": {"test_the_kernel_that_docs_add": _PROCESS},
+    "test_reproduce_files.py": {
+        "test_files_that_may_not_grow": _FULL_DISK,
+        "test_output_that_takes_no_more": _FULL_DISK,
+        "test_a_full_disk_is_one_line_and_the_run_resumes": _FULL_DISK,
+        "test_results_name_no_folder_of_this_machine": _FULL_DISK,
+    },
+    "test_reproduce_networks.py": {"test_networks_have_the_papers_shapes": "builds networks of the papers' sizes"},
+    "test_search.py": {"test_a_random_search_finds_nothing": "500 random calls against sums in long double"},
+    "test_solve.py": {"test_peak_memory": _MEMORY},
+    "test_triton.py": {
+        "test_all_cases": "Triton's interpreter takes seconds a call",
+        "test_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_further_profiles_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
+    },
+}
