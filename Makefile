@@ -1,9 +1,10 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
-# `make test` leaves out what tests/slow.py lists, `make test-slow` runs that, `make test-all` both.
+# `make test` leaves out what tests/slow.py lists, `make test-slow` runs that, `make test-all` both; each on two cores.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PYTEST := $(RUN) -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-slow test-all docs lint types format clean
 
@@ -11,10 +12,10 @@ demo: $(STAMP)
 	$(RUN) -m reproduce demo --out out/demo
 
 test: $(STAMP)
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: test test-slow
 
