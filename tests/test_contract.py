@@ -178,6 +178,8 @@ def test_solve(grid_case, ridge, problem, targets, bounded_solution):
         rounding = norm(A.abs() @ alpha.abs()) / norm(b)
         assert abs(solution.residual - true) <= slack * rounding + 1e-12 * true
         if method != "cg":
+            # a bandwidth at which all points look alike, or none, is a warning of its own
+            said = [w for w in said if "at bandwidth" not in str(w.message)]
             assert len(said) == int(should_warn(solution, place.dtype))
             if ridge and solution.dtype == torch.float64:
                 assert solution.jitter == 0
