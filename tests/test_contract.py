@@ -130,9 +130,11 @@ def test_agop(grid_case, center, problem, relative, gradient_bound):
         g = fastagop.gradients(kernel, X, alpha, Z, backend=place.backend.name)
         plain, error = relative(outer_products(g, center), true), {}
         for method in place.backend.agop_methods:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 M = fastagop.agop(kernel, X, alpha, Z, method=method, **words)
+            # Triton's interpreter warns of infinities in lanes that nothing stores.
+            said = [warning for warning in caught if issubclass(warning.category, fastagop.NumericalWarning)]
             assert (M.dtype, M.device) == (X.dtype, X.device)
             assert bool(M.isfinite().all())
             assert method == "gram" or not said
