@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PYTEST := $(RUN) -m pytest --numprocesses 2 --dist worksteal
+PYTEST := $(RUN) -m pytest --numprocesses 2
 
 .PHONY: demo test test-slow test-all docs lint types format clean
 
@@ -12,10 +12,10 @@ demo: $(STAMP)
 	$(RUN) -m reproduce demo --out out/demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist worksteal -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) --dist loadgroup -m slow
 
 test-all: test test-slow
 

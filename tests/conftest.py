@@ -6,12 +6,14 @@ hold functions without state, and live for the whole session so that hypothesis 
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ from fastagop.kernels import plan, reference
 import fastagop
 
 os.environ.setdefault("SCIPY_ARRAY_API", "1")  # before SciPy is imported: scikit-learn's array API checks want it
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:  # Two processes that compile one KeOps formula into one folder spoil it.
+    os.environ.setdefault(
+        "KEOPS_CACHE_FOLDER", str(Path(tempfile.gettempdir(), f"fastagop-keops-{getpass.getuser()}-{WORKER}"))
+    )
 
 CLASSES = 5
 
@@ -46,6 +53,8 @@ def pytest_collection_modifyitems(items):
         names = SLOW.get(item.path.name, {})
         if "*" in names or item.name.partition("[")[0] in names:
             item.add_marker(pytest.mark.slow)
+        if WORKER and "keops" in item.nodeid:  # one worker compiles each formula once
+            item.add_marker(pytest.mark.xdist_group("keops"))
 
 
 def pytest_generate_tests(metafunc):

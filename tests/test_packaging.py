@@ -32,7 +32,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 CHECK = """
 import sys, torch
 torch.set_num_threads(1)
-import fastagop, fastagop.kernels.distance, kernels
+import fastagop, fastagop.kernels.torch_backend.distance, kernels
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 M = fastagop.agop(fastagop.Laplace(2.0), X, X)
 assert M.shape == (3, 3) and bool(M.isfinite().all()) and float(M.trace()) > 0

@@ -125,7 +125,7 @@ def input_precisions() -> tuple[str, ...]:
         from triton.runtime.interpreter import InterpreterOptions as Options
     else:
         from triton.backends.nvidia.compiler import CUDAOptions as Options
-    return Options().allowed_dotinput_precisions
+    return Options().allowed_dot_input_precisions
 
 
 def has_products(dtype: torch.dtype) -> bool:
