@@ -73,7 +73,7 @@ class Serving(Backend, Protocol):
     """
 
     def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
-        """k(X, Z) + ridge I; ``run(points)`` gives (n, m), in ``out`` where there is one."""
+        """k(X, Z) + ridge I, a ridge only where Z is X; ``run(points)`` gives (n, m), in ``out`` if there is one."""
         ...
 
     def matmul(self, operator, V: torch.Tensor) -> Call:
@@ -102,15 +102,23 @@ class Serving(Backend, Protocol):
 
 
 _TABLE: dict[str, Backend] = {}
+_RESERVED: tuple[str, ...] = ()
 
 
 def register(backend: Backend) -> None:
-    """Add a backend to the table, or put it in the place of one of the same name."""
+    """Add a backend to the table, or put it in the place of an earlier one; those of the package stay.
+
+    Raises:
+        ValueError: the name is "auto" or that of a backend of the package.
+    """
+    if backend.name in _RESERVED:
+        raise ValueError(f"name must be none of {', '.join(map(repr, _RESERVED))}, got {backend.name!r}; take another")
     _TABLE[backend.name] = backend
 
 
 for _backend in (TorchBackend(), TritonBackend(), KeopsBackend()):
     register(_backend)
+_RESERVED = ("auto", *_TABLE)
 
 
 def names(operation: str | None = None) -> tuple[str, ...]:

@@ -12,6 +12,21 @@ from typing import ClassVar
 import torch
 
 
+def bounded_factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
+    """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
+    largest = torch.finfo(like.dtype).max
+    return value if value <= largest else min(beyond, largest)
+
+
+def without_duplicates_(sq: torch.Tensor) -> torch.Tensor:
+    """Overwrite zeros by infinity, where a profile and its weight vanish.
+
+    A pair at distance zero adds nothing to a gradient; with a weight it would add w (x - x) in rounded parts, which may
+    exceed everything else.
+    """
+    return sq.masked_fill_(sq == 0, math.inf)
+
+
 @dataclass(frozen=True)
 class Formulas:
     """phi(r), and w(r) (x - z) with w(r) = -phi'(r)/r, zero where r = 0, as KeOps writes them."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .operations import kernel_matrix
-from .profile import Formulas, Profile
+from .profile import Formulas, Profile, bounded_factor, without_duplicates_
 
 # KeOps' Powf, IntInv(3) and / IntCst(3) have float32's digits only: powers are taken by Log, thirds by roots.
 _INVERSE = "Elem(c, 0)"
@@ -28,21 +28,6 @@ _HALF_SQUARE = f"(IntInv(2) * SqNorm2({_INVERSE} * (x - z)))"
 _LOG_POWER = f"(Elem(c, 1) * Log({_RADIUS}))"  # ln t with t = (r / L)^p
 _SCALED = f"ClampInt({_INVERSE} * Sqrt(IntCst(5) * SqDist(x, z)), 0, 10000)"  # cut where exp(-s) is zero: s^2 is finite
 _ROOT_FACTOR = f"(Sqrt(IntCst(5)) * (Rsqrt(IntCst(3)) * {_INVERSE}))"  # sqrt(5 / 3) / L
-
-
-def _factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
-    """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
-    largest = torch.finfo(like.dtype).max
-    return value if value <= largest else min(beyond, largest)
-
-
-def _apart_(sq: torch.Tensor) -> torch.Tensor:
-    """Overwrite zeros by infinity, where a profile and its weight vanish.
-
-    A pair at distance zero adds nothing to a gradient; with a weight it would add w (x - x) in rounded parts, which may
-    exceed everything else.
-    """
-    return sq.masked_fill_(sq == 0, math.inf)
 
 
 def _over_square_(t: torch.Tensor, bandwidth: float) -> torch.Tensor:
@@ -80,7 +65,7 @@ class Laplace(Radial):
 r = tl.sqrt(sq) * inverse_bandwidth
 value = tl.exp(-r)
 if WEIGHT:
-    value = tl.where(r > 0.0, value / tl.where(r > 0.0, r, 1.0), 0.0) * (inverse_bandwidth * inverse_bandwidth)
+    value = tl.where(r > 0.0, value / tl.where(r > 0.0, r, 1.0), 0.0) * inverse_bandwidth * inverse_bandwidth
 """
     keops = Formulas(
         f"Exp(-{_RADIUS})",
@@ -89,7 +74,7 @@ if WEIGHT:
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
-        return sq.sqrt_().mul_(-_factor(1.0 / self.bandwidth, sq)).exp_()
+        return sq.sqrt_().mul_(-bounded_factor(1.0 / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
@@ -120,23 +105,26 @@ class Gaussian(Radial):
     """
 
     triton = """
-value = tl.exp(sq * (-0.5 * inverse_bandwidth * inverse_bandwidth))
+u = tl.sqrt(sq) * inverse_bandwidth
+value = tl.exp(-0.5 * u * u)
 if WEIGHT:
-    value = tl.where(sq > 0.0, value * (inverse_bandwidth * inverse_bandwidth), 0.0)
+    value = tl.where(sq > 0.0, value * inverse_bandwidth * inverse_bandwidth, 0.0)
 """
     keops = Formulas(f"Exp(-{_HALF_SQUARE})", f"({_INVERSE} * Exp(-{_HALF_SQUARE})) * ({_INVERSE} * (x - z))")
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
-        return sq.mul_(-_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
+        return sq.mul_(-bounded_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2, zero where r = 0 or where 1 / L^2 overflows, as k does then."""
-        return self.value_(_apart_(sq)).mul_(_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
+        return self.value_(without_duplicates_(sq)).mul_(
+            bounded_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0)
+        )
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""
-        return value.mul_(_factor(1.0 / self.bandwidth / self.bandwidth, value, beyond=0.0))
+        return value.mul_(bounded_factor(1.0 / self.bandwidth / self.bandwidth, value, beyond=0.0))
 
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dw/dt = -w / (2 L^2)."""
@@ -165,6 +153,7 @@ class GeneralisedLaplace(Radial):
     triton = """
 r = tl.sqrt(sq) * inverse_bandwidth
 t = tl.where(r > 0.0, tl.exp2(exponent * tl.log2(tl.where(r > 0.0, r, 1.0))), 0.0)
+t = tl.minimum(t, 1e4)  # where exp(-t) is zero: it times infinity would be NaN
 value = tl.exp(-t)
 if WEIGHT:
     value = tl.where(sq > 0.0, exponent * t * value / tl.where(sq > 0.0, sq, 1.0), 0.0)
@@ -182,7 +171,7 @@ if WEIGHT:
         """Overwrite r by (r / L)^p."""
         if 1.0 / self.bandwidth < torch.finfo(r.dtype).tiny:  # few digits of 1 / L are left in the dtype
             return r.pow_(self.exponent).mul_(self.bandwidth**-self.exponent)
-        return r.mul_(_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
+        return r.mul_(bounded_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-(r / L)^p)."""
@@ -230,7 +219,7 @@ class Matern52(Radial):
 s = tl.minimum(tl.sqrt(sq * 5.0) * inverse_bandwidth, 1e4)
 value = tl.exp(-s)
 if WEIGHT:
-    value = tl.where(sq > 0.0, (1.0 + s) * value * (5.0 * inverse_bandwidth * inverse_bandwidth) / 3.0, 0.0)
+    value = tl.where(sq > 0.0, (1.0 + s) * value * (5.0 / 3.0) * inverse_bandwidth * inverse_bandwidth, 0.0)
 else:
     value = tl.minimum((1.0 + s * (1.0 + s / 3.0)) * value, 1.0)  # it may round upwards
 """
@@ -241,7 +230,7 @@ else:
 
     def _scaled_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by s, cut where exp(-s) is zero, so that its square stays finite."""
-        return sq.sqrt_().mul_(_factor(math.sqrt(5.0) / self.bandwidth, sq)).clamp_(max=1e4)
+        return sq.sqrt_().mul_(bounded_factor(math.sqrt(5.0) / self.bandwidth, sq)).clamp_(max=1e4)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by (1 + s + s^2 / 3) exp(-s)."""
@@ -251,9 +240,9 @@ else:
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by 5 (1 + s) exp(-s) / (3 L^2), zero where r = 0 or where that factor overflows."""
-        s = self._scaled_(_apart_(sq))
+        s = self._scaled_(without_duplicates_(sq))
         decay = torch.exp(-s)
-        return s.add_(1.0).mul_(decay).mul_(_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
+        return s.add_(1.0).mul_(decay).mul_(bounded_factor(5.0 / 3.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0))
 
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dw/dt = -25 exp(-s) / (6 L^4)."""

@@ -24,6 +24,7 @@ KERNELS = [
     GeneralisedLaplace(0.7, 1.4),  # between Laplace and Gaussian
     *(Matern52(1.0), Matern52(5.0)),
 ]
+HEAVY_TAILED: tuple[type, ...] = ()  # kernels that decay like a power of the distance, and reach no zero
 CLASSES = {Laplace: (), Gaussian: (), GeneralisedLaplace: (0.7,), Matern52: ()}  # with their further parameters
 classes = pytest.mark.parametrize("cls", CLASSES)
 
@@ -84,13 +85,10 @@ def test_weight_is_minus_the_derivative_over_r(kernel):
 def test_zero_distance(kernel, dtype):
     zero = torch.zeros(3, dtype=dtype)
     assert kernel.value_(zero.clone()).tolist() == [1.0] * 3
-    got = kernel.weight_(zero.clone())
-    assert bool(got.isfinite().all())  # whatever it is, it multiplies x - z = 0
-    if isinstance(kernel, (Laplace, GeneralisedLaplace)):
-        assert got.tolist() == [0.0] * 3
+    assert kernel.weight_(zero.clone()).tolist() == [0.0] * 3  # products would make w (x - x) of it, in rounded parts
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if not isinstance(kernel, HEAVY_TAILED)], ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_underflow_is_zero(kernel, dtype):
     far = torch.tensor([1e7, 1.8e19], dtype=dtype).square()  # nearly the last squares that float32 holds

@@ -21,7 +21,7 @@ def test_example_runs(capsys):
 def test_the_kernel_that_docs_add(python):
     """In a process of its own: a kernel class stays known by its name."""
     page = (ROOT / "docs/pages/add_a_kernel.md").read_text()
-    block, _ = re.findall(r"```\{\.python \.not-run\}\n(.*?)```", page, re.DOTALL)  # the second one adds the devices
+    (block,) = re.findall(r"```\{\.python \.not-run\}\n(.*?)```", page, re.DOTALL)
     check = """
 X, alpha = X.double(), solution.alpha.double()
 Z, step = torch.randn(5, 8).double(), 1e-4 * torch.randn(5, 8).double()

@@ -120,6 +120,17 @@ def test_float64_kernel_matrix(kernel, spread):
         assert float(((distance[0] - distance[1]) / distance[1]).abs().max()) <= 1e-9
 
 
+@pytest.mark.parametrize("kernel", [Laplace(1.0), Gaussian(1.0), GeneralisedLaplace(1.0, 1.5), Matern52(1.0)], ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-25, 1e-40])  # 1 / L^2, and 1 / L, is no float32 number
+def test_narrow_kernels_and_duplicates(kernel, bandwidth):
+    narrow, X, alpha = dataclasses.replace(kernel, bandwidth=bandwidth), points(20), normal(20, 2)
+    X[7] = X[3]
+    same = (X[:, None] == X[None]).all(-1)
+    assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), same.to(X))
+    assert not fastagop.gradients(narrow, X, alpha, **TRITON).any()
+    assert torch.equal(fastagop.kernel_matmul(narrow, X, X, alpha, **TRITON), same.to(X) @ alpha)
+
+
 @pytest.mark.parametrize("kernel", [GeneralisedLaplace(1.7, 0.7), GeneralisedLaplace(1.7, 2), Matern52(1.7)], ids=repr)
 @pytest.mark.parametrize("spread", [None, 1e-3])
 def test_further_profiles(kernel, spread):

@@ -36,10 +36,11 @@ def _names(kernel: type[Profile]) -> list[str]:
 
 
 def constants(kernel: Profile, like: torch.Tensor) -> torch.Tensor:
-    """1 / L and then the kernel's further parameters, on the device.
+    """1 / L, bounded so that times a difference of points it stays finite, and the kernel's further parameters.
 
     They are stored in the dtype of the computation, since numbers of a launch have float32's digits only; and filled
     in, not copied, which a CUDA graph's capture allows.
     """
-    values = (1.0 / kernel.bandwidth, *kernel.further_parameters)
+    inverse = min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)
+    values = (inverse, *kernel.further_parameters)
     return torch.cat([like.new_full((1,), value) for value in values])
