@@ -11,8 +11,57 @@ _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _FULL_DISK = "one run of reproduce after the other"
 
 SLOW = {
+    "test_solution.py": {
+        "test_the_residual_is_that_of_the_points": "many fits against float64 residuals",
+    },
+    "test_gram.py": {
+        "test_the_guard_bounds_the_loss": "compares the estimate with the loss on many problems",
+        "test_small_memory_in_float32": _MEMORY,
+    },
+    "test_rfm.py": {
+        "test_scikit_learn": "all checks of scikit-learn; test_estimators.py runs them on Deep RFM",
+    },
+    "test_damage.py": {
+        "test_images_of_another_dtype_are_refused_before_they_are_read": "writes large images",
+    },
+    "test_integrations.py": {
+        "test_without_xrfm": _PROCESS,
+    },
+    "test_kernel_matrix.py": {
+        "test_process_settings_survive": _PROCESS,
+    },
+    "test_threads.py": {
+        "test_measures_of_one_model_in_six_threads": "runs six threads to the end",
+        "test_a_fork_during_a_call_leaves_the_child_free": _PROCESS,
+    },
+    "test_reproduce.py": {
+        "test_an_interrupted_run_resumes": _FULL_DISK,
+        "test_gaps_are_drawn_as_gaps": _FULL_DISK,
+    },
+    "test_cancellation.py": {
+        "test_small_and_large_numbers_in_float32": "sums in long double",
+        "test_random_problems": "sums in long double",
+        "test_centring_with_wide_bandwidths": "sums in long double for 24 problems",
+    },
+    "test_network.py": {
+        "test_memory_holds_no_jacobian": _MEMORY,
+    },
+    "test_module.py": {
+        "test_exports_and_compiles": "exports and compiles a module",
+    },
+    "test_memory_and_refusals.py": {
+        "test_every_rank_knows_the_least_room_and_what_was_altered": "starts ranks with torchrun",
+    },
+    "test_locks.py": {
+        "test_races": "starts writers and readers that race for a folder",
+    },
+    "test_checkpoint.py": {
+        "test_kill_and_resume": _PROCESS,
+    },
     "test_agop.py": {"test_peak_memory": _MEMORY},
     "test_bench.py": {
+        "test_suite": _BENCH,
+        "test_a_process_of_its_own_measures": _PROCESS,
         "test_other_cases_take_n": _BENCH,
         "test_pytest_benchmarks": _BENCH,
         "test_report": _BENCH,
@@ -20,7 +69,10 @@ SLOW = {
         "test_a_full_disk_is_one_line_and_leaves_the_old_result": _BENCH,
         "test_from_another_folder": _PROCESS,
     },
-    "test_cg.py": {"test_peak_memory": _MEMORY},
+    "test_cg.py": {
+        "test_peak_memory": _MEMORY,
+        "test_hard_problems": "iterates to the end on problems that do not converge",
+    },
     "test_diagonal.py": {"test_memory_grows_with_d_only": _MEMORY},
     "test_distributed.py": {
         "test_two_ranks": "starts ranks with torchrun, which work through rank_cases.py",
@@ -42,12 +94,18 @@ SLOW = {
     "test_packaging.py": {"*": "builds wheels and installs them into fresh environments"},
     "test_readme.py": {"test_the_kernel_that_docs_add": _PROCESS},
     "test_reproduce_files.py": {
+        "test_a_flipped_record_is_found": _FULL_DISK,
         "test_files_that_may_not_grow": _FULL_DISK,
         "test_output_that_takes_no_more": _FULL_DISK,
         "test_a_full_disk_is_one_line_and_the_run_resumes": _FULL_DISK,
         "test_results_name_no_folder_of_this_machine": _FULL_DISK,
     },
-    "test_reproduce_networks.py": {"test_networks_have_the_papers_shapes": "builds networks of the papers' sizes"},
+    "test_reproduce_networks.py": {
+        "test_runs_are_shared": _FULL_DISK,
+        "test_networks_have_the_papers_shapes": "builds networks of the papers' sizes",
+        "test_convolutional_networks_train_and_measure": "trains convolutional networks",
+        "test_an_interrupted_run_resumes_with_the_same_numbers": _FULL_DISK,
+    },
     "test_search.py": {"test_a_random_search_finds_nothing": "500 random calls against sums in long double"},
     "test_solve.py": {"test_peak_memory": _MEMORY},
     "test_triton.py": {
