@@ -48,6 +48,7 @@ def name(device: torch.device) -> str:
     return cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
+@functools.cache
 def cpuinfo() -> dict[str, str]:
     """What Linux tells of the first processor; empty on other systems."""
     try:

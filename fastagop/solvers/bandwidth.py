@@ -6,18 +6,24 @@ import torch
 
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Profile
-from fastagop.kernels.scaling import scale_points
+from fastagop.kernels.scaling import Points
 from fastagop.kernels.torch_backend import tiles
 
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
 
 
-def note(kernel: Profile, X: torch.Tensor, block: int = 256) -> str:
+def note(points: Points, bandwidth: float, block: int = 256) -> str:
     """What to say where every k(x_i, x_j), i != j, is 0 or 1 to the rounding of X's dtype; "" elsewhere.
 
     A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
+
+    Args:
+        points: scaled.
+        bandwidth: as the user gave it.
+        block: rows looked at together.
     """
-    n, (scaled, X, _, unit) = len(X), scale_points(kernel, X, X)
+    scaled, X, _, unit = points
+    n = len(X)
     if n < 2:
         return ""
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
@@ -26,7 +32,7 @@ def note(kernel: Profile, X: torch.Tensor, block: int = 256) -> str:
         if others or (n > _FEW and _counts(scaled, X, block)[2]):
             return ""
     apart = torch.pdist(few.double()).median()
-    asked, typical = kernel.bandwidth, float(apart) * unit
+    typical = float(apart) * unit
     if ones and zeros:
         finding = "0 or 1 to rounding: points are equal to it or have nothing in common"
     elif zeros:
@@ -34,7 +40,7 @@ def note(kernel: Profile, X: torch.Tensor, block: int = 256) -> str:
     else:
         finding = "1 to rounding: all points look alike"
     return (
-        f"at bandwidth {asked:.3g} every kernel value of two different points is {finding}. Their typical distance is "
+        f"at bandwidth {bandwidth:.3g} every kernel value of two different points is {finding}. Their typical distance is "
         f"{typical:.3g}: take a bandwidth of that size, or scale the features"
     )
 

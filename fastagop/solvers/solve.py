@@ -79,7 +79,7 @@ class PreparedSolve:
         """
         problem, operator = self.problem, self.problem.operator
         start, task = time.perf_counter(), _Task.of(Y, problem.ridge, rows, out, apart)
-        note = bandwidth.note(operator.kernel, problem.X)
+        note = bandwidth.note(operator.points, operator.kernel.bandwidth)
         with operator.products():
             found = self.solver.run(problem, self.plan, task.target, task.ridge, out, **shared)
             answer = task.answer(found.alpha)
