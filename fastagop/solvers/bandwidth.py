@@ -40,8 +40,8 @@ def note(points: Points, bandwidth: float, block: int = 256) -> str:
     else:
         finding = "1 to rounding: all points look alike"
     return (
-        f"at bandwidth {bandwidth:.3g} every kernel value of two different points is {finding}. Their typical distance is "
-        f"{typical:.3g}: take a bandwidth of that size, or scale the features"
+        f"at bandwidth {bandwidth:.3g} every kernel value of two different points is {finding}. Their typical "
+        f"distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
     )
 
 
