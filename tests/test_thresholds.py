@@ -1,0 +1,61 @@
+"""Constants that decide something: each is tried on both of its sides."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from fastagop.kernels.scaling import scale_points
+from fastagop.kernels.torch_backend import costs, gradients
+
+import fastagop
+from fastagop import Laplace
+from fastagop.network import model_access
+from fastagop.solvers.solution import Solution, report
+
+
+@pytest.mark.parametrize(("size", "unit"), [(2.0**-20, 1.0), (2.0**20, 1.0), (2.0**-21, 2.0**-20), (2.0**21, 2.0**22)])
+def test_points_get_a_unit_where_they_are_far_from_one(size, unit):
+    """frexp says 2^-21 = 0.5 * 2^-20: the largest entry is between 1/2 and 1 in its unit."""
+    X = torch.tensor([[size, 0.0], [0.0, -size]])
+    points = scale_points(Laplace(3.0), X, X)
+    assert points.unit == unit
+    assert points.Z is points.X
+    assert torch.equal(points.X, X / unit)
+    assert points.kernel.bandwidth == 3.0 / unit
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_outputs_differ_relative_to_their_size(size):
+    b = size * torch.linspace(0.5, 1.0, 11)
+    assert not model_access.differ(b * (1 + 4 * torch.finfo(b.dtype).eps), b)
+    assert model_access.differ(b * 1.01, b)
+
+
+@pytest.mark.parametrize(("residual", "warns"), [(0.9e-4, False), (1.1e-4, True)])
+def test_a_float32_matrix_promises_a_residual_to_float64_coefficients(residual, warns):
+    alpha = torch.zeros(3, 1, dtype=torch.float64)
+    solution = Solution(alpha, residual, 1e-3, 0.0, "cholesky", torch.float32, 3, 3, 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report(solution)
+    assert [w.category for w in caught] == [fastagop.NumericalWarning] * warns
+
+
+def test_single_rows_where_not_even_these_fit(normal):
+    X, alpha = normal(50, 4), normal(50, 2)
+    rows, needed = costs.gradient_form_beside(X, alpha, X, False, 0)
+    assert (rows, needed) == (1, costs.gradient_form_bytes(1, X, alpha, X, False))
+    roomy, taken = costs.gradient_form_beside(X, alpha, X, False, 10 * needed)
+    assert roomy > 1
+    assert taken <= 10 * needed
+
+
+@pytest.mark.parametrize("K", [1, 100])
+def test_a_block_counts_its_near_pairs_and_outputs(K):
+    """Index, weight and difference of a pair take 48 bytes; outputs are made in float64 beside the dtype's."""
+    rows, n, d, size = 64, 4000, 64, 4
+    pairs = min(rows * n, 2**18)
+    outputs = min(rows * K * d, 2**18)
+    assert gradients.gradient_bytes(rows, n, d, K, size) >= 48 * pairs + (16 + size) * outputs + size * 5 * rows * n
