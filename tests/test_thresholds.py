@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from fastagop.kernels import memory
 from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import costs, gradients
+from fastagop.kernels.torch_backend import costs, diagonal, gradients
 
 import fastagop
 from fastagop import Laplace
@@ -59,3 +60,28 @@ def test_a_block_counts_its_near_pairs_and_outputs(K):
     pairs = min(rows * n, 2**18)
     outputs = min(rows * K * d, 2**18)
     assert gradients.gradient_bytes(rows, n, d, K, size) >= 48 * pairs + (16 + size) * outputs + size * 5 * rows * n
+
+
+def test_a_block_counts_every_output_up_to_a_chunk():
+    few, many = (gradients.gradient_bytes(64, 4000, 64, K, 4) for K in (16, 100))
+    assert many - few >= (16 + 4) * (2**18 - 64 * 16 * 64)
+
+
+def test_the_diagonal_counts_copies_of_points_and_coefficients(normal):
+    X, K = normal(500, 30, dtype=torch.float32), 7
+    rows, peak = diagonal.plan_rows(X, K, 10**9)
+    assert peak >= 500 * (K + 30) * 4 + rows * 500 * 4
+    with pytest.raises(MemoryError, match="its diagonal"):
+        diagonal.plan_rows(X, K, 500 * (K + 30) * 4)
+
+
+def test_memory_of_a_system_that_does_not_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_FREE", tmp_path / "meminfo")
+    monkeypatch.setattr("os.sysconf", lambda name: -1 if "PAGES" in name else 4096)
+    assert memory._free_bytes() == memory._UNKNOWN
+
+    def refuses(name):
+        raise ValueError(name)
+
+    monkeypatch.setattr("os.sysconf", refuses)
+    assert memory._free_bytes() == memory._UNKNOWN
