@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import memory
+from fastagop.kernels.operations import prepared
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, diagonal, gradients
 
@@ -14,6 +15,8 @@ import fastagop
 from fastagop import Laplace
 from fastagop.network import model_access
 from fastagop.solvers.solution import Solution, report
+
+MATRIX = {"out": None, "ridge": 0.0, "precision": "highest", "backend": "auto"}
 
 
 @pytest.mark.parametrize(("size", "unit"), [(2.0**-20, 1.0), (2.0**20, 1.0), (2.0**-21, 2.0**-20), (2.0**21, 2.0**22)])
@@ -85,3 +88,22 @@ def test_memory_of_a_system_that_does_not_say(monkeypatch, tmp_path):
 
     monkeypatch.setattr("os.sysconf", refuses)
     assert memory._free_bytes() == memory._UNKNOWN
+
+
+def test_two_rows_may_be_copies():
+    """Rows that float32 cannot tell apart at their offset, and nothing else beside them."""
+    X = torch.tensor([[1.0, 100.0], [1.0 + torch.finfo(torch.float32).eps, 100.0]])
+    solution = fastagop.solve(Laplace(2.0), X, torch.tensor([[1.0], [1.0]]))
+    assert solution.merged == 1
+    assert solution.jitter == 0
+
+
+def test_known_mirror_images_cost_no_time(normal):
+    """The pairs of k(X, X) are estimated once; gradients visit all of them."""
+    X, alpha = normal(400, 2), normal(400, 1)
+    own = prepared("kernel_matrix", Laplace(2.0), X, None, **MATRIX).seconds()
+    others = prepared("kernel_matrix", Laplace(2.0), X, X.clone(), **MATRIX).seconds()
+    assert own == pytest.approx(0.5 * others, rel=0.05)
+    call = {"precision": "highest", "backend": "auto"}
+    both = [prepared("gradients", Laplace(2.0), X, alpha, Z, **call).seconds() for Z in (None, X.clone())]
+    assert both[0] == pytest.approx(both[1], rel=0.01)
