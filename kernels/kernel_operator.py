@@ -113,8 +113,12 @@ class KernelOperator:
             checks.apart("out", out, X, Z)
         return self._served(self.backend.matrix(self, out, ridge))
 
-    def matmul(self, V: torch.Tensor) -> Call:
+    def matmul(self, V: torch.Tensor | None) -> Call:
         """k(X, Z) V, shape (n, p)."""
+        if V is None:
+            raise TypeError(
+                "V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)"
+            )
         checks.matrix("V", V, like=self.X, rows=(len(self.Z), "Z"))
         return self._served(self.backend.matmul(self, V))
 

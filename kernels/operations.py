@@ -21,8 +21,6 @@ def _matrix(kernel, X, Z, *, out, ridge, precision, backend) -> Call:
 
 
 def _matmul(kernel, X, Z, V, *, precision, backend) -> Call:
-    if V is None:
-        raise TypeError("V must be a torch.Tensor, got none; call kernel_matmul(kernel, X, Z, V) or (kernel, X, V=V)")
     return KernelOperator("kernel_matmul", kernel, X, Z, precision=precision, backend=backend).matmul(V)
 
 

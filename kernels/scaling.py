@@ -75,8 +75,8 @@ def _quotient(bandwidth: float, exponent: int) -> float:
 class Amplitude:
     """How much larger gradients are than those that were computed: factor * 2^exponent."""
 
-    factor: float = 1.0
-    exponent: int = 0
+    factor: float
+    exponent: int
 
     def restore(self, gradients: torch.Tensor) -> torch.Tensor:
         """The gradients themselves, in place where nothing changes."""

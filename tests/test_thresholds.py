@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from fastagop.kernels import memory
+from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import prepared
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, diagonal, gradients
@@ -14,6 +16,7 @@ from fastagop.kernels.torch_backend import costs, diagonal, gradients
 import fastagop
 from fastagop import Laplace
 from fastagop.network import model_access
+from fastagop.solvers import table
 from fastagop.solvers.solution import Solution, report
 
 MATRIX = {"out": None, "ridge": 0.0, "precision": "highest", "backend": "auto"}
@@ -107,3 +110,21 @@ def test_known_mirror_images_cost_no_time(normal):
     call = {"precision": "highest", "backend": "auto"}
     both = [prepared("gradients", Laplace(2.0), X, alpha, Z, **call).seconds() for Z in (None, X.clone())]
     assert both[0] == pytest.approx(both[1], rel=0.01)
+
+
+@pytest.mark.parametrize("solver", table.TABLE, ids=lambda solver: f"{solver.name}-{solver.dtype}")
+def test_a_solver_plans_within_the_memory_that_the_table_says(solver, normal):
+    X = normal(300, 6, dtype=torch.float32)
+    operator = KernelOperator("solve", Laplace(2.0), X)
+    problem = table.Problem(operator, 4, 1e-3, 0, fastagop.ConjugateGradients(), False, table.Advice())
+    needed = solver.memory(problem)
+    plan, _ = solver.plan(dataclasses.replace(problem, room=needed), "asked for")
+    assert plan.method == solver.name
+    with pytest.raises(MemoryError, match="solve with n = 300 needs"):
+        solver.plan(dataclasses.replace(problem, room=needed - 1), "asked for")
+
+
+def test_estimators_take_the_solvers_of_the_table():
+    assert table.METHODS == ("auto", "cholesky", "eigh", "cg")
+    with pytest.raises(ValueError, match="solver must be one of 'auto', 'cholesky', 'eigh', 'cg', got 'lu'"):
+        fastagop.RFMRegressor(solver="lu").fit(torch.randn(9, 2), torch.randn(9))

@@ -72,8 +72,9 @@ def kernel_matmul(
     ranks, options = Sharded(group).communicator("kernel_matmul", X), {"precision": precision, "backend": backend}
 
     def checked() -> KernelOperator:
-        operations.prepared("kernel_matmul", kernel, X, Z, V, **options)
-        return KernelOperator("kernel_matmul", kernel, X, Z, **options)
+        operator = KernelOperator("kernel_matmul", kernel, X, Z, **options)
+        operator.matmul(V)
+        return operator
 
     operator, room = ranks.agree(checked, f"{kernel!r}, {options}", X=X, Z=other(X, Z), V=V)
     assert V is not None  # as has been checked
@@ -112,8 +113,9 @@ def gradients(
     ranks, options = Sharded(group).communicator("gradients", X), {"precision": precision, "backend": backend}
 
     def checked() -> KernelOperator:
-        operations.prepared("gradients", kernel, X, alpha, Z, **options)
-        return KernelOperator("gradients", kernel, X, Z, **options)
+        operator = KernelOperator("gradients", kernel, X, Z, **options)
+        operator.gradients(alpha)
+        return operator
 
     operator, _ = ranks.agree(checked, f"{kernel!r}, {options}", X=X, alpha=alpha, Z=other(X, Z))
     return ranks.concatenate(

@@ -26,9 +26,9 @@ from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Radial
 from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.solve import Solution
+from fastagop.solvers.solution import Solution
+from fastagop.solvers.table import METHODS
 
-METHODS = ("auto", "cholesky", "eigh", "cg")  # These are the methods of solve.
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
