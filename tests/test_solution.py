@@ -148,8 +148,11 @@ def test_contradictions_do_not_spoil_the_other_rows(dtype, ridge, normal):
     X[190:] = X[:10]
     solution = quietly(Laplace(5.0), X, Y, ridge=ridge)
     assert solution.jitter <= 1e-2
-    R = reference.kernel_matrix(Laplace(5.0), X) @ solution.alpha.double() + ridge * solution.alpha - Y
-    assert float(R[10:190].norm() / Y[10:190].norm()) < 1e-4
+    K, alpha = reference.kernel_matrix(Laplace(5.0), X), solution.alpha.double()
+    R = K @ alpha + ridge * alpha - Y
+    # Where the ridge is small, coefficients of copies that contradict are large, and rounding them moves every row.
+    rounding = torch.finfo(dtype).eps * (K.square() @ alpha.square()).sqrt()
+    assert float(R[10:190].norm()) < 1e-6 * float(Y[10:190].norm()) + float(rounding[10:190].norm())
 
 
 # ---- alpha's digits
