@@ -19,6 +19,7 @@ from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solvers.cg import ConjugateGradients
+from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
 
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "CholeskyCG",
     "ConjugateGradients",
     "DeepRFMClassifier",
     "DeepRFMRegressor",

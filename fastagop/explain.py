@@ -10,7 +10,7 @@ import torch
 
 from fastagop.estimates import assumption, default_device, on_meta, stand_in
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix, prepared
-from fastagop.solvers.solve import SolveOptions, prepare, solve
+from fastagop.solvers.solve import PreparedSolve, SolveOptions, prepare, solve
 
 _FUNCTIONS = (kernel_matrix, kernel_matmul, gradients, agop, solve)
 _NAMES = {function.__name__: function for function in _FUNCTIONS}
@@ -54,6 +54,7 @@ def explain(op, *args, **kwargs) -> str:
     call = _prepared(function.__name__, bound)
     seconds = call.seconds()
     text = str(dataclasses.replace(call.plan, seconds=seconds))
+    text += "".join(f"\n  solver     {line}" for line in call.offers()) if isinstance(call, PreparedSolve) else ""
     return f"{text}\n  assumed    {assumption(device)}" if meta else text
 
 

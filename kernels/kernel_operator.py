@@ -186,6 +186,16 @@ class KernelOperator:
             task = AgopTask("sum", center)
             return torch_agop.agop_from_weights_(W, X, alpha, X, task, rows=_ROWS, kernels=inner, row_weights=weights)
 
+    def agop_from_tiles(
+        self, blocks: Iterator, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As ``agop_from_weights_``, by the gradient form, from (rows, their stored weights), block by block."""
+        X = self.points.X
+        with self.products():
+            step = self.backend.inner_kernels(X, self.precision).gradients
+            arguments = {"step": step, "row_weights": weights}
+            return torch_agop.agop_from_tiles(blocks, self.points.kernel, X, alpha, center, **arguments)
+
     def tiles(self, rows: int = _ROWS) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows of Z, their squared distances to X in the scaled unit), each block overwritten by the next."""
         return tiles.tiles(self.points.X, self.points.Z, rows)

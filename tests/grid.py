@@ -43,7 +43,7 @@ class Backend(NamedTuple):
     dtypes: list[torch.dtype] = DTYPES
     refuses: tuple[str, ...] = ()  # operations answered with BackendUnavailable
     agop_methods: tuple[str, ...] = ("gradient", "gram", "auto")
-    solve_methods: tuple[str, ...] = ("cholesky", "eigh", "cg")
+    solve_methods: tuple[str, ...] = ("cholesky", "cholesky+cg", "eigh", "cg")
     coarseness: float = 1.0  # rounding of its products' factors in units of the dtype's eps
     clouds: list[str] = CLOUDS
     n: int = 120

@@ -18,9 +18,9 @@ from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.radial import Radial
 from fastagop.solvers import copies
-from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solution, Solved, size_of
+from fastagop.solvers.table import Method
 
 STAGES = ("input", "projected", "features")  # These are the places in a layer where collapse is measured.
 
@@ -38,7 +38,7 @@ class Settings:
     agop_scale: str
     precision: str
     backend: str
-    solver: str | ConjugateGradients = "auto"
+    solver: Method = "auto"
     memory_limit: float | None = None
 
     @property

@@ -30,6 +30,7 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 _UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
 
@@ -55,11 +56,12 @@ class Predictor(NamedTuple):
 class Fit(NamedTuple):
     """What a solve of a fit came to.
 
-    ``matrix`` has k(X, X) of the scaled points above its diagonal, or is None; ``peak_bytes`` is the plan's figure.
+    ``matrix`` has k(X, X) of the scaled points above its diagonal, or is half of it, or None; ``peak_bytes`` is the
+    plan's figure.
     """
 
     solved: Solved
-    matrix: torch.Tensor | None
+    matrix: torch.Tensor | SymmetricBlocks | None
     peak_bytes: int
 
 

@@ -25,9 +25,8 @@ from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.radial import Radial
-from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.solution import Solution
-from fastagop.solvers.table import METHODS
+from fastagop.solvers.table import METHODS, OPTIONS, Method
 
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
@@ -85,7 +84,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     callbacks: Sequence
     verbose: int
     process_group: object
-    solver: str | ConjugateGradients
+    solver: Method
     memory_limit: float | None
     # These are set by fit.
     n_features_in_: int
@@ -164,7 +163,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         inputs.dtype(self.dtype)
         checks.choice("backend", self.backend, backends.names("solve"))  # a layer stores its kernel matrix
         ridge = checks.nonnegative("ridge", self.ridge)
-        if not isinstance(self.solver, ConjugateGradients):
+        if type(self.solver) not in OPTIONS:
             checks.choice("solver", self.solver, METHODS)
         checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)

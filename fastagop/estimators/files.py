@@ -22,8 +22,8 @@ from safetensors.torch import save
 from fastagop.estimators.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
 from fastagop.kernels import atomic_files
 from fastagop.kernels.radial import Radial, named
-from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.solution import Solution
+from fastagop.solvers.table import OPTIONS
 
 FORMAT = "2"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -160,8 +160,8 @@ def pack_value(value):
         return value.item()
     if isinstance(value, np.random.RandomState):
         return None
-    if isinstance(value, ConjugateGradients):
-        return {"options": dataclasses.asdict(value)}
+    if type(value) in OPTIONS:
+        return {"options": dataclasses.asdict(value), "method": OPTIONS[type(value)]}
     if isinstance(value, dict):  # Keys are labels here, which need not be strings as JSON's keys are.
         return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
     if isinstance(value, (torch.dtype, np.dtype, type)):
@@ -174,7 +174,8 @@ def unpack_value(value):
     if not isinstance(value, dict):
         return value
     if "options" in value:
-        return ConjugateGradients(**value["options"])
+        method = value.get("method", "cg")  # which is what files of earlier versions have options of
+        return next(kind for kind in OPTIONS if OPTIONS[kind] == method)(**value["options"])
     if "pairs" in value:
         return {unpack_value(key): unpack_value(item) for key, item in value["pairs"]}
     return unpack_kernel(value["kernel"]) if "kernel" in value else _unpack_array(value["array"], value["dtype"])

@@ -119,7 +119,8 @@ def solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Ste
 def _solve_peak(prepared: PreparedSolve) -> int:
     """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
     needed = direct.needed_bytes(len(prepared.problem.X), prepared.problem.X.shape[1], torch.float64)
-    coarse = prepared.solver.dtype == torch.float32 and prepared.problem.fits(torch.float64)
+    coarse = prepared.plan.method == "cholesky" and prepared.solver.dtype == torch.float32
+    coarse = coarse and prepared.problem.fits(torch.float64)
     return max(prepared.plan.peak_bytes, needed) if coarse else prepared.plan.peak_bytes
 
 
@@ -132,7 +133,7 @@ def step_of(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal:
     plan = prepared.plan
     apart = prepared.seconds() / (share if plan.method == "cg" else 1)
     try:
-        stored = plan.method != "cg" and prepared.solver.dtype == torch.float64
+        stored = prepared.solver.keeps
         seconds, peak = _agop_diagonal(X, Y, regression) if diagonal else _agop(X, Y, regression, task, stored)
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))

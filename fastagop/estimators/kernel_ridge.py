@@ -11,16 +11,16 @@ import torch
 from fastagop.distributed.engine import LOCAL, Local, Predictor
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
-from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.plan import AgopTask, budget
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import tiles
+from fastagop.kernels.torch_backend import costs, tiles
 from fastagop.solvers import copies
-from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solution, Solved
 from fastagop.solvers.solve import SolveOptions, scale_targets
-from fastagop.solvers.table import Advice
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks
+from fastagop.solvers.table import Advice, Method
 
 log = logging.getLogger("fastagop")
 
@@ -42,7 +42,7 @@ class KernelRidge:
     ridge: float
     precision: str
     backend: str
-    solver: str | ConjugateGradients = "auto"
+    solver: Method = "auto"
     memory_limit: float | None = None
 
     @property
@@ -93,13 +93,12 @@ def fit_and_agop(
         mark: called with "solve" and with "agop" when these are done.
     """
     rows = rows or copies.alone(X)
-    fit = engine.solve(regression.kernel, X, Y, regression.options, rows)
+    solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
-    alpha, size = scale_targets(fit.solved.alpha, _SQUARABLE)
+    alpha, size = scale_targets(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)
-    K = None if diagonal or fit.matrix is None or fit.matrix.dtype != torch.float64 else fit.matrix
-    if K is not None:  # it still holds every small distance, so no second pass over pairs is needed
-        K = tiles.weights_from_upper_(kernel, K)
+    K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
+    del matrix  # it is given back where it has become something else
     wide = _float64_pays(kernel, X, alpha, center, rows.weights, engine)
     X = X.double() if wide else X
     weights = None if rows.weights is None else rows.weights.to(X)
@@ -110,12 +109,42 @@ def fit_and_agop(
         M = engine.agop_diagonal(predictor, task)
     elif K is not None:
         operator = KernelOperator("agop", kernel, X, precision=regression.precision, backend=backend)
-        M = operator.agop_from_weights_(K, alpha, center, weights)
+        if isinstance(K, SymmetricBlocks):
+            M = operator.agop_from_tiles(_tiles_(K, X, alpha, task), alpha, center, weights)
+        else:
+            M = operator.agop_from_weights_(K, alpha, center, weights)
     else:
         M = engine.agop(predictor, task)
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
-    return fit.solved.solution, M, fit.peak_bytes
+    return solved.solution, M, planned
+
+
+def _weights_(
+    kernel: Profile, K: torch.Tensor | SymmetricBlocks | None, X: torch.Tensor, outputs: int, limit: float | None
+) -> torch.Tensor | SymmetricBlocks | None:
+    """Float64 kernel values become the weights, in place: they hold every small distance, so no pair is measured again.
+
+    Half of a matrix becomes a full one where the gram form is faster and fits. None where values have been given up, or
+    the kernel has no closed form for it.
+    """
+    if K is None or K.dtype != torch.float64:
+        return None
+    if isinstance(K, torch.Tensor):
+        return tiles.weights_from_upper_(kernel, K)
+    if kernel.weight_from_value_(X.new_empty(0)) is None:
+        return None
+    K.apply_(kernel.weight_from_value_, 0.0)
+    seconds, n = costs.costs(X, X, outputs, costs.products_of(X, X, None)), len(X)
+    fits = 16 * n * n <= budget(limit, X.device)  # in full, and a copy for products in X's dtype
+    return K.full() if seconds["gram"] < seconds["gradient"] and fits else K
+
+
+def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask):
+    """(rows, their weights in X's dtype) of half of a matrix, whose items come within 2^-20 .. 2^20 first."""
+    room = budget(task.limit, X.device) - (W.bytes if task.limit is not None else 0)
+    rows, _ = costs.gradient_form_beside(X, alpha, X, task.center, room)
+    return W.row_tiles(rows, X.dtype)
 
 
 def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Local) -> bool:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels import checks
+from fastagop.kernels.kernel_operator import PointsProduct
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.limits import MAX_JITTER, bound, relative, times
 from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks, default_rows, half_bytes
 
 log = logging.getLogger("fastagop")
 
@@ -37,6 +39,7 @@ class ConjugateGradients:
         max_iterations: steps at most; each is one pass over all pairs of points.
         progress: show a tqdm bar. Steps are logged at INFO to "fastagop" either way.
         seed: of the pivots' draw.
+        store: keep half of the kernel matrix in float64, 4 n^2 bytes: a step then costs n^2 K, and not n^2 d.
     """
 
     tolerance: float = 1e-6
@@ -44,6 +47,7 @@ class ConjugateGradients:
     max_iterations: int = 1000
     progress: bool = False
     seed: int = 0
+    store: bool = False
 
     def __post_init__(self):
         if not checks.nonnegative("tolerance", self.tolerance):
@@ -52,14 +56,26 @@ class ConjugateGradients:
             if name != "rank" or self.rank is not None:
                 checks.integer(name, getattr(self, name), least)
         checks.flag("progress", self.progress)
+        checks.flag("store", self.store)
 
 
 def least_bytes(problem) -> int:
     """Bytes without a preconditioner, where none is asked for by its rank; ``problem`` is a ``table.Problem``."""
-    (n, d), K = problem.X.shape, problem.outputs
+    n = len(problem.X)
     rank = min(problem.options.rank or 0, n)
-    fixed = 8 * n * (_VECTORS * K + 1) + (0 if problem.X.dtype == torch.float64 else 8 * n * d)
-    return fixed + rank * _rank_bytes(n, rank) + (_draw_bytes(n, rank) if rank else 0) + 8 * BLOCKS_ALIVE * n
+    return (
+        _fixed_bytes(problem)
+        + rank * _rank_bytes(n, rank)
+        + (_draw_bytes(n, rank) if rank else 0)
+        + 8 * BLOCKS_ALIVE * n
+    )
+
+
+def _fixed_bytes(problem) -> int:
+    """Vectors, the points in float64, and half of the matrix where that is stored."""
+    (n, d), K = problem.X.shape, problem.outputs
+    stored = half_bytes(n, torch.float64, default_rows(n, problem.X.device)) if problem.options.store else 0
+    return 8 * n * (_VECTORS * K + 1) + (0 if problem.X.dtype == torch.float64 else 8 * n * d) + stored
 
 
 def _rank_bytes(n: int, rank: int) -> int:
@@ -77,8 +93,7 @@ def plan(problem, reason: str):
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
     (n, d), K, room, options = problem.X.shape, problem.outputs, problem.room, problem.options
-    row = 8 * BLOCKS_ALIVE * n
-    fixed = 8 * n * (_VECTORS * K + 1) + (0 if problem.X.dtype == torch.float64 else 8 * n * d)
+    row, fixed = 8 * BLOCKS_ALIVE * n, _fixed_bytes(problem)
     rank = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
     each, draw = _rank_bytes(n, rank), _draw_bytes(n, rank)
     if options.rank is None:
@@ -92,12 +107,13 @@ def plan(problem, reason: str):
             f"{problem.advice.iterative()}"
         )
     rows = block_rows(row, needed, room, n, "solve")
-    step = 1.0 * n * n * (d + 2 * K)
+    step = 1.0 * n * n * (2 * K if options.store else d + 2 * K)
     why = (
         f"{problem.operator.why}; {reason}; preconditioner of rank {rank} ({format_bytes(8 * n * rank)}), "
-        f"one pass over all pairs a step ({step:.2g} flop), work given for {STEPS} steps"
+        f"one pass over {'half of a stored matrix' if options.store else 'all pairs'} a step ({step:.2g} flop), "
+        f"work given for {STEPS} steps"
     )
-    work = STEPS * step + 4.0 * n * rank**2
+    work = STEPS * step + 4.0 * n * rank**2 + (1.0 * n * n * d if options.store else 0.0)
     peak = max(needed, fixed + 8 * n * rank + rows * row)
     backend = problem.operator.backend.name
     made = Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows)
@@ -106,7 +122,10 @@ def plan(problem, reason: str):
 
 @dataclass(frozen=True)
 class Found:
-    """What a solve came to; ``unmet`` as of ``direct.Found``, which has the same attributes."""
+    """What a solve came to; as ``direct.Found``, which has the same attributes.
+
+    ``K`` is half of k(X, X) where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where it is known.
+    """
 
     alpha: torch.Tensor
     jitter: float
@@ -115,13 +134,18 @@ class Found:
     stopped: str
     tolerance: float
     matmul: Matmul
-    K: None = None
+    K: SymmetricBlocks | None = None
     dropped: int = 0
     dtype: torch.dtype = torch.float64
+    left: torch.Tensor | None = None
+    method: str = ""
+    fallback: str = ""
 
     def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, (k + ridge) alpha - Y of them), of all rows."""
-        return torch.arange(len(Y), device=Y.device), self.matmul(alpha).sub_(Y)
+        known = self.left is not None and torch.equal(alpha, self.alpha)
+        R = self.left.neg() if known else self.matmul(alpha).sub_(Y)  # pyright: ignore[reportOptionalMemberAccess]
+        return torch.arange(len(Y), device=Y.device), R
 
 
 def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=lambda product: product) -> Found:
@@ -138,7 +162,8 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
         out: the dtype in which alpha is wanted.
         share: makes of the product with k(X, X) one that other processes take part in.
     """
-    product, options = share(problem.operator.float64_product(plan.block)), problem.options
+    product, options = problem.operator.float64_product(plan.block), problem.options
+    product = StoredProduct.of(problem, product) if options.store else share(product)
     ones = Y.new_ones(len(product))  # every profile has phi(0) = 1
     low_rank = preconditioner_of(product.columns, ones, ridge, options)
     scale = low_rank.largest if low_rank else float(len(Y))
@@ -164,10 +189,43 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
 
 
 @dataclass(frozen=True)
+class StoredProduct:
+    """k(X, X) of which half is stored, as a solver sees it.
+
+    Attributes:
+        blocks: the half.
+        points: columns come from it.
+    """
+
+    blocks: SymmetricBlocks
+    points: PointsProduct
+
+    @classmethod
+    def of(cls, problem, points: PointsProduct) -> StoredProduct:
+        """The half matrix filled."""
+        operator = problem.operator
+        rows = operator.backend.factor_kernels(torch.float64, operator.precision).rows
+        blocks = SymmetricBlocks(len(points), torch.float64, problem.X.device)
+        return cls(blocks.fill_(rows(operator.points.kernel, operator.points.X)), points)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def matmul(self, V: torch.Tensor) -> torch.Tensor:
+        """k(X, X) V."""
+        return self.blocks.matmul(V)
+
+    def columns(self, index: torch.Tensor) -> torch.Tensor:
+        """k(X, X[index])."""
+        return self.points.columns(index)
+
+
+@dataclass(frozen=True)
 class CGResult:
     """alpha (n, K) in float64, its residual (recomputed, Frobenius), steps taken, and why they ended early, or "".
 
     ``singular``: what stopped them is a matrix without a bounded solution, which a larger diagonal would cure.
+    ``left``: Y - A alpha.
     """
 
     alpha: torch.Tensor
@@ -175,6 +233,7 @@ class CGResult:
     iterations: int
     stopped: str
     singular: bool = False
+    left: torch.Tensor | None = None
 
 
 class ProgressReporter:
@@ -238,7 +297,7 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             R = Y - matmul(alpha)
             error = _largest(R, size)
             if error <= options.tolerance:
-                return CGResult(alpha, relative(R, Y), step, "")
+                return CGResult(alpha, relative(R, Y), step, "", left=R)
             if error > 0.5 * verified:
                 stopped = "rounding keeps the residual above the tolerance"
             best, best_error, verified = (alpha, error, error) if error < verified else (best, best_error, verified)
@@ -266,7 +325,8 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             singular, stopped = True, f"coefficients grew past {bound:.0e}"
         elif error < best_error:
             best, best_error, since = alpha, error, 0
-    return CGResult(best, relative(Y - matmul(best), Y), step, stopped, singular)
+    left = Y - matmul(best)
+    return CGResult(best, relative(left, Y), step, stopped, singular, left)
 
 
 def _largest(R: torch.Tensor, size: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -18,7 +19,7 @@ from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relati
 log = logging.getLogger("fastagop")
 
 WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
-_STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
+STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
@@ -26,28 +27,101 @@ _PASSES = 6  # over all pairs in float64 that refinement from the points takes a
 
 
 @dataclass(frozen=True)
+class FullMatrix:
+    """An n x n matrix that is factored in its own lower triangle.
+
+    Attributes:
+        K: (n, n), both triangles filled; the strict upper one stays as it is.
+        update: the column-block update of ``linalg.cholesky_lower_``; None for the library's products.
+    """
+
+    K: torch.Tensor
+    update: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.K)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factorisation."""
+        return self.K.dtype
+
+    def largest_row_sum(self) -> float:
+        """max_i sum_j K_ij."""
+        return linalg.largest_row_sum(self.K)
+
+    def factor(self, diagonal: float | torch.Tensor) -> int:
+        """Factor K with a diagonal; 0, or which pivot failed."""
+        return linalg.cholesky_lower_(self.K, diagonal, update=self.update)
+
+    def restore(self) -> None:
+        """Make K what it was before ``factor``."""
+        linalg.restore_lower_(self.K)
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """(L L^T)^-1 B."""
+        return linalg.cholesky_solve(self.K, B)
+
+
+class Matrix(Protocol):
+    """What a direct solve asks of its matrix: ``FullMatrix``, or half of one (``half.HalfMatrix``)."""
+
+    @property
+    def K(self) -> torch.Tensor | None:
+        """(n, n) with k(X, X) above its diagonal, where there is one."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factorisation."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def largest_row_sum(self) -> float:
+        """max_i sum_j K_ij."""
+        ...
+
+    def factor(self, diagonal: float | torch.Tensor) -> int:
+        """Factor with a diagonal; 0, or which pivot failed."""
+        ...
+
+    def restore(self) -> None:
+        """What it was before ``factor``."""
+        ...
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """(L L^T)^-1 B."""
+        ...
+
+
+@dataclass(frozen=True)
 class LinearSystem:
     """The system to solve and where its large products are done.
 
     Attributes:
-        K: (n, n), k(X, X); a factorisation takes its lower triangle.
+        matrix: k(X, X), which a factorisation overwrites.
         ridge: on the diagonal: a number, or ridge / weight of each point (n,).
         matmul: V -> (k(X, X) + ridge) V in float64, from what is at hand: K, or the points.
         from_points: the same from the points.
         check: V -> (rows, their k(X, X) V) from k(X, X) in float64, a sample where all rows would cost too much.
-        update: the column-block update of ``linalg.cholesky_lower_``; None for the library's products.
         steps: of refinement after a float32 factorisation, at most.
         out: the dtype in which alpha is wanted.
     """
 
-    K: torch.Tensor
+    matrix: Matrix
     ridge: float | torch.Tensor
     matmul: Callable[[torch.Tensor], torch.Tensor]
     from_points: Callable[[torch.Tensor], torch.Tensor]
     check: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    update: Callable | None
     steps: int
     out: torch.dtype
+
+    @property
+    def full(self) -> torch.Tensor:
+        """The matrix where it is stored in full."""
+        assert self.matrix.K is not None
+        return self.matrix.K
 
     def residual(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
         """||(k + ridge) alpha - Y|| / ||Y|| with the matrix at hand."""
@@ -72,7 +146,7 @@ class LinearSystem:
 
 @dataclass(frozen=True)
 class Found:
-    """What a direct solve came to: alpha in float64, and how; ``system.K`` holds k(X, X) above its diagonal.
+    """What a direct solve came to: alpha in float64, and how.
 
     ``checked``: (rows, residuals of alpha rounded to ``system.out``) where they have been measured on the way.
     """
@@ -85,21 +159,23 @@ class Found:
     checked: tuple[torch.Tensor, torch.Tensor] | None = None
     stopped: str = ""
     tolerance: float = 0.0
+    method: str = ""  # where it is not the plan's
+    fallback: str = ""  # why it is not
 
     @property
-    def K(self) -> torch.Tensor:
-        """The matrix, with k(X, X) in its strict upper triangle."""
-        return self.system.K
+    def K(self) -> torch.Tensor | None:
+        """The matrix with k(X, X) in its strict upper triangle, where there is one."""
+        return self.system.matrix.K
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the factorisation."""
-        return self.system.K.dtype
+        return self.system.matrix.dtype
 
     @property
     def dropped(self) -> int:
         """Eigenvalues that were left out."""
-        return len(self.system.K) - self.rank
+        return len(self.system.matrix) - self.rank
 
     def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64, of the alpha that is returned."""
@@ -153,10 +229,10 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype
     build = functools.partial(system, problem.operator, ridge, plan, out)
     if plan.method == "eigh":
         found = build(dtype)
-        alpha, rank = eigh(found, Y)
+        alpha, rank = eigh(found, found.full, Y)
         return Found(found, alpha, 0.0, 0, rank)
     wide, (n, d) = problem.fits(torch.float64), problem.X.shape
-    found = _cholesky(build(dtype), Y, wide)
+    found = cholesky(build(dtype), Y, wide)
     if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
         return found
     if found is not None:
@@ -171,7 +247,7 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype
                 return refined
     log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * n**2))
     found = None  # the float32 matrix is given back first
-    found = _cholesky(build(torch.float64), Y, False)
+    found = cholesky(build(torch.float64), Y)
     assert found is not None
     return found
 
@@ -202,8 +278,9 @@ def system(operator: KernelOperator, ridge, plan: Plan, out: torch.dtype, dtype:
         return (every, linalg.upper_matmul(K, 1.0, V)) if dtype == torch.float64 else points().sampled(V)
 
     exact = dtype == torch.float32 and _is_zero(ridge)
-    update, steps = kernels.update, _STEPS[kernels.precision]
-    return LinearSystem(K, ridge, from_points if exact else stored, from_points, sampled, update, steps, out)
+    update, steps = kernels.update, STEPS[kernels.precision]
+    matrix = FullMatrix(K, update)
+    return LinearSystem(matrix, ridge, from_points if exact else stored, from_points, sampled, steps, out)
 
 
 def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
@@ -223,33 +300,33 @@ def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
     return (error if error > max(enough, 4.0 * floor) else 0.0), found
 
 
-def _cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool) -> Found | None:
-    """The solution with the least jitter that has bounded coefficients; K's lower triangle holds the factor afterwards.
+def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False) -> Found | None:
+    """The solution with the least jitter that has bounded coefficients; the matrix holds the factor afterwards.
 
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
-    K, n = system.K, len(system.K)
-    scale = linalg.largest_row_sum(K) + float(torch.as_tensor(system.ridge).min())
-    hopeful = wide and K.dtype == torch.float32 and not _is_zero(system.ridge)
+    matrix, n = system.matrix, len(system.matrix)
+    scale = matrix.largest_row_sum() + float(torch.as_tensor(system.ridge).min())
+    hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     jitter = _factor(system, 0.0, scale, hopeful)
     while jitter is not None:
         alpha, iterations, singular = _refined(system, Y, jitter)
         excess = 1.0 if singular else system.excess(alpha, Y)
         if not excess or jitter >= MAX_JITTER * scale:
             return Found(system, alpha, jitter, iterations, n)
-        linalg.restore_lower_(K)
-        least = max(jitter * max(10.0, excess), torch.finfo(K.dtype).eps * scale)
+        matrix.restore()
+        least = max(jitter * max(10.0, excess), torch.finfo(matrix.dtype).eps * scale)
         jitter = None if hopeful else _factor(system, least, scale, False)
     return None
 
 
 def _factor(system: LinearSystem, jitter: float, scale: float, once: bool) -> float | None:
-    """Factor K in place with the least jitter >= the one given that works; returns it. None if only one try is due."""
-    while linalg.cholesky_lower_(system.K, 1.0 + system.ridge + jitter, update=system.update):
+    """Factor in place with the least jitter >= the one given that works; returns it. None if only one try is due."""
+    while system.matrix.factor(1.0 + system.ridge + jitter):
         if once:
             return None
-        linalg.restore_lower_(system.K)
-        jitter = max(10.0 * jitter, torch.finfo(system.K.dtype).eps * scale)
+        system.matrix.restore()
+        jitter = max(10.0 * jitter, torch.finfo(system.matrix.dtype).eps * scale)
     return jitter
 
 
@@ -258,12 +335,12 @@ def _refined(system: LinearSystem, Y: torch.Tensor, jitter: float) -> tuple[torc
 
     The jitter belongs to the system that is refined: without it that system is not positive definite to rounding.
     """
-    K = system.K
+    matrix = system.matrix
 
     def by_factor(R: torch.Tensor) -> torch.Tensor:
-        return linalg.cholesky_solve(K, R.to(K.dtype)).double()
+        return matrix.solve(R.to(matrix.dtype)).double()
 
-    if K.dtype == torch.float64:
+    if matrix.dtype == torch.float64:
         return by_factor(Y), 0, False
     options = cg.ConjugateGradients(tolerance=_GOAL, max_iterations=system.steps)
     outcome = cg.conjugate_gradients(lambda V: system.matmul(V).add_(V, alpha=jitter), Y, by_factor, options)
@@ -278,7 +355,7 @@ def _refined_from_points(found: Found, Y: torch.Tensor, steps: int) -> tuple[Fou
         return old.from_points(V).add_(V * found.jitter)
 
     def by_factor(R: torch.Tensor) -> torch.Tensor:
-        return linalg.cholesky_solve(old.K, R.to(old.K.dtype)).double()
+        return old.matrix.solve(R.to(old.matrix.dtype)).double()
 
     left = Y - matmul(found.alpha)
     reach = ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
@@ -288,9 +365,9 @@ def _refined_from_points(found: Found, Y: torch.Tensor, steps: int) -> tuple[Fou
     return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
 
 
-def eigh(system: LinearSystem, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
+def eigh(system: LinearSystem, K: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
-    K, ridge, root = system.K, system.ridge, torch.ones((), device=system.K.device)
+    ridge, root = system.ridge, torch.ones((), device=K.device)
     if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
         least = float(ridge.min())
         root = (least / ridge).sqrt()[:, None]

@@ -27,9 +27,9 @@ class Solution:
             k(X, X) in float64, without the jitter; what copies of a row contradict each other is in it.
         ridge: the ridge asked for.
         jitter: what was added to the diagonal beyond the ridge; 0.0 when nothing.
-        method: what ran, "cholesky", "eigh" or "cg".
+        method: what ran, "cholesky", "cholesky+cg" (float64 kernel values, a float32 factor), "eigh" or "cg".
         dtype: the dtype of the factorisation, or of the products of "cg".
-        iterations: steps of "cg", or of float64 refinement after a float32 factorisation.
+        iterations: steps of "cg", or of float64 refinement on a float32 factor.
         rank: n less the eigenvalues dropped by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
         stopped: why "cg" ended before its tolerance; "" where it did not.
@@ -39,6 +39,7 @@ class Solution:
         contradictions: rows whose target differs from the mean target of their copies.
         merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
+        fallback: why the solver that was chosen gave way to the one that ran; "" where it did not.
     """
 
     alpha: torch.Tensor
@@ -57,6 +58,7 @@ class Solution:
     contradictions: int = 0
     merged_residual: float | None = None
     note: str = ""
+    fallback: str = ""
 
     def __repr__(self):
         header = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
@@ -71,6 +73,7 @@ class Solution:
             parts.append(
                 f"{self.merged} rows merged" + f", {self.contradictions} contradict" * bool(self.contradictions)
             )
+        parts += [f"fell back: {self.fallback}"] * bool(self.fallback)
         parts += [f"stopped: {self.stopped}"] * bool(self.stopped) + [f"{self.seconds:.2g} s"]
         return f"Solution({', '.join(parts)})"
 

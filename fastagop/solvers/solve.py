@@ -19,9 +19,10 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, table
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
+from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.limits import bound, largest, relative, times
 from fastagop.solvers.solution import Solution, Solved, report
-from fastagop.solvers.table import Advice, Problem, Solver
+from fastagop.solvers.table import Advice, Method, Problem, Solver
 
 ADVICE = Advice()
 
@@ -37,7 +38,7 @@ class SolveOptions:
     """
 
     ridge: float = 0.0
-    method: str | ConjugateGradients = "auto"
+    method: Method = "auto"
     precision: str = "highest"
     backend: str = "auto"
     memory_limit: float | None = None
@@ -63,9 +64,13 @@ class PreparedSolve:
         """Estimated time."""
         return self.solver.seconds(self.problem, self.plan)
 
+    def offers(self) -> list[str]:
+        """What this and the other solvers would take, in words."""
+        return table.offers(self.problem)
+
     @torch.no_grad()
     def run(self, Y: torch.Tensor, rows: Rows, out: torch.dtype, *, apart: bool = False, **shared):
-        """(Solved at the points of given targets Y (n, K), matrix with k(X, X) above its diagonal or None).
+        """(Solved at the points of given targets Y (n, K), k(X, X): above a matrix's diagonal, or half of it, or None).
 
         alpha comes in dtype ``out``: where the kernel matrix is nearly singular, rounding it to float32 costs more than
         everything else, so callers that go on computing ask for float64.
@@ -84,9 +89,15 @@ class PreparedSolve:
             found = self.solver.run(problem, self.plan, task.target, task.ridge, out, **shared)
             answer = task.answer(found.alpha)
             residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
-        rank = found.rank if found.K is None else found.rank + len(Y) - len(problem.X)
-        made = {"jitter": found.jitter, "method": self.plan.method, "dtype": found.dtype, "rank": rank, "note": note}
-        made |= {"iterations": found.iterations, "stopped": found.stopped, "tolerance": found.tolerance}
+        method = found.method or self.plan.method
+        rank = found.rank if method == "cg" else found.rank + len(Y) - len(problem.X)
+        made = {"jitter": found.jitter, "method": method, "dtype": found.dtype, "rank": rank, "note": note}
+        made |= {
+            "fallback": found.fallback,
+            "iterations": found.iterations,
+            "stopped": found.stopped,
+            "tolerance": found.tolerance,
+        }
         made["seconds"] = time.perf_counter() - start
         return task.solved(answer, ridge=problem.ridge, **residuals, **made), found.K
 
@@ -94,10 +105,11 @@ class PreparedSolve:
 def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> PreparedSolve:
     """The solve of a system as it will run: arguments checked, the solver chosen, its plan made."""
     checks.kernel(kernel)
-    method, cg_options = options.method, ConjugateGradients()
-    if isinstance(method, ConjugateGradients):
-        method, cg_options = "cg", method
+    asked = options.method
+    method: str = table.OPTIONS.get(type(asked), asked)  # pyright: ignore[reportAssignmentType] (checked next)
     checks.choice("method", method, table.METHODS)
+    iteration = asked if isinstance(asked, ConjugateGradients) else ConjugateGradients()
+    half = asked if isinstance(asked, CholeskyCG) else CholeskyCG()
     checks.choice("precision", options.precision, checks.PRECISIONS)
     ridge, limit = checks.nonnegative("ridge", options.ridge), checks.memory_limit(options.memory_limit)
 
@@ -107,17 +119,26 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
         checks.sample_weight(sample_weight, X, "mean")
         room = budget(limit, X.device)
-        return Problem(operator, Y.shape[1], ridge, room, cg_options, options.float64_alpha, options.advice)
+        half.settle(X.device)
+        return Problem(operator, Y.shape[1], ridge, room, iteration, options.float64_alpha, options.advice, half)
 
     if method == "cg":
         return _prepared(problem(_CG), "cg", None)
     stored = problem("solve")
-    try:
-        return _prepared(stored, "cholesky" if method == "auto" else method, None)
-    except MemoryError:
-        if method != "auto" or not stored.operator.serves(_CG):
-            raise
-    return _prepared(problem(_CG), "cg", f"no n x n matrix fits into {format_bytes(stored.room)}")
+    if method != "auto":
+        return _prepared(stored, method, None)
+    first: MemoryError | None = None
+    for name in table.order(stored):
+        if name == "cg":
+            if not stored.operator.serves(_CG):
+                break
+            return _prepared(problem(_CG), "cg", f"no n x n matrix fits into {format_bytes(stored.room)}")
+        try:
+            return _prepared(stored, name, None)
+        except MemoryError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 _CG = "solve with method 'cg'"
@@ -136,7 +157,7 @@ def solve(
     Y: torch.Tensor,
     *,
     ridge: float = 0.0,
-    method: str | ConjugateGradients = "auto",
+    method: Method = "auto",
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
@@ -148,24 +169,24 @@ def solve(
     target, and share its coefficient, or differ by what their targets ask for where a ridge keeps that small. Weights
     W = diag(sample_weight) count as copies do; 1 each by default.
 
-    The matrix exists once and is factored in place, in float64 where X is float64 or where ridge is 0 and memory
-    allows, else in float32 with float64 refinement, and in float64 after all where float32 values leave a residual
-    above 1e-5 and memory allows. A failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close
-    points whose targets differ raise it further, so that coefficients stay bounded. Whatever was done is in the result
-    (paper, algorithm 1).
+    Up to a few thousand points one matrix is factored in place, in float64 where X is float64 or ridge is 0, else in
+    float32 with float64 refinement. More float32 points take half of the matrix in float64 and half of its factor in
+    float32, on which conjugate gradients reach 1e-10; where they do not, a float64 factor takes the matrix's place. A
+    failed pivot of that adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets
+    differ raise it further, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
-    Where no such matrix fits, preconditioned conjugate gradients solve for all outputs at once, with one float64 pass
-    over all pairs a step, and with the same rule for jitter. A problem that they cannot bring to their tolerance is
-    reported, with the best alpha found.
+    Where memory is short, the kernel values that conjugate gradients multiply by are made of the points at every step,
+    with a factor as long as one fits, else with a low-rank preconditioner, and with the same rule for jitter. A problem
+    that they cannot bring to their tolerance is reported, with the best alpha found.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
         X: points (n, d).
         Y: targets (n, K).
         ridge: mu >= 0 on the diagonal.
-        method: "cholesky", "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix)
-            or ``fastagop.ConjugateGradients(...)`` for "cg" with options; "auto" is "cholesky", and "cg" where that
-            does not fit.
+        method: "cholesky" (one factorisation), "cholesky+cg" (a float32 factor refined with float64 kernel values),
+            "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix), or with options
+            ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
         sample_weight: weights (n,) >= 0 of X's dtype; a row of weight 0 is left out, its coefficient is 0.

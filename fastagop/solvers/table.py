@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.solvers import cg, direct
+from fastagop.solvers import cg, direct, half
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.direct import Found, needed_bytes
+from fastagop.solvers.half import CholeskyCG
 
 # Rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one.
 SHORT = 4096
@@ -51,6 +53,7 @@ class Problem:
         options: of conjugate gradients.
         float64_alpha: the coefficients are wanted in float64.
         advice: for errors of memory.
+        half: how half of a matrix is stored and refined with.
     """
 
     operator: KernelOperator
@@ -60,6 +63,7 @@ class Problem:
     options: ConjugateGradients
     float64_alpha: bool
     advice: Advice
+    half: CholeskyCG = half.DEFAULT
 
     @property
     def X(self) -> torch.Tensor:
@@ -70,6 +74,11 @@ class Problem:
     def coarse(self) -> bool:
         """Products below float32's accuracy were asked for, so that a factor is a preconditioner anyway."""
         return self.operator.backend.factor_kernels(torch.float32, self.operator.precision).coarse
+
+    @property
+    def large(self) -> bool:
+        """More points on the CPU than are solved fastest by one matrix stored in full."""
+        return len(self.X) > SHORT and self.X.device.type == "cpu" and not self.coarse
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a Cholesky factorisation in a dtype fits into memory."""
@@ -82,21 +91,25 @@ class Solver:
 
     Attributes:
         name: the ``method`` it is asked for by.
+        stores: what lies in memory, in words.
         dtype: of its matrix, or of its products.
         memory: problem -> bytes.
         seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
-        plan: (problem, reason) -> its Plan and the problem with its options settled.
+        plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
+        keeps: whether k(X, X) is left in float64 when it has run.
         run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
     """
 
     name: str
+    stores: str
     dtype: torch.dtype
     memory: Callable[[Problem], int]
     seconds: Callable[[Problem, Plan], float]
     reason: Callable[[Problem], str | None]
     plan: Callable[[Problem, str], tuple[Plan, Problem]]
     run: Callable[..., Found | cg.Found]
+    keeps: bool = False
 
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
@@ -121,7 +134,24 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
     def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
         return direct.solve(problem, made, Y, ridge, (dtype, out))
 
-    return Solver(name, dtype, memory, seconds, reason, plan, run)
+    stores = f"{str(dtype).removeprefix('torch.')} matrix"
+    return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
+
+
+def _half(name: str, dtype: torch.dtype, form: _Form, reason: Callable[[Problem], str | None]) -> Solver:
+    """A row of ``half``; ``dtype`` is its factor's."""
+
+    def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
+        peak = form.memory(problem)
+        if peak > problem.room:
+            raise _too_large(problem, dtype, peak)
+        return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
+
+    def seconds(problem: Problem, plan: Plan) -> float:
+        return form.seconds(problem)
+
+    keeps = form.run is half.refined
+    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, keeps)
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -134,11 +164,60 @@ def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError
     )
 
 
+class _Form(NamedTuple):
+    """One of ``half``'s ways: what it stores, its most bytes, seconds, what it says of its precision, how it runs."""
+
+    stores: str
+    memory: Callable[[Problem], int]
+    seconds: Callable[[Problem], float]
+    precision: str
+    run: Callable[..., Found | cg.Found]
+
+
+_REFINED = _Form(
+    "half of a float64 matrix and of its float32 factor",
+    half.refined_bytes,
+    half.refined_seconds,
+    "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
+    "where these take too long",
+    half.refined,
+)
+_IN_PLACE = _Form(
+    "half of a float64 matrix",
+    half.in_place_bytes,
+    half.in_place_seconds,
+    "float64 factorisation of half a matrix, in place",
+    half.in_place,
+)
+_FROM_POINTS = _Form(
+    "half of a float32 factor",
+    half.from_points_bytes,
+    half.from_points_seconds,
+    "float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
+    half.from_points,
+)
+
+
+def _of_half(problem: Problem) -> str | None:
+    """In place, where the full matrix does not fit and half of it does, or where nothing smaller is asked for."""
+    if problem.fits(torch.float64) or problem.coarse or half.in_place_bytes(problem) > problem.room:
+        return None
+    if problem.X.dtype == torch.float64 or problem.large or problem.ridge == 0:
+        return f"a full float64 matrix does not fit into {format_bytes(problem.room)}"
+    return None
+
+
+def _of_refined(problem: Problem) -> str | None:
+    return "k(X, X) is read once a step for all outputs" if half.refined_bytes(problem) <= problem.room else None
+
+
 def _of_float64(problem: Problem) -> str | None:
-    if problem.X.dtype == torch.float64:
+    if problem.X.dtype == torch.float64 and (problem.fits(torch.float64) or _of_half(problem) is None):
         return "float64 input"
     if problem.coarse or not problem.fits(torch.float64):
         return None
+    if problem.large:
+        return "one factorisation was asked for, and float64 needs no refinement"
     if problem.ridge == 0:
         return "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
     if problem.float64_alpha and len(problem.X) <= SHORT and problem.X.device.type == "cpu":
@@ -157,11 +236,15 @@ def _of_float32(problem: Problem) -> str | None:
 
 
 TABLE = (
+    _half("cholesky+cg", torch.float32, _REFINED, _of_refined),
+    _half("cholesky+cg", torch.float32, _FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
+    _half("cholesky", torch.float64, _IN_PLACE, _of_half),
     _direct("cholesky", torch.float32, _of_float32),
     _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64"),
     Solver(
         "cg",
+        "no matrix",
         torch.float64,
         cg.least_bytes,
         lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
@@ -170,7 +253,39 @@ TABLE = (
         cg.solve,
     ),
 )
-METHODS = ("auto", *dict.fromkeys(solver.name for solver in TABLE))
+Method = str | ConjugateGradients | CholeskyCG
+OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
+METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
+
+
+def order(problem: Problem) -> tuple[str, ...]:
+    """The methods that "auto" tries, until one fits into memory.
+
+    Small problems, and all on a GPU, take one matrix in full. Large ones of float32 points take a float32 factor where
+    k(X, X) fits beside it, else the faster of a float64 factor and of a float32 one without k(X, X).
+    """
+    if problem.X.dtype == torch.float64:
+        return "cholesky", "cg"
+    if not problem.large:
+        return "cholesky", "cholesky+cg", "cg"
+    if _of_refined(problem) or half.from_points_seconds(problem) < half.in_place_seconds(problem):
+        return "cholesky+cg", "cholesky", "cg"
+    return "cholesky", "cholesky+cg", "cg"
+
+
+def offers(problem: Problem) -> list[str]:
+    """What the rows of the table would take of seconds and bytes, in words."""
+    lines = []
+    for solver in TABLE:
+        if solver.name == "eigh":
+            continue
+        try:
+            plan, settled = solver.plan(problem, "")
+            cost = f"about {solver.seconds(settled, plan):.2g} s, {format_bytes(plan.peak_bytes)}"
+        except MemoryError:
+            cost = f"{format_bytes(solver.memory(problem))}, which does not fit"
+        lines.append(f"{solver.name}, {solver.stores}: {cost}")
+    return lines
 
 
 def choose(problem: Problem, method: str) -> tuple[Solver, str]:

@@ -134,6 +134,22 @@ def agop_from_weights_(
     return M
 
 
+def agop_from_tiles(
+    blocks: Iterable, kernel: Profile, X, alpha, center: bool, *, step: Callable | None = None, row_weights=None
+) -> torch.Tensor:
+    """The gradient form at X in float64, from (rows, their stored weights in X's dtype), each overwritten by the next.
+
+    The diagonal of the weights is zero. ``step`` as in ``gradient_form``.
+    """
+    exponent = exponent_of(alpha)
+    alpha = scaled_(alpha.clone(), -exponent).to(X.dtype).contiguous()
+    shift = dominant_offset(X)
+    nearness = Nearness(X, X, shift)
+    tiles = ((row, W, nearness.among_stored(W, row, kernel)) for row, W in blocks)
+    M = gradient_form(tiles, alpha, X, X, shift, center, step, roots_of(row_weights))
+    return scaled_(M, 2 * exponent)
+
+
 def exponent_of(W: torch.Tensor) -> int:
     """The power of two of a tensor's largest entry, 0 where that is within 2^-20 .. 2^20."""
     largest = max((float(end.abs()) for end in torch.aminmax(W)), default=0.0) if W.numel() else 0.0

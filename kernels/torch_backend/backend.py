@@ -12,6 +12,7 @@ from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, matrix
+from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from .gradients import block_gradients, dominant_offset, gradient_bytes
 from .tiles import fill_symmetric, fit_rows, weight_tiles
 
@@ -90,6 +91,18 @@ class FactorKernels:
     def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
         """K(X, X) into out, in out's dtype."""
         return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_)
+
+    def rows(self, kernel: Profile, X: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """(out, start) -> out with rows start .. of K(X, X), up to their own last column, in float64."""
+        x, near = X.double(), NEAR_OF_ROUNDED if X.dtype == torch.float32 else None
+        x2 = squared_norms(x)
+
+        def write(out: torch.Tensor, start: int) -> torch.Tensor:
+            stop = start + len(out)
+            squared_distances(x[start:stop], x[:stop], x2[start:stop], x2[:stop], out, start, near)
+            return kernel.value_(out)
+
+        return write
 
 
 def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str) -> Plan:

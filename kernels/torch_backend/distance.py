@@ -16,6 +16,9 @@ from ..gemm import matmul_nt
 # A pair is near when r^2 < NEAR * (||x||^2 + ||z||^2). The expansion of a pair that is not near has a relative
 # error of a few eps / NEAR in r^2: below 1e-5 in float32 and 1e-12 in float64.
 NEAR = {torch.float32: 2.0**-6, torch.float64: 2.0**-10}
+# In float64, pairs of points that were rounded to float32: the expansion's error in r, about eps |x|^2 / r, stays below
+# what that rounding has cost, 2^-24 |x|, down to much smaller distances.
+NEAR_OF_ROUNDED = 2.0**-36
 
 _GROUP = 16  # fewer near columns than this are not worth a product of their own
 _REACH = 8.0  # a group takes in points up to this multiple of the near bound
@@ -53,6 +56,7 @@ def squared_distances(
     x2: torch.Tensor,
     out: torch.Tensor,
     self_offset: int | None = None,
+    near: float | None = None,
 ) -> torch.Tensor:
     """Write ||Z[i] - X[j]||^2 into out, shape (b, n).
 
@@ -61,13 +65,14 @@ def squared_distances(
         z2, x2: their squared norms.
         out: result; any strides that a matrix product can write to.
         self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
+        near: share of the squared norms below which pairs are measured again; default by dtype.
     """
     if out.numel() == 0:
         return out
     if 0 < X.shape[1] <= FEW:
         return _measure_all(Z, X, out)
     torch.add(matmul_nt(-2.0 * Z, X, x2), z2[:, None], out=out)
-    near = NEAR[out.dtype]
+    near = NEAR[out.dtype] if near is None else near
     symmetric = None if self_offset is None else torch.diagonal(out, self_offset)
     if symmetric is not None:
         symmetric.fill_(torch.inf)  # never near; set to zero below
@@ -78,7 +83,7 @@ def squared_distances(
         sub = out if everything else out[rows]
         z, zz = (Z, z2) if everything else (Z[rows], z2[rows])
         mask = sub < near * (zz[:, None] + x2)
-        _measure_near(sub, mask, z, X, zz, x2)
+        _measure_near(sub, mask, z, X, zz, x2, near)
         if not everything:
             out[rows] = sub
     if symmetric is not None:
@@ -99,13 +104,12 @@ def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.T
     return out
 
 
-def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, x2: torch.Tensor) -> None:
+def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, x2: torch.Tensor, near: float) -> None:
     """Measure the pairs under mask again, in place; mask is used up.
 
     Each round moves the origin into the most crowded row's company and repeats the product for all points within
     reach of it; pairs that are near even from there wait for a round of their own.
     """
-    near = NEAR[sq.dtype]
     for _ in range(_ROUNDS):
         crowd = mask.sum(1)
         leader = int(crowd.argmax())

@@ -27,6 +27,7 @@ _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _OUTPUTS = 16  # outputs of one step beside the product
 _FEWEST = 16  # rows of one step of a group's product, at least
 _CHUNK = 2**18  # items of a step's work tensors
+_ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
 
 @dataclass
@@ -99,6 +100,28 @@ class Nearness:
         sq = W.new_empty(len(W), len(self.X), dtype=self.X.dtype)
         squared_distances(self.Z[row], self.X, z2, x2, sq, row.start if self.symmetric else None)
         return self.among(sq, row)
+
+    def among_stored(self, W: torch.Tensor, row: slice, kernel) -> Near | None:
+        """Near pairs of a row block of stored weights, which decrease with the distance, without measuring again.
+
+        Where norms differ little, a row's bound is that of the largest norm: a few more pairs count as near.
+        """
+        if self.few or not readable(W) or W.numel() == 0:
+            return None
+        near, z2 = NEAR[self.X.dtype], self.z2[row]
+        bound = kernel.weight_((near * (z2 + self._most)).to(W.dtype))[:, None]
+        rows = (W.amax(1, keepdim=True) >= bound).squeeze(1).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return None
+        w = W if len(rows) == len(W) else W[rows]
+        if float(self._most) > _ALIKE * float(self.x2.amin()):
+            mask = w >= kernel.weight_((near * (z2[rows, None] + self.x2)).to(W.dtype))
+        else:
+            mask = w >= bound[rows]
+        mask.logical_and_(w > 0)  # a weight of zero is that of a pair at distance zero
+        some = mask.any(1)
+        rows, mask = (rows, mask) if bool(some.all()) else (rows[some], mask[some])
+        return Near(rows, mask) if len(rows) else None
 
 
 def _norms_from(X: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,285 @@
+"""Direct solves with half of a matrix stored: float64 with a float32 factor beside it, or one factor alone.
+
+* ``refined``: K in float64 and its factor in float32, 6 n^2 bytes. The factor preconditions conjugate gradients, whose
+  steps read K once for all outputs; where they would take longer than a float64 factor, that takes over, in K's place.
+* ``in_place``: a float64 factor, 4 n^2 bytes. K is made again where it is asked for.
+* ``from_points``: a float32 factor, 2 n^2 bytes, and products with K made of the points.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastagop.kernels import calibration, checks
+from fastagop.kernels.plan import Plan
+from fastagop.kernels.torch_backend.distance import tile_bytes
+from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
+from fastagop.solvers import cg, direct
+from fastagop.solvers.direct import LinearSystem
+from fastagop.solvers.limits import bound, times
+from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes
+
+log = logging.getLogger("fastagop")
+
+TOLERANCE = 1e-10  # of the refined solution's residual, and what rounding may leave of it
+_GOOD = 1e-9
+_LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more where they take half of its time at most
+_LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
+_READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
+_POINTS_ROWS = 128  # of a block of k(X, X) made of the points
+
+
+@dataclass(frozen=True)
+class CholeskyCG:
+    """How ``solve(..., method=CholeskyCG(...))`` computes; ``method="cholesky+cg"`` takes the defaults.
+
+    Args:
+        tolerance: relative residual ||(k + ridge I) alpha - Y|| / ||Y|| to reach, of every output by itself.
+        place: where the kernel matrix and its factor lie: "device", in the memory of the device of X; "host", pinned
+            memory beside a CUDA device, from which blocks are streamed; or a folder, in which a memory-mapped file
+            without a name holds them: nothing of it is left when the process ends, however that comes about.
+    """
+
+    tolerance: float = TOLERANCE
+    place: str = "device"
+
+    def __post_init__(self):
+        if not checks.nonnegative("tolerance", self.tolerance):
+            raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
+        if not isinstance(self.place, (str, os.PathLike)):
+            raise TypeError(f"place must be 'device', 'host' or a folder, got {type(self.place).__name__}")
+        object.__setattr__(self, "place", os.fspath(self.place))
+        if self.place not in {"device", "host"} and not os.path.isdir(self.place):
+            raise ValueError(f"place must be 'device', 'host' or a folder that exists, got {self.place!r}")
+
+    def settle(self, device: torch.device) -> None:
+        """Refuse a place that a device has not."""
+        if self.place == "host" and device.type != "cuda":
+            raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
+
+
+DEFAULT = CholeskyCG()
+
+
+@dataclass(frozen=True)
+class HalfMatrix:
+    """Half of k(X, X) as a direct solve sees it; ``fill`` writes it again after a factorisation."""
+
+    blocks: SymmetricBlocks
+    fill: Callable[[SymmetricBlocks], SymmetricBlocks]
+    K: None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factorisation."""
+        return self.blocks.dtype
+
+    def largest_row_sum(self) -> float:
+        """max_i sum_j K_ij."""
+        return self.blocks.largest_row_sum()
+
+    def factor(self, diagonal: float | torch.Tensor) -> int:
+        """Factor K with a diagonal; 0, or which pivot failed."""
+        return self.blocks.cholesky_(diagonal)
+
+    def restore(self) -> None:
+        """Make K again."""
+        self.fill(self.blocks)
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """(L L^T)^-1 B."""
+        return self.blocks.solve(B)
+
+
+# ---- what each takes
+
+
+def refined_bytes(problem) -> int:
+    """Most bytes of ``refined``; ``problem`` is a ``table.Problem``."""
+    n = len(problem.X)
+    rows = default_rows(n, problem.X.device)
+    wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
+    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + 4 * 3 * rows * n)
+
+
+def in_place_bytes(problem) -> int:
+    """Most bytes of ``in_place``."""
+    n = len(problem.X)
+    rows = default_rows(n, problem.X.device)
+    beside = max(_fill_bytes(problem), 8 * 3 * rows * n, _points_bytes(problem))
+    return _stored(problem, torch.float64) + beside + _vectors(problem)
+
+
+def from_points_bytes(problem) -> int:
+    """Most bytes of ``from_points``."""
+    n = len(problem.X)
+    rows = default_rows(n, problem.X.device)
+    beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * 3 * rows * n, _points_bytes(problem))
+    return _stored(problem, torch.float32) + beside + _vectors(problem)
+
+
+def _stored(problem, dtype: torch.dtype) -> int:
+    """Bytes of half a matrix in the device's memory: those in a file are the system's to keep or to drop."""
+    n = len(problem.X)
+    return half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
+
+
+def _fill_bytes(problem) -> int:
+    n, d = problem.X.shape
+    return 8 * n * d + tile_bytes(FILL, n, n, d, 8)
+
+
+def _points_bytes(problem) -> int:
+    n, d = problem.X.shape
+    return 8 * n * d + 8 * BLOCKS_ALIVE * _POINTS_ROWS * n
+
+
+def _vectors(problem) -> int:
+    return 8 * 10 * len(problem.X) * problem.outputs
+
+
+def refined_seconds(problem) -> float:
+    """Estimated time of ``refined`` where it needs few steps."""
+    return _fill_seconds(problem) + _factor_seconds(problem, "float32") + _LIKELY_STEPS * _step_seconds(problem)
+
+
+def in_place_seconds(problem) -> float:
+    """Estimated time of ``in_place``."""
+    return _fill_seconds(problem) + _factor_seconds(problem, "float64")
+
+
+def from_points_seconds(problem) -> float:
+    """Estimated time of ``from_points``."""
+    fill = _fill_seconds(problem)
+    return fill + _factor_seconds(problem, "float32") + (_LIKELY_STEPS + 1) * fill
+
+
+def _fill_seconds(problem) -> float:
+    n, d = problem.X.shape
+    return calibration.seconds(float(n) * n * d, 0.5 * n * n, problem.X.device, "gradient", "float64")
+
+
+def _factor_seconds(problem, products: str) -> float:
+    return calibration.seconds(len(problem.X) ** 3 / 3.0, 0.0, problem.X.device, "gradient", products)
+
+
+def _step_seconds(problem) -> float:
+    """Of a step of refinement: K is read once, the factor twice."""
+    n, kind = len(problem.X), "cuda" if problem.X.device.type == "cuda" else "cpu"
+    return 8.0 * n * n / _READ[kind]
+
+
+# ---- what each does
+
+
+def plan(problem, method: str, why: str, precision: str, peak: int) -> Plan:
+    """The plan of one of them."""
+    n, d = problem.X.shape
+    work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
+    rows = default_rows(n, problem.X.device)
+    return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
+
+
+def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+    """Solve with K in float64, its factor in float32, and conjugate gradients; by ``in_place`` where that is no good.
+
+    Args:
+        problem: a ``table.Problem``.
+        plan: made of it.
+        Y: float64 targets.
+        ridge: a number, or one for each point.
+        out: the dtype in which alpha is wanted.
+    """
+    fill = _filler(problem)
+    K = fill(_blocks(problem, torch.float64))
+    factor: SymmetricBlocks | None = K.to(torch.float32)
+    failed = factor.cholesky_(1.0 + ridge)
+    if failed:
+        reason = f"pivot {failed} of the float32 factor is not positive"
+    else:
+        tolerance = problem.half.tolerance
+        options = cg.ConjugateGradients(tolerance=tolerance, max_iterations=_most_steps(problem))
+
+        def matmul(V: torch.Tensor) -> torch.Tensor:
+            return K.matmul(V).add_(times(ridge, V))
+
+        result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
+        if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
+            found = cg.Found(result.alpha, 0.0, result.iterations, len(K), "", tolerance, matmul, K)
+            return replace(found, dtype=torch.float32, left=result.left)
+        reason = f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
+    log.info("solve: %s; a float64 factor takes over, in place", reason)
+    del factor
+    return replace(_in_place(problem, K, fill, Y, ridge, out), method="cholesky", fallback=reason)
+
+
+def _most_steps(problem) -> int:
+    return max(_LEAST_STEPS, int(0.5 * _factor_seconds(problem, "float64") / _step_seconds(problem)))
+
+
+def _by_factor(factor: SymmetricBlocks, R: torch.Tensor) -> torch.Tensor:
+    return factor.solve(R.to(factor.dtype)).double()
+
+
+def in_place(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+    """Solve with a float64 factor in the only matrix there is; arguments as of ``refined``."""
+    fill = _filler(problem)
+    K = fill(_blocks(problem, torch.float64))
+    return _in_place(problem, K, fill, Y, ridge, out)
+
+
+def _in_place(problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+    found = direct.cholesky(_system(problem, HalfMatrix(K, fill), ridge, out), Y)
+    assert found is not None
+    return found
+
+
+def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+    """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
+    fill = _filler(problem)
+    blocks = fill(_blocks(problem, torch.float32))
+    found = direct.cholesky(_system(problem, HalfMatrix(blocks, fill), ridge, out), Y)
+    assert found is not None
+    return found
+
+
+def _blocks(problem, dtype: torch.dtype) -> SymmetricBlocks:
+    return SymmetricBlocks(len(problem.X), dtype, problem.X.device, place=problem.half.place)
+
+
+def _system(problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> LinearSystem:
+    """The system whose products are made of the points, block by block."""
+    points = functools.cache(functools.partial(problem.operator.float64_product, _POINTS_ROWS))
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        return points().matmul(V).add_(times(ridge, V))
+
+    def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return points().sampled(V)
+
+    return LinearSystem(matrix, ridge, matmul, matmul, sampled, direct.STEPS["highest"], out)
+
+
+def _filler(problem) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
+    """What writes k(X, X) into blocks; float32 ones are rounded from float64 values."""
+    operator = problem.operator
+    kernels = operator.backend.factor_kernels(torch.float64, operator.precision)
+
+    def fill(blocks: SymmetricBlocks) -> SymmetricBlocks:
+        rows = kernels.rows(operator.points.kernel, operator.points.X)
+
+        def rounded(out: torch.Tensor, start: int) -> torch.Tensor:
+            return out.copy_(rows(out.new_empty(out.shape, dtype=torch.float64), start))
+
+        return blocks.fill_(rows if blocks.dtype == torch.float64 else rounded)
+
+    return fill

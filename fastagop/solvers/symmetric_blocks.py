@@ -1,0 +1,254 @@
+"""A symmetric matrix of which every byte counts twice: its lower triangle, in block rows that are contiguous.
+
+Block i holds rows start_i .. stop_i and columns 0 .. stop_i. A column block's update is then one product with a long
+inner dimension, and a pass over the matrix reads each block once. Blocks lie on the device that computes, in pinned
+host memory beside it, or in a file of which nothing is left whatever ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.plan import empty_matrix
+
+# Rows of a block. On the CPU (two cores of a Zen 5, n = 12,000 to 20,000, float32) 512 rows factor at 334 to 350
+# GFLOP/s and square tiles of 1024 at half of that: the product with a block's own columns is the part that is not one
+# long product, and grows with the rows. A GPU wants larger products and fewer launches.
+ROWS = {"cpu": 512, "cuda": 4096}
+FILL = 128  # rows that are filled at once: the work beside a block is a few times as much
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+class SymmetricBlocks:
+    """An n x n symmetric matrix by its lower triangle, uninitialised at first.
+
+    Args:
+        n: rows.
+        dtype: torch.float32 or torch.float64.
+        device: that computes.
+        rows: of a block; default by device.
+        place: where blocks lie: "device"; "host", pinned memory from which a CUDA device streams them; or a folder
+            for a memory-mapped file, which has no name there.
+
+    Attributes:
+        blocks: of block row i the columns up to its own last row, (b, stop_i).
+    """
+
+    def __init__(
+        self,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        rows: int | None = None,
+        place: str | Path = "device",
+    ) -> None:
+        self.n, self.dtype, self.device, self.place = n, dtype, torch.device(device), place
+        self.rows = max(1, min(n, rows or default_rows(n, self.device)))
+        self.slices = [slice(start, min(n, start + self.rows)) for start in range(0, n, self.rows)]
+        self.blocks = self._allocate([(row.stop - row.start, row.stop) for row in self.slices])
+
+    def _allocate(self, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        if self.place == "device":
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            return [empty_matrix(*shape, like) for shape in shapes]
+        if self.place == "host":
+            return [torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=True) for shape in shapes]
+        sizes = [rows * columns for rows, columns in shapes]
+        with tempfile.TemporaryFile(dir=self.place, prefix="fastagop-") as file:  # unlinked before it is written
+            flat = np.memmap(file, _NUMPY[self.dtype], "w+", shape=(max(1, sum(sizes)),))
+        parts = torch.from_numpy(flat)[: sum(sizes)].split(sizes)
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def bytes(self) -> int:
+        """Of all blocks."""
+        return half_bytes(self.n, self.dtype, self.rows)
+
+    def fill_(self, rows_of: Callable[[torch.Tensor, int], object]) -> SymmetricBlocks:
+        """Write the matrix: rows_of(out, start) writes rows start .. of it, up to their own last column, into out."""
+        for row, block in zip(self.slices, self.blocks, strict=True):
+            there = self._on_device(block, read=False)
+            for first in range(0, len(block), FILL):
+                part = there[first : first + FILL]
+                start = row.start + first
+                rows_of(part[:, : start + len(part)], start)
+            for first in range(FILL, len(block), FILL):  # what lies above these rows on the diagonal block
+                above = there[:first, row.start + first : row.start + first + FILL]
+                above.copy_(there[first : first + FILL, row.start : row.start + first].T)
+            self._write(block, there)
+        return self
+
+    def apply_(self, change: Callable[[torch.Tensor], object], diagonal: float) -> SymmetricBlocks:
+        """Change every item in place, and set the diagonal."""
+        for row, block in zip(self.slices, self.blocks, strict=True):
+            there = self._on_device(block)
+            for part in there.split(FILL):
+                change(part)
+            there[:, row.start :].fill_diagonal_(diagonal)
+            self._write(block, there)
+        return self
+
+    def to(self, dtype: torch.dtype) -> SymmetricBlocks:
+        """A copy in another dtype, at the same place."""
+        copy = SymmetricBlocks(self.n, dtype, self.device, self.rows, self.place)
+        for mine, other in zip(self.blocks, copy.blocks, strict=True):
+            other.copy_(mine)
+        return copy
+
+    def full(self) -> torch.Tensor:
+        """The matrix with both triangles, (n, n)."""
+        out = empty_matrix(self.n, self.n, torch.empty(0, dtype=self.dtype, device=self.device))
+        for row, block in self._streamed():
+            out[row, : row.stop].copy_(block)
+            out[: row.start, row].copy_(block[:, : row.start].T)
+        return out
+
+    def row_tiles(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, these rows of the matrix with all columns in a dtype), each overwritten by the next."""
+        buffer = torch.empty(min(rows, self.rows), self.n, dtype=dtype, device=self.device)
+        for i, (row, block) in enumerate(zip(self.slices, self.blocks, strict=True)):
+            for first in range(0, len(block), rows):
+                some = slice(first, min(len(block), first + rows))
+                tile = buffer[: some.stop - some.start]
+                tile[:, : row.stop].copy_(block[some])
+                inside = slice(row.start + some.start, row.start + some.stop)
+                for below, other in zip(self.slices[i + 1 :], self.blocks[i + 1 :], strict=True):
+                    tile[:, below].copy_(other[:, inside].T)
+                yield inside, tile
+
+    def matmul(self, V: torch.Tensor) -> torch.Tensor:
+        """The matrix times V (n, p), of its dtype: one pass over the blocks for all columns of V."""
+        out = torch.zeros_like(V)
+        for row, block in self._streamed():
+            out[row].addmm_(block, V[: row.stop])
+            if row.start:
+                out[: row.start].addmm_(block[:, : row.start].T, V[row])
+        return out
+
+    def rows_matmul(self, index: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """Some rows of the matrix times V."""
+        out = V.new_empty(len(index), V.shape[1])
+        for place, i in enumerate(index.tolist()):
+            at = i // self.rows
+            left = self._on_device(self.blocks[at][i - self.slices[at].start])
+            out[place] = left @ V[: len(left)]
+            for row, block in zip(self.slices[at + 1 :], self.blocks[at + 1 :], strict=True):
+                out[place] += self._on_device(block[:, i]) @ V[row]
+        return out
+
+    def largest_row_sum(self) -> float:
+        """max_i sum_j A_ij."""
+        return float(self.matmul(torch.ones(self.n, 1, dtype=self.dtype, device=self.device)).max())
+
+    def cholesky_(self, diagonal: float | torch.Tensor) -> int:
+        """Overwrite the matrix A, with another diagonal, by its factor L, A = L L^T.
+
+        Left-looking: a column block is updated by all that lies left of it in one product for each block row.
+
+        Args:
+            diagonal: of the matrix to factor, a number or (n,).
+
+        Returns:
+            0, or the 1-based index of the first pivot that failed; the blocks are then used up.
+        """
+        diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
+        for q, (row, block) in enumerate(zip(self.slices, self.blocks, strict=True)):
+            there = self._on_device(block)
+            square = there[:, row.start :]
+            square.diagonal().copy_(diagonal[row])
+            done = there[:, : row.start].contiguous()
+            if row.start:
+                square.sub_(matmul_nt(done, done))
+            L, info = torch.linalg.cholesky_ex(square)
+            if int(info):
+                return row.start + int(info)
+            square.copy_(L)
+            self._write(block, there)
+            right = self._divisor(L)
+            for below, wide in self._streamed(q + 1, row.stop):
+                panel = wide[:, row.start :]
+                if row.start:
+                    panel.sub_(matmul_nt(wide[:, : row.start], done))
+                panel.copy_(right(panel))
+                self._write(self.blocks[below.start // self.rows][:, row], panel)
+        return 0
+
+    def _divisor(self, L: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Panel -> panel L^-T. In float32, where the factor preconditions only, by a product with the inverse."""
+        if self.dtype == torch.float64:
+            return lambda panel: torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False)
+        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+        return lambda panel: matmul_nt(panel.contiguous(), inverse)
+
+    def solve(self, B: torch.Tensor) -> torch.Tensor:
+        """(L L^T)^-1 B for the factor L that the blocks hold; two passes over them for all columns of B."""
+        X = B.clone()
+        for row, block in self._streamed():
+            if row.start:
+                X[row].addmm_(block[:, : row.start], X[: row.start], alpha=-1.0)
+            X[row] = torch.linalg.solve_triangular(block[:, row.start :], X[row], upper=False)
+        for row, block in self._streamed(backwards=True):
+            X[row] = torch.linalg.solve_triangular(block[:, row.start :].mT, X[row], upper=True)
+            if row.start:
+                X[: row.start].addmm_(block[:, : row.start].T, X[row], alpha=-1.0)
+        return X
+
+    # ---- Where blocks lie elsewhere than on the device that computes, they come to it and go back.
+
+    def _on_device(self, block: torch.Tensor, read: bool = True) -> torch.Tensor:
+        if block.device == self.device:
+            return block
+        return block.to(self.device, non_blocking=True) if read else torch.empty_like(block, device=self.device)
+
+    def _write(self, block: torch.Tensor, there: torch.Tensor) -> None:
+        if block.data_ptr() != there.data_ptr():
+            block.copy_(there)
+
+    def _streamed(
+        self, first: int = 0, columns: int | None = None, backwards: bool = False
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, block) from a block on, on the device, the next one on its way while this one is worked on."""
+        order = list(range(first, len(self.slices)))
+        if backwards:
+            order.reverse()
+        if self.device.type != "cuda" or self.place == "device":
+            for i in order:
+                yield self.slices[i], self._on_device(self.blocks[i][:, :columns])
+            return
+        side = torch.cuda.Stream(self.device)
+        ahead: list[torch.Tensor] = []
+
+        def fetch(i: int) -> None:
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                ahead.append(self._on_device(self.blocks[i][:, :columns]))
+
+        if order:
+            fetch(order[0])
+        for place, i in enumerate(order):
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            block = ahead.pop()
+            block.record_stream(torch.cuda.current_stream(self.device))
+            with contextlib.suppress(IndexError):
+                fetch(order[place + 1])
+            yield self.slices[i], block
+
+
+def default_rows(n: int, device: torch.device) -> int:
+    """Rows of a block: an eighth of a small matrix at most, so that half of it is nearly half of its bytes."""
+    return max(1, min(ROWS["cuda" if device.type == "cuda" else "cpu"], -(-n // 8)))
+
+
+def half_bytes(n: int, dtype: torch.dtype, rows: int) -> int:
+    """Bytes of the blocks of an n x n matrix."""
+    return dtype.itemsize * sum((min(n, i + rows) - i) * min(n, i + rows) for i in range(0, n, max(1, rows)))
