@@ -81,6 +81,12 @@ def _home() -> Path:
 
 def measured(device: torch.device) -> Measured:
     """The device's measurements; empty where there are none, or no home directory that they could be in."""
+    return _measured(device, *(os.environ.get(name) for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME", "HOME")))
+
+
+@functools.cache
+def _measured(device: torch.device, *folders: str | None) -> Measured:
+    """The same, looked up once for each place that the environment names."""
     try:
         file = path(device)
     except (OSError, importlib.metadata.PackageNotFoundError):
@@ -120,6 +126,7 @@ def save(device: torch.device, result: Measured) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(file, (json.dumps(asdict(result), indent=1) + "\n").encode())
     _read.cache_clear()
+    _measured.cache_clear()
     return file
 
 

@@ -15,14 +15,16 @@ def matmul_nt(A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None
 
     float32 on the CPU goes to oneDNN where this torch has it: its product is a fifth to a third faster than the
     one behind torch.mm on AMD processors, and no slower elsewhere. It compiles and keeps code for every shape that it
-    meets: products with few rows, whose shapes vary with blocks and crowds, are left to torch.mm.
+    meets: products with few rows, whose shapes vary with blocks and crowds, are left to torch.mm, and so are small
+    ones, for which it prepares longer than torch.mm computes.
     """
-    if _onednn(A):
+    if _onednn(A, B):
         return torch.ops.mkldnn._linear_pointwise(A, _dense(B), bias, "none", [], "")
     return torch.mm(A, B.T) if bias is None else torch.addmm(bias, A, B.T)
 
 
 _FEWEST = 32  # rows from which oneDNN multiplies
+_LEAST = 2**20  # multiplications from which it does
 _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are multiplied at once
 
 
@@ -65,12 +67,12 @@ def _dense(B: torch.Tensor) -> torch.Tensor:
     return B if B.is_contiguous() or B.T.is_contiguous() else B.contiguous()
 
 
-def _onednn(A: torch.Tensor) -> bool:
+def _onednn(A: torch.Tensor, B: torch.Tensor) -> bool:
     return (
         A.dtype == torch.float32
         and A.device.type == "cpu"
         and len(A) >= _FEWEST
-        and A.numel() > 0
+        and A.numel() * len(B) >= _LEAST
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

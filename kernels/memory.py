@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 
 _GROUPS, _MOUNT, _FREE = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"), Path("/proc/meminfo")
 _UNKNOWN = 4 * 2**30  # bytes to go by where the system does not say
 
 
+_FRESH = 0.05  # seconds that a reading is good for: it takes longer than a small call, and so does filling memory
+_last: tuple[float, tuple, int] = (-math.inf, (), 0)
+
+
 def host_bytes() -> int:
     """The smaller of free memory and of what containers and job schedulers leave to this process."""
-    return int(min(_free_bytes(), group_bytes()))
+    global _last  # noqa: PLW0603 (one reading for the whole process)
+    now, places = time.monotonic(), (_GROUPS, _MOUNT, _FREE)
+    if now - _last[0] > _FRESH or places != _last[1]:
+        _last = now, places, int(min(_free_bytes(), group_bytes()))
+    return _last[2]
 
 
 def _free_bytes() -> int:

@@ -149,6 +149,8 @@ def fitting_rows(
         )
     each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
     low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), max_rows)))
+    if (most := bytes_of(high)) <= limit:
+        return high, most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if bytes_of(middle) <= limit else (low, middle - 1)

@@ -106,7 +106,7 @@ def _switched(precision: str, device: torch.device):
     """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
     medium = precision == "medium" and device.type == "cuda"
     if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
-        with _ONEDNN.at("ieee"), _CUDA.at("tf32" if medium else "ieee"):
+        with _CUDA.at("tf32" if medium else "ieee") if device.type == "cuda" else _ONEDNN.at("ieee"):
             yield
     else:
         with _OLDER.at("medium" if medium else "highest"):

@@ -147,7 +147,9 @@ def test_auto_goes_by_cost(cloud, normal):
 def test_solve_says_which_dtype_factors(arguments):
     kernel, X, Y = arguments("solve")
     assert "float64 factorisation" in fastagop.explain("solve", kernel, X, Y)
-    text = fastagop.explain("solve", kernel, X, Y, ridge=1e-3)
+    assert "few rows: float64 takes about as long" in fastagop.explain("solve", kernel, X, Y, ridge=1e-3)
+    more = X.repeat(5, 1), Y.repeat(5, 1)
+    text = fastagop.explain("solve", kernel, *more, ridge=1e-3)
     assert "float32" in text
     assert "float64 refinement" in text
     assert "float64 factorisation" in fastagop.explain("solve", kernel, X.double(), Y.double(), ridge=1e-3)

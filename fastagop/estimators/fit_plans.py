@@ -14,7 +14,7 @@ from fastagop import estimates
 from fastagop.distributed.communicator import Communicator
 from fastagop.estimates import assumption, on_meta, stand_in
 from fastagop.estimators import inputs
-from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
@@ -22,6 +22,7 @@ from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 from fastagop.solvers import direct
 from fastagop.solvers.solve import PreparedSolve, prepare
+from fastagop.solvers.table import Solver
 
 _CLASSES = 10  # assumed of labels that hold no values
 
@@ -133,8 +134,8 @@ def step_of(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal:
     plan = prepared.plan
     apart = prepared.seconds() / (share if plan.method == "cg" else 1)
     try:
-        stored = prepared.solver.keeps
-        seconds, peak = _agop_diagonal(X, Y, regression) if diagonal else _agop(X, Y, regression, task, stored)
+        solver = prepared.solver
+        seconds, peak = _agop_diagonal(X, Y, regression) if diagonal else _agop(X, Y, regression, task, solver)
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))
     peak = max(_solve_peak(prepared), peak)
@@ -150,10 +151,11 @@ def _agop_diagonal(X, Y, regression: KernelRidge) -> tuple[float, int]:
     return calibration.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
 
 
-def _agop(X, Y, regression: KernelRidge, task: AgopTask, stored: bool) -> tuple[float, int]:
-    """(seconds, peak bytes) of the AGOP; ``stored``: the solve has left weights, which were counted there."""
-    if stored:
-        return min(costs.costs(X, X, Y.shape[1], costs.products_of(X, X, None)).values()), 0
+def _agop(X, Y, regression: KernelRidge, task: AgopTask, solver: Solver) -> tuple[float, int]:
+    """(seconds, peak bytes) of the AGOP; the weights that a solver keeps were counted there."""
+    if solver.keeps:
+        seconds = min(costs.costs(X, X, Y.shape[1], costs.products_of(X, X, None)).values())
+        return seconds, full_bytes(X, Y.shape[1], regression.memory_limit) if solver.halves else 0
     served = {"precision": regression.precision, "backend": regression.backend}
     task = dataclasses.replace(task, limit=regression.memory_limit)
     call = KernelOperator("agop", regression.kernel, X, **served).agop(Y, task)

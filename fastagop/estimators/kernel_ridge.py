@@ -28,6 +28,7 @@ AGOP_SCALES = ("max", "mean", "sum")
 _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
+_FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
@@ -98,6 +99,8 @@ def fit_and_agop(
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)
     K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
+    if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
+        planned = max(planned, _FULL * len(X) ** 2)
     del matrix  # it is given back where it has become something else
     wide = _float64_pays(kernel, X, alpha, center, rows.weights, engine)
     X = X.double() if wide else X
@@ -135,13 +138,20 @@ def _weights_(
     if kernel.weight_from_value_(X.new_empty(0)) is None:
         return None
     K.apply_(kernel.weight_from_value_, 0.0)
-    seconds, n = costs.costs(X, X, outputs, costs.products_of(X, X, None)), len(X)
-    fits = 16 * n * n <= budget(limit, X.device)  # in full, and a copy for products in X's dtype
-    return K.full() if seconds["gram"] < seconds["gradient"] and fits else K
+    return K.full() if full_bytes(X, outputs, limit) else K
+
+
+def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
+    """Bytes of a full float64 matrix beside half of it, where the gram form is faster and they fit, else 0.
+
+    The half is given back before products in X's dtype take a copy of as many bytes.
+    """
+    seconds, needed = costs.costs(X, X, outputs, costs.products_of(X, X, None)), _FULL * len(X) ** 2
+    return needed if seconds["gram"] < seconds["gradient"] and needed <= budget(limit, X.device) else 0
 
 
 def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask):
-    """(rows, their weights in X's dtype) of half of a matrix, whose items come within 2^-20 .. 2^20 first."""
+    """(rows, their weights in X's dtype) of half of a matrix, in as many rows as fit beside it."""
     room = budget(task.limit, X.device) - (W.bytes if task.limit is not None else 0)
     rows, _ = costs.gradient_form_beside(X, alpha, X, task.center, room)
     return W.row_tiles(rows, X.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.torch_backend import tiles
 
@@ -27,11 +26,15 @@ def note(points: Points, bandwidth: float, block: int = 256) -> str:
     if n < 2:
         return ""
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
-    with matmul_precision("highest", X.device):
-        zeros, ones, others = _counts(scaled, few, block)
-        if others or (n > _FEW and _counts(scaled, X, block)[2]):
-            return ""
-    apart = torch.pdist(few.double()).median()
+    distances = torch.pdist(few.double())
+    zeros, ones, others = _counts(scaled.value_(distances.square().to(X.dtype)))
+    if others:
+        return ""
+    if n > _FEW:
+        with matmul_precision("highest", X.device):
+            if any(_counts(scaled.value_(squares))[2] for _, squares in tiles.tiles(X, X, block)):
+                return ""
+    apart = distances.median()
     typical = float(apart) * unit
     if ones and zeros:
         finding = "0 or 1 to rounding: points are equal to it or have nothing in common"
@@ -45,13 +48,8 @@ def note(points: Points, bandwidth: float, block: int = 256) -> str:
     )
 
 
-def _counts(kernel: Profile, X: torch.Tensor, block: int) -> tuple[int, int, int]:
-    """(pairs with value 0, with value 1, others) to rounding; ends at the first block that holds others."""
-    eps, zeros, ones = torch.finfo(X.dtype).eps, 0, 0
-    for _, values in tiles.tiles(X, X, block):
-        kernel.value_(values)
-        low, high = int((values <= eps).sum()), int((values >= 1.0 - 4 * eps).sum())
-        zeros, ones = zeros + low, ones + high - len(values)  # each point's value with itself
-        if low + high < values.numel():
-            return zeros, ones, values.numel() - low - high
-    return zeros, ones, 0
+def _counts(values: torch.Tensor) -> tuple[int, int, int]:
+    """(values of 0, values of 1, others) to rounding."""
+    eps = torch.finfo(values.dtype).eps
+    zeros, ones = int((values <= eps).sum()), int((values >= 1.0 - 4 * eps).sum())
+    return zeros, ones, values.numel() - zeros - ones

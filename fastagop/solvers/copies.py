@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 _ITEMS = 2**16  # of a block of rows, small enough for a cache
+_FEW, _PAIRS = 512, 2**22  # rows, and items of all their differences, up to which all pairs are compared at once
 _DIRECTIONS = 3  # random projections that rows must agree in before they are compared
 _ROUNDS = 8  # representatives tried for every candidate at once; larger crowds are thinned out first
 _SAMPLE = 256  # rows that say how far apart points are
@@ -196,6 +197,8 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
         Rows. Cost: O(n d + n log n) time, O(n + block) memory, where no crowd of rows is within rounding of each other.
     """
     device, n = X.device, len(X)
+    if weights is None and _all_apart(X):
+        return alone(X)
     every = torch.arange(n, device=device)
     w = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device, torch.float64)
     live = every if weights is None else every[w > 0]
@@ -211,6 +214,21 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
     return Rows(live[first], left, group, weight, w, equal, plain)
+
+
+def _all_apart(X: torch.Tensor) -> bool:
+    """Whether few rows are so far from each other, by the distances of all pairs, that no two are copies."""
+    n, d = X.shape
+    if not 2 <= n <= _FEW or n * n * d > _PAIRS or X.is_cuda or not X.any():
+        return False
+    wide = _wide(X, torch.frexp(X.abs().max())[1])
+    longest = float(torch.linalg.vector_norm(wide, dim=1).max())
+    return float(torch.pdist(wide).min()) > _tolerance(X) * longest
+
+
+def _tolerance(X: torch.Tensor) -> float:
+    """What a dtype's rounding makes of a row, as a share of its size."""
+    return (4 + 0.5 * X.shape[1] ** 0.5) * torch.finfo(X.dtype).eps
 
 
 def alone(X: torch.Tensor) -> Rows:
@@ -311,7 +329,7 @@ def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.nda
         parts.append(torch.cat([wide @ directions, *sizes], 1))
     found = torch.cat(parts).cpu().numpy()
     length, apart = found[:, -2], np.maximum(found[:, -1], spread)
-    eps = (4 + 0.5 * U.shape[1] ** 0.5) * torch.finfo(U.dtype).eps
+    eps = _tolerance(U)
     one = apart < 4 * eps * length  # all points are one to rounding
     return found[:, :_DIRECTIONS], length, eps * np.where(one, length, np.minimum(length, apart))
 

@@ -23,6 +23,7 @@ STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+_SMALL = 2**18  # bytes of a block of the matrix that no memory is too small for
 _PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
 
 
@@ -195,7 +196,7 @@ def plan(problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     kernels = operator.backend.factor_kernels(dtype, operator.precision)
     copies = 3.0 if method == "eigh" else 1.0 + WORKSPACE
     extra = 0 if X.dtype == dtype else X.numel() * size
-    rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3), n, "solve")
+    rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3, _SMALL), n, "solve")
     work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
     precision = f"{str(dtype).removeprefix('torch.')} factorisation"
     if dtype == X.dtype == torch.float32:

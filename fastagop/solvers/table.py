@@ -20,6 +20,7 @@ from fastagop.solvers.half import CholeskyCG
 
 # Rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one.
 SHORT = 4096
+FEW = 128  # and where alpha is rounded to float32 at the end
 _SAMPLE, _PASSES = 2048, 5  # rows whose residual is measured in float64; passes of refinement at ridge 0
 
 
@@ -98,6 +99,7 @@ class Solver:
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
         keeps: whether k(X, X) is left in float64 when it has run.
+        halves: whether half of a matrix is stored.
         run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
     """
 
@@ -110,6 +112,7 @@ class Solver:
     plan: Callable[[Problem, str], tuple[Plan, Problem]]
     run: Callable[..., Found | cg.Found]
     keeps: bool = False
+    halves: bool = False
 
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
@@ -151,7 +154,7 @@ def _half(name: str, dtype: torch.dtype, form: _Form, reason: Callable[[Problem]
         return form.seconds(problem)
 
     keeps = form.run is half.refined
-    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, keeps)
+    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, keeps, halves=True)
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -220,7 +223,8 @@ def _of_float64(problem: Problem) -> str | None:
         return "one factorisation was asked for, and float64 needs no refinement"
     if problem.ridge == 0:
         return "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
-    if problem.float64_alpha and len(problem.X) <= SHORT and problem.X.device.type == "cpu":
+    few = SHORT if problem.float64_alpha else FEW
+    if len(problem.X) <= few and problem.X.device.type == "cpu":
         return "few rows: float64 takes about as long as float32 and its refinement"
     return None
 

@@ -27,6 +27,7 @@ _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _CHUNK = 2**18  # items of one chunk of direct differences, and of one step of a group's product
 FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
 _FEWEST = 16  # rows of one step of a group's product, at least
+_CHEAP = 2**14  # items of points whose squares are formed: the product of pairs of rows costs more to start
 _CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
 
 
@@ -46,6 +47,8 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
 
 def squared_norms(X: torch.Tensor) -> torch.Tensor:
     """Squared row norms, shape (n,)."""
+    if X.numel() <= _CHEAP and not X.is_cuda:
+        return (X * X).sum(1)
     return torch.einsum("ij,ij->i", X, X)
 
 
