@@ -96,7 +96,8 @@ def matmul_precision(precision: str, device: torch.device):
     computes like "highest" here, and the CPU always does. Autocast, which rounds factors to bfloat16, is off.
     Calls of several threads share the setting: while any of them needs full float32, all compute in it.
     """
-    off = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else contextlib.nullcontext()
+    rounds = is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    off = torch.autocast(device.type, enabled=False) if rounds else contextlib.nullcontext()
     with off, _switched(precision, device):
         yield
 
