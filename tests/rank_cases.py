@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ from sklearn.base import clone
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, distributed
 from fastagop.distributed import communicator
+from fastagop.distributed.blocks import SharedBlocks
+from fastagop.distributed.communicator import Communicator
+from fastagop.solvers import table
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -228,6 +232,49 @@ def solving(_):
     assert error(shared.alpha, fastagop.solve(Laplace(2.0**30), far, Y[:50].double(), ridge=0.1).alpha) < 1e-5
     with pytest.raises(MemoryError, match="may be used"):
         distributed.solve(Laplace(2.0), X, Y, method="cholesky", memory_limit=1000)
+
+
+def shared_factors(_):
+    """Half of a matrix dealt out to the ranks: one process's answer, and every rank holds its share only."""
+    X, Y = normal(333, 6), normal(333, 3, seed=1)
+    held, table.SHORT = [], 64
+    try:
+        for points, how in (
+            (X.float(), {"method": "auto"}),  # float64 values and a float32 factor
+            (X, {"method": "cholesky"}),  # a float64 factor in place
+            (X, {"method": "cholesky", "ridge": 1e-2}),
+            (X, {"method": fastagop.CholeskyCG(tolerance=1e-12)}),
+        ):
+            alone = fastagop.solve(Laplace(2.0), points, Y.to(points), **how)
+            shared = distributed.solve(Laplace(2.0), points, Y.to(points), **how)
+            assert error(shared.alpha, alone.alpha) < (1e-10 if points is X else 1e-6), how
+            assert (shared.method, shared.rank, shared.jitter) == (alone.method, alone.rank, alone.jitter)
+            same_everywhere(shared.alpha)
+        for kernel, ridge in (
+            (Gaussian(30.0), 1e-9),
+            (Laplace(2.0), 0.0),
+        ):  # a float32 pivot that fails; contradictions
+            points = X.float() if ridge else torch.cat([X[:300], X[:33] + 1e-13])
+            how = {"method": "cholesky+cg", "ridge": ridge}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                alone = fastagop.solve(kernel, points, Y.to(points), **how)
+                shared = distributed.solve(kernel, points, Y.to(points), **how)
+            assert shared.method == alone.method == "cholesky"
+            assert shared.fallback
+            assert 0.5 < shared.jitter / alone.jitter < 2
+            same_everywhere(shared.alpha)
+        blocks = SharedBlocks(333, torch.float64, Communicator(None, "solve", torch.device("cpu")), rows=32)
+        held = sum(block.numel() for block in blocks.blocks)
+        assert held < 0.65 * 333**2 / dist.get_world_size() + 32 * 333
+        deep = DeepRFMClassifier(Laplace(1.0), depth=2, width=48, ridge=0.0)
+        labels = Y[:, 0] > 0
+        one = clone(deep).fit(X.float(), labels)
+        many = clone(deep).set_params(process_group=dist.group.WORLD).fit(X.float(), labels)
+        assert many.layers_[0].solution.method == one.layers_[0].solution.method == "cholesky+cg"
+        assert error(many.agops_[0], one.agops_[0]) < 1e-5  # later ones see labels that are noise
+    finally:
+        table.SHORT = 4096
 
 
 def stop_after_two(event):

@@ -47,6 +47,7 @@ def test_two_ranks(tmp_path):
         "unequal_memory",
         "guards",
         "solving",
+        "shared_factors",
         *deep,
         "rfm",
         "copies_of_rows",

@@ -56,7 +56,7 @@ class Communicator:
                 f"the group's backend nccl moves CUDA tensors and X is on {device}: move the tensors with .cuda(), "
                 "or start the group with backend='gloo'"
             )
-        self._wire = torch.device("cpu") if backend in ("gloo", "mpi") else device
+        self.wire = torch.device("cpu") if backend in ("gloo", "mpi") else device
 
     @contextlib.contextmanager
     def collective(self):
@@ -138,7 +138,7 @@ class Communicator:
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of value over ranks, the same bits everywhere."""
-        wire = value.to(self._wire, copy=True)
+        wire = self._copy(value)
         with self.collective():
             dist.all_reduce(wire, group=self.group)
         return wire.to(value.device)
@@ -149,7 +149,7 @@ class Communicator:
         first, last = self.rows(count)
         row = max(1, torch.Size(tail).numel() * like.element_size())
         step = max(1, min(share, max(_PIECE_ROWS, _PIECE // row)))
-        everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self._wire)
+        everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self.wire)
         pending = []
         for offset in range(0, share, step):
             width = min(step, share - offset)
@@ -174,7 +174,7 @@ class Communicator:
             answer = self._run_as_root(job, handle)
         else:
             while (order := self._order(None))[0] == _ASK:
-                V = torch.empty(order[1], order[2], dtype=torch.float64, device=self._wire)
+                V = torch.empty(order[1], order[2], dtype=torch.float64, device=self.wire)
                 self._handle(V, order[3], handle)
             answer = None
         result, error = self._broadcast(answer)
@@ -185,7 +185,7 @@ class Communicator:
     def _run_as_root(self, job: Callable, handle: Callable | None):
         def request(V: torch.Tensor, number: int) -> torch.Tensor:
             self._order([_ASK, *V.shape, number])
-            return self._handle(V.to(self._wire).contiguous(), number, handle)
+            return self._handle(V.to(self.wire).contiguous(), number, handle)
 
         try:
             result, error = job(request), None
@@ -200,35 +200,52 @@ class Communicator:
         """One product: V from the first rank to all, the parts of the answer back to it."""
         with self.collective():
             dist.broadcast(V, self._first, group=self.group)
-        part = handle(V.to(self.device), number).to(self._wire)
+        part = handle(V.to(self.device), number).to(self.wire).contiguous()
         with self.collective():
             dist.reduce(part, self._first, group=self.group)
         return part.to(self.device)
 
     def _order(self, order: list[int] | None) -> list[int]:
         """What the first rank wants next."""
-        wire = torch.tensor(order or [0] * 4, dtype=torch.int64, device=self._wire)
+        wire = torch.tensor(order or [0] * 4, dtype=torch.int64, device=self.wire)
         with self.collective():
             dist.broadcast(wire, self._first, group=self.group)
         return wire.tolist()
 
-    def broadcast(self, value: torch.Tensor) -> torch.Tensor:
-        """The first rank's tensor, on every rank."""
-        wire = value.to(self._wire, copy=True)
+    def _copy(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy that can travel: what is sent is memory, which every rank must lay out alike."""
+        return value.to(self.wire, copy=True, memory_format=torch.contiguous_format)
+
+    def broadcast(self, value: torch.Tensor, rank: int = 0) -> torch.Tensor:
+        """A rank's tensor, the first one's by default, on every rank."""
+        wire = self._copy(value)
         with self.collective():
-            dist.broadcast(wire, self._first, group=self.group)
+            dist.broadcast(wire, self._global(rank), group=self.group)
         return wire.to(value.device)
+
+    def send(self, wire: torch.Tensor, rank: int):
+        """The work of sending a rank's tensor, on the device that collectives move, to all of them; then ``wait``."""
+        with self.collective():
+            return dist.broadcast(wire, self._global(rank), group=self.group, async_op=True)
+
+    def wait(self, work) -> None:
+        """Until what was sent is there."""
+        with self.collective():
+            work.wait()
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
     @property
     def _first(self) -> int:
-        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        return self._global(0)
 
     def everyone(self, number: int) -> list[int]:
         """Every rank's number."""
         return [row[0] for row in self._gather([number])]
 
     def _gather(self, numbers: list[int]) -> list[list[int]]:
-        wire = torch.tensor(numbers, dtype=torch.int64, device=self._wire)
+        wire = torch.tensor(numbers, dtype=torch.int64, device=self.wire)
         everyone = [torch.empty_like(wire) for _ in range(self.size)]
         with self.collective():
             dist.all_gather(everyone, wire, group=self.group)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastagop.distributed.blocks import AskedBlocks, RankBlocks
 from fastagop.distributed.communicator import Communicator
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import symmetrise_
@@ -29,8 +30,10 @@ from fastagop.kernels.torch_backend.low_rank import LowRank
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
+from fastagop.solvers.half import filler_of
 from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
+from fastagop.solvers.table import Shared
 
 _UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
 
@@ -194,8 +197,19 @@ class Sharded(Local):
             operator = KernelOperator("solve with method 'cg'", kernel, X, **arguments)
             return operator.float64_product(block_of_product(operator.points.X.double(), Y.shape[1], room))
 
+        @functools.cache
+        def blocks() -> RankBlocks:
+            operator = KernelOperator("solve", kernel, X, precision=options.precision, backend=options.backend)
+            return RankBlocks(len(X), ranks, filler_of(operator))
+
+        def part(V: torch.Tensor, number: int) -> torch.Tensor:
+            return blocks().answer(V, number) if number < 0 else _part_of_product(product(), V, number, ranks)
+
         def job(request) -> tuple[Solved, int]:
-            prepared = prepare(kernel, X, rows.take(Y), options)
+            asked = Shared(ranks.size, lambda n, dtype: AskedBlocks(n, dtype, request, X.device))
+            least = room if options.memory_limit is None else options.memory_limit
+            mine = replace(options, shared=asked if ranks.size > 1 else None, memory_limit=least)
+            prepared = prepare(kernel, X, rows.take(Y), mine)
             shared = {}
             if prepared.plan.method == "cg":
                 shared["share"] = functools.partial(SharedProduct, request, product().rows)
@@ -204,7 +218,7 @@ class Sharded(Local):
                 solved = replace(solved, solution=as_given(solved.solution, kernel, original, Y, found))
             return solved.to(torch.device("cpu")), prepared.plan.peak_bytes
 
-        solved, planned = ranks.run_on_root(job, lambda V, rows: _part_of_product(product(), V, rows, ranks))
+        solved, planned = ranks.run_on_root(job, part)
         return Fit(solved.to(X.device), None, planned)
 
 

@@ -130,7 +130,8 @@ def from_points_bytes(problem) -> int:
 def _stored(problem, dtype: torch.dtype) -> int:
     """Bytes of half a matrix in the device's memory: those in a file are the system's to keep or to drop."""
     n = len(problem.X)
-    return half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
+    stored = half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
+    return stored // problem.ranks
 
 
 def _fill_bytes(problem) -> int:
@@ -165,17 +166,19 @@ def from_points_seconds(problem) -> float:
 
 def _fill_seconds(problem) -> float:
     n, d = problem.X.shape
-    return calibration.seconds(float(n) * n * d, 0.5 * n * n, problem.X.device, "gradient", "float64")
+    share = 1.0 / problem.ranks
+    return calibration.seconds(float(n) * n * d * share, 0.5 * n * n * share, problem.X.device, "gradient", "float64")
 
 
 def _factor_seconds(problem, products: str) -> float:
-    return calibration.seconds(len(problem.X) ** 3 / 3.0, 0.0, problem.X.device, "gradient", products)
+    work = len(problem.X) ** 3 / 3.0 / problem.ranks
+    return calibration.seconds(work, 0.0, problem.X.device, "gradient", products)
 
 
 def _step_seconds(problem) -> float:
     """Of a step of refinement: K is read once, the factor twice."""
     n, kind = len(problem.X), "cuda" if problem.X.device.type == "cuda" else "cpu"
-    return 8.0 * n * n / _READ[kind]
+    return 8.0 * n * n / _READ[kind] / problem.ranks
 
 
 # ---- what each does
@@ -199,7 +202,7 @@ def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg
         ridge: a number, or one for each point.
         out: the dtype in which alpha is wanted.
     """
-    fill = _filler(problem)
+    fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     factor: SymmetricBlocks | None = K.to(torch.float32)
     failed = factor.cholesky_(1.0 + ridge)
@@ -215,10 +218,10 @@ def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg
         result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
         if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
             found = cg.Found(result.alpha, 0.0, result.iterations, len(K), "", tolerance, matmul, K)
-            return replace(found, dtype=torch.float32, left=result.left)
+            return replace(found, dtype=torch.float32, left=result.left, K=K if problem.shared is None else None)
         reason = f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
     log.info("solve: %s; a float64 factor takes over, in place", reason)
-    del factor
+    factor.drop()
     return replace(_in_place(problem, K, fill, Y, ridge, out), method="cholesky", fallback=reason)
 
 
@@ -232,7 +235,7 @@ def _by_factor(factor: SymmetricBlocks, R: torch.Tensor) -> torch.Tensor:
 
 def in_place(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
     """Solve with a float64 factor in the only matrix there is; arguments as of ``refined``."""
-    fill = _filler(problem)
+    fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     return _in_place(problem, K, fill, Y, ridge, out)
 
@@ -245,7 +248,7 @@ def _in_place(problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: to
 
 def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
     """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
-    fill = _filler(problem)
+    fill = filler_of(problem.operator)
     blocks = fill(_blocks(problem, torch.float32))
     found = direct.cholesky(_system(problem, HalfMatrix(blocks, fill), ridge, out), Y)
     assert found is not None
@@ -253,6 +256,8 @@ def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -
 
 
 def _blocks(problem, dtype: torch.dtype) -> SymmetricBlocks:
+    if problem.shared is not None:
+        return problem.shared.blocks(len(problem.X), dtype)
     return SymmetricBlocks(len(problem.X), dtype, problem.X.device, place=problem.half.place)
 
 
@@ -269,9 +274,8 @@ def _system(problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> LinearSyste
     return LinearSystem(matrix, ridge, matmul, matmul, sampled, direct.STEPS["highest"], out)
 
 
-def _filler(problem) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
-    """What writes k(X, X) into blocks; float32 ones are rounded from float64 values."""
-    operator = problem.operator
+def filler_of(operator) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
+    """What writes k(X, X) of a ``KernelOperator`` into blocks; float32 ones are rounded from float64 values."""
     kernels = operator.backend.factor_kernels(torch.float64, operator.precision)
 
     def fill(blocks: SymmetricBlocks) -> SymmetricBlocks:

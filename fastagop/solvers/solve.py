@@ -22,7 +22,7 @@ from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.limits import bound, largest, relative, times
 from fastagop.solvers.solution import Solution, Solved, report
-from fastagop.solvers.table import Advice, Method, Problem, Solver
+from fastagop.solvers.table import Advice, Method, Problem, Shared, Solver
 
 ADVICE = Advice()
 
@@ -35,6 +35,7 @@ class SolveOptions:
         ridge, method, precision, backend, memory_limit: as in ``fastagop.solve``.
         float64_alpha: the coefficients are wanted in float64.
         advice: for errors of memory.
+        shared: who holds half of a matrix together.
     """
 
     ridge: float = 0.0
@@ -44,6 +45,7 @@ class SolveOptions:
     memory_limit: float | None = None
     float64_alpha: bool = False
     advice: Advice = ADVICE
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         checks.sample_weight(sample_weight, X, "mean")
         room = budget(limit, X.device)
         half.settle(X.device)
-        return Problem(operator, Y.shape[1], ridge, room, iteration, options.float64_alpha, options.advice, half)
+        wide, advice = options.float64_alpha, options.advice
+        return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared)
 
     if method == "cg":
         return _prepared(problem(_CG), "cg", None)

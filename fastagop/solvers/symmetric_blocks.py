@@ -38,6 +38,8 @@ class SymmetricBlocks:
             for a memory-mapped file, which has no name there.
 
     Attributes:
+        count: block rows.
+        slices: the rows of each.
         blocks: of block row i the columns up to its own last row, (b, stop_i).
     """
 
@@ -51,8 +53,13 @@ class SymmetricBlocks:
     ) -> None:
         self.n, self.dtype, self.device, self.place = n, dtype, torch.device(device), place
         self.rows = max(1, min(n, rows or default_rows(n, self.device)))
-        self.slices = [slice(start, min(n, start + self.rows)) for start in range(0, n, self.rows)]
+        self.count = -(-n // self.rows)
+        self.slices = [slice(q * self.rows, min(n, (q + 1) * self.rows)) for q in self._mine(self.count)]
         self.blocks = self._allocate([(row.stop - row.start, row.stop) for row in self.slices])
+
+    def _mine(self, count: int) -> range:
+        """The block rows that this process holds."""
+        return range(count)
 
     def _allocate(self, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         if self.place == "device":
@@ -72,7 +79,11 @@ class SymmetricBlocks:
     @property
     def bytes(self) -> int:
         """Of all blocks."""
-        return half_bytes(self.n, self.dtype, self.rows)
+        return sum(block.numel() for block in self.blocks) * self.dtype.itemsize
+
+    def drop(self) -> None:
+        """Give the blocks' memory back."""
+        self.blocks.clear()
 
     def fill_(self, rows_of: Callable[[torch.Tensor, int], object]) -> SymmetricBlocks:
         """Write the matrix: rows_of(out, start) writes rows start .. of it, up to their own last column, into out."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,14 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """Processes that hold half of a matrix together: how many, and (n, dtype) -> blocks that ask them."""
+
+    size: int
+    blocks: Callable[[int, torch.dtype], Any]
+
+
+@dataclass(frozen=True)
 class Problem:
     """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
 
@@ -55,6 +63,7 @@ class Problem:
         float64_alpha: the coefficients are wanted in float64.
         advice: for errors of memory.
         half: how half of a matrix is stored and refined with.
+        shared: who shares it, where it is not this process alone.
     """
 
     operator: KernelOperator
@@ -65,6 +74,12 @@ class Problem:
     float64_alpha: bool
     advice: Advice
     half: CholeskyCG = half.DEFAULT
+    shared: Shared | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share the matrix."""
+        return self.shared.size if self.shared else 1
 
     @property
     def X(self) -> torch.Tensor:
@@ -78,12 +93,14 @@ class Problem:
 
     @property
     def large(self) -> bool:
-        """More points on the CPU than are solved fastest by one matrix stored in full."""
-        return len(self.X) > SHORT and self.X.device.type == "cpu" and not self.coarse
+        """More points, on the CPU or over ranks, than are solved fastest by one matrix stored in full."""
+        alone = self.X.device.type == "cpu" or self.shared is not None
+        return len(self.X) > SHORT and alone and not self.coarse
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a Cholesky factorisation in a dtype fits into memory."""
-        return needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
+        shared = self.shared is not None and self.large  # in full it is one process's alone
+        return not shared and needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
 
 
 @dataclass(frozen=True)
