@@ -18,27 +18,6 @@ from fastagop.datasets import UnknownDataWarning, raw_images
 RNG = np.random.default_rng(0)
 
 
-def damaged(data: bytes, count: int):
-    """Flips of one bit and cuts at random places, and some special ones."""
-    for k in RNG.integers(0, len(data), count):
-        yield data[:k] + bytes([data[k] ^ 1 << int(RNG.integers(8))]) + data[k + 1 :]
-    for k in RNG.integers(0, len(data), count // 5):
-        yield data[:k]
-    for k in RNG.integers(0, len(data) - 8, count // 5):
-        yield data[:k] + RNG.bytes(8) + data[k + 8 :]
-    yield from (b"", b"hi", data + b"\0", data * 2, pickle.dumps(data[:100]), b"\xff" * 300, b"[" * 3000)
-
-
-def outcome(call, path: Path):
-    """What a call returns, or None after a ValueError that names the file; any other error fails the test."""
-    try:
-        return call()
-    except ValueError as error:
-        if path.name not in str(error):
-            raise AssertionError(f"{error} does not name {path}") from error
-        return None
-
-
 def mnist_files(root: Path, images: int = 50, labels: int | None = None, largest: int = 9) -> Path:
     """A small data set in MNIST's form; the test split is its first half."""
     raw = root / "MNIST" / "raw"
@@ -113,7 +92,7 @@ def test_wrong_sizes_are_named(tmp_path, name, change):
         load_mnist(tmp_path)
 
 
-def test_flipped_raw_files_are_refused_or_warned_of(tmp_path, monkeypatch):
+def test_flipped_raw_files_are_refused_or_warned_of(tmp_path, monkeypatch, damaged, outcome):
     raw = mnist_files(tmp_path, images=12)
     published = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()}
     monkeypatch.setattr(raw_images, "_PUBLISHED", published)
