@@ -28,10 +28,21 @@ from fastagop.distributed.engine import Predictor, Sharded
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
 
 
+class Sent:
+    """What travels: it is there once it is waited for."""
+
+    def __init__(self, places, parts):
+        self.places, self.parts = places, parts
+
+    def wait(self):
+        for place, part in zip(self.places, self.parts, strict=True):
+            place.copy_(part)
+
+
 class Threads:
     """What communicator.py uses of torch.distributed, for ranks that are threads; a collective is a meeting of all."""
 
-    GroupMember = torch.distributed.GroupMember
+    GroupMember, backend = torch.distributed.GroupMember, "gloo"
 
     def __init__(self, size: int):
         self.size, self.own = size, threading.local()
@@ -50,7 +61,7 @@ class Threads:
         return self.size
 
     def get_backend(self, group=None):
-        return "gloo"
+        return self.backend
 
     def get_global_rank(self, group, rank):
         return rank
@@ -78,12 +89,8 @@ class Threads:
         tensor.copy_(self._tensors(tensor)[source])
 
     def all_gather(self, places, tensor, group=None, async_op=False):
-        for place, part in zip(places, self._tensors(tensor), strict=True):
-            place.copy_(part)
-        return self
-
-    def wait(self):
-        pass
+        sent = Sent(places, self._tensors(tensor))
+        return sent if async_op else sent.wait()
 
     def all_gather_object(self, places, value, group=None):
         places[:] = map(pickle.loads, self._meet(pickle.dumps(value)))
@@ -373,11 +380,64 @@ def test_every_rank_may_take_what_the_poorest_has(together, monkeypatch):
 
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = together(3, room)
-    assert [made for made, _ in alone] == ["made"] * 3
-    assert {room for _, room in alone} == {alone[1][1]}
-    assert 0.5 * 400_000 <= alone[1][1] <= 400_000
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000)
+    assert alone == [("made", plan.budget(None, torch.device("cpu")))] * 3
+    monkeypatch.setattr(plan, "available_bytes", lambda device: free[communicator.dist.get_rank()])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert together(3, room) == [("made", alone[0][1] // 3)] * 3
+
+
+def test_gpus_are_not_shared_by_the_processes_of_a_machine(together, monkeypatch):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 900_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    gpu = torch.device("cuda")
+    (room,) = together(1, lambda rank: Communicator(None, "agop", gpu)._room())
+    assert room == plan.budget(None, gpu)
+
+
+def test_nccl_moves_cuda_tensors(together, monkeypatch):
+    monkeypatch.setattr(Threads, "backend", "nccl")
+    (error,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cpu")))
+    assert "the group's backend nccl moves CUDA tensors and X is on cpu" in str(error)
+    (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
+    assert ranks._wire == torch.device("cuda")
+    monkeypatch.setattr(Threads, "backend", "gloo")
+    (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
+    assert ranks._wire == torch.device("cpu")
+
+
+def test_a_group_that_is_none_is_refused(normal, together):
+    X, Y = normal(9, 3), normal(9, 2)
+    (error,) = together(1, lambda rank: distributed.agop(Laplace(2.0), X, Y, group="world"))
+    assert isinstance(error, TypeError)
+    assert "must be a torch.distributed process group or None, got 'world'" in str(error)
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    (error,) = together(1, lambda rank: distributed.agop(Laplace(2.0), X, Y, group=outside))
+    assert isinstance(error, ValueError)
+    assert "distributed.agop was called by a process that is not in the group" in str(error)
+
+
+def test_an_error_that_cannot_travel_arrives_as_its_text(together):
+    class Local(Exception):
+        pass
+
+    def fail(ask):
+        raise Local("no such matrix")
+
+    results = together(2, lambda rank: Communicator(None, "solve", torch.device("cpu")).run_on_root(fail))
+    assert [str(error) for error in results] == ["Local: no such matrix"] * 2
+
+
+def test_a_collective_that_fails_says_what_it_means(together, monkeypatch):
+    """Of gloo's message the sentence that says something, without the place in its source."""
+
+    def fails(self, tensor, group=None):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer. This may be anything")
+
+    monkeypatch.setattr(Threads, "all_reduce", fails)
+    (error,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cpu")).total(torch.ones(3)))
+    assert isinstance(error, distributed.RankLost)
+    assert "distributed.agop: rank 0 of 1 lost another rank (Connection closed by peer)." in str(error)
 
 
 def test_a_limit_holds_on_every_rank(normal, together, forms):
