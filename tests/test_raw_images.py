@@ -58,6 +58,16 @@ def test_published_mnist_is_silent(recwarn):
 
 
 @pytest.mark.filterwarnings("ignore::fastagop.datasets.UnknownDataWarning")
+def test_one_image_is_a_data_set_and_none_is_not(tmp_path):
+    raw = mnist_files(tmp_path, images=1)
+    assert load_mnist(tmp_path)[0].shape == (1, 784)
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 0, 28, 28))
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 0))
+    with pytest.raises(FileNotFoundError, match="holds 0 images"):
+        load_mnist(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::fastagop.datasets.UnknownDataWarning")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
