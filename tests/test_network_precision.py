@@ -110,6 +110,18 @@ def test_squares_beyond_float32(power, dtype, relative):
             assert -1 <= value <= 1
 
 
+def test_sums_at_the_output_beyond_float32(relative):
+    """A layer of tiny weights before a readout of huge ones: squares at its output leave float32, M does not."""
+    model, X = mlp(), torch.randn(50, 6)
+    plain = network.agop(model, X)
+    with torch.no_grad():
+        for layer, power in ((model[2], -70), (model[4], 70)):
+            layer.weight.mul_(2.0**power)
+        model[2].bias.mul_(2.0**-70)
+    for name, M in network.agop(model, X, ["0", "2"]).items():
+        assert relative(M, plain[name]) <= 1e-5
+
+
 def test_an_agop_that_its_dtype_cannot_hold_is_refused():
     model = mlp()
     with torch.no_grad():
