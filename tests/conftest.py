@@ -10,12 +10,14 @@ import getpass
 import importlib.util
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastagop.kernels import plan, reference
@@ -156,6 +158,23 @@ def normal():
 
 
 @pytest.fixture(scope="session")
+def laid_out(cloud, normal):
+    """laid_out(layout, name, dtype): points of a named kind and coefficients, "transposed" or "strided" in memory."""
+
+    def build(layout: str, name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        big, coefficients = cloud(name, n=80, d=24, dtype=dtype), normal(80, 6, dtype=dtype)
+        if layout == "transposed":
+            X, alpha = big.T.contiguous().T, coefficients.T.contiguous().T
+        else:
+            X, alpha = big[::2, ::3], coefficients[::2, ::2]
+        assert not X.is_contiguous()
+        assert not alpha.is_contiguous()
+        return X, alpha
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def relative():
     """relative(a, b): Frobenius norm of a - b over that of b, in float64; of a alone where b is zero."""
 
@@ -274,6 +293,50 @@ def bounded_solution():
             jitter = max(10.0 * jitter, eps * float(A.sum(1).max()))
 
     return solve
+
+
+@pytest.fixture(scope="session")
+def system():
+    """system(kernel, X, ridge): k(X, X) + ridge I of the reference."""
+
+    def build(kernel, X: torch.Tensor, ridge: float) -> torch.Tensor:
+        K = reference.kernel_matrix(kernel, X)
+        K.diagonal().add_(ridge)
+        return K
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def damaged():
+    """damaged(data, count): flips of one bit and cuts at random places, and some special ones."""
+
+    def spoil(data: bytes, count: int):
+        rng = np.random.default_rng(0)
+        for k in rng.integers(0, len(data), count):
+            yield data[:k] + bytes([data[k] ^ 1 << int(rng.integers(8))]) + data[k + 1 :]
+        for k in rng.integers(0, len(data), count // 5):
+            yield data[:k]
+        for k in rng.integers(0, len(data) - 8, count // 5):
+            yield data[:k] + rng.bytes(8) + data[k + 8 :]
+        yield from (b"", b"hi", data + b"\0", data * 2, pickle.dumps(data[:100]), b"\xff" * 300, b"[" * 3000)
+
+    return spoil
+
+
+@pytest.fixture(scope="session")
+def outcome():
+    """outcome(call, path): what the call returns, or None after a ValueError that names the file; no other error."""
+
+    def tried(call, path: Path):
+        try:
+            return call()
+        except ValueError as error:
+            if path.name not in str(error):
+                raise AssertionError(f"{error} does not name {path}") from error
+            return None
+
+    return tried
 
 
 @pytest.fixture

@@ -93,13 +93,16 @@ SLOW = {
     },
     "test_packaging.py": {"*": "builds wheels and installs them into fresh environments"},
     "test_readme.py": {"test_the_kernel_that_docs_add": _PROCESS},
-    "test_reproduce_files.py": {
-        "test_a_flipped_record_is_found": _FULL_DISK,
-        "test_files_that_may_not_grow": _FULL_DISK,
-        "test_output_that_takes_no_more": _FULL_DISK,
-        "test_a_full_disk_is_one_line_and_the_run_resumes": _FULL_DISK,
-        "test_results_name_no_folder_of_this_machine": _FULL_DISK,
-    },
+    "test_reproduce_files.py": dict.fromkeys(
+        (
+            "test_a_flipped_record_is_found",
+            "test_files_that_may_not_grow",
+            "test_output_that_takes_no_more",
+            "test_a_full_disk_is_one_line_and_the_run_resumes",
+            "test_results_name_no_folder_of_this_machine",
+        ),
+        _FULL_DISK,
+    ),
     "test_reproduce_networks.py": {
         "test_runs_are_shared": _FULL_DISK,
         "test_networks_have_the_papers_shapes": "builds networks of the papers' sizes",

@@ -23,13 +23,6 @@ RANKS = [0, 7, 60, None]  # none; less than a proposal block; a good share of th
 kernels = pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0)], ids=repr)
 
 
-def system(kernel, X, ridge):
-    """k(X, X) + ridge I of the reference."""
-    K = reference.kernel_matrix(kernel, X)
-    K.diagonal().add_(ridge)
-    return K
-
-
 def residual(A, alpha, Y):
     return float(torch.linalg.vector_norm(A @ alpha.double() - Y.double()) / torch.linalg.vector_norm(Y.double()))
 
@@ -37,7 +30,7 @@ def residual(A, alpha, Y):
 @kernels
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
-def test_dense_solution(kernel, rank, ridge, cloud, normal, relative):
+def test_dense_solution(kernel, rank, ridge, cloud, normal, relative, system):
     """alpha and the predictions at new points agree with scipy's dense solve to the residual times the condition."""
     X, Y, Z = cloud("spread", n=300), normal(300, 4), cloud("spread", n=50, seed=3)
     A = system(kernel, X, ridge)
@@ -56,7 +49,7 @@ def test_dense_solution(kernel, rank, ridge, cloud, normal, relative):
     assert relative(K @ solution.alpha, K @ exact) <= bound
 
 
-def test_preconditioner_pays(cloud, targets):
+def test_preconditioner_pays(cloud, targets, system):
     """More rank, fewer steps; and without one, as many as scipy's conjugate gradients take."""
     X, Y = cloud("collapsed 1", n=400), targets(400)
     steps = []
@@ -93,14 +86,14 @@ def test_falkon(cloud, normal, relative):
 
 
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-6, 1e-9])
-def test_tolerance(tolerance, cloud, normal):
+def test_tolerance(tolerance, cloud, normal, system):
     X, Y = cloud("spread", n=200), normal(200, 3)
     solution = fastagop.solve(Gaussian(1.0), X, Y, ridge=1e-3, method=ConjugateGradients(tolerance=tolerance))
     true = residual(system(Gaussian(1.0), X, 1e-3), solution.alpha, Y)
     assert 1e-3 * tolerance <= true <= tolerance  # met, and not by going on for ever
 
 
-def test_float32_rounds_alpha_only(cloud, normal):
+def test_float32_rounds_alpha_only(cloud, normal, system):
     """float64 passes: the residual of a float32 alpha is that of the exact solution rounded to float32."""
     X, Y = cloud("spread", n=300, dtype=torch.float32), normal(300, 3, dtype=torch.float32)
     solution = fastagop.solve(Gaussian(1.0), X, Y, ridge=1e-3, method="cg")
@@ -113,7 +106,7 @@ def test_float32_rounds_alpha_only(cloud, normal):
     assert abs(solution.residual - residual(A, solution.alpha, Y)) <= 1e-3 * solution.residual
 
 
-def test_every_column_is_solved(cloud, normal):
+def test_every_column_is_solved(cloud, normal, system):
     """One large target column must not hide that a small one is unsolved; zero columns cost nothing."""
     X, Y = cloud("spread", n=200), normal(200, 3) * torch.tensor([1.0, 1e-9, 0.0])
     solution = fastagop.solve(Laplace(2.0), X, Y, method="cg")
@@ -127,7 +120,7 @@ def test_every_column_is_solved(cloud, normal):
 
 
 @pytest.mark.parametrize("n", [1, 2, 20])
-def test_few_rows(n, cloud, normal, relative):
+def test_few_rows(n, cloud, normal, relative, system):
     X, Y = cloud("spread", n=n), normal(n, 2)
     for rank in (0, 1, None):
         solution = fastagop.solve(Laplace(2.0), X, Y, method=dataclasses.replace(TIGHT, rank=rank))
@@ -143,7 +136,7 @@ def test_few_rows(n, cloud, normal, relative):
 @pytest.mark.parametrize(
     "name", ["collapsed 1e-2", "collapsed 1e-4", "nested", "pairs", "zero-rows", "identical", "line"]
 )
-def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solution):
+def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solution, system):
     """Never NaN, never wild, never much worse than a plain solve, and never silent about what was not reached."""
     X, Y = cloud(name, dtype=dtype), targets(120, dtype)
     with warnings.catch_warnings(record=True) as said:
@@ -168,7 +161,7 @@ def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solut
     assert true <= min(1.5 * best, 0.5 * (1 + best)) + (2e-6 if dtype == torch.float64 else 2e-3)
 
 
-def test_contradicting_targets(cloud, normal):
+def test_contradicting_targets(cloud, normal, system):
     """The jitter that a factorisation would add: nearly equal rows are answered by their mean."""
     X, Y = cloud("spread", n=200), normal(200, 3)
     X[150] = X[10] + 1e-14 * normal(12, seed=3)  # more than rounding apart

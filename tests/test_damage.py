@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -35,27 +34,6 @@ def little_memory(limit: float = 64e6):
         tracemalloc.stop()
 
 
-def damaged(data: bytes, count: int):
-    """Flips of one bit and cuts at random places, and some special ones."""
-    for k in RNG.integers(0, len(data), count):
-        yield data[:k] + bytes([data[k] ^ 1 << int(RNG.integers(8))]) + data[k + 1 :]
-    for k in RNG.integers(0, len(data), count // 5):
-        yield data[:k]
-    for k in RNG.integers(0, len(data) - 8, count // 5):
-        yield data[:k] + RNG.bytes(8) + data[k + 8 :]
-    yield from (b"", b"hi", data + b"\0", data * 2, pickle.dumps(data[:100]), b"\xff" * 300, b"[" * 3000)
-
-
-def outcome(call, path: Path):
-    """What a call returns, or None after a ValueError that names the file; any other error fails the test."""
-    try:
-        return call()
-    except ValueError as error:
-        if path.name not in str(error):
-            raise AssertionError(f"{error} does not name {path}") from error
-        return None
-
-
 # ---- Fitted estimators
 
 
@@ -69,7 +47,7 @@ def saved(tmp_path_factory):
     return X, model.decision_function(X), path.read_bytes()
 
 
-def test_flipped_and_cut_models(saved, tmp_path):
+def test_flipped_and_cut_models(saved, tmp_path, damaged, outcome):
     X, expected, data = saved
     path = tmp_path / "model"
     for broken in damaged(data, 500):
@@ -239,7 +217,7 @@ def test_what_is_no_file(tmp_path):
 # ---- JSON with a checksum
 
 
-def test_flipped_and_cut_descriptions(tmp_path):
+def test_flipped_and_cut_descriptions(tmp_path, damaged, outcome):
     path, metadata = tmp_path / "manifest.json", {"layers": ["abc", "def"], "n": 3, "x": 0.1, "none": None, "é": [[]]}
     storage.write_json(path, metadata)
     assert storage.read_json(path) == metadata
@@ -249,7 +227,7 @@ def test_flipped_and_cut_descriptions(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
-def test_flipped_checkpoints(tmp_path):
+def test_flipped_checkpoints(tmp_path, damaged, outcome):
     """Whatever file of a folder is hit, resuming gives the same bits or names the file."""
     X, y = np.random.default_rng(2).normal(size=(30, 4)), np.arange(30) % 2
     model = DeepRFMClassifier(depth=1, width=6, random_state=0, checkpoint_dir=tmp_path)
@@ -275,7 +253,7 @@ def archive(path: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("n", [None, 4])
-def test_flipped_and_cut_archives(tmp_path, write, n):
+def test_flipped_and_cut_archives(tmp_path, write, n, damaged, outcome):
     path = tmp_path / "made.npz"
     write(path, x_train=RNG.integers(0, 256, (9, 40), dtype=np.uint8), y_train=np.arange(9))
     X, y = datasets.load(path, n=n)

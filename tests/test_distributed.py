@@ -83,6 +83,10 @@ def alone(tmp_path):
 def test_one_rank_is_the_plain_call(alone, cloud, normal):
     X, alpha = cloud("spread", 50, 4), normal(50, 2)
     assert torch.equal(distributed.agop(Laplace(2.0), X, alpha), fastagop.agop(Laplace(2.0), X, alpha))
+    for outputs in (2, 40):  # with many, the gram form
+        many = normal(50, outputs)
+        plain = fastagop.agop(Laplace(2.0), X, many, center=True)
+        assert torch.equal(distributed.agop(Laplace(2.0), X, many, center=True), plain)
     assert torch.equal(distributed.gradients(Laplace(2.0), X, alpha), fastagop.gradients(Laplace(2.0), X, alpha))
     shared, plain = (module.solve(Laplace(2.0), X, alpha, ridge=1e-3) for module in (distributed, fastagop))
     assert torch.equal(shared.alpha, plain.alpha)

@@ -7,15 +7,7 @@ from fastagop.kernels import reference
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
-from fastagop import (
-    DeepRFMClassifier,
-    DeepRFMRegressor,
-    Gaussian,
-    GeneralisedLaplace,
-    Laplace,
-    Matern52,
-    NumericalWarning,
-)
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace, Matern52
 
 SMALL = {"depth": 2, "width": 64, "random_state": 0}
 # scikit-learn's checks feed duplicated, one-dimensional and constant data: singular on purpose.
@@ -198,7 +190,7 @@ def test_altered_solves_are_reported():
     """Contradicting labels on points that nothing tells apart cannot be met: the fit warns and stays finite."""
     X, y = blobs()
     X[1] = X[0] * (1 + 1e-14 * np.arange(len(X[0])))  # more than rounding apart
-    with pytest.warns(NumericalWarning, match="jitter"):
+    with pytest.warns(fastagop.NumericalWarning, match="jitter"):
         model = DeepRFMClassifier(dtype="float64", **SMALL).fit(X, y)
     assert model.layers_[0].solution.jitter > 0
     assert np.isfinite(model.decision_function(X)).all()

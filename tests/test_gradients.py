@@ -19,19 +19,8 @@ WELL_SPREAD = ("spread", "collapsed 1", "offset", "zero-rows")
 DTYPES = [torch.float32, torch.float64]
 KERNELS = [Laplace(2.0), Gaussian(1.0), Laplace(0.05)]  # reasons in test_kernel_matrix.py
 OTHERS = [GeneralisedLaplace(2.0, 0.5), GeneralisedLaplace(1.0, 1.5), Matern52(2.0)]  # reasons in test_radial.py
-CLOUDS = [  # reasons in test_distance.py
-    "spread",
-    "collapsed 1",
-    "collapsed 1e-2",
-    "collapsed 1e-3",
-    "collapsed 1e-4",
-    "nested",
-    "offset",
-    "zero-rows",
-    "scales",
-    "line",
-    "pairs",
-]
+COLLAPSED = [f"collapsed {spread}" for spread in ("1", "1e-2", "1e-3", "1e-4")]
+CLOUDS = ["spread", *COLLAPSED, "nested", "offset", "zero-rows", "scales", "line", "pairs"]  # see test_distance.py
 kernels = pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, *OTHERS], ids=repr)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -195,14 +184,8 @@ def test_many_blocks(kernel, name, own, cloud, normal, relative, gradient_bound,
 
 @dtypes
 @pytest.mark.parametrize("layout", ["transposed", "strided"])
-def test_layouts(dtype, layout, cloud, normal, relative, gradient_bound):
-    big, coefficients = cloud("collapsed 1e-2", n=80, d=24, dtype=dtype), normal(80, 6, dtype=dtype)
-    if layout == "transposed":
-        X, alpha = big.T.contiguous().T, coefficients.T.contiguous().T
-    else:
-        X, alpha = big[::2, ::3], coefficients[::2, ::2]
-    assert not X.is_contiguous()
-    assert not alpha.is_contiguous()
+def test_layouts(dtype, layout, laid_out, relative, gradient_bound):
+    X, alpha = laid_out(layout, "collapsed 1e-2", dtype)
     for Z in (None, X[4:20], X.clone()):
         error = relative(fastagop.gradients(Laplace(2.0), X, alpha, Z), reference.gradients(Laplace(2.0), X, alpha, Z))
         assert error <= gradient_bound(Laplace(2.0), X, alpha, Z)

@@ -112,7 +112,8 @@ def test_samples_that_mix_a_little_are_refused(normal, X, n, share):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_gradients_that_mix_are_refused(normal, n):
+@pytest.mark.parametrize("centred", [False, True])  # outputs that always sum to zero: no sum of them has a gradient
+def test_gradients_that_mix_are_refused(normal, n, centred):
     """Outputs keep to their samples, but the layer's input is shared: its gradients belong to all of them."""
 
     class Shared(nn.Module):
@@ -122,7 +123,8 @@ def test_gradients_that_mix_are_refused(normal, n):
 
         def forward(self, x):
             table = self.embed(torch.eye(4))
-            return self.out(x) + table.sum() * x[:, :3]
+            out = self.out(x) + table.sum() * x[:, :3]
+            return out - out.mean(1, keepdim=True) if centred else out
 
     with pytest.raises(ValueError, match="gradients at 'embed' mix the samples"):
         network.agop(Shared(), normal(n, D, dtype=torch.float32))
@@ -130,5 +132,23 @@ def test_gradients_that_mix_are_refused(normal, n):
 
 def test_what_does_not_mix_is_not_refused(normal, X):
     model = nn.Sequential(linear(normal, 5, D, 6), nn.LayerNorm(5), nn.Tanh(), linear(normal, 3, 5, 7))
-    for measure in measures(model, X[:2]):
+    for samples in (X[:2], X[:1].repeat(2, 1)):
+        for measure in measures(model, samples):
+            measure()
+
+
+def test_samples_that_change_each_others_rounding_are_not_refused(normal, X):
+    """h s / s with an s of the whole batch: the first sample's last bits depend on the others."""
+
+    class Detour(nn.Module):
+        def forward(self, h):
+            s = h.detach().square().sum()
+            for k in range(1, 20):
+                h = h * (s + k) / (s + k)
+            return h
+
+    model = nn.Sequential(linear(normal, 5, D, 6), Detour(), nn.Tanh(), linear(normal, 3, 5, 7))
+    with torch.no_grad():
+        assert not torch.equal(model(X[[0, 1]])[0], model(X[[0, 0]])[0])
+    for measure in measures(model, X):
         measure()

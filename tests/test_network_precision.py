@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -40,8 +41,13 @@ def test_sums_beyond_float16(scale, dtype, reduction, relative):
         assert relative(M, exact(model, X, reduction=reduction)[layer]) <= 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("last", [3e-5, 1e-7, 3e3])
-@pytest.mark.parametrize("head", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("last", "head"),
+    [
+        *itertools.product([3e-5, 1e-7, 3e3], [torch.float16, torch.float32]),
+        (1e-12, torch.float32),  # outputs that float16 has no numbers for: the pass is scaled beyond float16's range
+    ],
+)
 def test_gradients_at_the_ends_of_float16(last, head, relative):
     """Gradients below 6e-8 vanish in float16 and those above 65504 overflow, unless the pass is scaled."""
 
@@ -102,6 +108,18 @@ def test_squares_beyond_float32(power, dtype, relative):
             model[4].weight.mul_(2.0 ** (power / 2))
         for value in network.nfa_correlation(model, X, ["0", "2"]).values():
             assert -1 <= value <= 1
+
+
+def test_sums_at_the_output_beyond_float32(relative):
+    """A layer of tiny weights before a readout of huge ones: squares at its output leave float32, M does not."""
+    model, X = mlp(), torch.randn(50, 6)
+    plain = network.agop(model, X)
+    with torch.no_grad():
+        for layer, power in ((model[2], -70), (model[4], 70)):
+            layer.weight.mul_(2.0**power)
+        model[2].bias.mul_(2.0**-70)
+    for name, M in network.agop(model, X, ["0", "2"]).items():
+        assert relative(M, plain[name]) <= 1e-5
 
 
 def test_an_agop_that_its_dtype_cannot_hold_is_refused():

@@ -18,27 +18,6 @@ from fastagop.datasets import UnknownDataWarning, raw_images
 RNG = np.random.default_rng(0)
 
 
-def damaged(data: bytes, count: int):
-    """Flips of one bit and cuts at random places, and some special ones."""
-    for k in RNG.integers(0, len(data), count):
-        yield data[:k] + bytes([data[k] ^ 1 << int(RNG.integers(8))]) + data[k + 1 :]
-    for k in RNG.integers(0, len(data), count // 5):
-        yield data[:k]
-    for k in RNG.integers(0, len(data) - 8, count // 5):
-        yield data[:k] + RNG.bytes(8) + data[k + 8 :]
-    yield from (b"", b"hi", data + b"\0", data * 2, pickle.dumps(data[:100]), b"\xff" * 300, b"[" * 3000)
-
-
-def outcome(call, path: Path):
-    """What a call returns, or None after a ValueError that names the file; any other error fails the test."""
-    try:
-        return call()
-    except ValueError as error:
-        if path.name not in str(error):
-            raise AssertionError(f"{error} does not name {path}") from error
-        return None
-
-
 def mnist_files(root: Path, images: int = 50, labels: int | None = None, largest: int = 9) -> Path:
     """A small data set in MNIST's form; the test split is its first half."""
     raw = root / "MNIST" / "raw"
@@ -79,6 +58,16 @@ def test_published_mnist_is_silent(recwarn):
 
 
 @pytest.mark.filterwarnings("ignore::fastagop.datasets.UnknownDataWarning")
+def test_one_image_is_a_data_set_and_none_is_not(tmp_path):
+    raw = mnist_files(tmp_path, images=1)
+    assert load_mnist(tmp_path)[0].shape == (1, 784)
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, 0, 28, 28))
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, 0))
+    with pytest.raises(FileNotFoundError, match="holds 0 images"):
+        load_mnist(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::fastagop.datasets.UnknownDataWarning")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -113,7 +102,7 @@ def test_wrong_sizes_are_named(tmp_path, name, change):
         load_mnist(tmp_path)
 
 
-def test_flipped_raw_files_are_refused_or_warned_of(tmp_path, monkeypatch):
+def test_flipped_raw_files_are_refused_or_warned_of(tmp_path, monkeypatch, damaged, outcome):
     raw = mnist_files(tmp_path, images=12)
     published = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()}
     monkeypatch.setattr(raw_images, "_PUBLISHED", published)

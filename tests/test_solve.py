@@ -31,13 +31,6 @@ methods = pytest.mark.parametrize("method", METHODS)
 ridges = pytest.mark.parametrize("ridge", RIDGES)
 
 
-def system(kernel, X, ridge):
-    """k(X, X) + ridge I of the reference."""
-    K = reference.kernel_matrix(kernel, X)
-    K.diagonal().add_(ridge)
-    return K
-
-
 def residual(A, alpha, Y):
     return float(torch.linalg.vector_norm(A @ alpha.double() - Y.double()) / torch.linalg.vector_norm(Y.double()))
 
@@ -74,7 +67,7 @@ def quietly(*args, **kwargs):
 
 
 @pytest.fixture(scope="session")
-def well_conditioned(cloud, normal):
+def well_conditioned(cloud, normal, system):
     """(X, Y, k + ridge I, numpy's solution, condition), once per kernel, dtype and ridge."""
 
     @functools.lru_cache
@@ -124,7 +117,7 @@ def test_auto_is_cholesky(dtype, ridge, cloud, targets):
 
 @pytest.mark.parametrize("spread", ["1", "1e-2", "1e-4"])  # from easy to within-class eigenvalues of 1e-5
 @pytest.mark.parametrize("ridge", [1e-3, 1e-1])
-def test_float32_with_a_ridge_is_refined(spread, ridge, cloud, targets):
+def test_float32_with_a_ridge_is_refined(spread, ridge, cloud, targets, system):
     """A float32 factor, but residuals as good as those of the float64 solution rounded to float32."""
     X, Y = cloud(f"collapsed {spread}", n=300, dtype=torch.float32), targets(300, torch.float32)
     solution, said = quietly(Laplace(2.0), X, Y, ridge=ridge)
@@ -138,7 +131,7 @@ def test_float32_with_a_ridge_is_refined(spread, ridge, cloud, targets):
     honest(solution, system(Laplace(2.0), X, solution.ridge), Y)
 
 
-def test_refinement_takes_what_the_factor_cannot(cloud, targets):
+def test_refinement_takes_what_the_factor_cannot(cloud, targets, system):
     """Condition 2e5: the float32 factor alone leaves a residual of 1e-5 and more."""
     X, Y = cloud("collapsed 1e-2", n=300, dtype=torch.float32), targets(300, torch.float32)
     solution, _ = quietly(Gaussian(1.0), X, Y, ridge=1e-3)
@@ -167,7 +160,7 @@ def test_refinement_takes_what_the_factor_cannot(cloud, targets):
         "line",
     ],
 )
-def test_hard_problems(dtype, method, ridge, kernel, name, cloud, targets, bounded_solution):
+def test_hard_problems(dtype, method, ridge, kernel, name, cloud, targets, bounded_solution, system):
     """Never NaN, never much worse than a plain solve with bounded coefficients, and never silent."""
     X, Y = cloud(name, dtype=dtype), targets(120, dtype)
     solution, _ = quietly(kernel, X, Y, ridge=ridge, method=method)
@@ -214,7 +207,7 @@ def test_a_large_residual_alone_is_said(dtype, cloud, normal):
 @dtypes
 @methods
 @pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0)], ids=repr)
-def test_duplicates_with_equal_targets(dtype, method, kernel, cloud, normal, relative):
+def test_duplicates_with_equal_targets(dtype, method, kernel, cloud, normal, relative, system):
     """They are one point: nothing has to be added or dropped, and equal points share their coefficient."""
     X, Y = cloud("spread", n=100, dtype=dtype).repeat(3, 1), normal(100, 3, dtype=dtype).repeat(3, 1)
     solution, said = quietly(kernel, X, Y, method=method)
@@ -228,7 +221,7 @@ def test_duplicates_with_equal_targets(dtype, method, kernel, cloud, normal, rel
 
 @dtypes
 @methods
-def test_duplicates_with_contradicting_targets(dtype, method, cloud, normal):
+def test_duplicates_with_contradicting_targets(dtype, method, cloud, normal, system):
     X, Y = cloud("spread", n=200, dtype=dtype), normal(200, 3, dtype=dtype)
     X[150], X[199] = X[10], X[20]
     Y[150], Y[199] = -Y[10], Y[20] + 1.0
@@ -266,7 +259,7 @@ def nearly(X, seed=5):
         (Gaussian(0.3), 350, False),
     ],
 )
-def test_another_try_starts_from_the_matrix(kernel, first, differ, cloud, normal):
+def test_another_try_starts_from_the_matrix(kernel, first, differ, cloud, normal, system):
     """Near copies of the rows before `first`: alpha solves the system with the jitter that was said."""
     X, Y = cloud("spread", n=400), normal(400, 2)
     X[first : first + 40] = X[first - 10 : first].repeat(4, 1)
@@ -277,25 +270,24 @@ def test_another_try_starts_from_the_matrix(kernel, first, differ, cloud, normal
     solution, said = quietly(kernel, X, Y)
     assert solution.merged == 0
     assert said
-    solves_with_its_jitter(solution, kernel, X, Y)
+    solves_with_its_jitter(solution, system(kernel, X, solution.jitter), Y)
     if not differ:
         assert solution.residual <= LIMIT[torch.float64]
 
 
 @pytest.mark.parametrize("name", ["identical", "zero-rows", "pairs", "collapsed 1e-4"])
 @pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0)], ids=repr)
-def test_the_jitter_said_is_the_jitter_added(name, kernel, cloud, targets):
+def test_the_jitter_said_is_the_jitter_added(name, kernel, cloud, targets, system):
     X, Y = nearly(cloud(name)), targets(120)
     solution, said = quietly(kernel, X, Y)
     assert solution.merged == 0
     if name not in ("collapsed 1e-4", "pairs"):
         assert said
-    solves_with_its_jitter(solution, kernel, X, Y)
+    solves_with_its_jitter(solution, system(kernel, X, solution.jitter), Y)
 
 
-def solves_with_its_jitter(solution, kernel, X, Y):
-    """In float64 alpha solves the system with that very jitter, to backward stability."""
-    A = system(kernel, X, solution.jitter)
+def solves_with_its_jitter(solution, A, Y):
+    """In float64 alpha solves A, the system with that very jitter, to backward stability."""
     size = torch.linalg.matrix_norm(A, 2) * torch.linalg.vector_norm(solution.alpha) / torch.linalg.vector_norm(Y)
     assert residual(A, solution.alpha, Y) <= 8 * 2.0**-52 * float(size)
 
@@ -318,7 +310,7 @@ def test_which_dtype_factors(cloud, normal):
     assert dtype(memory_limit=2 * double) == torch.float64
 
 
-def test_ridge_zero_in_float32_for_want_of_memory(cloud, targets):
+def test_ridge_zero_in_float32_for_want_of_memory(cloud, targets, system):
     X, Y = cloud("collapsed 1e-2", n=150, dtype=torch.float32)[15:], targets(150, torch.float32)[15:]
     solution, _ = quietly(Laplace(2.0), X, Y, memory_limit=1.5 * 150 * 150 * 4)
     assert solution.dtype == torch.float32
@@ -379,7 +371,7 @@ def test_solution(dtype, cloud, normal):
 @dtypes
 @methods
 @ridges
-def test_small_problems(dtype, method, ridge, cloud, normal, relative):
+def test_small_problems(dtype, method, ridge, cloud, normal, relative, system):
     for n in (1, 2):
         X, Y = cloud("spread", n=n, dtype=dtype), normal(n, 2, dtype=dtype)
         solution, said = quietly(Laplace(2.0), X, Y, ridge=ridge, method=method)
@@ -432,7 +424,7 @@ def test_linear_in_the_targets(ridge, cloud, normal, relative):
     assert relative(shuffled, alpha(Y)[order]) <= bound
 
 
-def test_columns_of_very_different_size(cloud, normal, relative):
+def test_columns_of_very_different_size(cloud, normal, relative, system):
     # one large target column must not hide that a small one is unsolved
     X = cloud("collapsed 1e-2", n=150, dtype=torch.float32)
     X = X + 1e-4 * normal(150, 12, dtype=torch.float32, seed=3)  # no copies
@@ -447,7 +439,7 @@ def test_columns_of_very_different_size(cloud, normal, relative):
 
 @pytest.mark.parametrize("size", [1e-25, 1e25])  # float32 numbers whose squares are not
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
-def test_units_do_not_matter(size, ridge, cloud, normal, relative):
+def test_units_do_not_matter(size, ridge, cloud, normal, relative, system):
     X, Y = cloud("spread", dtype=torch.float32) * size, normal(120, 2, dtype=torch.float32)
     solution, said = quietly(Laplace(2.0 * size), X, Y, ridge=ridge)
     assert not said
@@ -455,7 +447,7 @@ def test_units_do_not_matter(size, ridge, cloud, normal, relative):
 
 
 @pytest.mark.parametrize("word", ["highest", "high", "medium"])
-def test_precision_words(word, cloud, normal):
+def test_precision_words(word, cloud, normal, system):
     X, Y = cloud("spread", dtype=torch.float32), normal(120, 2, dtype=torch.float32)
     solution, said = quietly(Laplace(2.0), X, Y, ridge=1e-3, precision=word)
     assert not said

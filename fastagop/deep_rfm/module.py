@@ -50,7 +50,17 @@ class _SquaredDistances(torch.autograd.Function):
         return _SquaredDistances.apply(*tensors), 0
 
 
-class _Profile(torch.autograd.Function):
+class _OfDistances(torch.autograd.Function):
+    """A function of squared distances and the kernel; its derivatives are taken in the distances."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
+        ctx.kernel = inputs[1]
+
+
+class _Profile(_OfDistances):
     """phi of squared distances; its derivative in r^2 is -w / 2, w the gradient weight."""
 
     @staticmethod
@@ -62,12 +72,6 @@ class _Profile(torch.autograd.Function):
         return _Profile.apply(*args), in_dims[0]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-        ctx.kernel = inputs[1]
-
-    @staticmethod
     def backward(ctx, *grads):
         return grads[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel)), None
 
@@ -76,7 +80,7 @@ class _Profile(torch.autograd.Function):
         return tangents[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel))
 
 
-class _Weight(torch.autograd.Function):
+class _Weight(_OfDistances):
     """The gradient weight w of squared distances; at distance zero its limit, or zero where the kernel has a kink."""
 
     @staticmethod
@@ -86,12 +90,6 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _Weight.apply(*args), in_dims[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-        ctx.kernel = inputs[1]
 
     @staticmethod
     def _slope(ctx) -> torch.Tensor:

@@ -1,0 +1,547 @@
+"""Ranks that are threads of one process: what each of them makes, and that together they make the plain result.
+
+test_distributed.py starts processes for the same functions, which takes seconds; here a group costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from fastagop.kernels import plan, reference
+from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.scaling import Points
+
+import fastagop
+from fastagop import Gaussian, Laplace, RFMRegressor, distributed
+from fastagop.distributed import communicator, engine
+from fastagop.distributed import operations as shared
+from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import Predictor, Sharded
+
+BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
+
+
+class Sent:
+    """What travels: it is there once it is waited for."""
+
+    def __init__(self, places, parts):
+        self.places, self.parts = places, parts
+
+    def wait(self):
+        for place, part in zip(self.places, self.parts, strict=True):
+            place.copy_(part)
+
+
+class Threads:
+    """What communicator.py uses of torch.distributed, for ranks that are threads; a collective is a meeting of all."""
+
+    GroupMember, backend = torch.distributed.GroupMember, "gloo"
+
+    def __init__(self, size: int):
+        self.size, self.own = size, threading.local()
+        self.meeting, self.brought = threading.Barrier(size, timeout=10), [None] * size
+        self.ProcessGroup = Threads
+
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
+    def get_rank(self, group=None):
+        return self.own.rank
+
+    def get_world_size(self, group=None):
+        return self.size
+
+    def get_backend(self, group=None):
+        return self.backend
+
+    def get_global_rank(self, group, rank):
+        return rank
+
+    def _meet(self, value):
+        self.brought[self.own.rank] = value
+        self.meeting.wait()
+        found = list(self.brought)
+        self.meeting.wait()
+        return found
+
+    def _tensors(self, tensor):
+        found = self._meet(tensor.clone())
+        assert {(t.shape, t.dtype) for t in found} == {(tensor.shape, tensor.dtype)}
+        return found
+
+    def all_reduce(self, tensor, group=None):
+        tensor.copy_(torch.stack(self._tensors(tensor)).sum(0))
+
+    def reduce(self, tensor, to, group=None):
+        found = self._tensors(tensor)
+        tensor.copy_(torch.stack(found).sum(0) if self.own.rank == to else torch.full_like(tensor, torch.nan))
+
+    def broadcast(self, tensor, source, group=None):
+        tensor.copy_(self._tensors(tensor)[source])
+
+    def all_gather(self, places, tensor, group=None, async_op=False):
+        sent = Sent(places, self._tensors(tensor))
+        return sent if async_op else sent.wait()
+
+    def all_gather_object(self, places, value, group=None):
+        places[:] = map(pickle.loads, self._meet(pickle.dumps(value)))
+
+    def broadcast_object_list(self, box, source, group=None):
+        box[:] = pickle.loads(self._meet(pickle.dumps(box))[source])
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """together(size, call): what call(rank) returns or raises on every rank, as a list."""
+
+    def run(size: int, call) -> list:
+        group, results = Threads(size), [None] * size
+        monkeypatch.setattr(communicator, "dist", group)
+        run.group = group
+
+        def work(rank):
+            group.own.rank = rank
+            try:
+                results[rank] = call(rank)
+            except Exception as error:
+                results[rank] = error
+                if isinstance(error, KeyError):  # as a process that dies
+                    group.meeting.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    return run
+
+
+@pytest.fixture
+def same(together, relative):
+    """same(size, call, expected, bound): every rank returns the expected tensor, the same bits as the others."""
+
+    def check(size, call, expected, bound):
+        results = together(size, lambda rank: call())
+        for found in results:
+            assert isinstance(found, torch.Tensor), found
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, results[0])
+        assert relative(results[0], expected) <= bound
+
+    return check
+
+
+groups = pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (3, torch.float64)])
+own = pytest.mark.parametrize("own", [True, False], ids=["own points", "other points"])
+
+
+@groups
+@own
+@pytest.mark.parametrize("method", ["gradient", "gram"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@pytest.mark.parametrize(("center", "reduction"), [(False, "mean"), (True, "sum")])
+def test_agop(size, dtype, own, method, weighted, center, reduction, normal, same):
+    X, alpha = normal(41, 5, dtype=dtype), normal(41, 6, seed=2, dtype=dtype)
+    Z = None if own else normal(20, 5, seed=3, dtype=dtype)
+    w = normal(41 if own else 20, seed=4, dtype=dtype).abs() if weighted else None
+    options = {"method": method, "center": center, "reduction": reduction, "sample_weight": w}
+    plain = fastagop.agop(Laplace(2.0), X, alpha, Z, **options)
+    same(size, lambda: distributed.agop(Laplace(2.0), X, alpha, Z, **options), plain, BOUND[dtype])
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_agop_of_far_apart_means_and_lengths(center, normal, same):
+    """Shares whose gradients have means of their own, one share without weight, lengths that need another unit."""
+    X = 2.0**30 * normal(30, 3)
+    w = (torch.arange(30) >= 10).double()
+    for alpha in (normal(30, 2, seed=1), normal(30, 1, seed=1) + 5.0):
+        options = {"center": center, "sample_weight": w}
+        plain = fastagop.agop(Laplace(2.0**30), X, alpha, **options)
+        same(3, lambda a=alpha, o=options: distributed.agop(Laplace(2.0**30), X, a, **o), plain, 1e-11)
+
+
+@groups
+@own
+def test_kernel_products_and_gradients(size, dtype, own, normal, same, monkeypatch):
+    """Results travel in many pieces, the last one shorter."""
+    monkeypatch.setattr(communicator, "_PIECE", 64)
+    monkeypatch.setattr(communicator, "_PIECE_ROWS", 3)
+    X, alpha = normal(41, 5, dtype=dtype), normal(41, 2, seed=2, dtype=dtype)
+    Z = None if own else normal(20, 5, seed=3, dtype=dtype)
+    V = alpha if own else normal(20, 2, seed=4, dtype=dtype)
+    for call, arguments in (("kernel_matmul", (Z, V)), ("gradients", (alpha, Z))):
+        plain = getattr(fastagop, call)(Gaussian(2.0), X, *arguments)
+        same(size, lambda c=call, a=arguments: getattr(distributed, c)(Gaussian(2.0), X, *a), plain, BOUND[dtype])
+
+
+def test_halves_of_a_product_are_shared_by_area_and_rows_elsewhere(normal, together, monkeypatch):
+    """k(X, X) V takes half of the pairs: a rank makes a part of the triangle; k(X, Z) V is shared by rows."""
+    shares, plain = [], engine.matrix.kernel_matmul
+    monkeypatch.setattr(engine.matrix, "kernel_matmul", lambda *args: shares.append(len(args)) or plain(*args))
+    X, V = normal(40, 3), normal(40, 2, seed=1)
+    together(2, lambda rank: distributed.kernel_matmul(Laplace(2.0), X, None, V))
+    assert shares == [6, 6]  # with the blocks that are the rank's
+    shares.clear()
+    calls, rows = [], shared.operations.kernel_matmul
+    monkeypatch.setattr(
+        shared.operations,
+        "kernel_matmul",
+        lambda kernel, x, *rest, **words: calls.append(len(x)) or rows(kernel, x, *rest, **words),
+    )
+    together(2, lambda rank: distributed.kernel_matmul(Laplace(2.0), X, X.clone(), V))
+    assert calls == [20, 20]
+
+
+# ---- which form of the AGOP ranks make
+
+
+@pytest.mark.parametrize(
+    ("outputs", "size", "stored"),
+    [
+        # n = 60, d = 10: with two ranks the gram form's rows take 3600 * 10 * 1.5 + (60^3 + 10800 K) / 2 + 6000
+        # operations, the gradient form's 30 * (1200 (K + 1) + 200 K): equal at K = 3.6; with eight ranks at 7.0
+        (3, 2, False),
+        (4, 2, True),
+        (6, 8, False),
+        (8, 8, True),
+    ],
+)
+def test_weights_are_stored_where_that_pays(outputs, size, stored, normal):
+    X = normal(60, 10)
+    at, alpha = Points(Laplace(2.0), X, X), normal(60, outputs)
+    found = engine._stored_weights(at, alpha, AgopTask(limit=10**9), size)
+    assert (found is not None) is stored
+    assert engine._stored_weights(at, alpha, AgopTask(method="gram", limit=10**9), size).method == "gram"
+    assert engine._stored_weights(at, alpha, AgopTask(method="gradient", limit=10**9), size) is None
+    assert engine._stored_weights(at._replace(Z=X.clone()), alpha, AgopTask(limit=10**9), size) is None
+    assert engine._stored_weights(at, alpha, AgopTask(limit=10_000), size) is None
+    with pytest.raises(MemoryError):
+        engine._stored_weights(at, alpha, AgopTask(method="gram", limit=10_000), size)
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """The forms that ranks make, in order: "rows of S" or the method of a share of points."""
+    made = []
+    gram, points = engine._rows_of_gram, engine._rows_of_points
+
+    def spied_gram(*args):
+        M = gram(*args)
+        made.append("rows of S" if M is not None else "refused")
+        return M
+
+    def spied_points(predictor, Z, weights, task, ranks):
+        made.append(task.method)
+        return points(predictor, Z, weights, task, ranks)
+
+    monkeypatch.setattr(engine, "_rows_of_gram", spied_gram)
+    monkeypatch.setattr(engine, "_rows_of_points", spied_points)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("outputs", "other", "method", "expected"),
+    [
+        (40, False, "auto", "rows of S"),
+        (1, False, "auto", "gradient"),  # S does not pay, nor would it on a rank's share
+        (1, False, "gram", "rows of S"),
+        (40, True, "auto", "auto"),  # every share chooses
+        (40, True, "gram", "gram"),
+        (40, False, "gradient", "gradient"),
+    ],
+)
+def test_the_form_that_ranks_make(outputs, other, method, expected, normal, same, forms):
+    X, alpha = normal(60, 10), normal(60, outputs)
+    Z = X[:30].clone() if other else None
+    plain = fastagop.agop(Laplace(2.0), X, alpha, Z, method=method)
+    same(2, lambda: distributed.agop(Laplace(2.0), X, alpha, Z, method=method), plain, 1e-11)
+    assert forms == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "made"),
+    [
+        (torch.float32, ["rows of S"] * 2),  # in float64, with a part of low rank
+        (torch.float64, ["gradient"] * 2 + ["refused"] * 2),  # no wider dtype is left
+    ],
+)
+def test_collapsed_classes_lose_no_digits(dtype, made, cloud, normal, together, forms, relative):
+    """As one process: rows of S where a form of them loses no digits, or gradients."""
+    X, alpha = cloud("collapsed 1e-4", n=120, dtype=dtype), normal(120, 60, dtype=dtype)
+    truth = reference.agop(Laplace(1.0), X, alpha)
+    here = relative(fastagop.agop(Laplace(1.0), X, alpha), truth)
+    for found in together(2, lambda rank: distributed.agop(Laplace(1.0), X, alpha)):
+        assert relative(found, truth) <= 2 * here + 4 * torch.finfo(dtype).eps
+    assert sorted(forms) == made
+
+
+@pytest.mark.parametrize(
+    ("refusing", "made"), [(0, ["gradient", "gradient", "refused", "refused"]), (1, ["rows of S"] * 2)]
+)
+def test_the_first_rank_decides_what_all_make(refusing, made, normal, same, forms, monkeypatch):
+    """Where rounding makes ranks see it differently, all of them follow the first."""
+    X, alpha, choose = normal(60, 10), normal(60, 40), engine.torch_agop.choose_form
+    plain = fastagop.agop(Laplace(2.0), X, alpha)
+
+    def chosen(*args):
+        found = choose(*args)
+        return dataclasses.replace(found, low_rank=None) if communicator.dist.get_rank() == refusing else found
+
+    monkeypatch.setattr(engine.torch_agop, "choose_form", chosen)
+    same(2, lambda: distributed.agop(Laplace(2.0), X, alpha, method="auto"), plain, 1e-11)
+    assert sorted(forms) == made
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_diagonal(center, weighted, normal, same):
+    X, alpha = normal(41, 5), normal(41, 3, seed=2)
+    w = normal(41, seed=4).abs() if weighted else None
+    full = fastagop.agop(Laplace(2.0), X, alpha, center=center, reduction="sum", sample_weight=w)
+    predictor, task = Predictor(Laplace(2.0), X, alpha), AgopTask("sum", center, "auto", None, w)
+    same(3, lambda: Sharded(None).agop_diagonal(predictor, task), full.diagonal().contiguous(), 1e-11)
+
+
+# ---- solves
+
+
+@pytest.mark.parametrize("dtype", list(BOUND))
+@pytest.mark.parametrize("method", ["auto", "eigh", "cg"])
+@pytest.mark.parametrize("kind", ["plain", "weighted", "copies"])
+def test_solve(dtype, method, kind, normal, together, relative):
+    X, Y = normal(30, 5, dtype=dtype), normal(30, 2, seed=1, dtype=dtype)
+    if kind == "copies":
+        X[25:] = X[:5]
+    options = {"ridge": 0.1, "method": method}
+    options |= {"sample_weight": normal(30, seed=6, dtype=dtype).abs()} if kind == "weighted" else {}
+    plain = fastagop.solve(Laplace(2.0), X, Y, **options)
+    for found in together(3, lambda rank: distributed.solve(Laplace(2.0), X, Y, **options)):
+        assert not isinstance(found, Exception), found
+        assert found.alpha.dtype == dtype
+        assert relative(found.alpha, plain.alpha) <= 1e-5
+        assert (found.method, found.dtype, found.rank) == (plain.method, plain.dtype, plain.rank)
+        assert (found.iterations, found.merged) == (plain.iterations, plain.merged)
+        assert found.residual == pytest.approx(plain.residual, abs=1e-6)
+
+
+def test_every_rank_warns_of_what_the_first_one_altered(normal, together):
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    X[1], Y[1] = X[0] + 1e-12, Y[0] + 1.0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        first, second = together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y))
+    assert first.jitter == second.jitter > 0
+    assert [w.category for w in said] == [fastagop.NumericalWarning] * 2
+
+
+def test_errors_of_the_first_rank_are_raised_on_all(normal, together):
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    how = {"method": "cholesky", "memory_limit": 1000}
+    for error in together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, **how)):
+        assert isinstance(error, MemoryError)
+        assert "may be used" in str(error)
+
+
+def test_an_estimator_on_the_group(normal, together):
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+    for more in ({}, {"diagonal": True}):
+        alone = RFMRegressor(iterations=2, dtype="float64", ridge=0.1, **more).fit(X, y)
+
+        def fit(rank, more=more):
+            how = {"iterations": 2, "dtype": "float64", "ridge": 0.1, **more}
+            return RFMRegressor(process_group=communicator.dist, **how).fit(X, y).M_
+
+        first, second = together(2, fit)
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, alone.M_, rtol=1e-9, atol=1e-12)
+
+
+# ---- what ranks must agree on
+
+
+def test_every_rank_may_take_what_the_poorest_has(together, monkeypatch):
+    """Processes of one machine share its memory; torchrun says how many there are."""
+    free = {0: 900_000, 1: 400_000, 2: 800_000}
+    monkeypatch.setattr(plan, "available_bytes", lambda device: free[communicator.dist.get_rank()])
+
+    def room(rank):
+        return Communicator(None, "agop", torch.device("cpu")).agree(lambda: "made", "the same")
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    alone = together(3, room)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 400_000)
+    assert alone == [("made", plan.budget(None, torch.device("cpu")))] * 3
+    monkeypatch.setattr(plan, "available_bytes", lambda device: free[communicator.dist.get_rank()])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert together(3, room) == [("made", alone[0][1] // 3)] * 3
+
+
+def test_gpus_are_not_shared_by_the_processes_of_a_machine(together, monkeypatch):
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 900_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    gpu = torch.device("cuda")
+    (room,) = together(1, lambda rank: Communicator(None, "agop", gpu)._room())
+    assert room == plan.budget(None, gpu)
+
+
+def test_nccl_moves_cuda_tensors(together, monkeypatch):
+    monkeypatch.setattr(Threads, "backend", "nccl")
+    (error,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cpu")))
+    assert "the group's backend nccl moves CUDA tensors and X is on cpu" in str(error)
+    (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
+    assert ranks._wire == torch.device("cuda")
+    monkeypatch.setattr(Threads, "backend", "gloo")
+    (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
+    assert ranks._wire == torch.device("cpu")
+
+
+def test_a_group_that_is_none_is_refused(normal, together):
+    X, Y = normal(9, 3), normal(9, 2)
+    (error,) = together(1, lambda rank: distributed.agop(Laplace(2.0), X, Y, group="world"))
+    assert isinstance(error, TypeError)
+    assert "must be a torch.distributed process group or None, got 'world'" in str(error)
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    (error,) = together(1, lambda rank: distributed.agop(Laplace(2.0), X, Y, group=outside))
+    assert isinstance(error, ValueError)
+    assert "distributed.agop was called by a process that is not in the group" in str(error)
+
+
+def test_an_error_that_cannot_travel_arrives_as_its_text(together):
+    class Local(Exception):
+        pass
+
+    def fail(ask):
+        raise Local("no such matrix")
+
+    results = together(2, lambda rank: Communicator(None, "solve", torch.device("cpu")).run_on_root(fail))
+    assert [str(error) for error in results] == ["Local: no such matrix"] * 2
+
+
+def test_a_collective_that_fails_says_what_it_means(together, monkeypatch):
+    """Of gloo's message the sentence that says something, without the place in its source."""
+
+    def fails(self, tensor, group=None):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer. This may be anything")
+
+    monkeypatch.setattr(Threads, "all_reduce", fails)
+    (error,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cpu")).total(torch.ones(3)))
+    assert isinstance(error, distributed.RankLost)
+    assert "distributed.agop: rank 0 of 1 lost another rank (Connection closed by peer)." in str(error)
+
+
+def test_a_limit_holds_on_every_rank(normal, together, forms):
+    """The caller's memory_limit takes the place of what ranks have free: no room to store the weights."""
+    X, alpha = normal(200, 6), normal(200, 40, seed=2)
+    plain = fastagop.agop(Laplace(2.0), X, alpha)
+    for limit, form in ((None, "rows of S"), (600_000, "gradient")):
+        forms.clear()
+        found = together(2, lambda rank, limit=limit: distributed.agop(Laplace(2.0), X, alpha, memory_limit=limit))
+        assert forms == [form] * 2
+        assert torch.allclose(found[0], plain, rtol=1e-10, atol=1e-12)
+
+
+def moved(X: torch.Tensor) -> torch.Tensor:
+    """X with another last bit somewhere."""
+    X = X.clone()
+    X[17, 2] = X[17, 2].nextafter(X[17, 2] + 1)
+    return X
+
+
+DISAGREE = {  # the call, what the second rank makes of X and Y and the options, and what both are told
+    "points": (
+        "agop",
+        lambda X, Y: (moved(X), Y, {}),
+        "agop: X must be the same .* rank 0 and rank 1 pass other values",
+    ),
+    "targets": ("solve", lambda X, Y: (X, Y.roll(1, 0), {}), "solve: Y must be the same on every rank"),
+    "coefficients": ("gradients", lambda X, Y: (X, Y.roll(1, 0), {}), "gradients: alpha must be the same"),
+    "vectors": ("kernel_matmul", lambda X, Y: (X, None, {"V": 2 * Y}), "kernel_matmul: V must be the same"),
+    "shapes": (
+        "agop",
+        lambda X, Y: (X, Y[:, :1], {}),
+        r"alpha .* torch.float64 \(40, 2\) and torch.float64 \(40, 1\);",
+    ),
+    "dtypes": ("agop", lambda X, Y: (X.float(), Y.float(), {}), "X must .* pass torch.float64 .* and torch.float32"),
+    # equal numbers, but only one rank knows that the points are the centers
+    "centers": ("gradients", lambda X, Y: (X, Y, {"Z": X.clone()}), r"Z must .* pass None and torch.float64 \(40, 3\)"),
+    "weights": ("agop", lambda X, Y: (X, Y, {"sample_weight": Y[:, 0] ** 2}), "sample_weight must be the same"),
+    "weights of a solve": (
+        "solve",
+        lambda X, Y: (X, Y, {"sample_weight": Y[:, 0] ** 2}),
+        "sample_weight must be the same",
+    ),
+    "options": (
+        "agop",
+        lambda X, Y: (X, Y, {"center": True}),
+        "must make the same call: rank 0 calls agop.*, rank 1 agop",
+    ),
+    "limits": ("agop", lambda X, Y: (X, Y, {"memory_limit": 1e9}), "must make the same call"),
+    "ridges": ("solve", lambda X, Y: (X, Y, {"ridge": 0.5}), "must make the same call"),
+    "precision": ("kernel_matmul", lambda X, Y: (X, None, {"V": Y, "precision": "high"}), "must make the same call"),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREE)
+def test_ranks_that_pass_different_things_are_told_so(name, normal, together):
+    call, other, message = DISAGREE[name]
+    X, Y = normal(40, 3), normal(40, 2, seed=1)
+
+    def made(rank):
+        x, y, options = other(X, Y) if rank else (X, None if call == "kernel_matmul" else Y, {})
+        options = {"V": Y, **options} if call == "kernel_matmul" else options
+        return getattr(distributed, call)(Laplace(2.0), x, y, **options)
+
+    for error in together(2, made):
+        assert isinstance(error, ValueError), error
+        assert re.search(message, str(error)), error
+
+
+def test_ranks_with_other_kernels_or_calls_are_told_so(normal, together):
+    X, Y = normal(40, 3), normal(40, 2, seed=1)
+    for error in together(2, lambda rank: distributed.agop(Laplace(2.0 + rank), X, Y)):
+        assert re.search(r"rank 0 calls agop\(Laplace\(.*2\.0.* rank 1 agop\(Laplace\(.*3\.0", str(error)), error
+    calls = distributed.agop, distributed.gradients
+    for error in together(2, lambda rank: calls[rank](Laplace(2.0), X, Y)):
+        assert "must make the same call: rank 0 calls agop" in str(error)
+        assert "rank 1 gradients" in str(error)
+
+
+def test_the_rank_that_differs_is_named(normal, together):
+    X, Y = normal(40, 3), normal(40, 2, seed=1)
+    for error in together(3, lambda rank: distributed.gradients(Laplace(2.0), X, Y + (rank == 2))):
+        assert "rank 0 and rank 2 pass other values" in str(error)
+
+
+def test_a_refusal_is_raised_where_it_happens_and_named_elsewhere(normal, together):
+    X, Y = normal(40, 3), normal(40, 2, seed=1)
+    zero, one, two = together(3, lambda rank: distributed.agop(Laplace(2.0), X, Y[:20] if rank == 1 else Y))
+    assert isinstance(one, ValueError)
+    assert "40 rows" in str(one)
+    for error in (zero, two):
+        assert isinstance(error, RuntimeError)
+        assert "agop: rank 1 refused its arguments" in str(error)
+
+
+def test_a_lost_rank_ends_the_others(normal, together):
+    X, Y = normal(40, 3), normal(40, 2, seed=1)
+
+    def call(rank):
+        if rank == 1:
+            raise KeyError("died")
+        return distributed.solve(Laplace(2.0), X, Y)
+
+    lost, died = together(2, call)
+    assert isinstance(lost, distributed.RankLost)
+    assert "distributed.solve: rank 0 of 2 lost another rank" in str(lost)
+    assert isinstance(died, KeyError)
