@@ -211,6 +211,15 @@ def test_targets_on_meta_beside_points_that_are_there():
     assert text.startswith("RFMRegressor.fit: 30 rows, 4 features, 1 output(s)")
 
 
+def test_one_process_has_no_ranks():
+    X, y = torch.randn(30, 4), torch.randn(30)
+    text = fastagop.explain(RFMRegressor(), X, y)
+    assert "ranks" not in text
+    given = data(30, 4, 1)
+    planned = fit_plans.iteration_steps(given, RFMRegressor()._machine(), 1, TASK, (5, False))
+    assert f"about {planned[0][0][2].total:.2g} s each" in text
+
+
 # ---- the text
 
 ONE = Step({"solve": 2.0, "agop": 1.0, "root": 0.0}, 5000, "cholesky on torch, float64: why")

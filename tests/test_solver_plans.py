@@ -14,7 +14,7 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 
 import fastagop
 from fastagop import ConjugateGradients, Gaussian, Laplace, Matern52
-from fastagop.solvers import cg, direct, limits, table
+from fastagop.solvers import cg, direct, limits, preconditioner, table
 from fastagop.solvers.solve import SolveOptions, prepare
 
 CPU = torch.device("cpu")
@@ -231,6 +231,17 @@ def test_the_rank_that_memory_has_room_for(column_count):
     room = base + column_count * column
     assert cg.plan(problem(room=room), "why")[1].options.rank == column_count
     assert cg.plan(problem(room=room + column - 1), "why")[1].options.rank == column_count
+
+
+def test_a_preconditioner_of_one_column(normal):
+    """P = u (f^2 + ridge) u^T + the same elsewhere: a multiple of the identity."""
+    F, R = normal(6, 1), normal(6, 2, seed=2)
+    square = float(F.square().sum())
+    P = preconditioner.preconditioner(F.clone(), 0.5)
+    assert (P.rank, P.largest, P.tail) == (1, pytest.approx(square + 0.5), pytest.approx(square + 0.5))
+    torch.testing.assert_close(P(R), R)
+    assert P.shifted(0.25).tail == pytest.approx(square + 0.75)
+    assert preconditioner.preconditioner(F[:, :0], 0.5) is None
 
 
 def test_a_hundred_steps_without_progress_are_enough():
