@@ -1,0 +1,209 @@
+"""What estimators make of their arguments, in numbers: offsets, weights, dtypes; and how a fit says where it is."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
+from fastagop.estimators import inputs, kernel_ridge
+from fastagop.estimators.progress import Progress
+from fastagop.solvers import copies
+
+F32, F64 = torch.float32, torch.float64
+
+
+# ---- offsets
+
+
+@pytest.mark.parametrize("n", [5, 6, 101, 102, 104])
+@pytest.mark.parametrize("copied", [1, 3])
+def test_an_offset_is_the_median_and_its_spread_that_between_quartiles(n, copied):
+    """Values number (n - 1) / 4, half and three quarters of n - 1 decide, rounded down; those beyond do not."""
+    low, middle, high = (k * (n - 1) // 4 for k in (1, 2, 3))
+    near = 100.0 + 1e-3 * torch.arange(n, dtype=F64)
+
+    def found(below=0, above=n):
+        values = near.clone()
+        values[:below] -= 100.0
+        values[above:] += 1000.0
+        return float(inputs.offsets(values.repeat(copied)[:, None]))
+
+    assert found() == found(below=low) == found(above=high + 1) == float(near[middle])
+    assert found(below=low + 1) == found(above=high) == 0.0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("middle", "is_offset"), [(2.01, True), (1.99, False)])
+def test_an_offset_exceeds_its_spread_four_times(middle, is_offset, sign):
+    column = sign * (middle + torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.5], dtype=F64))  # half between quartiles
+    assert float(inputs.offsets(column[:, None])) == (sign * middle if is_offset else 0.0)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
+@pytest.mark.parametrize(("times", "is_offset"), [(4.01, True), (3.99, False)])
+def test_an_offset_of_targets_exceeds_their_deviation_four_times(times, is_offset, weights):
+    values, weights = np.array([-1.0, 1.0]), None if weights is None else np.array(weights)
+    mean = np.average(values, weights=weights)
+    deviation = np.sqrt(np.average((values - mean) ** 2, weights=weights))
+    y = (values - mean + times * deviation)[:, None]
+    for column in (y, -y):
+        found = inputs.target_offset(column, weights)
+        expected = np.average(column, axis=0, weights=weights) if is_offset else [0.0]
+        np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+# ---- dtypes, weights
+
+
+@pytest.mark.parametrize(
+    ("largest", "word"),
+    [(1e39, "large"), (1e-39, "small"), (2.0**-126, None), (3e38, None), (0.0, None), (0.99 * 2.0**-126, "small")],
+)
+def test_numbers_that_a_dtype_does_not_hold(largest, word):
+    value = torch.tensor([largest, -largest / 2], dtype=F64)
+    if word is None:
+        assert inputs.narrowed("X", value, F32).dtype == F32
+        return
+    remedy = {"large": "divide", "small": "multiply"}[word]
+    with pytest.raises(ValueError, match=f"^X is too {word} for torch.float32: its largest entry .*; {remedy} X by "):
+        inputs.narrowed("X", value, F32)
+    assert inputs.narrowed("X", value, F64) is value
+
+
+def test_weights_of_one_are_none():
+    assert inputs.weights(None, 3) is None
+    assert inputs.weights(np.ones(3), 3) is None
+    assert inputs.weights(1, 3) is None
+    assert inputs.weights(2.0, 3).tolist() == [2.0, 2.0, 2.0]
+    assert inputs.weights([1, 1, 2], 3).tolist() == [1.0, 1.0, 2.0]
+    rows = torch.arange(6.0).reshape(3, 2)
+    kept = inputs.weighted_rows(np.array([1.0, 0.0, 2.0]), rows, np.arange(3), None)
+    assert kept[0].tolist() == [[0.0, 1.0], [4.0, 5.0]]
+    assert (kept[1].tolist(), kept[2], kept[3].tolist()) == ([0, 2], None, [1.0, 2.0])
+    assert inputs.weighted_rows(None, rows)[0] is rows
+
+
+def test_class_weights_in_numbers():
+    classes, codes = np.array(["a", "b"]), np.array([0, 0, 0, 1])
+    assert inputs.class_weights(None, classes, codes, None) is None
+    np.testing.assert_allclose(inputs.class_weights("balanced", classes, codes, None), [4 / 6] * 3 + [2.0])
+    weighted = inputs.class_weights("balanced", classes, codes, np.array([1.0, 1.0, 0.0, 6.0]))
+    np.testing.assert_allclose(weighted, [2.0, 2.0, 2.0, 8 / 12])
+    assert inputs.class_weights({"b": 5}, classes, codes, None).tolist() == [1.0, 1.0, 1.0, 5.0]
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("X", "dtype"),
+    [
+        (np.zeros(2, np.float32), np.float32),
+        (np.zeros(2), np.float64),
+        (np.zeros(2, np.int32), np.float64),
+        ([0.0], np.float64),
+        (torch.zeros(2), F32),
+        (torch.zeros(2, dtype=F64), F64),
+        (torch.zeros(2, dtype=torch.int64), F64),
+        (torch.zeros(2, dtype=torch.float16), torch.float16),
+    ],
+)
+def test_answers_have_the_dtype_of_the_rows(X, dtype, wide):
+    found = RFMRegressor()._answer(torch.ones(2, dtype=F64), X, wide)
+    assert found.dtype == ((F64 if isinstance(X, torch.Tensor) else np.float64) if wide else dtype)
+
+
+# ---- the AGOP of a kernel regression
+
+
+@pytest.mark.parametrize(("scale", "expected"), [("max", 3.0), ("mean", 7.0), ("sum", 1.0)])
+def test_what_divides_an_agop(scale, expected):
+    assert kernel_ridge.agop_divisor(torch.tensor([[3.0, -9.0], [-9.0, 2.0]]), scale, 7) == expected
+    zero = kernel_ridge.agop_divisor(torch.zeros(2, 2), scale, 7)
+    assert zero == (7.0 if scale == "mean" else 1.0)
+    assert kernel_ridge.agop_divisor(torch.full((1, 1), 0.25), scale, 7) == {"max": 0.25, "mean": 7, "sum": 1}[scale]
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("K", [1, 2])
+def test_what_rounding_costs_the_gradients(K, weighted, center, normal, monkeypatch):
+    """At eight points evenly spaced and at the eight of largest coefficients, against gradients made by hand."""
+    X, alpha = normal(40, 3, dtype=F32), normal(40, K, seed=2)
+    alpha[11] = 100.0
+    w = normal(40, seed=3).square() if weighted else None
+    x, root = X.double(), torch.ones(40, dtype=F64) if w is None else w.sqrt()
+    W = Gaussian(2.0).weight_(torch.cdist(x, x).square())
+    index = torch.cat([torch.arange(8) * 5, (alpha.abs().amax(1) * root).topk(8)[1]])
+    total = lost = 0.0
+    for c in range(K):
+        apart = x[None] - x[index][:, None]
+        exact = W[index] * alpha[:, c]
+        rounded = W[index].float().double() * alpha[:, c].float().double()
+        g, change = (torch.einsum("ij,ijd->id", t, apart) * root[index, None] for t in (exact, rounded - exact))
+        g = g - g.mean(0) if center else g
+        total, lost = total + float(g.square().sum()), lost + float(change.square().sum())
+    share = (lost / total) ** 0.5
+    assert 1e-9 < share < 1e-6
+    for limit, costs in ((0.99 * share, True), (1.01 * share, False)):
+        monkeypatch.setattr(kernel_ridge, "_ROUNDING", limit)
+        assert kernel_ridge._rounding_costs(Gaussian(2.0), X, alpha, center, w) == costs
+    assert not kernel_ridge._rounding_costs(Gaussian(2.0), X, alpha[:, :0], center, w)
+
+
+def test_gradients_are_promised_to_five_digits():
+    assert kernel_ridge._ROUNDING == 2e-6
+
+
+def test_an_agop_in_float64_stays_there(normal):
+    """Whether rounding costs too much is asked of float32 points only."""
+    X, Y = normal(30, 3), normal(30, 2)
+    how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", "auto")
+    given = kernel_ridge.fit_and_agop(X, Y, how)
+    assert torch.equal(kernel_ridge.fit_and_agop(X, Y, how, rows=copies.alone(X))[1], given[1])
+    marks = []
+    kernel_ridge.fit_and_agop(X, Y, how, mark=marks.append)
+    assert marks == ["solve", "agop"]
+
+
+# ---- how far a fit is
+
+MAKE = {
+    "DeepRFMClassifier": lambda **how: DeepRFMClassifier(depth=2, width=16, ridge=0.01, random_state=0, **how),
+    "DeepRFMRegressor": lambda **how: DeepRFMRegressor(depth=2, width=16, ridge=0.01, random_state=0, **how),
+    "RFMClassifier": lambda **how: RFMClassifier(iterations=2, **how),
+    "RFMRegressor": lambda **how: RFMRegressor(iterations=2, **how),
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_a_bar_counts_steps_and_shows_collapse(name, verbose, monkeypatch, capfd, caplog, normal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    X, y = normal(20, 3).numpy(), np.arange(20) % 2
+    with caplog.at_level(logging.INFO, logger="fastagop"):
+        MAKE[name](verbose=verbose).fit(X, y)
+    bar, lines = capfd.readouterr().err, [record.getMessage() for record in caplog.records]
+    if not verbose:
+        assert bar == ""
+        assert not any(" of 2" in line for line in lines)
+        return
+    step = "RFM: iteration" if name.startswith("RFM") else "Deep RFM: layer"
+    found = [line for line in lines if " of 2" in line]
+    assert [line.split(",")[0] for line in found] == [f"{step} 1 of 2", f"{step} 2 of 2"]
+    collapse = name == "DeepRFMClassifier"
+    assert all((", nc1 " in line) == collapse for line in found)
+    assert "2/2" in bar
+    assert ("nc1=" in bar) == collapse
+
+
+def test_a_resumed_fit_goes_on_counting(monkeypatch, capfd, caplog, tmp_path, normal):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with caplog.at_level(logging.INFO, logger="fastagop"), Progress("Fit", "part", 5, done=3, quiet=False) as bar:
+        bar.step()
+    assert [record.getMessage() for record in caplog.records] == ["Fit: part 4 of 5"]
+    shown = capfd.readouterr().err
+    assert "3/5" in shown
+    assert "4/5" in shown

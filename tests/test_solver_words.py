@@ -1,0 +1,134 @@
+"""What is said about a solve: its repr, its one warning, and bandwidths at which a kernel says nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+from fastagop.kernels.scaling import scale_points
+
+from fastagop import Laplace
+from fastagop.solvers import bandwidth
+from fastagop.solvers.solution import Solution, report
+
+F32, F64 = torch.float32, torch.float64
+
+
+def solution(n=4, **changes):
+    alpha = torch.zeros(n, 2, dtype=changes.pop("alpha", F64))
+    made = Solution(alpha, 1e-12, 1e-3, 0.0, "cholesky", F64, 0, n, 0.123)
+    return dataclasses.replace(made, **changes)
+
+
+def said(*args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report(*args)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_solution_in_words():
+    assert repr(solution()) == (
+        "Solution(alpha 4 x 2 float64, cholesky in float64, ridge 0.001, residual 1.0e-12, 0.12 s)"
+    )
+    full = solution(jitter=2e-9, residual_rows=3, merged=2, contradictions=1, stopped="why", dtype=F32)
+    assert repr(full) == (
+        "Solution(alpha 4 x 2 float64, cholesky in float32, ridge 0.001, jitter 2.0e-09, residual 1.0e-12 on 3 rows, "
+        "2 rows merged, 1 contradict, stopped: why, 0.12 s)"
+    )
+    assert "on 4 rows" not in repr(solution(residual_rows=4))
+    assert "contradict" not in repr(solution(merged=1))
+    assert solution().residual_rows == solution().merged == solution().contradictions == 0
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, None),
+    ({"jitter": 2e-9}, "jitter 2.0e-09 was added to the diagonal beyond the ridge 1.0e-03"),
+    ({"method": "eigh", "rank": 3, "merged": 1}, "1 of 3 eigenvalues were dropped"),
+    ({"method": "cholesky", "rank": 3}, None),
+    ({"residual": 0.9e-6}, None),
+    ({"residual": 1.1e-6}, "the relative residual is 1.1e-06"),
+    ({"residual": float("nan")}, "the relative residual is nan"),
+    ({"residual": 0.5, "merged_residual": 1e-9}, None),
+    ({"residual": 1e-9, "merged_residual": 0.5}, "the relative residual is 5.0e-01"),
+    ({"residual": 0.9e-3, "alpha": F32, "dtype": F32}, None),
+    ({"residual": 1.1e-3, "alpha": F32, "dtype": F32}, "the relative residual is 1.1e-03"),
+    ({"residual": 0.9e-3, "alpha": F32}, None),
+    ({"residual": 0.9e-4, "dtype": F32}, None),
+    ({"residual": 0.9e-2, "tolerance": 1e-2, "method": "cg"}, None),
+])  # fmt: skip
+def test_what_is_warned_of(changes, words):
+    remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+    assert said(solution(**changes)) == ([] if words is None else [f"solve: {words}; {remedy}"])
+
+
+def test_several_things_are_one_warning():
+    stopped = solution(method="cg", jitter=1e-9, stopped="it was late", iterations=7, note="mind the gap", ridge=0.0)
+    assert said(dataclasses.replace(stopped, contradictions=3)) == [
+        "solve: jitter 1.0e-09 was added to the diagonal beyond the ridge 0.0e+00 and conjugate gradients ended after "
+        "7 steps because it was late and the relative residual is 1.0e-12; a larger rank, more max_iterations or a "
+        "larger ridge helps. 3 rows are copies of each other to rounding but their targets differ: copies are answered "
+        "by their mean target. Remove all but one of them, or take a ridge above 0. mind the gap"
+    ]
+
+
+def test_what_is_wrong_with_the_problem_is_said_once_in_a_fit():
+    seen: set[str] = set()
+    found = solution(contradictions=3, ridge=0.0, note="mind the gap")
+    first, *others = said(found, seen)
+    assert not others
+    assert "answered by their mean target, without jitter. Remove" in first
+    assert first.endswith(". mind the gap")
+    assert said(found, seen) == []
+    assert len(said(dataclasses.replace(found, jitter=1.0), seen)) == 1  # what was done is said each time
+    assert said(solution(contradictions=3)) == []  # under a ridge a mean is the answer
+
+
+# ---- bandwidths
+
+
+def note(X, L, dtype=F64):
+    kernel, X = Laplace(L), torch.as_tensor(X, dtype=dtype)
+    return bandwidth.note(scale_points(kernel, X, X), L)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize(
+    ("value", "finding"), [("0.4 eps", "0 to"), ("2 eps", None), ("1 - 2 eps", "1 to"), ("1 - 9 eps", None)]
+)
+def test_values_that_say_nothing(value, finding, dtype):
+    """Two points whose kernel value is that: 0 or 1 to rounding, or not."""
+    eps = torch.finfo(dtype).eps
+    apart = {"0.4 eps": -math.log(0.4 * eps), "2 eps": -math.log(2 * eps), "1 - 2 eps": 2 * eps, "1 - 9 eps": 9 * eps}
+    text = note([[0.0], [apart[value]]], 1.0, dtype)
+    assert ("" if finding is None else f"every kernel value of two different points is {finding}") in text
+    assert bool(text) == (finding is not None)
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**40])
+def test_a_note_says_what_and_how_far(unit):
+    three = [[0.0, 0.0], [3.0, 0.0], [1.5, 27**0.5 / 2]]
+    X = unit * torch.tensor(three, dtype=F64)
+    start = f"at bandwidth {1e-3 * unit:.3g} every kernel value of two different points is "
+    end = f". Their typical distance is {3 * unit:.3g}: take a bandwidth of that size, or scale the features"
+    assert note(X, 1e-3 * unit) == f"{start}0 to rounding: no point says anything about another{end}"
+    assert "is 1 to rounding: all points look alike" in note(X, 1e20 * unit)
+    both = note(torch.cat([X, X]), 1e-3 * unit)
+    assert "is 0 or 1 to rounding: points are equal to it or have nothing in common" in both
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_one_point_has_no_distance(n):
+    assert note(torch.zeros(n, 2), 1.0) == ""
+
+
+@pytest.mark.parametrize("rows", [(1, 2), (97, 99), (298, 299)])
+def test_one_pair_that_is_near_says_enough(rows):
+    """Of 300 points, each far from all others, two are not; wherever they stand."""
+    X = 1e3 * torch.arange(300, dtype=F64)[:, None]
+    assert note(X, 1.0).startswith("at bandwidth 1 ")
+    X[rows[1]] = X[rows[0]] + 1.0
+    assert note(X, 1.0) == ""
