@@ -231,7 +231,8 @@ def test_the_gradient_form(dtype, rows, n, d, K, worst):
     result = 4 * d * d if dtype == torch.float32 else 0
     taken = costs.gradient_form_bytes(rows, X, alpha, Z, False)
     assert taken == held + held // 16 + moments[worst] + result
-    means, _ = gradient_form(rows, n, 9, d, K, size, centred=True)  # float64: a block's, the sum's, and their difference
+    # Means in float64: a block's, that of the sum, and what they differ by.
+    means, _ = gradient_form(rows, n, 9, d, K, size, centred=True)
     assert costs.gradient_form_bytes(rows, X, alpha, Z, True) - taken == means + means // 16 - held - held // 16
     if K > 1:
         copies, _ = gradient_form(rows, n, 9, d, K, size, copied=n * K)
@@ -293,7 +294,6 @@ def test_a_gram_plan_counts_the_gradient_form_where_that_is_larger():
     X, alpha = own(40, 60, dtype=torch.float64), own(40, 400, dtype=torch.float64)
     plan = costs.plan(X, alpha, X, task("gram"), "why")
     beside = 40 * 40 * 8 + costs.gradient_form_bytes(40, X, alpha, X, False)
-    assert costs.gram_form_bytes(40, X, alpha, X, False, RANK) + costs.gram_form_bytes(1, X, alpha, X) > 0
     assert plan.peak_bytes >= beside
 
 
