@@ -174,7 +174,57 @@ def test_few_points_have_no_low_rank_part(n, rank, cloud, normal):
     assert decide("collapsed 3e-1", cloud, normal, n=n, method="gram").low_rank.rank == rank
 
 
+@pytest.mark.parametrize(("products", "rounding"), [("bf16x3", 2.0**-16), ("tf32", 2.0**-11), ("float32", 2.0**-23)])
+def test_the_loss_goes_by_the_digits_of_the_products(products, rounding, monkeypatch, cloud, normal):
+    """TF32 has eleven bits, three bf16 products have sixteen."""
+    for module in (torch_agop, costs):
+        monkeypatch.setattr(module, "rate", lambda form, products, device: 1e9)
+    X, alpha = cloud("spread", n=60, d=100, dtype=torch.float32), normal(60, 4, dtype=torch.float32)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64)
+    found = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"), products=products)
+    plain = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"))
+    assert found.loss == pytest.approx(plain.loss * rounding / EPS)
+
+
+@pytest.mark.parametrize(("share", "safe"), [(0.9, True), (1.1, False)])
+@pytest.mark.parametrize(
+    ("method", "products", "allowed"),
+    [("auto", None, 4e-6), ("gram", None, 32 * EPS), ("auto", "tf32", 5e-5), ("auto", "bf16x3", 5e-5),
+     ("gram", "tf32", 32 * 2.0**-11), ("gram", "bf16x3", 32 * 2.0**-16)],
+)  # fmt: skip
+def test_what_the_gram_form_may_lose(method, products, allowed, share, safe, monkeypatch, cloud, normal):
+    """Five bits of its products where it was asked for by name; float64 is then what is left, or the gradient form."""
+    coarse = torch_agop.PRODUCT_ROUNDING.get(products, (EPS, 0.0))[0]
+    growth = share * allowed / coarse
+    monkeypatch.setattr(gram, "CancellationEstimate", estimate_of(growth / torch_agop.LOSS_PER_EPS))
+    for module in (torch_agop, costs):
+        monkeypatch.setattr(module, "rate", lambda form, products, device: 1.0 if form == "gradient" else 1e9)
+    X, alpha = cloud("spread", n=60, d=30, dtype=torch.float32), normal(60, 4, dtype=torch.float32)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64)
+    decision = torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), products=products)
+    assert (decision.form, decision.dtype) == ("gram", torch.float32 if safe else torch.float64)
+
+
+def estimate_of(amplification: float):
+    """A CancellationEstimate that found so much."""
+    return lambda *_: SimpleNamespace(amplification=lambda part: amplification)
+
+
 # ---- Rounding below zero
+
+
+@pytest.mark.parametrize(
+    ("loss", "room", "looked_at"), [(7.0, 0, False), (9.0, 0, True), (9.0, 1, False)]
+)  # of eps; bytes that are missing
+def test_eigenvalues_are_looked_at_where_digits_were_lost(loss, room, looked_at, monkeypatch, normal):
+    X, alpha, seen = normal(30, 6, dtype=torch.float32), normal(30, 3, dtype=torch.float32), []
+    W = torch_agop.weights(Laplace(2.0), X, X, 16)
+    decision = torch_agop.GramDecision("gram", torch.float32, low_rank.mean_part(W, True), loss * EPS)
+    monkeypatch.setattr(torch_agop, "choose_form", lambda *_, **__: decision)
+    monkeypatch.setattr(gram, "nonnegative", lambda M, eps: seen.append(eps) or M)
+    task = AgopTask("sum", limit=gram.nonnegative_bytes(6) - room)
+    torch_agop.agop_from_weights_(W, X, alpha, X, task, rows=16)
+    assert seen == [EPS] * looked_at
 
 
 @pytest.mark.parametrize(("below", "clipped"), [(3.0, False), (5.0, True)])
