@@ -281,6 +281,24 @@ def test_near_pairs_by_their_definition(own, name, dtype, cloud):
             assert torch.equal(mask, wanted)
 
 
+@pytest.mark.parametrize(("d", "looked_for"), [(4, False), (5, True)])
+def test_near_pairs_of_few_features_are_not_looked_for(d, looked_for, cloud):
+    """Every difference is formed there."""
+    X = cloud("collapsed 1e-2", n=30, d=d)
+    sq = torch.cdist(X, X).square()
+    assert (Nearness(X, X, None).among(sq, slice(0, 30)) is not None) == looked_for
+
+
+@pytest.mark.parametrize("words", [{}, {"kernel": Laplace(2.0)}], ids=["any kernel", "Laplace"])
+def test_a_single_near_pair_is_found_by_its_weight(words):
+    X, Z = torch.eye(6, dtype=torch.float64), -torch.eye(6, dtype=torch.float64)
+    Z[2] = X[4] + 1e-5
+    W = torch_agop.weights(Laplace(2.0), X, Z, 8)
+    near = Nearness(X, Z, None).among_weights(W, slice(0, 6), **words)
+    assert near.rows.tolist() == [2]
+    assert near.mask.nonzero().tolist() == [[0, 4]]
+
+
 def test_no_near_pairs(cloud):
     X = torch.eye(30, dtype=torch.float64)
     sq = torch.full((30, 30), 2.0, dtype=torch.float64).fill_diagonal_(0.0)
