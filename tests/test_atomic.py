@@ -176,3 +176,17 @@ def test_what_became_of_a_process():
     assert atomic_files.process_state(f"00000000-{pid}-{start}") == atomic_files.ELSEWHERE
     for nonsense in ("", "a-b-c", "1", f"{place}-0-0", f"{place}--5-1"):
         assert atomic_files.process_state(nonsense) == atomic_files.ELSEWHERE
+
+
+def test_the_disk_has_the_file_before_its_name_and_then_the_name(tmp_path, monkeypatch):
+    """A crash in between finds the old file or the new one, whole."""
+    settled, path = [], tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def settle(descriptor):
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        settled.append(("folder" if folder else "file", path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", settle)
+    atomic_files.write(path, b"new")
+    assert settled == [("file", b"old"), ("folder", b"new")]

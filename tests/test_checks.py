@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import memory
+from fastagop.kernels import checks, memory
 
 import fastagop
 from fastagop import Gaussian, Laplace
@@ -381,3 +381,60 @@ def test_out_overlaps_itself(normal):
         with pytest.raises(ValueError, match="out overlaps itself"):
             fastagop.kernel_matrix(Laplace(1.0), X, out=out)
     fastagop.kernel_matrix(Laplace(1.0), X, out=room.view(4, 4).T)
+
+
+@pytest.mark.parametrize("limit", [1, 1.0, 1.5, 2**90])
+def test_memory_limits_are_bytes(limit):
+    assert checks.memory_limit(limit) == int(limit)
+    assert checks.memory_limit(None) is None
+    assert checks.memory_limit(float("inf")) is None
+    for wrong in (0, 0.99, -1, True, float("nan"), "1"):
+        with pytest.raises(ValueError, match="memory_limit must be a positive number of bytes or None, got "):
+            checks.memory_limit(wrong)
+
+
+def test_integers_have_bounds():
+    assert [checks.integer("depth", value, 1, 3) for value in (1, 3)] == [1, 3]
+    assert checks.integer("depth", 10**9, 1) == 10**9
+    for wrong in (0, 4, 2.0, True, None):
+        with pytest.raises(ValueError, match=f"^depth must be an integer from 1 to 3, got {wrong}$"):
+            checks.integer("depth", wrong, 1, 3)
+    with pytest.raises(ValueError, match=r"^depth must be an integer >= 1, got 0$"):
+        checks.integer("depth", 0, 1)
+
+
+def test_numbers_are_finite_and_not_negative():
+    assert [checks.nonnegative("ridge", value) for value in (0, 2.5)] == [0.0, 2.5]
+    for wrong in (-1e-9, float("inf"), float("nan"), True, "1", None):
+        with pytest.raises(ValueError, match=r"^ridge must be a finite number >= 0, got "):
+            checks.nonnegative("ridge", wrong)
+    largest = torch.finfo(torch.float32).max
+    assert checks.ridge(largest, torch.float32) == largest
+    assert checks.ridge(1e39, torch.float64) == 1e39
+
+
+def test_tensors_beside_each_other_share_no_memory():
+    """Neighbours in one piece of memory are apart; one item in common is not."""
+    room = torch.zeros(20, dtype=torch.float64)
+    checks.apart("out", room[4:8].view(2, 2), room[:4].view(2, 2), room[8:12])
+    for start in (1, 7):
+        with pytest.raises(ValueError, match="out shares memory with an input"):
+            checks.apart("out", room[4:8].view(2, 2), room[start : start + 4])
+    checks.apart("out", room[:0].view(0, 2), room)
+    checks.apart("out", room.as_strided((2, 3), (3, 1)), torch.zeros(1))  # rows one after another
+    checks.apart("out", room.as_strided((3, 2), (1, 3)), torch.zeros(1))
+    with pytest.raises(ValueError, match=r"out overlaps itself \(strides \(2, 1\)\)"):
+        checks.apart("out", room.as_strided((2, 3), (2, 1)), torch.zeros(1))
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1e-12, False), (1e-13, True)])
+def test_rows_may_differ_in_size_as_far_as_float32_holds(share, refused):
+    """Squares of the smaller ones' distances vanish beside those that are 2e12 times as large."""
+    X = torch.full((5, 2), share)
+    X[2] = 1.0
+    if refused:
+        with pytest.raises(ValueError, match=r"X\[2\] has an entry of size 1\.0e\+00 while half of the rows stay"):
+            checks.spread(X, X, 1.0)
+    else:
+        checks.spread(X, X, 1.0)
+    checks.spread(X.double(), X.double(), 1.0)

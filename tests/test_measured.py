@@ -2,6 +2,8 @@
 
 import json
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,86 @@ def test_calibrating(cache, tmp_path):
     assert set(rates) == {f"{form} {word}" for form in ("gradient", "gram") for word in ("float32", "float64")}
     assert json.loads(out.read_text())["rates"] == rates
     assert all(rate > 0 for rate in rates.values())
+
+
+@pytest.mark.parametrize(("rates", "taken"), [(0.0, False), (5e-324, True), (float("inf"), False)])
+def test_rates_are_positive_and_finite(cache, rates, taken):
+    file = calibration.save(CPU, Measured({}, {"gram float32": 1.0}, ABOUT))
+    file.write_text(json.dumps({"configs": {}, "rates": {"gram float32": rates}, "about": {}}))
+    calibration._read.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert (calibration.measured(CPU).rates == {"gram float32": rates}) == taken
+    assert len(said) == (not taken)
+
+
+@pytest.mark.parametrize(("config", "taken"), [([1] * 5, True), ([1, 1, 1, 1, 0], False), ([1] * 4, False)])
+def test_configurations_are_five_positive_numbers(cache, config, taken):
+    file = calibration.save(CPU, Measured())
+    file.write_text(json.dumps({"configs": {"matrix tf32": config}, "rates": {}, "about": {}}))
+    calibration._read.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert (calibration.measured(CPU).configs == {"matrix tf32": tuple(config)}) == taken
+    assert len(said) == (not taken)
+
+
+def test_a_large_file_is_none_of_ours(cache):
+    """What calibration writes has a few thousand bytes: of a megabyte only the start is read."""
+    file = calibration.save(CPU, Measured())
+    file.write_text(json.dumps({"configs": {}, "rates": {}, "about": {"note": "x" * 2**20}}))
+    calibration._read.cache_clear()
+    with pytest.warns(UserWarning, match="delete it or calibrate again"):
+        assert calibration.measured(CPU) == Measured()
+    file.write_text(json.dumps({"configs": {}, "rates": {}, "about": {"note": "x" * 10**6}}))
+    calibration._read.cache_clear()
+    assert len(calibration.measured(CPU).about["note"]) == 10**6
+
+
+def test_the_default_rates_are_those_measured_in_the_bench(cache):
+    """Two digits of them."""
+    stored = json.loads((Path(__file__).parents[1] / "bench" / "results" / "rates_cpu.json").read_text())["rates"]
+    for key, value in stored.items():
+        assert calibration.rate(*key.split(), CPU) == pytest.approx(value, rel=0.02)
+    assert calibration.rate("gram", "keops", CPU) == calibration.rate("gradient", "float32", CPU)
+
+
+@pytest.mark.parametrize(("capability", "generation"), [((8, 0), 8), ((8, 9), 8), ((9, 0), 9), ((10, 0), 9)])
+def test_rates_of_a_gpu_go_by_its_generation(capability, generation, monkeypatch):
+    """The vendors' figures: 19 and 60 Tflop/s of full products; coarser ones are faster, bf16x3 the least so."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(calibration, "measured", lambda device: Measured())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    full = {8: 19e12, 9: 60e12}[generation]
+    rates = {word: calibration.rate("gram", word, device) for word in ("float64", "bf16x3", "fp16x3", "tf32")}
+    assert calibration.rate("gradient", "float32", device) == rates["float64"] == full
+    assert list(rates.values()) == sorted(rates.values())
+    assert rates["tf32"] < 10 * full
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_seconds_are_operations_at_their_rate_and_pairs_beside(kind, monkeypatch):
+    device = torch.device(kind)
+    monkeypatch.setattr(calibration, "rate", lambda form, products, device: {"float32": 1e10, "float64": 1e9}[products])
+    for word, slower in (("float32", 1.0), ("float64", 10.0)):
+        assert calibration.seconds(1e12, 0, device, "gram", word) == 100 * slower
+        pairs = calibration.seconds(0, 1e9, device, "gram", word)
+        assert {"cpu": 1, "cuda": 0.01}[kind] < pairs < {"cpu": 10, "cuda": 0.1}[kind]
+        assert calibration.seconds(1e12, 1e9, device, "gram", word) == 100 * slower + pairs
+    single, double = (calibration.seconds(0, 1e9, device, "gram", f"float{bits}") for bits in (32, 64))
+    assert 1.5 < double / single < 2.5
+    assert calibration.seconds(6e12, 1e9, device, "gram", "keops") == {"cpu": 1000, "cuda": 6}[kind]
+
+
+def test_the_file_is_named_after_the_chip(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTAGOP_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "cpuinfo", lambda: {"model name": "Some (R) Chip 9.5 @ 2 GHz!"})
+    assert calibration.path(CPU) == tmp_path / "fastagop" / "some-r-chip-9.5-2-ghz.json"
+    monkeypatch.setattr(calibration, "cpuinfo", dict)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "riscv")
+    assert calibration.path(CPU).name == "riscv.json"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X1")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "3.1" if package == "triton" else "0")
+    assert calibration.path(torch.device("cuda")).name == "chip-x1-triton-3.1.json"

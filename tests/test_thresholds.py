@@ -11,6 +11,7 @@ import torch
 from fastagop.kernels import memory
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import prepared
+from fastagop.kernels.precision import _products_by_backend, _switched
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, diagonal, gradients
 
@@ -130,3 +131,33 @@ def test_estimators_take_the_solvers_of_the_table():
     names = re.escape("'auto', 'cholesky', 'cholesky+cg', 'eigh', 'cg'")
     with pytest.raises(ValueError, match=f"solver must be one of {names}, got 'lu'"):
         fastagop.RFMRegressor(solver="lu").fit(torch.randn(9, 2), torch.randn(9))
+
+
+def test_free_memory_is_what_the_system_calls_available(monkeypatch, tmp_path):
+    """In units of 1024 bytes; paths of control groups may hold colons."""
+    monkeypatch.setattr(memory, "_FREE", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:     300 kB\n")
+    assert memory._free_bytes() == 300 * 1024
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "_MOUNT", tmp_path / "mount")
+    (tmp_path / "groups").write_text("0::/job:7\n")
+    (tmp_path / "mount" / "job:7").mkdir(parents=True)
+    for name, text in (("memory.max", "500"), ("memory.current", "200"), ("memory.stat", "inactive_file 5")):
+        (tmp_path / "mount" / "job:7" / name).write_text(text)
+    assert memory.group_bytes() == 305
+    assert memory.host_bytes() == 305
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_tf32_is_for_medium_on_a_gpu_only(kind, precision):
+    """The settings of the process can be read without a GPU."""
+    coarse, before = (kind, precision) == ("cuda", "medium"), torch.get_float32_matmul_precision()
+    with _switched(precision, torch.device(kind)):
+        if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):
+            cuda, onednn = (products.fp32_precision for products in _products_by_backend())
+            assert (cuda == "tf32") == coarse
+            assert onednn in ("ieee", "none")
+        else:
+            assert torch.get_float32_matmul_precision() == ("medium" if coarse else "highest")
+    assert torch.get_float32_matmul_precision() == before
