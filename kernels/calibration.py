@@ -81,17 +81,17 @@ def _home() -> Path:
 
 def measured(device: torch.device) -> Measured:
     """The device's measurements; empty where there are none, or no home directory that they could be in."""
-    return _measured(device, *(os.environ.get(name) for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME", "HOME")))
+    file = _place(device, *(os.environ.get(name) for name in ("FASTAGOP_CACHE", "XDG_CACHE_HOME", "HOME")))
+    return Measured() if file is None else _read(file)
 
 
 @functools.cache
-def _measured(device: torch.device, *folders: str | None) -> Measured:
-    """The same, looked up once for each place that the environment names."""
+def _place(device: torch.device, *folders: str | None) -> Path | None:
+    """The device's file, looked up once for what the environment names; None where there is no place for it."""
     try:
-        file = path(device)
+        return path(device)
     except (OSError, importlib.metadata.PackageNotFoundError):
-        return Measured()
-    return _read(file)
+        return None
 
 
 @functools.cache
@@ -126,7 +126,6 @@ def save(device: torch.device, result: Measured) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_files.write(file, (json.dumps(asdict(result), indent=1) + "\n").encode())
     _read.cache_clear()
-    _measured.cache_clear()
     return file
 
 

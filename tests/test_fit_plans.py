@@ -94,7 +94,9 @@ def test_ranks_share_the_agop_and_the_passes_of_cg(solver):
 @pytest.mark.parametrize("solver", ["cholesky", "cg", "float32"])
 def test_a_float64_matrix_becomes_the_weights_of_the_agop(solver, monkeypatch):
     """Its AGOP takes the cheaper form's seconds and no more memory; any other one is planned as a call is."""
-    monkeypatch.setattr(table, "SHORT", 0 if solver == "float32" else 4096)
+    for name, rows in (("SHORT", 4096), ("FEW", 128)):
+        monkeypatch.setattr(table, name, 0 if solver == "float32" else rows)
+    monkeypatch.setattr(table.Problem, "large", False)
     given, how = data(), regression(solver="cg" if solver == "cg" else "cholesky")
     step = fit_plans.step_of(given.X, given.Y, how, 1, TASK)
     solve = prepare(Gaussian(2.0), given.X, given.Y, how.options)

@@ -331,7 +331,8 @@ def test_solve(dtype, method, kind, normal, together, relative):
         assert found.alpha.dtype == dtype
         assert relative(found.alpha, plain.alpha) <= 1e-5
         assert (found.method, found.dtype, found.rank) == (plain.method, plain.dtype, plain.rank)
-        assert (found.iterations, found.merged) == (plain.iterations, plain.merged)
+        assert abs(found.iterations - plain.iterations) <= 1  # sums are in another order
+        assert found.merged == plain.merged
         assert found.residual == pytest.approx(plain.residual, abs=1e-6)
 
 
@@ -400,10 +401,10 @@ def test_nccl_moves_cuda_tensors(together, monkeypatch):
     (error,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cpu")))
     assert "the group's backend nccl moves CUDA tensors and X is on cpu" in str(error)
     (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
-    assert ranks._wire == torch.device("cuda")
+    assert ranks.wire == torch.device("cuda")
     monkeypatch.setattr(Threads, "backend", "gloo")
     (ranks,) = together(1, lambda rank: Communicator(None, "agop", torch.device("cuda")))
-    assert ranks._wire == torch.device("cpu")
+    assert ranks.wire == torch.device("cpu")
 
 
 def test_a_group_that_is_none_is_refused(normal, together):

@@ -363,7 +363,7 @@ def test_solution(dtype, cloud, normal):
     assert solution.ridge == 1e-3
     assert solution.method == "cholesky"
     assert solution.seconds > 0
-    assert (solution.iterations == 0) == (dtype == torch.float64)
+    assert (solution.iterations == 0) == (solution.dtype == torch.float64)
     with pytest.raises(dataclasses.FrozenInstanceError):
         solution.jitter = 0.0
 
