@@ -5,6 +5,8 @@ agop       the AGOP on the CPU against xrfm and torch, with peak memory: the REA
 keops      KeOps against torch by number of features, on the CPU
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
+small      calls on 60 points beside plain torch, on the CPU: what a call costs before it computes
+scale      n against seconds and peak memory of a solve, an AGOP and a layer, beside LAPACK and xrfm, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
@@ -28,7 +30,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m bench: {missing}; pip install -e '.[bench]' in {Path(__file__).resolve().parents[1]}")
 
-from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, suite
+from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, scale_cpu, small_cpu, suite
 
 # What measures in each case, and its options beside --out; a case refuses those of the others.
 MEASURES = {
@@ -37,6 +39,8 @@ MEASURES = {
     "keops": keops_cpu.main,
     "network": network_cpu.main,
     "cg": cg_cpu.main,
+    "small": small_cpu.main,
+    "scale": scale_cpu.main,
     "calibrate": calibrate.main,
 }
 OPTIONS = {
@@ -45,12 +49,16 @@ OPTIONS = {
     "keops": ("repeats", "n", "d"),
     "network": ("repeats", "n"),
     "cg": ("n",),
+    "small": ("n",),
+    "scale": ("n", "d"),
     "report": ("result",),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
 }
 CASES = tuple(OPTIONS)
-_MEASURED_ON = dict.fromkeys(("agop", "keops", "network", "cg"), torch.device("cpu"))  # --device cpu says nothing new
+_MEASURED_ON = dict.fromkeys(
+    ("agop", "keops", "network", "cg", "small", "scale"), torch.device("cpu")
+)  # --device cpu says nothing new
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
 
@@ -65,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
     add("--out", type=Path, help="result file; default out/<case>_<device>.json")
     add("--repeats", type=_count, help="default 3")
-    add("--n", type=_count, help="rows; suite: default 50000 on CUDA; agop: one case of n rows; keops, network, cg too")
-    add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops")
+    add("--n", type=_count, help="rows; suite: default 50000 on CUDA; agop: one case of n rows; all others too")
+    add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops, scale")
     return made
 
 

@@ -80,6 +80,14 @@ def xrfm_kernel_matrix(X: torch.Tensor, _: torch.Tensor, L: float) -> torch.Tens
     return _xrfm_kernel(L).get_kernel_matrix(X, X)
 
 
+def xrfm_solve(X: torch.Tensor, Y: torch.Tensor, L: float) -> torch.Tensor:
+    """xrfm's RFM.fit_predictor_lstsq with its default solver, LU, and no ridge."""
+    from xrfm.rfm_src.recursive_feature_machine import RFM  # pyright: ignore[reportMissingImports]
+
+    model = RFM(kernel=_xrfm_kernel(L), device="cpu", reg=0.0, verbose=False)
+    return model.fit_predictor_lstsq(X, Y)
+
+
 def lazy_gradients(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:
     """Gradients at the points by KeOps and autograd, one output at a time."""
     from pykeops.torch import LazyTensor
