@@ -109,6 +109,27 @@ def test_narrow(kernel, bandwidth):
     assert not fastagop.gradients(kernel, X, X, X.clone()).any()
 
 
+EXTREME = [*KERNELS, GeneralisedLaplace(1.0, 2.0), GeneralisedLaplace(1.0, 0.01)]
+
+
+@pytest.mark.parametrize("kernel", EXTREME, ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-40, 1e-25, 1e-20, 1e20, 1e30, 1e39, 1e50, 1e60])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_bandwidths(kernel, bandwidth, dtype):
+    """Where 1 / L, its square, or r^2 leaves a dtype: what it holds is right, the rest is 0, and nothing is NaN."""
+    kernel, limits = dataclasses.replace(kernel, bandwidth=bandwidth), torch.finfo(dtype)
+    sq = torch.tensor([1e-12, 1e-6, 1.0, 1e38], dtype=dtype)
+    for method, formula in ((kernel.value_, phi), (kernel.weight_, weight)):
+        for got, r in zip(method(sq.clone()).tolist(), sq.double().sqrt().tolist(), strict=True):
+            true, exponent = formula(kernel, r), -math.log(max(phi(kernel, r), 1e-300))
+            if true <= limits.max:
+                assert abs(got - true) <= 16 * limits.eps * (1 + exponent) * true + 4 * limits.tiny, (r, got, true)
+        # r^2 = 0; and beyond the dtype, where weights put it
+        assert method(torch.tensor([0.0, math.inf], dtype=dtype)).tolist() == [float(method == kernel.value_), 0.0]
+    rebuilt = kernel.weight_from_value_(kernel.value_(sq))
+    assert rebuilt is None or not bool(rebuilt.isnan().any())
+
+
 CLOSED = [*KERNELS[:5], GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2)]  # weights known from values
 
 
