@@ -78,10 +78,9 @@ def test_further_kernels(kernel, cloud, normal):
         agrees(fastagop.gradients(kernel, X, alpha, **KEOPS), reference.gradients(kernel, X, alpha))
         agrees(fastagop.agop(kernel, X, alpha, **KEOPS), reference.agop(kernel, X, alpha))
     X, narrow = cloud("spread", n=60, d=D), dataclasses.replace(kernel, bandwidth=1e-300)
-    product = fastagop.kernel_matmul(narrow, X, None, alpha, **KEOPS)  # alpha itself, also where a heavy tail is 1e-300
-    assert torch.equal(product, reference.kernel_matmul(narrow, X, X, alpha))
-    g, true = fastagop.gradients(narrow, X, alpha, **KEOPS), reference.gradients(narrow, X, alpha)
-    assert float((g - true).abs().max()) <= 1e-12 * float(true.abs().max())
+    assert torch.equal(fastagop.kernel_matmul(narrow, X, None, alpha, **KEOPS), alpha)
+    # zero, but for a heavy tail
+    assert float(fastagop.gradients(narrow, X, alpha, **KEOPS).abs().max()) <= 1e-280
 
 
 @needs_keops
