@@ -19,15 +19,20 @@ def nearest_factor(value: float, like: torch.Tensor) -> float:
 
 
 def multiply_(t: torch.Tensor, *factors: float) -> torch.Tensor:
-    """Multiply t by all factors in place: by their product where the dtype holds it, else by one after the other.
+    """Multiply t by all factors in place: by their product where the dtype holds it, else in steps that it holds.
 
-    Zero stays zero and infinity stays infinite: no factor is either of them, see ``nearest_factor``.
+    Zero stays zero and infinity stays infinite, as no step is either of them.
     """
     product, limits = math.prod(factors), torch.finfo(t.dtype)
     if limits.tiny <= abs(product) <= limits.max:
         return t.mul_(product)
     for factor in factors:
-        t.mul_(nearest_factor(factor, t))
+        size = min(max(abs(factor), 1e-300), 1e300)
+        steps = max(1, math.ceil(abs(math.log2(size)) / 100))
+        for _ in range(steps):
+            t.mul_(size ** (1.0 / steps))
+        if factor < 0:
+            t.neg_()
     return t
 
 

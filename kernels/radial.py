@@ -70,10 +70,10 @@ if WEIGHT:
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
-        r, root = sq.sqrt_(), self.bandwidth**-0.5
+        r = sq.sqrt_()
         decay = torch.mul(r, nearest_factor(-1.0 / self.bandwidth, r)).exp_()
         torch.div(decay, r, out=r)
-        multiply_(r, root, root)
+        multiply_(r, 1.0 / self.bandwidth)
         return torch.nan_to_num_(r, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
@@ -164,8 +164,8 @@ if WEIGHT:
         """Overwrite r by (r / L)^p."""
         if abs(math.log2(self.bandwidth)) < 0.25 * math.log2(torch.finfo(r.dtype).max):
             return r.mul_(1.0 / self.bandwidth).pow_(self.exponent)
-        root = self.bandwidth ** (-0.25 * self.exponent)  # r / L may leave the dtype where its power does not
-        return multiply_(r.pow_(self.exponent), root, root, root, root)
+        root = self.bandwidth ** (-0.5 * self.exponent)  # r / L may leave the dtype where its power does not
+        return multiply_(r.pow_(self.exponent), root, root)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-(r / L)^p)."""
