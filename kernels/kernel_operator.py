@@ -203,16 +203,17 @@ class KernelOperator:
     def mean_gradient(self, alpha: torch.Tensor, weights: torch.Tensor | None = None, rows: int = _ROWS):
         """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
         at = self.points
+        kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit)
 
         def blocks():
             for row, block in self.tiles(rows):
-                W = at.kernel.weight_(block)
+                W = kernel.weight_(block)
                 yield row, W if weights is None else W.mul_(weights[row, None])
 
         with self.products():
-            mean = torch_agop.mean_gradient(blocks(), alpha, at.X, at.Z, dominant_offset(at.X))
+            mean = torch_agop.mean_gradient(blocks(), scaled, at.X, at.Z, dominant_offset(at.X))
         factor = 1.0 if weights is None else len(at.Z) / weights.sum(dtype=torch.float64)
-        return mean * factor / at.unit
+        return amplitude.restore(mean * factor)
 
 
 _FEW, _SAMPLE = 2048, 512  # points whose products are all looked at, and rows of more that stand for all

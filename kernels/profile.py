@@ -12,8 +12,35 @@ from typing import ClassVar
 import torch
 
 
+def nearest_factor(value: float, like: torch.Tensor) -> float:
+    """The nearest factor that is neither zero nor infinite in a dtype, and has all of its digits."""
+    limits = torch.finfo(like.dtype)
+    return math.copysign(min(max(abs(value), limits.tiny), limits.max), value)
+
+
+def multiply_(t: torch.Tensor, *factors: float) -> torch.Tensor:
+    """Multiply t by all factors in place: by their product where the dtype holds it, else in steps that it holds.
+
+    Zero stays zero and infinity stays infinite, as no step is either of them.
+    """
+    product, limits = math.prod(factors), torch.finfo(t.dtype)
+    if limits.tiny <= abs(product) <= limits.max:
+        return t.mul_(product)
+    for factor in factors:
+        size = min(max(abs(factor), 1e-300), 1e300)
+        steps = max(1, math.ceil(abs(math.log2(size)) / 100))
+        for _ in range(steps):
+            t.mul_(size ** (1.0 / steps))
+        if factor < 0:
+            t.neg_()
+    return t
+
+
 def bounded_factor(value: float, like: torch.Tensor, beyond: float = math.inf) -> float:
-    """A factor that a dtype holds: for larger ones ``beyond``, or its largest number, which times zero is zero."""
+    """A factor of finite numbers that a dtype holds: for larger ones ``beyond``, or its largest number.
+
+    Smaller ones become zero: distances, which may be infinite, go by ``multiply_``.
+    """
     largest = torch.finfo(like.dtype).max
     return value if value <= largest else min(beyond, largest)
 

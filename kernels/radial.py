@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .operations import kernel_matrix
-from .profile import Formulas, Profile, bounded_factor, without_duplicates_
+from .profile import Formulas, Profile, bounded_factor, multiply_, nearest_factor, without_duplicates_
 
 # KeOps' Powf, IntInv(3) and / IntCst(3) have float32's digits only: powers are taken by Log, thirds by roots.
 _INVERSE = "Elem(c, 0)"
@@ -28,14 +28,6 @@ _HALF_SQUARE = f"(IntInv(2) * SqNorm2({_INVERSE} * (x - z)))"
 _LOG_POWER = f"(Elem(c, 1) * Log({_RADIUS}))"  # ln t with t = (r / L)^p
 _SCALED = f"ClampInt({_INVERSE} * Sqrt(IntCst(5) * SqDist(x, z)), 0, 10000)"  # cut where exp(-s) is zero: s^2 is finite
 _ROOT_FACTOR = f"(Sqrt(IntCst(5)) * (Rsqrt(IntCst(3)) * {_INVERSE}))"  # sqrt(5 / 3) / L
-
-
-def _over_square_(t: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """Overwrite t by -t / L^2, in two steps where that factor leaves the dtype."""
-    factor = 1.0 / bandwidth / bandwidth
-    if torch.finfo(t.dtype).tiny <= factor <= torch.finfo(t.dtype).max:
-        return t.mul_(-factor)
-    return t.mul_(-1.0 / bandwidth).mul_(1.0 / bandwidth)
 
 
 @dataclass(frozen=True)
@@ -74,19 +66,20 @@ if WEIGHT:
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
-        return sq.sqrt_().mul_(-bounded_factor(1.0 / self.bandwidth, sq)).exp_()
+        return multiply_(sq.sqrt_(), -1.0 / self.bandwidth).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
-        t = sq.sqrt_().mul_(-1.0 / self.bandwidth)  # t = -r / L
-        torch.div(torch.exp(t), t, out=t)
-        _over_square_(t, self.bandwidth)
-        return torch.nan_to_num_(t, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
+        r = sq.sqrt_()
+        decay = torch.mul(r, nearest_factor(-1.0 / self.bandwidth, r)).exp_()
+        torch.div(decay, r, out=r)
+        multiply_(r, 1.0 / self.bandwidth)
+        return torch.nan_to_num_(r, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by -k / (L^2 ln k), zero where k = 1."""
         torch.div(value, torch.log(value), out=value)
-        _over_square_(value, self.bandwidth)
+        multiply_(value, -1.0 / self.bandwidth, 1.0 / self.bandwidth)
         return torch.nan_to_num_(value, posinf=0.0, neginf=0.0)
 
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -114,7 +107,7 @@ if WEIGHT:
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
-        return sq.mul_(-bounded_factor(0.5 / self.bandwidth / self.bandwidth, sq)).exp_()
+        return multiply_(sq, -0.5 / self.bandwidth, 1.0 / self.bandwidth).exp_()
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2)) / L^2, zero where r = 0 or where 1 / L^2 overflows, as k does then."""
@@ -169,9 +162,10 @@ if WEIGHT:
 
     def _power_(self, r: torch.Tensor) -> torch.Tensor:
         """Overwrite r by (r / L)^p."""
-        if 1.0 / self.bandwidth < torch.finfo(r.dtype).tiny:  # few digits of 1 / L are left in the dtype
-            return r.pow_(self.exponent).mul_(self.bandwidth**-self.exponent)
-        return r.mul_(bounded_factor(1.0 / self.bandwidth, r)).pow_(self.exponent)
+        if abs(math.log2(self.bandwidth)) < 0.25 * math.log2(torch.finfo(r.dtype).max):
+            return r.mul_(1.0 / self.bandwidth).pow_(self.exponent)
+        root = self.bandwidth ** (-0.5 * self.exponent)  # r / L may leave the dtype where its power does not
+        return multiply_(r.pow_(self.exponent), root, root)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-(r / L)^p)."""
@@ -230,7 +224,7 @@ else:
 
     def _scaled_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by s, cut where exp(-s) is zero, so that its square stays finite."""
-        return sq.sqrt_().mul_(bounded_factor(math.sqrt(5.0) / self.bandwidth, sq)).clamp_(max=1e4)
+        return multiply_(sq.sqrt_(), math.sqrt(5.0) / self.bandwidth).clamp_(max=1e4)
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by (1 + s + s^2 / 3) exp(-s)."""

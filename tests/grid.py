@@ -36,7 +36,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Backend(NamedTuple):
-    """One backend: where it serves, what it refuses, and the sizes that its speed in the tests allows."""
+    """One backend: where it serves, what it refuses, and the sizes that its speed in the tests allows.
+
+    What it has no method of (``solve_methods=()``) it refuses, too.
+    """
 
     name: str
     devices: list[str]
@@ -48,7 +51,13 @@ class Backend(NamedTuple):
     clouds: list[str] = CLOUDS
     n: int = 120
     d: int = 12
+    many: int = 300  # points of which a block of 256 rows leaves some, and from which memory_limit makes small ones
     slow: bool = False
+
+    def serves(self, operation: str) -> bool:
+        """Whether the contract holds for it there; it must refuse the others."""
+        methods = {"agop": self.agop_methods, "solve": self.solve_methods}.get(operation, ("its only one",))
+        return operation not in self.refuses and bool(methods)
 
 
 def _has(module: str) -> bool:
@@ -68,6 +77,7 @@ BACKENDS = [
         coarseness=4.0,
         clouds=FEW_CLOUDS if INTERPRETED else CLOUDS,
         n=30,  # one block: triton_cases.py has the tails
+        many=30 if INTERPRETED else 300,
         slow=INTERPRETED,
     ),
     # Every feature count is a formula of its own that compiles for ten seconds: five features, as in test_keops.py.

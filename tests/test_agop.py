@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.kernel_operator import KernelOperator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastagop
-from fastagop import Gaussian, Laplace
+from fastagop import Gaussian, Laplace, Matern52
 
 # Acceptance: relative Frobenius error of M on well-spread data.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -440,3 +441,16 @@ def test_in_the_capture_of_a_cuda_graph(cloud, normal, monkeypatch, relative):
     assert relative(fastagop.agop(Laplace(2.0), X, alpha), truth) <= 1e-12
     with pytest.raises(ValueError, match="method='gram' measures its cancellation on the host"):
         fastagop.agop(Laplace(2.0), X, alpha, method="gram")
+
+
+@pytest.mark.parametrize("bandwidth", [1e30, 1e50, 2.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mean_gradient_of_wide_kernels(bandwidth, weighted, normal, relative):
+    """What ranks centre by: weights of such a kernel are no float32 numbers, and neither is their mean always."""
+    X, alpha = normal(60, 5, dtype=torch.float32), normal(60, 3, dtype=torch.float32)
+    weights = torch.linspace(0.5, 2.0, 60) if weighted else None
+    for kernel in (Gaussian(bandwidth), Matern52(bandwidth)):
+        mean = KernelOperator("agop", kernel, X).mean_gradient(alpha, weights)
+        w = torch.ones(60, dtype=torch.float64) if weights is None else weights.double()
+        true = torch.einsum("i,icd->cd", w / w.sum(), reference.gradients(kernel, X, alpha))
+        assert relative(mean, true) <= 1e-5

@@ -191,7 +191,7 @@ def test_precision(op, word, valid):
 @ops
 @pytest.mark.parametrize("word", ["cuda", "Torch", "", None])
 def test_unknown_backend(op, word, valid):
-    with pytest.raises(ValueError, match=r"^backend must be one of 'auto', 'torch', 'triton', 'keops'"):
+    with pytest.raises(ValueError, match=r"^backend must be one of 'auto', .*'torch'.*, got"):
         call(op, {**valid(op), "backend": word})
 
 

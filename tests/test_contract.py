@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import backends, reference
+from fastagop.kernels.torch_backend.backend import TorchBackend
 
 import fastagop
 from fastagop import BackendUnavailable, Gaussian, Laplace
@@ -51,8 +52,8 @@ def problem(grid_case, cloud, normal):
 
 
 def skip_unless_served(grid_case, operation):
-    if operation in grid_case.place.backend.refuses:
-        pytest.skip("test_refusals has this one")
+    if not grid_case.place.backend.serves(operation):
+        pytest.skip("test_what_a_backend_does_not_serve has this one")
 
 
 def outer_products(g, center):
@@ -122,12 +123,13 @@ def test_agop(grid_case, center, problem, relative, gradient_bound):
     skip_unless_served(grid_case, "agop")
     kernel, place, X, alpha, others = problem
     words = {"center": center, "backend": place.backend.name}
+    own = place.backend.name if place.backend.serves("gradients") else "torch"
     for kind in ("none", "a copy", "other points"):
         Z = others[kind]
         true = reference.agop(kernel, X, alpha, Z, center=center)
         if not reference.gradients(kernel, X, alpha, Z).any():
             continue  # test_agop.py's test_zero
-        g = fastagop.gradients(kernel, X, alpha, Z, backend=place.backend.name)
+        g = fastagop.gradients(kernel, X, alpha, Z, backend=own)
         plain, error = relative(outer_products(g, center), true), {}
         for method in place.backend.agop_methods:
             with warnings.catch_warnings(record=True) as caught:
@@ -155,6 +157,7 @@ def test_agop(grid_case, center, problem, relative, gradient_bound):
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
 def test_solve(grid_case, ridge, problem, targets, bounded_solution):
     """Never NaN, never much worse than a plain solve with bounded coefficients, and honest about the residual."""
+    skip_unless_served(grid_case, "solve")
     kernel, place, X, _, _ = problem
     Y = place.tensor(targets(len(X)))
     A, b = reference.kernel_matrix(kernel, X), Y.double().cpu()
@@ -203,23 +206,52 @@ def test_shapes(grid_place, n, d, outputs, cloud, normal):
         pytest.skip("a formula of its own that compiles for ten seconds")
     X, Z = (grid_place.tensor(cloud("spread", n=m, d=d, seed=seed)) for m, seed in ((n, 0), (6, 3)))
     alpha, kernel, words = grid_place.tensor(normal(n, outputs)), Laplace(2.0), {"backend": grid_place.backend.name}
+    serves = grid_place.backend.serves
     for points in (None, Z, Z[:1], Z[:0]):
         count = n if points is None else len(points)
-        if "kernel_matrix" not in grid_place.backend.refuses:
-            result = fastagop.kernel_matrix(kernel, X, points, **words)
-            close(result, reference.kernel_matrix(kernel, X, points), grid_place)
         V = grid_place.tensor(normal(count, outputs, seed=2))
-        product = fastagop.kernel_matmul(kernel, X, points, V, **words)
-        close(product, reference.kernel_matmul(kernel, X, X if points is None else points, V), grid_place)
-        g = fastagop.gradients(kernel, X, alpha, points, **words)
-        close(g, reference.gradients(kernel, X, alpha, points), grid_place)
-        if count:
-            M = fastagop.agop(kernel, X, alpha, points, **words)
-            close(M, reference.agop(kernel, X, alpha, points), grid_place)
-    assert not fastagop.agop(kernel, X, alpha[:, :0], **words).any()
-    assert not fastagop.agop(kernel, X, alpha, X[:0], reduction="sum", **words).any()
-    with pytest.raises(ValueError, match="Z must have at least one row"):
-        fastagop.agop(kernel, X, alpha, X[:0], **words)
+        for operation, arguments in (
+            ("kernel_matrix", (points,)),
+            ("kernel_matmul", (X if points is None else points, V)),
+            ("gradients", (alpha, points)),
+            ("agop", (alpha, points)),
+        ):
+            if serves(operation) and (count or operation != "agop"):
+                result = getattr(fastagop, operation)(kernel, X, *arguments, **words)
+                close(result, getattr(reference, operation)(kernel, X, *arguments), grid_place)
+        if serves("kernel_matmul") and points is None:
+            product = fastagop.kernel_matmul(kernel, X, V=V, **words)
+            close(product, reference.kernel_matmul(kernel, X, X, V), grid_place)
+    if serves("agop"):
+        assert not fastagop.agop(kernel, X, alpha[:, :0], **words).any()
+        assert not fastagop.agop(kernel, X, alpha, X[:0], reduction="sum", **words).any()
+        with pytest.raises(ValueError, match="Z must have at least one row"):
+            fastagop.agop(kernel, X, alpha, X[:0], **words)
+
+
+def test_blocks_and_weights(grid_place, cloud, normal, least_memory):
+    """More points than a block has rows, or than memory_limit lets into one; evaluation points of unequal weights."""
+    backend, words = grid_place.backend, {"backend": grid_place.backend.name}
+    X, kernel = grid_place.tensor(cloud("spread", n=backend.many, d=backend.d)), Laplace(2.0)
+    alpha = grid_place.tensor(normal(len(X), K))
+    for Z in (X, X[3:].clone()):
+        V = grid_place.tensor(normal(len(Z), K, seed=2))
+        for operation, arguments in (("kernel_matrix", (Z,)), ("kernel_matmul", (Z, V)), ("gradients", (alpha, Z))):
+            if backend.serves(operation):
+                result = getattr(fastagop, operation)(kernel, X, *arguments, **words)
+                close(result, getattr(reference, operation)(kernel, X, *arguments), grid_place)
+        if not backend.serves("agop"):
+            continue
+        weights = torch.linspace(0.0, 2.0, len(Z), dtype=X.dtype, device=X.device)
+        w = (weights.double() / weights.double().sum()).cpu()
+        g = reference.gradients(kernel, X, alpha, Z)
+        for center in (False, True):
+            how = {"center": center, "sample_weight": weights, **words}
+            apart = g - torch.einsum("i,icd->cd", w, g) if center else g
+            true = torch.einsum("i,icd,ice->de", w, apart, apart)
+            limits = [None] if backend.many <= 256 else [None, least_memory("agop", kernel, X, alpha, Z, **how)]
+            for limit in limits:
+                close(fastagop.agop(kernel, X, alpha, Z, memory_limit=limit, **how), true, grid_place)
 
 
 def close(result, truth, place):
@@ -242,13 +274,13 @@ def test_layouts(grid_place, layout, cloud, normal):
     before, kernel, words = (X.clone(), alpha.clone()), Laplace(2.0), {"backend": grid_place.backend.name}
     X.requires_grad_()
     for Z in (None, X[4:20], X.detach().clone()):
-        V = alpha if Z is None else alpha[: len(Z)]
-        results = {
-            "kernel_matmul": (fastagop.kernel_matmul(kernel, X, Z, V, **words), (X if Z is None else Z, V)),
-            "gradients": (fastagop.gradients(kernel, X, alpha, Z, **words), (alpha, Z)),
-            "agop": (fastagop.agop(kernel, X, alpha, Z, **words), (alpha, Z)),
-        }
-        if "kernel_matrix" not in grid_place.backend.refuses:
+        V, backend, results = alpha if Z is None else alpha[: len(Z)], grid_place.backend, {}
+        if backend.serves("kernel_matmul"):
+            results["kernel_matmul"] = fastagop.kernel_matmul(kernel, X, Z, V, **words), (X if Z is None else Z, V)
+        for operation in (fastagop.gradients, fastagop.agop):
+            if backend.serves(operation.__name__):
+                results[operation.__name__] = operation(kernel, X, alpha, Z, **words), (alpha, Z)
+        if backend.serves("kernel_matrix"):
             m = len(V)
             wide = torch.full((44, 2 * m + 3), math.nan, dtype=X.dtype, device=X.device)
             block = wide[2:42, 1 : 2 * m : 2]
@@ -266,31 +298,79 @@ def test_layouts(grid_place, layout, cloud, normal):
 def test_refusals(grid_place, cloud, normal):
     """They name the argument, or the operation that a backend does not serve."""
     X, alpha = grid_place.tensor(cloud("spread", n=20, d=5)), grid_place.tensor(normal(20, K))
-    kernel, words = Gaussian(1.0), {"backend": grid_place.backend.name}
+    kernel, words, backend = Gaussian(1.0), {"backend": grid_place.backend.name}, grid_place.backend
     for operation in (fastagop.gradients, fastagop.agop):
+        if not backend.serves(operation.__name__):
+            continue
         with pytest.raises(ValueError, match=r"^alpha must"):
             operation(kernel, X, alpha[:7], **words)
         with pytest.raises(ValueError, match=r"^Z must"):
             operation(kernel, X, alpha, X[:, :2], **words)
-    with pytest.raises(ValueError, match=r"^V must"):
-        fastagop.kernel_matmul(kernel, X, None, alpha[:7], **words)
-    with pytest.raises(TypeError, match=r"^kernel must"):
-        fastagop.gradients("laplace", X, alpha, **words)
-    with pytest.raises(ValueError, match=r"^X must"):
-        fastagop.agop(kernel, X[0], alpha, **words)
-    if "kernel_matrix" in grid_place.backend.refuses:
-        with pytest.raises(BackendUnavailable, match="kernel_matrix"):
-            fastagop.kernel_matrix(kernel, X, **words)
-    else:
+        with pytest.raises(TypeError, match=r"^kernel must"):
+            operation("laplace", X, alpha, **words)
+        with pytest.raises(ValueError, match=r"^X must"):
+            operation(kernel, X[0], alpha, **words)
+    if backend.serves("kernel_matmul"):
+        with pytest.raises(ValueError, match=r"^V must"):
+            fastagop.kernel_matmul(kernel, X, None, alpha[:7], **words)
+    if backend.serves("kernel_matrix"):
         with pytest.raises(ValueError, match=r"^out must"):
             fastagop.kernel_matrix(kernel, X, out=X, **words)
         with pytest.raises(ValueError, match=r"^ridge "):
             fastagop.kernel_matrix(kernel, X, X[:3], ridge=0.5, **words)
-    method = grid_place.backend.solve_methods[0]
-    with pytest.raises(ValueError, match=r"^Y must"):
-        fastagop.solve(kernel, X, alpha[:7], method=method, **words)
-    with pytest.raises(ValueError, match=r"^ridge must"):
-        fastagop.solve(kernel, X, alpha, ridge=-1.0, method=method, **words)
+    if backend.serves("solve"):
+        method = backend.solve_methods[0]
+        with pytest.raises(ValueError, match=r"^Y must"):
+            fastagop.solve(kernel, X, alpha[:7], method=method, **words)
+        with pytest.raises(ValueError, match=r"^ridge must"):
+            fastagop.solve(kernel, X, alpha, ridge=-1.0, method=method, **words)
+
+
+def test_what_a_backend_does_not_serve(grid, grid_place, cloud, normal):
+    """BackendUnavailable with its reason, for every operation and form that its line in grid.py leaves out."""
+    X, alpha = grid_place.tensor(cloud("spread", n=20, d=5)), grid_place.tensor(normal(20, K))
+    backend, words = grid_place.backend, {"backend": grid_place.backend.name}
+    calls = {
+        "kernel_matrix": [((), {})],
+        "kernel_matmul": [((X, alpha), {})],
+        "gradients": [((alpha,), {})],
+        "agop": [((alpha,), {"method": m}) for m in ("auto", "gradient", "gram") if m not in backend.agop_methods],
+        "solve": [((alpha,), {"method": method}) for method in ("auto", "cholesky", "eigh", "cg")],
+    }
+    assert list(calls) == grid.OPERATIONS
+    if "agop" in backend.refuses:
+        calls["agop"] = [((alpha,), {"method": "auto"})]
+    for operation, tried in calls.items():
+        if backend.serves(operation) and operation != "agop":
+            continue
+        for arguments, how in tried:
+            with pytest.raises(BackendUnavailable, match=rf"backend '{backend.name}' cannot serve {operation}\b.*: "):
+                getattr(fastagop, operation)(Gaussian(1.0), X, *arguments, **how, **words)
+
+
+@pytest.mark.parametrize("operation", ["kernel_matrix", "kernel_matmul", "gradients", "agop", "solve"])
+def test_a_backend_of_one_operation_is_a_line(operation, grid, cloud, normal, monkeypatch):
+    """Every test of this file then holds, or is skipped with a reason."""
+
+    class One(TorchBackend):
+        name = "one"
+        operations = (operation,)
+
+        def refusal(self, request):
+            return None if request.operation == operation else "it has one operation"
+
+    monkeypatch.setitem(backends._TABLE, "one", One())
+    others = tuple(name for name in grid.OPERATIONS if name != operation)
+    line = grid.Backend("one", ["cpu"], refuses=others, solve_methods=("cholesky",) if operation == "solve" else ())
+    place = grid.Place(line, "cpu", torch.float64)
+    assert [name for name in grid.OPERATIONS if line.serves(name)] == [operation]
+    for name in others:
+        with pytest.raises(pytest.skip.Exception, match="has this one"):
+            skip_unless_served(grid.Case(Laplace(2.0), "spread", place), name)
+    test_refusals(place, cloud, normal)
+    test_what_a_backend_does_not_serve(grid, place, cloud, normal)
+    test_shapes(place, 4, 5, K, cloud, normal)
+    test_layouts(place, "strided", cloud, normal)
 
 
 def test_every_backend_has_a_line(grid):

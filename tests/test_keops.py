@@ -79,7 +79,8 @@ def test_further_kernels(kernel, cloud, normal):
         agrees(fastagop.agop(kernel, X, alpha, **KEOPS), reference.agop(kernel, X, alpha))
     X, narrow = cloud("spread", n=60, d=D), dataclasses.replace(kernel, bandwidth=1e-300)
     assert torch.equal(fastagop.kernel_matmul(narrow, X, None, alpha, **KEOPS), alpha)
-    assert not fastagop.gradients(narrow, X, alpha, **KEOPS).any()
+    # zero, but for a heavy tail
+    assert float(fastagop.gradients(narrow, X, alpha, **KEOPS).abs().max()) <= 1e-280
 
 
 @needs_keops

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from fastagop.kernels import backends
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 import fastagop
 from fastagop import (
+    BackendUnavailable,
     ConjugateGradients,
     DeepRFMClassifier,
     DeepRFMRegressor,
@@ -39,6 +41,29 @@ every = pytest.mark.parametrize("make", SMALL, ids=lambda make: make.__name__)
 def data(n=40, d=4):
     X = np.random.default_rng(0).normal(size=(n, d))
     return X, (X[:, 0] * X[:, 1] > 0).astype(int)
+
+
+class Products:
+    """A backend for products only, which says so."""
+
+    name = "products"
+    operations = ("kernel_matrix", "kernel_matmul")
+
+    def refusal(self, request):
+        return None if request.operation in self.operations else "it stores no factor"
+
+
+@every
+def test_a_backend_says_itself_why_it_cannot_fit(make, monkeypatch):
+    monkeypatch.setitem(backends._TABLE, "products", Products())
+    for backend, reason in (
+        ("products", "backend 'products' cannot serve solve: it stores no factor; use backend='torch' or 'auto'"),
+        ("keops", "backend 'keops' cannot serve kernel_matrix: it would store the kernel matrix and KeOps never does;"),
+    ):
+        with pytest.raises(BackendUnavailable, match=reason):
+            make(Laplace(2.0), backend=backend, **SMALL[make]).fit(*data())
+    with pytest.raises(ValueError, match=r"^backend must be one of 'auto', .*, got 'numpy'"):
+        make(Laplace(2.0), backend="numpy", **SMALL[make]).fit(*data())
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)

@@ -24,7 +24,13 @@ KERNELS = [
     GeneralisedLaplace(0.7, 1.4),  # between Laplace and Gaussian
     *(Matern52(1.0), Matern52(5.0)),
 ]
-HEAVY_TAILED: tuple[type, ...] = ()  # kernels that decay like a power of the distance, and reach no zero
+# Classes that decay like a power of the distance: far values are small, not zero.
+HEAVY_TAILED: tuple[type, ...] = ()
+FALLING = [kernel for kernel in KERNELS if not isinstance(kernel, HEAVY_TAILED)]
+# Those whose weights are known from their values, and the others, as the kernels say themselves.
+CLOSED, OPEN = [], []
+for _kernel in (*KERNELS, GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2), GeneralisedLaplace(2.0, 1.99)):
+    (OPEN if _kernel.weight_from_value_(torch.rand(1)) is None else CLOSED).append(_kernel)
 CLASSES = {Laplace: (), Gaussian: (), GeneralisedLaplace: (0.7,), Matern52: ()}  # with their further parameters
 classes = pytest.mark.parametrize("cls", CLASSES)
 
@@ -88,7 +94,7 @@ def test_zero_distance(kernel, dtype):
     assert kernel.weight_(zero.clone()).tolist() == [0.0] * 3  # products would make w (x - x) of it, in rounded parts
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if not isinstance(kernel, HEAVY_TAILED)], ids=repr)
+@pytest.mark.parametrize("kernel", FALLING, ids=repr)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_underflow_is_zero(kernel, dtype):
     far = torch.tensor([1e7, 1.8e19], dtype=dtype).square()  # nearly the last squares that float32 holds
@@ -98,7 +104,7 @@ def test_underflow_is_zero(kernel, dtype):
     assert rebuilt is None or rebuilt.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("kernel", FALLING, ids=repr)
 @pytest.mark.parametrize("bandwidth", [1e-20, 1e-40, 1e-200])  # 1 / L^2, or 1 / L, is no float32 number; or no float64
 def test_narrow(kernel, bandwidth):
     kernel, sq = dataclasses.replace(kernel, bandwidth=bandwidth), torch.tensor([0.0, 1e-6, 1.0])
@@ -109,7 +115,25 @@ def test_narrow(kernel, bandwidth):
     assert not fastagop.gradients(kernel, X, X, X.clone()).any()
 
 
-CLOSED = [*KERNELS[:5], GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2)]  # weights known from values
+EXTREME = [*KERNELS, GeneralisedLaplace(1.0, 2.0), GeneralisedLaplace(1.0, 0.01)]
+
+
+@pytest.mark.parametrize("kernel", EXTREME, ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-40, 1e-25, 1e-20, 1e20, 1e30, 1e39, 1e50, 1e60])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_bandwidths(kernel, bandwidth, dtype):
+    """Where 1 / L, its square, or r^2 leaves a dtype: what it holds is right, the rest is 0, and nothing is NaN."""
+    kernel, limits = dataclasses.replace(kernel, bandwidth=bandwidth), torch.finfo(dtype)
+    sq = torch.tensor([1e-12, 1e-6, 1.0, 1e38], dtype=dtype)
+    for method, formula in ((kernel.value_, phi), (kernel.weight_, weight)):
+        for got, r in zip(method(sq.clone()).tolist(), sq.double().sqrt().tolist(), strict=True):
+            true, exponent = formula(kernel, r), -math.log(max(phi(kernel, r), 1e-300))
+            if true <= limits.max:
+                assert abs(got - true) <= 16 * limits.eps * (1 + exponent) * true + 4 * limits.tiny, (r, got, true)
+        # r^2 = 0; and beyond the dtype, where weights put it
+        assert method(torch.tensor([0.0, math.inf], dtype=dtype)).tolist() == [float(method == kernel.value_), 0.0]
+    rebuilt = kernel.weight_from_value_(kernel.value_(sq))
+    assert rebuilt is None or not bool(rebuilt.isnan().any())
 
 
 @pytest.mark.parametrize("kernel", CLOSED, ids=repr)
@@ -129,7 +153,13 @@ def test_weight_from_value(kernel, dtype):
     assert bool(kernel.weight_from_value_(torch.ones(2, dtype=dtype)).isfinite().all())
 
 
-@pytest.mark.parametrize("kernel", [*KERNELS[5:], GeneralisedLaplace(2.0, 1.99)], ids=repr)
+def test_which_weights_are_known_from_values():
+    assert {Laplace, Gaussian, GeneralisedLaplace} <= {type(kernel) for kernel in CLOSED}
+    assert {kernel.exponent for kernel in CLOSED if isinstance(kernel, GeneralisedLaplace)} == {0.1, 0.5, 2.0}
+    assert not {Laplace, Gaussian} & {type(kernel) for kernel in OPEN}
+
+
+@pytest.mark.parametrize("kernel", OPEN, ids=repr)
 def test_weights_without_a_closed_form(kernel):
     K = torch.rand(5, 5)
     before = K.clone()
@@ -153,7 +183,7 @@ def test_kernels_that_are_the_same(kernel, twin, dtype):
     torch.testing.assert_close(kernel.weight_from_value_(k.clone()), twin.weight_from_value_(k.clone()), **close)
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:5], ids=repr)
+@pytest.mark.parametrize("kernel", [kernel for kernel in CLOSED if kernel in KERNELS], ids=repr)
 @pytest.mark.parametrize("rows", [1, 7, 30, 256])  # single rows, a short last block, one block, more than there is
 def test_weights_of_a_stored_matrix(kernel, rows, cloud):
     """From kernel values above the diagonal, over whatever a factorisation left below: weights, zero for self."""

@@ -28,6 +28,11 @@ Z, step = torch.randn(5, 8).double(), 1e-4 * torch.randn(5, 8).double()
 fall = (kernel(Z + step, X) - kernel(Z - step, X)) @ alpha
 along = 2 * torch.einsum("icd,id->ic", fastagop.gradients(kernel, X, alpha, Z), step)
 print(float((fall - along).norm() / along.norm()), tuple(M.shape), solution.jitter, repr(kernel))
+for L, value, weight in ((1e-25, 1e-25, 1e-25), (1e30, 1.0, 0.0)):  # 1 / L^2, or r^2 / L^2, is no float32 number
+    extreme = RationalQuadratic(L, shape=0.5)
+    for method, true in ((extreme.value_, [1.0, value, 0.0]), (extreme.weight_, [0.0, weight, 0.0])):
+        found = method(torch.tensor([0.0, 1.0, float("inf")]))
+        assert torch.allclose(found, torch.tensor(true), rtol=1e-5, atol=0.0), (L, found)
 """
     error, *rest = python(block + check).split(" ", 1)
     assert float(error) <= 1e-5  # of a central difference

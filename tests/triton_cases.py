@@ -148,7 +148,9 @@ def test_further_profiles(kernel, spread):
         wide = triton_launch.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
         assert error(wide, truth) <= 1e-14
     narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
-    assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), torch.eye(40, device=DEVICE))
+    truth = reference.kernel_matrix(narrow, X)  # the identity, but for a heavy tail
+    off = (fastagop.kernel_matrix(narrow, X, **TRITON).cpu().double() - truth).abs()
+    assert bool((off <= 16 * EPS * truth).all())
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -161,12 +161,16 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         checks.choice("precision", self.precision, checks.PRECISIONS)
         inputs.dtype(self.dtype)
-        checks.choice("backend", self.backend, backends.names("solve"))  # a layer stores its kernel matrix
+        checks.choice("backend", self.backend, backends.names())
         ridge = checks.nonnegative("ridge", self.ridge)
         if type(self.solver) not in OPTIONS:
             checks.choice("solver", self.solver, METHODS)
         checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)
+        for operation in ("kernel_matrix", "solve"):  # a layer stores its kernel matrix
+            if self.backend not in backends.names(operation):
+                points = torch.empty(0, 0, dtype=self._dtype, device=self._device)
+                backends.choose(self.backend, backends.Request(operation, self.kernel, points, self.precision))
         self._checked_process()
         self._kernel = self.kernel
         return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)

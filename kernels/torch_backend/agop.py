@@ -341,7 +341,7 @@ class Means:
             G -= rest
         else:
             weight = roots.double().square().sum()
-            unit = (roots / weight.clamp(min=torch.finfo(torch.float64).tiny)).to(G.dtype)
+            unit = (roots.double() / weight.clamp(min=torch.finfo(torch.float64).tiny)).to(G.dtype)
             mean = unit @ G
             G.addmm_(roots[:, None], mean[None], alpha=-1.0)
             rest = unit @ G
