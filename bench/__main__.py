@@ -6,7 +6,7 @@ keops      KeOps against torch by number of features, on the CPU
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 small      calls on 60 points beside plain torch, on the CPU: what a call costs before it computes
-scale      n against seconds and peak memory of a solve, an AGOP and a layer, beside LAPACK and xrfm, on the CPU: minutes
+scale      seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
@@ -56,9 +56,8 @@ OPTIONS = {
     "calibrate": ("device", "repeats", "n"),
 }
 CASES = tuple(OPTIONS)
-_MEASURED_ON = dict.fromkeys(
-    ("agop", "keops", "network", "cg", "small", "scale"), torch.device("cpu")
-)  # --device cpu says nothing new
+# Where --device cpu says nothing new.
+_MEASURED_ON = dict.fromkeys(("agop", "keops", "network", "cg", "small", "scale"), torch.device("cpu"))
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
 

@@ -84,7 +84,8 @@ def xrfm_solve(X: torch.Tensor, Y: torch.Tensor, L: float) -> torch.Tensor:
     """xrfm's RFM.fit_predictor_lstsq with its default solver, LU, and no ridge."""
     from xrfm.rfm_src.recursive_feature_machine import RFM  # pyright: ignore[reportMissingImports]
 
-    model = RFM(kernel=_xrfm_kernel(L), device="cpu", reg=0.0, verbose=False)
+    model = RFM(kernel=_xrfm_kernel(L), device="cpu", verbose=False)
+    model.reg = 0.0
     return model.fit_predictor_lstsq(X, Y)
 
 

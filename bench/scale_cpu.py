@@ -55,7 +55,7 @@ def potrf(dtype: type) -> Callable[[problems.Problem], np.ndarray]:
         X = problem.X.to(torch.float64 if dtype is np.float64 else torch.float32)
         A = fastagop.kernel_matrix(problem.kernel, X).numpy().T
         start = time.perf_counter()
-        factor = lapack.dpotrf if dtype is np.float64 else lapack.spotrf
+        factor = getattr(lapack, "dpotrf" if dtype is np.float64 else "spotrf")  # known at run time only
         _, info = factor(A, lower=0, overwrite_a=1, clean=0)
         return np.array([time.perf_counter() - start, info])
 
