@@ -171,6 +171,18 @@ def test_shapes(dtype, method, n, d, K, cloud, normal, relative):
 
 
 @methods
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_centring_few_points(method, m, cloud, normal, relative):
+    """One gradient is its own mean; two leave half of their difference."""
+    X, alpha, Z = cloud("spread", n=40), normal(40, 3), cloud("spread", n=m, seed=2)
+    M = fastagop.agop(Laplace(2.0), X, alpha, Z, center=True, method=method)
+    if m == 1:
+        assert not M.any()
+    else:
+        assert relative(M, reference.agop(Laplace(2.0), X, alpha, Z, center=True)) <= 1e-10
+
+
+@methods
 @pytest.mark.parametrize("size", [0.3, 0.03])  # of the cloud of points that looks at the centers from afar
 def test_centring_gradients_that_nearly_agree(method, size, cloud, normal, relative):
     X, alpha = cloud("spread", n=150, d=10, dtype=torch.float32), normal(150, 3, dtype=torch.float32)

@@ -156,7 +156,14 @@ VALUES = {"device": "cpu", "result": "x.json", "repeats": "1", "n": "50", "d": "
 @pytest.mark.parametrize("case", OPTIONS)
 def test_an_option_that_a_case_would_ignore_is_refused(case, capsys):
     for option in VALUES.keys() - set(OPTIONS[case]):
-        if option == "device" and case in ("agop", "keops", "network", "cg"):  # cpu is what they run on
+        if option == "device" and case in (
+            "agop",
+            "keops",
+            "network",
+            "cg",
+            "small",
+            "scale",
+        ):  # cpu is what they run on
             continue
         with pytest.raises(SystemExit) as stopped:
             main([case, f"--{option}", VALUES[option]])
@@ -277,3 +284,30 @@ def test_from_another_folder(room, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"python -m {room}" in done.stdout
+
+
+def test_small_and_scale_write_what_they_measure(tmp_path, monkeypatch, capsys):
+    from bench import scale_cpu, small_cpu
+
+    monkeypatch.setattr(small_cpu, "CALLS", 2)
+    monkeypatch.setattr(small_cpu, "TURNS", 1)
+    monkeypatch.setattr(scale_cpu, "_RATE", 64)
+    rows = {"seconds": 1.0, "peak_bytes": 8000}
+
+    def alone(case, name, n, d):
+        if name == "potrf float64":
+            raise ChildProcessError("a process that measures ended with exit code -11")
+        return rows | ({"factor seconds": 0.5} if name == "potrf float32" else {})
+
+    monkeypatch.setattr(scale_cpu.harness, "alone", alone)
+    main(["small", "--n", "9", "--out", str(tmp_path / "small.json")])
+    main(["scale", "--n", "90", "--d", "5", "--out", str(tmp_path / "scale.json")])
+    small, scale = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("small", "scale"))
+    assert [row["call"] for row in small["rows"]] == list(small_cpu.PAIRS)
+    assert all(row["ratio"] > 0 for row in small["rows"])
+    assert [row["contender"] for row in scale["rows"]] == list(scale_cpu.CONTENDERS)
+    assert "exit code -11" in scale["rows"][4]["ended"]
+    assert scale["rows"][0]["floor"] == pytest.approx(
+        90 * 90 * 5 / scale["rates"]["float64"] + 90**3 / 3 / scale["rates"]["float32"]
+    )
+    assert "| 90 | potrf float32 | 0.5 |" in capsys.readouterr().out

@@ -158,6 +158,19 @@ def test_the_guard_bounds_the_loss(kernel, part, name, outputs, own, cloud, norm
     assert torch_gram.CancellationEstimate(*wide[:3], z, False).amplification(part(wide[0], own)) > 0
 
 
+def test_terms_that_cancel_are_those_of_the_form(cloud, normal):
+    """sum_j |a_j|^2 |E_j|^2 |x_j - mean|^2 + sum_i |s_i|^2 |x_i - mean|^2, the diagonal of P Q^T being part of s."""
+    X, alpha = cloud("spread", n=60, d=8), normal(60, 3)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64)
+    part = low_rank.mean_part(W, symmetric=True)
+    guard = torch_gram.CancellationEstimate(W, X, alpha, X, False)
+    E = W - part.P * part.Q.T
+    s = E.fill_diagonal_(0.0) @ alpha + (part.P @ part.Q.T) @ alpha
+    squares = (X - X.mean(0)).square().sum(1)
+    terms = (alpha.square().sum(1) * E.square().sum(0) * squares).sum() + (s.square().sum(1) * squares).sum()
+    assert guard.amplification(part) * guard._trace == pytest.approx(float(terms), rel=1e-10)
+
+
 def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
     X, alpha = cloud("spread", n=150, d=10), normal(150, 3)
     Z = 3 + 0.03 * cloud("spread", n=80, d=10, seed=2)  # gradients there nearly agree

@@ -101,3 +101,14 @@ def test_two_sets_of_labels():
     assert brought["0"].nc1 == both["0"].nc1
     with pytest.raises(ValueError, match="y differs from the labels that the batches of X bring"):
         network.collapse_split(model, batches, y.flip(0))
+
+
+def test_a_weight_that_changes_with_every_batch_is_refused():
+    model, X = mlp(4, 6, 3).double(), torch.randn(9, 4, dtype=torch.float64)
+
+    def grow(layer, _):
+        layer.weight.data.mul_(1.5)
+
+    model[0].register_forward_pre_hook(grow)
+    with pytest.raises(ValueError, match="weight"):
+        network.nfa_correlation(model, X, batch_size=1)

@@ -22,8 +22,10 @@ import fastagop
 from fastagop import Gaussian, Laplace, RFMRegressor, distributed
 from fastagop.distributed import communicator, engine
 from fastagop.distributed import operations as shared
+from fastagop.distributed.blocks import SharedBlocks
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import Predictor, Sharded
+from fastagop.solvers import table
 
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
 
@@ -74,6 +76,7 @@ class Threads:
         return found
 
     def _tensors(self, tensor):
+        assert tensor.is_contiguous()  # memory is what travels
         found = self._meet(tensor.clone())
         assert {(t.shape, t.dtype) for t in found} == {(tensor.shape, tensor.dtype)}
         return found
@@ -85,8 +88,9 @@ class Threads:
         found = self._tensors(tensor)
         tensor.copy_(torch.stack(found).sum(0) if self.own.rank == to else torch.full_like(tensor, torch.nan))
 
-    def broadcast(self, tensor, source, group=None):
-        tensor.copy_(self._tensors(tensor)[source])
+    def broadcast(self, tensor, source, group=None, async_op=False):
+        sent = Sent([tensor], [self._tensors(tensor)[source]])
+        return sent if async_op else sent.wait()
 
     def all_gather(self, places, tensor, group=None, async_op=False):
         sent = Sent(places, self._tensors(tensor))
@@ -334,6 +338,73 @@ def test_solve(dtype, method, kind, normal, together, relative):
         assert abs(found.iterations - plain.iterations) <= 1  # sums are in another order
         assert found.merged == plain.merged
         assert found.residual == pytest.approx(plain.residual, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("method", "ridge", "dtype"),
+    [
+        ("auto", 0.0, torch.float32),
+        ("cholesky+cg", 1e-3, torch.float64),
+        ("cholesky", 0.0, torch.float64),
+        ("cholesky", 1e-2, torch.float32),
+    ],
+)
+def test_half_of_a_matrix_is_shared(size, method, ridge, dtype, normal, together, relative, monkeypatch):
+    monkeypatch.setattr(table, "SHORT", 64)
+    X, Y = normal(150, 5, dtype=dtype), normal(150, 2, seed=1, dtype=dtype)
+    how = {"method": method, "ridge": ridge}
+    plain = fastagop.solve(Laplace(2.0), X, Y, **how)
+    for found in together(size, lambda rank: distributed.solve(Laplace(2.0), X, Y, **how)):
+        assert not isinstance(found, Exception), found
+        assert relative(found.alpha, plain.alpha) <= (1e-9 if dtype == torch.float64 else 1e-6)
+        assert (found.method, found.dtype, found.rank) == (plain.method, plain.dtype, plain.rank)
+        assert found.jitter == plain.jitter == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", list(BOUND))
+def test_shared_blocks(size, dtype, together):
+    """Fill, product, factor and solve of a matrix dealt out to ranks; more ranks than block rows included."""
+    n, rows = 130, 32
+    A = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = A @ A.T / n
+    diagonal, V = torch.linspace(2.0, 3.0, n, dtype=torch.float64), torch.ones(n, 2, dtype=dtype)
+    V[:, 1] = torch.arange(n)
+    B = A - torch.diag(A.diagonal()) + torch.diag(diagonal)
+
+    def call(rank):
+        ranks = Communicator(None, "solve", torch.device("cpu"))
+        blocks = SharedBlocks(n, dtype, ranks, rows)
+        blocks.fill_(lambda out, start: out.copy_(A[start : start + len(out), : out.shape[1]]))
+        kept = blocks.to(dtype)
+        product, failed = ranks.total(blocks.matmul(V)), blocks.cholesky_(diagonal)
+        bad = diagonal.clone()
+        bad[70] = -1.0
+        return len(blocks.blocks), product, failed, ranks.total(blocks.solve(V)), kept.cholesky_(bad)
+
+    found = together(size, call)
+    assert sum(held for held, *_ in found) == 5
+    assert max(held for held, *_ in found) <= -(-5 // size)
+    for _, product, failed, solution, pivot in found:
+        assert (failed, pivot) == (0, 71)
+        assert float((product.double() - A @ V.double()).norm()) <= BOUND[dtype] * float((A @ V.double()).norm())
+        assert float((B @ solution.double() - V.double()).norm()) <= 10 * BOUND[dtype] * float(V.double().norm())
+
+
+def test_a_pivot_that_fails_is_told_to_the_solver(normal, together, monkeypatch):
+    """The float64 factor takes over on all ranks, with jitter where it needs it."""
+    monkeypatch.setattr(table, "SHORT", 64)
+    X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = fastagop.solve(Gaussian(30.0), X, Y, ridge=1e-9)
+        found = together(2, lambda rank: distributed.solve(Gaussian(30.0), X, Y, ridge=1e-9))
+    for solution in found:
+        assert not isinstance(solution, Exception), solution
+        assert solution.method == plain.method == "cholesky"
+        assert "of the float32 factor is not positive" in solution.fallback
+        assert solution.jitter == pytest.approx(plain.jitter, rel=0.1)
 
 
 def test_every_rank_warns_of_what_the_first_one_altered(normal, together):

@@ -9,7 +9,7 @@ import torch
 
 from fastagop.solvers.symmetric_blocks import ROWS, SymmetricBlocks, default_rows, half_bytes
 
-SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128)]  # tails of a row, whole blocks, more than a fill
+SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (700, 300)]  # tails; more than one fill
 
 
 def positive(n: int, least: float = 0.5) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fastagop.distributed.communicator import Communicator
-from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.gemm import subtract_product_
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 _DTYPES = (torch.float64, torch.float32)
@@ -62,7 +62,7 @@ class SharedBlocks(SymmetricBlocks):
             for p in sorted(p for p in mine if p > q):
                 panel = mine[p][:, row]
                 if row.start:
-                    panel.sub_(matmul_nt(mine[p][:, : row.start], done.contiguous()))
+                    subtract_product_(panel, mine[p][:, : row.start], done)
                 panel.copy_(right(panel))
                 if p == q + 1:
                     sent = self._send(p, mine, diagonal)
@@ -77,7 +77,7 @@ class SharedBlocks(SymmetricBlocks):
             square.diagonal().copy_(diagonal[row])
             if row.start:
                 done = block[:, : row.start].contiguous()
-                square.sub_(matmul_nt(done, done))
+                subtract_product_(square, done, done)
             L, info = torch.linalg.cholesky_ex(square)
             square.copy_(L)
             message[:-1].copy_(block)

@@ -141,13 +141,14 @@ def solve(
 ) -> Solution:
     """``fastagop.solve``, shared by the ranks of a group.
 
-    "cg" is the method that gains from more ranks: the first rank iterates and holds the preconditioner, and every
-    product with k(X, X) is shared out by equal area. "cholesky" and "eigh" are not distributed: the first rank solves
-    alone, with the memory it has, and the others wait for its result.
+    Of "cholesky+cg", and of "cholesky" for more than 4096 points, every rank holds block rows of half of the matrix and
+    of its factor, dealt out in turn. Of "cg" the first rank iterates and holds the preconditioner, and every product
+    with k(X, X) is shared out by equal area. Fewer points, and "eigh", are solved by the first rank alone, and the
+    others wait for its result.
 
     Args:
         kernel, X, Y, ridge, method, precision, backend: as in ``fastagop.solve``, the same on every rank.
-        memory_limit: bytes that the first rank may take; default most of what it has free.
+        memory_limit: bytes that a rank may take; default the least that any of them has free.
         sample_weight: as in ``fastagop.solve``, the same on every rank.
         group: a process group; default all processes.
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.gemm import matmul_nt, subtract_product_
 from fastagop.kernels.plan import empty_matrix
 
 # Rows of a block. On the CPU (two cores of a Zen 5, n = 12,000 to 20,000, float32) 512 rows factor at 334 to 350
 # GFLOP/s and square tiles of 1024 at half of that: the product with a block's own columns is the part that is not one
 # long product, and grows with the rows. A GPU wants larger products and fewer launches.
 ROWS = {"cpu": 512, "cuda": 4096}
-FILL = 128  # rows that are filled at once: the work beside a block is a few times as much
+FILL = 256  # rows that are filled at once: the work beside a block is a few times as much
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -179,7 +179,7 @@ class SymmetricBlocks:
             square.diagonal().copy_(diagonal[row])
             done = there[:, : row.start].contiguous()
             if row.start:
-                square.sub_(matmul_nt(done, done))
+                subtract_product_(square, done, done)
             L, info = torch.linalg.cholesky_ex(square)
             if int(info):
                 return row.start + int(info)
@@ -189,7 +189,7 @@ class SymmetricBlocks:
             for below, wide in self._streamed(q + 1, row.stop):
                 panel = wide[:, row.start :]
                 if row.start:
-                    panel.sub_(matmul_nt(wide[:, : row.start], done))
+                    subtract_product_(panel, wide[:, : row.start], done)
                 panel.copy_(right(panel))
                 self._write(self.blocks[below.start // self.rows][:, row], panel)
         return 0

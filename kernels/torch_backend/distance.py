@@ -74,7 +74,7 @@ def squared_distances(
         return out
     if 0 < X.shape[1] <= FEW:
         return _measure_all(Z, X, out)
-    torch.add(matmul_nt(-2.0 * Z, X, x2), z2[:, None], out=out)
+    torch.add(matmul_nt(-2.0 * Z, X, x2, out), z2[:, None], out=out)
     near = NEAR[out.dtype] if near is None else near
     symmetric = None if self_offset is None else torch.diagonal(out, self_offset)
     if symmetric is not None:
