@@ -258,7 +258,7 @@ def check(call: Call) -> tuple[str, float, str]:
 def check_solution(call: Call) -> tuple[float, str]:
     """(error of the reported residual over its bound, what went wrong or "")."""
     Y, ridge = call.coefficients(call.n, call.outputs), float(call.pick("ridge", [0.0, 1e-10, 1e-6, 1e-3, 1.0]))
-    method = call.pick("method", ["auto", "cholesky", "eigh", "cg"])
+    method = call.pick("method", ["auto", "cholesky", "cholesky+cg", "eigh", "cg"])
     solution = fastagop.solve(call.kernel, call.X, Y, ridge=ridge, method=method, backend="torch")
     if solution.alpha.dtype != call.dtype or not bool(torch.isfinite(solution.alpha).all()):
         return np.inf, f"alpha is {solution.alpha.dtype}, or not finite"

@@ -117,7 +117,7 @@ def test_the_order_given_does_not_matter(normal):
 
 
 @dtypes
-@pytest.mark.parametrize("method", ["cholesky", "eigh", "cg"])
+@pytest.mark.parametrize("method", ["cholesky", "cholesky+cg", "eigh", "cg"])
 def test_weights_are_copies(dtype, method, normal, relative):
     """K + ridge W^-1, against numpy; a weight of 2 and a row written twice are the same to the bit."""
     X, Y = normal(60, 5, dtype=dtype), normal(60, 2, dtype=dtype, seed=2)

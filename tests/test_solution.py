@@ -98,7 +98,7 @@ def test_a_float32_matrix_is_refined_from_the_points_where_no_float64_one_fits(m
     assert solution.residual <= 1e-6
 
 
-@pytest.mark.parametrize("method", ["cholesky", "eigh", "cg"])
+@pytest.mark.parametrize("method", ["cholesky", "cholesky+cg", "eigh", "cg"])
 def test_coefficients_that_vanish_are_not_called_a_solution(method, normal):
     """Targets near the smallest float32: alpha rounds to zero, or loses its digits, and the residual says so."""
     X = normal(30, 3, dtype=torch.float32)
