@@ -155,6 +155,9 @@ def plot(rows: list[dict], path: Path) -> None:
         mine = [row for row in measured(rows) if row["contender"] == name]
         points = [(row["n"], row.get("factor seconds", row["seconds"])) for row in mine]
         axes.loglog(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "potrf" in name else "-")
+    sizes = sorted({row["n"] for row in rows})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
     axes.set(xlabel="n", ylabel="seconds", title="Two cores, float32 points, Laplace, ridge 0")
     axes.legend(frameon=False)
     content = io.BytesIO()

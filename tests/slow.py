@@ -45,12 +45,15 @@ SLOW = {
     },
     "test_network.py": {
         "test_memory_holds_no_jacobian": _MEMORY,
+        "test_convolutional_trunks": "measures whole VGG and ResNet trunks",
     },
     "test_module.py": {
         "test_exports_and_compiles": "exports and compiles a module",
     },
     "test_memory_and_refusals.py": {
         "test_every_rank_knows_the_least_room_and_what_was_altered": "starts ranks with torchrun",
+        "test_the_gradient_form_keeps_to_its_limit": "profiles the memory of calls; test_agop.py has smaller ones",
+        "test_weights_that_are_stored_count_for_the_copy": "profiles the memory of calls",
     },
     "test_locks.py": {
         "test_races": "starts writers and readers that race for a folder",
