@@ -75,6 +75,18 @@ def test_float32_points_have_float64_kernel_values(problem):
     torch.testing.assert_close(K.full(), reference.kernel_matrix(Laplace(4.0), X), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", [half.refined, half.in_place, half.from_points])
+def test_every_point_has_its_own_ridge(form, problem, relative):
+    X, Y = problem(torch.float64)
+    prepared = prepare(Laplace(4.0), X, Y, SolveOptions(ridge=0.1, method="cholesky+cg"))
+    ridge = torch.linspace(0.05, 0.5, N, dtype=torch.float64)
+    found = form(prepared.problem, prepared.plan, Y, ridge, torch.float64)
+    A = reference.kernel_matrix(Laplace(4.0), X) + torch.diag(ridge)
+    assert relative(found.alpha, torch.linalg.solve(A, Y)) <= 1e-8
+    rows, R = found.unmet(found.alpha, Y)
+    assert float((R - (A @ found.alpha - Y)[rows]).norm()) <= 1e-12 * float(Y.norm()) * N
+
+
 def test_options(problem):
     X, Y = problem(torch.float64)
     coarse = quietly(Laplace(4.0), X, Y, method=CholeskyCG(tolerance=1e-3))

@@ -41,8 +41,6 @@ def test_it_is_the_matrix(n, rows, place):
     assert torch.equal(half.full(), A)
     V = torch.randn(n, 3, dtype=torch.float64)
     torch.testing.assert_close(half.matmul(V), A @ V, rtol=1e-13, atol=1e-13)
-    index = torch.tensor([0, n // 2, n - 1])
-    torch.testing.assert_close(half.rows_matmul(index, V), A[index] @ V, rtol=1e-13, atol=1e-13)
     assert half.largest_row_sum() == pytest.approx(float(A.sum(1).max()), rel=1e-13)
     assert half.bytes == sum(block.numel() * 8 for block in half.blocks) == half_bytes(n, torch.float64, rows)
     assert all(block.is_contiguous() for block in half.blocks)

@@ -34,12 +34,8 @@ class SharedBlocks(SymmetricBlocks):
     def _mine(self, count: int) -> range:
         return range(self.ranks.rank, count, self.ranks.size)
 
-    def to(self, dtype: torch.dtype) -> SharedBlocks:
-        """A copy in another dtype."""
-        copy = SharedBlocks(self.n, dtype, self.ranks, self.rows)
-        for mine, other in zip(self.blocks, copy.blocks, strict=True):
-            other.copy_(mine)
-        return copy
+    def _like(self, dtype: torch.dtype) -> SharedBlocks:
+        return SharedBlocks(self.n, dtype, self.ranks, self.rows)
 
     def _span(self, q: int) -> slice:
         return slice(q * self.rows, min(self.n, (q + 1) * self.rows))

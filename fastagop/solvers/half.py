@@ -58,13 +58,14 @@ class CholeskyCG:
         if self.place not in {"device", "host"} and not os.path.isdir(self.place):
             raise ValueError(f"place must be 'device', 'host' or a folder that exists, got {self.place!r}")
 
-    def settle(self, device: torch.device) -> None:
-        """Refuse a place that a device has not."""
-        if self.place == "host" and device.type != "cuda":
-            raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
-
 
 DEFAULT = CholeskyCG()
+
+
+def check_place(options: CholeskyCG, device: torch.device) -> None:
+    """Refuse a place that a device has not."""
+    if options.place == "host" and device.type != "cuda":
+        raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
 
 
 @dataclass(frozen=True)
@@ -195,16 +196,11 @@ def plan(problem, method: str, why: str, precision: str, peak: int) -> Plan:
 def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
     """Solve with K in float64, its factor in float32, and conjugate gradients; by ``in_place`` where that is no good.
 
-    Args:
-        problem: a ``table.Problem``.
-        plan: made of it.
-        Y: float64 targets.
-        ridge: a number, or one for each point.
-        out: the dtype in which alpha is wanted.
+    Arguments as of ``cg.solve``.
     """
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
-    factor: SymmetricBlocks | None = K.to(torch.float32)
+    factor = K.to(torch.float32)
     failed = factor.cholesky_(1.0 + ridge)
     if failed:
         reason = f"pivot {failed} of the float32 factor is not positive"

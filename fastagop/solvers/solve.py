@@ -19,7 +19,7 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, table
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.half import CholeskyCG
+from fastagop.solvers.half import CholeskyCG, check_place
 from fastagop.solvers.limits import bound, largest, relative, times
 from fastagop.solvers.solution import Solution, Solved, report
 from fastagop.solvers.table import Advice, Method, Problem, Shared, Solver
@@ -121,7 +121,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
         checks.sample_weight(sample_weight, X, "mean")
         room = budget(limit, X.device)
-        half.settle(X.device)
+        check_place(half, X.device)
         wide, advice = options.float64_alpha, options.advice
         return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared)
 

@@ -111,10 +111,13 @@ class SymmetricBlocks:
 
     def to(self, dtype: torch.dtype) -> SymmetricBlocks:
         """A copy in another dtype, at the same place."""
-        copy = SymmetricBlocks(self.n, dtype, self.device, self.rows, self.place)
+        copy = self._like(dtype)
         for mine, other in zip(self.blocks, copy.blocks, strict=True):
             other.copy_(mine)
         return copy
+
+    def _like(self, dtype: torch.dtype) -> SymmetricBlocks:
+        return SymmetricBlocks(self.n, dtype, self.device, self.rows, self.place)
 
     def full(self) -> torch.Tensor:
         """The matrix with both triangles, (n, n)."""
@@ -144,17 +147,6 @@ class SymmetricBlocks:
             out[row].addmm_(block, V[: row.stop])
             if row.start:
                 out[: row.start].addmm_(block[:, : row.start].T, V[row])
-        return out
-
-    def rows_matmul(self, index: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """Some rows of the matrix times V."""
-        out = V.new_empty(len(index), V.shape[1])
-        for place, i in enumerate(index.tolist()):
-            at = i // self.rows
-            left = self._on_device(self.blocks[at][i - self.slices[at].start])
-            out[place] = left @ V[: len(left)]
-            for row, block in zip(self.slices[at + 1 :], self.blocks[at + 1 :], strict=True):
-                out[place] += self._on_device(block[:, i]) @ V[row]
         return out
 
     def largest_row_sum(self) -> float:
