@@ -75,7 +75,7 @@ FAMILY = Family(
     seeds=(0,),
     draw=draw,
     csv_lines=csv_lines,
-    recorded=("settings", "environment", "seconds", "readout", "accuracy"),
+    recorded=("settings", "environment", "seconds", "peak_resident_bytes", "readout", "accuracy", "layers"),
 )
 _GRAM, _CURVES = "Gram matrices of $M_l^{1/2}X_l$ in Deep RFM", "Neural collapse in Deep RFM"
 FIGURES = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastagop import DeepRFMClassifier, NumericalWarning, datasets
-from reproduce import layers
+from reproduce import files, layers
 from reproduce.runs import Procedure
 from reproduce.settings import KERNELS, RunLocation, Settings
 
@@ -42,6 +42,7 @@ class DeepRFMProcedure(Procedure):
         readout = model.solution_
         record["readout"] = {name: getattr(readout, name) for name in ("residual", "jitter", "method", "seconds")}
         record["seconds"] = sum(row["seconds"] for row in record["layers"]) + readout.seconds
+        record["peak_resident_bytes"] = files.peak_resident_bytes()
         if settings.score:
             record["accuracy"] = {"training": model.score(X, y), "test": model.score(*test)}
         return record

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import resource
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -124,3 +125,8 @@ def _commit() -> str | None:
     except OSError:  # There is no git here.
         return None
     return described.stdout.strip() or None
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held at once; what ran before a run was resumed is not in it."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -40,6 +40,8 @@ def row(index: int, record: LayerRecord) -> dict[str, Any]:
         "jitter": solution.jitter,
         "method": solution.method,
         "solve_dtype": str(solution.dtype).removeprefix("torch."),
+        "iterations": solution.iterations,
+        "fallback": solution.fallback,
         "agop_scale": record.agop_scale,
         "seconds": record.seconds,
         **{f"seconds_{stage}": spent for stage, spent in record.stages.items()},

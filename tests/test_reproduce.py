@@ -133,7 +133,7 @@ def test_run_folder_is_complete_and_tidy(figure6):
     assert names == {"settings.json", "layers.csv", "record.json", "gram.npz"}
     rows = read(folder / "layers.csv")
     assert [row["layer"] for row in rows] == ["1", "2", "3"]
-    assert {"residual", "jitter", "method", "solve_dtype", "seconds_solve", "peak_bytes"} <= set(rows[0])
+    assert {"residual", "jitter", "method", "iterations", "fallback", "seconds_solve", "peak_bytes"} <= set(rows[0])
     record = json.loads((folder / "record.json").read_text())
     assert len(record["layers"]) == 3
     assert record["classes"] == 10
