@@ -102,7 +102,7 @@ class _RFM(KernelEstimator):
                 a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
 
         Returns:
-            self, with ``M_``, ``iterations_`` and ``solution_``.
+            self, with ``kernel_``, ``M_``, ``iterations_`` and ``solution_``.
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
@@ -115,6 +115,7 @@ class _RFM(KernelEstimator):
         data = self._training(X, y, sample_weight)
         rows, reported, Y = copies.find(data.X, data.weights), set(), data.Y
         points = rows.take(data.X)
+        regression = self._settled(regression, points)
         ones = points.new_ones(points.shape[1])
         M = ones if self.diagonal else ones.diag()
         self._root, self.iterations_ = None, []
@@ -227,7 +228,8 @@ class RFMClassifier(Classifier, _RFM):
     predicts, whatever the ones before it would have scored: to choose their number, cross-validate ``iterations``.
 
     Args:
-        kernel: a kernel such as ``Laplace(10.0)``; its bandwidth is in the units of the data, which M rescales.
+        kernel: a kernel such as ``Laplace(10.0)``, or ``Laplace("median")``: the median distance of the points while M
+            is I. The bandwidth is in the units of the data, which M rescales.
         iterations: number of AGOPs; 0 is kernel ridge regression.
         diagonal: keep M's diagonal only: a weight for every feature, no rotation.
         center: subtract the mean gradient of each output before the outer product.
@@ -249,6 +251,7 @@ class RFMClassifier(Classifier, _RFM):
             the classes' sums of sample weights; they multiply sample weights.
 
     Attributes:
+        kernel_: the kernel with a number for its bandwidth.
         M_: the metric, scaled, (d, d), or (d,) with ``diagonal``.
         iterations_: one ``IterationRecord`` each.
         solution_: ``Solution`` of the last solve (float64).
