@@ -20,8 +20,9 @@ _GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
 
 
+@torch.no_grad()
 def settled(kernel: Radial, X: torch.Tensor) -> Radial:
-    """The kernel with a number for its bandwidth: the kernel itself, or the factor times the median distance of points.
+    """The kernel with a number for its bandwidth: itself, or one with the factor times the median distance of X's rows.
 
     That is the median of ||x - z||_2 over the pairs of at most 1024 rows of X, one of each of as many equal stretches.
     Rows that the dtype cannot tell apart count as one, so that copies do not change it. Distances are differences
@@ -42,7 +43,6 @@ def settled(kernel: Radial, X: torch.Tensor) -> Radial:
     return kernel if median_factor(kernel) is None else settled_at(kernel, copies.find(X).take(X))
 
 
-@torch.no_grad()
 def settled_at(kernel: Radial, points: torch.Tensor) -> Radial:
     """As ``settled`` for points that are checked, and of which no two are copies."""
     factor = median_factor(kernel)
@@ -60,7 +60,7 @@ def settled_at(kernel: Radial, points: torch.Tensor) -> Radial:
 def _places(n: int) -> torch.Tensor:
     """Positions of at most 1024 of n rows, one in each of as many stretches.
 
-    Where in its stretch a row lies goes by the golden ratio: rows that come in a cycle, such as one of each class in turn,
+    Where in its stretch a row lies goes by the golden ratio: rows in a cycle, such as one of each class in turn,
     are met in all of its phases.
     """
     count = min(n, _SAMPLE)
