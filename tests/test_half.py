@@ -325,7 +325,7 @@ def test_near_pairs_from_stored_weights(kernel, name, cloud):
     near = Nearness(X, X, None)
     found, want = torch.zeros(100, 100, dtype=torch.bool), torch.zeros(100, 100, dtype=torch.bool)
     for mask, pairs in (
-        (found, near.among_stored(W.float(), slice(0, 100), kernel)),
+        (found, near.among_stored(W.float(), slice(0, 100), kernel.weight_)),
         (want, near.among(exact.float(), slice(0, 100))),
     ):
         if pairs is not None:
