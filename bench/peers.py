@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.func import jacrev, vmap
 
 import fastagop
 from bench.problems import LAYERS, Problem
+
+Predictor = Callable[[torch.Tensor], torch.Tensor]
 
 
 def profile(kernel, r: torch.Tensor) -> torch.Tensor:
@@ -87,6 +91,46 @@ def xrfm_solve(X: torch.Tensor, Y: torch.Tensor, L: float) -> torch.Tensor:
     model = RFM(kernel=_xrfm_kernel(L), device="cpu", verbose=False)
     model.reg = 0.0
     return model.fit_predictor_lstsq(X, Y)
+
+
+def xrfm_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int) -> Predictor:
+    """xrfm's RFM, every iteration done and the last one kept: its validation sees one row."""
+    from xrfm.rfm_src.recursive_feature_machine import RFM  # pyright: ignore[reportMissingImports]
+
+    model = RFM(kernel=_xrfm_kernel(L), iters=iterations, device="cpu", verbose=False)
+    options = {"reg": ridge, "return_best_params": False, "early_stop_rfm": False}
+    model.fit((X, Y), (X[:1], Y[:1]), **options)
+    return model.predict
+
+
+def authors_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int) -> Predictor:
+    """The update of the RFM authors' code, in X's dtype: distances by M itself, gradients through X M, M over its max.
+
+    In float64 this is the truth: there a point's distance to itself is zero and not what products leave of it.
+    """
+    n, d = X.shape
+    M = torch.eye(d, dtype=X.dtype)
+    for iteration in range(iterations + 1):
+        r = _metric_distances(X, X, M)
+        if X.dtype == torch.float64:
+            r.fill_diagonal_(0.0)
+        K = torch.exp(-r / L)
+        alpha = torch.linalg.solve(K + ridge * torch.eye(n, dtype=X.dtype), Y)
+        if iteration == iterations:
+            break
+        W = torch.where(r < 1e-10, 0.0, K / r)
+        XM = X @ M
+        right = (alpha[:, :, None] * XM[:, None, :]).reshape(n, -1)
+        G = ((W @ right).view(n, -1, d) - (W @ alpha)[:, :, None] * XM[:, None, :]).reshape(-1, d) / L
+        M = G.T @ G
+        M /= M.max()
+    return lambda Z: torch.exp(-_metric_distances(Z, X, M) / L) @ alpha
+
+
+def _metric_distances(Z: torch.Tensor, X: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    ZM = Z @ M
+    squares = (ZM * Z).sum(1)[:, None] + ((X @ M) * X).sum(1) - 2.0 * ZM @ X.T
+    return squares.clamp_(min=0.0).sqrt_()
 
 
 def lazy_gradients(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:
