@@ -104,27 +104,41 @@ def xrfm_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iteration
 
 
 def authors_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int) -> Predictor:
-    """The update of the RFM authors' code, in X's dtype: distances by M itself, gradients through X M, M over its max.
+    """The update of the RFM authors' code: as ``composition_rfm``, but its AGOP makes kernel and distances anew."""
+    return composition_rfm(X, Y, L, ridge, iterations, anew=True)
+
+
+def composition_rfm(
+    X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int, anew: bool = False
+) -> Predictor:
+    """An RFM in X's dtype by the authors' formulas: distances by M itself, gradients through X M, M over its maximum.
 
     In float64 this is the truth: there a point's distance to itself is zero and not what products leave of it.
     """
-    n, d = X.shape
-    M = torch.eye(d, dtype=X.dtype)
+    M = torch.eye(X.shape[1], dtype=X.dtype)
     for iteration in range(iterations + 1):
         r = _metric_distances(X, X, M)
         if X.dtype == torch.float64:
             r.fill_diagonal_(0.0)
         K = torch.exp(-r / L)
-        alpha = torch.linalg.solve(K + ridge * torch.eye(n, dtype=X.dtype), Y)
+        A = K.clone()
+        A.diagonal().add_(ridge)
+        alpha = torch.linalg.solve(A, Y)
         if iteration == iterations:
             break
-        W = torch.where(r < 1e-10, 0.0, K / r)
-        XM = X @ M
-        right = (alpha[:, :, None] * XM[:, None, :]).reshape(n, -1)
-        G = ((W @ right).view(n, -1, d) - (W @ alpha)[:, :, None] * XM[:, None, :]).reshape(-1, d) / L
-        M = G.T @ G
+        if anew:
+            K, r = torch.exp(-_metric_distances(X, X, M) / L), _metric_distances(X, X, M)
+        M = _metric_agop(X, alpha, torch.where(r < 1e-10, 0.0, K / r), M) / L**2
         M /= M.max()
     return lambda Z: torch.exp(-_metric_distances(Z, X, M) / L) @ alpha
+
+
+def _metric_agop(X: torch.Tensor, alpha: torch.Tensor, W: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    """Sum of outer products of the gradients at the points, W being kernel over distance."""
+    (n, d), XM = X.shape, X @ M
+    right = (alpha[:, :, None] * XM[:, None, :]).reshape(n, -1)
+    G = ((W @ right).view(n, -1, d) - (W @ alpha)[:, :, None] * XM[:, None, :]).reshape(-1, d)
+    return G.T @ G
 
 
 def _metric_distances(Z: torch.Tensor, X: torch.Tensor, M: torch.Tensor) -> torch.Tensor:

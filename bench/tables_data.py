@@ -56,9 +56,10 @@ def _made(name: str, task: str, **options) -> Callable[[], Table]:
 
 
 def few_of_many() -> Table:
-    """Two classes by 5 of 100 features, two of which count only together."""
+    """Two classes by 5 of 100 features, not linearly."""
     X = np.random.default_rng(0).standard_normal((1000, 100))
-    return Table(X, (X[:, 0] + X[:, 1] * X[:, 2] + X[:, 3] - 0.5 * X[:, 4] ** 2 > -0.4).astype(int), CLASSIFICATION)
+    above = X[:, 0] + X[:, 1] + np.abs(X[:, 2]) + X[:, 3] - 0.5 * X[:, 4] ** 2 > 0.3
+    return Table(X, above.astype(int), CLASSIFICATION)
 
 
 def one_hot() -> Table:
