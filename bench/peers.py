@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.func import jacrev, vmap
@@ -10,7 +11,7 @@ from torch.func import jacrev, vmap
 import fastagop
 from bench.problems import LAYERS, Problem
 
-Predictor = Callable[[torch.Tensor], torch.Tensor]
+Predictor = Callable[[torch.Tensor], Any]
 
 
 def profile(kernel, r: torch.Tensor) -> torch.Tensor:
@@ -116,21 +117,25 @@ def composition_rfm(
     In float64 this is the truth: there a point's distance to itself is zero and not what products leave of it.
     """
     M = torch.eye(X.shape[1], dtype=X.dtype)
-    for iteration in range(iterations + 1):
-        r = _metric_distances(X, X, M)
-        if X.dtype == torch.float64:
-            r.fill_diagonal_(0.0)
-        K = torch.exp(-r / L)
-        A = K.clone()
-        A.diagonal().add_(ridge)
-        alpha = torch.linalg.solve(A, Y)
-        if iteration == iterations:
-            break
+    for _ in range(iterations):
+        r, K, alpha = _metric_machine(X, Y, L, ridge, M)
         if anew:
             K, r = torch.exp(-_metric_distances(X, X, M) / L), _metric_distances(X, X, M)
         M = _metric_agop(X, alpha, torch.where(r < 1e-10, 0.0, K / r), M) / L**2
         M /= M.max()
+    alpha = _metric_machine(X, Y, L, ridge, M)[2]
     return lambda Z: torch.exp(-_metric_distances(Z, X, M) / L) @ alpha
+
+
+def _metric_machine(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, M: torch.Tensor):
+    """(distances, kernel matrix, coefficients) of kernel ridge regression in the metric M."""
+    r = _metric_distances(X, X, M)
+    if X.dtype == torch.float64:
+        r.fill_diagonal_(0.0)
+    K = torch.exp(-r / L)
+    A = K.clone()
+    A.diagonal().add_(ridge)
+    return r, K, torch.linalg.solve(A, Y)
 
 
 def _metric_agop(X: torch.Tensor, alpha: torch.Tensor, W: torch.Tensor, M: torch.Tensor) -> torch.Tensor:

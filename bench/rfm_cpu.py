@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def truth(p: Fit) -> torch.Tensor:
     return peers.composition_rfm(p.X.double(), p.alpha.double(), KERNEL.bandwidth, p.ridge, p.iterations)(p.Z.double())
 
 
-def error(p: Fit, predict: peers.Predictor) -> float:
+def error(p: Any, predict: peers.Predictor) -> float:
     """Relative error of the predictions."""
     return costs.relative(predict(p.Z).double().reshape(truth(p).shape) - truth(p), truth(p))
 

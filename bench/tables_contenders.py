@@ -17,6 +17,7 @@ from sklearn.compose import TransformedTargetRegressor
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR
 
 import fastagop
 from bench.contenders import Unable, installed
@@ -101,23 +102,16 @@ class CalibratedSVC(CalibratedClassifierCV):
     """SVC's own labels, and probabilities that cross-validation calibrates: six fits."""
 
     def __init__(self):
-        super().__init__(make_pipeline(StandardScaler(), _svc()), ensemble=False)
+        options: dict = {"ensemble": False}
+        super().__init__(make_pipeline(StandardScaler(), SVC()), **options)
 
     def predict(self, X):
         """Labels of the SVC that all rows were given to."""
-        (fitted,) = self.calibrated_classifiers_
+        fitted: Any = self.calibrated_classifiers_[0]
         return fitted.estimator.predict(X)
 
 
-def _svc():
-    from sklearn.svm import SVC
-
-    return SVC()
-
-
 def _svm(task: str, threads: int):
-    from sklearn.svm import SVR
-
     return CalibratedSVC() if task == CLASSIFICATION else _standardised(task, SVR())
 
 

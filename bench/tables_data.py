@@ -55,13 +55,6 @@ def _made(name: str, task: str, **options) -> Callable[[], Table]:
     return make
 
 
-def few_of_many() -> Table:
-    """Two classes by 5 of 100 features, not linearly."""
-    X = np.random.default_rng(0).standard_normal((1000, 100))
-    above = X[:, 0] + X[:, 1] + np.abs(X[:, 2]) + X[:, 3] - 0.5 * X[:, 4] ** 2 > 0.3
-    return Table(X, above.astype(int), CLASSIFICATION)
-
-
 def one_hot() -> Table:
     """Two classes by pairs of categories: six columns of five categories each, written as 30 of zeros and ones."""
     random = np.random.default_rng(1)
@@ -99,7 +92,7 @@ SETS: dict[str, Callable[[], Table]] = {
     "Friedman 3": _made("friedman3", REGRESSION, n_samples=1000, noise=0.1),
     "moons": _made("moons", CLASSIFICATION, n_samples=600, noise=0.3),
     "clusters": _made("classification", CLASSIFICATION, n_samples=1200, n_features=20, n_informative=8, n_classes=3),
-    "5 of 100": few_of_many,
+    "5 of 100": _made("classification", CLASSIFICATION, n_samples=1000, n_features=100, n_informative=5, n_redundant=0),
     "one-hot": one_hot,
     "mixed units": mixed_units,
     "sparse linear": sparse_linear,
