@@ -32,7 +32,7 @@ def _ours(family: str, standardised: bool = False, **options) -> Builder:
         found = getattr(fastagop, family.format(task), None)
         if found is None:
             raise Unable(f"this fastagop has no {family.format(task)}")
-        model = found(device="cpu", **options)
+        model = found(**options)
         return _standardised(task, model) if standardised else model
 
     return build
@@ -107,8 +107,8 @@ class CalibratedSVC(CalibratedClassifierCV):
 
     def predict(self, X):
         """Labels of the SVC that all rows were given to."""
-        fitted: Any = self.calibrated_classifiers_[0]
-        return fitted.estimator.predict(X)
+        fitted: Any = self.calibrated_classifiers_
+        return fitted[0].estimator.predict(X)
 
 
 def _svm(task: str, threads: int):
@@ -116,9 +116,9 @@ def _svm(task: str, threads: int):
 
 
 CONTENDERS: dict[str, Builder] = {
-    "fastagop": _ours("RFM{}", scale="standard", early_stopping=True),
+    "fastagop": _ours("RFM{}", scale="standard", early_stopping=True, device="cpu"),
     "fastagop-cv": _ours("RFM{}CV", n_settings=12, cv="holdout", random_state=0),
-    "fastagop-default": _ours("RFM{}", standardised=True),
+    "fastagop-default": _ours("RFM{}", standardised=True, device="cpu"),
     "xrfm": _xrfm(standardised=True),
     "xrfm-raw": _xrfm(standardised=False),
     "pytabkit": _pytabkit,

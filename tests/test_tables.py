@@ -127,7 +127,7 @@ def test_the_table_leaves_nobody_out():
 
 def test_without_pytabkit_nothing_is_divided_by_it():
     assert {one["times_pytabkit"] for one in tables_summary.summary(ROWS[:2])} == {None}
-    assert "| HistGradientBoosting | 0.000 |" in tables_summary.table(ROWS[:2])
+    assert "| HistGradientBoosting | 0.000 |" in tables_cpu.table(ROWS[:2])  # as the documentation's pages call it
 
 
 def test_plot(tmp_path):
@@ -209,6 +209,19 @@ def test_warnings_are_counted_and_not_shown(recwarn):
     data, rows = Table(np.zeros((8, 1)), np.arange(8.0), REGRESSION), np.arange(8)
     assert tables_cpu.attempt(lambda *_: Warns(), 1, data, rows, rows)["warnings"] == 1
     assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name not in ("fastagop", "fastagop-cv")])
+@pytest.mark.parametrize("table", ["wine", "diabetes"])
+def test_contenders_learn(name, table):
+    data = SETS[table]()
+    (train, test), *_ = tables_cpu._splits(data, 2)
+    found = tables_cpu.attempt(CONTENDERS[name], 1, data, train, test)
+    if "error" in found:
+        assert found["error"].endswith("is not installed")
+    else:
+        assert found["score"] > (0.6 if table == "wine" else 0.25)
+        assert found["log_loss"] is None or found["log_loss"] < np.log(3)
 
 
 @pytest.mark.parametrize("task", [CLASSIFICATION, REGRESSION])
