@@ -18,6 +18,7 @@ from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop.solvers.bandwidth import settled
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.solution import Solution
@@ -54,6 +55,7 @@ __all__ = [
     "kernel_matrix",
     "load",
     "network",
+    "settled",
     "solve",
 ]
 

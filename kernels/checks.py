@@ -8,7 +8,7 @@ import numbers
 
 import torch
 
-from .profile import Profile
+from .profile import Profile, median_factor
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -19,10 +19,15 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def kernel(value) -> None:
-    """Refuse what is no kernel."""
+def kernel(value, *, settled: bool = True) -> None:
+    """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
     if not isinstance(value, Profile):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
+    if settled and median_factor(value) is not None:
+        raise ValueError(
+            f"kernel must have a number for a bandwidth here, got {value!r}; use fastagop.settled(kernel, X), which "
+            "takes the median distance of points, or a number"
+        )
 
 
 def nonnegative(name: str, value) -> float:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+
+_MEDIAN = "median"
 
 
 def nearest_factor(value: float, like: torch.Tensor) -> float:
@@ -62,49 +64,55 @@ class Formulas:
     slope: str
 
 
+if TYPE_CHECKING:
+
+    class Bandwidth:
+        """What type checkers know of a bandwidth: what it may be given as, and that whoever computes sees a number."""
+
+        def __get__(self, kernel: object, owner: object = None) -> float: ...
+
+        def __set__(self, kernel: object, value: float | str | tuple[str, float]) -> None: ...
+
+else:
+    Bandwidth = float
+
+
 @dataclass(frozen=True)
 class Profile:
     """A radial kernel with a bandwidth; subclasses give the profile.
 
     The in-place methods below consume a tensor of squared distances (or kernel values) block by block, so that
     a block is transformed while it is in cache. The kernel's gradient at distance zero is zero by definition.
+
+    A bandwidth that is "median" or ("median", factor) is a number only once there are points; ``checks.kernel`` keeps
+    such kernels from all that computes.
     """
 
-    bandwidth: float
+    bandwidth: Bandwidth
 
     # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None
 
     def __post_init__(self):
-        self._positive("bandwidth")
+        object.__setattr__(self, "bandwidth", _bandwidth(self.bandwidth))
 
     def _positive(self, name: str, largest: float = math.inf) -> None:
         """Make a parameter a float; refuse what is no number, not finite, or outside (0, largest]."""
-        original = value = getattr(self, name)
-        try:
-            if isinstance(value, (bool, str, bytes)):
-                raise TypeError
-            value = float(value)  # numpy scalars, zero-dimensional tensors
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must be a number, got {original!r}") from None
-        except OverflowError:
-            value = math.inf
-        if not (math.isfinite(value) and 0 < value <= largest):
-            limit = "" if largest == math.inf else f" up to {largest:g}"
-            raise ValueError(f"{name} must be a positive finite number{limit}, got {original!r}")
-        object.__setattr__(self, name, float(value))
+        value = getattr(self, name)
+        limit = "" if largest == math.inf else f" up to {largest:g}"
+        object.__setattr__(self, name, _positive(name, value, value, limit, largest))
 
     @property
     def further_parameters(self) -> tuple[float, ...]:
         """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
 
-    def get_params(self, deep: bool = True) -> dict[str, float]:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The kernel's parameters by name, as scikit-learn asks for them; ``deep`` changes nothing."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def set_params(self, **params: float) -> Profile:
+    def set_params(self, **params: Any) -> Profile:
         """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
 
         Raises:
@@ -145,6 +153,39 @@ class Profile:
     def _weight_at_zero(self) -> float:
         """The gradient weight's limit at r = 0 where the kernel is twice differentiable there, and 0 elsewhere."""
         return 0.0
+
+
+def _positive(name: str, value, given, allowed: str, largest: float = math.inf) -> float:
+    """A number as a float; refused, as part of what was given, where it is none, not finite, or not in (0, largest]."""
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        number = float(value)  # numpy scalars, zero-dimensional tensors
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number{allowed}, got {given!r}") from None
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and 0 < number <= largest):
+        raise ValueError(f"{name} must be a positive finite number{allowed}, got {given!r}")
+    return number
+
+
+def _bandwidth(given) -> float | str | tuple[str, float]:
+    """A bandwidth as a kernel stores it: a float, "median" or ("median", factor); a factor of 1 is the word alone."""
+    words = f", {_MEDIAN!r} or ({_MEDIAN!r}, factor > 0)"
+    word, factor = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, 1.0)
+    if not isinstance(word, str) or word != _MEDIAN:
+        return _positive("bandwidth", given, given, words)
+    factor = _positive("bandwidth", factor, given, words)
+    return _MEDIAN if factor == 1.0 else (_MEDIAN, factor)
+
+
+def median_factor(kernel: Profile) -> float | None:
+    """What the median distance is to be multiplied by for a bandwidth; None where the bandwidth is a number."""
+    stored: object = kernel.bandwidth
+    if stored == _MEDIAN:
+        return 1.0
+    return stored[1] if isinstance(stored, tuple) else None
 
 
 def weight_slope(kernel: Profile, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

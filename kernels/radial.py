@@ -50,7 +50,8 @@ class Laplace(Radial):
     the l1 distance.
 
     Args:
-        bandwidth: L > 0, in the units of the data.
+        bandwidth: L > 0, in the units of the data; or "median" or ("median", factor), which ``fit`` of an estimator and
+            ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
     triton = """
@@ -94,7 +95,8 @@ class Gaussian(Radial):
     Gradient weight w(r) = k / L^2, zero where r = 0. Paper, appendix C.
 
     Args:
-        bandwidth: L > 0, in the units of the data.
+        bandwidth: L > 0, in the units of the data; or "median" or ("median", factor), which ``fit`` of an estimator and
+            ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
     triton = """
@@ -137,7 +139,8 @@ class GeneralisedLaplace(Radial):
     ``Gaussian(L / sqrt(2))``; positive definite for every exponent in (0, 2].
 
     Args:
-        bandwidth: L > 0, in the units of the data.
+        bandwidth: L > 0, in the units of the data; or "median" or ("median", factor), which ``fit`` of an estimator and
+            ``fastagop.settled`` make a number: the factor times the median distance of the points.
         exponent: p, 0 < p <= 2.
     """
 
@@ -206,7 +209,8 @@ class Matern52(Radial):
     Gradient weight w(r) = 5 (1 + s) exp(-s) / (3 L^2), zero where r = 0. It has no closed form in k.
 
     Args:
-        bandwidth: L > 0, in the units of the data.
+        bandwidth: L > 0, in the units of the data; or "median" or ("median", factor), which ``fit`` of an estimator and
+            ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
     triton = """

@@ -21,6 +21,9 @@ SLOW = {
     "test_rfm.py": {
         "test_scikit_learn": "all checks of scikit-learn; test_estimators.py runs them on Deep RFM",
     },
+    "test_median_bandwidth.py": {
+        "test_scikit_learn": "all checks of scikit-learn, on a median bandwidth",
+    },
     "test_damage.py": {
         "test_images_of_another_dtype_are_refused_before_they_are_read": "writes large images",
     },

@@ -19,12 +19,13 @@ from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.scaling import Points
 
 import fastagop
-from fastagop import Gaussian, Laplace, RFMRegressor, distributed
+from fastagop import DeepRFMRegressor, Gaussian, Laplace, RFMRegressor, distributed
 from fastagop.distributed import communicator, engine
 from fastagop.distributed import operations as shared
 from fastagop.distributed.blocks import SharedBlocks
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import Predictor, Sharded
+from fastagop.estimators import base
 from fastagop.solvers import table
 
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
@@ -437,6 +438,41 @@ def test_an_estimator_on_the_group(normal, together):
         first, second = together(2, fit)
         np.testing.assert_array_equal(first, second)
         np.testing.assert_allclose(first, alone.M_, rtol=1e-9, atol=1e-12)
+
+
+def test_a_median_bandwidth_is_that_of_the_first_rank(normal, together, monkeypatch):
+    """Machines may sum a distance in other orders: here the second one finds another number."""
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+    alone = RFMRegressor(Laplace("median"), iterations=1, ridge=0.1).fit(X, y)
+    found = base.settled_at
+
+    def on(kernel, points):
+        return dataclasses.replace(kernel, bandwidth=found(kernel, points).bandwidth + communicator.dist.get_rank())
+
+    monkeypatch.setattr(base, "settled_at", on)
+    estimators = (RFMRegressor, {"iterations": 1}), (DeepRFMRegressor, {"depth": 1, "width": 8, "random_state": 0})
+    for make, more in estimators:
+
+        def fit(rank, make=make, more=more):
+            model = make(Laplace("median"), process_group=communicator.dist, ridge=0.1, **more).fit(X, y)
+            return model.kernel_, model.predict(X)
+
+        (first, f), (second, g) = together(2, fit)
+        assert first == second
+        np.testing.assert_array_equal(f, g)
+        assert make is not RFMRegressor or first == alone.kernel_
+
+
+@pytest.mark.parametrize("other", [Laplace(2.0), Laplace(("median", 2.0))], ids=repr)
+def test_ranks_agree_on_how_a_bandwidth_is_chosen(other, normal, together):
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+
+    def fit(rank):
+        RFMRegressor((Laplace("median"), other)[rank], process_group=communicator.dist).fit(X, y)
+
+    for error in together(2, fit):
+        assert isinstance(error, ValueError)
+        assert "rank 0 calls fit(Laplace(bandwidth='median')), rank 1 fit(Laplace(bandwidth=" in str(error)
 
 
 # ---- what ranks must agree on

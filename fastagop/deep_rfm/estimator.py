@@ -99,7 +99,7 @@ class _DeepRFM(_Layers, KernelEstimator):
                 that a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
 
         Returns:
-            self, with ``layers_``, ``agops_``, ``alphas_``.
+            self, with ``kernel_``, ``layers_``, ``agops_``, ``alphas_``.
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
@@ -114,11 +114,12 @@ class _DeepRFM(_Layers, KernelEstimator):
         seeds = layer_module.seeds(random, settings.depth)
         # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
         rows = copies.find(normalise_rows(data.X), data.weights)
-        training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
         begin = self._begin if self.process_group is None else self._begin_together
         start, reported = begin(settings, data, seeds), set()
         self._layers = start.layers
         with start.checkpoint or contextlib.nullcontext():
+            settings = self._settled(settings, normalise_rows(rows.take(data.X)))
+            training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
             points = self._train(training, start, reported)
         self._centers, solved = training.readout(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
@@ -197,7 +198,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         check_is_fitted(self)
         binary = len(getattr(self, "classes_", ())) == 2
         flat = not binary and getattr(self, "_flat", False)
-        readout = Readout(self._kernel, self._centers, self._alpha, getattr(self, "_intercept", None))
+        readout = Readout(self.kernel_, self._centers, self._alpha, getattr(self, "_intercept", None))
         return DeepRFMModule(self._layers, readout, binary=binary, flat=flat)
 
     def _packed(self):
@@ -267,7 +268,8 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
     (paper, algorithm 1; settings of appendix C).
 
     Args:
-        kernel: a kernel such as ``Laplace(2.0)``.
+        kernel: a kernel such as ``Laplace(2.0)``, or ``Laplace("median")``: the median distance of the normalised rows
+            that enter the first layer, for all layers.
         depth: number of layers.
         features: "relu", ReLU(W x) with standard Gaussian W, or "cos",
             sqrt(2/width) cos(W x + b) with Cauchy W.
@@ -295,6 +297,7 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
             whatever its weight: weights then act through the AGOP only.
 
     Attributes:
+        kernel_: the kernel with a number for its bandwidth.
         classes_: the labels.
         layers_: one ``LayerRecord`` a layer.
         agops_: M of each layer, scaled, (d_l, d_l).

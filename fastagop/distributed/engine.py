@@ -103,6 +103,9 @@ class Local:
             )
         return scaled_(M, exponent)
 
+    def agree(self, op: str, call: str, **tensors: torch.Tensor) -> None:
+        """Refuse ranks that want different things."""
+
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on every rank."""
         return value
@@ -122,6 +125,10 @@ class Sharded(Local):
         """This process among the others, for one operation."""
         device = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         return Communicator(self.group, op, device)
+
+    def agree(self, op: str, call: str, **tensors: torch.Tensor) -> None:
+        """Refuse ranks that want different things."""
+        self.communicator(op, next(iter(tensors.values()))).agree(lambda: None, call, **tensors)
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on every rank."""

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,14 @@ from sklearn.base import (
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
+from fastagop.kernels.profile import median_factor
 from fastagop.kernels.radial import Radial
+from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import METHODS, OPTIONS, Method
 
@@ -70,8 +73,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_read`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``,
-    ``_restore``. ``fit`` calls ``_machine`` first, and sets ``_centers`` and ``_alpha`` (the points of the kernel
-    machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
+    ``_restore``. ``fit`` calls ``_machine`` first, then ``_settled``, and sets ``_centers`` and ``_alpha`` (the points
+    of the kernel machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # These are the parameters of every subclass.
@@ -88,6 +91,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     solver: Method
     memory_limit: float | None
     # These are set by fit.
+    kernel_: Radial
     n_features_in_: int
     _centers: torch.Tensor
     _alpha: torch.Tensor
@@ -105,7 +109,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         params = {name: value for name, value in params.items() if not name.startswith(_KERNEL)}
         if inner:
             kernel = params.get("kernel", self.kernel)
-            checks.kernel(kernel)
+            checks.kernel(kernel, settled=False)
             params["kernel"] = kernel.set_params(**inner)
         return super().set_params(**params)
 
@@ -158,7 +162,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
     def _machine(self) -> KernelRidge:
         """The shared parameters, checked; scikit-learn asks for this in fit, not in __init__."""
-        checks.kernel(self.kernel)
+        checks.kernel(self.kernel, settled=False)
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
         checks.choice("precision", self.precision, checks.PRECISIONS)
         inputs.dtype(self.dtype)
@@ -173,8 +177,22 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
                 points = torch.empty(0, 0, dtype=self._dtype, device=self._device)
                 backends.choose(self.backend, backends.Request(operation, self.kernel, points, self.precision))
         self._checked_process()
-        self._kernel = self.kernel
         return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
+
+    def _settled(self, parameters, points: torch.Tensor):
+        """The parameters of a fit with a number for their kernel's bandwidth, which becomes ``kernel_``.
+
+        Args:
+            parameters: a dataclass with a field ``kernel``.
+            points: what the first kernel machine sees (r, d), copies merged.
+        """
+        kernel, engine = self.kernel, engine_of(self.process_group)
+        engine.agree("fit", f"{kernel!r}", X=points)
+        if median_factor(kernel) is not None:
+            found = torch.tensor([settled_at(kernel, points).bandwidth], dtype=torch.float64, device=points.device)
+            kernel = replace(kernel, bandwidth=float(engine.broadcast(found)))
+        self.kernel_ = kernel
+        return replace(parameters, kernel=kernel)
 
     def _checked_process(self) -> None:
         """Refuse callbacks, a verbosity or a process group that are none."""
@@ -235,8 +253,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def _product(self, points: torch.Tensor, centers: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """k(points, centers) alpha, shape (m, K), for float64 points (m, d)."""
         # This product is in float64, which the backend of the fit may not have.
-        backend = backends.serving(self.backend, backends.Request("kernel_matmul", self._kernel, points))
-        return kernel_matmul(self._kernel, points, centers.double(), alpha.double(), backend=backend)
+        backend = backends.serving(self.backend, backends.Request("kernel_matmul", self.kernel_, points))
+        return kernel_matmul(self.kernel_, points, centers.double(), alpha.double(), backend=backend)
 
     def _view(self, outputs: torch.Tensor):
         """This estimator, whose kernel machine answers everything by these outputs (m, K)."""
@@ -307,8 +325,7 @@ class Classifier(ClassifierMixin, KernelEstimator):
 
     def predict(self, X):
         """Labels (m,): the class of the largest output."""
-        best = self._outputs(X).argmax(1).cpu().numpy()
-        found = self.classes_[best]
+        found = self.classes_[self._outputs(X).argmax(1).cpu().numpy()]
         if isinstance(X, torch.Tensor) and found.dtype.kind in "biuf" and found.dtype.itemsize <= 8:
             return torch.from_numpy(found).to(X.device)
         return found

@@ -18,6 +18,7 @@ from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
+from fastagop.kernels.profile import Profile, median_factor
 from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 from fastagop.solvers import direct
@@ -58,6 +59,8 @@ class Step:
 def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
     fresh: Any = clone(estimator)  # the estimator stays as it is
+    if isinstance(fresh.kernel, Profile) and median_factor(fresh.kernel) is not None:
+        fresh.set_params(kernel__bandwidth=1.0)  # no plan depends on it
     planned = fresh._planned_fit()  # of checked parameters
     data = _data(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size

@@ -30,7 +30,7 @@ def save(model, path: Path) -> None:
     metadata = {
         "estimator": name,
         "parameters": {k: storage.pack_value(v) for k, v in parameters if not _of_process(k, v)},
-        "kernel": storage.pack_kernel(model._kernel),
+        "kernel": storage.pack_kernel(model.kernel_),
         "solution": storage.pack_solution(model.solution_),
         "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
         "versions": storage.versions(),
@@ -68,7 +68,7 @@ def _restored(path: Path, tensors: dict, metadata: dict, device):
         parameters["device"] = str(device)
     model = _class(metadata["estimator"])(**parameters)
     model._machine()
-    model._kernel = storage.unpack_kernel(metadata["kernel"])
+    model.kernel_ = storage.unpack_kernel(metadata["kernel"])
     _check_shapes(tensors, metadata)
     tensors = {name: value.to(model._device) for name, value in tensors.items()}
     model._centers = tensors["centers"]

@@ -23,8 +23,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
     validation rows say which iteration is best: those given to ``fit``, or held out with ``early_stopping``.
 
     Args:
-        kernel: a kernel such as ``Laplace(10.0)``; its bandwidth is in the units of the features as the kernel sees
-            them, which M rescales.
+        kernel: a kernel such as ``Laplace(10.0)``, or ``Laplace("median")``: the median distance of the points while M
+            is I. The bandwidth is in the units of the features as the kernel sees them, which M rescales.
         iterations: number of AGOPs, at most where iterations end early; 0 is kernel ridge regression.
         diagonal: keep M's diagonal only: a weight for every feature, no rotation.
         center: subtract the mean gradient of each output before the outer product.
@@ -56,6 +56,7 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
             the classes' sums of sample weights; they multiply sample weights.
 
     Attributes:
+        kernel_: the kernel with a number for its bandwidth.
         M_: the metric in the units of the data, scaled, (d, d), or (d,) with ``diagonal``.
         iterations_: one ``IterationRecord`` each, with the score of its kernel regression where rows are validated.
         best_iteration_: number of AGOPs behind M_.

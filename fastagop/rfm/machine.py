@@ -81,7 +81,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             X_val, y_val: validation rows (m, d) and their labels or targets; nothing is trained on them.
 
         Returns:
-            self, with ``M_``, ``iterations_`` and ``solution_``.
+            self, with ``kernel_``, ``M_``, ``iterations_`` and ``solution_``.
 
         Raises:
             ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
@@ -99,6 +99,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         learn = self._sampled(data, learn, random, engine)
         part = data if learn is None else _rows_of(data, learn)
         points, reported = Points.of(part.X, part.Y, part.weights), set()
+        regression = self._settled(regression, points.X)
         learnt = self._learn(points, regression, rules, held, reported)
         self._metric, self.iterations_, self.best_iteration_ = learnt.stage.metric, learnt.records, learnt.best
         if held is not None:
@@ -240,7 +241,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         check_is_fitted(self)
         near = self._preparation.near(self._samples(X))
         points = self._metric.points(near)
-        g = gradients(self._kernel, self._centers.double(), self._alpha.double(), points)
+        g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
         g = self._metric.pulled_back(g, near)
         return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
 

@@ -1,14 +1,71 @@
-"""Bandwidths at which a kernel says nothing: every pair of points looks equal to it, or no two do."""
+"""Bandwidths and distances: the one that points ask for, and those at which a kernel says nothing about them."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 
+from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.scaling import Points
+from fastagop.kernels.profile import median_factor
+from fastagop.kernels.radial import Radial
+from fastagop.kernels.scaling import Points, scale_points
 from fastagop.kernels.torch_backend import tiles
+from fastagop.solvers import copies
 
+_SAMPLE = 1024  # points whose pairs stand for all in a median distance
+_GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
+
+
+@torch.no_grad()
+def settled(kernel: Radial, X: torch.Tensor) -> Radial:
+    """The kernel with a number for its bandwidth: itself, or one with the factor times the median distance of X's rows.
+
+    That is the median of ||x - z||_2 over the pairs of at most 1024 rows of X, one of each of as many equal stretches.
+    Rows that the dtype cannot tell apart count as one, so that copies do not change it. Distances are differences
+    in float64: an offset of X costs no digits. Where there are no two different rows the bandwidth is 1.
+
+    Args:
+        kernel: a kernel such as ``Laplace("median")`` or ``Laplace(("median", 0.5))``.
+        X: points (n, d).
+
+    Returns:
+        The kernel that ``fit`` of an estimator would report as ``kernel_`` for these points.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    checks.kernel(kernel, settled=False)
+    checks.points(X, None)
+    return kernel if median_factor(kernel) is None else settled_at(kernel, copies.find(X).take(X))
+
+
+def settled_at(kernel: Radial, points: torch.Tensor) -> Radial:
+    """As ``settled`` for points that are checked, and of which no two are copies."""
+    factor = median_factor(kernel)
+    if factor is None:
+        return kernel
+    _, X, _, unit = scale_points(replace(kernel, bandwidth=1.0), points, points)
+    apart = torch.pdist(X[_places(len(X)).to(X.device)].double())
+    apart = apart[apart > 0]
+    if len(apart) == 0:
+        return replace(kernel, bandwidth=1.0)
+    middle = 0.5 * (float(apart.median()) - float(apart.neg_().median()))  # torch takes the lower of two middle ones
+    return replace(kernel, bandwidth=factor * (middle * unit))
+
+
+def _places(n: int) -> torch.Tensor:
+    """Positions of at most 1024 of n rows, one in each of as many stretches.
+
+    Where in its stretch a row lies goes by the golden ratio: rows in a cycle, such as one of each class in turn,
+    are met in all of its phases.
+    """
+    count = min(n, _SAMPLE)
+    steps = torch.arange(count, dtype=torch.float64, device="cpu")
+    return ((steps + steps.mul(_GOLDEN).frac()) * (n / max(1, count))).long().clamp_(max=n - 1)
 
 
 def note(points: Points, bandwidth: float, block: int = 256) -> str:
