@@ -93,6 +93,8 @@ def test_duplicates_have_no_gradient(normal):
 def test_what_it_refuses():
     with pytest.raises(TypeError, match="kernel must be a fastagop kernel"):
         FastKernel("laplace")
+    with pytest.raises(ValueError, match=r"got Laplace\(bandwidth='median'\); use fastagop.settled"):
+        FastKernel(Laplace("median"))
     codes, vectors = [torch.tensor([1, 2])], [torch.eye(2)]
     for lists in ((codes, vectors), (codes, []), ([], vectors)):
         with pytest.raises(NotImplementedError, match=r"categorical features, got .*fast_categorical=False"):
