@@ -7,6 +7,8 @@ network    the AGOP of an MLP's layers against Jacobians by torch.func, on the C
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 small      calls on 60 points beside plain torch, on the CPU: what a call costs before it computes
 scale      seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes
+tables     learners of 14 small tables beside each other by cross-validation, on the CPU: minutes
+rfm        whole RFMs at equal settings against xrfm's and the authors' update, on the CPU
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
@@ -30,7 +32,21 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m bench: {missing}; pip install -e '.[bench]' in {Path(__file__).resolve().parents[1]}")
 
-from bench import agop_cpu, calibrate, cg_cpu, files, keops_cpu, network_cpu, report, scale_cpu, small_cpu, suite
+from bench import (
+    agop_cpu,
+    calibrate,
+    cg_cpu,
+    files,
+    keops_cpu,
+    network_cpu,
+    report,
+    rfm_cpu,
+    scale_cpu,
+    small_cpu,
+    suite,
+    tables_contenders,
+    tables_cpu,
+)
 
 # What measures in each case, and its options beside --out; a case refuses those of the others.
 MEASURES = {
@@ -41,6 +57,8 @@ MEASURES = {
     "cg": cg_cpu.main,
     "small": small_cpu.main,
     "scale": scale_cpu.main,
+    "tables": tables_cpu.main,
+    "rfm": rfm_cpu.main,
     "calibrate": calibrate.main,
 }
 OPTIONS = {
@@ -51,13 +69,17 @@ OPTIONS = {
     "cg": ("n",),
     "small": ("n",),
     "scale": ("n", "d"),
+    "tables": ("threads", "only", "quick"),
+    "rfm": ("repeats",),
     "report": ("result",),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
 }
 CASES = tuple(OPTIONS)
 # Where --device cpu says nothing new.
-_MEASURED_ON = dict.fromkeys(("agop", "keops", "network", "cg", "small", "scale"), torch.device("cpu"))
+_ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm")
+_MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
+_NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
 
@@ -74,6 +96,9 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=_count, help="default 3")
     add("--n", type=_count, help="rows; suite: default 50000 on CUDA; agop: one case of n rows; all others too")
     add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops, scale")
+    add("--threads", type=_count, help="tables; default all")
+    add("--only", nargs="+", choices=tables_contenders.CONTENDERS, metavar="NAME", help=f"tables; of {_NAMES}")
+    add("--quick", action="store_const", const=True, help="tables: three tables, two folds, no plot")
     return made
 
 
@@ -82,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser()
     given = made.parse_args(argv)
     takes = OPTIONS[given.case]
-    for option in ("device", "result", "repeats", "n", "d"):
+    for option in ("device", "result", "repeats", "n", "d", "threads", "only", "quick"):
         value = getattr(given, option)
         if value is not None and option not in takes and value != _MEASURED_ON.get(given.case):
             known = ", ".join(f"--{name}" for name in takes) or "no option but --help"

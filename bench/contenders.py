@@ -87,14 +87,15 @@ def _kernel(problem: Problem, kind: type[Radial], why: str) -> Radial:
     return problem.kernel
 
 
-def _installed(module: str) -> None:
+def installed(module: str) -> None:
+    """Unable where a package is not there."""
     if importlib.util.find_spec(module) is None:
         raise Unable(f"{module} is not installed")
 
 
 def _xrfm(method: str) -> Contender:
     def run(problem: Problem):
-        _installed("xrfm")
+        installed("xrfm")
         kernel = _kernel(problem, fastagop.Laplace, "xrfm's LaplaceKernel has no such kernel")
         return getattr(peers, method)(problem.X, problem.alpha, kernel.bandwidth)
 
@@ -120,7 +121,7 @@ def _few_features(problem: Problem) -> None:
 
 def _lazy_gradients(problem: Problem):
     """KeOps by hand: a LazyTensor, differentiated by autograd output by output."""
-    _installed("pykeops")
+    installed("pykeops")
     _few_features(problem)
     return peers.lazy_gradients(problem.X, problem.alpha, problem.kernel)
 
@@ -131,7 +132,7 @@ def _lazy_agop(problem: Problem):
 
 
 def _kermac(problem: Problem):
-    _installed("kermac")
+    installed("kermac")
     if problem.device.type != "cuda":
         raise Unable("kermac runs on CUDA")
     import kermac  # pyright: ignore[reportMissingImports]

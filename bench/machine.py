@@ -10,6 +10,8 @@ import platform
 import torch
 from fastagop.kernels import calibration
 
+_PACKAGES = ("fastagop", "torch", "xrfm", "pykeops", "numpy", "scikit-learn", "pytabkit")
+
 
 def describe() -> dict:
     """Processor, threads, versions and date."""
@@ -20,7 +22,7 @@ def describe() -> dict:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("fastagop", "torch", "xrfm", "pykeops", "numpy")},
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.func import jacrev, vmap
 
 import fastagop
 from bench.problems import LAYERS, Problem
+
+Predictor = Callable[[torch.Tensor], Any]
 
 
 def profile(kernel, r: torch.Tensor) -> torch.Tensor:
@@ -87,6 +92,64 @@ def xrfm_solve(X: torch.Tensor, Y: torch.Tensor, L: float) -> torch.Tensor:
     model = RFM(kernel=_xrfm_kernel(L), device="cpu", verbose=False)
     model.reg = 0.0
     return model.fit_predictor_lstsq(X, Y)
+
+
+def xrfm_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int) -> Predictor:
+    """xrfm's RFM, every iteration done and the last one kept: its validation sees one row."""
+    from xrfm.rfm_src.recursive_feature_machine import RFM  # pyright: ignore[reportMissingImports]
+
+    model = RFM(kernel=_xrfm_kernel(L), iters=iterations, device="cpu", verbose=False)
+    options = {"reg": ridge, "return_best_params": False, "early_stop_rfm": False}
+    model.fit((X, Y), (X[:1], Y[:1]), **options)
+    return model.predict
+
+
+def authors_rfm(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int) -> Predictor:
+    """The update of the RFM authors' code: as ``composition_rfm``, but its AGOP makes kernel and distances anew."""
+    return composition_rfm(X, Y, L, ridge, iterations, anew=True)
+
+
+def composition_rfm(
+    X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, iterations: int, anew: bool = False
+) -> Predictor:
+    """An RFM in X's dtype by the authors' formulas: distances by M itself, gradients through X M, M over its maximum.
+
+    In float64 this is the truth: there a point's distance to itself is zero and not what products leave of it.
+    """
+    M = torch.eye(X.shape[1], dtype=X.dtype)
+    for _ in range(iterations):
+        r, K, alpha = _metric_machine(X, Y, L, ridge, M)
+        if anew:
+            K, r = torch.exp(-_metric_distances(X, X, M) / L), _metric_distances(X, X, M)
+        M = _metric_agop(X, alpha, torch.where(r < 1e-10, 0.0, K / r), M) / L**2
+        M /= M.max()
+    alpha = _metric_machine(X, Y, L, ridge, M)[2]
+    return lambda Z: torch.exp(-_metric_distances(Z, X, M) / L) @ alpha
+
+
+def _metric_machine(X: torch.Tensor, Y: torch.Tensor, L: float, ridge: float, M: torch.Tensor):
+    """(distances, kernel matrix, coefficients) of kernel ridge regression in the metric M."""
+    r = _metric_distances(X, X, M)
+    if X.dtype == torch.float64:
+        r.fill_diagonal_(0.0)
+    K = torch.exp(-r / L)
+    A = K.clone()
+    A.diagonal().add_(ridge)
+    return r, K, torch.linalg.solve(A, Y)
+
+
+def _metric_agop(X: torch.Tensor, alpha: torch.Tensor, W: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    """Sum of outer products of the gradients at the points, W being kernel over distance."""
+    (n, d), XM = X.shape, X @ M
+    right = (alpha[:, :, None] * XM[:, None, :]).reshape(n, -1)
+    G = ((W @ right).view(n, -1, d) - (W @ alpha)[:, :, None] * XM[:, None, :]).reshape(-1, d)
+    return G.T @ G
+
+
+def _metric_distances(Z: torch.Tensor, X: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    ZM = Z @ M
+    squares = (ZM * Z).sum(1)[:, None] + ((X @ M) * X).sum(1) - 2.0 * ZM @ X.T
+    return squares.clamp_(min=0.0).sqrt_()
 
 
 def lazy_gradients(X: torch.Tensor, A: torch.Tensor, kernel) -> torch.Tensor:

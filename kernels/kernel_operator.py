@@ -184,7 +184,8 @@ class KernelOperator:
         with self.products():
             inner = self.backend.inner_kernels(X, self.precision)
             task = AgopTask("sum", center)
-            return torch_agop.agop_from_weights_(W, X, alpha, X, task, rows=_ROWS, kernels=inner, row_weights=weights)
+            how = {"rows": _ROWS, "kernels": inner, "row_weights": weights}
+            return torch_agop.agop_from_weights_(W, self.points.kernel, X, alpha, X, task, **how)
 
     def agop_from_tiles(
         self, blocks: Iterator, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None

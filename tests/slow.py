@@ -117,6 +117,7 @@ SLOW = {
     },
     "test_search.py": {"test_a_random_search_finds_nothing": "500 random calls against sums in long double"},
     "test_solve.py": {"test_peak_memory": _MEMORY},
+    "test_tables.py": {"test_plot": "loads matplotlib, a second", "test_contenders_learn": _BENCH},
     "test_triton.py": {
         "test_all_cases": "Triton's interpreter takes seconds a call",
         "test_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",

@@ -150,30 +150,43 @@ def test_peak_bytes():
 # ---- The command line
 
 
-VALUES = {"device": "cpu", "result": "x.json", "repeats": "1", "n": "50", "d": "3"}
+VALUES = {
+    "device": ["cpu"],
+    "result": ["x.json"],
+    "repeats": ["1"],
+    "n": ["50"],
+    "d": ["3"],
+    "threads": ["1"],
+    "only": ["svm"],
+    "quick": [],
+}
+
+ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm")
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_an_option_that_a_case_would_ignore_is_refused(case, capsys):
     for option in VALUES.keys() - set(OPTIONS[case]):
-        if option == "device" and case in (
-            "agop",
-            "keops",
-            "network",
-            "cg",
-            "small",
-            "scale",
-        ):  # cpu is what they run on
+        if option == "device" and case in ON_THE_CPU:  # cpu is what they run on
             continue
         with pytest.raises(SystemExit) as stopped:
-            main([case, f"--{option}", VALUES[option]])
+            main([case, f"--{option}", *VALUES[option]])
         assert stopped.value.code == 2
         assert f"{case} does not take --{option}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--n", "0"], ["--n", "x"], ["--d", "-1"], ["--repeats", "0"], ["--device", "abacus"], ["--device", "meta"]],
+    [
+        ["--n", "0"],
+        ["--n", "x"],
+        ["--d", "-1"],
+        ["--repeats", "0"],
+        ["--threads", "0"],
+        ["--only", "nobody"],
+        ["--device", "abacus"],
+        ["--device", "meta"],
+    ],
 )
 def test_bad_values_are_refused(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:

@@ -91,9 +91,9 @@ def test_exponents_of_nothing():
 def test_units_of_stored_weights(method, a, b, normal, relative):
     X, alpha = normal(40, 6, dtype=torch.float32), normal(40, 3, dtype=torch.float32)
     W = torch_agop.weights(Laplace(2.0), X, X, 16)
-    given = alpha.clone()
+    given, task = alpha.clone(), AgopTask("sum", method=method)
     plain, scaled = (
-        torch_agop.agop_from_weights_(W * 2.0**i, X, alpha * 2.0**j, X, AgopTask("sum", method=method), rows=16)
+        torch_agop.agop_from_weights_(W * 2.0**i, Laplace(2.0), X, alpha * 2.0**j, X, task, rows=16, exponent=i)
         for i, j in ((0, 0), (a, b))
     )
     assert relative(scaled / 2.0 ** (2 * (a + b)), plain) <= 1e-5
@@ -223,7 +223,7 @@ def test_eigenvalues_are_looked_at_where_digits_were_lost(loss, room, looked_at,
     monkeypatch.setattr(torch_agop, "choose_form", lambda *_, **__: decision)
     monkeypatch.setattr(gram, "nonnegative", lambda M, eps: seen.append(eps) or M)
     task = AgopTask("sum", limit=gram.nonnegative_bytes(6) - room)
-    torch_agop.agop_from_weights_(W, X, alpha, X, task, rows=16)
+    torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, task, rows=16)
     assert seen == [EPS] * looked_at
 
 

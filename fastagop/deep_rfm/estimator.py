@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.utils import check_random_state
 from sklearn.utils._set_output import _wrap_data_with_container
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
@@ -23,6 +21,7 @@ from fastagop.deep_rfm.module import DeepRFMModule, Readout
 from fastagop.deep_rfm.random_features import NAMES as FEATURES
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
+from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.estimators.progress import Progress
 from fastagop.kernels import checks
@@ -110,7 +109,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        settings, random = self._settings(), self._random()
+        settings, random = self._settings(), inputs.random(self.random_state)
         data = self._training(X, y, sample_weight)
         seeds = layer_module.seeds(random, settings.depth)
         # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
@@ -248,21 +247,12 @@ class _DeepRFM(_Layers, KernelEstimator):
             self.memory_limit,
         )
 
-    def _random(self) -> np.random.RandomState:
-        try:
-            return check_random_state(self.random_state)
-        except ValueError as error:
-            raise ValueError(
-                f"random_state must be an integer from 0 to 2^32 - 1, a numpy.random.RandomState or None, got "
-                f"{self.random_state!r}"
-            ) from error
-
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
         for step in self._layers[:layer]:
             features = step(features)
         return features
 
-    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Rows wider than the estimator's dtype are normalised, as the first layer would, before they are rounded."""
         return X if X.dtype == self._dtype else normalise_rows(X.double()).to(self._dtype)
 

@@ -243,7 +243,7 @@ class LayerTraining:
         clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
         X = normalise_rows(X)
         regression, engine = self.settings.regression, self.engine
-        solution, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, engine, rows=rows, mark=clock.mark)
+        solved, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, engine, rows=rows, mark=clock.mark)
         scale = kernel_ridge.agop_divisor(M, self.settings.agop_scale, rows.total)
         # A constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I.
         M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
@@ -262,7 +262,7 @@ class LayerTraining:
         nc1, nc2 = self._collapse(of_rows)
         clock.mark("measures")
         peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
-        layer.record = LayerRecord(nc1, nc2, solution, scale, sum(clock.stages.values()), clock.stages, peak)
+        layer.record = LayerRecord(nc1, nc2, solved.solution, scale, sum(clock.stages.values()), clock.stages, peak)
         return layer, Trained(of_rows["projected"], of_rows["features"], features, unweighted.get("features"))
 
     def readout(self, X: torch.Tensor) -> tuple[torch.Tensor, Solved]:

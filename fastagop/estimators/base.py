@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from sklearn.base import (
     RegressorMixin,
     TransformerMixin,
 )
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.communicator import Communicator
@@ -139,7 +141,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """(targets (n, K) in float64, class indices or None, weights) of the targets that ``_read`` returned."""
         raise NotImplementedError
 
-    def _entering(self, X: torch.Tensor) -> torch.Tensor:
+    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Training points (n, d) as the first kernel machine takes them, in the estimator's dtype."""
         raise NotImplementedError
 
@@ -188,9 +190,8 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         kernel, engine = self.kernel, engine_of(self.process_group)
         engine.agree("fit", f"{kernel!r}", X=points)
         if median_factor(kernel) is not None:
-            found = settled_at(kernel, points).bandwidth
-            found = engine.broadcast(torch.tensor([found], dtype=torch.float64, device=points.device))
-            kernel = replace(kernel, bandwidth=float(found))
+            found = torch.tensor([settled_at(kernel, points).bandwidth], dtype=torch.float64, device=points.device)
+            kernel = replace(kernel, bandwidth=float(engine.broadcast(found)))
         self.kernel_ = kernel
         return replace(parameters, kernel=kernel)
 
@@ -232,11 +233,12 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         rows, y, weights = inputs.weighted_rows(weights, rows, y)
         Y, codes, weights = self._targets(y, weights)
         rows, Y, codes, weights = inputs.weighted_rows(weights, rows, Y, codes)
+        of_rows = None if weights is None else torch.from_numpy(weights).to(self._device)
         return Training(
-            self._entering(rows.to(self._device)),
+            self._entering(rows.to(self._device), of_rows),
             inputs.narrowed("y", torch.from_numpy(Y).to(self._device), self._dtype),
             None if codes is None else torch.from_numpy(codes).to(self._device),
-            None if weights is None else torch.from_numpy(weights).to(self._device),
+            of_rows,
         )
 
     def _samples(self, X) -> torch.Tensor:
@@ -247,11 +249,19 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     def _outputs(self, X) -> torch.Tensor:
         """The kernel machine's f(X), shape (m, K), float64."""
         check_is_fitted(self)
-        points = self._mapped(self._samples(X))
-        centers, alpha = self._centers.double(), self._alpha.double()
+        return self._product(self._mapped(self._samples(X)), self._centers, self._alpha)
+
+    def _product(self, points: torch.Tensor, centers: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        """k(points, centers) alpha, shape (m, K), for float64 points (m, d)."""
         # This product is in float64, which the backend of the fit may not have.
         backend = backends.serving(self.backend, backends.Request("kernel_matmul", self.kernel_, points))
-        return kernel_matmul(self.kernel_, points, centers, alpha, backend=backend)
+        return kernel_matmul(self.kernel_, points, centers.double(), alpha.double(), backend=backend)
+
+    def _view(self, outputs: torch.Tensor):
+        """This estimator, whose kernel machine answers everything by these outputs (m, K)."""
+        view = copy.copy(self)
+        view._outputs = lambda X: outputs.clone()
+        return view
 
     def _packed_alpha(self) -> dict[str, torch.Tensor]:
         """The points' coefficients for a file, where they are not those of the rows."""
@@ -324,8 +334,6 @@ class Classifier(ClassifierMixin, KernelEstimator):
 
     def score(self, X, y, sample_weight=None):
         """Accuracy of predict(X) against y."""
-        from sklearn.metrics import accuracy_score
-
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return accuracy_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 
@@ -340,6 +348,11 @@ class Regressor(RegressorMixin, KernelEstimator):
         tags.target_tags.multi_output = True
         return tags
 
+    @property
+    def _centred(self) -> bool:
+        """Whether the mean of the targets is subtracted whatever their spread."""
+        return False
+
     def _read(self, y) -> np.ndarray:
         kind = getattr(y, "dtype", None)
         name = getattr(kind, "name", str(kind).removeprefix("torch."))
@@ -350,7 +363,7 @@ class Regressor(RegressorMixin, KernelEstimator):
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = inputs.target_offset(y, weights)
+            mean = inputs.mean(y, weights) if self._centred else inputs.target_offset(y, weights)
             Y = y - mean
         if not np.isfinite(Y).all():
             raise ValueError("y is so large that its differences leave float64; divide y by a constant")
@@ -373,8 +386,6 @@ class Regressor(RegressorMixin, KernelEstimator):
 
     def score(self, X, y, sample_weight=None):
         """R^2 of predict(X) against y."""
-        from sklearn.metrics import r2_score
-
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return r2_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 

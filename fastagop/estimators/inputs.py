@@ -12,6 +12,7 @@ import numbers
 
 import numpy as np
 import torch
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
@@ -44,6 +45,17 @@ def device(name) -> torch.device:
     if found.type == "meta":
         raise ValueError(f"device must be one that holds numbers, got {name!r}; use 'auto' or 'cpu'")
     return found
+
+
+def random(random_state) -> np.random.RandomState:
+    """The generator that a ``random_state`` stands for."""
+    try:
+        return check_random_state(random_state)
+    except ValueError as error:
+        raise ValueError(
+            f"random_state must be an integer from 0 to 2^32 - 1, a numpy.random.RandomState or None, got "
+            f"{random_state!r}"
+        ) from error
 
 
 def dense(name: str, value: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.solution import Solution, Solved
+from fastagop.solvers.solution import Solved
 from fastagop.solvers.solve import SolveOptions, scale_targets
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 from fastagop.solvers.table import Advice, Method
@@ -79,8 +79,8 @@ def fit_and_agop(
     center: bool = False,
     diagonal: bool = False,
     mark: Callable[[str], None] = lambda stage: None,
-) -> tuple[Solution, torch.Tensor, int]:
-    """(solution, AGOP summed over rows, planned bytes); the kernel matrix becomes the weights where that loses nothing.
+) -> tuple[Solved, torch.Tensor, int]:
+    """(what was solved, AGOP summed over rows, planned bytes); K becomes the weights where that loses nothing.
 
     The AGOP is float64: small eigenvalues of M, whose square roots come next, keep what rounding would take. Where no
     (n, n) matrix fits, or "cg" is asked for, conjugate gradients solve. Rows count in M by their weights.
@@ -120,7 +120,7 @@ def fit_and_agop(
         M = engine.agop(predictor, task)
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
-    return solved.solution, M, planned
+    return solved, M, planned
 
 
 def _weights_(

@@ -14,6 +14,11 @@ _ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_tor
 _NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 
 
+def _of_process(name: str, value) -> bool:
+    """Whether a parameter is not saved; a scorer may be a function."""
+    return name in _NOT_SAVED or (name == "scoring" and callable(value))
+
+
 def save(model, path: Path) -> None:
     """Write a fitted ``KernelEstimator``."""
     name = type(model).__name__
@@ -24,7 +29,7 @@ def save(model, path: Path) -> None:
     parameters = model.get_params(deep=False).items()
     metadata = {
         "estimator": name,
-        "parameters": {k: storage.pack_value(v) for k, v in parameters if k not in _NOT_SAVED},
+        "parameters": {k: storage.pack_value(v) for k, v in parameters if not _of_process(k, v)},
         "kernel": storage.pack_kernel(model.kernel_),
         "solution": storage.pack_solution(model.solution_),
         "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},

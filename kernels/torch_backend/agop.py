@@ -93,22 +93,23 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, row_weights=None) -> tor
         blocks = weight_tiles(kernel, X, Z, plan.block, shift)
         return gradient_form(blocks, alpha, X, Z, shift, task.center, roots=roots_of(row_weights))
     W = weights(kernel, X, Z, plan.block)
-    return agop_from_weights_(W, X, alpha, Z, task, rows=plan.block, row_weights=row_weights)
+    return agop_from_weights_(W, kernel, X, alpha, Z, task, rows=plan.block, row_weights=row_weights)
 
 
 def agop_from_weights_(
-    W, X, alpha, Z, task: AgopTask, *, rows: int, kernels: InnerKernels = TORCH_KERNELS, row_weights=None
+    W, kernel: Profile, X, alpha, Z, task: AgopTask, *, rows: int, kernels=TORCH_KERNELS, row_weights=None, exponent=0
 ) -> torch.Tensor:
     """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
 
-    W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i times
-    sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, since W is no longer symmetric.
+    W is 2^exponent times the kernel's weights. W and alpha may be wider than X. With row_weights w, everything in the
+    AGOP is linear in the rows of W: row i times sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, as
+    W is no longer symmetric.
     """
     exponents = exponent_of(W), exponent_of(alpha)
     if any(exponents):  # squares would leave their dtype
         W, alpha = scaled_(W, -exponents[0]), scaled_(alpha.clone(), -exponents[1])
-        M = agop_from_weights_(W, X, alpha, Z, task, rows=rows, kernels=kernels, row_weights=row_weights)
-        return scaled_(M, 2 * sum(exponents))
+        how = {"rows": rows, "kernels": kernels, "row_weights": row_weights, "exponent": exponent - exponents[0]}
+        return scaled_(agop_from_weights_(W, kernel, X, alpha, Z, task, **how), 2 * sum(exponents))
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
@@ -119,7 +120,7 @@ def agop_from_weights_(
         shift = dominant_offset(X)
         room = _room(W, task.limit) - W.numel() * W.element_size()
         rows = min(rows, gradient_form_beside(X, alpha, Z, task.center, room)[0])
-        blocks = stored_tiles(W, X, Z, rows, shift)
+        blocks = stored_tiles(W, X, Z, rows, shift, lambda sq: scaled_(kernel.weight_(sq), exponent), roots)
         return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
     wide, x = decision.dtype, X.to(decision.dtype)
     z = x if Z is X else Z.to(wide)
@@ -145,7 +146,7 @@ def agop_from_tiles(
     alpha = scaled_(alpha.clone(), -exponent).to(X.dtype).contiguous()
     shift = dominant_offset(X)
     nearness = Nearness(X, X, shift)
-    tiles = ((row, W, nearness.among_stored(W, row, kernel)) for row, W in blocks)
+    tiles = ((row, W, nearness.among_stored(W, row, kernel.weight_)) for row, W in blocks)
     M = gradient_form(tiles, alpha, X, X, shift, center, step, roots_of(row_weights))
     return scaled_(M, 2 * exponent)
 
@@ -184,6 +185,8 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
     eps, allowed = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
     allowed = max(allowed, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS) if explicit else allowed
     cost, room = costs(X, Z, K, word), _room(W, task.limit)
+    if not explicit and cost["gram"] > FLOAT64_PREFERENCE * cost["gradient"]:
+        return GramDecision("gradient", X.dtype)  # whatever the gram form would lose
     float64_rate = rate("gram", "float64", X.device)
     more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
@@ -274,13 +277,15 @@ def agop_in_float64(at: Points, alpha, task: AgopTask, row_weights=None) -> torc
     return agop(Points(kernel, x, z, unit), a, task, made, weights)
 
 
-def stored_tiles(W, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
-    """(rows of Z, their weights in X's dtype, their near pairs) of stored weights."""
+def stored_tiles(
+    W, X, Z, rows: int, shift, weight_: Callable, roots=None
+) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
+    """(rows of Z, their weights in X's dtype, their near pairs) of stored weights; the rest as in ``among_stored``."""
     nearness = Nearness(X, Z, shift)
     for start in range(0, len(W), rows):
         row = slice(start, min(len(W), start + rows))
         block = W[row].to(X.dtype)
-        yield row, block, nearness.among_weights(block, row)
+        yield row, block, nearness.among_stored(block, row, weight_, None if roots is None else roots[row].to(block))
 
 
 def gradient_form(

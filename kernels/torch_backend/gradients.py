@@ -101,21 +101,31 @@ class Nearness:
         squared_distances(self.Z[row], self.X, z2, x2, sq, row.start if self.symmetric else None)
         return self.among(sq, row)
 
-    def among_stored(self, W: torch.Tensor, row: slice, kernel) -> Near | None:
+    def among_stored(
+        self, W: torch.Tensor, row: slice, weight_: Callable, factors: torch.Tensor | None = None
+    ) -> Near | None:
         """Near pairs of a row block of stored weights, which decrease with the distance, without measuring again.
 
         Where norms differ little, a row's bound is that of the largest norm: a few more pairs count as near.
+
+        Args:
+            W: the block (b, n).
+            row: its rows of Z.
+            weight_: overwrites squared distances by what the weights were before they were multiplied by ``factors``.
+            factors: of the block's rows (b,).
         """
         if self.few or not readable(W) or W.numel() == 0:
             return None
         near, z2 = NEAR[self.X.dtype], self.z2[row]
-        bound = kernel.weight_((near * (z2 + self._most)).to(W.dtype))[:, None]
+        bound = weight_((near * (z2 + self._most)).to(W.dtype))[:, None]
+        bound = bound if factors is None else bound * factors[:, None]
         rows = (W.amax(1, keepdim=True) >= bound).squeeze(1).nonzero().squeeze(1)
         if len(rows) == 0:
             return None
         w = W if len(rows) == len(W) else W[rows]
         if float(self._most) > _ALIKE * float(self.x2.amin()):
-            mask = w >= kernel.weight_((near * (z2[rows, None] + self.x2)).to(W.dtype))
+            bounds = weight_((near * (z2[rows, None] + self.x2)).to(W.dtype))
+            mask = w >= (bounds if factors is None else bounds.mul_(factors[rows, None]))
         else:
             mask = w >= bound[rows]
         mask.logical_and_(w > 0)  # a weight of zero is that of a pair at distance zero

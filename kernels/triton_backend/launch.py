@@ -240,4 +240,5 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, precision: str, row_weig
         return torch_agop.gradient_form(blocks, alpha, X, Z, shift, task.center, inner.gradients, roots)
     W = X.new_empty(len(Z), len(X))
     fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
-    return torch_agop.agop_from_weights_(W, X, alpha, Z, task, rows=plan.block, kernels=inner, row_weights=row_weights)
+    how = {"rows": plan.block, "kernels": inner, "row_weights": row_weights}
+    return torch_agop.agop_from_weights_(W, kernel, X, alpha, Z, task, **how)

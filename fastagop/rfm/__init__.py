@@ -1,0 +1,6 @@
+"""Recursive feature machines: a kernel machine that learns its own metric."""
+
+from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
+from fastagop.rfm.records import Callback, Directions, IterationEvent, IterationRecord
+
+__all__ = ["Callback", "Directions", "IterationEvent", "IterationRecord", "RFMClassifier", "RFMRegressor"]

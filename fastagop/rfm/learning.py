@@ -1,0 +1,199 @@
+"""The iterations of a recursive feature machine: solve, score, take the AGOP, and do it again in its metric."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastagop.distributed.engine import Local
+from fastagop.estimators import kernel_ridge
+from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.rfm.metric import Metric
+from fastagop.rfm.records import IterationRecord
+from fastagop.solvers import copies
+from fastagop.solvers.copies import Rows
+from fastagop.solvers.solution import Solved
+
+log = logging.getLogger("fastagop")
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of which a kernel machine is made, copies merged.
+
+    Attributes:
+        X: the points (r, d), as the kernel sees them before a metric.
+        Y: targets of the rows (n, K).
+        rows: how these became points.
+    """
+
+    X: torch.Tensor
+    Y: torch.Tensor
+    rows: Rows
+
+    @classmethod
+    def of(cls, X: torch.Tensor, Y: torch.Tensor, weights: torch.Tensor | None) -> Points:
+        """The points of rows X (n, d)."""
+        rows = copies.find(X, weights)
+        return cls(rows.take(X), Y, rows)
+
+    def solve(self, metric: Metric, regression: KernelRidge, engine: Local) -> tuple[torch.Tensor, Solved]:
+        """(the points in a metric, the kernel regression on them)."""
+        centers = metric.points(self.X)
+        return centers, kernel_ridge.solve(centers, self.Y, regression, engine, rows=self.rows)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kernel machine after so many AGOPs: its metric, and its coefficients at the points (r, K)."""
+
+    metric: Metric
+    alpha: torch.Tensor
+
+    def centers(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """The points, given by their coordinates, as the kernel machine has them."""
+        centers = self.metric.among(coordinates)
+        if self.metric.span is not None and self.metric.root is None:  # new rows have a distance from the span
+            centers = torch.cat([centers, centers.new_zeros(len(centers), 1)], 1)
+        return centers
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many iterations there are, and what ends them earlier.
+
+    Attributes:
+        iterations: at most so many AGOPs.
+        diagonal, center, agop_scale: of the AGOP.
+        patience: iterations without a better score after which nothing better is expected; None for no end.
+        seconds: after which no iteration is begun; None for no end.
+    """
+
+    iterations: int
+    diagonal: bool = False
+    center: bool = False
+    agop_scale: str = "max"
+    patience: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the iterations came to.
+
+    Attributes:
+        stages: the kernel machines after 0, 1, ... AGOPs.
+        solved: the last one's solution, and the best one's where there are scores.
+        records: of the iterations that took an AGOP.
+        scores: of the stages; empty where nothing is validated.
+        ties: what decides between equal scores.
+        best: the stage that predicts.
+        coordinates: of the points (r, .), for the stages' centers.
+        stopped: why iterations ended early; "" where they did not.
+    """
+
+    stages: list[Stage]
+    solved: Solved
+    records: list[IterationRecord]
+    scores: list[float]
+    ties: list[float]
+    best: int
+    coordinates: torch.Tensor
+    stopped: str
+
+    @property
+    def stage(self) -> Stage:
+        """The one that predicts."""
+        return self.stages[self.best]
+
+
+Scored = Callable[[Stage, torch.Tensor], tuple[float, float]]
+
+
+class Learner:
+    """Runs the iterations on some points.
+
+    Args:
+        points: what is learnt from.
+        regression: of every stage.
+        rules: of the iterations.
+        engine: who does the work.
+        score: (stage, coordinates of the points) -> (score, tie), or None.
+        after: called with (index, record, metric) after each iteration.
+    """
+
+    def __init__(
+        self,
+        points: Points,
+        regression: KernelRidge,
+        rules: Rules,
+        engine: Local,
+        score: Scored | None = None,
+        after: Callable[[int, IterationRecord, Metric], None] = lambda index, record, metric: None,
+    ):
+        self.points, self.regression, self.rules, self.engine = points, regression, rules, engine
+        self.score, self.after = score, after
+        self._start = time.perf_counter()
+
+    def run(self) -> Learnt:
+        """All iterations, or as many as the rules allow."""
+        points, rules, engine = self.points, self.rules, self.engine
+        metric = Metric.before(points.X, rules.diagonal, engine) if rules.iterations else Metric()
+        coordinates = metric.coordinates(points.X)
+        stages, records, scores, kept, stopped = [], [], [], None, ""
+        for index in range(rules.iterations):
+            begin = time.perf_counter()
+            solved, inner, _ = kernel_ridge.fit_and_agop(
+                metric.among(coordinates), points.Y, self.regression, engine,
+                rows=points.rows, center=rules.center, diagonal=rules.diagonal,
+            )  # fmt: skip
+            stages.append(Stage(metric, solved.alpha))
+            kept = self._scored(stages, scores, coordinates, solved, kept)
+            metric, scale = metric.updated(inner, rules.agop_scale, points.rows.total, coordinates, engine)
+            score = scores[-1][0] if scores else None
+            records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
+            self.after(index, records[-1], metric)
+            stopped = self._stop(scores, time.perf_counter() - begin, engine)
+            if stopped:
+                log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
+                break
+        if not stopped or self.score is None:
+            solved = kernel_ridge.solve(metric.among(coordinates), points.Y, self.regression, engine, rows=points.rows)
+            stages.append(Stage(metric, solved.alpha))
+            kept = self._scored(stages, scores, coordinates, solved, kept)
+        assert kept is not None
+        best = max(range(len(scores)), key=lambda i: (*scores[i], -i)) if scores else len(stages) - 1
+        firsts, ties = [score for score, _ in scores], [tie for _, tie in scores]
+        return Learnt(stages, kept, records, firsts, ties, best, coordinates, stopped)
+
+    def _scored(self, stages, scores, coordinates, solved: Solved, kept: Solved | None) -> Solved:
+        """Add the last stage's score; the solution to keep is the best one's, or the last one's without scores."""
+        if self.score is None:
+            return solved
+        scores.append(self._agreed(self.score(stages[-1], coordinates)))
+        better = kept is None or all(scores[-1] > earlier for earlier in scores[:-1])
+        return solved if better else kept  # pyright: ignore[reportReturnType]
+
+    def _agreed(self, score: tuple[float, float]) -> tuple[float, float]:
+        """The first rank's score, which decides on every rank."""
+        pair = torch.tensor(score, dtype=torch.float64, device=self.points.X.device)
+        first, tie = self.engine.broadcast(pair).tolist()
+        return first, tie
+
+    def _stop(self, scores: list, last: float, engine: Local) -> str:
+        """Why no further iteration begins; "" where one does."""
+        rules = self.rules
+        if rules.patience is not None and scores:
+            best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
+            if len(scores) - 1 - best >= rules.patience:
+                return f"no better score in {rules.patience} iterations"
+        if rules.seconds is not None:
+            spent = time.perf_counter() - self._start
+            over = self.points.X.new_full((1,), float(spent + last > rules.seconds))
+            if bool(engine.broadcast(over)):
+                return f"time_limit of {rules.seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"
+        return ""

@@ -1,0 +1,395 @@
+"""What the recursive feature machines share: fit, and what can be asked of the learnt metric."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.validation import check_is_fitted
+
+from fastagop import linalg
+from fastagop.distributed.engine import Local, engine_of
+from fastagop.estimators import files as storage
+from fastagop.estimators import inputs
+from fastagop.estimators.base import KernelEstimator, Training, in_full
+from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.estimators.progress import Progress
+from fastagop.kernels import checks
+from fastagop.kernels.operations import gradients
+from fastagop.kernels.plan import AgopTask
+from fastagop.rfm import validation
+from fastagop.rfm.learning import Learner, Learnt, Points, Rules, Stage
+from fastagop.rfm.metric import Metric, Span
+from fastagop.rfm.preparation import SCALES, Preparation
+from fastagop.rfm.records import Directions, IterationEvent, IterationRecord
+from fastagop.rfm.validation import HeldOut
+from fastagop.solvers.solution import report
+
+
+class RecursiveFeatureMachine(KernelEstimator):
+    """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
+
+    Hooks: ``_answers``, ``_codes``, ``_original``.
+    """
+
+    iterations: int
+    diagonal: bool
+    center: bool
+    scale: str | None
+    early_stopping: bool
+    validation_fraction: float
+    n_iter_no_change: int | None
+    scoring: Any
+    metric_samples: float | None
+    time_limit: float | None
+    random_state: Any
+    # These are set by fit.
+    iterations_: list[IterationRecord]
+    best_iteration_: int
+    _learnt: tuple[list[Stage], torch.Tensor] | None
+    _metric: Metric
+    _preparation: Preparation
+
+    def _answers(self, name: str, y) -> np.ndarray:
+        """Labels or targets of validation rows, checked; errors call them by that name."""
+        raise NotImplementedError
+
+    def _codes(self, y: np.ndarray) -> torch.Tensor | None:
+        """Targets of +-1 (m, K) of labels; None in regression."""
+        raise NotImplementedError
+
+    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
+        """Labels or targets of some training rows as they were given."""
+        raise NotImplementedError
+
+    @in_full
+    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
+        """Alternate kernel regression and AGOP, then solve once more with the last M, or with the best one.
+
+        With validation rows, given or held out by ``early_stopping``, the kernel regression of every iteration is
+        scored on them, and the best one predicts. Rows that were held out, or left out by ``metric_samples``, have no
+        part in M, but in the last solve.
+
+        Args:
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,): the solve is (K + ridge W^-1) alpha = Y and the AGOP a weighted sum, so that
+                a weight of 2 counts as a row written twice and a weight of 0 as a row left out. Default 1.
+            X_val, y_val: validation rows (m, d) and their labels or targets; nothing is trained on them.
+
+        Returns:
+            self, with ``kernel_``, ``M_``, ``iterations_`` and ``solution_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument. MemoryError: the kernel matrix does not fit.
+            fastagop.distributed.RankLost: a process of the group died.
+
+        Warns:
+            NumericalWarning: per solve whose result had to be altered.
+        """
+        regression, rules = self._checked()
+        if (X_val is None) != (y_val is None):
+            raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
+        data, engine = self._training(X, y, sample_weight), engine_of(self.process_group)
+        random = inputs.random(self.random_state)
+        held, learn = self._held(data, X_val, y_val, random, engine)
+        learn = self._sampled(data, learn, random, engine)
+        part = data if learn is None else _rows_of(data, learn)
+        points, reported = Points.of(part.X, part.Y, part.weights), set()
+        regression = self._settled(regression, points.X)
+        learnt = self._learn(points, regression, rules, held, reported)
+        self._metric, self.iterations_, self.best_iteration_ = learnt.stage.metric, learnt.records, learnt.best
+        if held is not None:
+            self.validation_score_, self._ties = np.array(learnt.scores), np.array(learnt.ties)
+        if learn is None:
+            self._centers, solved = learnt.stage.centers(learnt.coordinates), learnt.solved
+        else:
+            points = Points.of(data.X, data.Y, data.weights)
+            self._centers, solved = points.solve(self._metric, regression, engine)
+        # The caller's tensor must not be kept.
+        owned = learnt.coordinates.clone() if _shared(learnt.coordinates, X) else learnt.coordinates
+        self._centers = owned if self._centers is learnt.coordinates else self._centers
+        self._learnt = (learnt.stages, owned)
+        self._seen = points.rows.means(data.Y.double()), points.rows.weights
+        self.solution_, self._alpha = solved.solution, solved.alpha
+        report(self.solution_, reported)
+        return self
+
+    def _learn(
+        self, points: Points, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
+    ) -> Learnt:
+        """Run the iterations; records are reported and callbacks called as they come."""
+        with Progress("RFM", "iteration", rules.iterations, quiet=not self.verbose) as progress:
+
+            def after(index: int, record: IterationRecord, metric: Metric) -> None:
+                report(record.solution, reported)
+                if self.callbacks:
+                    M = metric.matrix(points.X.shape[1], self.diagonal, points.X)
+                    for callback in self.callbacks:
+                        callback(IterationEvent(index, rules.iterations, record, M))
+                progress.step()
+
+            def score(stage: Stage, coordinates: torch.Tensor) -> tuple[float, float]:
+                assert held is not None
+                outputs = self._product(stage.metric.points(held.points), stage.centers(coordinates), stage.alpha)
+                return held.score(self, outputs)
+
+            scored = None if held is None else score
+            return Learner(points, regression, rules, engine_of(self.process_group), scored, after).run()
+
+    def _held(self, data: Training, X_val, y_val, random, engine: Local) -> tuple[HeldOut | None, torch.Tensor | None]:
+        """(validation rows or None, the rows that remain, None for all)."""
+        if X_val is None and not self.early_stopping:
+            return None, None
+        scorer = validation.scorer_of(self, self.scoring)
+        if X_val is not None:
+            points, y = self._given(X_val, y_val)
+            return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
+        n = len(data.X)
+        held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        if held < 1:
+            raise ValueError(f"early_stopping needs at least two rows, got {n}; give X_val and y_val, or more rows")
+        codes = None if data.classes is None else data.classes.cpu().numpy()
+        stay, out = validation.chosen(validation.split(n, codes, held, random), engine, data.X.device)
+        points, weights = data.X[out].double(), None if data.weights is None else data.weights[out].cpu().numpy()
+        y = self._original(data, out)
+        rows = self._preparation.original(points).cpu().numpy()
+        return HeldOut(points, rows, y, self._codes(y), weights, scorer), stay
+
+    def _given(self, X_val, y_val) -> tuple[torch.Tensor, np.ndarray]:
+        """Validation rows as the kernel sees them, and their labels or targets, checked."""
+        try:
+            points = self._preparation.near(self._samples(X_val))
+        except ValueError as error:
+            raise ValueError(f"X_val: {error}") from error
+        y = self._answers("y_val", y_val)
+        if len(y) != len(points):
+            raise ValueError(f"y_val must have one row per row of X_val: X_val has {len(points)}, y_val has {len(y)}")
+        return points, y
+
+    def _sampled(self, data: Training, learn: torch.Tensor | None, random, engine: Local) -> torch.Tensor | None:
+        """The rows that M is learnt from: ``metric_samples`` of those there are; None for all."""
+        rows = torch.arange(len(data.X), device=data.X.device) if learn is None else learn
+        if self.metric_samples is None:
+            return learn
+        count = validation.count_of("metric_samples", self.metric_samples, len(rows))
+        if count == len(rows):
+            return learn
+        codes = None if data.classes is None else data.classes[rows].cpu().numpy()
+        stay, _ = validation.chosen(validation.split(len(rows), codes, len(rows) - count, random), engine, rows.device)
+        return rows[stay]
+
+    def _planned_fit(self):
+        """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
+        return functools.partial(self._steps, self._checked()[0])
+
+    def _steps(self, regression: KernelRidge, data, share: int):
+        """([(name, how often, step)], bytes that the fit keeps)."""
+        from fastagop.estimators.fit_plans import iteration_steps
+
+        task = AgopTask("sum", self.center)
+        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal))
+
+    def _checked(self) -> tuple[KernelRidge, Rules]:
+        regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
+        for name in ("diagonal", "center", "early_stopping"):
+            checks.flag(name, getattr(self, name))
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
+        if self.early_stopping:
+            fraction = self.validation_fraction
+            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+                raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
+        inputs.random(self.random_state)
+        patience, seconds = self.n_iter_no_change, self.time_limit
+        patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
+        seconds = None if seconds is None else checks.nonnegative("time_limit", seconds)
+        if self.metric_samples is not None:
+            validation.count_of("metric_samples", self.metric_samples, 1)
+        return regression, Rules(iterations, self.diagonal, self.center, self.agop_scale, patience, seconds)
+
+    @property
+    def M_(self):
+        """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
+        check_is_fitted(self)
+        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers)
+        return self._kept(self._preparation.reported(M))
+
+    @in_full
+    def transform(self, X):
+        """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype.
+
+        With ``scale="standard"`` these are the standardised rows in the metric that was learnt for them.
+        """
+        check_is_fitted(self)
+        rows = self._samples(X)
+        if self._preparation.unit is not None:
+            rows = self._preparation.near(rows)
+        return self._answer(self._metric.transformed(rows), X)
+
+    @in_full
+    def gradients(self, X):
+        """Gradients of the outputs at rows X, in the units of the data: (m, K, d), of X's kind and dtype.
+
+        Formula: grad f_c(x) = R g_c(x R), with R = M^(1/2) and g_c the kernel machine's gradient. Outputs are those of
+        ``decision_function`` with one column for each class (for two classes, the second is the negative of the
+        first), or of ``predict``.
+        """
+        check_is_fitted(self)
+        near = self._preparation.near(self._samples(X))
+        points = self._metric.points(near)
+        g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
+        g = self._metric.pulled_back(g, near)
+        return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
+
+    @in_full
+    def directions(self, k=None) -> Directions:
+        """The k directions that the metric stretches most, largest first, with signs: ``Directions``.
+
+        Eigenvectors of ``M_``; with ``scale="standard"`` those of the metric of the standardised features, written for
+        the features as they are given. Only their number, d, limits k where the default None asks for all that count:
+        eigenvalues above the rounding of the largest.
+
+        Raises:
+            ValueError: k is not between 1 and d.
+        """
+        check_is_fitted(self)
+        d = self.n_features_in_
+        k = None if k is None else checks.integer("k", k, 1, d)
+        values, inner, vectors = self._axes()
+        if k is None:
+            k = max(1, int((values > len(values) * torch.finfo(self._dtype).eps * values[0]).sum()))
+        if k > len(values):  # the rest of the features' space, which the metric maps to zero
+            vectors = torch.cat([vectors, _beyond(vectors, k - len(values))], 1)
+            values = torch.cat([values, values.new_zeros(k - len(values))])
+        vectors = vectors[:, :k].T
+        correlations = torch.zeros(k, dtype=torch.float64, device=values.device)
+        found = self._correlations(self._centers.double()[:, : len(inner)] @ inner[:, :k])
+        correlations[: len(found)] = found
+        vectors = vectors * torch.where(correlations < 0, -1.0, 1.0)[:, None] + 0.0  # no minus zeros
+        if self._preparation.unit is not None:
+            vectors = vectors / self._preparation.unit
+            vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+        return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values[:k], correlations.abs())))
+
+    def _axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(eigenvalues, descending; eigenvectors in coordinates (r, r); those of the features (d, r)), float64."""
+        metric, d = self._metric, self.n_features_in_
+        if metric.M is None or metric.M.ndim == 1:
+            values = torch.ones(d, dtype=torch.float64) if metric.M is None else metric.M.double()
+            values, order = values.sort(descending=True, stable=True)
+            vectors = torch.eye(d, dtype=torch.float64, device=values.device)[:, order]
+            return values, vectors, vectors
+        values, inner = linalg.eigh(metric.M.double())
+        values, inner = values.flip(0).clamp_(min=0.0), inner.flip(1)
+        return values, inner, inner if metric.span is None else metric.span.basis @ inner
+
+    def _correlations(self, projections: torch.Tensor) -> torch.Tensor:
+        """Signed correlation of each column (r, k) of the points with the target that it is correlated with most."""
+        targets, weights = self._seen
+        share = torch.ones_like(targets[:, 0]) if weights is None else weights.to(targets)
+        share = share / share.sum()
+        projections, targets = (part - share @ part for part in (projections, targets))
+        sizes = [(share @ part.square()).sqrt() for part in (projections, targets)]
+        products = (share[:, None] * projections).T @ targets
+        bound = sizes[0][:, None] * sizes[1]
+        found = torch.where(bound > 0, products / torch.where(bound > 0, bound, 1.0), 0.0)
+        if hasattr(self, "classes_") and found.shape[1] == 2:
+            return found[:, 1]
+        return found.gather(1, found.abs().argmax(1, keepdim=True))[:, 0]
+
+    def _staged(self, X) -> Iterator[torch.Tensor]:
+        """Outputs (m, K) of the kernel machines after 0, 1, ... AGOPs."""
+        check_is_fitted(self)
+        if self._learnt is None:
+            raise ValueError("staged_predict needs the iterations of fit, which a file does not hold: fit again")
+        stages, coordinates = self._learnt
+        near = self._preparation.near(self._samples(X))
+        for stage in stages:
+            yield self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
+
+    @in_full
+    def staged_predict(self, X):
+        """Predictions after 0, 1, ... AGOPs, up to the last that was taken: an iterator of what ``predict`` returns.
+
+        They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
+        had no part in. A loaded estimator has none.
+        """
+        return iter([self._view(outputs).predict(X) for outputs in self._staged(X)])
+
+    @property
+    def feature_importances_(self):
+        """How much each feature counts in the learned metric: (d,), the diagonal of ``M_`` over its sum.
+
+        With ``scale="standard"`` it is that of the standardised features, which do not depend on units.
+        """
+        check_is_fitted(self)
+        metric = self._metric
+        spread = None if metric.M is None or metric.span is None else metric.span.diagonal(metric.M)
+        if spread is None:
+            M = metric.matrix(self.n_features_in_, self.diagonal, self._centers).double()
+            spread = M if M.ndim == 1 else M.diagonal()
+        return self._kept((spread / spread.sum()).to(torch.float64))
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names."""
+        return self.n_features_in_
+
+    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        self._preparation = Preparation.of(X, weights, self.scale)
+        return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
+
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        return self._metric.points(self._preparation.near(X))
+
+    def _packed(self):
+        metric, preparation = self._metric, self._preparation
+        tensors = {"offset": preparation.offset, "targets": self._seen[0], **self._packed_alpha()}
+        span = metric.span
+        optional = {"unit": preparation.unit, "M": metric.M, "root": metric.root, "target_weights": self._seen[1]}
+        optional |= {} if span is None else {"centre": span.centre, "basis": span.basis}
+        tensors |= {name: value for name, value in optional.items() if value is not None}
+        records = []
+        for index, record in enumerate(self.iterations_):
+            solution = storage.pack_solution(record.solution)
+            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": record.score}
+            records.append({"solution": solution, **numbers})
+            tensors[f"{index}.alpha"] = record.solution.alpha
+        scores = getattr(self, "validation_score_", None)
+        scores = None if scores is None else [score if np.isfinite(score) else None for score in scores.tolist()]
+        return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}
+
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+        span = Span(tensors["centre"], tensors["basis"]) if "basis" in tensors else None
+        root = tensors.get("root")  # Files of earlier versions hold M = I without a root.
+        self._metric = Metric(None if root is None else tensors["M"], root, span)
+        self._preparation, self._learnt = Preparation(tensors["offset"], tensors.get("unit")), None
+        self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
+        none = self._alpha.new_zeros(self._alpha.shape)
+        self._seen = tensors.get("targets", none), tensors.get("target_weights")
+        for index, record in enumerate(metadata["iterations"]):
+            solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
+            self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
+        self.best_iteration_ = metadata.get("best_iteration", len(self.iterations_))
+        if metadata.get("scores") is not None:
+            self.validation_score_ = np.array([-np.inf if score is None else score for score in metadata["scores"]])
+
+
+def _rows_of(data: Training, index: torch.Tensor) -> Training:
+    """Some rows of the training data."""
+    rows = (value if value is None else value[index] for value in (data.X, data.Y, data.classes, data.weights))
+    return Training(*rows)
+
+
+def _shared(tensor: torch.Tensor, X) -> bool:
+    """Whether a tensor may hold the memory of what the caller gave."""
+    return not isinstance(X, torch.Tensor) or tensor.untyped_storage().data_ptr() == X.untyped_storage().data_ptr()
+
+
+def _beyond(basis: torch.Tensor, count: int) -> torch.Tensor:
+    """Orthonormal columns (d, count) that are orthogonal to those of a basis (d, r)."""
+    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] : basis.shape[1] + count]

@@ -1,0 +1,166 @@
+"""The metric that a recursive feature machine learns, and the coordinates in which it is small.
+
+Gradients at the points are combinations of their differences, so M maps everything into the span of the points. With
+fewer points than features it is M = Q M_r Q^T with Q (d, r) orthonormal: everything is learnt in coordinates C = X Q,
+and M is written out only where somebody asks for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastagop import linalg
+from fastagop.distributed.engine import Local
+from fastagop.estimators import kernel_ridge
+
+
+@dataclass(frozen=True)
+class Span:
+    """The affine span of some points: what is left of a row after ``centre`` has coordinates in ``basis``.
+
+    Attributes:
+        centre: a point of the span (d,), float64.
+        basis: Q (d, r) with orthonormal columns, float64.
+    """
+
+    centre: torch.Tensor
+    basis: torch.Tensor
+
+    @classmethod
+    def of(cls, X: torch.Tensor, engine: Local) -> Span:
+        """The span of points X (n, d), the same on every rank."""
+        wide = X.double()
+        centre = wide.mean(0)
+        return cls(engine.broadcast(centre), engine.broadcast(torch.linalg.qr((wide - centre).T).Q.contiguous()))
+
+    def coordinates(self, X: torch.Tensor) -> torch.Tensor:
+        """(X - centre) Q, shape (m, r), computed in float64, in X's dtype."""
+        return ((X.double() - self.centre) @ self.basis).to(X.dtype)
+
+    def with_distance(self, X: torch.Tensor) -> torch.Tensor:
+        """Coordinates and, last, the distance from the span: (m, r + 1).
+
+        Distances to points of the span, whose last item is 0, are those of the rows.
+        """
+        apart = X.double() - self.centre
+        inner = apart @ self.basis
+        beyond = torch.linalg.vector_norm(apart - inner @ self.basis.T, dim=1, keepdim=True)
+        return torch.cat([inner, beyond], 1).to(X.dtype)
+
+    def lifted(self, M: torch.Tensor) -> torch.Tensor:
+        """Q M Q^T (d, d), symmetric to the bit, float64."""
+        M = self.basis @ M.double() @ self.basis.T
+        return (M + M.T).mul_(0.5)
+
+    def diagonal(self, M: torch.Tensor) -> torch.Tensor:
+        """The diagonal of Q M Q^T (d,), float64."""
+        return (self.basis @ M.double()).mul_(self.basis).sum(1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """M of ||x - z||_M, as it was learnt.
+
+    Attributes:
+        M: (r, r) in the coordinates of ``span``, (d, d) or, its diagonal alone, (d,); None before anything was learnt,
+            when M = I.
+        root: M^(1/2), of M's shape.
+        span: of the points, where that has fewer dimensions than there are features; else None.
+    """
+
+    M: torch.Tensor | None = None
+    root: torch.Tensor | None = None
+    span: Span | None = None
+
+    @classmethod
+    def before(cls, X: torch.Tensor, diagonal: bool, engine: Local) -> Metric:
+        """M = I for points X (n, d), in the coordinates in which it will be learnt."""
+        return cls(span=Span.of(X, engine) if len(X) < X.shape[1] and not diagonal else None)
+
+    def coordinates(self, X: torch.Tensor) -> torch.Tensor:
+        """The points (n, r) as they are given to ``among``: X itself where there is no span."""
+        return X if self.span is None else self.span.coordinates(X)
+
+    def among(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Points of the span, given by their coordinates, whose Euclidean distance is ||x - z||_M."""
+        return project(coordinates, self.root)
+
+    def points(self, X: torch.Tensor) -> torch.Tensor:
+        """Any rows X (m, d) as points whose Euclidean distance is ||x - z||_M: the kernel machine's input."""
+        if self.span is None:
+            return project(X, None if self.root is None else self.root.to(X))
+        if self.root is None:
+            return self.span.with_distance(X)
+        wide = (X.double() - self.span.centre) @ self.span.basis
+        return project(wide.to(X.dtype), self.root.to(X))
+
+    def transformed(self, X: torch.Tensor) -> torch.Tensor:
+        """X M^(1/2) with the symmetric root of M, shape (m, d)."""
+        if self.root is None:
+            return X
+        if self.span is None:
+            return project(X, self.root.to(X))
+        basis = self.span.basis.to(X)
+        return (X @ basis) @ self.root.to(X) @ basis.T
+
+    def pulled_back(self, gradients: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        """Gradients (m, K, .) with respect to ``points(X)`` as gradients (m, K, d) with respect to X."""
+        if self.root is None:
+            return gradients if self.span is None else self._from_distance(gradients, X)
+        root = self.root.to(gradients)
+        inner = gradients * root if root.ndim == 1 else gradients @ root
+        return inner if self.span is None else inner @ self.span.basis.T.to(gradients)
+
+    def _from_distance(self, gradients: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        assert self.span is not None
+        basis, apart = self.span.basis.to(X), X - self.span.centre.to(X)
+        beyond = apart - (apart @ basis) @ basis.T
+        length = torch.linalg.vector_norm(beyond, dim=1, keepdim=True)
+        beyond = torch.where(length > 0, beyond / torch.where(length > 0, length, 1.0), 0.0)
+        return gradients[..., :-1] @ basis.T + gradients[..., -1:] * beyond[:, None, :]
+
+    def updated(self, inner: torch.Tensor, scale: str, total: float, X: torch.Tensor, engine: Local):
+        """(the metric of a new AGOP, its divisor); a constant predictor says nothing about features: M stays then.
+
+        Args:
+            inner: AGOP, or its diagonal, with respect to ``among(X)``, summed over rows.
+            scale: ``agop_scale``.
+            total: weight of the rows.
+            X: the points' coordinates.
+            engine: who works on the fit.
+        """
+        agop = pulled_back(inner, self.root)
+        sizes = agop if self.span is None else self.span.diagonal(agop)
+        divisor = kernel_ridge.agop_divisor(sizes, scale, total)
+        if not bool(agop.any()):
+            return self, divisor
+        M = (agop / divisor).to(X.dtype)
+        root = M.clamp_(min=0.0).sqrt() if M.ndim == 1 else linalg.psd_sqrt(M)
+        return replace(self, M=M, root=engine.broadcast(root)), divisor
+
+    def matrix(self, d: int, diagonal: bool, like: torch.Tensor) -> torch.Tensor:
+        """M written out: (d, d), or its diagonal (d,), in the dtype of ``like``."""
+        if self.M is None:
+            ones = like.new_ones(d)
+            return ones if diagonal else ones.diag()
+        return self.M if self.span is None else self.span.lifted(self.M).to(like.dtype)
+
+
+def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """X R, the points whose Euclidean distance is ||x - z||_M; R = root is M^(1/2), its diagonal, or None for I."""
+    if root is None:
+        return X
+    return X * root if root.ndim == 1 else X @ root
+
+
+def pulled_back(M: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """The AGOP (or its diagonal) with respect to X from that with respect to X R: R M R, since gradients go by R."""
+    M = M.double()
+    if root is None:
+        return M
+    if M.ndim == 1:
+        return M * root.double().square()
+    M = root.double() @ M @ root.double()
+    return (M + M.T).mul_(0.5)

@@ -1,0 +1,67 @@
+"""How features become what the kernel sees: offsets subtracted and, where asked for, each divided by its spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastagop.estimators import inputs
+
+SCALES = (None, "standard")
+_CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """(x - offset) / unit for every row x.
+
+    Attributes:
+        offset: of each feature (d,), float64.
+        unit: of each feature (d,), float64; None where all are 1.
+    """
+
+    offset: torch.Tensor
+    unit: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, X: torch.Tensor, weights: torch.Tensor | None, scale: str | None) -> Preparation:
+        """What training rows X (n, d) ask for: "standard" is their (weighted) mean and standard deviation.
+
+        Without a scale only offsets are subtracted that lie far from zero in every row: the kernel sees differences.
+        """
+        return cls(inputs.offsets(X)) if scale is None else cls(*_moments(X.double(), weights))
+
+    def near(self, X: torch.Tensor) -> torch.Tensor:
+        """Rows X (m, d) as the kernel sees them; float64 where something is subtracted."""
+        if self.unit is None and not bool(self.offset.any()):
+            return X
+        X = X.double() - self.offset
+        return X if self.unit is None else X.div_(self.unit)
+
+    def original(self, X: torch.Tensor) -> torch.Tensor:
+        """Rows that ``near`` made, in the units of the data, float64."""
+        return (X.double() if self.unit is None else X.double() * self.unit) + self.offset
+
+    def reported(self, M: torch.Tensor) -> torch.Tensor:
+        """A metric (d, d), or its diagonal (d,), of the features as the kernel sees them, for those of the data."""
+        if self.unit is None:
+            return M
+        wide = M.double() / self.unit
+        return (wide / (self.unit if M.ndim == 1 else self.unit[:, None])).to(M.dtype)
+
+
+def _moments(X: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard deviation) of each column, 1 in place of the deviation of a constant one.
+
+    Deviations are squared in units of the largest one, so that no column is too large or too small for it.
+    """
+    share = X.new_full((len(X),), 1.0 / len(X)) if weights is None else weights.double() / weights.double().sum()
+    base = X[0].clone()
+    mean = base + share @ (X - base)
+    apart = X - mean
+    largest = apart.abs().amax(0)
+    varies = largest > _CONSTANT * torch.finfo(torch.float64).eps * mean.abs()
+    unit = torch.where(varies, largest, 1.0)
+    deviation = unit * (share @ (apart / unit).square_()).sqrt_()
+    return mean, torch.where(varies & (deviation > 0), deviation, 1.0)

@@ -1,0 +1,87 @@
+"""Rows that were held out, what predictions for them are worth, and which rows these are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import check_scoring
+from sklearn.model_selection import train_test_split
+
+from fastagop.distributed.engine import Local
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation rows.
+
+    Attributes:
+        points: the rows as the kernel sees them before a metric (m, d), float64.
+        X, y: the rows and their labels or targets as scikit-learn's scorers take them.
+        codes: targets of +-1 (m, K) in a classifier, whose squared error decides between equal scores; else None.
+        weights: of the rows (m,), or None.
+        scorer: (estimator, X, y) -> a number, the larger the better.
+    """
+
+    points: torch.Tensor
+    X: Any
+    y: np.ndarray
+    codes: torch.Tensor | None
+    weights: np.ndarray | None
+    scorer: Any
+
+    def score(self, model, outputs: torch.Tensor) -> tuple[float, float]:
+        """(score, what decides between equal scores) of outputs (m, K) for the rows.
+
+        Args:
+            model: the estimator, whose ``predict`` and the like are asked for what it makes of the outputs.
+            outputs: of its kernel machine, float64.
+        """
+        options = {} if self.weights is None else {"sample_weight": self.weights}
+        score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
+        score = -math.inf if math.isnan(score) else score
+        tie = 0.0 if self.codes is None else -float((outputs - self.codes).square().mean())
+        return score, tie
+
+
+def scorer_of(model, scoring):
+    """The scorer of a name or a function (estimator, X, y) -> number; default the estimator's ``score``."""
+    try:
+        return check_scoring(model, scoring=scoring)
+    except (ValueError, TypeError) as error:
+        raise type(error)(
+            f"scoring must be None, the name of a scorer or a function, got {scoring!r}: {error}"
+        ) from None
+
+
+def split(n: int, codes: np.ndarray | None, held: int, random) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that stay, rows held out) of n, in ascending order; stratified by class where classes are large enough."""
+    kinds = 0 if codes is None else len(np.unique(codes))
+    even = codes is not None and np.bincount(codes).min() >= 2 and min(held, n - held) >= kinds
+    stay, out = train_test_split(np.arange(n), test_size=held, stratify=codes if even else None, random_state=random)
+    return np.sort(stay), np.sort(out)
+
+
+def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Rows that the first rank has drawn, on every rank."""
+    return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
+
+
+def count_of(name: str, value, n: int) -> int:
+    """How many of n rows a whole number, or a fraction of them, asks for: one at least and n at most.
+
+    Raises:
+        ValueError, TypeError: naming the parameter.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number of rows or a fraction of them, got {value!r}")
+    if isinstance(value, (int, np.integer)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value!r}")
+        return min(int(value), n)
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise ValueError(f"{name} must be a fraction in (0, 1] or a whole number of rows, got {value!r}")
+    return max(1, min(n, round(n * value)))
