@@ -1,4 +1,4 @@
-"""Trees of recursive feature machines for many rows: splits along the directions that matter, a machine in every leaf."""
+"""Trees of recursive feature machines for many rows: splits along directions that matter, a machine in every leaf."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastagop.solvers import copies
 _LAPLACE = Laplace(10.0)
 _TEMPERATURES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 _DIRECTIONS = 8  # of a metric, tried before a random one
-_SPLIT = {"iterations": 1, "early_stopping": False, "metric_samples": None, "time_limit": None}
+_SPLIT = {"iterations": 2, "early_stopping": False, "metric_samples": None, "time_limit": None}
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ class RFMTreeClassifier(Classifier, RFMTree):
         metric_samples=None,
         time_limit=None,
         random_state=None,
-        leaf_size=2500,
+        leaf_size=4000,
         split_samples=1000,
         soft=True,
     ):
@@ -458,7 +458,7 @@ class RFMTreeRegressor(Regressor, RFMTree):
         time_limit=None,
         random_state=None,
         fit_intercept=True,
-        leaf_size=2500,
+        leaf_size=4000,
         split_samples=1000,
         soft=True,
     ):
