@@ -78,7 +78,7 @@ CASES: dict[str, Callable[[], Fit]] = {
 def ours(p: Fit) -> peers.Predictor:
     """fastagop's regressor."""
     options = {"kernel": p.kernel, "iterations": p.iterations, "ridge": p.ridge, "device": "cpu"}
-    return fastagop.RFMRegressor(**options).fit(p.X, p.alpha).predict
+    return fastagop.RFMRegressor(**options, fit_intercept=False).fit(p.X, p.alpha).predict
 
 
 def _by(fit: Callable[..., peers.Predictor]) -> Callable[[Fit], peers.Predictor]:

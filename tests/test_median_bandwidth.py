@@ -164,6 +164,15 @@ def test_a_sample_stands_for_many_points():
     assert settled(MEDIAN, torch.from_numpy(X[np.argsort(np.abs(X[:, 0]))])).bandwidth == pytest.approx(found, rel=0.1)
 
 
+def test_a_row_that_two_stretches_take_is_at_no_distance_of_itself():
+    """Of 1100 rows 1024 stretches take some twice."""
+    X = np.random.default_rng(4).normal(size=(1100, 3))
+    apart = pdist(X[bandwidth._places(len(X)).numpy()])
+    assert (apart == 0).any()
+    wanted = float(np.median(apart[apart > 0]))
+    assert settled(MEDIAN, torch.from_numpy(X)).bandwidth == pytest.approx(wanted, rel=1e-14)
+
+
 @pytest.mark.parametrize("n", [1, 2, 1023, 1024, 1025, 1500, 2048, 10**7])
 def test_places_of_the_sample(n):
     """Within n, ascending, one in every stretch; all of them where there are no more than 1024."""
@@ -266,20 +275,21 @@ def test_functions_say_what_to_do(call):
 
 @every
 @pytest.mark.parametrize("kernel", [HALF, GeneralisedLaplace("median", 0.7)], ids=repr)
-def test_a_fit_is_the_fit_with_the_number(make, kernel):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])  # Deep RFM normalises float64 rows before it rounds them
+def test_a_fit_is_the_fit_with_the_number(make, kernel, dtype):
     X, y = data()
+    X = X.astype(dtype)
     model = make(kernel, **SMALL[make]).fit(X, y)
     assert model.kernel == kernel
     by_hand = make(model.kernel_, **SMALL[make]).fit(X, y)
     assert by_hand.kernel_ == by_hand.kernel == model.kernel_
     np.testing.assert_array_equal(model.predict(X), by_hand.predict(X))
     np.testing.assert_array_equal(model.transform(X), by_hand.transform(X))
-    rows = X / np.linalg.norm(X, axis=1, keepdims=True) if "Deep" in make.__name__ else X
-    factor = 0.5 if kernel is HALF else 1.0
-    assert model.kernel_.bandwidth == pytest.approx(factor * median(rows), rel=1e-6)  # of float32 points
-    assert model.fit(2.0 * X, y).kernel_.bandwidth == pytest.approx(  # the parameter is not used up
-        by_hand.kernel_.bandwidth * (1.0 if rows is not X else 2.0), rel=1e-6
-    )
+    deep, factor = "Deep" in make.__name__, 0.5 if kernel is HALF else 1.0
+    wanted = factor * median(X / np.linalg.norm(X, axis=1, keepdims=True) if deep else X)
+    assert model.kernel_.bandwidth == pytest.approx(wanted, rel=1e-6)  # of float32 points
+    again = model.fit(2.0 * X, y).kernel_.bandwidth  # the parameter is not used up
+    assert again == pytest.approx(wanted if deep else 2.0 * wanted, rel=1e-6)
 
 
 def test_settled_says_what_fit_reports():
@@ -299,10 +309,8 @@ def test_a_weight_of_two_is_a_row_written_twice(make):
     assert weighted.kernel_ == make(MEDIAN, **SMALL[make]).fit(X[rows], y[rows]).kernel_
 
 
-@every
+@pytest.mark.parametrize("make", [RFMRegressor, DeepRFMRegressor], ids=lambda make: make.__name__)
 def test_one_row_and_equal_rows(make):
-    if "Classifier" in make.__name__:
-        pytest.skip("a classifier needs two rows")
     for n in (1, 4):
         model = make(MEDIAN, **SMALL[make]).fit(np.ones((n, 2)), np.full(n, 3.0))
         assert model.kernel_ == Laplace(1.0)
@@ -324,6 +332,8 @@ def test_saved_with_both(make, tmp_path):
 @every
 def test_searches(make):
     X, y = data()
+    assert make(HALF).set_params(kernel__bandwidth="median").kernel == MEDIAN
+    assert make(HALF).get_params()["kernel__bandwidth"] == ("median", 0.5)
     words = ["median", ("median", 0.5), 3.0]
     search = GridSearchCV(make(**SMALL[make], ridge=1e-2), {"kernel__bandwidth": words}, cv=2).fit(X, y)
     assert [found["kernel__bandwidth"] for found in search.cv_results_["params"]] == words

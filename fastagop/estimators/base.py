@@ -18,6 +18,7 @@ from sklearn.base import (
     RegressorMixin,
     TransformerMixin,
 )
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.communicator import Communicator
@@ -325,15 +326,14 @@ class Classifier(ClassifierMixin, KernelEstimator):
 
     def predict(self, X):
         """Labels (m,): the class of the largest output."""
-        found = self.classes_[self._outputs(X).argmax(1).cpu().numpy()]
+        best = self._outputs(X).argmax(1).cpu().numpy()
+        found = self.classes_[best]
         if isinstance(X, torch.Tensor) and found.dtype.kind in "biuf" and found.dtype.itemsize <= 8:
             return torch.from_numpy(found).to(X.device)
         return found
 
     def score(self, X, y, sample_weight=None):
         """Accuracy of predict(X) against y."""
-        from sklearn.metrics import accuracy_score
-
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return accuracy_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 
@@ -386,8 +386,6 @@ class Regressor(RegressorMixin, KernelEstimator):
 
     def score(self, X, y, sample_weight=None):
         """R^2 of predict(X) against y."""
-        from sklearn.metrics import r2_score
-
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return r2_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop.distributed.engine import LOCAL, Local, Predictor
+from fastagop.estimators import small
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, budget
@@ -66,7 +67,18 @@ def solve(
         engine: who does the work.
         rows: how the rows became points; default as they are.
     """
-    return engine.solve(regression.kernel, X, Y, regression.options, rows or copies.alone(X)).solved
+    rows = rows or copies.alone(X)
+    if (fitted := _small(X, Y, regression, engine, rows)) is not None:
+        return fitted.solved
+    return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
+
+
+def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
+    """The solution of a small problem without copies, weights or wishes; None of any other."""
+    plain = rows.plain and type(engine) is Local and regression.memory_limit is None and regression.solver == "auto"
+    if not plain or regression.backend not in ("auto", "torch"):
+        return None
+    return small.fit(regression.kernel, X, Y, float(regression.ridge))
 
 
 def fit_and_agop(
@@ -94,6 +106,9 @@ def fit_and_agop(
         mark: called with "solve" and with "agop" when these are done.
     """
     rows = rows or copies.alone(X)
+    fitted = _small(X, Y, regression, engine, rows)
+    if fitted is not None and (found := small.solve_and_agop(fitted, center, diagonal, mark)) is not None:
+        return found
     solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)
