@@ -95,6 +95,36 @@ class Tree:
                 if bool(asked.any()):
                     stack.append((child, rows[asked], part))
 
+    def packed(self) -> tuple[torch.Tensor, list]:
+        """(directions of the splits, a list of numbers for each node), for a file."""
+        splits = [node for node in self.nodes if isinstance(node, Split)]
+        numbers = [
+            [node.size, node.number]
+            if isinstance(node, Leaf)
+            else [node.size, node.threshold, node.spread, node.left, node.right]
+            for node in self.nodes
+        ]
+        return torch.stack([node.direction for node in splits]) if splits else torch.empty(0, 0), numbers
+
+    @classmethod
+    def unpacked(cls, directions: torch.Tensor, numbers: list, features: int) -> Tree:
+        """The tree that ``packed`` described.
+
+        Raises:
+            ValueError: the nodes are no tree.
+        """
+        rest, nodes = iter(directions), []
+        for items in numbers:
+            nodes.append(Leaf(items[1], items[0]) if len(items) == 2 else Split(items[0], next(rest), *items[1:]))
+        tree, splits = cls(nodes), [node for node in nodes if isinstance(node, Split)]
+        below = sorted(child for node in splits for child in (node.left, node.right))
+        later = all(min(node.left, node.right) > place for place, node in enumerate(nodes) if isinstance(node, Split))
+        numbered = [leaf.number for leaf in tree.leaves] == list(range(len(nodes) - len(splits)))
+        fits = len(splits) == len(directions) and (not splits or directions.shape[1] == features)
+        if not nodes or below != list(range(1, len(nodes))) or not (later and numbered and fits):
+            raise ValueError("its nodes are no tree")
+        return tree
+
     def _walk(self) -> Iterator[tuple[int, Split | Leaf]]:
         """(depth, node), each before those below it, from the left."""
         stack = [(0, 0)]
