@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.engine import Local
@@ -382,10 +384,12 @@ class _Lenient:
         self.scorer = scorer
 
     def __call__(self, model, X, y, **options) -> float:
-        try:
-            return float(self.scorer(model, X, y, **options))
-        except ValueError:
-            return math.nan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            try:
+                return float(self.scorer(model, X, y, **options))
+            except ValueError:
+                return math.nan
 
 
 def _constant(answers: np.ndarray) -> bool:

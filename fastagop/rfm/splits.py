@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-FAINT = 1e-3  # the lighter side of a split is not asked where its weight is less
+FAINT = 1e-3  # a leaf is not asked where its weight is less, unless its side was the heavier one in every split
 _EVEN = 0.25  # share of the points on the smaller side from which on a split is taken without looking further
 _ROUNDING = 64.0  # eps of the largest projection by which two must differ to lie on different sides
 _ROWS = 2**16  # of a block of projections
@@ -71,29 +71,28 @@ class Tree:
     def route(self, points: torch.Tensor, temperature: float) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(leaf, rows that it answers for, their weights, float64) of points (m, d), from the left.
 
-        The weights of a row sum to 1, but for the sides that were too light to be asked. At temperature 0 every row
-        has one leaf, and the weight 1.
+        The weights of a row sum to 1, but for those of leaves that are too light to be asked. At temperature 0 every
+        row has one leaf, and the weight 1.
         """
-        m = len(points)
-        stack = [(0, torch.arange(m, device=points.device), points.new_ones(m, dtype=torch.float64))]
+        every = torch.arange(len(points), device=points.device)
+        stack = [(0, every, points.new_ones(len(points), dtype=torch.float64), every >= 0)]
         while stack:
-            number, rows, weights = stack.pop()
+            number, rows, weights, main = stack.pop()  # main: whether all sides so far were the heavier ones
             node = self.nodes[number]
             if isinstance(node, Leaf):
                 yield node.number, rows, weights
                 continue
             apart = projections(points, rows, node.direction) - node.threshold
-            for child, toward in ((node.right, apart), (node.left, -apart)):  # the left one is on top
-                if temperature > 0:
-                    share = torch.sigmoid(toward / (temperature * node.spread))
-                    heavy = toward >= 0 if child == node.left else toward > 0
-                    asked = heavy | (share * weights >= FAINT)
-                    part = (share * weights)[asked]
-                else:
-                    asked = toward >= 0 if child == node.left else toward > 0
-                    part = weights[asked]
+            left = apart <= 0
+            for child, side, toward in (
+                (node.right, ~left, apart),
+                (node.left, left, -apart),
+            ):  # the left one is on top
+                share = torch.sigmoid(toward / (temperature * node.spread)) if temperature > 0 else side.double()
+                part, chief = share * weights, main & side
+                asked = chief | (part >= FAINT)
                 if bool(asked.any()):
-                    stack.append((child, rows[asked], part))
+                    stack.append((child, rows[asked], part[asked], chief[asked]))
 
     def packed(self) -> tuple[torch.Tensor, list]:
         """(directions of the splits, a list of numbers for each node), for a file."""
