@@ -27,7 +27,7 @@ from fastagop.solvers.solve import solve
 if TYPE_CHECKING:
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
-    from fastagop.rfm import RFMClassifier, RFMRegressor
+    from fastagop.rfm import RFMClassifier, RFMRegressor, RFMTreeClassifier, RFMTreeRegressor
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,8 @@ __all__ = [
     "NumericalWarning",
     "RFMClassifier",
     "RFMRegressor",
+    "RFMTreeClassifier",
+    "RFMTreeRegressor",
     "Solution",
     "agop",
     "collapse",

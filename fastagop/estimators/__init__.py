@@ -7,4 +7,6 @@ MODULES = {
     "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
     "RFMClassifier": "fastagop.rfm",
     "RFMRegressor": "fastagop.rfm",
+    "RFMTreeClassifier": "fastagop.rfm",
+    "RFMTreeRegressor": "fastagop.rfm",
 }

@@ -25,18 +25,24 @@ def save(model, path: Path) -> None:
     if name not in MODULES or type(model) is not _class(name):
         *names, last = MODULES
         raise TypeError(f"save knows {', '.join(names)} and {last}, not {name}")
+    tensors, metadata = described(model)
+    storage.write(path, _KIND, tensors, {**metadata, "versions": storage.versions()})
+
+
+def described(model) -> tuple[dict, dict]:
+    """(tensors, description) of a fitted estimator, from which ``assembled`` makes it again."""
     tensors, metadata = model._packed()
     parameters = model.get_params(deep=False).items()
-    metadata = {
-        "estimator": name,
+    description = {
+        "estimator": type(model).__name__,
         "parameters": {k: storage.pack_value(v) for k, v in parameters if not _of_process(k, v)},
-        "kernel": storage.pack_kernel(model.kernel_),
-        "solution": storage.pack_solution(model.solution_),
         "attributes": {k: storage.pack_value(getattr(model, k)) for k in _ATTRIBUTES if hasattr(model, k)},
-        "versions": storage.versions(),
-        **metadata,
     }
-    storage.write(path, _KIND, {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}, metadata)
+    if hasattr(model, "solution_"):  # a kernel machine, and no tree of them
+        description["kernel"] = storage.pack_kernel(model.kernel_)
+        description["solution"] = storage.pack_solution(model.solution_)
+        tensors = {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}
+    return tensors, {**description, **metadata}
 
 
 def load(path, device=None):
@@ -47,7 +53,7 @@ def load(path, device=None):
         device: where its tensors go; default its own ``device`` parameter.
 
     Returns:
-        The estimator, fitted: ``DeepRFMClassifier``, ``DeepRFMRegressor``, ``RFMClassifier`` or ``RFMRegressor``.
+        The estimator, fitted: a Deep RFM, an RFM or a tree of them.
 
     Raises:
         OSError: the file is not there or cannot be read. ValueError: it is damaged or was not written by ``save``, its
@@ -56,23 +62,25 @@ def load(path, device=None):
     path = Path(path)
     tensors, metadata = storage.read(path, _KIND)
     with storage.restoring(path):
-        return _restored(path, tensors, metadata, device)
+        if metadata["estimator"] not in MODULES:
+            raise ValueError(f"{path} holds a {metadata['estimator']}, which this version of fastagop does not have")
+        return assembled(tensors, metadata, device)
 
 
-def _restored(path: Path, tensors: dict, metadata: dict, device):
+def assembled(tensors: dict, metadata: dict, device=None):
     """The estimator of a file's contents."""
-    if metadata["estimator"] not in MODULES:
-        raise ValueError(f"{path} holds a {metadata['estimator']}, which this version of fastagop does not have")
     parameters = {name: storage.unpack_value(value) for name, value in metadata["parameters"].items()}
     if device is not None:
         parameters["device"] = str(device)
     model = _class(metadata["estimator"])(**parameters)
     model._machine()
-    model.kernel_ = storage.unpack_kernel(metadata["kernel"])
-    _check_shapes(tensors, metadata)
+    if "solution" in metadata:
+        model.kernel_ = storage.unpack_kernel(metadata["kernel"])
+        _check_shapes(tensors, metadata)
     tensors = {name: value.to(model._device) for name, value in tensors.items()}
-    model._centers = tensors["centers"]
-    model.solution_ = storage.unpack_solution(metadata["solution"], tensors["alpha"])
+    if "solution" in metadata:
+        model._centers = tensors["centers"]
+        model.solution_ = storage.unpack_solution(metadata["solution"], tensors["alpha"])
     for name in _ATTRIBUTES:
         if name in metadata["attributes"]:
             setattr(model, name, storage.unpack_value(metadata["attributes"][name]))

@@ -97,6 +97,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         random = inputs.random(self.random_state)
         held, learn = self._held(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
+        self._part = learn  # the rows that M is made of, None for all
         part = data if learn is None else _rows_of(data, learn)
         points, reported = Points.of(part.X, part.Y, part.weights), set()
         regression = self._settled(regression, points.X)

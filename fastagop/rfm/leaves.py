@@ -1,0 +1,397 @@
+"""What trees of recursive feature machines share: growth, leaves, soft routing, files and plans."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import UndefinedMetricWarning
+from sklearn.utils.validation import check_is_fitted
+
+from fastagop.distributed.engine import Local
+from fastagop.estimators import files as storage
+from fastagop.estimators import inputs, persistence
+from fastagop.estimators.base import KernelEstimator, Training, in_full
+from fastagop.estimators.progress import Progress
+from fastagop.kernels import checks
+from fastagop.kernels.plan import AgopTask
+from fastagop.rfm import validation
+from fastagop.rfm.preparation import SCALES, Preparation
+from fastagop.rfm.splits import Growth, Tree
+from fastagop.rfm.validation import HeldOut
+from fastagop.solvers import copies
+
+_TEMPERATURES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+_DIRECTIONS = 8  # of a metric, tried before a random one
+_SPLIT = {"iterations": 2, "early_stopping": False, "metric_samples": None, "time_limit": None}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf whose rows all have one answer.
+
+    Attributes:
+        answer: their label, or their target.
+        outputs: what the kernel machine of the tree would answer (K,), float64.
+    """
+
+    answer: Any
+    outputs: torch.Tensor
+
+    def predict(self, X):
+        """The answer for every row of X."""
+        return np.array([self.answer] * len(X))
+
+
+class RFMTree(KernelEstimator):
+    """What the trees share; hooks: ``_answers``, ``_widened``, ``_MACHINE``."""
+
+    _MACHINE: type
+    callbacks = ()
+    process_group = None
+    scale: str | None
+    early_stopping: bool
+    validation_fraction: float
+    scoring: Any
+    metric_samples: float | None
+    time_limit: float | None
+    random_state: Any
+    leaf_size: int
+    split_samples: int
+    soft: bool
+    # These are set by fit.
+    tree_: Tree
+    leaves_: list
+    temperature_: float
+    _preparation: Preparation
+    _shares: np.ndarray
+
+    def __sklearn_clone__(self):
+        """A clone, of parameters alone: a tree has no process group."""
+        from sklearn.base import BaseEstimator
+
+        return BaseEstimator.__sklearn_clone__(self)
+
+    def _answers(self, data: Training) -> np.ndarray:
+        """Labels or targets of the training rows, as they were given."""
+        raise NotImplementedError
+
+    def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs of a leaf's machine as outputs (m, K) of the tree's."""
+        raise NotImplementedError
+
+    @in_full
+    def fit(self, X, y, sample_weight=None):
+        """Grow the tree, fit a machine in every leaf, and choose how softly rows are shared between leaves.
+
+        Args:
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,), as for one machine. Splits divide distinct rows, whatever their weights.
+
+        Returns:
+            self, with ``tree_``, ``leaves_`` and ``temperature_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument. MemoryError: a leaf's kernel matrix does not fit.
+
+        Warns:
+            NumericalWarning: per solve whose result had to be altered.
+        """
+        begin = time.perf_counter()
+        self._checked()
+        data = self._training(X, y, sample_weight)
+        answers, random = self._answers(data), inputs.random(self.random_state)
+        points = copies.find(data.X, data.weights)
+        splitter = _Splitter(self, data, answers, random)
+        growth = Growth(data.X, points.kept, points.group, int(self.leaf_size), splitter.directions, splitter.settled)
+        self.tree_, members = growth.run()
+        weights = torch.ones(len(data.X), dtype=torch.float64) if data.weights is None else data.weights.cpu()
+        self._shares = np.array([float(weights[rows.cpu()].sum()) for rows in members])
+        self.leaves_ = []
+        with Progress("RFM tree", "leaf", len(members), quiet=not self.verbose) as progress:
+            for rows in members:
+                self.leaves_.append(self._leaf(data, answers, rows, len(members), begin))
+                progress.step(rows=str(len(rows)))
+        self.temperature_ = self._tempered(data, answers, members, random)
+        return self
+
+    def _machine_of(self, **changes):
+        """A recursive feature machine with the tree's parameters, which are in the tree's units."""
+        names = self._MACHINE._get_param_names()
+        shared = {name: getattr(self, name) for name in self._get_param_names() if name in names}
+        own = {"scale": None, "verbose": 0, **({"class_weight": None} if "class_weight" in names else {})}
+        return self._MACHINE(**{**shared, **own, **changes})
+
+    def _leaf(self, data: Training, answers: np.ndarray, rows: torch.Tensor, count: int, begin: float):
+        """A fitted leaf of ``count``, for some rows."""
+        own = answers[rows.cpu().numpy()]
+        if _constant(own) and count > 1:
+            return Constant(own[0], data.Y[rows[0]].double())
+        changes = {}
+        if count > 1:
+            changes["scoring"] = None if self.scoring is None else _Lenient(validation.scorer_of(self, self.scoring))
+            if self.soft and not self.early_stopping and self.metric_samples is None:
+                changes["metric_samples"] = len(rows) - self._held(len(rows))
+        if self.time_limit is not None:
+            left = begin + float(self.time_limit) - time.perf_counter()
+            changes["time_limit"] = max(0.0, left / (count - len(self.leaves_)))
+        weights = None if data.weights is None else data.weights[rows].cpu().numpy()
+        return self._machine_of(**changes).fit(self._kept(data.X[rows]), own, sample_weight=weights)
+
+    def _held(self, n: int) -> int:
+        """How many of a leaf's n rows are held out."""
+        return min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+
+    def _tempered(self, data: Training, answers: np.ndarray, members: list[torch.Tensor], random) -> float:
+        """The temperature with the best score on the rows that no leaf's metric and coefficients have seen."""
+        if not self.soft or len(members) == 1:
+            return 0.0
+        held = torch.cat([self._unseen(leaf, rows, random) for leaf, rows in zip(self.leaves_, members, strict=True)])
+        if len(held) == 0:
+            return 0.0
+        near, index = data.X[held].double(), held.cpu().numpy()
+        rows = self._preparation.original(near).cpu().numpy()
+        weights = None if data.weights is None else data.weights[held].cpu().numpy()
+        codes = None if data.classes is None else data.Y[held].double()
+        scorer = validation.scorer_of(self, self.scoring)
+        judge = HeldOut(near, rows, answers[index], codes, weights, scorer)
+        scores = [judge.score(self, outputs) for outputs in self._mixed(near, _TEMPERATURES, self._before)]
+        return _TEMPERATURES[max(range(len(scores)), key=lambda i: (*scores[i], -i))]
+
+    def _unseen(self, leaf, rows: torch.Tensor, random) -> torch.Tensor:
+        """Some of a leaf's rows, of which its iterations were not made; at most the share to hold out."""
+        if isinstance(leaf, Constant):
+            return rows[:0]
+        out = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        out[leaf._part] = False
+        out, most = rows[out], self._held(len(rows))
+        if len(out) <= most:
+            return out
+        return out[torch.from_numpy(random.permutation(len(out))[:most]).to(out.device)]
+
+    def _before(self, leaf, near: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) of a leaf before its last solve, which takes all of its rows."""
+        if isinstance(leaf, Constant):
+            return leaf.outputs.expand(len(near), -1)
+        stages, coordinates = leaf._learnt
+        stage = stages[leaf.best_iteration_]
+        points = stage.metric.points(leaf._preparation.near(near))
+        return self._widened(leaf, leaf._product(points, stage.centers(coordinates), stage.alpha))
+
+    def _after(self, leaf, near: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) of a fitted leaf."""
+        if isinstance(leaf, Constant):
+            return leaf.outputs.expand(len(near), -1)
+        return self._widened(leaf, leaf._product(leaf._mapped(near), leaf._centers, leaf._alpha))
+
+    def _mixed(self, near: torch.Tensor, temperatures: tuple[float, ...], answer: Callable) -> list[torch.Tensor]:
+        """Weighted means (m, K) of the leaves' answers for rows as the kernel sees them, for each temperature."""
+        routed: list[list] = [[] for _ in self.leaves_]
+        narrow = near.to(self._dtype)  # training rows took their side so
+        for place, temperature in enumerate(temperatures):
+            for leaf, rows, weights in self.tree_.route(narrow, temperature):
+                routed[leaf].append((place, rows, weights))
+        sums, totals = {}, near.new_zeros(len(temperatures), len(near))
+        for leaf, parts in zip(self.leaves_, routed, strict=True):
+            if not parts:
+                continue
+            asked = torch.unique(torch.cat([rows for _, rows, _ in parts]))
+            outputs = answer(leaf, near[asked])
+            for place, rows, weights in parts:
+                sums.setdefault(place, outputs.new_zeros(len(near), outputs.shape[1]))
+                part = outputs[torch.searchsorted(asked, rows)]
+                sums[place].index_add_(0, rows, weights[:, None] * part)
+                totals[place].index_add_(0, rows, weights)
+        return [sums[place].div_(totals[place][:, None]) for place in range(len(temperatures))]
+
+    @in_full
+    def _outputs(self, X) -> torch.Tensor:
+        check_is_fitted(self)
+        return self._mixed(self._mapped(self._samples(X)), (self.temperature_,), self._after)[0]
+
+    @in_full
+    def transform(self, X):
+        """Weights of the leaves, which sum to 1 for every row: shape (m, number of leaves), of X's kind and dtype."""
+        check_is_fitted(self)
+        near = self._mapped(self._samples(X))
+        weights = near.new_zeros(len(near), len(self.leaves_))
+        for leaf, rows, part in self.tree_.route(near.to(self._dtype), self.temperature_):
+            weights[rows, leaf] = part
+        return self._answer(weights.div_(weights.sum(1, keepdim=True)), X)
+
+    @in_full
+    def apply(self, X):
+        """The number of the leaf that hard routing gives each row, by its place in ``leaves_``: (m,) integers."""
+        check_is_fitted(self)
+        near = self._mapped(self._samples(X))
+        found = torch.empty(len(near), dtype=torch.int64, device=near.device)
+        for leaf, rows, _ in self.tree_.route(near.to(self._dtype), 0.0):
+            found[rows] = leaf
+        return found.to(X.device) if isinstance(X, torch.Tensor) else found.cpu().numpy()
+
+    @property
+    def feature_importances_(self):
+        """How much each feature counts in the leaves' metrics: (d,), the mean of the leaves' own, weighted by rows.
+
+        With ``scale="standard"`` it is that of the standardised features. Leaves with one answer have no metric.
+        """
+        check_is_fitted(self)
+        total = torch.zeros(self.n_features_in_, dtype=torch.float64)
+        for leaf, share in zip(self.leaves_, self._shares, strict=True):
+            found = None if isinstance(leaf, Constant) else torch.as_tensor(leaf.feature_importances_).cpu()
+            if found is not None and bool(torch.isfinite(found).all()):
+                total += share * found
+        known = float(total.sum())
+        return self._kept(total / known if known > 0 else torch.full_like(total, 1.0 / len(total)))
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.leaves_)
+
+    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        self._preparation = Preparation.of(X, weights, self.scale)
+        return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
+
+    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+        return self._preparation.near(X)
+
+    def _packed(self):
+        directions, nodes = self.tree_.packed()
+        tensors = {"directions": directions, "shares": torch.from_numpy(self._shares)}
+        tensors["offset"] = self._preparation.offset
+        if self._preparation.unit is not None:
+            tensors["unit"] = self._preparation.unit
+        leaves = []
+        for place, leaf in enumerate(self.leaves_):
+            if isinstance(leaf, Constant):
+                own, text = {"outputs": leaf.outputs}, {"answer": storage.pack_value(np.asarray([leaf.answer]))}
+            else:
+                own, text = persistence.described(leaf)
+            tensors |= {f"{place}/{name}": value for name, value in own.items()}
+            leaves.append(text)
+        return tensors, {"nodes": nodes, "leaves": leaves, "temperature": self.temperature_}
+
+    def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+        self.tree_ = Tree.unpacked(tensors["directions"], metadata["nodes"], self.n_features_in_)
+        self._preparation = Preparation(tensors["offset"], tensors.get("unit"))
+        self._shares, self.temperature_ = tensors["shares"].cpu().numpy(), float(metadata["temperature"])
+        parts: dict[str, dict] = {}
+        for name, value in tensors.items():
+            place, _, own = name.partition("/")
+            if own:
+                parts.setdefault(place, {})[own] = value
+        self.leaves_ = []
+        for place, text in enumerate(metadata["leaves"]):
+            own = parts[str(place)]
+            if "answer" in text:
+                self.leaves_.append(Constant(storage.unpack_value(text["answer"])[0], own["outputs"]))
+            elif text["estimator"] == self._MACHINE.__name__:
+                self.leaves_.append(persistence.assembled(own, text, self.device))
+            else:
+                raise ValueError(f"a leaf is a {text['estimator']}, not a {self._MACHINE.__name__}")
+        if not len(self.leaves_) == len(self.tree_.leaves) == len(self._shares):
+            raise ValueError(f"{len(self.leaves_)} leaves and the tree do not belong together")
+
+    def _checked(self) -> None:
+        """Refuse parameters that a fit could not use."""
+        self._machine()
+        if self.scale not in SCALES:
+            raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
+        self._machine_of()._checked()
+        checks.integer("leaf_size", self.leaf_size, 2)
+        checks.integer("split_samples", self.split_samples, 2)
+        checks.flag("soft", self.soft)
+        if self.soft:
+            self._machine_of(early_stopping=True)._checked()  # of the rows to hold out
+        validation.scorer_of(self, self.scoring)
+
+    def _planned_fit(self):
+        """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
+        self._checked()
+        return self._steps
+
+    def _steps(self, data, share: int):
+        """([(name, how often, step)], bytes that the fit keeps), for rows that halve evenly."""
+        from fastagop.estimators.fit_plans import iteration_steps
+
+        (n, d), task = data.X.shape, AgopTask("sum", self.center)
+        depth = math.ceil(math.log2(max(1.0, n / self.leaf_size)))
+        machine, many, rows = self._machine(), 2**depth, math.ceil(n / 2**depth)
+        steps, sizes = [], [] if depth == 0 else [("split", many - 1, min(int(self.split_samples), n), 2)]
+        held = 0
+        for name, often, size, iterations in [*sizes, ("leaf", many, rows, int(self.iterations))]:
+            part = replace(data, X=data.X[:size], Y=data.Y[:size])
+            found, held = iteration_steps(part, machine, share, task, (iterations, self.diagonal))
+            steps += [(f"{many if name == 'leaf' else many - 1} x {name} of {size} rows, {label}", often * times, step)
+                      for label, times, step in found]  # fmt: skip
+        return steps, many * held + n * d * data.X.element_size()
+
+
+class _Splitter:
+    """Says along which directions some rows are worth dividing.
+
+    Args:
+        tree: whose parameters the small machines have.
+        data: of the fit. answers: labels or targets of its rows.
+        random: for samples and, where nothing else divides the rows, directions.
+    """
+
+    def __init__(self, tree: RFMTree, data: Training, answers: np.ndarray, random):
+        self.tree, self.data, self.answers, self.random = tree, data, answers, random
+
+    def settled(self, rows: torch.Tensor) -> bool:
+        """Whether rows all have one answer."""
+        return _constant(self.answers[rows.cpu().numpy()])
+
+    def directions(self, rows: torch.Tensor):
+        """Directions (d,) to try in turn: those of a metric learnt from a sample of the rows, then a random one."""
+        data, count = self.data, min(int(self.tree.split_samples), len(rows))
+        sample = rows
+        if count < len(rows):
+            codes = None if data.classes is None else data.classes[rows].cpu().numpy()
+            codes = None if codes is None else np.unique(codes, return_inverse=True)[1]
+            part = validation.split(len(rows), codes, len(rows) - count, self.random)
+            sample = rows[validation.chosen(part, Local(), rows.device)[0]]
+        own = self.answers[sample.cpu().numpy()]
+        if not _constant(own):
+            weights = None if data.weights is None else data.weights[sample].cpu().numpy()
+            model = self.tree._machine_of(**_SPLIT).fit(data.X[sample], own, sample_weight=weights)
+            found = model.directions()
+            for vector in found.vectors[:_DIRECTIONS].double():
+                yield vector * torch.sign(vector[vector.abs().argmax()])
+        spread = data.X[sample].double().std(0, correction=0)
+        vector = torch.from_numpy(self.random.normal(size=len(spread))).to(spread)
+        vector = torch.where(spread > 0, vector / torch.where(spread > 0, spread, 1.0), 0.0)
+        if bool(vector.any()):
+            yield vector / torch.linalg.vector_norm(vector)
+
+
+class _Lenient:
+    """A scorer for the few rows of a leaf: NaN, so that squared errors decide, where it refuses them.
+
+    Rows of one class, or of fewer than the leaf has, are no error here; the score on the rows of all leaves is taken
+    by the scorer itself.
+    """
+
+    def __init__(self, scorer):
+        self.scorer = scorer
+
+    def __call__(self, model, X, y, **options) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            try:
+                return float(self.scorer(model, X, y, **options))
+            except ValueError:
+                return math.nan
+
+
+def _constant(answers: np.ndarray) -> bool:
+    """Whether all rows have one label or target."""
+    return bool((answers == answers[:1]).all())
