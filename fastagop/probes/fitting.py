@@ -24,7 +24,7 @@ from fastagop.probes.reading import Targets, take
 from fastagop.probes.result import Aggregate, Probe, Probes, outputs, side_by_side
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 
-BANDWIDTHS = (1.0, 10.0, 100.0)
+BANDWIDTHS = (("median", 0.3), "median", ("median", 3.0))
 _FOLDS = 5  # of the rows that the combination is fitted on
 
 
@@ -95,7 +95,8 @@ def fit(
             float16 and bfloat16 included. d may differ between layers; more columns than rows cost little.
         y: labels (n,), also 0.0 and 1.0; or floats (n,) or (n, K), which are targets of regression.
         validation: (activations, y) of other rows: scores are of these then, and nothing is learnt from them.
-        bandwidths: what the kernel is given, in the units of the activations.
+        bandwidths: what the kernel is given: numbers in the units of the activations, or "median" and
+            ("median", factor), of the distances in each layer.
         centers: whether the mean gradient of each output is subtracted before the outer product.
         iterations, ridge, device, dtype: as in ``RFMClassifier``; every iteration is scored.
         kernel: a class such as ``Laplace``, or a kernel of which the bandwidth is replaced.
@@ -216,7 +217,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
 def _kernel(kernel, bandwidth):
     """The kernel with a bandwidth."""
     made = kernel(bandwidth) if isinstance(kernel, type) else kernel
-    checks.kernel(made)
+    checks.kernel(made, settled=False)
     return made if isinstance(kernel, type) else made.set_params(bandwidth=bandwidth)
 
 
@@ -229,8 +230,8 @@ def _named(name: Hashable):
             yield
     except (ValueError, TypeError, MemoryError) as error:
         raise type(error)(f"layer {name!r}: {error}") from error
-    for warning in caught:
-        warnings.warn(f"layer {name!r}: {warning.message}", warning.category, stacklevel=5)
+    for message, category in dict.fromkeys((str(warning.message), warning.category) for warning in caught):
+        warnings.warn(f"layer {name!r}: {message}", category, stacklevel=5)
 
 
 @contextlib.contextmanager

@@ -91,11 +91,13 @@ def _rows(name: str, value):
 
 def targets(name: str, y) -> Targets:
     """Labels, or floats: those that are not just two whole numbers are targets of regression."""
-    y = np.asarray(inputs.numpy(name, y))
-    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    y = answers(name, y)
     try:
         if y.ndim == 2 or (y.dtype.kind == "f" and not _two_whole(y)):
-            return Targets(inputs.targets(y), None)
+            y = inputs.targets(y)
+            if (y == y[0]).all():
+                raise ValueError("all targets are equal: there is nothing to learn")
+            return Targets(y, None)
         labels = inputs.labels(y)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -103,6 +105,12 @@ def targets(name: str, y) -> Targets:
     if len(classes) < 2:
         raise ValueError(f"{name} must hold at least two classes, got one class: {classes[0]!r}")
     return Targets(labels, classes)
+
+
+def answers(name: str, y) -> np.ndarray:
+    """Labels or targets as an array, one column without its axis."""
+    y = np.asarray(inputs.numpy(name, y))
+    return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _two_whole(y: np.ndarray) -> bool:
@@ -133,9 +141,11 @@ def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
                 f"validation: layer {name!r} must have {found[name].shape[1]} columns, got {value.shape[1]}"
             )
     if known.classes is None:
-        y = Targets(inputs.targets(given[1]).reshape(-1, *known.y.shape[1:]), None)
+        y = Targets(inputs.targets(answers("y of validation", given[1])), None)
+        if y.y.shape[1:] != known.y.shape[1:]:
+            raise ValueError(f"y of validation must have the columns of y, {known.y.shape[1:]}, got {y.y.shape[1:]}")
     else:
-        y = Targets(inputs.labels(np.asarray(inputs.numpy("y", given[1])).reshape(-1)), known.classes)
+        y = Targets(inputs.labels(answers("y of validation", given[1])), known.classes)
         found_classes = np.unique(y.y)
         if found_classes.tolist() != known.classes.tolist():
             raise ValueError(

@@ -94,7 +94,7 @@ class Aggregate:
 
     def score_of(self, activations, y) -> float:
         """The score of other rows, by the ``scoring`` of ``fit``."""
-        return float(self._scorer(self.model, self._outputs(activations), np.asarray(inputs.numpy("y", y))))
+        return float(self._scorer(self.model, self._outputs(activations), reading.answers("y", y)))
 
     def __repr__(self):
         return f"Aggregate(score {self.score:.4g}, {len(self.weights)} layers)"
@@ -150,7 +150,7 @@ class Probes:
 
     def score(self, activations, y) -> dict[Hashable, float]:
         """{layer: score of other rows}, by the ``scoring`` of ``fit``."""
-        y = np.asarray(inputs.numpy("y", y))
+        y = reading.answers("y", y)
         return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
 
     def __repr__(self):
