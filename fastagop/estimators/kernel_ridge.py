@@ -124,8 +124,10 @@ def fit_and_agop(
         solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
         return _both(solved), M.mul_(2.0), planned
     fitted = _small(X, Y, regression, engine, rows)
-    if fitted is not None and (found := small.solve_and_agop(fitted, center, diagonal, mark)) is not None:
-        return found
+    if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:
+        mark("solve")
+        mark("agop")
+        return fitted.solved, M, fitted.bytes
     solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)

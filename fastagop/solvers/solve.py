@@ -16,7 +16,7 @@ from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
 from fastagop.kernels.plan import Plan, budget, format_bytes
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import scale_points
-from fastagop.solvers import bandwidth, copies, table
+from fastagop.solvers import bandwidth, copies, few, table
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import CholeskyCG, check_place
@@ -211,6 +211,10 @@ def solve(
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
+    elif prepared.plan.method == "cholesky" and prepared.solver.dtype == torch.float64 and not prepared.solver.halves:
+        found = few.solve(kernel, X, Y, prepared.problem.ridge, X.dtype)
+        if found is not None:
+            return found.solved.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
     report(solution)
     return solution

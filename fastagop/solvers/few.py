@@ -1,0 +1,60 @@
+"""(k(X, X) + ridge I) alpha = Y for a few hundred points on the CPU, in float64 and in as few steps as that takes.
+
+What larger problems plan, estimate and guard against costs more than such a problem itself. Whatever is out of the
+ordinary (copies, a failed pivot, coefficients that grow, numbers of unusual size, a bandwidth that says nothing) is
+left to ``solve.PreparedSolve``, which deals with it and reports it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastagop.kernels.profile import Profile
+from fastagop.solvers.limits import bound, largest, relative
+from fastagop.solvers.solution import Solution, Solved
+
+POINTS = 512  # at most
+_USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
+
+
+@dataclass(frozen=True)
+class Few:
+    """A solved problem: what a solve returns, and the points and their squared distances, float64."""
+
+    solved: Solved
+    x: torch.Tensor
+    sq: torch.Tensor
+
+
+def solve(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype) -> Few | None:
+    """alpha, in dtype ``out``, for points X (n, d) and targets Y (n, K); None where it takes more than these steps."""
+    start, n = time.perf_counter(), len(X)
+    if not 1 < n <= POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
+        return None
+    x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
+    if not (_usual(largest(x)) and _usual(largest(y))):
+        return None
+    # By differences, so that near pairs keep their digits.
+    sq = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    A = kernel.value_(sq.clone())
+    if not bool(A.gt(eps).logical_and_(A.lt(1.0 - 4.0 * eps)).any()):
+        return None  # every value is 0 or 1
+    A.diagonal().add_(ridge)
+    L, info = torch.linalg.cholesky_ex(A)
+    if int(info):
+        return None
+    wide = torch.cholesky_solve(y, L).contiguous()
+    if not largest(wide) <= bound(y, out):
+        return None
+    alpha = wide.to(out)
+    residual = relative(torch.mm(A, alpha.double()).sub_(y), y)
+    seconds = time.perf_counter() - start
+    found = Solution(alpha, residual, ridge, 0.0, "cholesky", torch.float64, 0, n, seconds, residual_rows=n)
+    return Few(Solved(found, alpha), x, sq)
+
+
+def _usual(size: float) -> bool:
+    return 1.0 / _USUAL <= size <= _USUAL
