@@ -142,19 +142,23 @@ def fit_and_agop(
     backend = "auto" if wide else regression.backend
     predictor = Predictor(kernel, X, alpha, regression.precision, backend)
     task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
-    if diagonal:
-        M = engine.agop_diagonal(predictor, task)
-    elif K is not None:
-        operator = KernelOperator("agop", kernel, X, precision=regression.precision, backend=backend)
-        if isinstance(K, SymmetricBlocks):
-            M = operator.agop_from_tiles(_tiles_(K, X, alpha, task), alpha, center, weights)
-        else:
-            M = operator.agop_from_weights_(K, alpha, center, weights)
-    else:
-        M = engine.agop(predictor, task)
+    M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
     return solved, M, planned
+
+
+def _agop(
+    predictor: Predictor, W: torch.Tensor | SymmetricBlocks | None, task: AgopTask, engine: Local
+) -> torch.Tensor:
+    """The AGOP from stored weights, which are overwritten, or from the points where there are none."""
+    if W is None:
+        return engine.agop(predictor, task)
+    kernel, X, alpha, precision, backend = predictor
+    operator = KernelOperator("agop", kernel, X, precision=precision, backend=backend)
+    if isinstance(W, SymmetricBlocks):
+        return operator.agop_from_tiles(_tiles_(W, X, alpha, task), alpha, task.center, task.weights)
+    return operator.agop_from_weights_(W, alpha, task.center, task.weights)
 
 
 def _weights_(

@@ -115,8 +115,7 @@ def fit(
     Warns:
         NumericalWarning: naming the layer, of the machine that is kept.
     """
-    layers, known = reading.layers(activations), reading.targets("y", y)
-    reading.same_rows("y", layers, known.y)
+    layers, known = reading.read(activations, y)
     settings, random = _settings(locals(), known.classes), inputs.random(random_state)
     if validation is None:
         learnt, out = reading.split(known, validation_fraction, random)

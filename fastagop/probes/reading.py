@@ -118,6 +118,13 @@ def _two_whole(y: np.ndarray) -> bool:
     return len(y) > 0 and bool(np.isfinite(y).all()) and bool((y == np.round(y)).all()) and len(np.unique(y)) == 2
 
 
+def read(activations, y) -> tuple[Layers, Targets]:
+    """Activations by layer, and labels or targets, one for each of their rows."""
+    found, known = layers(activations), targets("y", y)
+    same_rows("y", found, known.y)
+    return found, known
+
+
 def same_rows(name: str, found: Layers, y: np.ndarray) -> None:
     """Refuse labels that are not one for each row of the layers."""
     n = len(next(iter(found.values())))

@@ -62,6 +62,11 @@ class PreparedSolve:
     solver: Solver
     plan: Plan
 
+    @property
+    def float64(self) -> bool:
+        """Whether one float64 matrix in full is factored."""
+        return self.plan.method == "cholesky" and self.solver.dtype == torch.float64 and not self.solver.halves
+
     def seconds(self) -> float:
         """Estimated time."""
         return self.solver.seconds(self.problem, self.plan)
@@ -175,17 +180,15 @@ def solve(
     Up to a few thousand points one matrix is factored in place, in float64 where X is float64 or ridge is 0, else in
     float32 with float64 refinement. More float32 points take half of the matrix in float64 and half of its factor in
     float32, on which conjugate gradients reach 1e-10; where they do not, a float64 factor takes the matrix's place. A
-    failed pivot of that adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets
-    differ raise it further, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
+    failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets differ
+    raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
     Where memory is short, the kernel values that conjugate gradients multiply by are made of the points at every step,
     with a factor as long as one fits, else with a low-rank preconditioner, and with the same rule for jitter. A problem
     that they cannot bring to their tolerance is reported, with the best alpha found.
 
     Args:
-        kernel: a kernel such as ``Laplace(2.0)``.
-        X: points (n, d).
-        Y: targets (n, K).
+        kernel, X, Y: a kernel such as ``Laplace(2.0)``, points (n, d) and targets (n, K).
         ridge: mu >= 0 on the diagonal.
         method: "cholesky" (one factorisation), "cholesky+cg" (a float32 factor refined with float64 kernel values),
             "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix), or with options
@@ -203,18 +206,16 @@ def solve(
 
     Warns:
         NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, the
-            residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or the bandwidth
-            makes every kernel value 0 or 1.
+            residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or every kernel
+            value is 0 or 1.
     """
     options = SolveOptions(ridge, method, precision, backend, memory_limit)
     prepared = prepare(kernel, X, Y, options, sample_weight)
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    elif prepared.plan.method == "cholesky" and prepared.solver.dtype == torch.float64 and not prepared.solver.halves:
-        found = few.solve(kernel, X, Y, prepared.problem.ridge, X.dtype)
-        if found is not None:
-            return found.solved.solution
+    elif prepared.float64 and (found := few.solve(kernel, X, Y, prepared.problem.ridge, X.dtype)) is not None:
+        return found.solved.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
     report(solution)
     return solution
