@@ -9,6 +9,7 @@ small      calls on 60 points beside plain torch, on the CPU: what a call costs 
 scale      seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes
 tables     learners of 14 small tables beside each other by cross-validation, on the CPU: minutes
 rfm        whole RFMs at equal settings against xrfm's and the authors' update, on the CPU
+rows       learners of 10,000 and 100,000 rows, a tree of RFMs among them, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
@@ -41,6 +42,7 @@ from bench import (
     network_cpu,
     report,
     rfm_cpu,
+    rows_cpu,
     scale_cpu,
     small_cpu,
     suite,
@@ -59,6 +61,7 @@ MEASURES = {
     "scale": scale_cpu.main,
     "tables": tables_cpu.main,
     "rfm": rfm_cpu.main,
+    "rows": rows_cpu.main,
     "calibrate": calibrate.main,
 }
 OPTIONS = {
@@ -71,13 +74,14 @@ OPTIONS = {
     "scale": ("n", "d"),
     "tables": ("threads", "only", "quick"),
     "rfm": ("repeats",),
+    "rows": ("n",),
     "report": ("result",),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
 }
 CASES = tuple(OPTIONS)
 # Where --device cpu says nothing new.
-_ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm")
+_ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
 _MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
 _NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"

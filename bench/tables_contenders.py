@@ -27,28 +27,33 @@ Builder = Callable[[str, int], Any]
 HELD_OUT = 0.2  # of the rows for what needs some to choose its iteration by: pytabkit's own share
 
 
-def _ours(family: str, standardised: bool = False, **options) -> Builder:
+def ours(family: str, scaled: bool = False, **options) -> Builder:
+    """An estimator of fastagop's, by its name without the task; ``scaled``: on standardised features."""
+
     def build(task: str, threads: int):
         found = getattr(fastagop, family.format(task), None)
         if found is None:
             raise Unable(f"this fastagop has no {family.format(task)}")
         model = found(**options)
-        return _standardised(task, model) if standardised else model
+        return standardised(task, model) if scaled else model
 
     return build
 
 
-def _standardised(task: str, model: Any):
+def standardised(task: str, model: Any):
     """The model on standardised features, and targets where they are numbers."""
     made = make_pipeline(StandardScaler(), model)
     return made if task == CLASSIFICATION else TransformedTargetRegressor(made, transformer=StandardScaler())
 
 
 class HeldOut(BaseEstimator):
-    """xRFM with its defaults, as an estimator that holds out the rows that it chooses its iteration by."""
+    """xRFM with its defaults, as an estimator that holds out the rows that it chooses its iteration by.
 
-    def __init__(self, task: str):
-        self.task = task
+    ``leaf``: rows of a leaf of its tree at most; default its own, 60,000.
+    """
+
+    def __init__(self, task: str, leaf: int | None = None):
+        self.task, self.leaf = task, leaf
 
     def fit(self, X, y):
         """Fit on four fifths of the rows."""
@@ -57,7 +62,8 @@ class HeldOut(BaseEstimator):
 
         stratify = y if self.task == CLASSIFICATION else None
         X, X_held, y, y_held = train_test_split(X, y, test_size=HELD_OUT, stratify=stratify, random_state=0)
-        self.model_ = xRFM(device=torch.device("cpu"), verbose=False, random_state=0)
+        leaves = {} if self.leaf is None else {"max_leaf_size": self.leaf}
+        self.model_ = xRFM(device=torch.device("cpu"), verbose=False, random_state=0, **leaves)
         self.model_.fit(X, y, X_held, y_held)
         return self
 
@@ -70,10 +76,13 @@ class HeldOut(BaseEstimator):
         return self.model_.predict_proba(X)
 
 
-def _xrfm(standardised: bool) -> Builder:
+def xrfm(scaled: bool, leaf: int | None = None) -> Builder:
+    """xRFM, on standardised features or on those that there are."""
+
     def build(task: str, threads: int):
         installed("xrfm")
-        return _standardised(task, HeldOut(task)) if standardised else HeldOut(task)
+        made = HeldOut(task, leaf)
+        return standardised(task, made) if scaled else made
 
     return build
 
@@ -112,15 +121,15 @@ class CalibratedSVC(CalibratedClassifierCV):
 
 
 def _svm(task: str, threads: int):
-    return CalibratedSVC() if task == CLASSIFICATION else _standardised(task, SVR())
+    return CalibratedSVC() if task == CLASSIFICATION else standardised(task, SVR())
 
 
 CONTENDERS: dict[str, Builder] = {
-    "fastagop": _ours("RFM{}", scale="standard", early_stopping=True, device="cpu"),
-    "fastagop-cv": _ours("RFM{}CV", n_settings=12, cv="holdout", random_state=0),
-    "fastagop-default": _ours("RFM{}", standardised=True, device="cpu"),
-    "xrfm": _xrfm(standardised=True),
-    "xrfm-raw": _xrfm(standardised=False),
+    "fastagop": ours("RFM{}", scale="standard", early_stopping=True, device="cpu"),
+    "fastagop-cv": ours("RFM{}CV", n_settings=12, cv="holdout", random_state=0),
+    "fastagop-default": ours("RFM{}", scaled=True, device="cpu"),
+    "xrfm": xrfm(scaled=True),
+    "xrfm-raw": xrfm(scaled=False),
     "pytabkit": _pytabkit,
     "boosting": _boosting,
     "forest": _forest,

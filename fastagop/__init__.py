@@ -25,6 +25,7 @@ from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
 
 if TYPE_CHECKING:
+    from fastagop import probes
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
     from fastagop.rfm import RFMClassifier, RFMRegressor, RFMTreeClassifier, RFMTreeRegressor
@@ -57,6 +58,7 @@ __all__ = [
     "kernel_matrix",
     "load",
     "network",
+    "probes",
     "settled",
     "solve",
 ]
@@ -65,6 +67,8 @@ _LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}  # The
 
 
 def __getattr__(name: str):
+    if name == "probes":  # a module, which imports scikit-learn
+        return importlib.import_module("fastagop.probes")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastagop' has no attribute {name!r}")

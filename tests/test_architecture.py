@@ -37,6 +37,7 @@ FLOORS = (
     ("distributed",),
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
+    ("probes",),
     ("explain",),
     ("",),  # fastagop/__init__.py
 )

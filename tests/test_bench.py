@@ -161,7 +161,7 @@ VALUES = {
     "quick": [],
 }
 
-ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm")
+ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
 
 
 @pytest.mark.parametrize("case", OPTIONS)

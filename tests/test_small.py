@@ -135,3 +135,21 @@ def test_an_agop_beyond_float64_is_for_the_long_way(normal):
     assert fitted is not None
     fitted.solved.alpha.mul_(1e200)
     assert fitted.agop(False, False) is None
+
+
+@pytest.mark.parametrize("n", [60, 700])
+@pytest.mark.parametrize("how", [{}, {"center": True}, {"diagonal": True}], ids=str)
+def test_two_columns_that_mirror_each_other_are_one(n, how, normal, relative, monkeypatch):
+    """As with the labels of two classes; both are there afterwards."""
+    X, y = normal(n, 6, dtype=torch.float32), normal(n, 1, seed=2, dtype=torch.float32)
+    seen, plain = [], Local.solve
+    monkeypatch.setattr(Local, "solve", lambda *args: seen.append(args[3].shape) or plain(*args))
+    solved, M, _ = kernel_ridge.fit_and_agop(X, torch.cat([-y, y], 1), regression(), **how)
+    one, half, _ = kernel_ridge.fit_and_agop(X, y, regression(), **how)
+    assert torch.equal(solved.alpha, torch.cat([-one.alpha, one.alpha], 1))
+    assert torch.equal(solved.solution.alpha, solved.alpha)
+    assert relative(M, 2.0 * half) <= 1e-15
+    assert torch.equal(kernel_ridge.solve(X, torch.cat([-y, y], 1), regression()).alpha, solved.alpha)
+    assert set(seen) <= {(n, 1)}
+    other, *_ = kernel_ridge.fit_and_agop(X, torch.cat([y, y], 1), regression(), **how)
+    assert relative(other.alpha, torch.cat([one.alpha, one.alpha], 1)) <= 1e-9

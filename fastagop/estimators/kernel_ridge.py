@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,9 +68,22 @@ def solve(
         rows: how the rows became points; default as they are.
     """
     rows = rows or copies.alone(X)
+    if _mirrored(Y):
+        return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
     if (fitted := _small(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
     return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
+
+
+def _mirrored(Y: torch.Tensor) -> bool:
+    """Whether the second of two columns is the first one's negative, as with two classes: one of them says all."""
+    return Y.shape[1] == 2 and bool((Y[:, 0] == -Y[:, 1]).all())
+
+
+def _both(solved: Solved) -> Solved:
+    """What was solved for the second column, for both."""
+    alpha, points = (torch.cat([-a, a], 1) for a in (solved.solution.alpha, solved.alpha))
+    return Solved(replace(solved.solution, alpha=alpha), points)
 
 
 def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
@@ -106,6 +119,10 @@ def fit_and_agop(
         mark: called with "solve" and with "agop" when these are done.
     """
     rows = rows or copies.alone(X)
+    if _mirrored(Y):
+        how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
+        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
+        return _both(solved), M.mul_(2.0), planned
     fitted = _small(X, Y, regression, engine, rows)
     if fitted is not None and (found := small.solve_and_agop(fitted, center, diagonal, mark)) is not None:
         return found

@@ -277,13 +277,13 @@ class RecursiveFeatureMachine(KernelEstimator):
         return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values[:k], correlations.abs())))
 
     def _axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(eigenvalues, descending; eigenvectors in coordinates (r, r); those of the features (d, r)), float64."""
+        """(eigenvalues, descending; eigenvectors in coordinates, (r, .); those of the features, (d, .)), float64."""
         metric, d = self._metric, self.n_features_in_
         if metric.M is None or metric.M.ndim == 1:
             values = torch.ones(d, dtype=torch.float64) if metric.M is None else metric.M.double()
             values, order = values.sort(descending=True, stable=True)
             vectors = torch.eye(d, dtype=torch.float64, device=values.device)[:, order]
-            return values, vectors, vectors
+            return values, vectors if metric.span is None else metric.span.basis.T[:, order], vectors
         values, inner = linalg.eigh(metric.M.double())
         values, inner = values.flip(0).clamp_(min=0.0), inner.flip(1)
         return values, inner, inner if metric.span is None else metric.span.basis @ inner
