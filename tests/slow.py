@@ -24,6 +24,9 @@ SLOW = {
     "test_median_bandwidth.py": {
         "test_scikit_learn": "all checks of scikit-learn, on a median bandwidth",
     },
+    "test_rfm_tree.py": {
+        "test_scikit_learn": "all checks of scikit-learn, twenty seconds",
+    },
     "test_damage.py": {
         "test_images_of_another_dtype_are_refused_before_they_are_read": "writes large images",
     },

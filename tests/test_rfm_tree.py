@@ -205,21 +205,23 @@ def test_a_weight_of_two_is_a_row_written_twice(problem, kind):
 
 
 def test_fits_what_one_metric_cannot():
-    """In each half of the plane a different direction counts: its leaves find their own."""
+    """In each of two clusters another direction counts: the leaves find their own."""
     rng = np.random.default_rng(2)
-    X, Z = rng.normal(size=(600, 10)), rng.normal(size=(400, 10))
 
-    def target(X):
-        return np.where(X[:, 0] > 0, np.sin(3 * X[:, 1]), np.sin(3 * X[:, 2])) + 6 * (X[:, 0] > 0)
+    def drawn(n):
+        X = rng.normal(size=(n, 10))
+        side = np.sign(X[:, 0])
+        X[:, 0] += 4 * side
+        return X, np.sin(3 * np.where(side > 0, X[:, 1], X[:, 2])) + side
 
-    shared = {"kernel": Laplace(10.0), "iterations": 3, "scale": "standard", "early_stopping": False}
-    one = RFMRegressor(**shared).fit(X, target(X))
-    tree = RFMTreeRegressor(leaf_size=300, soft=False, random_state=0, **shared).fit(X, target(X))
+    (X, y), (Z, z) = drawn(600), drawn(300)
+    shared = {"iterations": 3, "scale": "standard", "early_stopping": False}
+    one = RFMRegressor(**shared).fit(X, y)
+    tree = RFMTreeRegressor(leaf_size=300, soft=False, random_state=0, **shared).fit(X, y)
     assert len(tree.leaves_) == 2
     assert int(tree.tree_.nodes[0].direction.abs().argmax()) == 0
-    errors = [np.mean((model.predict(Z) - target(Z)) ** 2) for model in (one, tree)]
-    print(errors, tree.tree_)
-    assert errors[1] < 0.7 * errors[0]
+    errors = [np.mean((model.predict(Z) - z) ** 2) for model in (one, tree)]
+    assert errors[1] < 0.5 * errors[0]  # a sixth
 
 
 def test_temperature_is_chosen_on_rows_held_out(problem):

@@ -55,6 +55,9 @@ class RFMTree(KernelEstimator):
     _MACHINE: type
     callbacks = ()
     process_group = None
+    iterations: int
+    diagonal: bool
+    center: bool
     scale: str | None
     early_stopping: bool
     validation_fraction: float

@@ -23,9 +23,10 @@ class RFMTreeClassifier(Classifier, RFMTree):
     what ``RFMClassifier`` does with the same parameters.
 
     Args:
-        kernel, iterations, diagonal, center, ridge, agop_scale, precision, backend, device, dtype, solver,
-            memory_limit: of the leaves, and of the small machines that splits come from, as in ``RFMClassifier``. A
-            bandwidth such as ``Laplace("median")`` is settled in each of them.
+        kernel: of the leaves, and of the small machines that splits come from; a bandwidth such as
+            ``Laplace("median")`` is settled in each of them.
+        iterations, diagonal, center, ridge, agop_scale: as in ``RFMClassifier``; small machines have two iterations.
+        precision, backend, device, dtype, solver, memory_limit: of all of them, as in ``RFMClassifier``.
         verbose: 1 shows a progress bar over leaves on a terminal, and logs every step at INFO.
         class_weight: as in ``RFMClassifier``, balanced over all rows.
         scale: "standard" divides every feature by its (weighted) standard deviation over all rows first; None leaves
@@ -110,6 +111,7 @@ class RFMTreeRegressor(Regressor, RFMTree):
     """
 
     _MACHINE = RFMRegressor
+    fit_intercept: bool
 
     def __init__(
         self,
