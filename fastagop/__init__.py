@@ -27,7 +27,7 @@ from fastagop.solvers.solve import solve
 if TYPE_CHECKING:
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
-    from fastagop.rfm import RFMClassifier, RFMRegressor
+    from fastagop.rfm import RFMClassifier, RFMClassifierCV, RFMRegressor, RFMRegressorCV
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,9 @@ __all__ = [
     "Matern52",
     "NumericalWarning",
     "RFMClassifier",
+    "RFMClassifierCV",
     "RFMRegressor",
+    "RFMRegressorCV",
     "Solution",
     "agop",
     "collapse",
@@ -59,7 +61,9 @@ __all__ = [
     "solve",
 ]
 
-_LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}  # They import scikit-learn or safetensors.
+# They import scikit-learn or safetensors.
+_LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}
+_LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str):

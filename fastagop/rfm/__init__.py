@@ -2,5 +2,15 @@
 
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.records import Callback, Directions, IterationEvent, IterationRecord
+from fastagop.rfm.search import RFMClassifierCV, RFMRegressorCV
 
-__all__ = ["Callback", "Directions", "IterationEvent", "IterationRecord", "RFMClassifier", "RFMRegressor"]
+__all__ = [
+    "Callback",
+    "Directions",
+    "IterationEvent",
+    "IterationRecord",
+    "RFMClassifier",
+    "RFMClassifierCV",
+    "RFMRegressor",
+    "RFMRegressorCV",
+]
