@@ -74,9 +74,13 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         tags.target_tags.required = True
         return tags
 
-    def _labels(self, y) -> tuple[np.ndarray, np.ndarray | None]:
-        """(targets or labels, checked; class indices or None)."""
+    def _read(self, y) -> np.ndarray:
+        """Targets or labels as an array, checked."""
         raise NotImplementedError
+
+    def _codes(self, y: np.ndarray, weights: np.ndarray | None) -> np.ndarray | None:
+        """Class indices (n,), which mean nothing in rows of weight zero; None in regression."""
+        return None
 
     def _estimator(self, setting: Setting, iterations: int):
         """The estimator of a setting."""
@@ -96,16 +100,17 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self, with ``cv_results_`` and, with ``refit``, ``best_estimator_``.
 
         Raises:
-            ValueError, TypeError: naming the parameter or argument. RuntimeError: every fit failed.
+            ValueError, TypeError: naming the parameter or argument, or what every fit failed with.
 
         Warns:
             UserWarning: fits failed, or no setting but the first was begun in time.
         """
         random, seconds = self._checked()
         rows = inputs.matrix(self, X, reset=True)
-        answers, codes = self._labels(y)
+        answers = self._read(y)
         inputs.same_length("y", answers, len(rows))
         weights = inputs.weights(sample_weight, len(rows))
+        codes = self._codes(answers, weights)
         settings = settings_of(self.space, self.n_settings, self.kernel, random)
         folds = self._folds(rows, answers, codes, weights, random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
@@ -182,7 +187,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """Say what failed and what was left out."""
         failed, left = [trial.error for trial in found if trial.error], count - len(found)
         if len(failed) == len(found):
-            raise RuntimeError(f"every setting failed, the first with {failed[0]}")
+            raise ValueError(f"every setting failed, the first with {failed[0]}")
         if failed:
             warn(
                 f"{type(self).__name__}: {len(failed)} of {len(found)} settings failed and have no score; the first "
@@ -259,7 +264,8 @@ class RFMClassifierCV(ClassifierMixin, _Search):
         space: names to lists of values or distributions (with ``rvs``, as SciPy's); or a list of settings (dicts), of
             which each is tried as it is. Names: "bandwidth" (what the kernel's own bandwidth is multiplied by),
             "ridge", "diagonal", "center", "agop_scale" and "exponent" (of a Laplace kernel). Default: bandwidths from
-            0.2 to 5 and ridges from 1e-4 to 10, logarithms uniform; diagonal and center True or False; exponents.
+            0.2 to 8 and ridges from 1e-4 to 3, spread evenly by their logarithms; diagonal and center True or False;
+            exponents 0.7, 1 and 1.4.
         refit: fit the best setting to all rows.
         n_jobs: settings that are tried at a time, by joblib; each then has one torch thread. Results do not depend on
             the number, but None, which tries one after the other with all of torch's threads, may differ by roundings.
@@ -318,12 +324,14 @@ class RFMClassifierCV(ClassifierMixin, _Search):
     ):
         self._store(locals())
 
-    def _labels(self, y):
-        y = inputs.labels(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
+    def _read(self, y):
+        return inputs.labels(y)
+
+    def _codes(self, y, weights):
+        self.classes_ = np.unique(y if weights is None else y[weights > 0])
         if len(self.classes_) < 2:
             raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
-        return y, codes.reshape(-1)
+        return np.searchsorted(self.classes_, y)
 
     @available_if(_refitted)
     def predict_proba(self, X):
@@ -375,5 +383,5 @@ class RFMRegressorCV(RegressorMixin, _Search):
         tags.target_tags.multi_output = True
         return tags
 
-    def _labels(self, y):
-        return inputs.targets(y), None
+    def _read(self, y):
+        return inputs.targets(y)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from fastagop.kernels.radial import GeneralisedLaplace, Laplace, Radial
 # What a setting that leaves a name out has; the exponent is then the kernel's own.
 DEFAULTS = {"bandwidth": 1.0, "ridge": 1e-3, "diagonal": False, "center": False, "agop_scale": "max"}
 NAMES = (*DEFAULTS, "exponent")
+# Shares whose multiples leave no large gap, however many they are: the golden ratio's, and the square root of 2's.
+_STEPS = (0.5 * (math.sqrt(5.0) - 1.0), math.sqrt(2.0) - 1.0)
 _TRIES = 100  # draws after which a space of lists is taken to hold no further setting
 Setting = dict[str, Any]
 
 
 class LogUniform:
-    """Numbers between two positive ones whose logarithm is uniform; ``rvs`` as of a SciPy distribution."""
+    """Numbers between two positive ones whose logarithms are spread evenly; ``rvs`` is that of a SciPy distribution."""
 
     def __init__(self, low: float, high: float):
         self.low, self.high = low, high
@@ -28,20 +31,24 @@ class LogUniform:
     def __repr__(self):
         return f"LogUniform({self.low:g}, {self.high:g})"
 
+    def at(self, share: float) -> float:
+        """The number that a share of them, between 0 and 1, lies below."""
+        return float(self.low * (self.high / self.low) ** share)
+
     def rvs(self, random_state: np.random.RandomState) -> float:
-        """One number."""
-        return float(np.exp(random_state.uniform(np.log(self.low), np.log(self.high))))
+        """One number, drawn without regard to others."""
+        return self.at(random_state.uniform())
 
 
 def default_space(kernel: Radial) -> dict[str, Any]:
     """Where settings are drawn from unless a space is given; exponents only for kernels that have one."""
     space = {
-        "bandwidth": LogUniform(0.2, 5.0),
-        "ridge": LogUniform(1e-4, 10.0),
-        "diagonal": [False, True],
+        "bandwidth": LogUniform(0.2, 8.0),
+        "ridge": LogUniform(1e-4, 3.0),
+        "diagonal": [True, False],
         "center": [False, True],
     }
-    return space | ({"exponent": [0.7, 1.0, 1.0, 1.4]} if isinstance(kernel, (Laplace, GeneralisedLaplace)) else {})
+    return space | ({"exponent": [0.7, 1.0, 1.4]} if isinstance(kernel, (Laplace, GeneralisedLaplace)) else {})
 
 
 def settings_of(space, count: int, kernel: Radial, random: np.random.RandomState) -> list[Setting]:
@@ -51,7 +58,7 @@ def settings_of(space, count: int, kernel: Radial, random: np.random.RandomState
         space: names to lists or distributions; a list of settings, which are taken as they are; None for the default.
         count: how many.
         kernel: whose own exponent is the default one.
-        random: what settings are drawn by, one name after the other: the first ones do not depend on ``count``.
+        random: what settings are drawn by, so that the first ones do not depend on ``count``.
 
     Raises:
         ValueError, TypeError: a name that is not known, or a space that is none.
@@ -100,11 +107,11 @@ def parameters_of(kernel: Radial, setting: Setting) -> dict[str, Any]:
 
 
 def _default(name: str, kernel: Radial):
-    return DEFAULTS[name] if name in DEFAULTS else getattr(kernel, "exponent", 1.0 if _laplace(kernel) else None)
-
-
-def _laplace(kernel: Radial) -> bool:
-    return isinstance(kernel, Laplace)
+    return (
+        DEFAULTS[name]
+        if name in DEFAULTS
+        else getattr(kernel, "exponent", 1.0 if isinstance(kernel, Laplace) else None)
+    )
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -114,22 +121,38 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _drawn(space: Mapping, count: int, kernel: Radial, random: np.random.RandomState) -> list[Setting]:
+    streams = {name: _stream(name, values, index, random) for index, (name, values) in enumerate(space.items())}
     found = [{name: _default(name, kernel) for name in space}]
     for _ in range(count - 1):
         for _ in range(_TRIES):
-            setting = {name: _value(name, values, random) for name, values in space.items()}
+            setting = {name: next(stream) for name, stream in streams.items()}
             if setting not in found:
                 found.append(setting)
                 break
     return found
 
 
-def _value(name: str, values, random: np.random.RandomState):
-    """One value of a list or a distribution."""
+def _stream(name: str, values, index: int, random: np.random.RandomState) -> Iterator:
+    """Values of a list, each of them once in a random order before any comes again, or of a distribution.
+
+    Those of ``LogUniform`` go through the range in steps of an irrational share of it, one for each place in the
+    space: a dozen numbers leave no part of a plane of two names empty, as independent draws would.
+    """
+    if isinstance(values, LogUniform):
+        share, step = random.uniform(), _STEPS[index % len(_STEPS)]
+        while True:
+            share = (share + step) % 1.0
+            yield values.at(share)
     if hasattr(values, "rvs"):
-        value = values.rvs(random_state=random)
-    elif isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or len(values) == 0:
+        while True:
+            yield _plain(values.rvs(random_state=random))
+    if isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or len(values) == 0:
         raise TypeError(f"space[{name!r}] must be a list of values or a distribution with rvs, got {values!r}")
-    else:
-        value = values[random.randint(len(values))]
+    while True:
+        for place in random.permutation(len(values)):
+            yield _plain(values[place])
+
+
+def _plain(value):
+    """A NumPy number as Python's own."""
     return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.ndim(value) == 0 else value
