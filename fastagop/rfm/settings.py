@@ -16,8 +16,9 @@ from fastagop.kernels.radial import GeneralisedLaplace, Laplace, Radial
 # What a setting that leaves a name out has; the exponent is then the kernel's own.
 DEFAULTS = {"bandwidth": 1.0, "ridge": 1e-3, "diagonal": False, "center": False, "agop_scale": "max"}
 NAMES = (*DEFAULTS, "exponent")
-# Shares whose multiples leave no large gap, however many they are: the golden ratio's, and the square root of 2's.
-_STEPS = (0.5 * (math.sqrt(5.0) - 1.0), math.sqrt(2.0) - 1.0)
+# Fractions of two square roots: of the pairs that were tried, the first 7, 11 and 23 multiples of this one leave the
+# smallest holes in a square and on its sides.
+_STEPS = (math.sqrt(8.0) - 2.0, math.sqrt(6.0) - 2.0)
 _TRIES = 100  # draws after which a space of lists is taken to hold no further setting
 Setting = dict[str, Any]
 
