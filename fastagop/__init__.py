@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from fastagop import probes
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
-    from fastagop.rfm import RFMClassifier, RFMRegressor, RFMTreeClassifier, RFMTreeRegressor
+    from fastagop.rfm import (
+        RFMClassifier,
+        RFMClassifierCV,
+        RFMRegressor,
+        RFMRegressorCV,
+        RFMTreeClassifier,
+        RFMTreeRegressor,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,7 +51,9 @@ __all__ = [
     "Matern52",
     "NumericalWarning",
     "RFMClassifier",
+    "RFMClassifierCV",
     "RFMRegressor",
+    "RFMRegressorCV",
     "RFMTreeClassifier",
     "RFMTreeRegressor",
     "Solution",
@@ -63,7 +72,9 @@ __all__ = [
     "solve",
 ]
 
-_LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}  # They import scikit-learn or safetensors.
+# They import scikit-learn or safetensors.
+_LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}
+_LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str):

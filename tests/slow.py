@@ -27,6 +27,10 @@ SLOW = {
     "test_rfm_tree.py": {
         "test_scikit_learn": "all checks of scikit-learn, twenty seconds",
     },
+    "test_rfm_search.py": {
+        "test_scikit_learn": "all checks of scikit-learn; test_estimators.py runs them on Deep RFM",
+        "test_jobs_do_not_matter": _PROCESS,
+    },
     "test_damage.py": {
         "test_images_of_another_dtype_are_refused_before_they_are_read": "writes large images",
     },

@@ -2,6 +2,7 @@
 
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.records import Callback, Directions, IterationEvent, IterationRecord
+from fastagop.rfm.search import RFMClassifierCV, RFMRegressorCV
 from fastagop.rfm.tree import RFMTreeClassifier, RFMTreeRegressor
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "IterationEvent",
     "IterationRecord",
     "RFMClassifier",
+    "RFMClassifierCV",
     "RFMRegressor",
+    "RFMRegressorCV",
     "RFMTreeClassifier",
     "RFMTreeRegressor",
 ]

@@ -1,0 +1,387 @@
+"""Recursive feature machines that choose their own settings by rows held out: random or given ones, every iteration."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    RegressorMixin,
+    TransformerMixin,
+)
+from sklearn.model_selection import KFold, StratifiedKFold, check_cv
+from sklearn.utils.metaestimators import available_if
+from sklearn.utils.validation import check_is_fitted
+
+from fastagop.estimators import inputs
+from fastagop.estimators.base import in_full
+from fastagop.estimators.progress import Progress
+from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
+from fastagop.kernels.radial import Laplace, Radial
+from fastagop.rfm import trials, validation
+from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
+from fastagop.rfm.settings import Setting, parameters_of, settings_of
+from fastagop.rfm.trials import Task, Trial
+
+_MEDIAN = Laplace("median")
+_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
+_PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
+
+
+def _refitted(model) -> bool:
+    return bool(model.refit)
+
+
+class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
+
+    _Base: type
+    # These are parameters of both.
+    n_settings: int
+    cv: Any
+    space: Any
+    refit: bool
+    n_jobs: int | None
+    random_state: Any
+    scoring: Any
+    average: int
+    iterations: int
+    validation_fraction: float
+    kernel: Radial
+    time_limit: float | None
+    verbose: int
+    # These are set by fit.
+    n_features_in_: int
+    best_estimator_: Any
+    estimators_: list
+
+    def _store(self, arguments: dict) -> None:
+        """Keep the arguments of a constructor, as they are."""
+        for name in self._get_param_names():
+            setattr(self, name, arguments[name])
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.target_tags.required = True
+        return tags
+
+    def _read(self, y) -> np.ndarray:
+        """Targets or labels as an array, checked."""
+        raise NotImplementedError
+
+    def _codes(self, y: np.ndarray, weights: np.ndarray | None) -> np.ndarray | None:
+        """Class indices (n,), which mean nothing in rows of weight zero; None in regression."""
+        return None
+
+    def _estimator(self, setting: Setting, iterations: int):
+        """The estimator of a setting."""
+        passed = {name: getattr(self, name) for name in (*_PASSED, "class_weight") if hasattr(self, name)}
+        return self._Base(iterations=iterations, **parameters_of(self.kernel, setting), **passed)
+
+    def fit(self, X, y, sample_weight=None):
+        """Score every setting on rows held out, and fit the best one, or the best few, to all rows.
+
+        Args:
+            X: samples (n, d), NumPy array, DataFrame or torch tensor.
+            y: labels (n,) (classifier), floats (n,) or (n, K) (regressor).
+            sample_weight: w >= 0, (n,), for the fits and, where the scorer takes them, the scores; a row of weight 0
+                counts as left out.
+
+        Returns:
+            self, with ``cv_results_`` and, with ``refit``, ``best_estimator_``.
+
+        Raises:
+            ValueError, TypeError: naming the parameter or argument, or what every fit failed with.
+
+        Warns:
+            UserWarning: fits failed, or no setting but the first was begun in time.
+        """
+        random, seconds = self._checked()
+        rows = inputs.matrix(self, X, reset=True)
+        answers = self._read(y)
+        inputs.same_length("y", answers, len(rows))
+        weights = inputs.weights(sample_weight, len(rows))
+        codes = self._codes(answers, weights)
+        settings = settings_of(self.space, self.n_settings, self.kernel, random)
+        folds = self._folds(rows, answers, codes, weights, random)
+        estimators = [self._estimator(setting, self.iterations) for setting in settings]
+        for model in estimators:
+            model._checked()
+        self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
+        numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
+        deadline = None if seconds is None else time.time() + seconds
+        task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline)
+        found = self._run(estimators, task)
+        self._told(found, len(settings))
+        settings = settings[: len(found)]
+        self.cv_results_, self.n_splits_ = trials.table(settings, found), len(folds)
+        self._choose(settings, found)
+        if self.refit:
+            targets = answers if codes is not None else y
+            self.estimators_ = [model.fit(X, targets, sample_weight) for model in self._chosen]
+            self.best_estimator_ = self.estimators_[0]
+        return self
+
+    def _checked(self) -> tuple[np.random.RandomState, float | None]:
+        """(the generator, seconds), with all parameters checked that no estimator checks."""
+        for name, least in (("n_settings", 1), ("average", 1), ("iterations", 0)):
+            checks.integer(name, getattr(self, name), least)
+        checks.flag("refit", self.refit)
+        checks.kernel(self.kernel, settled=False)
+        if not isinstance(self.verbose, bool):
+            checks.integer("verbose", self.verbose, 0)
+        seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
+        return inputs.random(self.random_state), seconds
+
+    def _folds(self, rows, answers, codes, weights, random) -> list[trials.Fold]:
+        """(rows to train on, rows to score on) of each fold; rows of weight zero are not drawn from."""
+        kept = np.arange(len(rows)) if weights is None else np.flatnonzero(weights)
+        seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
+        if isinstance(self.cv, str):
+            checks.choice("cv", self.cv, ("holdout",))
+            part = self.validation_fraction
+            if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < 1:
+                raise ValueError(f"validation_fraction must be a number between 0 and 1, got {part!r}")
+            if len(kept) < 2:
+                raise ValueError(f"cv='holdout' needs at least two rows, got n_samples={len(kept)}; give more rows")
+            held = min(max(1, round(part * len(kept))), len(kept) - 1)
+            drawn = [validation.split(len(kept), codes, held, np.random.RandomState(seed))]
+        elif isinstance(self.cv, (int, np.integer)) and not isinstance(self.cv, bool):
+            number = checks.integer("cv", self.cv, 2)
+            kind = KFold if codes is None else StratifiedKFold
+            drawn = list(kind(number, shuffle=True, random_state=seed).split(kept, codes))
+        else:
+            if not hasattr(self.cv, "split") and (isinstance(self.cv, bool) or not isinstance(self.cv, Iterable)):
+                raise ValueError(
+                    f"cv must be a number of folds, 'holdout', a splitter of scikit-learn or (train, test) pairs, got "
+                    f"{self.cv!r}"
+                )
+            drawn = [tuple(map(np.asarray, pair)) for pair in check_cv(self.cv).split(rows.cpu().numpy(), answers)]
+            drawn = [tuple(np.flatnonzero(i) if i.dtype == bool else i for i in pair) for pair in drawn]
+            if weights is None:
+                return drawn
+            return [tuple(index[weights[index] > 0] for index in pair) for pair in drawn]
+        return [(kept[train], kept[test]) for train, test in drawn]
+
+    def _run(self, estimators: list, task: Task) -> list[Trial]:
+        """The trials that were begun; they are the first ones."""
+        found = []
+        with Progress(type(self).__name__, "setting", len(estimators), quiet=not self.verbose) as progress:
+            for trial in trials.run(estimators, task, self.n_jobs):
+                if trial is not None:
+                    found.append(trial)
+                    known = [np.max(t.means()[0]) for t in found if not t.error]
+                    progress.step(**({"best": f"{max(known):.4g}"} if known else {}))
+        return found
+
+    def _told(self, found: list[Trial], count: int) -> None:
+        """Say what failed and what was left out."""
+        failed, left = [trial.error for trial in found if trial.error], count - len(found)
+        if len(failed) == len(found):
+            raise ValueError(f"every setting failed, the first with {failed[0]}")
+        if failed:
+            warn(
+                f"{type(self).__name__}: {len(failed)} of {len(found)} settings failed and have no score; the first "
+                f"error is {failed[0]}. cv_results_['error'] has all of them",
+                UserWarning,
+            )
+        self.stopped_ = "" if not left else f"time_limit of {self.time_limit:g} s: {left} of {count} settings left out"
+        if left and len(found) == 1:
+            warn(f"{type(self).__name__}: {self.stopped_}", UserWarning)
+
+    def _choose(self, settings: list[Setting], found: list[Trial]) -> None:
+        """Set the attributes of the best setting and iteration, and the estimators to refit."""
+        firsts, places, row = [], [], 0
+        for index, trial in enumerate(found):
+            if not trial.error:
+                scores, ties = trial.means()
+                keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+                step = max(range(len(keys)), key=lambda i, keys=keys: (*keys[i], -i))
+                places.append((keys[step], -step, -index))
+                firsts.append(row + step)
+            row += trial.scores.shape[1]
+        order = sorted(range(len(places)), key=places.__getitem__, reverse=True)[: self.average]
+        steps = [(-places[i][2], -places[i][1]) for i in order]
+        self.best_index_, self.best_iteration_ = firsts[order[0]], steps[0][1]
+        self.best_params_ = dict(self.cv_results_["params"][self.best_index_])
+        self.best_score_ = float(self.cv_results_["mean_test_score"][self.best_index_])
+        self._chosen = [self._estimator(settings[index], step) for index, step in steps]
+
+    def _best(self, X):
+        """The estimator that answers for rows X: the best one, or one whose outputs are the mean of the best few's."""
+        check_is_fitted(self, "estimators_")
+        if len(self.estimators_) == 1:
+            return self.best_estimator_
+        outputs = [model._outputs(X) for model in self.estimators_]
+        return self.best_estimator_._view(functools.reduce(torch.add, outputs) / len(outputs))
+
+    @available_if(_refitted)
+    def predict(self, X):
+        """What ``best_estimator_`` predicts; with ``average``, what the mean of the outputs of ``estimators_`` says."""
+        return self._best(X).predict(X)
+
+    @available_if(_refitted)
+    @in_full
+    def transform(self, X):
+        """``best_estimator_.transform(X)``: the points in the learned metric."""
+        check_is_fitted(self, "estimators_")
+        return self.best_estimator_.transform(X)
+
+    @available_if(_refitted)
+    def score(self, X, y, sample_weight=None):
+        """The score of ``scoring``; by default accuracy or R^2."""
+        check_is_fitted(self, "estimators_")
+        weighted = sample_weight is not None and trials.takes_weights(self.scorer_)
+        return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
+
+    @property
+    def _n_features_out(self) -> int:
+        """Columns of ``transform``, which scikit-learn names."""
+        return self.n_features_in_
+
+
+class RFMClassifierCV(ClassifierMixin, _Search):
+    """``RFMClassifier`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
+
+    Settings are drawn at random, or given. Every setting is fitted once a fold, and after 0, 1, ... AGOPs scored on
+    the rows that were held out. The best mean score wins; among equal ones the smaller squared error of the outputs,
+    then fewer iterations. The first setting that is tried is the default one: the kernel as it is, a ridge of 1e-3, a
+    full metric.
+
+    Args:
+        n_settings: number of settings, where ``space`` is not a list of them.
+        cv: number of folds, stratified and shuffled; "holdout": one split; a splitter of scikit-learn, or pairs of
+            indices (train, test).
+        space: names to lists of values or distributions (with ``rvs``, as SciPy's); or a list of settings (dicts), of
+            which each is tried as it is. Names: "bandwidth" (what the kernel's own bandwidth is multiplied by),
+            "ridge", "diagonal", "center", "agop_scale" and "exponent" (of a Laplace kernel). Default: bandwidths from
+            0.2 to 8 and ridges from 1e-4 to 3, spread evenly by their logarithms; diagonal and center True or False;
+            exponents 0.7, 1 and 1.4.
+        refit: fit the best setting to all rows.
+        n_jobs: settings that are tried at a time, by joblib; each then has one torch thread. Results do not depend on
+            the number, but None, which tries one after the other with all of torch's threads, may differ by roundings.
+        random_state: seed of settings and folds.
+        scoring: name of a scikit-learn scorer or a function (estimator, X, y) -> number; default accuracy, or R^2.
+        average: how many of the best settings are fitted to all rows and answer together, by the mean of their outputs.
+        iterations: number of AGOPs at most.
+        validation_fraction: of the rows, held out by "holdout".
+        scale: "standard" divides every feature by its standard deviation over the rows of a fit; None leaves units
+            alone.
+        kernel: its bandwidth is the one that settings multiply. ``Laplace("median")``: the median distance of the
+            points of a fit.
+        device, dtype, precision, backend, solver, memory_limit, class_weight: as in ``RFMClassifier``.
+        time_limit: seconds after which no further setting is begun.
+        verbose: 1 shows a progress bar on a terminal, and logs every setting at INFO.
+
+    Attributes:
+        cv_results_: a row for each setting and number of AGOPs, as ``GridSearchCV``'s; "error" and "note" say what
+            failed and what fits warned about, "mean_test_tie" what decided between equal scores.
+        best_params_: the best setting, with "iterations".
+        best_index_, best_score_, best_iteration_: its row, its mean score, and its number of AGOPs.
+        best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, which can
+            be saved: ``best_estimator_.save(path)``.
+        estimators_: with the best ``average`` settings, the best one first.
+        scorer_: what scores were taken by. n_splits_: number of folds.
+        stopped_: what ``time_limit`` left out; "" where nothing.
+        classes_: the labels.
+        n_features_in_: d.
+    """
+
+    _Base = RFMClassifier
+
+    def __init__(
+        self,
+        n_settings=12,
+        cv=5,
+        space=None,
+        refit=True,
+        n_jobs=None,
+        random_state=None,
+        scoring=None,
+        average=1,
+        iterations=5,
+        validation_fraction=0.2,
+        scale="standard",
+        kernel=_MEDIAN,
+        device="auto",
+        dtype="float32",
+        precision="highest",
+        backend="auto",
+        solver="auto",
+        memory_limit=None,
+        class_weight=None,
+        time_limit=None,
+        verbose=0,
+    ):
+        self._store(locals())
+
+    def _read(self, y):
+        return inputs.labels(y)
+
+    def _codes(self, y, weights):
+        self.classes_ = np.unique(y if weights is None else y[weights > 0])
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
+        return np.searchsorted(self.classes_, y)
+
+    @available_if(_refitted)
+    def predict_proba(self, X):
+        """Probabilities of the classes (m, K), as ``RFMClassifier.predict_proba`` takes them from outputs."""
+        return self._best(X).predict_proba(X)
+
+    @available_if(_refitted)
+    def decision_function(self, X):
+        """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
+        return self._best(X).decision_function(X)
+
+
+class RFMRegressorCV(RegressorMixin, _Search):
+    """``RFMRegressor`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
+
+    Parameters, attributes and the way it chooses are those of ``RFMClassifierCV``, without ``class_weight`` and
+    ``classes_``; the default score is R^2.
+    """
+
+    _Base = RFMRegressor
+
+    def __init__(
+        self,
+        n_settings=12,
+        cv=5,
+        space=None,
+        refit=True,
+        n_jobs=None,
+        random_state=None,
+        scoring=None,
+        average=1,
+        iterations=5,
+        validation_fraction=0.2,
+        scale="standard",
+        kernel=_MEDIAN,
+        device="auto",
+        dtype="float32",
+        precision="highest",
+        backend="auto",
+        solver="auto",
+        memory_limit=None,
+        time_limit=None,
+        verbose=0,
+    ):
+        self._store(locals())
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+    def _read(self, y):
+        return inputs.targets(y)

@@ -1,0 +1,165 @@
+"""Fits that a search compares: one for each setting and fold, each of which scores all of its iterations."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from sklearn.base import clone
+
+from fastagop.rfm.settings import Setting
+
+Fold = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every trial of a search is given.
+
+    Attributes:
+        X, y: rows as arrays or tensors, and labels or targets as arrays.
+        weights: of the rows (n,), or None.
+        folds: (rows to train on, rows to score on) of each.
+        scorer: (estimator, X, y) -> a number, the larger the better.
+        alone: whether torch may use one thread only.
+        deadline: a time of ``time.time`` after which no setting begins; None for no end.
+    """
+
+    X: Any
+    y: np.ndarray
+    weights: np.ndarray | None
+    folds: Sequence[Fold]
+    scorer: Any
+    alone: bool
+    deadline: float | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the folds said about a setting.
+
+    Attributes:
+        scores, ties: after 0, 1, ... AGOPs (folds, iterations + 1); NaN where a fit failed.
+        seconds: of each fit (folds,).
+        error: of the fits that failed; "" where none did.
+        note: what the fits warned about.
+    """
+
+    scores: np.ndarray
+    ties: np.ndarray
+    seconds: np.ndarray
+    error: str
+    note: str
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mean scores, mean ties) after 0, 1, ... AGOPs."""
+        return self.scores.mean(0), self.ties.mean(0)
+
+
+def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial | None]:
+    """The trials of estimators with their parameters set, in their order; None for one that was not begun in time."""
+    calls = (functools.partial(_trial, model, task, index == 0) for index, model in enumerate(estimators))
+    if joblib.effective_n_jobs(n_jobs) == 1:
+        return (call() for call in calls)
+    parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
+    return iter(parallel(joblib.delayed(call)() for call in calls))  # pyright: ignore[reportArgumentType]
+
+
+def _trial(estimator, task: Task, always: bool) -> Trial | None:
+    """All folds of one setting; ``always``: also after the deadline."""
+    if not always and task.deadline is not None and time.time() > task.deadline:
+        return None
+    shape = len(task.folds), estimator.iterations + 1
+    scores, ties, seconds, errors, notes = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0]), [], []
+    with _one_thread() if task.alone else contextlib.nullcontext():
+        for index, fold in enumerate(task.folds):
+            begin = time.perf_counter()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    model = _fitted(estimator, task, *fold)
+                    scores[index], ties[index] = model.validation_score_, model._ties
+                except Exception as error:  # a row of the results tells of it
+                    errors.append(f"{type(error).__name__}: {error}")
+            seconds[index] = time.perf_counter() - begin
+            notes += [str(warning.message) for warning in said]
+    return Trial(scores, ties, seconds, "; ".join(dict.fromkeys(errors)), "; ".join(dict.fromkeys(notes)))
+
+
+def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
+    """The estimator fitted to some rows, every iteration scored on others."""
+    train_weights, scorer = None, task.scorer
+    if task.weights is not None:
+        train_weights = task.weights[train]
+        if takes_weights(scorer):
+            scorer = functools.partial(scorer, sample_weight=task.weights[test])
+    X_train, X_test = rows_of(task.X, train), rows_of(task.X, test)
+    model = clone(estimator).set_params(scoring=scorer)
+    return model.fit(X_train, task.y[train], train_weights, X_test, task.y[test])
+
+
+def rows_of(X, index: np.ndarray):
+    """Some rows of an array or a tensor."""
+    return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]
+
+
+def takes_weights(scorer) -> bool:
+    """Whether a scorer has a ``sample_weight``: scikit-learn's pass theirs on to what they measure by."""
+    function = getattr(scorer, "_score_func", None)
+    if function is None:
+        function = scorer
+        if type(scorer).__module__.startswith("sklearn."):  # the estimator's own score
+            return True
+    return "sample_weight" in inspect.signature(function).parameters
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch with one thread, since the trials beside this one have theirs; equal bits for any number of jobs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any]:
+    """``cv_results_``: a row for each setting and number of AGOPs, under the names of scikit-learn's searches."""
+    counts = [trial.scores.shape[1] for trial in trials]
+    each = [index for index, count in enumerate(counts) for _ in range(count)]  # the setting of every row
+    params = [
+        {**setting, "iterations": step}
+        for setting, count in zip(settings, counts, strict=True)
+        for step in range(count)
+    ]
+    seconds = np.array([trials[index].seconds for index in each])
+    scores = np.concatenate([trial.scores.T for trial in trials])
+    results: dict[str, Any] = {"mean_fit_time": seconds.mean(1), "std_fit_time": seconds.std(1)}
+    results |= {f"param_{name}": np.array([row[name] for row in params]) for name in params[0]}
+    results["params"] = params
+    results |= {f"split{fold}_test_score": scores[:, fold] for fold in range(scores.shape[1])}
+    with np.errstate(invalid="ignore"):  # scores of minus infinity
+        results |= {"mean_test_score": scores.mean(1), "std_test_score": scores.std(1)}
+    results["mean_test_tie"] = np.concatenate([trial.ties.mean(0) for trial in trials])
+    results["rank_test_score"] = _ranks(results["mean_test_score"])
+    results["error"] = np.array([trials[index].error for index in each], dtype=object)
+    results["note"] = np.array([trials[index].note for index in each], dtype=object)
+    return results
+
+
+def _ranks(means: np.ndarray) -> np.ndarray:
+    """1 for the largest, equal ones alike, as scikit-learn ranks; what is NaN is last."""
+    known = np.where(np.isnan(means), -np.inf, means)
+    last = 1 + int((~np.isnan(means)).sum())
+    ranks = np.array([1 + int((known > mean).sum()) for mean in known], dtype=np.int32)
+    return np.where(np.isnan(means), last, ranks).astype(np.int32)
