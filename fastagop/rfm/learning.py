@@ -157,11 +157,11 @@ class Learner:
             score = scores[-1][0] if scores else None
             records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
             self.after(index, records[-1], metric)
-            stopped = self._stop(scores, time.perf_counter() - begin, engine)
+            stopped = self._tired(scores) or self._late(time.perf_counter() - begin, engine)
             if stopped:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
                 break
-        if not stopped or self.score is None:
+        if not self._tired(scores):
             solved = kernel_ridge.solve(metric.among(coordinates), points.Y, self.regression, engine, rows=points.rows)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
@@ -184,16 +184,21 @@ class Learner:
         first, tie = self.engine.broadcast(pair).tolist()
         return first, tie
 
-    def _stop(self, scores: list, last: float, engine: Local) -> str:
-        """Why no further iteration begins; "" where one does."""
-        rules = self.rules
-        if rules.patience is not None and scores:
-            best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
-            if len(scores) - 1 - best >= rules.patience:
-                return f"no better score in {rules.patience} iterations"
-        if rules.seconds is not None:
-            spent = time.perf_counter() - self._start
-            over = self.points.X.new_full((1,), float(spent + last > rules.seconds))
-            if bool(engine.broadcast(over)):
-                return f"time_limit of {rules.seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"
-        return ""
+    def _tired(self, scores: list) -> str:
+        """Why nothing better is expected after these scores; "" where something is."""
+        patience = self.rules.patience
+        if patience is None or not scores:
+            return ""
+        best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
+        return f"no better score in {patience} iterations" if len(scores) - 1 - best >= patience else ""
+
+    def _late(self, last: float, engine: Local) -> str:
+        """Why there is no time for an iteration like the last one; "" where there is. The first rank's clock counts."""
+        seconds = self.rules.seconds
+        if seconds is None:
+            return ""
+        spent = time.perf_counter() - self._start
+        over = self.points.X.new_full((1,), float(spent + last > seconds))
+        if not bool(engine.broadcast(over)):
+            return ""
+        return f"time_limit of {seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"

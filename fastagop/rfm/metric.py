@@ -140,6 +140,18 @@ class Metric:
         root = M.clamp_(min=0.0).sqrt() if M.ndim == 1 else linalg.psd_sqrt(M)
         return replace(self, M=M, root=engine.broadcast(root)), divisor
 
+    def everywhere(self) -> Metric:
+        """This metric for rows outside the span as well: M = I has a distance from it only for a row of the span."""
+        return Metric() if self.root is None else self
+
+    def spread(self, d: int, like: torch.Tensor) -> torch.Tensor:
+        """The diagonal of M (d,), float64, on the device of ``like``."""
+        if self.M is None:
+            return torch.ones(d, dtype=torch.float64, device=like.device)
+        if self.M.ndim == 1:
+            return self.M.double()
+        return self.M.double().diagonal() if self.span is None else self.span.diagonal(self.M)
+
     def matrix(self, d: int, diagonal: bool, like: torch.Tensor) -> torch.Tensor:
         """M written out: (d, d), or its diagonal (d,), in the dtype of ``like``."""
         if self.M is None:
