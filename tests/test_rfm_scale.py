@@ -51,7 +51,9 @@ def test_units_and_offsets_do_not_matter(dtype):
     near = model(dtype=dtype).fit(X, y).predict(Z)
     bound = 1e-9 if dtype == "float64" else 1e-4
     assert np.allclose(model(dtype=dtype).fit(X * units, y).predict(Z * units), near, atol=bound)
-    assert np.allclose(model(dtype=dtype).fit(X * units + 1e3 * units, y).predict(Z * units + 1e3 * units), near, atol=bound)
+    assert np.allclose(
+        model(dtype=dtype).fit(X * units + 1e3 * units, y).predict(Z * units + 1e3 * units), near, atol=bound
+    )
 
 
 def test_numbers_of_any_size():

@@ -81,8 +81,8 @@ def test_is_the_full_form(both, make, parameters):
     settings = {"kernel": Laplace(5.0), "iterations": 3, "dtype": "float64", "ridge": 1e-2, **parameters}
     inside, full = both(lambda: make(**settings), X, y)
     alike(inside, full, wide(6, seed=1)[0])
-    if settings["agop_scale"] == "max" and settings["iterations"] and "scale" not in parameters and make().scale is None:
-        assert inside.best_iteration_ == 0 or inside.M_.max() == pytest.approx(1.0, rel=1e-14)
+    if "agop_scale" not in parameters and "scale" not in parameters:
+        assert inside.M_.max() == pytest.approx(1.0, rel=1e-14)
     assert np.linalg.eigvalsh(inside.M_).min() >= -1e-13 * np.abs(inside.M_).max()
 
 
@@ -169,12 +169,12 @@ def test_saved_loaded_and_pickled(tmp_path, diagonal):
 
 
 def test_float32_is_no_worse_than_the_full_form(both):
-    X, y = wide(25, 60)
+    X, y = wide(40, 60)
     truth = both(lambda: RFMRegressor(Laplace(5.0), iterations=3, ridge=1e-2, dtype="float64"), X, y)[1]
     inside, full = both(lambda: RFMRegressor(Laplace(5.0), iterations=3, ridge=1e-2), X, y)
     Z = wide(20, 60, seed=1)[0]
     for ask in (lambda m: m.M_, lambda m: m.predict(Z)):
-        assert apart(ask(inside), ask(truth)) <= 2 * apart(ask(full), ask(truth)) + 1e-7
+        assert apart(ask(inside), ask(truth)) <= 1.2 * apart(ask(full), ask(truth))
 
 
 def test_tensors_stay_the_callers(normal):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.kernels import backends
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
 from fastagop.solvers import copies
@@ -44,7 +45,20 @@ class Points:
     def solve(self, metric: Metric, regression: KernelRidge, engine: Local) -> tuple[torch.Tensor, Solved]:
         """(the points in a metric, the kernel regression on them)."""
         centers = metric.points(self.X)
-        return centers, kernel_ridge.solve(centers, self.Y, regression, engine, rows=self.rows)
+        return centers, self.solve_at(centers, regression, engine)
+
+    def solve_at(self, centers: torch.Tensor, regression: KernelRidge, engine: Local) -> Solved:
+        """The kernel regression at the points as they are in a metric."""
+        regression = served(regression, centers)
+        return kernel_ridge.solve(centers, self.Y.to(centers), regression, engine, rows=self.rows)
+
+
+def served(regression: KernelRidge, centers: torch.Tensor) -> KernelRidge:
+    """The regression with a backend that has the points' dtype: a span's points are float64 in any case."""
+    if centers.dtype != torch.float64:
+        return regression
+    request = backends.Request("solve", regression.kernel, centers)
+    return replace(regression, backend=backends.serving(regression.backend, request))
 
 
 @dataclass(frozen=True)
@@ -144,11 +158,12 @@ class Learner:
         points, rules, engine = self.points, self.rules, self.engine
         metric = Metric.before(points.X, rules.diagonal, engine) if rules.iterations else Metric()
         coordinates = metric.coordinates(points.X)
+        Y, regression = points.Y.to(coordinates), served(self.regression, coordinates)
         stages, records, scores, kept, stopped = [], [], [], None, ""
         for index in range(rules.iterations):
             begin = time.perf_counter()
             solved, inner, _ = kernel_ridge.fit_and_agop(
-                metric.among(coordinates), points.Y, self.regression, engine,
+                metric.among(coordinates), Y, regression, engine,
                 rows=points.rows, center=rules.center, diagonal=rules.diagonal,
             )  # fmt: skip
             stages.append(Stage(metric, solved.alpha))
@@ -162,7 +177,7 @@ class Learner:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
                 break
         if not self._tired(scores):
-            solved = kernel_ridge.solve(metric.among(coordinates), points.Y, self.regression, engine, rows=points.rows)
+            solved = points.solve_at(metric.among(coordinates), self.regression, engine)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
         assert kept is not None

@@ -104,12 +104,12 @@ class RecursiveFeatureMachine(KernelEstimator):
         points, reported = Points.of(part.X, part.Y, part.weights), set()
         regression = self._settled(regression, points.X)
         learnt = self._learn(points, regression, rules, held, reported)
-        self._metric, self.iterations_, self.best_iteration_ = learnt.stage.metric, learnt.records, learnt.best
+        self.iterations_, self.best_iteration_ = learnt.records, learnt.best
+        self._metric = learnt.stage.metric.everywhere()
         self._scored(learnt, held)
         if learn is None:
-            self._centers, solved = learnt.stage.centers(learnt.coordinates), learnt.solved
+            self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
-            self._metric = self._metric.everywhere()
             points = Points.of(data.X, data.Y, data.weights)
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = (learnt.stages, learnt.coordinates), Targets.of(points)
@@ -139,7 +139,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             def after(index: int, record: IterationRecord, metric: Metric) -> None:
                 report(record.solution, reported)
                 if self.callbacks:
-                    M = metric.matrix(points.X.shape[1], self.diagonal, points.X)
+                    M = metric.matrix(points.X.shape[1], self.diagonal, points.X, points.X.dtype)
                     for callback in self.callbacks:
                         callback(IterationEvent(index, rules.iterations, record, M))
                 progress.step()
@@ -227,7 +227,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     def M_(self):
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
-        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers)
+        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
         return self._kept(self._preparation.reported(M))
 
     @in_full
@@ -333,7 +333,8 @@ class RecursiveFeatureMachine(KernelEstimator):
             solution = storage.pack_solution(record.solution)
             numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _written(record.score)}
             records.append({"solution": solution, **numbers})
-            tensors[f"{index}.alpha"] = record.solution.alpha
+            alpha = record.solution.alpha  # the best iteration's is the last solve's; a file holds it twice
+            tensors[f"{index}.alpha"] = alpha.clone() if alpha is self.solution_.alpha else alpha
         scores = getattr(self, "validation_score_", None)
         scores = None if scores is None else [_written(score) for score in scores.tolist()]
         return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}

@@ -50,7 +50,10 @@ class Preparation:
         """
         if self.unit is None:
             return M
-        return M.double() / self.unit / (self.unit if M.ndim == 1 else self.unit[:, None])
+        if M.ndim == 1:
+            return M.double() / self.unit / self.unit
+        upper = (M.double() / self.unit / self.unit[:, None]).triu()
+        return upper + upper.triu(1).T  # symmetric to the bit
 
 
 def _moments(X: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
