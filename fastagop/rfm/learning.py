@@ -68,6 +68,11 @@ class Stage:
     metric: Metric
     alpha: torch.Tensor
 
+    @property
+    def bare(self) -> Stage:
+        """The kernel machine alone: M is left out, of which outputs need but the root."""
+        return Stage(replace(self.metric, M=None), self.alpha)
+
     def centers(self, coordinates: torch.Tensor) -> torch.Tensor:
         """The points, given by their coordinates, as the kernel machine has them."""
         centers = self.metric.among(coordinates)

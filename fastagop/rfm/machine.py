@@ -112,7 +112,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         else:
             points = Points.of(data.X, data.Y, data.weights)
             self._centers, solved = points.solve(self._metric, regression, engine)
-        self._learnt, self._seen = (learnt.stages, learnt.coordinates), Targets.of(points)
+        self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, reported)
         return self
@@ -203,7 +203,13 @@ class RecursiveFeatureMachine(KernelEstimator):
         from fastagop.estimators.fit_plans import iteration_steps
 
         task = AgopTask("sum", self.center)
-        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal))
+        n, held = len(data.X), 0
+        if self.early_stopping:
+            held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        learn = n - held
+        if self.metric_samples is not None:
+            learn = validation.count_of("metric_samples", self.metric_samples, learn)
+        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal), (learn, held))
 
     def _checked(self) -> tuple[KernelRidge, Rules]:
         regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
