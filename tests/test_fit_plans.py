@@ -59,8 +59,9 @@ def test_the_steps_of_a_recursive_feature_machine(iterations, diagonal, dtype, s
     name = {1: "iteration, 40 features", 3: "3 iterations, 40 features"}
     expected = [(name[iterations], iterations)] if iterations else []
     assert [step[:2] for step in steps] == [*expected, ("last solve, 40 features", 1)]
-    # M and its root, and float64 coefficients of every solve
-    assert held == (D if diagonal else 2 * D * D) * size + 8 * N * K * (iterations + 1)
+    # the last M and the root of every iteration, and float64 coefficients of every solve
+    kept = (D if diagonal else D * D) * size
+    assert held == kept * (iterations + 1 if iterations else 2) + 8 * N * K * (iterations + 1)
     alone = fit_plans.solve_only(given.X, given.Y, regression())
     assert steps[-1][2] == alone
     assert list(alone.seconds) == ["solve"]
@@ -74,6 +75,44 @@ def test_the_steps_of_a_recursive_feature_machine(iterations, diagonal, dtype, s
         # the projected points, and what an eigendecomposition takes
         assert step.peak_bytes == single.peak_bytes + N * D * size + (0 if diagonal else 4 * 8 * D * D)
         assert step.total == pytest.approx(sum(step.seconds.values()))
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_fewer_rows_than_features_are_planned_in_their_span(diagonal):
+    """In float64, whatever the dtype; rows that are held out, or left out, have a part in the last solve alone."""
+    given, learn = data(), D - 10
+    how = (given, regression(), 1, TASK, (3, diagonal))
+    steps, held = fit_plans.iteration_steps(*how, (learn, 7))
+    names = [step[:2] for step in steps]
+    work = calibration.seconds(2.0 * 7 * learn * (D if diagonal else learn), 7.0 * learn, CPU, "gradient", "float64")
+    scored = work + seconds_of(2.0 * 7 * D * (D if diagonal else learn), "float64")
+    if diagonal:
+        assert names == [("3 iterations, 40 features", 3), ("last solve, 40 features", 1)]
+        assert held == D * 4 * 4 + 8 * (N + 3 * learn) * K
+        assert steps[0][2].seconds["score"] == pytest.approx(scored)
+        return
+    assert names == [("span of 30 rows", 1), ("3 iterations, 30 features", 3), ("last solve, 30 features", 1)]
+    wide = torch.zeros((1, 1), dtype=torch.float64)
+    single = fit_plans.step_of(wide.expand(learn, learn), wide.expand(learn, K), regression(), 1, TASK)
+    root = root_by_hand(learn, learn) + seconds_of(2.0 * learn**3, "float64")
+    assert steps[0][2].seconds == {"factor": pytest.approx(seconds_of(6.0 * D * learn * learn, "float64"))}
+    assert steps[0][2].peak_bytes == 3 * 8 * learn * D
+    assert steps[1][2].seconds == {**single.seconds, "root": pytest.approx(root), "score": pytest.approx(scored)}
+    assert steps[1][2].peak_bytes == single.peak_bytes + 8 * learn * learn + 4 * 8 * learn * learn
+    assert steps[2][2] == fit_plans.solve_only(wide.expand(N, learn), wide.expand(N, K), regression())
+    assert held == 8 * learn * learn * 4 + 8 * (N + 3 * learn) * K + 8 * learn * D
+    assert fit_plans.iteration_steps(given, regression(), 1, TASK, (0, False), (learn, 0))[0][0][0].endswith(
+        "40 features"
+    )
+
+
+def test_rows_that_the_metric_is_not_learnt_from_are_left_out_of_its_plan():
+    X, y = np.random.default_rng(0).normal(size=(40, 30)), np.arange(40) % 2
+    assert "span of" not in fastagop.explain(RFMClassifier(), X, y)
+    text = fastagop.explain(RFMClassifier(early_stopping=True, validation_fraction=0.3), X, y)
+    assert "  span of 28 rows: " in text
+    assert "score" in text
+    assert "  5 iterations, 20 features: " in fastagop.explain(RFMClassifier(metric_samples=0.5), X, y)
 
 
 @pytest.mark.parametrize(("n", "d"), [(50, 20), (20, 50)])

@@ -95,20 +95,47 @@ def _data(estimator, X, y, sample_weight) -> Data:
 
 
 def iteration_steps(
-    data: Data, regression: KernelRidge, share: int, task: AgopTask, fit: tuple[int, bool]
+    data: Data,
+    regression: KernelRidge,
+    share: int,
+    task: AgopTask,
+    fit: tuple[int, bool],
+    rows: tuple[int, int] | None = None,
 ) -> tuple[list[tuple[str, int, Step]], int]:
-    """The steps of a recursive feature machine, and the bytes that it keeps; ``fit``: (iterations, diagonal)."""
+    """The steps of a recursive feature machine, and the bytes that it keeps.
+
+    Args:
+        fit: (iterations, diagonal).
+        rows: (those that M is learnt from, those that are validated); default all and none.
+
+    Fewer rows than features are learnt from in their span, in float64.
+    """
     (n, d), (iterations, diagonal), steps = data.X.shape, fit, []
+    learn, scored = rows or (n, 0)
+    span = bool(iterations) and not diagonal and learn < d
+    width, blank = (learn, data.X[:1, :1].double()) if span else (d, data.X[:1, :1])
+    X, Y = blank.expand(learn, width), blank.expand(learn, data.Y.shape[1])
+    size, kept = X.element_size(), (width if diagonal else width * width) * X.element_size()
+    if span:
+        seconds = calibration.seconds(6.0 * d * learn * learn, 0.0, X.device, "gram", "float64")
+        steps.append((f"span of {learn} rows", 1, Step({"factor": seconds}, 3 * 8 * learn * d, "")))
+    score = {}
+    if scored:
+        work = calibration.seconds(2.0 * scored * learn * width, float(scored) * learn, X.device, "gradient", "float64")
+        score = {"score": work + estimates.of_products(2.0 * scored * d * width, blank.double())}
     if iterations:
-        step = step_of(data.X, data.Y, regression, share, task, diagonal)
-        root = 0.0 if diagonal else root_seconds(n, d, data.X.device) + estimates.of_products(2.0 * n * d * d, data.X)
-        step.seconds.update(root=root)
-        peak = step.peak_bytes + n * d * data.X.element_size() + (0 if diagonal else 4 * 8 * d * d)
+        step = step_of(X, Y, regression, share, task, diagonal)
+        project = 0.0 if diagonal else estimates.of_products(2.0 * learn * width * width, X)
+        root = 0.0 if diagonal else root_seconds(learn, width, X.device) + project
+        step.seconds.update(root=root, **score)
+        peak = step.peak_bytes + learn * width * size + (0 if diagonal else 4 * 8 * width * width)
         name = "iteration" if iterations == 1 else f"{iterations} iterations"
-        steps.append((f"{name}, {d} features", iterations, dataclasses.replace(step, peak_bytes=peak)))
-    steps.append((f"last solve, {d} features", 1, solve_only(data.X, data.Y, regression)))
-    held = (d if diagonal else 2 * d * d) * data.X.element_size() + 8 * n * data.Y.shape[1] * (iterations + 1)
-    return steps, held
+        steps.append((f"{name}, {width} features", iterations, dataclasses.replace(step, peak_bytes=peak)))
+    last = solve_only(blank.expand(n, width), blank.expand(n, data.Y.shape[1]), regression)
+    steps.append((f"last solve, {width} features", 1, last))
+    # roots of all iterations, for staged_predict, and the last M
+    held = kept * (iterations + 1 if iterations else 2) + 8 * (n + learn * iterations) * data.Y.shape[1]
+    return steps, held + (8 * learn * d if span else 0)
 
 
 def solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Step:

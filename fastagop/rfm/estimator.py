@@ -42,7 +42,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "cholesky+cg", "eigh", "cg" (no
             n x n matrix), ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``.
         memory_limit: bytes that a solve or an AGOP may take.
-        scale: "standard" divides every feature by its (weighted) standard deviation first; None leaves units alone.
+        scale: "standard" divides every feature by its (weighted) standard deviation first, a constant one by its size;
+            None leaves units alone.
         early_stopping: hold rows out, score every iteration on them, let the best one predict; its last solve has all
             rows. Iterations without a metric, number 0, count too.
         validation_fraction: of the rows, held out by ``early_stopping``; by class where classes are large enough.
@@ -50,14 +51,15 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         scoring: name of a scikit-learn scorer or a function (estimator, X, y) -> number that ``early_stopping`` and
             validation rows go by; default accuracy, equal ones decided by the squared error of the outputs.
         metric_samples: number of rows, or fraction of them, that M is learnt from; the last solve has all. Default all.
-        time_limit: seconds after which no further iteration begins.
+        time_limit: seconds that iterations may take: none begins that would end later, if it takes as long as the one
+            before. The first one is always made, and the last solve comes on top.
         random_state: seed of the rows held out and of those that M is learnt from.
         class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
             the classes' sums of sample weights; they multiply sample weights.
 
     Attributes:
         kernel_: the kernel with a number for its bandwidth.
-        M_: the metric in the units of the data, scaled, (d, d), or (d,) with ``diagonal``.
+        M_: the metric in the units of the data, scaled, (d, d), or (d,) with ``diagonal``; float64 with ``scale``.
         iterations_: one ``IterationRecord`` each, with the score of its kernel regression where rows are validated.
         best_iteration_: number of AGOPs behind M_.
         validation_score_: scores after 0, 1, ... AGOPs, where rows are validated.
@@ -173,8 +175,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
             raise ValueError(f"{name} must have shape {kind} as y has, got {y.shape}")
         return y
 
-    def _codes(self, y: np.ndarray) -> None:
-        return None
+    def _codes(self, y: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(y.reshape(len(y), -1)).to(self._device) - self._intercept
 
     def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
         y = (data.Y[index].double() + self._intercept).cpu().numpy()

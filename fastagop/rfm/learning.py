@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.kernels import backends
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
 from fastagop.solvers import copies
@@ -44,7 +45,20 @@ class Points:
     def solve(self, metric: Metric, regression: KernelRidge, engine: Local) -> tuple[torch.Tensor, Solved]:
         """(the points in a metric, the kernel regression on them)."""
         centers = metric.points(self.X)
-        return centers, kernel_ridge.solve(centers, self.Y, regression, engine, rows=self.rows)
+        return centers, self.solve_at(centers, regression, engine)
+
+    def solve_at(self, centers: torch.Tensor, regression: KernelRidge, engine: Local) -> Solved:
+        """The kernel regression at the points as they are in a metric."""
+        regression = served(regression, centers)
+        return kernel_ridge.solve(centers, self.Y.to(centers), regression, engine, rows=self.rows)
+
+
+def served(regression: KernelRidge, centers: torch.Tensor) -> KernelRidge:
+    """The regression with a backend that has the points' dtype: a span's points are float64 in any case."""
+    if centers.dtype != torch.float64:
+        return regression
+    request = backends.Request("solve", regression.kernel, centers)
+    return replace(regression, backend=backends.serving(regression.backend, request))
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,11 @@ class Stage:
 
     metric: Metric
     alpha: torch.Tensor
+
+    @property
+    def bare(self) -> Stage:
+        """The kernel machine alone: M is left out, of which outputs need but the root."""
+        return Stage(replace(self.metric, M=None), self.alpha)
 
     def centers(self, coordinates: torch.Tensor) -> torch.Tensor:
         """The points, given by their coordinates, as the kernel machine has them."""
@@ -144,11 +163,12 @@ class Learner:
         points, rules, engine = self.points, self.rules, self.engine
         metric = Metric.before(points.X, rules.diagonal, engine) if rules.iterations else Metric()
         coordinates = metric.coordinates(points.X)
+        Y, regression = points.Y.to(coordinates), served(self.regression, coordinates)
         stages, records, scores, kept, stopped = [], [], [], None, ""
         for index in range(rules.iterations):
             begin = time.perf_counter()
             solved, inner, _ = kernel_ridge.fit_and_agop(
-                metric.among(coordinates), points.Y, self.regression, engine,
+                metric.among(coordinates), Y, regression, engine,
                 rows=points.rows, center=rules.center, diagonal=rules.diagonal,
             )  # fmt: skip
             stages.append(Stage(metric, solved.alpha))
@@ -157,12 +177,12 @@ class Learner:
             score = scores[-1][0] if scores else None
             records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
             self.after(index, records[-1], metric)
-            stopped = self._stop(scores, time.perf_counter() - begin, engine)
+            stopped = self._tired(scores) or self._late(time.perf_counter() - begin, engine)
             if stopped:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
                 break
-        if not stopped or self.score is None:
-            solved = kernel_ridge.solve(metric.among(coordinates), points.Y, self.regression, engine, rows=points.rows)
+        if not self._tired(scores):
+            solved = points.solve_at(metric.among(coordinates), self.regression, engine)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
         assert kept is not None
@@ -184,16 +204,21 @@ class Learner:
         first, tie = self.engine.broadcast(pair).tolist()
         return first, tie
 
-    def _stop(self, scores: list, last: float, engine: Local) -> str:
-        """Why no further iteration begins; "" where one does."""
-        rules = self.rules
-        if rules.patience is not None and scores:
-            best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
-            if len(scores) - 1 - best >= rules.patience:
-                return f"no better score in {rules.patience} iterations"
-        if rules.seconds is not None:
-            spent = time.perf_counter() - self._start
-            over = self.points.X.new_full((1,), float(spent + last > rules.seconds))
-            if bool(engine.broadcast(over)):
-                return f"time_limit of {rules.seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"
-        return ""
+    def _tired(self, scores: list) -> str:
+        """Why nothing better is expected after these scores; "" where something is."""
+        patience = self.rules.patience
+        if patience is None or not scores:
+            return ""
+        best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
+        return f"no better score in {patience} iterations" if len(scores) - 1 - best >= patience else ""
+
+    def _late(self, last: float, engine: Local) -> str:
+        """Why there is no time for an iteration like the last one; "" where there is. The first rank's clock counts."""
+        seconds = self.rules.seconds
+        if seconds is None:
+            return ""
+        spent = time.perf_counter() - self._start
+        over = self.points.X.new_full((1,), float(spent + last > seconds))
+        if not bool(engine.broadcast(over)):
+            return ""
+        return f"time_limit of {seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +12,6 @@ import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
-from fastagop import linalg
 from fastagop.distributed.engine import Local, engine_of
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs
@@ -21,6 +22,7 @@ from fastagop.kernels import checks
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
+from fastagop.rfm.directions import Targets, leading
 from fastagop.rfm.learning import Learner, Learnt, Points, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
@@ -52,6 +54,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     _learnt: tuple[list[Stage], torch.Tensor] | None
     _metric: Metric
     _preparation: Preparation
+    _seen: Targets
 
     def _answers(self, name: str, y) -> np.ndarray:
         """Labels or targets of validation rows, checked; errors call them by that name."""
@@ -93,7 +96,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         regression, rules = self._checked()
         if (X_val is None) != (y_val is None):
             raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
-        data, engine = self._training(X, y, sample_weight), engine_of(self.process_group)
+        data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
         random = inputs.random(self.random_state)
         held, learn = self._held(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
@@ -102,22 +105,31 @@ class RecursiveFeatureMachine(KernelEstimator):
         points, reported = Points.of(part.X, part.Y, part.weights), set()
         regression = self._settled(regression, points.X)
         learnt = self._learn(points, regression, rules, held, reported)
-        self._metric, self.iterations_, self.best_iteration_ = learnt.stage.metric, learnt.records, learnt.best
-        if held is not None:
-            self.validation_score_, self._ties = np.array(learnt.scores), np.array(learnt.ties)
+        self.iterations_, self.best_iteration_ = learnt.records, learnt.best
+        self._metric = learnt.stage.metric.everywhere()
+        self._scored(learnt, held)
         if learn is None:
-            self._centers, solved = learnt.stage.centers(learnt.coordinates), learnt.solved
+            self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
             points = Points.of(data.X, data.Y, data.weights)
             self._centers, solved = points.solve(self._metric, regression, engine)
-        # The caller's tensor must not be kept.
-        owned = learnt.coordinates.clone() if _shared(learnt.coordinates, X) else learnt.coordinates
-        self._centers = owned if self._centers is learnt.coordinates else self._centers
-        self._learnt = (learnt.stages, owned)
-        self._seen = points.rows.means(data.Y.double()), points.rows.weights
+        self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, reported)
         return self
+
+    def _owned(self, data: Training, X) -> Training:
+        """The data without the caller's memory, which the caller may write to."""
+        if isinstance(X, torch.Tensor) and data.X.untyped_storage().data_ptr() == X.untyped_storage().data_ptr():
+            return dataclasses.replace(data, X=data.X.clone())
+        return data
+
+    def _scored(self, learnt: Learnt, held: HeldOut | None) -> None:
+        """Report scores; those of an earlier fit go where there are none."""
+        for name, values in (("validation_score_", learnt.scores), ("_ties", learnt.ties)):
+            self.__dict__.pop(name, None)
+            if held is not None:
+                setattr(self, name, np.array(values))
 
     def _learn(
         self, points: Points, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
@@ -128,7 +140,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             def after(index: int, record: IterationRecord, metric: Metric) -> None:
                 report(record.solution, reported)
                 if self.callbacks:
-                    M = metric.matrix(points.X.shape[1], self.diagonal, points.X)
+                    M = metric.matrix(points.X.shape[1], self.diagonal, points.X, points.X.dtype)
                     for callback in self.callbacks:
                         callback(IterationEvent(index, rules.iterations, record, M))
                 progress.step()
@@ -192,7 +204,13 @@ class RecursiveFeatureMachine(KernelEstimator):
         from fastagop.estimators.fit_plans import iteration_steps
 
         task = AgopTask("sum", self.center)
-        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal))
+        n, held = len(data.X), 0
+        if self.early_stopping:
+            held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        learn = n - held
+        if self.metric_samples is not None:
+            learn = validation.count_of("metric_samples", self.metric_samples, learn)
+        return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal), (learn, held))
 
     def _checked(self) -> tuple[KernelRidge, Rules]:
         regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
@@ -216,7 +234,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     def M_(self):
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
-        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers)
+        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
         return self._kept(self._preparation.reported(M))
 
     @in_full
@@ -258,49 +276,15 @@ class RecursiveFeatureMachine(KernelEstimator):
             ValueError: k is not between 1 and d.
         """
         check_is_fitted(self)
-        d = self.n_features_in_
-        k = None if k is None else checks.integer("k", k, 1, d)
-        values, inner, vectors = self._axes()
-        if k is None:
-            k = max(1, int((values > len(values) * torch.finfo(self._dtype).eps * values[0]).sum()))
-        if k > len(values):  # the rest of the features' space, which the metric maps to zero
-            vectors = torch.cat([vectors, _beyond(vectors, k - len(values))], 1)
-            values = torch.cat([values, values.new_zeros(k - len(values))])
-        vectors = vectors[:, :k].T
-        correlations = torch.zeros(k, dtype=torch.float64, device=values.device)
-        found = self._correlations(self._centers.double()[:, : len(inner)] @ inner[:, :k])
-        correlations[: len(found)] = found
+        k = None if k is None else checks.integer("k", k, 1, self.n_features_in_)
+        eps = torch.finfo(self._dtype).eps
+        vectors, values, along = leading(self._metric, self._centers, self.n_features_in_, k, eps)
+        correlations = self._seen.correlations(along, second=len(getattr(self, "classes_", ())) == 2)
         vectors = vectors * torch.where(correlations < 0, -1.0, 1.0)[:, None] + 0.0  # no minus zeros
         if self._preparation.unit is not None:
-            vectors = vectors / self._preparation.unit
+            vectors = vectors / (self._preparation.unit / self._preparation.unit.min())
             vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values[:k], correlations.abs())))
-
-    def _axes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(eigenvalues, descending; eigenvectors in coordinates, (r, .); those of the features, (d, .)), float64."""
-        metric, d = self._metric, self.n_features_in_
-        if metric.M is None or metric.M.ndim == 1:
-            values = torch.ones(d, dtype=torch.float64) if metric.M is None else metric.M.double()
-            values, order = values.sort(descending=True, stable=True)
-            vectors = torch.eye(d, dtype=torch.float64, device=values.device)[:, order]
-            return values, vectors if metric.span is None else metric.span.basis.T[:, order], vectors
-        values, inner = linalg.eigh(metric.M.double())
-        values, inner = values.flip(0).clamp_(min=0.0), inner.flip(1)
-        return values, inner, inner if metric.span is None else metric.span.basis @ inner
-
-    def _correlations(self, projections: torch.Tensor) -> torch.Tensor:
-        """Signed correlation of each column (r, k) of the points with the target that it is correlated with most."""
-        targets, weights = self._seen
-        share = torch.ones_like(targets[:, 0]) if weights is None else weights.to(targets)
-        share = share / share.sum()
-        projections, targets = (part - share @ part for part in (projections, targets))
-        sizes = [(share @ part.square()).sqrt() for part in (projections, targets)]
-        products = (share[:, None] * projections).T @ targets
-        bound = sizes[0][:, None] * sizes[1]
-        found = torch.where(bound > 0, products / torch.where(bound > 0, bound, 1.0), 0.0)
-        if hasattr(self, "classes_") and found.shape[1] == 2:
-            return found[:, 1]
-        return found.gather(1, found.abs().argmax(1, keepdim=True))[:, 0]
+        return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values, correlations.abs())))
 
     def _staged(self, X) -> Iterator[torch.Tensor]:
         """Outputs (m, K) of the kernel machines after 0, 1, ... AGOPs."""
@@ -328,11 +312,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         With ``scale="standard"`` it is that of the standardised features, which do not depend on units.
         """
         check_is_fitted(self)
-        metric = self._metric
-        spread = None if metric.M is None or metric.span is None else metric.span.diagonal(metric.M)
-        if spread is None:
-            M = metric.matrix(self.n_features_in_, self.diagonal, self._centers).double()
-            spread = M if M.ndim == 1 else M.diagonal()
+        spread = self._metric.spread(self.n_features_in_, self._centers)
         return self._kept((spread / spread.sum()).to(torch.float64))
 
     @property
@@ -349,19 +329,21 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _packed(self):
         metric, preparation = self._metric, self._preparation
-        tensors = {"offset": preparation.offset, "targets": self._seen[0], **self._packed_alpha()}
+        seen = self._seen
+        tensors = {"offset": preparation.offset, "targets": seen.means, "spread": seen.spread, **self._packed_alpha()}
         span = metric.span
-        optional = {"unit": preparation.unit, "M": metric.M, "root": metric.root, "target_weights": self._seen[1]}
+        optional = {"unit": preparation.unit, "M": metric.M, "root": metric.root, "target_weights": seen.weights}
         optional |= {} if span is None else {"centre": span.centre, "basis": span.basis}
         tensors |= {name: value for name, value in optional.items() if value is not None}
         records = []
         for index, record in enumerate(self.iterations_):
             solution = storage.pack_solution(record.solution)
-            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": record.score}
+            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _written(record.score)}
             records.append({"solution": solution, **numbers})
-            tensors[f"{index}.alpha"] = record.solution.alpha
+            alpha = record.solution.alpha  # the best iteration's is the last solve's; a file holds it twice
+            tensors[f"{index}.alpha"] = alpha.clone() if alpha is self.solution_.alpha else alpha
         scores = getattr(self, "validation_score_", None)
-        scores = None if scores is None else [score if np.isfinite(score) else None for score in scores.tolist()]
+        scores = None if scores is None else [_written(score) for score in scores.tolist()]
         return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -371,13 +353,15 @@ class RecursiveFeatureMachine(KernelEstimator):
         self._preparation, self._learnt = Preparation(tensors["offset"], tensors.get("unit")), None
         self.iterations_, self._alpha = [], tensors.get("readout", self.solution_.alpha)
         none = self._alpha.new_zeros(self._alpha.shape)
-        self._seen = tensors.get("targets", none), tensors.get("target_weights")
+        means, spread = tensors.get("targets", none), tensors.get("spread", none.new_zeros(none.shape[1]))
+        self._seen = Targets(means, tensors.get("target_weights"), spread)
         for index, record in enumerate(metadata["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
-            self.iterations_.append(IterationRecord(**{**record, "solution": solution}))
+            score = _read(record.get("score"))
+            self.iterations_.append(IterationRecord(**{**record, "solution": solution, "score": score}))
         self.best_iteration_ = metadata.get("best_iteration", len(self.iterations_))
         if metadata.get("scores") is not None:
-            self.validation_score_ = np.array([-np.inf if score is None else score for score in metadata["scores"]])
+            self.validation_score_ = np.array([_read(score) for score in metadata["scores"]])
 
 
 def _rows_of(data: Training, index: torch.Tensor) -> Training:
@@ -386,11 +370,11 @@ def _rows_of(data: Training, index: torch.Tensor) -> Training:
     return Training(*rows)
 
 
-def _shared(tensor: torch.Tensor, X) -> bool:
-    """Whether a tensor may hold the memory of what the caller gave."""
-    return not isinstance(X, torch.Tensor) or tensor.untyped_storage().data_ptr() == X.untyped_storage().data_ptr()
+def _written(score: float | None) -> float | str | None:
+    """A score for a file's JSON, which has no infinity."""
+    return str(score) if score is not None and not math.isfinite(score) else score
 
 
-def _beyond(basis: torch.Tensor, count: int) -> torch.Tensor:
-    """Orthonormal columns (d, count) that are orthogonal to those of a basis (d, r)."""
-    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] : basis.shape[1] + count]
+def _read(score: float | str | None) -> float | None:
+    """A score that ``_written`` wrote."""
+    return None if score is None else float(score)

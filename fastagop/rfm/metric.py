@@ -36,8 +36,8 @@ class Span:
         return cls(engine.broadcast(centre), engine.broadcast(torch.linalg.qr((wide - centre).T).Q.contiguous()))
 
     def coordinates(self, X: torch.Tensor) -> torch.Tensor:
-        """(X - centre) Q, shape (m, r), computed in float64, in X's dtype."""
-        return ((X.double() - self.centre) @ self.basis).to(X.dtype)
+        """(X - centre) Q, shape (m, r), float64: rounding them would cost more than rounding X did."""
+        return (X.double() - self.centre) @ self.basis
 
     def with_distance(self, X: torch.Tensor) -> torch.Tensor:
         """Coordinates and, last, the distance from the span: (m, r + 1).
@@ -47,7 +47,7 @@ class Span:
         apart = X.double() - self.centre
         inner = apart @ self.basis
         beyond = torch.linalg.vector_norm(apart - inner @ self.basis.T, dim=1, keepdim=True)
-        return torch.cat([inner, beyond], 1).to(X.dtype)
+        return torch.cat([inner, beyond], 1)
 
     def lifted(self, M: torch.Tensor) -> torch.Tensor:
         """Q M Q^T (d, d), symmetric to the bit, float64."""
@@ -88,13 +88,15 @@ class Metric:
         return project(coordinates, self.root)
 
     def points(self, X: torch.Tensor) -> torch.Tensor:
-        """Any rows X (m, d) as points whose Euclidean distance is ||x - z||_M: the kernel machine's input."""
+        """Any rows X (m, d) as points whose Euclidean distance is ||x - z||_M: the kernel machine's input.
+
+        Those of a span are float64, others of X's dtype.
+        """
         if self.span is None:
             return project(X, None if self.root is None else self.root.to(X))
         if self.root is None:
             return self.span.with_distance(X)
-        wide = (X.double() - self.span.centre) @ self.span.basis
-        return project(wide.to(X.dtype), self.root.to(X))
+        return project(self.span.coordinates(X), self.root)
 
     def transformed(self, X: torch.Tensor) -> torch.Tensor:
         """X M^(1/2) with the symmetric root of M, shape (m, d)."""
@@ -140,12 +142,24 @@ class Metric:
         root = M.clamp_(min=0.0).sqrt() if M.ndim == 1 else linalg.psd_sqrt(M)
         return replace(self, M=M, root=engine.broadcast(root)), divisor
 
-    def matrix(self, d: int, diagonal: bool, like: torch.Tensor) -> torch.Tensor:
-        """M written out: (d, d), or its diagonal (d,), in the dtype of ``like``."""
+    def everywhere(self) -> Metric:
+        """This metric for rows outside the span as well: M = I has a distance from it only for a row of the span."""
+        return Metric() if self.root is None else self
+
+    def spread(self, d: int, like: torch.Tensor) -> torch.Tensor:
+        """The diagonal of M (d,), float64, on the device of ``like``."""
         if self.M is None:
-            ones = like.new_ones(d)
+            return torch.ones(d, dtype=torch.float64, device=like.device)
+        if self.M.ndim == 1:
+            return self.M.double()
+        return self.M.double().diagonal() if self.span is None else self.span.diagonal(self.M)
+
+    def matrix(self, d: int, diagonal: bool, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """M written out: (d, d), or its diagonal (d,), on the device of ``like``, in a dtype."""
+        if self.M is None:
+            ones = like.new_ones(d, dtype=dtype)
             return ones if diagonal else ones.diag()
-        return self.M if self.span is None else self.span.lifted(self.M).to(like.dtype)
+        return self.M if self.span is None else self.span.lifted(self.M).to(dtype)
 
 
 def project(X: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:

@@ -44,17 +44,23 @@ class Preparation:
         return (X.double() if self.unit is None else X.double() * self.unit) + self.offset
 
     def reported(self, M: torch.Tensor) -> torch.Tensor:
-        """A metric (d, d), or its diagonal (d,), of the features as the kernel sees them, for those of the data."""
+        """A metric (d, d), or its diagonal (d,), of the features as the kernel sees them, for those of the data.
+
+        In float64 where units were divided by: squares of units leave float32 early.
+        """
         if self.unit is None:
             return M
-        wide = M.double() / self.unit
-        return (wide / (self.unit if M.ndim == 1 else self.unit[:, None])).to(M.dtype)
+        if M.ndim == 1:
+            return M.double() / self.unit / self.unit
+        upper = (M.double() / self.unit / self.unit[:, None]).triu()
+        return upper + upper.triu(1).T  # symmetric to the bit
 
 
 def _moments(X: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard deviation) of each column, 1 in place of the deviation of a constant one.
+    """(mean, standard deviation) of each column; a constant one has its own size in place of it, or 1 where it is 0.
 
-    Deviations are squared in units of the largest one, so that no column is too large or too small for it.
+    So differences that are but rounding stay small. Deviations are squared in units of the largest one, so that no
+    column is too large or too small for it.
     """
     share = X.new_full((len(X),), 1.0 / len(X)) if weights is None else weights.double() / weights.double().sum()
     base = X[0].clone()
@@ -64,4 +70,5 @@ def _moments(X: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tenso
     varies = largest > _CONSTANT * torch.finfo(torch.float64).eps * mean.abs()
     unit = torch.where(varies, largest, 1.0)
     deviation = unit * (share @ (apart / unit).square_()).sqrt_()
-    return mean, torch.where(varies & (deviation > 0), deviation, 1.0)
+    size = torch.where(mean == 0, 1.0, mean.abs())
+    return mean, torch.where(varies & (deviation > 0), deviation, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class HeldOut:
     Attributes:
         points: the rows as the kernel sees them before a metric (m, d), float64.
         X, y: the rows and their labels or targets as scikit-learn's scorers take them.
-        codes: targets of +-1 (m, K) in a classifier, whose squared error decides between equal scores; else None.
+        codes: targets (m, K) as the kernel machine has them; the squared error decides between equal scores. Or None.
         weights: of the rows (m,), or None.
         scorer: (estimator, X, y) -> a number, the larger the better.
     """
@@ -40,11 +41,22 @@ class HeldOut:
             model: the estimator, whose ``predict`` and the like are asked for what it makes of the outputs.
             outputs: of its kernel machine, float64.
         """
-        options = {} if self.weights is None else {"sample_weight": self.weights}
-        score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
+        options = {} if self.weights is None or not _weighs(self.scorer) else {"sample_weight": self.weights}
+        try:
+            score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"scoring: the validation rows have no score, since {error}") from error
         score = -math.inf if math.isnan(score) else score
-        tie = 0.0 if self.codes is None else -float((outputs - self.codes).square().mean())
-        return score, tie
+        if self.codes is None:
+            return score, 0.0
+        errors = (outputs - self.codes).square().mean(1).cpu().numpy()
+        return score, -float(np.average(errors, weights=self.weights))
+
+
+def _weighs(scorer) -> bool:
+    """Whether a scorer takes sample weights: the estimator's own does, a metric or a function where it names them."""
+    rule = getattr(scorer, "_score_func", None if hasattr(scorer, "_estimator") else scorer)
+    return rule is None or "sample_weight" in inspect.signature(rule).parameters
 
 
 def scorer_of(model, scoring):

@@ -1,0 +1,92 @@
+"""The directions that a learnt metric stretches most, and their correlation with the targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fastagop import linalg
+from fastagop.rfm.learning import Points
+from fastagop.rfm.metric import Metric
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the points of a fit answered.
+
+    Attributes:
+        means: target of each point (r, K), the mean of its copies, float64.
+        weights: of the points (r,), or None where all are 1.
+        spread: standard deviation of the rows' targets (K,), float64; copies may contradict each other.
+    """
+
+    means: torch.Tensor
+    weights: torch.Tensor | None
+    spread: torch.Tensor
+
+    @classmethod
+    def of(cls, points: Points) -> Targets:
+        """The targets of some points."""
+        wide, rows = points.Y.double(), points.rows
+        share = (rows.each / rows.each.sum()).to(wide)
+        apart = wide - share @ wide
+        return cls(rows.means(wide), rows.weights, (share @ apart.square()).sqrt())
+
+    def correlations(self, projections: torch.Tensor, second: bool) -> torch.Tensor:
+        """Signed correlation of each column of projections (r, k) with the targets; 0 where either is constant.
+
+        Args:
+            projections: of the points.
+            second: take the second target; default that which a column is correlated with most.
+        """
+        share = torch.ones_like(self.means[:, 0]) if self.weights is None else self.weights.to(self.means)
+        share = share / share.sum()
+        projections, targets = (part - share @ part for part in (projections, self.means))
+        size = (share @ projections.square()).sqrt()
+        bound = size[:, None] * self.spread
+        products = (share[:, None] * projections).T @ targets
+        found = torch.where(bound > 0, products / torch.where(bound > 0, bound, 1.0), 0.0).clamp_(-1.0, 1.0)
+        return found[:, 1] if second else found.gather(1, found.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def leading(
+    metric: Metric, centers: torch.Tensor, d: int, k: int | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(unit vectors (k, d), eigenvalues (k,) descending, the points along them (r, k)), float64.
+
+    Args:
+        metric: what was learnt.
+        centers: the points in that metric.
+        d: number of features.
+        k: how many; None for those whose eigenvalue is above rounding.
+        eps: of the dtype of the fit.
+
+    The points have a length of 0 along vectors that the metric maps to 0.
+    """
+    values, inner, vectors = _axes(metric, centers, d)
+    counted = max(1, int((values > len(values) * eps * values[0]).sum()))
+    k = counted if k is None else k
+    along = centers.double()[:, : len(inner)] @ inner[:, : min(k, counted)]
+    if k > len(values):  # the rest of the features' space, which the metric maps to zero
+        vectors = torch.cat([vectors, _beyond(vectors, k - len(values))], 1)
+        values = torch.cat([values, values.new_zeros(k - len(values))])
+    along = torch.cat([along, along.new_zeros(len(along), k - along.shape[1])], 1)
+    return vectors[:, :k].T, values[:k], along
+
+
+def _axes(metric: Metric, centers: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(eigenvalues, descending; eigenvectors in coordinates (r, r); those of the features (d, r)), float64."""
+    if metric.M is None or metric.M.ndim == 1:
+        values = torch.ones(d, device=centers.device) if metric.M is None else metric.M
+        values, order = values.double().sort(descending=True, stable=True)
+        vectors = torch.eye(d, dtype=torch.float64, device=values.device)[:, order]
+        return values, vectors, vectors
+    values, inner = linalg.eigh(metric.M.double())
+    values, inner = values.flip(0).clamp_(min=0.0), inner.flip(1)
+    return values, inner, inner if metric.span is None else metric.span.basis @ inner
+
+
+def _beyond(basis: torch.Tensor, count: int) -> torch.Tensor:
+    """Orthonormal columns (d, count) that are orthogonal to those of a basis (d, r)."""
+    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] : basis.shape[1] + count]

@@ -1,0 +1,119 @@
+"""scale="standard": features in their own units, and what is reported in those of the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from fastagop import Laplace, RFMClassifier, RFMRegressor
+
+
+def data(n=60, d=5, seed=0):
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(n, d))
+    return X, X[:, 0] * X[:, 1] + 0.3 * X[:, 2]
+
+
+def model(make=RFMRegressor, **more):
+    return make(**{"kernel": Laplace(3.0), "iterations": 2, "dtype": "float64", "scale": "standard", **more})
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_is_a_standard_scaler_before(diagonal):
+    X, y = data()
+    X, Z = X * [1, 10, 0.1, 3, 7] + 5, data(9, seed=1)[0] * [1, 10, 0.1, 3, 7]
+    ours = model(diagonal=diagonal).fit(X, y)
+    theirs = make_pipeline(StandardScaler(), model(diagonal=diagonal, scale=None)).fit(X, y)
+    assert np.allclose(ours.predict(Z), theirs.predict(Z), rtol=1e-9, atol=1e-10)
+    assert np.allclose(ours.feature_importances_, theirs[-1].feature_importances_, rtol=1e-9)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("shape", [(60, 5), (12, 30)])
+def test_the_metric_is_in_the_units_of_the_data(diagonal, shape):
+    """(x - z)^T M (x - z) is the squared distance that the kernel sees."""
+    X, y = data(*shape)
+    X = X * 10.0 ** np.random.default_rng(1).uniform(-3, 3, shape[1])
+    fit = model(diagonal=diagonal).fit(X, y)
+    M = np.diag(fit.M_) if diagonal else fit.M_
+    points, difference = fit.transform(X), X[0] - X[1:]
+    expected = ((points[0] - points[1:]) ** 2).sum(1)
+    assert np.allclose(np.einsum("ij,jk,ik->i", difference, M, difference), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_units_and_offsets_do_not_matter(dtype):
+    X, y = data()
+    Z = data(9, seed=1)[0]
+    units = 10.0 ** np.random.default_rng(1).uniform(-6, 6, 5)
+    near = model(dtype=dtype).fit(X, y).predict(Z)
+    bound = 1e-9 if dtype == "float64" else 1e-4
+    assert np.allclose(model(dtype=dtype).fit(X * units, y).predict(Z * units), near, atol=bound)
+    assert np.allclose(
+        model(dtype=dtype).fit(X * units + 1e3 * units, y).predict(Z * units + 1e3 * units), near, atol=bound
+    )
+
+
+def test_numbers_of_any_size():
+    X, y = data()
+    Z, units = data(9, seed=1)[0], np.array([1e300, 1e-300, 1.0, 1e20, 1e-20])
+    near = model().fit(X, y)
+    for dtype in ("float32", "float64"):
+        far = model(dtype=dtype).fit(X * units, y)
+        assert np.allclose(far.predict(Z * units), near.predict(Z), atol=1e-4)
+    X[:, 0], X[:, 1] = X[:, 0] * 1e20, X[:, 1] * 1e-20  # their squares leave float32
+    assert np.isfinite(model(dtype="float32").fit(X, y).M_).all()
+
+
+def test_constant_features_stay_out():
+    """Also those that differ by rounding only, whatever their size."""
+    X, y = data()
+    Z, noise = data(9, seed=1)[0], np.random.default_rng(2).integers(0, 2, 60)
+    for column in (np.zeros(60), np.full(60, -7.0), 1e20 + 16384.0 * noise):
+        more = model().fit(np.c_[X, column], y)
+        assert np.allclose(more.predict(np.c_[Z, np.full(9, column[0])]), model().fit(X, y).predict(Z), atol=1e-9)
+        assert more.feature_importances_[-1] <= 1e-12
+
+
+def test_one_row_weights_and_kinds():
+    X, y = data()
+    assert model().fit(X[:1], y[:1]).predict(X[:1]) == pytest.approx(y[:1])
+    weights = np.where(np.arange(60) % 3 == 0, 2.0, 1.0)
+    twice = np.repeat(np.arange(60), weights.astype(int))
+    Z = data(9, seed=1)[0]
+    assert np.allclose(model().fit(X, y, weights).predict(Z), model().fit(X[twice], y[twice]).predict(Z), atol=1e-9)
+    whole = np.round(X * 3).astype(int)
+    assert np.array_equal(model().fit(whole, y).predict(whole), model().fit(whole.astype(float), y).predict(whole))
+    flags = X > 0
+    assert np.array_equal(model().fit(flags, y).predict(flags), model().fit(flags * 1.0, y).predict(flags))
+
+
+def test_large_offsets_in_float32():
+    X, y = data()
+    X = np.round(X * 64)  # numbers that float32 holds beside the offset
+    far = (X + 2.0**20).astype(np.float32)
+    near = model(RFMClassifier, dtype="float32").fit(X, y > 0).decision_function(X)
+    assert np.allclose(model(RFMClassifier, dtype="float32").fit(far, y > 0).decision_function(far), near, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, "standard"])
+@pytest.mark.parametrize("shape", [(40, 4), (9, 14)])
+@pytest.mark.parametrize("parameters", [{}, {"diagonal": True}, {"iterations": 0}], ids=str)
+@pytest.mark.parametrize("make", [RFMRegressor, RFMClassifier])
+def test_gradients_are_differences(make, parameters, shape, scale):
+    """In the units of the data, against central differences."""
+    X, y = data(*shape)
+    units = np.linspace(0.5, 4.0, shape[1])
+    X, y = X * units, y if make is RFMRegressor else y > 0
+    fit = model(make, scale=scale, **parameters).fit(X, y)
+    Z, step = X[:3] + 0.3 * units, 1e-5
+
+    def f(Z):
+        return fit.predict(Z) if make is RFMRegressor else fit.decision_function(Z)
+
+    steps = step * np.diag(units)
+    expected = np.stack([(f(Z + e) - f(Z - e)) / (2 * e.max()) for e in steps], 1)
+    found = fit.gradients(Z)[:, -1]  # of the second class
+    assert np.abs(found - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
