@@ -93,7 +93,9 @@ def test_equal_scores_go_to_the_smaller_error_then_to_fewer_iterations(flowers):
     results = model.fit(X, y).cv_results_
     assert model.best_index_ == results["mean_test_tie"].argmax()
     regressor = RFMRegressorCV(n_settings=3, cv=2, scoring=lambda estimator, X, y: 1.0, iterations=1)
-    regressor.fit(X, X[:, 0])
+    results = regressor.fit(X, X[:, 0]).cv_results_
+    assert regressor.best_index_ == results["mean_test_tie"].argmax()
+    regressor.fit(X, X[:, 0] * 0.0)  # everything is equal
     assert (regressor.best_index_, regressor.best_iteration_) == (0, 0)
 
 
