@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_iris
-from sklearn.metrics import accuracy_score, make_scorer
+from sklearn.metrics import accuracy_score, log_loss, make_scorer
 from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -239,6 +239,23 @@ def test_scorers_with_and_without_weights(flowers):
     made = RFMClassifierCV(**SMALL, scoring=make_scorer(accuracy_score), random_state=0).fit(X, y, weights)
     own = RFMClassifierCV(**SMALL, random_state=0).fit(X, y, weights)
     assert np.array_equal(made.cv_results_["mean_test_score"], own.cv_results_["mean_test_score"])
+
+
+def test_score_is_that_of_the_scorer(product, flowers):
+    X, y = flowers
+    model = RFMClassifierCV(**SMALL, scoring="neg_log_loss", random_state=0).fit(X, y)
+    assert model.score(X, y) == pytest.approx(-log_loss(y, model.predict_proba(X)))
+    assert (model.cv_results_["mean_test_score"] < 0).all()
+    regressor = RFMRegressorCV(**SMALL, scoring="neg_mean_squared_error").fit(*product)
+    assert regressor.score(*product) == pytest.approx(-np.square(regressor.predict(product[0]) - product[1]).mean())
+
+
+def test_masks_are_folds(flowers):
+    X, y = flowers
+    half = np.arange(60) % 2 == 0
+    masks = RFMClassifierCV(**{**SMALL, "cv": [(half, ~half)]}).fit(X, y)
+    places = RFMClassifierCV(**{**SMALL, "cv": [(np.flatnonzero(half), np.flatnonzero(~half))]}).fit(X, y)
+    assert np.array_equal(masks.cv_results_["mean_test_score"][:2], places.cv_results_["mean_test_score"][:2])
 
 
 def test_the_best_few_answer_by_the_mean_of_their_outputs(product, flowers):

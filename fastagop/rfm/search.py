@@ -62,6 +62,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     n_features_in_: int
     best_estimator_: Any
     estimators_: list
+    scorer_: Any
 
     def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
@@ -165,11 +166,11 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
                     f"cv must be a number of folds, 'holdout', a splitter of scikit-learn or (train, test) pairs, got "
                     f"{self.cv!r}"
                 )
-            drawn = [tuple(map(np.asarray, pair)) for pair in check_cv(self.cv).split(rows.cpu().numpy(), answers)]
-            drawn = [tuple(np.flatnonzero(i) if i.dtype == bool else i for i in pair) for pair in drawn]
+            splitter: Any = check_cv(self.cv)  # pyright: ignore[reportArgumentType]
+            drawn = [trials.indices(pair) for pair in splitter.split(rows.cpu().numpy(), answers)]
             if weights is None:
                 return drawn
-            return [tuple(index[weights[index] > 0] for index in pair) for pair in drawn]
+            return [(train[weights[train] > 0], test[weights[test] > 0]) for train, test in drawn]
         return [(kept[train], kept[test]) for train, test in drawn]
 
     def _run(self, estimators: list, task: Task) -> list[Trial]:
@@ -236,9 +237,8 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self, "estimators_")
         return self.best_estimator_.transform(X)
 
-    @available_if(_refitted)
-    def score(self, X, y, sample_weight=None):
-        """The score of ``scoring``; by default accuracy or R^2."""
+    def _score(self, X, y, sample_weight):
+        """The score of ``scoring``."""
         check_is_fitted(self, "estimators_")
         weighted = sample_weight is not None and trials.takes_weights(self.scorer_)
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
@@ -333,6 +333,10 @@ class RFMClassifierCV(ClassifierMixin, _Search):
             raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
         return np.searchsorted(self.classes_, y)
 
+    def score(self, X, y, sample_weight=None):
+        """The score of ``scoring``; by default accuracy."""
+        return self._score(X, y, sample_weight)
+
     @available_if(_refitted)
     def predict_proba(self, X):
         """Probabilities of the classes (m, K), as ``RFMClassifier.predict_proba`` takes them from outputs."""
@@ -385,3 +389,7 @@ class RFMRegressorCV(RegressorMixin, _Search):
 
     def _read(self, y):
         return inputs.targets(y)
+
+    def score(self, X, y, sample_weight=None):
+        """The score of ``scoring``; by default R^2."""
+        return self._score(X, y, sample_weight)

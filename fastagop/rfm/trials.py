@@ -68,7 +68,7 @@ class Trial:
 def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial | None]:
     """The trials of estimators with their parameters set, in their order; None for one that was not begun in time."""
     calls = (functools.partial(_trial, model, task, index == 0) for index, model in enumerate(estimators))
-    if joblib.effective_n_jobs(n_jobs) == 1:
+    if n_jobs is None or joblib.effective_n_jobs(n_jobs) == 1:
         return (call() for call in calls)
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
     return iter(parallel(joblib.delayed(call)() for call in calls))  # pyright: ignore[reportArgumentType]
@@ -103,8 +103,15 @@ def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
         if takes_weights(scorer):
             scorer = functools.partial(scorer, sample_weight=task.weights[test])
     X_train, X_test = rows_of(task.X, train), rows_of(task.X, test)
-    model = clone(estimator).set_params(scoring=scorer)
+    model: Any = clone(estimator)
+    model.set_params(scoring=scorer)
     return model.fit(X_train, task.y[train], train_weights, X_test, task.y[test])
+
+
+def indices(pair) -> Fold:
+    """A splitter's (train, test) as indices, which may be masks."""
+    train, test = (np.flatnonzero(part) if np.asarray(part).dtype == bool else np.asarray(part) for part in pair)
+    return train, test
 
 
 def rows_of(X, index: np.ndarray):
