@@ -11,7 +11,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastagop import collapse, datasets, distributed, estimators, network
 from fastagop.explain import explain
@@ -77,7 +77,7 @@ _LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}
 _LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "probes":  # a module, which imports scikit-learn
         return importlib.import_module("fastagop.probes")
     if name in _LAZY:

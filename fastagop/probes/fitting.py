@@ -49,7 +49,7 @@ class Settings:
     regression: bool
     common: dict[str, Any]
 
-    def machine(self, bandwidth, center: bool, iterations: int):
+    def machine(self, bandwidth, center: bool, iterations: int) -> Any:
         """The estimator of a setting."""
         kind = RFMRegressor if self.regression else RFMClassifier
         return kind(_kernel(self.kernel, bandwidth), iterations=iterations, center=center, **self.common)
@@ -95,8 +95,7 @@ def fit(
             float16 and bfloat16 included. d may differ between layers; more columns than rows cost little.
         y: labels (n,), also 0.0 and 1.0; or floats (n,) or (n, K), which are targets of regression.
         validation: (activations, y) of other rows: scores are of these then, and nothing is learnt from them.
-        bandwidths: what the kernel is given: numbers in the units of the activations, or "median" and
-            ("median", factor), of the distances in each layer.
+        bandwidths: numbers in the units of the activations, "median", or ("median", factor), of each layer's distances.
         centers: whether the mean gradient of each output is subtracted before the outer product.
         iterations, ridge, device, dtype: as in ``RFMClassifier``; every iteration is scored.
         kernel: a class such as ``Laplace``, or a kernel of which the bandwidth is replaced.
@@ -104,10 +103,9 @@ def fit(
         scoring: name of a scikit-learn scorer or a function (estimator, X, y) -> number, the larger the better. Default
             AUC for two classes, the mean AUC of each class against the rest for more, and in regression Pearson's
             correlation, the mean over targets.
-        directions: how many of a layer's directions are kept.
-        aggregate: combine the layers.
+        directions, aggregate: how many directions of a layer are kept, and whether layers are combined.
         random_state: seed of the rows held out and of the combination's folds.
-        verbose: 1 shows a progress bar over layers on a terminal.
+        verbose: 1 shows a progress bar on a terminal.
 
     Raises:
         ValueError, TypeError: naming the argument, and the layer where it is one's.
@@ -148,7 +146,8 @@ class Work:
 
     def run(self, layers: dict, others: dict, progress: Progress) -> Probes:
         """Probe all layers; ``others`` are the activations that rows are held out of."""
-        found, inside, outside, scoring = {}, [], [], self.settings.common["scoring"]
+        inside, outside, scoring = [], [], self.settings.common["scoring"]
+        found: dict[Hashable, Probe] = {}
         for name, rows in layers.items():
             with _named(name):
                 found[name], *crossed = self._layer(name, rows, self.held.of(others[name]))
@@ -172,16 +171,9 @@ class Work:
         if self.learn.index is not None:  # Some rows were held out.
             final = settings.machine(bandwidth, center, count).fit(rows, self.known.y)
         stretched = final if count else settings.machine(bandwidth, center, 1).fit(rows, self.known.y)
-        probe = Probe(
-            name,
-            float(best.validation_score_[count]),
-            float(final.kernel_.bandwidth),
-            center,
-            count,
-            *stretched.directions(settings.directions),
-            tried,
-            final,
-        )
+        score, length = float(best.validation_score_[count]), float(final.kernel_.bandwidth)
+        ways = stretched.directions(settings.directions)
+        probe = Probe(name, score, length, center, count, ways.vectors, ways.values, ways.correlations, tried, final)
         if self.folds is None:
             return (probe,)
         setting = bandwidth, center, count
@@ -241,13 +233,13 @@ def _tried():
         yield
 
 
-def _search(X, y, X_val, y_val, settings: Settings):
+def _search(X, y, X_val, y_val, settings: Settings) -> tuple[Any, Any, dict]:
     """((bandwidth, center) that is best, its machine, scores of all) on the rows held out."""
     best, chosen, tried = None, None, {}
     with _tried():
         for bandwidth in settings.bandwidths:
             for center in settings.centers:
-                machine = settings.machine(bandwidth, center, settings.iterations)
+                machine: Any = settings.machine(bandwidth, center, settings.iterations)
                 machine.fit(X, y, X_val=X_val, y_val=y_val)
                 tried[bandwidth, center] = machine.validation_score_
                 place = machine.best_iteration_
@@ -261,7 +253,7 @@ def _search(X, y, X_val, y_val, settings: Settings):
 def _folds(learn: Targets, random) -> list[tuple[np.ndarray, np.ndarray]]:
     """[(rows to learn from, rows to answer)], by class where there are classes."""
     n = len(learn.y)
-    if learn.codes is None:
+    if learn.codes is None or learn.classes is None:
         if n < 2:
             raise ValueError("aggregate=True needs at least two rows that are not held out; use aggregate=False")
         return list(KFold(min(_FOLDS, n), shuffle=True, random_state=random).split(np.zeros(n)))
@@ -290,7 +282,7 @@ def _crossed(X, y, folds, settings: Settings, setting) -> np.ndarray:
 def _aggregate(inside, y, outside, y_val, machines: dict, scorer) -> Aggregate:
     """The combination fitted on the layers' crossed outputs, scored on those for the rows held out."""
     classes = hasattr(next(iter(machines.values())), "classes_")
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000) if classes else Ridge())
+    model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000) if classes else Ridge())
     model.fit(side_by_side(inside), y)
     score = float(scorer(model, side_by_side(outside), y_val))
     parts = np.split(np.atleast_2d(model[-1].coef_), len(machines), axis=1)

@@ -40,7 +40,7 @@ def layers(activations) -> Layers:
         ValueError, TypeError: naming the layer.
     """
     if isinstance(activations, Mapping):
-        found = dict(activations)
+        found: Layers = dict(activations)
     elif isinstance(activations, (torch.Tensor, np.ndarray)):
         if activations.ndim != 3:
             raise ValueError(f"activations must have shape (layers, n, d), got {tuple(activations.shape)}")
@@ -55,7 +55,7 @@ def layers(activations) -> Layers:
     if not found:
         raise ValueError("activations must hold at least one layer, got none")
     found = {name: _rows(f"layer {name!r}", value) for name, value in found.items()}
-    counts = {}
+    counts: dict[int, list] = {}
     for name, value in found.items():
         counts.setdefault(len(value), []).append(name)
     if len(counts) > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from scipy.stats import rankdata
 
@@ -45,9 +47,9 @@ def default(classes):
     return correlation if classes is None else auc
 
 
-def scorer(estimator, scoring):
+def scorer(estimator, scoring) -> tuple[Any, str]:
     """(function (estimator, X, y) -> number, its name) that a ``scoring`` stands for."""
     several = len(getattr(estimator, "classes_", ())) > 2
-    names = {auc: "mean one-vs-rest AUC" if several else "AUC", correlation: "correlation"}
+    names: dict[Any, str] = {auc: "mean one-vs-rest AUC" if several else "AUC", correlation: "correlation"}
     name = scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score")
     return validation.scorer_of(estimator, scoring), names.get(scoring, name)

@@ -127,6 +127,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         intercept_: what was subtracted: a number, or (K,). ``solution_`` and ``iterations_`` are those of what is left.
     """
 
+    fit_intercept: bool
+
     def __init__(
         self,
         kernel=_LAPLACE,
