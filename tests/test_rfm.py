@@ -18,7 +18,14 @@ singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
 
 
 @singular
-@parametrize_with_checks([RFMClassifier(iterations=2), RFMRegressor(iterations=2)])
+@parametrize_with_checks(
+    [
+        RFMClassifier(iterations=2),
+        RFMRegressor(iterations=2),
+        RFMClassifier(iterations=2, scale="standard", early_stopping=True, random_state=0),
+        RFMRegressor(iterations=2, scale="standard", early_stopping=True, random_state=0),
+    ]
+)
 def test_scikit_learn(estimator, check):
     check(estimator)
 

@@ -260,7 +260,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         near = self._preparation.near(self._samples(X))
         points = self._metric.points(near)
         g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
-        g = self._metric.pulled_back(g, near)
+        g = self._metric.pulled_back(g)
         return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
 
     @in_full
