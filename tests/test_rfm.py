@@ -27,6 +27,8 @@ singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
     ]
 )
 def test_scikit_learn(estimator, check):
+    if estimator.early_stopping and "sample_weight_equivalence" in getattr(check, "func", check).__name__:
+        pytest.skip("a row that is written twice may be held out once, as in scikit-learn's own early stopping")
     check(estimator)
 
 
