@@ -428,11 +428,15 @@ def test_errors_of_the_first_rank_are_raised_on_all(normal, together):
 
 def test_an_estimator_on_the_group(normal, together):
     X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
-    for more in ({}, {"diagonal": True}):
+    some = {"early_stopping": True, "metric_samples": 0.9, "random_state": 0}
+    for more, d in (({}, 4), ({"diagonal": True}, 4), ({}, 70), (some, 4), (some, 70)):
+        X = normal(50, d).numpy()
         alone = RFMRegressor(iterations=2, dtype="float64", ridge=0.1, **more).fit(X, y)
 
-        def fit(rank, more=more):
+        def fit(rank, more=more, X=X):
             how = {"iterations": 2, "dtype": "float64", "ridge": 0.1, **more}
+            # the first rank draws for all
+            how |= {"random_state": rank} if "random_state" in how else {}
             return RFMRegressor(process_group=communicator.dist, **how).fit(X, y).M_
 
         first, second = together(2, fit)

@@ -18,8 +18,17 @@ singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
 
 
 @singular
-@parametrize_with_checks([RFMClassifier(iterations=2), RFMRegressor(iterations=2)])
+@parametrize_with_checks(
+    [
+        RFMClassifier(iterations=2),
+        RFMRegressor(iterations=2),
+        RFMClassifier(iterations=2, scale="standard", early_stopping=True, random_state=0),
+        RFMRegressor(iterations=2, scale="standard", early_stopping=True, random_state=0),
+    ]
+)
 def test_scikit_learn(estimator, check):
+    if estimator.early_stopping and "sample_weight_equivalence" in getattr(check, "func", check).__name__:
+        pytest.skip("a row that is written twice may be held out once, as in scikit-learn's own early stopping")
     check(estimator)
 
 

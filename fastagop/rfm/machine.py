@@ -164,7 +164,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         n = len(data.X)
         held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
         if held < 1:
-            raise ValueError(f"early_stopping needs at least two rows, got {n}; give X_val and y_val, or more rows")
+            raise ValueError(
+                f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
+            )
         codes = None if data.classes is None else data.classes.cpu().numpy()
         stay, out = validation.chosen(validation.split(n, codes, held, random), engine, data.X.device)
         points, weights = data.X[out].double(), None if data.weights is None else data.weights[out].cpu().numpy()
@@ -261,7 +263,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         near = self._preparation.near(self._samples(X))
         points = self._metric.points(near)
         g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
-        g = self._metric.pulled_back(g, near)
+        g = self._metric.pulled_back(g)
         return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
 
     @in_full

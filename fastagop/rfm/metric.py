@@ -107,21 +107,16 @@ class Metric:
         basis = self.span.basis.to(X)
         return (X @ basis) @ self.root.to(X) @ basis.T
 
-    def pulled_back(self, gradients: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-        """Gradients (m, K, .) with respect to ``points(X)`` as gradients (m, K, d) with respect to X."""
+    def pulled_back(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Gradients (m, K, .) with respect to ``points(X)`` as gradients (m, K, d) with respect to X.
+
+        A metric without a root has no span here: see ``everywhere``.
+        """
         if self.root is None:
-            return gradients if self.span is None else self._from_distance(gradients, X)
+            return gradients
         root = self.root.to(gradients)
         inner = gradients * root if root.ndim == 1 else gradients @ root
         return inner if self.span is None else inner @ self.span.basis.T.to(gradients)
-
-    def _from_distance(self, gradients: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-        assert self.span is not None
-        basis, apart = self.span.basis.to(X), X - self.span.centre.to(X)
-        beyond = apart - (apart @ basis) @ basis.T
-        length = torch.linalg.vector_norm(beyond, dim=1, keepdim=True)
-        beyond = torch.where(length > 0, beyond / torch.where(length > 0, length, 1.0), 0.0)
-        return gradients[..., :-1] @ basis.T + gradients[..., -1:] * beyond[:, None, :]
 
     def updated(self, inner: torch.Tensor, scale: str, total: float, X: torch.Tensor, engine: Local):
         """(the metric of a new AGOP, its divisor); a constant predictor says nothing about features: M stays then.
