@@ -41,7 +41,7 @@ def table_of(n: int) -> Table:
 
     options = {"n_informative": 6, "n_redundant": 4, "n_clusters_per_class": 8, "flip_y": 0.02, "class_sep": 1.0}
     X, y = make_classification(n + TESTED, FEATURES, random_state=0, **options)
-    return Table(X, y, CLASSIFICATION)
+    return Table(np.asarray(X), np.asarray(y), CLASSIFICATION)
 
 
 def measure(n: int, contenders: Mapping[str, tuple], threads: int) -> list[dict]:
