@@ -304,7 +304,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
         had no part in. A loaded estimator has none.
         """
-        return iter([self._view(outputs).predict(X) for outputs in self._staged(X)])
+        return iter([self._view(outputs).predict(X) for outputs in self._staged(X)])  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def feature_importances_(self):
@@ -367,8 +367,8 @@ class RecursiveFeatureMachine(KernelEstimator):
 
 def _rows_of(data: Training, index: torch.Tensor) -> Training:
     """Some rows of the training data."""
-    rows = (value if value is None else value[index] for value in (data.X, data.Y, data.classes, data.weights))
-    return Training(*rows)
+    classes, weights = (value if value is None else value[index] for value in (data.classes, data.weights))
+    return Training(data.X[index], data.Y[index], classes, weights)
 
 
 def _written(score: float | None) -> float | str | None:
