@@ -158,6 +158,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
     ):
         self._store(locals())
 
+    fit_intercept: bool
+
     def _checked(self):
         checks.flag("fit_intercept", self.fit_intercept)
         return super()._checked()
