@@ -69,7 +69,7 @@ def normal(n: int, d: int, iterations: int) -> Fit:
 
 CASES: dict[str, Callable[[], Fit]] = {
     "wine": functools.partial(bundled, "wine", 178, 5, 15),
-    "few rows, many features": functools.partial(normal, 300, 4096, 3),
+    "few rows, many features": functools.partial(normal, 300, 1536, 3),
     "normal": functools.partial(normal, 2000, 100, 5),
     "digits": functools.partial(bundled, "digits", 1437, 5),
 }

@@ -125,7 +125,7 @@ def _svm(task: str, threads: int):
 
 
 CONTENDERS: dict[str, Builder] = {
-    "fastagop": ours("RFM{}", scale="standard", early_stopping=True, device="cpu"),
+    "fastagop": ours("RFM{}", scale="standard", early_stopping=True, random_state=0, device="cpu"),
     "fastagop-cv": ours("RFM{}CV", n_settings=12, cv="holdout", average=3, random_state=0, device="cpu"),
     "fastagop-default": ours("RFM{}", scaled=True, device="cpu"),
     "xrfm": xrfm(scaled=True),
