@@ -88,8 +88,9 @@ def _both(solved: Solved) -> Solved:
 
 def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
     """The solution of a small problem without copies, weights or wishes; None of any other."""
-    plain = rows.plain and type(engine) is Local and regression.memory_limit is None and regression.solver == "auto"
-    if not plain or regression.backend not in ("auto", "torch"):
+    limit = regression.memory_limit
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    if not plain or regression.backend not in ("auto", "torch") or (limit is not None and limit < small.bytes_of(X, Y)):
         return None
     return small.fit(regression.kernel, X, Y, float(regression.ridge))
 
@@ -127,7 +128,7 @@ def fit_and_agop(
     if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:
         mark("solve")
         mark("agop")
-        return fitted.solved, M, fitted.bytes
+        return fitted.solved, M, small.bytes_of(X, Y)
     solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
     mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)

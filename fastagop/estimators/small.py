@@ -29,12 +29,6 @@ class SmallFit:
         """The solution, alpha in float64."""
         return self.found.solved
 
-    @property
-    def bytes(self) -> int:
-        """What it takes beyond the points, roughly."""
-        n, d = self.found.x.shape
-        return 8 * (5 * n * n + 3 * n * d * self.solved.alpha.shape[1] + d * d)
-
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:
         """The AGOP (d, d), or its diagonal (d,), summed over the points; None where it leaves float64."""
         x, alpha = self.found.x - self.found.x.mean(0), self.solved.alpha
@@ -47,6 +41,12 @@ class SmallFit:
         flat = G.view(-1, d)
         M = flat.square().sum(0) if diagonal else flat.T @ flat
         return M if bool(M.isfinite().all()) else None
+
+
+def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
+    """What a small problem takes beyond the points, roughly."""
+    (n, d), K = X.shape, Y.shape[1]
+    return 8 * (6 * n * n + 3 * n * d * K + 2 * n * d + d * d)
 
 
 def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float) -> SmallFit | None:

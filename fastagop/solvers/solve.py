@@ -62,10 +62,17 @@ class PreparedSolve:
     solver: Solver
     plan: Plan
 
-    @property
-    def float64(self) -> bool:
-        """Whether one float64 matrix in full is factored."""
-        return self.plan.method == "cholesky" and self.solver.dtype == torch.float64 and not self.solver.halves
+    def short(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
+        """The same for a few hundred points without copies and weights, where one float64 matrix is factored, or None.
+
+        Arguments as of ``run``.
+        """
+        float64 = self.plan.method == "cholesky" and self.solver.dtype == torch.float64 and not self.solver.halves
+        if not (float64 and rows.plain):
+            return None
+        operator = self.problem.operator
+        found = few.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
+        return None if found is None else found.solved
 
     def seconds(self) -> float:
         """Estimated time."""
@@ -214,8 +221,8 @@ def solve(
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    elif prepared.float64 and (found := few.solve(kernel, X, Y, prepared.problem.ridge, X.dtype)) is not None:
-        return found.solved.solution
+    elif (short := prepared.short(Y, rows, X.dtype)) is not None:
+        return short.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
     report(solution)
     return solution
