@@ -34,7 +34,7 @@ def test_is_the_formula(make, classes):
     model = make().fit(X, y)
     f = model.decision_function(Z)
     f = np.stack([-f, f], 1) if classes == 2 else f
-    p = np.clip((f + 1) / 2, np.finfo(np.float32).eps, 1.0)
+    p = np.clip((f + 1) / 2, 0.005, 1.0)
     expected = p / p.sum(1, keepdims=True)
     found = model.predict_proba(Z)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
@@ -42,6 +42,18 @@ def test_is_the_formula(make, classes):
     assert (found >= 0).all()
     np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-12)
     assert np.array_equal(model.classes_[found.argmax(1)], model.predict(Z))
+
+
+def test_the_least_probability_of_many_classes(monkeypatch):
+    """Together the unlikely ones take at most a twentieth."""
+    X, y = np.random.default_rng(0).normal(size=(80, 3)), np.arange(80) % 40
+    model = RFMClassifier(iterations=0).fit(X, y)
+    f = np.full((80, 40), -1.5)
+    f[np.arange(80), y] = 1.5
+    monkeypatch.setattr(model, "_outputs", lambda X: torch.from_numpy(f))
+    p = model.predict_proba(X)
+    np.testing.assert_allclose(p.min(1), 0.05 / 40 / (1 + 39 * 0.05 / 40), rtol=1e-12)
+    assert (p.max(1) > 0.95).all()
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, torch.float64, torch.float32, torch.float16, torch.bfloat16])
