@@ -240,7 +240,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     def _score(self, X, y, sample_weight):
         """The score of ``scoring``."""
         check_is_fitted(self, "estimators_")
-        weighted = sample_weight is not None and trials.takes_weights(self.scorer_)
+        weighted = sample_weight is not None and validation.takes_weights(self.scorer_)
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
     @property

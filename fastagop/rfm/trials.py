@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
+from fastagop.rfm import validation
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
@@ -100,7 +100,7 @@ def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
     train_weights, scorer = None, task.scorer
     if task.weights is not None:
         train_weights = task.weights[train]
-        if takes_weights(scorer):
+        if validation.takes_weights(scorer):
             scorer = functools.partial(scorer, sample_weight=task.weights[test])
     X_train, X_test = rows_of(task.X, train), rows_of(task.X, test)
     model: Any = clone(estimator)
@@ -117,16 +117,6 @@ def indices(pair) -> Fold:
 def rows_of(X, index: np.ndarray):
     """Some rows of an array or a tensor."""
     return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]
-
-
-def takes_weights(scorer) -> bool:
-    """Whether a scorer has a ``sample_weight``: scikit-learn's pass theirs on to what they measure by."""
-    function = getattr(scorer, "_score_func", None)
-    if function is None:
-        function = scorer
-        if type(scorer).__module__.startswith("sklearn."):  # the estimator's own score
-            return True
-    return "sample_weight" in inspect.signature(function).parameters
 
 
 @contextlib.contextmanager

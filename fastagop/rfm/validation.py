@@ -41,7 +41,7 @@ class HeldOut:
             model: the estimator, whose ``predict`` and the like are asked for what it makes of the outputs.
             outputs: of its kernel machine, float64.
         """
-        options = {} if self.weights is None or not _weighs(self.scorer) else {"sample_weight": self.weights}
+        options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
             score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
         except (ValueError, TypeError) as error:
@@ -53,7 +53,7 @@ class HeldOut:
         return score, -float(np.average(errors, weights=self.weights))
 
 
-def _weighs(scorer) -> bool:
+def takes_weights(scorer) -> bool:
     """Whether a scorer takes sample weights: the estimator's own does, a metric or a function where it names them."""
     rule = getattr(scorer, "_score_func", None if hasattr(scorer, "_estimator") else scorer)
     return rule is None or "sample_weight" in inspect.signature(rule).parameters
