@@ -1,4 +1,4 @@
-"""What calls would do on CUDA, by plans made for a chip that is not there: tensors name its device and hold no numbers."""
+"""What calls would do on CUDA: plans for a chip that is not there, of tensors that name its device without numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from fastagop.kernels import calibration, checks, reference
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import backend, costs, distance, gram
+from fastagop.kernels.triton_backend import backend as triton_door
 
 import fastagop
 from bench import problems
 from fastagop import Laplace
+from fastagop.solvers import half, table
+from fastagop.solvers.solve import SolveOptions, prepare
 
 GB = 10**9
 CHIPS = {  # compute capability and memory
@@ -49,6 +52,7 @@ def on(monkeypatch):
         for name, value in found.items():
             monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(calibration, "measured", lambda device: calibration.Measured())
         monkeypatch.setattr(checks, "finite", lambda value: True)  # there are no values
         monkeypatch.setattr(checks, "_is_wrapper", lambda value: False)
@@ -159,6 +163,134 @@ def test_the_estimate_where_it_decides(on, no_estimate, method, K):
     X, alpha = cuda(5000, 1024), cuda(5000, K)
     with pytest.raises(Estimated):
         torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method))
+
+
+# ---- rates and solvers
+
+
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+)
+def test_float64_is_slow_but_for_a_few_chips(on, capability, monkeypatch):
+    on("A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    narrow, wide = (calibration.rate("gradient", word, device) for word in ("float32", "float64"))
+    if capability in ((8, 0), (9, 0), (10, 0)):
+        assert wide <= narrow <= 2.1 * wide
+    else:
+        assert 55 <= narrow / wide <= 70
+    coarse = [calibration.rate("gram", word, device) for word in ("bf16x3", "fp16x3", "tf32")]
+    assert coarse == sorted(coarse)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("chip", "refined"),
+    [
+        ("A100", False),  # float64 as fast as float32: refinement costs more than it saves
+        ("H200", False),
+        ("B200", True),  # half as fast
+        ("B300", True),  # a 64th
+        ("RTX 4090", True),
+        ("RTX 5090", True),
+    ],
+)
+def test_the_solver_of_a_chip(on, chip, refined, dtype, ridge):
+    on(chip)
+    refined = refined and dtype == torch.float32
+    n = 30_000 if "RTX" in chip else 50_000
+    text = fastagop.explain("solve", Laplace(30.0), cuda(n, 1024, dtype), cuda(n, 10, dtype), ridge=ridge)
+    assert text.startswith(f"solve: backend torch, method {'cholesky+cg' if refined else 'cholesky'}\n")
+    why = next(line for line in text.splitlines() if line.strip().startswith("why"))
+    found = re.search(r"a float32 factor and its refinement take about (\S+) s, a float64 one (\S+) s \(default", why)
+    if dtype == torch.float32 and (refined or ridge == 0):
+        assert (float(found[1]) < float(found[2])) == refined
+    else:
+        assert found is None
+
+
+def test_measured_rates_decide(on, monkeypatch):
+    """A device that was calibrated: here float32 is three times as fast as float64."""
+    on("H200")
+    rates = {
+        f"{form} {word}": rate for form in ("gradient", "gram") for word, rate in (("float32", 9e13), ("float64", 3e13))
+    }
+    monkeypatch.setattr(calibration, "measured", lambda device: calibration.Measured(rates=rates))
+    text = fastagop.explain("solve", Laplace(30.0), cuda(50_000, 1024), cuda(50_000, 10))
+    assert "method cholesky+cg" in text
+    assert "(rates measured on this device, undated)" in text
+
+
+@pytest.mark.parametrize("n", [4096, 4097])
+def test_small_systems_take_one_matrix(on, n):
+    on("RTX 4090")
+    text = fastagop.explain("solve", Laplace(30.0), cuda(n, 64), cuda(n, 10))
+    assert ("method cholesky+cg\n" in text) == (n > table.SHORT)
+
+
+def test_coarse_products_keep_their_own_factor(on):
+    on("B200")
+    asked = {"backend": "triton", "precision": "medium"}
+    text = fastagop.explain("solve", Laplace(30.0), cuda(50_000, 1024), cuda(50_000, 10), **asked)
+    assert "method cholesky\n" in text
+    assert "the precision asked for makes the factor a preconditioner" in text
+
+
+def test_no_room_for_refinement(on):
+    on("RTX 4090")
+    X, Y = cuda(50_000, 1024), cuda(50_000, 10)
+    needed = half.refined_bytes(prepare(Laplace(30.0), X, Y, SolveOptions()).problem)
+    words = {
+        limit: fastagop.explain("solve", Laplace(30.0), X, Y, memory_limit=limit) for limit in (needed, needed - 1)
+    }
+    assert "method cholesky+cg\n" in words[needed]
+    assert "method cholesky\n" in words[needed - 1]
+
+
+# ---- what a Triton does not compile
+
+
+@pytest.mark.parametrize("op", ["kernel_matrix", "kernel_matmul", "gradients", "agop"])
+@pytest.mark.parametrize(
+    ("chip", "version", "refused"),
+    [
+        ("B200", (3, 6), True),
+        ("B300", (3, 7), True),
+        ("B200", (3, 8), False),
+        ("H200", (3, 6), False),
+        ("RTX 5090", (3, 6), False),
+    ],
+)
+def test_tf32_on_blackwell(on, chip, version, refused, op, monkeypatch):
+    on(chip)
+    monkeypatch.setattr(triton_door, "version", lambda: version)
+    X, alpha = cuda(900, 64), cuda(900, 10)
+    call = (op, Laplace(2.0), X) if op == "kernel_matrix" else (op, Laplace(2.0), X, alpha)
+    call = (op, Laplace(2.0), X, X, alpha) if op == "kernel_matmul" else call
+    assert "backend triton" in fastagop.explain(*call, backend="triton")
+    assert "backend torch" in fastagop.explain(*call, precision="medium")  # "auto" computes without it
+    if refused:
+        major, minor = CHIPS[chip][0]
+        words = rf"Triton {version[0]}\.{version[1]} does not compile .*{chip} \(compute capability {major}\.{minor}\)"
+        with pytest.raises(fastagop.BackendUnavailable, match=words):
+            fastagop.explain(*call, backend="triton", precision="medium")
+    else:
+        assert "backend triton" in fastagop.explain(*call, backend="triton", precision="medium")
+
+
+@pytest.mark.parametrize(
+    ("chip", "version", "taken"), [("B200", (3, 6), False), ("B200", (3, 8), True), ("H200", (3, 6), True)]
+)
+def test_the_float64_matrix_on_blackwell(on, chip, version, taken, monkeypatch):
+    """Torch's takes over where Triton compiles none, and the plan says so."""
+    on(chip)
+    monkeypatch.setattr(triton_door, "version", lambda: version)
+    text = fastagop.explain("solve", Laplace(2.0), cuda(900, 64), cuda(900, 10), backend="triton")
+    assert ("of a matrix from the torch backend: Triton 3.6 does not compile float64 products" in text) == (not taken)
+    assert triton_door.has_products(torch.float64) == taken
+    assert triton_door.has_products(torch.float32)
 
 
 # ---- float32 points in a float64 matrix

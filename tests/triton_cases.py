@@ -296,7 +296,7 @@ def test_a_warm_up_launches_what_a_capture_does(monkeypatch):
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
 def test_a_float64_matrix_of_float32_points(spread, monkeypatch):
-    """Near pairs are measured from 2^-36 of the squared norms on: what the expansion loses is below X's own rounding."""
+    """Near pairs are those below 2^-36 of the squared norms: what the expansion loses is below X's own rounding."""
     X, seen = points(spread=spread), []
     kernel = triton_launch._matrix_kernel
     near = kernel.arg_names.index("near")
