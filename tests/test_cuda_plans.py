@@ -15,8 +15,8 @@ from fastagop.kernels.triton_backend import backend as triton_door
 
 import fastagop
 from bench import problems
-from fastagop import Laplace
-from fastagop.solvers import half, table
+from fastagop import Laplace, linalg
+from fastagop.solvers import direct, half, table
 from fastagop.solvers.solve import SolveOptions, prepare
 
 GB = 10**9
@@ -333,6 +333,30 @@ def test_true_near_pairs_of_float32_points_are_measured(cloud, measured_again):
     K = backend.FactorKernels().fill(torch.empty(40, 40, dtype=torch.float64), Laplace(1.0), X, 40)
     assert sum(measured_again) == 40  # each twice, in one block
     assert torch.allclose(K[:20, 20:].diagonal(), torch.exp(-r), rtol=4e-16, atol=0.0)
+
+
+# ---- blocks of triangular solves and of products with one triangle
+
+
+@pytest.mark.parametrize(("n", "rows"), [(100, 256), (4096, 256), (8000, 500), (16_384, 1024), (50_000, 1024)])
+def test_rows_of_a_pass_over_a_matrix(n, rows):
+    assert linalg._rows(cuda(n, n)) == rows
+    assert linalg._rows(torch.empty(n, n, device="meta")) == 256
+    assert rows == 256 or 8 * rows * n <= direct.WORKSPACE * 4 * n * n
+
+
+@pytest.mark.parametrize("rows", [1, 50, 101, 256])
+def test_passes_take_these_rows(rows, normal, relative, monkeypatch):
+    solves, solve = [], torch.linalg.solve_triangular
+    monkeypatch.setattr(
+        torch.linalg, "solve_triangular", lambda L, B, **how: solves.append(len(L)) or solve(L, B, **how)
+    )
+    monkeypatch.setattr(linalg, "_rows", lambda A: rows)
+    A, V = normal(101, 101) / 30 + 3.0 * torch.eye(101, dtype=torch.float64), normal(101, 3)
+    assert relative(linalg.cholesky_solve(A, V), torch.cholesky_solve(V, A.tril())) <= 1e-13
+    assert len(solves) == 2 * -(-101 // rows)
+    symmetric = A.triu(1) + A.triu(1).T + 2.0 * torch.eye(101, dtype=torch.float64)
+    assert relative(linalg.upper_matmul(A, 2.0, V), symmetric @ V) <= 1e-14
 
 
 # ---- pages and benchmarks
