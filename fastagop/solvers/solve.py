@@ -188,8 +188,7 @@ def solve(
     float32 with float64 refinement. More float32 points take half of the matrix in float64 and half of its factor in
     float32, on which conjugate gradients reach 1e-10; where they do not, a float64 factor takes the matrix's place. A
     failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets differ
-    raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1). On a GPU the
-    device's rates decide between a float64 factor of one matrix and a refined float32 one.
+    raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
     Where memory is short, the kernel values that conjugate gradients multiply by are made of the points at every step,
     with a factor as long as one fits, else with a low-rank preconditioner, and with the same rule for jitter. A problem
@@ -200,7 +199,7 @@ def solve(
         ridge: mu >= 0 on the diagonal.
         method: "cholesky" (one factorisation), "cholesky+cg" (a float32 factor refined with float64 kernel values),
             "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix), or with options
-            ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits.
+            ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits, on a GPU by its rates.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
         sample_weight: weights (n,) >= 0 of X's dtype; a row of weight 0 is left out, its coefficient is 0.
