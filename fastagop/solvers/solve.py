@@ -199,7 +199,7 @@ def solve(
         ridge: mu >= 0 on the diagonal.
         method: "cholesky" (one factorisation), "cholesky+cg" (a float32 factor refined with float64 kernel values),
             "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix), or with options
-            ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits, on a GPU by its rates.
+            ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
         sample_weight: weights (n,) >= 0 of X's dtype; a row of weight 0 is left out, its coefficient is 0.
