@@ -1,0 +1,62 @@
+"""``all``: every figure, the NFA table and the theory, one after the other, and a page that shows them.
+
+What lacks its data is passed over and named, and what fails is named, too; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fastagop import commands
+from reproduce import files, options, report
+from reproduce.figures import Figure
+
+TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--quick", action="store_true", help="few points, layers and epochs: minutes on two CPU cores")
+    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: each figure's own"
+    parser.add_argument("--dataset", action="append", default=[], help=text)
+    options.add_location(parser, "out")
+
+
+def command(parser: Callable[[], argparse.ArgumentParser], figures: Mapping[str, Figure], args: argparse.Namespace):
+    """Make everything, write the page, and say what is not on it and why: 0, or 1 where something failed."""
+    options_of_figures = _forwarded(args)
+    absent, failed = [], []
+    for name in (*TEXTS, *figures):
+        print(f"\n==== {name}", flush=True)
+        given = options_of_figures if name in figures else TEXTS[name]
+        ready = parser().parse_args([name, *given])
+        try:
+            _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
+        except (FileNotFoundError, ImportError) as error:
+            absent.append(f"{name}: {commands.describe(error)}")
+        except (ValueError, OSError, MemoryError) as error:
+            failed.append(f"{name} failed: {commands.describe(error)}")
+    page = report.write(args.out, figures)
+    print("\n".join(["", *absent, *failed, f"wrote {page}: all figures beside what the paper says of them"]))
+    return 1 if failed else 0
+
+
+def _forwarded(args: argparse.Namespace) -> list[str]:
+    given = ["--out", str(args.out), "--device", args.device]
+    given += [word for dataset in args.dataset for word in ("--dataset", dataset)]
+    given += ["--data-root", args.data_root] if args.data_root else []
+    flags = {"--quick": args.quick, "--download": args.download, "--keep-checkpoint": args.keep_checkpoint}
+    return given + [flag for flag, on in flags.items() if on]
+
+
+def _write_text(name: str, args: argparse.Namespace, out: Path) -> None:
+    """Run a command that prints, show what it printed and keep it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        args.command(args)
+    print(printed.getvalue(), end="")
+    files.write(out / f"{name}.txt", printed.getvalue())
