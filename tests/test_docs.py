@@ -36,6 +36,24 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 
+@pytest.fixture
+def outputs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("outputs")
+
+
+def test_blocks_show_what_they_print(outputs):
+    shown = outputs.with_outputs("```python\nx = 2\n```\nThen\n```python\nprint(x)\nx + 1\n```\n", "page.md")
+    assert shown == (
+        '```python\nx = 2\n```\nThen\n```python\nprint(x)\nx + 1\n```\n\n```text title="Output"\n2\n3\n```\n'
+    )
+
+
+def test_a_block_that_fails_is_named(outputs):
+    with pytest.raises(RuntimeError, match=r"a block of page.md fails with ZeroDivisionError"):
+        outputs.with_outputs("```python\n1 / 0\n```\n", "page.md")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_example_escapes(page):
     """Every block is Python that runs, Python that is marked, or commands."""
