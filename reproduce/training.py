@@ -39,7 +39,7 @@ class NetworkProcedure(Procedure):
         checkpoint = folder / self.checkpoint
         resumed = training.load(checkpoint)
         first, last = training.epoch, settings.epochs
-        progress = tqdm(range(first, last), initial=first, total=last, unit="epoch")
+        progress = tqdm(range(first, last), initial=first, total=last, unit="epoch", disable=None)
         if not resumed:
             training.measure()
         for _ in progress:
