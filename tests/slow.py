@@ -91,7 +91,7 @@ SLOW = {
         "test_two_ranks": "starts ranks with torchrun, which work through rank_cases.py",
         "test_shares_of_nothing_and_lost_ranks": "starts ranks, kills one and waits for the others' timeout",
     },
-    "test_docs.py": {"test_site_builds": "builds the documentation"},
+    "test_site.py": {"*": "builds the documentation, whose examples run"},
     "test_errors.py": {"test_a_script_is_named": _PROCESS},
     "test_keops.py": {
         "test_against_the_reference": _COMPILES,
