@@ -23,6 +23,7 @@ from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
+from fastagop.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
     from fastagop import probes
@@ -57,6 +58,7 @@ __all__ = [
     "RFMTreeClassifier",
     "RFMTreeRegressor",
     "Solution",
+    "Spectrum",
     "agop",
     "collapse",
     "datasets",
@@ -70,6 +72,7 @@ __all__ = [
     "probes",
     "settled",
     "solve",
+    "spectrum",
 ]
 
 # They import scikit-learn or safetensors.

@@ -32,7 +32,7 @@ FLOORS = (
     ("kernels.kernel_operator",),
     ("kernels.operations",),
     ("kernels.radial",),
-    ("linalg", "collapse", "datasets", "locks", "commands", "estimates"),
+    ("linalg", "collapse", "datasets", "locks", "commands", "estimates", "spectra"),
     ("solvers",),
     ("distributed",),
     ("estimators", "network"),
