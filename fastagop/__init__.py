@@ -13,7 +13,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastagop import collapse, datasets, distributed, estimators, network
+from fastagop import collapse, datasets, distributed, estimators, network, plots
 from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
@@ -69,6 +69,7 @@ __all__ = [
     "kernel_matrix",
     "load",
     "network",
+    "plots",
     "probes",
     "settled",
     "solve",

@@ -63,7 +63,8 @@ class Spectrum:
         shown = ", ".join(f"{float(value):.3g}" for value in self.values[:4]) + (", ..." if k > 4 else "")
         text = f"Spectrum({k} of {d} eigenvalues: {shown}; participation ratio {self.participation_ratio:.3g}, "
         text += f"effective rank {self.effective_rank:.3g}"
-        text += f", clipped -{self.clipped:.1e}" if self.clipped else ""
+        rounding = d * np.finfo(str(self.values.dtype).removeprefix("torch.")).eps * float(self.values[0])
+        text += f", clipped -{self.clipped:.1e}" if self.clipped > rounding else ""
         return text + (f"; {self.confidence:.0%} intervals of {self.draws} draws)" if self.draws else ")")
 
 

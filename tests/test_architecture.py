@@ -38,7 +38,7 @@ FLOORS = (
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
     ("probes",),
-    ("explain",),
+    ("explain", "plots"),
     ("",),  # fastagop/__init__.py
 )
 
