@@ -13,7 +13,7 @@ CUDA graph after one call to warm up. The host cannot look at values then: NaN i
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastagop import collapse, datasets, distributed, estimators, network
+from fastagop import collapse, datasets, distributed, estimators, network, plots
 from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
@@ -23,6 +23,7 @@ from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
+from fastagop.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
     from fastagop import probes
@@ -57,6 +58,7 @@ __all__ = [
     "RFMTreeClassifier",
     "RFMTreeRegressor",
     "Solution",
+    "Spectrum",
     "agop",
     "collapse",
     "datasets",
@@ -67,9 +69,11 @@ __all__ = [
     "kernel_matrix",
     "load",
     "network",
+    "plots",
     "probes",
     "settled",
     "solve",
+    "spectrum",
 ]
 
 # They import scikit-learn or safetensors.

@@ -32,13 +32,13 @@ FLOORS = (
     ("kernels.kernel_operator",),
     ("kernels.operations",),
     ("kernels.radial",),
-    ("linalg", "collapse", "datasets", "locks", "commands", "estimates"),
+    ("linalg", "collapse", "datasets", "locks", "commands", "estimates", "spectra"),
     ("solvers",),
     ("distributed",),
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
     ("probes",),
-    ("explain",),
+    ("explain", "plots"),
     ("",),  # fastagop/__init__.py
 )
 
