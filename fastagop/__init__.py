@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
     "ArcCosine",
     "BackendUnavailable",
     "CholeskyCG",

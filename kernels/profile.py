@@ -229,7 +229,7 @@ def bandwidth_of(given) -> float | str | tuple[str, float]:
 
 
 def median_factor(kernel: Kernel) -> float | None:
-    """What the median distance is to be multiplied by for a bandwidth; None where that is a number, or there is none."""
+    """What the median distance is to be multiplied by for a bandwidth; None where there is none, or it is a number."""
     stored: object = getattr(kernel, "bandwidth", None)
     if stored == _MEDIAN:
         return 1.0

@@ -65,8 +65,8 @@ class NTK(Combining, AngleProfile):
 
     With kappa_0 = (pi - theta) / pi and kappa_1 = (sin(theta) + (pi - theta) cos(theta)) / pi, every hidden layer maps
     cos(theta) <- kappa_1(theta) and Theta <- Theta kappa_0(theta) + kappa_1(theta), from Theta = cos(theta); k(x, z) =
-    ||x|| ||z|| Theta. Weights have variance 2 / width, so k(x, x) = (depth + 1) ||x||^2. Where x and z are parallel there
-    is a kink: the part of the gradient across z counts as 0, and the gradient at a zero vector is 0.
+    ||x|| ||z|| Theta. Weights have variance 2 / width, so k(x, x) = (depth + 1) ||x||^2. Where x and z are parallel
+    there is a kink: the part of the gradient across z counts as 0, and the gradient at a zero vector is 0.
 
     Args:
         depth: hidden layers, an integer >= 1.

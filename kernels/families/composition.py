@@ -1,4 +1,4 @@
-"""Sums, products and multiples of kernels: k1 + k2, k1 * k2, 0.5 * k; and what every kernel's operators make them by."""
+"""Sums, products and multiples of kernels, k1 + k2, k1 * k2, 0.5 * k, and the operators that make them."""
 
 from __future__ import annotations
 

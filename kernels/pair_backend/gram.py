@@ -34,7 +34,7 @@ def gram(
     """(sum_i w_i sum_c g_ic g_ic^T in float64 (d, d), the share of it that rounding may have cost)."""
     x, z = computed(kernel, X, Z)
     x, z, a = x.double(), z.double(), alpha.double()
-    pairs, (n, d), m = pairs_of(kernel, x, z), x.shape, len(z)
+    pairs, n, m = pairs_of(kernel, x, z), len(x), len(z)
     U, s = x.new_empty(m, n), x.new_zeros(m, a.shape[1])
     for start in range(0, m, rows):
         row = slice(start, min(m, start + rows))
