@@ -95,9 +95,8 @@ class Local:
     def _diagonal(self, predictor: Predictor, task: AgopTask, **shared) -> torch.Tensor:
         kernel, X, alpha, precision, _ = predictor
         if not kernel.radial:
-            return PairBackend().diagonal(
-                kernel, X, predictor.rounded, replace(task, limit=checks.memory_limit(task.limit))
-            )
+            task = replace(task, limit=checks.memory_limit(task.limit))
+            return PairBackend().diagonal(kernel, X, predictor.rounded, task)
         room = budget(checks.memory_limit(task.limit), X.device)
         rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], room)
         weights, _, exponent = scale_weights(task.weights, X, "sum")

@@ -24,9 +24,10 @@ _FEW = 64  # points whose pairs show in nearly every problem that values differ
 def settled(kernel: Any, X: torch.Tensor) -> Any:
     """The kernel with a number for its bandwidth: itself, or one with the factor times the median distance of X's rows.
 
-    That is the median of ||x - z||_2 (of the kernel's own distance, such as l1) over the pairs of at most 1024 rows of X, one of each of as many equal stretches.
-    Rows that the dtype cannot tell apart count as one, so that copies do not change it. Distances are differences
-    in float64: an offset of X costs no digits. Where there are no two different rows the bandwidth is 1.
+    That is the median of ||x - z||_2, or of the norm that the kernel goes by (l1 for ``ProductLaplace``), over the
+    pairs of at most 1024 rows of X, one of each of as many equal stretches. Rows that the dtype cannot tell apart count
+    as one, so that copies do not change it. Distances are differences in float64: an offset of X costs no digits. Where
+    there are no two different rows the bandwidth is 1.
 
     Args:
         kernel: a kernel such as ``Laplace("median")`` or ``Laplace(("median", 0.5))``.

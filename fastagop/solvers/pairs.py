@@ -7,7 +7,7 @@ coefficients: limits on jitter and on coefficients, which are made for kernels o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
 class FullMatrix(direct.FullMatrix):
     """A stored matrix with a diagonal of its own (n,), float64."""
 
-    diagonal: torch.Tensor = torch.empty(0)
+    diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def largest_row_sum(self) -> float:
         """max_i sum_j |K_ij|."""

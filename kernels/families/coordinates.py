@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pair_backend.coordinates import CoordinateProfile
-from ..profile import Bandwidth, bandwidth_of, multiply_
+from ..profile import Bandwidth, bandwidth_of, multiply_, without_duplicates_
 from .composition import Combining
 
 
@@ -40,8 +40,8 @@ class ProductLaplace(Combining, CoordinateProfile):
         return multiply_(rho, -1.0 / self.bandwidth).exp_()
 
     def weight_(self, rho: torch.Tensor) -> torch.Tensor:
-        """Overwrite r by exp(-r / L) / L; equal rows tie in every feature."""
-        return multiply_(self.value_(rho), 1.0 / self.bandwidth)
+        """Overwrite r by exp(-r / L) / L, zero where r = 0."""
+        return multiply_(self.value_(without_duplicates_(rho)), 1.0 / self.bandwidth)
 
 
 @dataclass(frozen=True)
