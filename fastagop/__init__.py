@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from fastagop import collapse, datasets, distributed, estimators, network, plots
 from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
+from fastagop.kernels.families.angles import NTK, ArcCosine
+from fastagop.kernels.families.coordinates import LpLaplace, ProductLaplace
+from fastagop.kernels.families.dot_product import Polynomial
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solvers.bandwidth import settled
@@ -40,7 +43,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
+    "ArcCosine",
     "BackendUnavailable",
     "CholeskyCG",
     "ConjugateGradients",
@@ -49,8 +53,12 @@ __all__ = [
     "Gaussian",
     "GeneralisedLaplace",
     "Laplace",
+    "LpLaplace",
     "Matern52",
+    "NTK",
     "NumericalWarning",
+    "Polynomial",
+    "ProductLaplace",
     "RFMClassifier",
     "RFMClassifierCV",
     "RFMRegressor",

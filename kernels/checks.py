@@ -8,7 +8,8 @@ import numbers
 
 import torch
 
-from .profile import Profile, median_factor
+from .errors import BackendUnavailable
+from .profile import Kernel, unsettled
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -21,13 +22,19 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 def kernel(value, *, settled: bool = True) -> None:
     """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
-    if not isinstance(value, Profile):
+    if not isinstance(value, Kernel):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
-    if settled and median_factor(value) is not None:
+    if settled and unsettled(value):
         raise ValueError(
             f"kernel must have a number for a bandwidth here, got {value!r}; use fastagop.settled(kernel, X), which "
             "takes the median distance of points, or a number"
         )
+
+
+def radial(value: Kernel, operation: str, remedy: str) -> None:
+    """Refuse a kernel that is not a function of ||x - z||_2 where only those are served."""
+    if not value.radial:
+        raise BackendUnavailable(f"{operation} serves radial kernels only, got {value!r}; {remedy}")
 
 
 def nonnegative(name: str, value) -> float:

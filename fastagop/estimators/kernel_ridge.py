@@ -12,8 +12,9 @@ from fastagop.distributed.engine import LOCAL, Local, Predictor
 from fastagop.estimators import small
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask, budget
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
 from fastagop.solvers import copies
@@ -40,7 +41,7 @@ class KernelRidge:
     ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
     """
 
-    kernel: Profile
+    kernel: Kernel
     ridge: float
     precision: str
     backend: str
@@ -89,7 +90,7 @@ def _both(solved: Solved) -> Solved:
 def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
     """The solution of a small problem without copies, weights or wishes; None of any other."""
     limit = regression.memory_limit
-    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto" and regression.kernel.radial
     if not plain or regression.backend not in ("auto", "torch") or (limit is not None and limit < small.bytes_of(X, Y)):
         return None
     return small.fit(regression.kernel, X, Y, float(regression.ridge))
@@ -163,7 +164,7 @@ def _agop(
 
 
 def _weights_(
-    kernel: Profile, K: torch.Tensor | SymmetricBlocks | None, X: torch.Tensor, outputs: int, limit: float | None
+    kernel: Kernel, K: torch.Tensor | SymmetricBlocks | None, X: torch.Tensor, outputs: int, limit: float | None
 ) -> torch.Tensor | SymmetricBlocks | None:
     """Float64 kernel values become the weights, in place: they hold every small distance, so no pair is measured again.
 
@@ -196,7 +197,7 @@ def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: Agop
     return W.row_tiles(rows, X.dtype)
 
 
-def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Local) -> bool:
+def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local) -> bool:
     """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
     if X.dtype == torch.float64:
         return False
@@ -209,7 +210,7 @@ def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Loca
     return wide
 
 
-def _rounding_costs(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
     """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
 
     Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.
@@ -225,6 +226,11 @@ def _rounding_costs(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, cente
     )
     signs = signs if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
     x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
+    if not isinstance(kernel, Profile):
+        pair = (gradients(kernel, x, a @ signs, x[index]) for a in (alpha, alpha.to(X.dtype).double()))
+        exact, rounded = (g.mul_(1.0 if weights is None else root[:, None]) for g in pair)
+        exact, rounded = (g - g.mean(0) for g in (exact, rounded)) if center else (exact, rounded)
+        return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])
     both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
     for exact, rounded in zip(both[0].T, both[1].T, strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.solvers import cg, direct, half
+from fastagop.solvers import cg, direct, half, pairs
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.direct import Found, needed_bytes
 from fastagop.solvers.half import CholeskyCG
@@ -274,6 +274,16 @@ TABLE = (
         cg.solve,
     ),
 )
+# For kernels that are not radial: no row above is made for a diagonal that is not 1, or for values of either sign.
+PAIRS = (
+    replace(
+        _direct("cholesky", torch.float64, lambda problem: "a kernel that is not radial is factored in float64"),
+        run=pairs.cholesky,
+        keeps=False,
+    ),
+    replace(_direct("eigh", torch.float64, TABLE[-2].reason), run=pairs.eigh, keeps=False),
+    replace(TABLE[-1], run=pairs.conjugate_gradients),
+)
 Method = str | ConjugateGradients | CholeskyCG
 OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
 METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
@@ -285,7 +295,7 @@ def order(problem: Problem) -> tuple[str, ...]:
     Small problems, and all on a GPU, take one matrix in full. Large ones of float32 points take a float32 factor where
     k(X, X) fits beside it, else the faster of a float64 factor and of a float32 one without k(X, X).
     """
-    if problem.X.dtype == torch.float64:
+    if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial:
         return "cholesky", "cg"
     if not problem.large:
         return "cholesky", "cholesky+cg", "cg"
@@ -294,11 +304,16 @@ def order(problem: Problem) -> tuple[str, ...]:
     return "cholesky", "cholesky+cg", "cg"
 
 
+def _rows(problem: Problem) -> tuple[Solver, ...]:
+    """The rows that are made for a problem's kernel."""
+    return TABLE if problem.operator.kernel.radial else PAIRS
+
+
 def offers(problem: Problem) -> list[str]:
     """What the rows of the table would take of seconds and bytes, in words."""
     lines = []
     stores = problem.operator.serves("solve")  # a backend that only multiplies has nothing else to offer than "cg"
-    for solver in TABLE:
+    for solver in _rows(problem):
         if solver.name == "eigh" or not (stores or solver.name == "cg"):
             continue
         try:
@@ -312,7 +327,7 @@ def offers(problem: Problem) -> list[str]:
 
 def choose(problem: Problem, method: str) -> tuple[Solver, str]:
     """(solver, why) for a method by name, the first of the table's rows of that name that has a reason to be taken."""
-    for solver in TABLE:
+    for solver in _rows(problem):
         if solver.name == method and (reason := solver.reason(problem)) is not None:
             return solver, reason
     raise AssertionError(method)  # the last row of every name always has one
