@@ -208,12 +208,12 @@ class Taps:
         try:
             if self.recomputing:  # Such checkpoints refuse a backward pass towards chosen tensors.
                 torch.autograd.backward(out, cotangent, retain_graph=keep)
-                found = [leaf.grad for _, leaf, _ in self.leaves]
+                self.leaves = [(site, leaf, leaf.grad) for site, leaf, _ in self.leaves]
             else:
-                leaves = [leaf for _, leaf, _ in self.leaves]
-                ends = [self.anchor, *leaves]
+                leaves = list(self.leaves)  # A checkpoint that computes again makes more of them.
+                ends = [self.anchor, *(leaf for _, leaf, _ in leaves)]
                 found = torch.autograd.grad(out, ends, cotangent, retain_graph=keep, allow_unused=True)[1:]
-            self.leaves = [(site, leaf, grad) for (site, leaf, _), grad in zip(self.leaves, found, strict=True)]
+                self.leaves = [(site, leaf, grad) for (site, leaf, _), grad in zip(leaves, found, strict=True)]
         finally:
             self.here.backward = False
 
