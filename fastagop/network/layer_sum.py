@@ -1,43 +1,39 @@
-"""One sweep of vector-Jacobian products over a data set: the sum of g g^T at every Linear layer at once."""
+"""The sum of outer products of gradients at one layer, taken where it is cheapest."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
 
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.precision import matmul_precision
-from fastagop.network import model_access
-from fastagop.network.blocked import refuse_blocked
-from fastagop.network.gradient_hooks import Taps, tapped
-from fastagop.network.lending import lent
-from fastagop.network.model_access import Layers, Source
-from fastagop.network.sample_independence import refuse_mixing
+from fastagop.network.sites import Kind
 
 _BLOCK = 256  # A symmetric sum is computed in blocks of so many rows, each only up to the diagonal.
 _GATHERED = 512  # One product takes so many gradients, since products of fewer run slower.
 
 
 class LayerSum:
-    """Sum of g g^T over samples and outputs, g being the gradients at one Linear layer of weight W (d_out, d_in).
+    """Sum of g g^T over samples and outputs, g being the gradients at one layer of weight W (d_out, d_in).
 
     The gradient at the layer's input is W^T times that at its output, so the sum may be taken on either side; it
     is taken on the narrower one. Gradients are gathered; products of what was gathered run in the working precision,
     scaled by a power of two so that no square leaves its range, and their sum in float64.
 
     W is what the layer computes with: where hooks change it, the sum so far moves to the input, and a new one begins.
+    A grouped convolution has W (groups, d_out, d_in) and a sum for each group. The gradients at a convolution's patches
+    would have to be formed, so its sum is taken at the output; that of an embedding is taken at its vectors.
 
     Attributes:
         weight: W of the calls whose gradients came last.
         changed: whether there were others.
     """
 
-    def __init__(self, keep_weight: bool = False):
+    def __init__(self, keep_weight: bool = False, kind: Kind = "linear"):
         self.weight: torch.Tensor | None = None
         self.at_input = self.changed = False
-        self._keeps = keep_weight
+        self._keeps, self._kind = keep_weight, kind
         self._rows: torch.Tensor | None = None  # It holds gradients, (_GATHERED, d).
         self._gathered = 0
         self._total: torch.Tensor | None = None
@@ -47,7 +43,8 @@ class LayerSum:
         """The weight as it is now, unless it is one seen before, and whether sums are taken at the input."""
         weight = weight.detach()
         if self.weight is None:
-            self.at_input = weight.shape[1] < weight.shape[0]
+            narrower = weight.shape[-1] < weight.shape[-2]
+            self.at_input = narrower if self._kind == "linear" else self._kind == "embedding"
             self._keeps |= not self.at_input
             self.weight = weight.clone() if self._keeps else weight  # A hook may change the weight in place.
         elif self._keeps and not torch.equal(weight, self.weight):
@@ -57,7 +54,7 @@ class LayerSum:
     def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
         """Add the outer products of rows (m, d); the strict upper triangle is left undone."""
         if self._keeps and weight is not self.weight:
-            if self._gathered or self._total is not None:
+            if self._holds():
                 self._move()
             self.weight = weight
         if self._rows is None:
@@ -70,11 +67,21 @@ class LayerSum:
             if self._gathered == _GATHERED:
                 self._sum_up()
 
+    def _holds(self) -> bool:
+        """Whether anything was summed for the present weight."""
+        return self._gathered > 0 or self._total is not None
+
     def _sum_up(self) -> None:
         if self._rows is None or self._gathered == 0:  # The outputs may not depend on this layer.
             return
         columns, self._gathered = self._rows[: self._gathered].T.contiguous(), 0
         factor = _shrink_(columns)
+        if self._groups() is not None:
+            columns = columns.view(self._groups(), -1, columns.shape[1])
+            part = torch.bmm(columns, columns.mT)
+            part = part.double() if factor is None else part.double().mul_(factor)
+            self._total = part if self._total is None else self._total.add_(part)
+            return
         if self._total is None:
             self._total = columns.new_zeros(len(columns), len(columns), dtype=torch.float64)
         for start in range(0, len(columns), _BLOCK):
@@ -87,21 +94,28 @@ class LayerSum:
         self._before, self.changed = self._at_input(), True
         self._total = None
 
+    def _groups(self) -> int | None:
+        """How many sums there are; None for the one of a layer without groups."""
+        return None if self.weight is None or self.weight.ndim == 2 else len(self.weight)
+
     def total(self) -> torch.Tensor:
         """The float64 sum for the last weight on its side: (d_in, d_in) where ``at_input``, else (d_out, d_out)."""
         assert self.weight is not None  # The layer was called.
         self._sum_up()
         self._rows = None
         if self._total is None:
-            d = self.weight.shape[1 if self.at_input else 0]
-            return self.weight.new_zeros(d, d, dtype=torch.float64)
-        return self._total.tril_().add_(self._total.tril(-1).T)
+            d = self.weight.shape[-1 if self.at_input else -2]
+            return self.weight.new_zeros(*self.weight.shape[:-2], d, d, dtype=torch.float64)
+        return self._total.tril_().add_(self._total.tril(-1).mT)
 
     def _at_input(self) -> torch.Tensor:
         """The float64 sum at the layer's input, (d_in, d_in)."""
         total, W = self.total(), self.weight
         assert W is not None
-        if not self.at_input:
+        if not self.at_input and W.ndim > 2:
+            total = W.mT.double() @ total @ W.double()
+            total = total.add_(total.mT.clone()).mul_(0.5)
+        elif not self.at_input:
             working = torch.promote_types(W.dtype, torch.float32)
             columns, scale = _scaled(W.T.to(working))
             inner, factor = _scaled(total)
@@ -135,40 +149,3 @@ def _scaled(M: torch.Tensor) -> tuple[torch.Tensor, float]:
     top = float(M.abs().max()) if M.numel() else 0.0
     scale = 2.0 ** math.frexp(top)[1] if math.isfinite(top) else 1.0
     return (M.double() / scale).to(M.dtype).contiguous(), scale
-
-
-def sweep(
-    model: nn.Module, X: Source, layers: Layers, batch_size: int | None, keep_weights: bool = False
-) -> tuple[dict[str, LayerSum], int]:
-    """The sums by layer name, and the number of samples."""
-    with lent(model):
-        linear = model_access.linear_layers(model, layers)
-        model_access.say_unmeasured(model, layers)
-        sums = {layer: LayerSum(keep_weights) for layer in linear.values()}
-        called: set[nn.Linear] = set()
-        count, recomputing = 0, False
-        for inputs, _ in model_access.batches(X, batch_size, model):
-            if count == 0:
-                recomputing = refuse_mixing(model, linear, inputs)
-            with tapped(sums, recomputing) as taps:
-                _sweep_batch(model, taps, inputs)
-            refuse_blocked(model, linear, taps, inputs)
-            recomputing = taps.recomputing
-            called |= {call.layer for call in taps.calls}
-            count += len(inputs)
-        ran = {name: sums[layer] for name, layer in linear.items() if layer in called}
-        model_access.refuse_uncalled(linear, ran, layers)
-        return ran, count
-
-
-def _sweep_batch(model: nn.Module, taps: Taps, inputs: torch.Tensor) -> None:
-    """One vector-Jacobian product for each of the K outputs (m, K), for all samples at once."""
-    out = taps.run(model, inputs)
-    if not out.requires_grad:
-        return
-    cotangent = torch.zeros_like(out)
-    with matmul_precision("highest", out.device):
-        for c in range(out.shape[1]):
-            cotangent[:, c] = 1
-            taps.pull_back(out, cotangent, keep=c + 1 < out.shape[1])
-            cotangent[:, c] = 0
