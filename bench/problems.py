@@ -84,8 +84,12 @@ def draw(n: int, d: int, K: int, kernel: Radial | None = LAPLACE, device: torch.
 
 
 def collapsed(n: int, d: int, spread: float, device: torch.device = CPU) -> Problem:
-    """Unit rows of ten sorted classes, collapsed to a spread around their centres."""
-    generator, y = torch.Generator().manual_seed(0), torch.arange(n) * CLASSES // n
+    """Unit rows of ten shuffled classes, collapsed to a spread around their centres.
+
+    Sorted classes would hide near pairs: of a matrix in tiles, one in ten has any then.
+    """
+    generator = torch.Generator().manual_seed(0)
+    y = (torch.arange(n) % CLASSES)[torch.randperm(n, generator=generator)]
     X = _around_centres(y, d, spread, generator)
     return Problem(X.to(device), torch.randn(n, 1, generator=generator).to(device), y.to(device))
 

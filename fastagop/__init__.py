@@ -6,8 +6,9 @@ float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about
 (TF32), and means something for float32 on CUDA only.
 
 With ``backend="triton"``, kernel_matrix, kernel_matmul, gradients and agop in its gradient form can be captured in a
-CUDA graph after one call to warm up. The host cannot look at values then: NaN is not refused, points must lie between
-2^-20 and 2^20, and an offset far larger than the spread is not subtracted.
+CUDA graph after one call to warm up, for agop with method="gradient": a capture runs that form and must not load
+another kernel. The host cannot look at values then: NaN is not refused, points must lie between 2^-20 and 2^20, and an
+offset far larger than the spread is not subtracted.
 """
 
 import importlib

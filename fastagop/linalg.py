@@ -60,6 +60,14 @@ def _block(A: torch.Tensor) -> int:
     return _CUDA_BLOCK if A.is_cuda else _BLOCK
 
 
+def _rows(A: torch.Tensor) -> int:
+    """Rows of a block of a pass over A: on CUDA a launch takes longer than 256 rows of a product with a few columns.
+
+    A sixteenth of A at most, so that a float64 copy of a float32 block stays within a solve's workspace.
+    """
+    return max(_BLOCK, min(_CUDA_BLOCK, len(A) // 16)) if A.is_cuda else _BLOCK
+
+
 def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
     """Copy the strict upper triangle over the lower one; the diagonal is left to the caller."""
     for start in range(0, len(A), rows):
@@ -72,14 +80,14 @@ def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
 
 def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """(L L^T)^-1 B with L in A's lower triangle, block by block so that A is never copied."""
-    n, X = len(A), B.clone()
-    starts = range(0, n, _BLOCK)
+    n, X, rows = len(A), B.clone(), _rows(A)
+    starts = range(0, n, rows)
     for start in starts:
-        stop = min(n, start + _BLOCK)
+        stop = min(n, start + rows)
         X[start:stop] -= A[start:stop, :start] @ X[:start]
         X[start:stop] = torch.linalg.solve_triangular(A[start:stop, start:stop], X[start:stop], upper=False)
     for start in reversed(starts):
-        stop = min(n, start + _BLOCK)
+        stop = min(n, start + rows)
         X[start:stop] -= A[stop:, start:stop].T @ X[stop:]
         X[start:stop] = torch.linalg.solve_triangular(A[start:stop, start:stop].mT, X[start:stop], upper=True)
     return X
@@ -88,8 +96,9 @@ def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
 def upper_matmul(A: torch.Tensor, diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """S V in V's dtype, S the symmetric matrix with A's strict upper triangle and a diagonal, a number or (n,)."""
     out = (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal) * V
-    for start in range(0, len(A), _BLOCK):
-        stop = min(len(A), start + _BLOCK)
+    rows = _rows(A)
+    for start in range(0, len(A), rows):
+        stop = min(len(A), start + rows)
         square = A[start:stop, start:stop].triu(1).to(V.dtype)
         out[start:stop] += square @ V[start:stop] + square.T @ V[start:stop]
         if stop < len(A):

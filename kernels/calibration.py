@@ -131,8 +131,9 @@ def save(device: torch.device, result: Measured) -> Path:
 
 # Floating-point operations per second by form and products. Only ratios decide. The CPU's were measured by
 # `python -m bench calibrate` (bench/results/rates_cpu.json: n = 4000, d = 784, K = 10, two cores of an AMD EPYC);
-# CUDA's are the vendors' figures for library products and compiled estimates for ours, by compute capability: nothing
-# was measured on a GPU yet.
+# CUDA's are the vendors' figures for library products and compiled estimates for ours, from that compute capability on:
+# nothing was measured on a GPU yet. Blackwell's and consumer chips' estimates are the shares of the tensor cores' peaks
+# that ours are thought to reach on an H200 and an A100. float64 is a 64th of float32 but for A100, H100, H200 and B200.
 _CPU = {
     "gradient float32": 3.8e11,
     "gram float32": 3.2e11,
@@ -140,8 +141,12 @@ _CPU = {
     "gram float64": 8.9e10,
 }
 _CUDA = {
-    8: {"float32": 19e12, "float64": 19e12, "fp16x3": 90e12, "bf16x3": 50e12, "tf32": 120e12},
-    9: {"float32": 60e12, "float64": 60e12, "fp16x3": 220e12, "bf16x3": 160e12, "tf32": 400e12},
+    (8, 0): {"float32": 19e12, "float64": 19e12, "fp16x3": 90e12, "bf16x3": 50e12, "tf32": 120e12},  # A100
+    (8, 6): {"float32": 80e12, "float64": 1.3e12, "fp16x3": 47e12, "bf16x3": 26e12, "tf32": 64e12},  # RTX 30, RTX 40
+    (9, 0): {"float32": 60e12, "float64": 60e12, "fp16x3": 220e12, "bf16x3": 160e12, "tf32": 400e12},  # H100, H200
+    (10, 0): {"float32": 75e12, "float64": 37e12, "fp16x3": 500e12, "bf16x3": 360e12, "tf32": 880e12},  # B200
+    (10, 3): {"float32": 75e12, "float64": 1.2e12, "fp16x3": 500e12, "bf16x3": 360e12, "tf32": 880e12},  # B300
+    (12, 0): {"float32": 105e12, "float64": 1.6e12, "fp16x3": 60e12, "bf16x3": 34e12, "tf32": 80e12},  # RTX 50
 }
 # Seconds of what every pair of points costs beside products of matrices (distance, profile), from the same runs; and
 # KeOps' operations per second, from bench/results/keops_cpu.json. CUDA's are estimates from memory bandwidth.
@@ -156,7 +161,8 @@ def rate(form: str, products: str, device: torch.device) -> float:
         return found[key]
     if device.type != "cuda":
         return _CPU.get(key, _CPU["gradient float32"])
-    return _CUDA[9 if torch.cuda.get_device_capability(device) >= (9, 0) else 8][products]
+    capability = torch.cuda.get_device_capability(device)
+    return _CUDA[max((least for least in _CUDA if least <= capability), default=min(_CUDA))][products]
 
 
 def seconds(flops: float, pairs: float, device: torch.device, form: str, products: str) -> float:

@@ -110,6 +110,7 @@ def budget(limit: float | None, device: torch.device) -> int:
 
 RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one
 ROWS = 256  # of a block, at most
+AIM = (ROWS, 2**25)  # rows of a block, and bytes that so many may take: elementwise work stays near the caches
 
 
 USE_LESS = "use fewer points, or free memory"  # advice of the others
@@ -135,11 +136,17 @@ def block_rows(
 
 
 def fitting_rows(
-    bytes_of: Callable[[int], int], limit: int, max_rows: int, purpose: str, advice: str = USE_LESS
+    bytes_of: Callable[[int], int],
+    limit: int,
+    max_rows: int,
+    purpose: str,
+    advice: str = USE_LESS,
+    aim: tuple[int, int] = AIM,
 ) -> tuple[int, int]:
     """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
 
-    Blocks aim at 32 MB and at 128 to 256 rows, and ``advice`` is what the caller can do, as in ``block_rows``.
+    Blocks aim at no more rows and bytes than ``aim`` says, and at 128 rows at least; ``advice`` is what the caller can
+    do, as in ``block_rows``.
     """
     least = bytes_of(1)
     if least > limit:
@@ -148,7 +155,7 @@ def fitting_rows(
             f"{format_bytes(limit)} may be used; {advice}"
         )
     each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
-    low, high = 1, int(max(1, min(max(128, min(ROWS, 2**25 // each)), max_rows)))
+    low, high = 1, int(max(1, min(max(128, min(aim[0], aim[1] // each)), max_rows)))
     if (most := bytes_of(high)) <= limit:
         return high, most
     while low < high:

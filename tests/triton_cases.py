@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from fastagop.kernels import reference
+from fastagop.kernels import checks, reference
 from fastagop.kernels.triton_backend import launch as triton_launch
 from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.backend import has_products
@@ -278,12 +278,45 @@ def test_wide_range():
     assert error(K, truth) <= 16 * EPS
 
 
+def test_a_warm_up_launches_what_a_capture_does(monkeypatch):
+    """Of "auto" the capture takes the gradient form: a warm-up by the gram form would leave kernels to be loaded."""
+    X, alpha, launched = points(40), normal(40, 8), set()
+    known = triton_launch.config
+    monkeypatch.setattr(triton_launch, "config", lambda *key: launched.add(key[:2]) or known(*key))
+    fastagop.agop(Laplace(2.0), X, alpha, **TRITON)
+    assert ("gram", "fp16x3") in launched
+    launched.clear()
+    fastagop.agop(Laplace(2.0), X, alpha, method="gradient", **TRITON)
+    warm = launched.copy()
+    launched.clear()
+    monkeypatch.setattr(checks, "readable", lambda value: False)
+    fastagop.agop(Laplace(2.0), X, alpha, **TRITON)
+    assert launched == warm == {("matrix", "fp16x3"), ("gradient", "fp16x3")}
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-6])
+def test_a_float64_matrix_of_float32_points(spread, monkeypatch):
+    """Near pairs are those below 2^-36 of the squared norms: what the expansion loses is below X's own rounding."""
+    X, seen = points(spread=spread), []
+    kernel = triton_launch._matrix_kernel
+    near = kernel.arg_names.index("near")
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: seen.append(args[near]) or kernel[grid](*args, **kwargs)
+
+    monkeypatch.setattr(triton_launch, "_matrix_kernel", Recorded())
+    K = triton_launch.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), Laplace(2.0), X)
+    assert seen == [2.0**-36]
+    assert float((K.cpu() - reference.kernel_matrix(Laplace(2.0), X)).abs().max()) <= 2.0**-25
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_cuda_graph():
     X, alpha = points(), normal(70, 3)
 
     def run():
-        M = fastagop.agop(Laplace(2.0), X, alpha, **TRITON)
+        M = fastagop.agop(Laplace(2.0), X, alpha, method="gradient", **TRITON)
         return fastagop.kernel_matrix(Laplace(2.0), X, **TRITON), M
 
     run()

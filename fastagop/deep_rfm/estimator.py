@@ -26,7 +26,7 @@ from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Tra
 from fastagop.estimators.progress import Progress
 from fastagop.kernels import checks
 from fastagop.kernels.radial import Laplace
-from fastagop.solvers import copies
+from fastagop.solvers import copies, row_order
 from fastagop.solvers.solution import report
 
 _LAPLACE = Laplace(2.0)
@@ -119,6 +119,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         self._layers = start.layers
         with start.checkpoint or contextlib.nullcontext():
             settings = self._settled(settings, normalise_rows(rows.take(data.X)))
+            rows = row_order.by_class(rows, data.classes)  # a bandwidth is that of the order given
             training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
             points = self._train(training, start, reported)
         self._centers, solved = training.readout(points)

@@ -15,7 +15,7 @@ from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels import backends
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
-from fastagop.solvers import copies
+from fastagop.solvers import copies, row_order
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solved
 
@@ -41,6 +41,11 @@ class Points:
         """The points of rows X (n, d)."""
         rows = copies.find(X, weights)
         return cls(rows.take(X), Y, rows)
+
+    def by_class(self, X: torch.Tensor, classes: torch.Tensor | None) -> Points:
+        """The same points of rows X (n, d) in the order of ``row_order.by_class``."""
+        rows = row_order.by_class(self.rows, classes)
+        return self if rows is self.rows else replace(self, X=rows.take(X), rows=rows)
 
     def solve(self, metric: Metric, regression: KernelRidge, engine: Local) -> tuple[torch.Tensor, Solved]:
         """(the points in a metric, the kernel regression on them)."""

@@ -104,6 +104,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         part = data if learn is None else _rows_of(data, learn)
         points, reported = Points.of(part.X, part.Y, part.weights), set()
         regression = self._settled(regression, points.X)
+        points = points.by_class(part.X, part.classes)
         learnt = self._learn(points, regression, rules, held, reported)
         self.iterations_, self.best_iteration_ = learnt.records, learnt.best
         self._metric = learnt.stage.metric.everywhere()
@@ -111,7 +112,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         if learn is None:
             self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
-            points = Points.of(data.X, data.Y, data.weights)
+            points = Points.of(data.X, data.Y, data.weights).by_class(data.X, data.classes)
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastagop.kernels import calibration
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.solvers import cg, direct, half, pairs
@@ -96,6 +97,15 @@ class Problem:
         """More points, on the CPU or over ranks, than are solved fastest by one matrix stored in full."""
         alone = self.X.device.type == "cpu" or self.shared is not None
         return len(self.X) > SHORT and alone and not self.coarse
+
+    @property
+    def rated(self) -> bool:
+        """Whether the device's rates decide between a float64 factor and a refined float32 one: as ``large``, on a GPU.
+
+        On the CPU the refined one is always the faster.
+        """
+        alone = self.X.device.type == "cuda" and self.shared is None
+        return len(self.X) > SHORT and alone and not self.coarse and self.X.dtype == torch.float32
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a Cholesky factorisation in a dtype fits into memory."""
@@ -228,7 +238,27 @@ def _of_half(problem: Problem) -> str | None:
 
 
 def _of_refined(problem: Problem) -> str | None:
-    return "k(X, X) is read once a step for all outputs" if half.refined_bytes(problem) <= problem.room else None
+    if half.refined_bytes(problem) > problem.room:
+        return None
+    return f"k(X, X) is read once a step for all outputs{_by_rates(problem)}"
+
+
+def _by_rates(problem: Problem) -> str:
+    """On a GPU, the times that decide between a float64 factor and a float32 one."""
+    if not problem.rated:
+        return ""
+    refined, wide, device = half.refined_seconds(problem), half.in_place_seconds(problem), problem.X.device
+    return (
+        f"; a float32 factor and its refinement take about {refined:.2g} s, a float64 one {wide:.2g} s "
+        f"({calibration.source(device)})"
+    )
+
+
+def _refinement_pays(problem: Problem) -> bool:
+    """Whether a float32 factor, refined, is faster than a float64 one on a GPU: consumer chips' float64 is slow."""
+    if not problem.rated or half.refined_bytes(problem) > problem.room:
+        return False
+    return half.refined_seconds(problem) < half.in_place_seconds(problem)
 
 
 def _of_float64(problem: Problem) -> str | None:
@@ -239,7 +269,8 @@ def _of_float64(problem: Problem) -> str | None:
     if problem.large:
         return "one factorisation was asked for, and float64 needs no refinement"
     if problem.ridge == 0:
-        return "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
+        needed = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
+        return f"{needed}{_by_rates(problem)}"
     few = SHORT if problem.float64_alpha else FEW
     if len(problem.X) <= few and problem.X.device.type == "cpu":
         return "few rows: float64 takes about as long as float32 and its refinement"
@@ -292,11 +323,14 @@ METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
 def order(problem: Problem) -> tuple[str, ...]:
     """The methods that "auto" tries, until one fits into memory.
 
-    Small problems, and all on a GPU, take one matrix in full. Large ones of float32 points take a float32 factor where
-    k(X, X) fits beside it, else the faster of a float64 factor and of a float32 one without k(X, X).
+    Small problems take one matrix in full. Large ones of float32 points take a float32 factor where k(X, X) fits beside
+    it, else the faster of a float64 factor and of a float32 one without k(X, X); on a GPU one matrix in full, but for
+    chips on which a float64 factor takes longer than a float32 one and its refinement.
     """
     if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial:
         return "cholesky", "cg"
+    if _refinement_pays(problem):
+        return "cholesky+cg", "cholesky", "cg"
     if not problem.large:
         return "cholesky", "cholesky+cg", "cg"
     if _of_refined(problem) or half.from_points_seconds(problem) < half.in_place_seconds(problem):

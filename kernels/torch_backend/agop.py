@@ -119,7 +119,8 @@ def agop_from_weights_(
     if decision.low_rank is None:
         shift = dominant_offset(X)
         room = _room(W, task.limit) - W.numel() * W.element_size()
-        rows = min(rows, gradient_form_beside(X, alpha, Z, task.center, room)[0])
+        beside, _ = gradient_form_beside(X, alpha, Z, task.center, room)
+        rows = beside if _larger(X) else min(rows, beside)
         blocks = stored_tiles(W, X, Z, rows, shift, lambda sq: scaled_(kernel.weight_(sq), exponent), roots)
         return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
     wide, x = decision.dtype, X.to(decision.dtype)
@@ -149,6 +150,11 @@ def agop_from_tiles(
     tiles = ((row, W, nearness.among_stored(W, row, kernel.weight_)) for row, W in blocks)
     M = gradient_form(tiles, alpha, X, X, shift, center, step, roots_of(row_weights))
     return scaled_(M, 2 * exponent)
+
+
+def _larger(X: torch.Tensor) -> bool:
+    """Whether blocks of the gradient form are larger than those of the gram form, as on CUDA."""
+    return X.is_cuda
 
 
 def exponent_of(W: torch.Tensor) -> int:
@@ -185,8 +191,6 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
     eps, allowed = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
     allowed = max(allowed, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS) if explicit else allowed
     cost, room = costs(X, Z, K, word), _room(W, task.limit)
-    if not explicit and cost["gram"] > FLOAT64_PREFERENCE * cost["gradient"]:
-        return GramDecision("gradient", X.dtype)  # whatever the gram form would lose
     float64_rate = rate("gram", "float64", X.device)
     more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
@@ -194,6 +198,11 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
         wide = W.dtype != dtype
         return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
 
+    if not explicit and cost["gram"] > cost["gradient"]:
+        wide = X.dtype != torch.float64 and fits(torch.float64, 1)
+        least = flops(m, n, d, K, symmetric)["gram"] / float64_rate if wide else math.inf
+        if least > FLOAT64_PREFERENCE * cost["gradient"]:
+            return GramDecision("gradient", X.dtype)  # whatever the gram form would lose: no estimate
     estimate = torch_gram.CancellationEstimate(W, X, alpha, Z, task.center, roots)
     part, price = mean_part(W, symmetric), cost["gram"]
     growth = LOSS_PER_EPS * estimate.amplification(part)

@@ -13,7 +13,7 @@ from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, matrix
 from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
-from .gradients import block_gradients, dominant_offset, gradient_bytes
+from .gradients import block_gradients, dominant_offset, gradient_aim, gradient_bytes
 from .tiles import fill_symmetric, fit_rows, weight_tiles
 
 
@@ -90,11 +90,11 @@ class FactorKernels:
 
     def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
         """K(X, X) into out, in out's dtype."""
-        return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_)
+        return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_, _near(X, out.dtype))
 
     def rows(self, kernel: Profile, X: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
         """(out, start) -> out with rows start .. of K(X, X), up to their own last column, in float64."""
-        x, near = X.double(), NEAR_OF_ROUNDED if X.dtype == torch.float32 else None
+        x, near = X.double(), _near(X, torch.float64)
         x2 = squared_norms(x)
 
         def write(out: torch.Tensor, start: int) -> torch.Tensor:
@@ -105,6 +105,11 @@ class FactorKernels:
         return write
 
 
+def _near(X: torch.Tensor, dtype: torch.dtype) -> float | None:
+    """The near bound of a matrix in a dtype for a solve: lower where float32 points are filled into float64."""
+    return NEAR_OF_ROUNDED if X.dtype == torch.float32 and dtype == torch.float64 else None
+
+
 def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str) -> Plan:
     """The plan of gradients."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
@@ -113,7 +118,7 @@ def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: s
     def step(rows: int) -> int:
         return n * K * size + gradient_bytes(rows, n, d, K, size)
 
-    rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step)
+    rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step, gradient_aim(X.device))
     return Plan(
         "gradients",
         "torch",

@@ -11,7 +11,7 @@ from ..gemm import square_bytes
 from ..plan import RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from . import gram as torch_gram
 from .distance import tile_bytes
-from .gradients import gradient_bytes
+from .gradients import gradient_aim, gradient_bytes
 from .low_rank import RANK
 
 
@@ -69,12 +69,12 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
 
 def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
     """(block rows, peak bytes) of a form, or MemoryError."""
-    purpose, max_rows = f"agop, {form} form,", max(len(Z), len(X)) if form == "gram" else len(Z)
+    purpose = f"agop, {form} form,"
     if form == "gradient":
         bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
-    else:
-        bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
-    return fitting_rows(bytes_of, limit, max_rows, purpose, RAISE_LIMIT)
+        return fitting_rows(bytes_of, limit, len(Z), purpose, RAISE_LIMIT, gradient_aim(X.device))
+    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
+    return fitting_rows(bytes_of, limit, max(len(Z), len(X)), purpose, RAISE_LIMIT)
 
 
 def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:

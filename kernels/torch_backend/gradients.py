@@ -16,6 +16,7 @@ import torch
 
 from ..checks import readable
 from ..gemm import matmul_nt
+from ..plan import AIM
 from .distance import FEW, NEAR, squared_distances, squared_norms
 
 # Around a local centre, in float64, a pair is served when r^2 is at least this share of its squared norms there: the
@@ -27,6 +28,9 @@ _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _OUTPUTS = 16  # outputs of one step beside the product
 _FEWEST = 16  # rows of one step of a group's product, at least
 _CHUNK = 2**18  # items of a step's work tensors
+# A product of 128 rows with tiles of 128 by 128 is 80 programs for K = 10 and d = 1024, and a GPU has more processors;
+# 2048 rows are ten waves and more. Blocks stay below 4 GiB.
+_CUDA_AIM = (2048, 2**32)
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
 
@@ -201,6 +205,11 @@ def gradient_bytes(rows: int, n: int, d: int, K: int, size: int) -> int:
     outputs = min(rows * K * d, max(rows * d, _CHUNK)) * (16 + size)
     near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
     return size * (5 * rows * n + 2 * n * d + rows * (max(rows, d) + 2 * K + d)) + rows * n + near
+
+
+def gradient_aim(device: torch.device) -> tuple[int, int]:
+    """(rows, bytes) that a block of gradients aims at on a device, as of ``plan.fitting_rows``."""
+    return _CUDA_AIM if device.type == "cuda" else AIM
 
 
 def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:

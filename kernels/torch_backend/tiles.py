@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..plan import budget, fitting_rows, longest_first
+from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
 from .distance import squared_distances, squared_norms, tile_bytes
 from .gradients import Near, Nearness
@@ -23,6 +23,7 @@ def tiles(
     lower: bool = False,
     out: torch.Tensor | None = None,
     starts: Iterable[int] | None = None,
+    near: float | None = None,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Blocks of ||Z[i] - X[j]||^2 as (rows of Z, block); a block is overwritten when the next one is asked for.
 
@@ -32,6 +33,7 @@ def tiles(
         lower: only columns up to the block's own last row (needs Z is X).
         out: (m, n) tensor to write the blocks into; by default one buffer serves all of them.
         starts: first rows of the blocks wanted; default all, those of the lower triangle longest first.
+        near: as of ``squared_distances``.
     """
     symmetric = Z is X
     x2 = squared_norms(X)
@@ -47,13 +49,14 @@ def tiles(
             block = out[start:stop, :width]
         else:
             block = buffer[: (stop - start) * width].view(stop - start, width)
-        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, start if symmetric else None)
+        first = start if symmetric else None
+        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, first, near)
         yield slice(start, stop), block
 
 
-def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_) -> torch.Tensor:
+def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_, near: float | None = None) -> torch.Tensor:
     """Write profile_(||X[i] - X[j]||^2) into out: lower blocks are computed and mirrored, symmetric to the bit."""
-    for row, block in tiles(X, X, rows, lower=True, out=out):
+    for row, block in tiles(X, X, rows, lower=True, out=out, near=near):
         profile_(block)
         square = block[:, row.start :]
         square.copy_(square.tril() + square.tril(-1).T)
@@ -78,17 +81,20 @@ def weights_from_upper_(kernel: Profile, K: torch.Tensor, rows: int = 256) -> to
     return K
 
 
-def fit_rows(op: str, X: torch.Tensor, Z: torch.Tensor, held: int, step: Callable[[int], int]) -> tuple[int, int]:
+def fit_rows(
+    op: str, X: torch.Tensor, Z: torch.Tensor, held: int, step: Callable[[int], int], aim: tuple[int, int] = AIM
+) -> tuple[int, int]:
     """(rows of a block, peak bytes) of an operation on tiles of centers X and points Z.
 
-    held: bytes of the result; step: bytes that an operation takes beside a block of that many rows.
+    held: bytes of the result; step: bytes that an operation takes beside a block of that many rows; aim: as of
+    ``fitting_rows``.
     """
     n, m, d, size = len(X), len(Z), X.shape[1], X.element_size()
 
     def bytes_of(rows: int) -> int:
         return held + rows * n * size + max(tile_bytes(rows, n, m, d, size), step(rows))
 
-    return fitting_rows(bytes_of, budget(None, X.device), max(1, m), op)
+    return fitting_rows(bytes_of, budget(None, X.device), max(1, m), op, aim=aim)
 
 
 def weight_tiles(kernel: Profile, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 
 import torch
@@ -72,11 +74,10 @@ class TritonBackend:
 
     def factor_kernels(self, dtype: torch.dtype, precision: str) -> torch_door.FactorKernels:
         """What a factorisation of k(X, X) needs of it; torch's where this Triton has no products in the dtype."""
-        if not has_products(dtype):
+        lacking = None if dtype == torch.float32 else _lacking_float64()
+        if lacking is not None:
             found = torch_door.FactorKernels()
-            found.note = (
-                " of a matrix from the torch backend: this Triton is older than 3.5 and has no float64 products"
-            )
+            found.note = f" of a matrix from the torch backend: {lacking}"
             return found
         return _FactorKernels(dtype, precision)
 
@@ -113,6 +114,11 @@ def _unserved(request) -> str | None:
         return (
             "its Triton has no bf16x3 products, which precision='high' means; use another precision or a newer triton"
         )
+    if request.precision == "medium" and request.operation != "solve" and _uncompiled(request.X.device):
+        return (
+            f"Triton {_words(version())} does not compile its TF32 kernels for {_chip(request.X.device)}, which "
+            "precision='medium' means; use another precision, or Triton 3.8 or newer"
+        )
     if text(type(request.kernel), "triton") is None:
         name = type(request.kernel).__name__
         return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
@@ -129,9 +135,41 @@ def input_precisions() -> tuple[str, ...]:
 
 
 def has_products(dtype: torch.dtype) -> bool:
-    """Whether the installed Triton can make a kernel matrix of that dtype: float64 products came with Triton 3.5."""
-    if dtype == torch.float32:
-        return True
-    import triton
+    """Whether the installed Triton can make a kernel matrix of that dtype on the current device."""
+    return dtype == torch.float32 or _lacking_float64() is None
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+
+def _lacking_float64() -> str | None:
+    """Why the installed Triton makes no float64 matrix on the current device; None where it does."""
+    if version() < (3, 5):
+        return "this Triton is older than 3.5 and has no float64 products"
+    if not interpreted() and _uncompiled(torch.device("cuda")):
+        chip = _chip(torch.device("cuda"))
+        return f"Triton {_words(version())} does not compile float64 products for {chip}, and Triton 3.8 does"
+    return None
+
+
+def _uncompiled(device: torch.device) -> bool:
+    """Whether this Triton's compiler fails at the distances' products with float64 or TF32 factors for a device.
+
+    Seen with Triton 3.6 and 3.7 for compute capabilities 10.0 and 10.3, in its pass on tensor memory, which chips from
+    12.0 on have not; Triton 3.8 compiles all.
+    """
+    if device.type != "cuda" or version() >= (3, 8):
+        return False
+    return torch.cuda.is_available() and (10, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
+
+
+def _chip(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+def _words(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+@functools.cache
+def version() -> tuple[int, ...]:
+    """The installed Triton's, (major, minor)."""
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])

@@ -15,7 +15,7 @@ from ..plan import AgopTask, Plan
 from ..profile import Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
-from ..torch_backend.distance import NEAR, squared_norms
+from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, squared_norms
 from ..torch_backend.gradients import Nearness, block_gradients, dominant_offset
 from .agop import _gradient_kernel, _gram_kernel
 from .cholesky import _update_kernel
@@ -90,10 +90,11 @@ def fill(
     """
     c = config("matrix", X.prec, out.device)
     diagonal = out.new_full((1,), 0.0 if weight else 1.0 + ridge)
+    near = NEAR[out.dtype] if out.dtype == torch.float32 else NEAR_OF_ROUNDED  # X is float32
     if out.numel():
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
-                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), NEAR[out.dtype],
+                *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), near,
                 constants(kernel, out), diagonal, first or 0, PROFILE=device_profile(type(kernel)), WEIGHT=weight,
                 SELF=first is not None, LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
             )  # fmt: skip

@@ -1,0 +1,377 @@
+"""What calls would do on CUDA: plans for a chip that is not there, of tensors that name its device without numbers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fastagop.kernels import calibration, checks, reference
+from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import backend, costs, distance, gram
+from fastagop.kernels.triton_backend import backend as triton_door
+
+import fastagop
+from bench import problems
+from fastagop import Laplace, linalg
+from fastagop.solvers import direct, half, table
+from fastagop.solvers.solve import SolveOptions, prepare
+
+GB = 10**9
+CHIPS = {  # compute capability and memory
+    "A100": ((8, 0), 80 * GB),
+    "RTX 4090": ((8, 9), 24 * GB),
+    "H200": ((9, 0), 141 * GB),
+    "B200": ((10, 0), 180 * GB),
+    "B300": ((10, 3), 288 * GB),
+    "RTX 5090": ((12, 0), 32 * GB),
+}
+
+
+class OnCuda(torch.Tensor):
+    """A tensor without numbers that says it is on CUDA."""
+
+    device = property(lambda self: torch.device("cuda"))
+    is_cuda = True
+
+
+def cuda(rows: int, columns: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="meta").as_subclass(OnCuda)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(chip): calls find that chip, with all of its memory free, and nothing measured on it."""
+
+    def pretend(chip: str) -> None:
+        capability, memory = CHIPS[chip]
+        found = {"get_device_capability": capability, "get_device_name": chip, "mem_get_info": (memory, memory)}
+        found |= {"memory_reserved": 0, "memory_allocated": 0}
+        for name, value in found.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(calibration, "measured", lambda device: calibration.Measured())
+        monkeypatch.setattr(checks, "finite", lambda value: True)  # there are no values
+        monkeypatch.setattr(checks, "_is_wrapper", lambda value: False)
+
+    return pretend
+
+
+def rows_of(text: str) -> int:
+    return int(re.search(r"blocks of (\d+) rows", text)[1])
+
+
+# ---- row blocks
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("op", ["agop", "gradients"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_gradient_form_takes_blocks_that_fill_a_gpu(on, op, chip, backend):
+    on(chip)
+    how = {"method": "gradient"} if op == "agop" else {}
+    text = fastagop.explain(op, Laplace(30.0), cuda(50_000, 1024), cuda(50_000, 10), backend=backend, **how)
+    assert rows_of(text) == 2048
+
+
+@pytest.mark.parametrize(("n", "least"), [(1000, 1000), (200_000, 512), (10**6, 128)])
+def test_blocks_stay_below_four_gibibytes(on, n, least):
+    """Fewer rows than one block are one; blocks of many points have fewer rows."""
+    on("H200")
+    X, alpha = cuda(n, 64), cuda(n, 10)
+    rows = rows_of(fastagop.explain("agop", Laplace(30.0), X, alpha, method="gradient"))
+    assert least <= rows <= max(least, 2048)
+    if rows > 128:
+        more, fewer = (costs.gradient_form_bytes(r, X, alpha, X, False) for r in (rows, 1))
+        assert more - fewer <= 1.1 * 2**32  # rows by the bytes of the first 256
+
+
+@pytest.mark.parametrize("limit", [1.5e9, 4e8])
+def test_blocks_that_memory_permits(on, limit):
+    on("A100")
+    X, alpha = cuda(50_000, 64), cuda(50_000, 10)
+    text = fastagop.explain("agop", Laplace(30.0), X, alpha, method="gradient", memory_limit=limit)
+    rows = rows_of(text)
+    assert 1 <= rows < 2048
+    assert (
+        costs.gradient_form_bytes(rows, X, alpha, X, False)
+        <= limit
+        < costs.gradient_form_bytes(rows + 1, X, alpha, X, False)
+    )
+
+
+def test_blocks_on_the_cpu_stay_near_its_caches(block_of):
+    X = torch.zeros(1, 1).expand(50_000, 64)
+    assert block_of("agop", Laplace(30.0), X, X[:, :10], method="gradient") == 128
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_blocks_of_stored_weights(kind, monkeypatch, cloud, normal, relative):
+    """What a fit's AGOP takes: the gradient form's own blocks on CUDA, those asked for on the CPU."""
+    seen = []
+    X, alpha = cloud("spread", n=600), normal(600, 3)
+
+    def gradient_form(blocks, *args, **kwargs):
+        seen.extend(row.stop - row.start for row, _, _ in blocks)
+        return X.new_zeros(12, 12)
+
+    monkeypatch.setattr(torch_agop, "gradient_form", gradient_form)
+    monkeypatch.setattr(costs, "gradient_aim", lambda device: (500, 2**32) if kind == "cuda" else (256, 2**25))
+    monkeypatch.setattr(torch_agop, "_larger", lambda X: kind == "cuda")
+    W = torch_agop.weights(Laplace(2.0), X, X, 100)
+    torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), rows=100)
+    assert seen == ([500, 100] if kind == "cuda" else [100] * 6)
+
+
+# ---- the estimate of what the gram form loses
+
+
+class Estimated(Exception):
+    """The estimate was asked for."""
+
+
+@pytest.fixture
+def no_estimate(monkeypatch):
+    def refuse(*args):
+        raise Estimated
+
+    monkeypatch.setattr(gram, "CancellationEstimate", refuse)
+
+
+@pytest.mark.parametrize(
+    ("chip", "products"),
+    [(chip, products) for chip in ("A100", "H200", "B200", "RTX 4090") for products in ("fp16x3", "tf32")]
+    + [("RTX 4090", None)],  # elsewhere float64 is as fast as float32, and worth its time near collapse
+)
+def test_no_estimate_where_the_gradient_form_wins_whatever_it_says(on, no_estimate, chip, products):
+    """The paper's size: the gram form takes 2.3 times the gradient form's work, and more in float64."""
+    on(chip)
+    X, alpha = cuda(50_000, 1024), cuda(50_000, 10)
+    W = cuda(50_000, 50_000)
+    cost = costs.costs(X, X, 10, costs.products_of(X, X, products))
+    assert 1 < cost["gram"] / cost["gradient"] < 4
+    assert torch_agop.choose_form(W, X, alpha, X, AgopTask("sum"), products=products).form == "gradient"
+
+
+@pytest.mark.parametrize("K", [10, 200])
+@pytest.mark.parametrize("method", ["auto", "gram"])
+def test_the_estimate_where_it_decides(on, no_estimate, method, K):
+    on("H200")
+    X, alpha = cuda(5000, 1024), cuda(5000, K)
+    with pytest.raises(Estimated):
+        torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method))
+
+
+# ---- rates and solvers
+
+
+@pytest.mark.parametrize(
+    "capability", [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+)
+def test_float64_is_slow_but_for_a_few_chips(on, capability, monkeypatch):
+    on("A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    narrow, wide = (calibration.rate("gradient", word, device) for word in ("float32", "float64"))
+    if capability in ((8, 0), (9, 0), (10, 0)):
+        assert wide <= narrow <= 2.1 * wide
+    else:
+        assert 55 <= narrow / wide <= 70
+    coarse = [calibration.rate("gram", word, device) for word in ("bf16x3", "fp16x3", "tf32")]
+    assert coarse == sorted(coarse)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("chip", "refined"),
+    [
+        ("A100", False),  # float64 as fast as float32: refinement costs more than it saves
+        ("H200", False),
+        ("B200", True),  # half as fast
+        ("B300", True),  # a 64th
+        ("RTX 4090", True),
+        ("RTX 5090", True),
+    ],
+)
+def test_the_solver_of_a_chip(on, chip, refined, dtype, ridge):
+    on(chip)
+    refined = refined and dtype == torch.float32
+    n = 30_000 if "RTX" in chip else 50_000
+    text = fastagop.explain("solve", Laplace(30.0), cuda(n, 1024, dtype), cuda(n, 10, dtype), ridge=ridge)
+    assert text.startswith(f"solve: backend torch, method {'cholesky+cg' if refined else 'cholesky'}\n")
+    why = next(line for line in text.splitlines() if line.strip().startswith("why"))
+    found = re.search(r"a float32 factor and its refinement take about (\S+) s, a float64 one (\S+) s \(default", why)
+    if dtype == torch.float32 and (refined or ridge == 0):
+        assert (float(found[1]) < float(found[2])) == refined
+    else:
+        assert found is None
+
+
+def test_measured_rates_decide(on, monkeypatch):
+    """A device that was calibrated: here float32 is three times as fast as float64."""
+    on("H200")
+    rates = {
+        f"{form} {word}": rate for form in ("gradient", "gram") for word, rate in (("float32", 9e13), ("float64", 3e13))
+    }
+    monkeypatch.setattr(calibration, "measured", lambda device: calibration.Measured(rates=rates))
+    text = fastagop.explain("solve", Laplace(30.0), cuda(50_000, 1024), cuda(50_000, 10))
+    assert "method cholesky+cg" in text
+    assert "(rates measured on this device, undated)" in text
+
+
+@pytest.mark.parametrize("n", [4096, 4097])
+def test_small_systems_take_one_matrix(on, n):
+    on("RTX 4090")
+    text = fastagop.explain("solve", Laplace(30.0), cuda(n, 64), cuda(n, 10))
+    assert ("method cholesky+cg\n" in text) == (n > table.SHORT)
+
+
+def test_coarse_products_keep_their_own_factor(on):
+    on("B200")
+    asked = {"backend": "triton", "precision": "medium"}
+    text = fastagop.explain("solve", Laplace(30.0), cuda(50_000, 1024), cuda(50_000, 10), **asked)
+    assert "method cholesky\n" in text
+    assert "the precision asked for makes the factor a preconditioner" in text
+
+
+def test_no_room_for_refinement(on):
+    on("RTX 4090")
+    X, Y = cuda(50_000, 1024), cuda(50_000, 10)
+    needed = half.refined_bytes(prepare(Laplace(30.0), X, Y, SolveOptions()).problem)
+    words = {
+        limit: fastagop.explain("solve", Laplace(30.0), X, Y, memory_limit=limit) for limit in (needed, needed - 1)
+    }
+    assert "method cholesky+cg\n" in words[needed]
+    assert "method cholesky\n" in words[needed - 1]
+
+
+# ---- what a Triton does not compile
+
+
+@pytest.mark.parametrize("op", ["kernel_matrix", "kernel_matmul", "gradients", "agop"])
+@pytest.mark.parametrize(
+    ("chip", "version", "refused"),
+    [
+        ("B200", (3, 6), True),
+        ("B300", (3, 7), True),
+        ("B200", (3, 8), False),
+        ("H200", (3, 6), False),
+        ("RTX 5090", (3, 6), False),
+    ],
+)
+def test_tf32_on_blackwell(on, chip, version, refused, op, monkeypatch):
+    on(chip)
+    monkeypatch.setattr(triton_door, "version", lambda: version)
+    X, alpha = cuda(900, 64), cuda(900, 10)
+    call = (op, Laplace(2.0), X) if op == "kernel_matrix" else (op, Laplace(2.0), X, alpha)
+    call = (op, Laplace(2.0), X, X, alpha) if op == "kernel_matmul" else call
+    assert "backend triton" in fastagop.explain(*call, backend="triton")
+    assert "backend torch" in fastagop.explain(*call, precision="medium")  # "auto" computes without it
+    if refused:
+        major, minor = CHIPS[chip][0]
+        words = rf"Triton {version[0]}\.{version[1]} does not compile .*{chip} \(compute capability {major}\.{minor}\)"
+        with pytest.raises(fastagop.BackendUnavailable, match=words):
+            fastagop.explain(*call, backend="triton", precision="medium")
+    else:
+        assert "backend triton" in fastagop.explain(*call, backend="triton", precision="medium")
+
+
+@pytest.mark.parametrize(
+    ("chip", "version", "taken"), [("B200", (3, 6), False), ("B200", (3, 8), True), ("H200", (3, 6), True)]
+)
+def test_the_float64_matrix_on_blackwell(on, chip, version, taken, monkeypatch):
+    """Torch's takes over where Triton compiles none, and the plan says so."""
+    on(chip)
+    monkeypatch.setattr(triton_door, "version", lambda: version)
+    text = fastagop.explain("solve", Laplace(2.0), cuda(900, 64), cuda(900, 10), backend="triton")
+    assert ("of a matrix from the torch backend: Triton 3.6 does not compile float64 products" in text) == (not taken)
+    assert triton_door.has_products(torch.float64) == taken
+    assert triton_door.has_products(torch.float32)
+
+
+# ---- float32 points in a float64 matrix
+
+
+@pytest.fixture
+def measured_again(monkeypatch):
+    """Pairs that ``squared_distances`` has measured again."""
+    found, measure_near = [], distance._measure_near
+
+    def counted(sq, mask, *args):
+        found.append(int(mask.sum()))
+        return measure_near(sq, mask, *args)
+
+    monkeypatch.setattr(distance, "_measure_near", counted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["collapsed 1e-2", "collapsed 1e-3", "collapsed 1e-6", "nested", "pairs", "offset"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_float64_matrix_for_a_solve(dtype, name, cloud, measured_again):
+    """Of float32 points: within what their rounding has cost, 2^-24 |x| of every distance. Of float64 points: 1e-12."""
+    X, kernel = cloud(name, d=24, dtype=dtype), Laplace(2.0)
+    K = backend.FactorKernels().fill(torch.empty(len(X), len(X), dtype=torch.float64), kernel, X, 50)
+    true = reference.kernel_matrix(kernel, X)
+    error, size = (K - true).abs(), X.double().square().sum(1).max().sqrt()
+    assert float(error.max()) <= (1e-12 if dtype == torch.float64 else 2.0**-24 * float(size) / 2.0)
+    assert bool((K.diagonal() == 1).all())
+    if name in ("collapsed 1e-2", "collapsed 1e-3", "pairs"):
+        again = sum(measured_again)  # of float32 points the four pairs of copies, at most twice
+        assert again <= 8 if dtype == torch.float32 else again > 100
+
+
+def test_true_near_pairs_of_float32_points_are_measured(cloud, measured_again):
+    """A few units in the last place apart: distances keep all their digits in float64."""
+    X = cloud("spread", n=40, d=24, dtype=torch.float32)
+    X[20:] = X[:20]
+    X[20:, 3] = torch.nextafter(X[20:, 3], torch.full((20,), 9.0))
+    r = (X[:20, 3].double() - X[20:, 3].double()).abs()
+    K = backend.FactorKernels().fill(torch.empty(40, 40, dtype=torch.float64), Laplace(1.0), X, 40)
+    assert sum(measured_again) == 40  # each twice, in one block
+    assert torch.allclose(K[:20, 20:].diagonal(), torch.exp(-r), rtol=4e-16, atol=0.0)
+
+
+# ---- blocks of triangular solves and of products with one triangle
+
+
+@pytest.mark.parametrize(("n", "rows"), [(100, 256), (4096, 256), (8000, 500), (16_384, 1024), (50_000, 1024)])
+def test_rows_of_a_pass_over_a_matrix(n, rows):
+    assert linalg._rows(cuda(n, n)) == rows
+    assert linalg._rows(torch.empty(n, n, device="meta")) == 256
+    assert rows == 256 or 8 * rows * n <= direct.WORKSPACE * 4 * n * n
+
+
+@pytest.mark.parametrize("rows", [1, 50, 101, 256])
+def test_passes_take_these_rows(rows, normal, relative, monkeypatch):
+    solves, solve = [], torch.linalg.solve_triangular
+    monkeypatch.setattr(
+        torch.linalg, "solve_triangular", lambda L, B, **how: solves.append(len(L)) or solve(L, B, **how)
+    )
+    monkeypatch.setattr(linalg, "_rows", lambda A: rows)
+    A, V = normal(101, 101) / 30 + 3.0 * torch.eye(101, dtype=torch.float64), normal(101, 3)
+    assert relative(linalg.cholesky_solve(A, V), torch.cholesky_solve(V, A.tril())) <= 1e-13
+    assert len(solves) == 2 * -(-101 // rows)
+    symmetric = A.triu(1) + A.triu(1).T + 2.0 * torch.eye(101, dtype=torch.float64)
+    assert relative(linalg.upper_matmul(A, 2.0, V), symmetric @ V) <= 1e-14
+
+
+# ---- pages and benchmarks
+
+
+@pytest.mark.parametrize(
+    "text", [fastagop.__doc__, (Path(__file__).parents[1] / "docs" / "pages" / "gpu.md").read_text()]
+)
+def test_pages_warm_a_graph_up_with_the_form_that_it_captures(text):
+    found = re.search(r"captured in a\s+CUDA graph after one call to warm up(.*?)\.\s", text, re.DOTALL)
+    assert 'method="gradient"' in found[1]
+
+
+def test_the_benchmark_of_near_pairs_shuffles_its_classes():
+    """Sorted, a tenth of the tiles of 64 by 64 would have near pairs; shuffled, all have."""
+    y = problems.collapsed(1280, 4, 1e-3).y
+    assert torch.bincount(y).tolist() == [128] * 10
+    assert all(len(part.unique()) == 10 for part in y.split(64))
