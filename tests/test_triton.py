@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 
 CASES = Path(__file__).parent / "triton_cases.py"
 CONTRACT = Path(__file__).parent / "test_contract.py"
-FAST = "(test_shapes and Laplace and not 40-130) or test_explain or test_split"
+FAST = "(test_shapes and Laplace and not 40-130) or test_explain or test_split or test_offsets_of_the_factor"
 SHARED = {80: 166_912, 90: 232_448}  # bytes of shared memory a block may take
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA"}
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])

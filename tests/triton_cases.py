@@ -10,9 +10,11 @@ import dataclasses
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
 from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.backend import has_products
+from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
 
@@ -244,13 +246,81 @@ def test_layouts():
         assert bool(out[:, 1::2].isnan().all())
 
 
-def test_offsets_beyond_32_bits():
-    """Row 32 of this matrix starts 2^31 items in; pages that nobody touches cost nothing."""
-    X = points(40)
-    stride = 2**26
-    out = torch.empty(39 * stride + 40, device=DEVICE).as_strided((40, 40), (stride, 1))
-    K = fastagop.kernel_matrix(Laplace(2.0), X, out=out, **TRITON)
-    assert error(K, reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+@pytest.fixture
+def production(monkeypatch):
+    """Launches take the tiles of sm_90 in the interpreter, too."""
+    monkeypatch.setattr(
+        triton_launch, "config", lambda operation, prec, device: launch_config.TABLE[9][operation, prec]
+    )
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """A (40, 2^26) matrix, of which only pages that are touched exist: row 32 starts 2^31 items in.
+
+    Before it lie as many items, so that an offset which leaves 32 bits reads zeros and does not end the process.
+    """
+    rows, stride, before = 40, 2**26, 2**31
+    if DEVICE != "cpu":
+        return torch.empty(rows * stride, device=DEVICE).view(rows, stride)
+    return torch.from_file(str(tmp_path / "sparse"), True, before + rows * stride)[before:].view(rows, stride)
+
+
+def placed(where, values):
+    return where[:, : values.shape[1]].copy_(values)
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("prec", ["fp16x3", "tf32"])
+@pytest.mark.parametrize("spread", [None, 1e-3])  # 1e-3: by direct differences, too
+def test_offsets_of_the_matrix(prec, spread, far_apart):
+    kernel, X = Laplace(2.0), points(40, spread=spread)
+    truth = reference.kernel_matrix(kernel, X)
+    x = DevicePoints(placed(far_apart[:, :64], X), prec)
+    for lower in (True, False):
+        out = far_apart[:, 64:104].fill_(torch.nan)
+        triton_launch.fill(kernel, x, x, out, weight=False, first=0, lower=lower)
+        assert error(out, truth) <= TOLERANCE[{"fp16x3": "highest", "tf32": "medium"}[prec]]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("prec", ["fp16x3", "tf32"])
+def test_offsets_of_the_product(prec, far_apart):
+    X, V = points(40), normal(40, 3)
+    far, precision = placed(far_apart[:, :64], X), {"fp16x3": "highest", "tf32": "medium"}[prec]
+    at = Points(Laplace(2.0), far, far, 1.0)
+    product = triton_launch.kernel_matmul(at, placed(far_apart[:, 64:], V), precision)
+    assert error(product, reference.kernel_matmul(Laplace(2.0), X, X, V)) <= TOLERANCE[precision]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_offsets_of_the_agop(precision, far_apart):
+    X, alpha = points(40), normal(40, 2)
+    W = reference.kernel_matrix(Laplace(2.0), X).float().to(DEVICE)
+    far, weights = placed(far_apart[:, :64], X), placed(far_apart[:, 64:128], W)
+    steps = triton_launch.inner_kernels(far, precision)
+    out = far_apart[:, 128 : 128 + 2 * 37].fill_(torch.nan).unflatten(1, (2, 37))
+    G = steps.gradients(weights, alpha, far, far, None, out)
+    plain, a = X.cpu().double(), alpha.cpu().double()
+    right = torch.einsum("ij,jc,jf->icf", W.cpu().double(), a, plain)
+    s = W.cpu().double() @ a
+    assert error(G, right - s[:, :, None] * plain[:, None]) <= TOLERANCE[precision]
+    S = steps.lower(weights, alpha)(s.float().to(DEVICE), torch.zeros(40, device=DEVICE), 0, 40)
+    w, outer = W.cpu().double(), a @ a.T
+    truth = outer * (w @ w) - w * (s @ a.T + a @ s.T)
+    assert error(S + S.T, truth) <= TOLERANCE[precision]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_offsets_of_the_factor(precision, far_apart):
+    K = reference.kernel_matrix(Laplace(2.0), points(40)) + torch.eye(40)
+    A = placed(far_apart, K.float().to(DEVICE))
+    triton_launch.cholesky_update(precision)(A, 4, 40)  # the columns from 4 on, less a product of the first 4
+    truth = K.clone()
+    truth[4:, 4:] -= (K[4:, :4] @ K[4:, :4].T).tril()
+    assert error(A, truth) <= TOLERANCE[precision]
 
 
 def test_nothing_to_do():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import LOW, halves, inner_products, origin, power_of_two
+from .split import LOW, along, halves, inner_products, origin, power_of_two
 
 
 @triton.jit
@@ -21,17 +21,17 @@ def _gradient_kernel(
     row, col, c = tl.program_id(0) * BM, tl.program_id(1) * BN, tl.program_id(2)
     i, k, f = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BN)
     row_in, col_in = row + i < b, col + f < d
-    W, Z, G = origin(W, row, stride_w), origin(Z, row, stride_z) + col, origin(G, row, stride_g) + col + c * stride_gc
+    W, Z, G = origin(W, row, stride_w), origin(Z, row, stride_z) + col, origin(G, row, stride_g) + col + along(c, stride_gc)
     At = origin(At, c, n)
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, n, BK):
         j = start + k
         j_in = j < n
         weight = tl.load(At + j, mask=j_in, other=0.0)
-        x_at = k[:, None] * stride_x + f[None, :]
+        x_at = along(k, stride_x)[:, None] + f[None, :]
         x_in = j_in[:, None] & col_in[None, :]
         x = tl.load(origin(XA, start, stride_x) + col + x_at, mask=x_in, other=0.0)
-        w = tl.load(W + start + i[:, None] * stride_w + k[None, :], mask=row_in[:, None] & j_in[None, :], other=0.0)
+        w = tl.load(W + start + along(i, stride_w)[:, None] + k[None, :], mask=row_in[:, None] & j_in[None, :], other=0.0)
         if PREC == "fp16x3":
             w = w * (weight * tl.load(x_scale + j, mask=j_in, other=0.0))[None, :]
             power, inverse = power_of_two(tl.max(tl.abs(w), 1))
@@ -42,9 +42,9 @@ def _gradient_kernel(
         else:
             acc += tl.dot(w * weight[None, :], x, input_precision=PREC)
     inside = row_in[:, None] & col_in[None, :]
-    s = tl.load(origin(S, row, K) + i * K + c, mask=row_in, other=0.0)
-    acc -= s[:, None] * tl.load(Z + i[:, None] * stride_z + f[None, :], mask=inside, other=0.0)
-    tl.store(G + i[:, None] * stride_g + f[None, :], acc, mask=inside)
+    s = tl.load(S + along(row + i, K) + c, mask=row_in, other=0.0)
+    acc -= s[:, None] * tl.load(Z + along(i, stride_z)[:, None] + f[None, :], mask=inside, other=0.0)
+    tl.store(G + along(i, stride_g)[:, None] + f[None, :], acc, mask=inside)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _gram_kernel(
     rows, cols = row + i, col + j
     row_in, col_in = rows < stop, cols < stop
     mask = row_in[:, None] & col_in[None, :]
-    out = origin(out, row - first, stride_out) + col + i[:, None] * stride_out + j[None, :]
+    out = origin(out, row - first, stride_out) + col + along(i, stride_out)[:, None] + j[None, :]
     if col > row + BM - 1:
         tl.store(out, tl.zeros((BM, BN), tl.float32), mask=mask)
         return
@@ -69,22 +69,22 @@ def _gram_kernel(
     if PREC == "fp16x3":
         acc *= tl.load(w_scale + rows, mask=row_in, other=0.0)[:, None]
         acc *= tl.load(w_scale + cols, mask=col_in, other=0.0)[None, :]
-    w = tl.load(origin(W, row, stride_w) + col + i[:, None] * stride_w + j[None, :], mask=mask, other=0.0)
+    w = tl.load(origin(W, row, stride_w) + col + along(i, stride_w)[:, None] + j[None, :], mask=mask, other=0.0)
     outer = tl.zeros((BM, BN), tl.float32)
     for c in range(0, K):
         outer += (
-            tl.load(A + rows * K + c, mask=row_in, other=0.0)[:, None]
-            * tl.load(A + cols * K + c, mask=col_in, other=0.0)[None, :]
+            tl.load(A + along(rows, K) + c, mask=row_in, other=0.0)[:, None]
+            * tl.load(A + along(cols, K) + c, mask=col_in, other=0.0)[None, :]
         )
     value = acc * outer
     for c in range(0, K):
         a_row, s_row = (
-            tl.load(A + rows * K + c, mask=row_in, other=0.0),
-            tl.load(S + rows * K + c, mask=row_in, other=0.0),
+            tl.load(A + along(rows, K) + c, mask=row_in, other=0.0),
+            tl.load(S + along(rows, K) + c, mask=row_in, other=0.0),
         )
         a_col, s_col = (
-            tl.load(A + cols * K + c, mask=col_in, other=0.0),
-            tl.load(S + cols * K + c, mask=col_in, other=0.0),
+            tl.load(A + along(cols, K) + c, mask=col_in, other=0.0),
+            tl.load(S + along(cols, K) + c, mask=col_in, other=0.0),
         )
         value -= w * (s_row[:, None] * a_col[None, :] + a_row[:, None] * s_col[None, :])
     symmetric = rows[:, None] == cols[None, :]

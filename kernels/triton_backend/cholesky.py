@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import inner_products, origin
+from .split import along, inner_products, origin
 
 
 @triton.jit
@@ -22,5 +22,5 @@ def _update_kernel(
     acc = inner_products(A, A, A, A, row, col, n, stop, first, stride, stride, PREC, BM, BN, BK)
     i, j = tl.arange(0, BM), tl.arange(0, BN)
     mask = (row + i < n)[:, None] & (col + j < stop)[None, :] & ((row + i)[:, None] >= (col + j)[None, :])
-    at = origin(A, row, stride) + col + i[:, None] * stride + j[None, :]
+    at = origin(A, row, stride) + col + along(i, stride)[:, None] + j[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0) - acc, mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import inner_products, origin
+from .split import along, inner_products, origin
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def squared_distances(
     if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
         direct = tl.zeros((BM, BN), acc.dtype)
         z_at, x_at = (
-            origin(Z, row, stride_z) + tl.arange(0, BM) * stride_z,
-            origin(X, col, stride_x) + tl.arange(0, BN) * stride_x,
+            origin(Z, row, stride_z) + along(tl.arange(0, BM), stride_z),
+            origin(X, col, stride_x) + along(tl.arange(0, BN), stride_x),
         )
         for k in range(0, d):
             z, x = tl.load(z_at + k, mask=row_in, other=0.0), tl.load(x_at + k, mask=col_in, other=0.0)
@@ -71,5 +71,5 @@ def _matrix_kernel(
         value = tl.where((first + row + i)[:, None] == (col + j)[None, :], tl.load(diagonal_at), value)
     if LOWER:
         mask = mask & ((row + i)[:, None] >= (col + j)[None, :])
-        tl.store(origin(out, col, stride_out) + row + j[None, :] * stride_out + i[:, None], value, mask=mask)
-    tl.store(origin(out, row, stride_out) + col + i[:, None] * stride_out + j[None, :], value, mask=mask)
+        tl.store(origin(out, col, stride_out) + row + along(j, stride_out)[None, :] + i[:, None], value, mask=mask)
+    tl.store(origin(out, row, stride_out) + col + along(i, stride_out)[:, None] + j[None, :], value, mask=mask)

@@ -43,8 +43,14 @@ def operand(X: torch.Tensor, split: bool) -> Operand:
 
 @triton.jit
 def origin(pointer, row, stride):
-    """Pointer to a row. This product is the one that passes 2^31 at 46,341 rows; offsets inside a tile never do."""
-    return pointer + tl.cast(row, tl.int64) * stride
+    """Pointer to a row."""
+    return pointer + along(row, stride)
+
+
+@triton.jit
+def along(rows, stride):
+    """rows * stride in 64 bits: from strides of 2^24 on, even the offsets inside a tile of 128 rows leave 32."""
+    return tl.cast(rows, tl.int64) * stride
 
 
 @triton.jit
@@ -94,7 +100,7 @@ def inner_products(
     DTYPE: tl.constexpr = tl.float64 if PREC == "fp64" else tl.float32
     acc = tl.zeros((BM, BN), DTYPE)
     i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    a_at, b_at = i[:, None] * stride_a + k[None, :], j[None, :] * stride_b + k[:, None]
+    a_at, b_at = along(i, stride_a)[:, None] + k[None, :], along(j, stride_b)[None, :] + k[:, None]
     a_in, b_in = (row + i < m)[:, None], (col + j < n)[None, :]
     A, AL, B, BL = (
         origin(A, row, stride_a),
