@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .matrix import squared_distances
-from .split import along, origin
+from .tiles import along, origin
 
 
 @triton.jit

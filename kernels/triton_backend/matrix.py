@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import along, inner_products, origin
+from .split import inner_products
+from .tiles import along, origin, tile_of
 
 
 @triton.jit
@@ -50,14 +51,15 @@ def _matrix_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
     near, constants_at, diagonal_at, first,
     PROFILE: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
 
     With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and the kernel's constants are on
     the device, since numbers of a launch have float32's digits only.
     """
-    row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
+    row, col = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
+    row, col = row * BM, col * BN
     if LOWER and col > row + BM - 1:
         return
     sq = squared_distances(

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import along, origin
+
 LOW = tl.constexpr(1.0 / 2048.0)
 _PAD = 64  # columns of the halves are padded with zeros, so that inner loops need no mask and loads stay wide
 _COLUMNS = 1024  # of a row that one step of the split holds
@@ -39,18 +41,6 @@ def operand(X: torch.Tensor, split: bool) -> Operand:
     if n:
         _split_kernel[(n,)](X, high, low, scale, d, width, X.stride(0), BLOCK=_COLUMNS, num_warps=4)
     return Operand(high, low, scale, True)
-
-
-@triton.jit
-def origin(pointer, row, stride):
-    """Pointer to a row."""
-    return pointer + along(row, stride)
-
-
-@triton.jit
-def along(rows, stride):
-    """rows * stride in 64 bits: from strides of 2^24 on, even the offsets inside a tile of 128 rows leave 32."""
-    return tl.cast(rows, tl.int64) * stride
 
 
 @triton.jit
