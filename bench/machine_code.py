@@ -117,10 +117,12 @@ def faults(code: Code, operation: str, precision: str) -> list[str]:
         outer = max(loop.flop for loop in code.loops) * config.warps - work
         if not second <= outer < 2 * second:  # the assembler repeats some of it for the way of near pairs
             found.append(f"redundant work: the outer loop does {outer / second:.3g} times the second product")
-    stored, tile = inner.stored * 32 * config.warps, 4 * config.rows * config.columns
-    halves = precision == "fp16x3" and operation != "gradient"  # operands that come as the instructions take them
-    if stored >= (1 if halves else tile):
-        found.append(f"accumulators: the inner loop stores {stored} bytes to shared memory; a tile has {tile}")
+    stored = inner.stored * 32 * config.warps
+    # Both operands may pass through shared memory once they are split; halves come as the instructions take them.
+    parts = 8 if precision == "tf32x3" else 0 if precision == "fp16x3" and operation != "gradient" else 4
+    operands = (config.rows + config.columns) * config.inner * parts
+    if stored > operands:
+        found.append(f"accumulators: the inner loop stores {stored} bytes to shared memory; operands have {operands}")
     spilled = sum(loop.number("LDL", "STL") for loop in code.loops if loop.flop)
     if spilled:
         found.append(f"spills: {spilled} local loads and stores in loops with tensor instructions")

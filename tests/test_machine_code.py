@@ -30,6 +30,7 @@ OLD = [
         Config(64, 64, 32, 8, 3),
         ["redundant work: the inner loop does 1.67 times", "accumulators"],
     ),
+    (("gram", "bf16x3", 90), Config(64, 64, 32, 8, 3), ["redundant work: the inner loop does 1.67 ", "accumulators"]),
     (("matmul", "fp16x3", 80), Config(32, 32, 32, 4, 3), ["redundant work: the inner loop does 2 times"]),
     (("matrix", "fp16x3", 80), Config(128, 64, 32, 8, 3, programs=2), ["programs: a multiprocessor holds 1"]),
     (("matrix", "fp16x3", 80), Config(128, 128, 32, 8, 3), ["spills"]),

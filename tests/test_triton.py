@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 CASES = Path(__file__).parent / "triton_cases.py"
 CONTRACT = Path(__file__).parent / "test_contract.py"
-FAST = "(test_shapes and Laplace and not 40-130) or test_explain or test_split or test_offsets_of_the_factor"
+FAST = "(test_shapes and Laplace and not 40-130) or test_explain or test_split or offsets_of_the_factor or every_tile"
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Interpreters before Triton 3.7 convert arrays of one element to int, which NumPy 2.4 no longer does.

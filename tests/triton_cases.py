@@ -9,6 +9,8 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastagop.kernels import reference
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
@@ -17,6 +19,7 @@ from fastagop.kernels.triton_backend.backend import has_products
 from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
+from fastagop.kernels.triton_backend.tiles import tile_of
 
 import fastagop
 from bench import calibrate
@@ -321,6 +324,77 @@ def test_offsets_of_the_factor(precision, far_apart):
     truth = K.clone()
     truth[4:, 4:] -= (K[4:, :4] @ K[4:, :4].T).tril()
     assert error(A, truth) <= TOLERANCE[precision]
+
+
+@triton.jit
+def _places_kernel(out, rows, columns, GROUP: tl.constexpr):
+    program = tl.program_id(0)
+    row, col = tile_of(program, rows, columns, GROUP)
+    tl.store(out + row * columns + col, program)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"),
+    [(1, 1, 16), (3, 5, 16), (16, 2, 16), (17, 3, 16), (7, 4, 3), (9, 1, 4), (5, 6, 1)],  # fewer; exact; tails
+)
+def test_every_tile_has_its_program(rows, columns, group):
+    """Groups of rows one after the other, each down its columns."""
+    places = torch.full((rows, columns), -1, dtype=torch.int32, device=DEVICE)
+    _places_kernel[(rows * columns,)](places, rows, columns, GROUP=group)
+    expected, program = torch.empty(rows, columns, dtype=torch.int32), 0
+    for first in range(0, rows, group):
+        for col in range(columns):
+            for row in range(first, min(rows, first + group)):
+                expected[row, col] = program
+                program += 1
+    assert torch.equal(places.cpu(), expected)
+
+
+def test_several_groups_of_tiles(monkeypatch):
+    """Three rows of tiles in groups of two: a whole group, a half, and a tail in its tile."""
+    monkeypatch.setattr(triton_launch, "GROUPS", dict.fromkeys(launch_config.GROUPS, 2))
+    kernel, X, Z, alpha = Laplace(2.0), points(), points(45, seed=1), normal(70, 2)
+    assert error(fastagop.kernel_matrix(kernel, X, **TRITON), reference.kernel_matrix(kernel, X)) <= 16 * EPS
+    assert error(fastagop.kernel_matrix(kernel, Z, X, **TRITON), reference.kernel_matrix(kernel, Z, X)) <= 16 * EPS
+    truth = reference.agop(kernel, X, alpha)
+    assert error(fastagop.agop(kernel, X, alpha, method="gradient", **TRITON), truth) <= 32 * EPS
+    assert error(fastagop.agop(kernel, X, alpha, method="gram", **TRITON), truth) <= 1e-5
+    A = fastagop.kernel_matrix(kernel, X, **TRITON)
+    assert linalg.cholesky_lower_(A, 1.5, 35, triton_launch.cholesky_update("highest")) == 0
+    L = A.tril().double().cpu()
+    assert error(L @ L.T, reference.kernel_matrix(kernel, X) + 0.5 * torch.eye(70)) <= 16 * EPS
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("width", [37, 64])  # what lies behind the ends of rows is another tensor's, or is not there
+def test_what_lies_behind_rows_is_not_used(precision, width):
+    """Weights whose rows are 48 items apart; NaN lies behind their ends, and behind the last one maybe nothing."""
+    alpha, X, W = normal(37, 2), points(37, 21), normal(40, 37)
+    held = torch.full((40 * 48 + 64,), float("nan"), device=DEVICE)[: 39 * 48 + width].clone()
+    far = held.as_strided((40, 37), (48, 1)).copy_(W)
+    steps, Z = triton_launch.inner_kernels(X, precision), points(40, 21, seed=1)
+    G = steps.gradients(far, alpha, X, Z, None, torch.empty(40, 2, 21, device=DEVICE))
+    w, a, x, z = (part.cpu().double() for part in (W, alpha, X, Z))
+    truth = torch.einsum("ij,jc,jf->icf", w, a, x) - (w @ a)[:, :, None] * z[:, None]
+    assert error(G, truth) <= TOLERANCE[precision]
+
+
+def test_an_offset_is_split_once(monkeypatch):
+    """Points far from the origin: centers less their mean are made ready once, however many blocks there are."""
+    X, alpha = points() + 100.0, normal(70, 2)
+    made = []
+    make = triton_launch.operand
+    monkeypatch.setattr(triton_launch, "operand", lambda rows, split: made.append(len(rows)) or make(rows, split))
+    step = triton_launch.inner_kernels(X, "highest").gradients
+    shift, W = X.mean(0), fastagop.kernel_matrix(Laplace(2.0), points(), **TRITON)
+    made.clear()
+    parts = [step(W[i : i + 35], alpha, X, X[i : i + 35], shift, X.new_empty(35, 2, 37)) for i in (0, 35)]
+    assert made == [70]
+    w, a, x = W.cpu().double(), alpha.cpu().double(), (X - shift).cpu().double()
+    truth = torch.einsum("ij,jc,jf->icf", w, a, x) - (w @ a)[:, :, None] * x[:, None]
+    assert error(torch.cat(parts), truth) <= 16 * EPS
+    step(W[:7], alpha, X, X[:7], shift + 1.0, X.new_empty(7, 2, 37))  # another offset
+    assert made == [70, 70]
 
 
 def test_nothing_to_do():

@@ -37,6 +37,12 @@ class Config:
     programs: int = field(default=1, compare=False)
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a file of measurements holds of it."""
+        limit = (self.registers,) if self.registers else ()
+        return (self.rows, self.columns, self.inner, self.warps, self.stages, *limit)
+
+    @property
     def launch(self) -> dict[str, int]:
         """Options of a launch."""
         most = {"maxnreg": self.registers} if self.registers else {}
@@ -50,30 +56,40 @@ class Config:
 TABLE = {
     8: {
         ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
-        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("matrix", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
         ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3, programs=3),
-        ("matmul", "bf16x3"): Config(64, 32, 32, 8, 3),
-        ("matmul", "tf32"): Config(64, 32, 32, 8, 3),
+        ("matmul", "bf16x3"): Config(64, 32, 32, 4, 3, programs=2),
+        ("matmul", "tf32"): Config(64, 32, 32, 8, 3, registers=128, programs=2),
         ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
-        ("gradient", "bf16x3"): Config(128, 64, 32, 8, 3),
-        ("gradient", "tf32"): Config(128, 64, 32, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("gram", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
-        ("gram", "bf16x3"): Config(64, 64, 32, 8, 3),
-        ("gram", "tf32"): Config(64, 64, 32, 8, 3),
+        ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
         ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
     },
-}
-TABLE[9] = TABLE[8] | {
-    ("matrix", "fp16x3"): Config(128, 128, 64, 8, 3),
-    ("matmul", "fp16x3"): Config(128, 64, 32, 8, 3),
-    ("gradient", "fp16x3"): Config(128, 128, 64, 8, 3),
-    ("gram", "fp16x3"): Config(128, 128, 64, 8, 3),
-    ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
-    ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
+    9: {
+        ("matrix", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("matrix", "tf32"): Config(128, 128, 32, 8, 3),
+        ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
+        ("matmul", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("matmul", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("matmul", "tf32"): Config(128, 64, 32, 8, 3),
+        ("gradient", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 128, 32, 8, 3),
+        ("gram", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(128, 128, 32, 8, 3),
+        ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
+        ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("update", "tf32"): Config(128, 128, 32, 8, 3),
+    },
 }
 # Rows of tiles that are worked on together. A wave of 132 or 264 programs then reads about 12 MB of 1024 features,
 # where in the order of rows it reads 70 MB, more than the second-level cache holds. Of the gradient all outputs of a
