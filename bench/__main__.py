@@ -13,6 +13,7 @@ rows       learners of 10,000 and 100,000 rows, a tree of RFMs among them, on th
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
+machine_code  every Triton launch compiled, without a GPU, into the table of docs/pages/gpu.md: minutes
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/bench agop``.
 """
@@ -39,6 +40,7 @@ from bench import (
     cg_cpu,
     files,
     keops_cpu,
+    machine_code,
     network_cpu,
     report,
     rfm_cpu,
@@ -78,11 +80,13 @@ OPTIONS = {
     "report": ("result",),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
+    "machine_code": (),
 }
 CASES = tuple(OPTIONS)
 # Where --device cpu says nothing new.
 _ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
 _MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
+_WRITES = {"readme": "README.md", "machine_code": "docs/pages/gpu.md"}
 _NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
@@ -116,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None and option not in takes and value != _MEASURED_ON.get(given.case):
             known = ", ".join(f"--{name}" for name in takes) or "no option but --help"
             made.error(f"{given.case} does not take --{option}; it takes {known}")
-    if given.case == "readme" and given.out is not None:
-        made.error("readme does not take --out; it writes README.md")
+    if given.case in _WRITES and given.out is not None:
+        made.error(f"{given.case} does not take --out; it writes {_WRITES[given.case]}")
     return commands.run("python -m bench", lambda: _run(given))
 
 
@@ -129,6 +133,9 @@ def _run(given: argparse.Namespace) -> None:
         return
     if given.case == "readme":
         report.readme()
+        return
+    if given.case == "machine_code":
+        machine_code.main()
         return
     out = given.out or Path(f"out/{given.case}_{device.type}.json")
     files.check(out)

@@ -57,6 +57,11 @@ SLOW = {
         "test_memory_holds_no_jacobian": _MEMORY,
         "test_convolutional_trunks": "measures whole VGG and ResNet trunks",
     },
+    "test_machine_code.py": {
+        "test_every_launch": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_further_profiles": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_old_configurations_are_found": "compiles for sm_80 and sm_90, seconds a configuration",
+    },
     "test_module.py": {
         "test_exports_and_compiles": "exports and compiles a module",
     },
@@ -127,7 +132,5 @@ SLOW = {
     "test_tables.py": {"test_plot": "loads matplotlib, a second", "test_contenders_learn": _BENCH},
     "test_triton.py": {
         "test_all_cases": "Triton's interpreter takes seconds a call",
-        "test_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
-        "test_further_profiles_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
     },
 }
