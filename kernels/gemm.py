@@ -65,6 +65,8 @@ def square_bytes(rows: int, d: int, size: int) -> int:
 
 def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:
     """Overwrite a square matrix by (M + M^T) / 2, symmetric to the bit, block by block."""
+    if len(M) <= rows:
+        return M.copy_((M + M.T).mul_(0.5))
     for start in range(0, len(M), rows):
         stop = min(len(M), start + rows)
         panel, mirror = M[start:stop, start:], M[start:, start:stop]
