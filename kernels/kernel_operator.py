@@ -155,7 +155,8 @@ class KernelOperator:
             raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
         checks.matrix("alpha", alpha, like=self.X, rows=(len(self.X), "X"))
         checks.sample_weight(task.weights, Z, task.reduction)
-        task = dataclasses.replace(task, limit=limit, method=method)
+        if (limit, method) != (task.limit, task.method):
+            task = dataclasses.replace(task, limit=limit, method=method)
         call = self.backend.agop(self, alpha, task)
         return self._planned(call, lambda: self._agop(call, alpha, task))
 

@@ -31,7 +31,7 @@ def scaled_(values: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def _largest(*tensors: torch.Tensor) -> float:
-    return max((float(end.abs()) for t in tensors if t.numel() for end in torch.aminmax(t)), default=0.0)
+    return max((checks.largest(t) for t in tensors if t.numel()), default=0.0)
 
 
 class Points(NamedTuple):
@@ -51,7 +51,7 @@ def scale_points(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> Points:
     """
     if not isinstance(kernel, Profile) or not checks.readable(X):
         return Points(kernel, X, Z)
-    largest = _largest(X, Z)
+    largest = _largest(X) if Z is X else _largest(X, Z)
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
         return Points(kernel, X, Z)
     exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
