@@ -69,14 +69,14 @@ def solve(
         rows: how the rows became points; default as they are.
     """
     rows = rows or copies.alone(X)
-    if _mirrored(Y):
+    if mirrored(Y):
         return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
     if (fitted := _small(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
     return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
 
 
-def _mirrored(Y: torch.Tensor) -> bool:
+def mirrored(Y: torch.Tensor) -> bool:
     """Whether the second of two columns is the first one's negative, as with two classes: one of them says all."""
     return Y.shape[1] == 2 and bool((Y[:, 0] == -Y[:, 1]).all())
 
@@ -121,7 +121,7 @@ def fit_and_agop(
         mark: called with "solve" and with "agop" when these are done.
     """
     rows = rows or copies.alone(X)
-    if _mirrored(Y):
+    if mirrored(Y):
         how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
         solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
         return _both(solved), M.mul_(2.0), planned

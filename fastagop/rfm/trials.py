@@ -16,6 +16,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.rfm import validation
+from fastagop.rfm.coarse import Fold as CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
@@ -52,6 +53,7 @@ class Trial:
         seconds: of each fit (folds,).
         error: of the fits that failed; "" where none did.
         note: what the fits warned about.
+        coarse: whether the scores are those of coarse fits alone.
     """
 
     scores: np.ndarray
@@ -59,6 +61,7 @@ class Trial:
     seconds: np.ndarray
     error: str
     note: str
+    coarse: bool
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean scores, mean ties) after 0, 1, ... AGOPs."""
@@ -69,43 +72,65 @@ def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial 
     """The trials of estimators with their parameters set, in their order; None for one that was not begun in time."""
     calls = (functools.partial(_trial, model, task, index == 0) for index, model in enumerate(estimators))
     if n_jobs is None or joblib.effective_n_jobs(n_jobs) == 1:
-        return (call() for call in calls)
+        shared: dict[int, CoarseFold] = {}
+        return (call(shared) for call in calls)
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
-    return iter(parallel(joblib.delayed(call)() for call in calls))  # pyright: ignore[reportArgumentType]
+    return iter(parallel(joblib.delayed(call)({}) for call in calls))  # pyright: ignore[reportArgumentType]
 
 
-def _trial(estimator, task: Task, always: bool) -> Trial | None:
-    """All folds of one setting; ``always``: also after the deadline."""
+def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -> Trial | None:
+    """All folds of one setting; ``always``: also after the deadline; ``shared``: folds that were read already."""
     if not always and task.deadline is not None and time.time() > task.deadline:
         return None
     shape = len(task.folds), estimator.iterations + 1
     scores, ties, seconds, errors, notes = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0]), [], []
+    coarse = True
     with _one_thread() if task.alone else contextlib.nullcontext():
         for index, fold in enumerate(task.folds):
             begin = time.perf_counter()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 try:
-                    model = _fitted(estimator, task, *fold)
-                    scores[index], ties[index] = model.validation_score_, model._ties
+                    found = _coarse(estimator, task, index, shared, notes)
+                    if found is None:
+                        coarse, model = False, _fitted(estimator, task, *fold)
+                        found = model.validation_score_, model._ties
+                    scores[index], ties[index] = found
                 except Exception as error:  # a row of the results tells of it
                     errors.append(f"{type(error).__name__}: {error}")
             seconds[index] = time.perf_counter() - begin
             notes += [str(warning.message) for warning in said]
-    return Trial(scores, ties, seconds, "; ".join(dict.fromkeys(errors)), "; ".join(dict.fromkeys(notes)))
+    return Trial(scores, ties, seconds, "; ".join(dict.fromkeys(errors)), "; ".join(dict.fromkeys(notes)), coarse)
+
+
+def _coarse(estimator, task: Task, index: int, shared: dict[int, CoarseFold], notes: list[str]):
+    """(scores, ties) of a coarse fit of a fold; None where it takes one of the usual kind."""
+    if index not in shared:
+        X, y, weights, X_test, y_test, scorer = _parts(task, *task.folds[index])
+        shared[index] = CoarseFold(estimator, (X, y, weights), (X_test, y_test), scorer)
+    fold = shared[index]
+    if not fold.usual or (found := fold.scores(estimator)) is None:
+        return None
+    notes += fold.notes
+    return np.array(found).T
 
 
 def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
     """The estimator fitted to some rows, every iteration scored on others."""
-    train_weights, scorer = None, task.scorer
-    if task.weights is not None:
-        train_weights = task.weights[train]
-        if validation.takes_weights(scorer):
-            scorer = functools.partial(scorer, sample_weight=task.weights[test])
-    X_train, X_test = rows_of(task.X, train), rows_of(task.X, test)
+    X, y, weights, X_test, y_test, scorer = _parts(task, train, test)
     model: Any = clone(estimator)
     model.set_params(scoring=scorer)
-    return model.fit(X_train, task.y[train], train_weights, X_test, task.y[test])
+    return model.fit(X, y, weights, X_test, y_test)
+
+
+def _parts(task: Task, train: np.ndarray, test: np.ndarray) -> tuple:
+    """(X, y, weights or None) of the rows to train on, (X, y) of those to score on, and the scorer of a fold."""
+    weights, scorer = None, task.scorer
+    if task.weights is not None:
+        weights = task.weights[train]
+        if validation.takes_weights(scorer):
+            scorer = functools.partial(scorer, sample_weight=task.weights[test])
+    return rows_of(task.X, train), task.y[train], weights, rows_of(task.X, test), task.y[test], scorer
 
 
 def indices(pair) -> Fold:
