@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Cases of ``python -m bench`` that run where only torch, Triton and NumPy are: modules with a command line of their own.
+# Cases of ``python -m bench`` that run where only torch, Triton and NumPy are: modules with their own command line.
 ALONE = ("first_contact", "gpu_report", "predictions")
 _NAME, _FOLDER = "fastagop.kernels", ROOT / "kernels"
 

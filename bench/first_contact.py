@@ -47,13 +47,14 @@ _LEAST = 5.0  # seconds that are worth a part
 class Worker:
     """A process that has imported what every part needs, and waits for its order."""
 
+    code = "from bench import checkout; checkout.place(); from bench import first_contact_worker as w; w.main()"
+
     def __init__(self, dry: bool):
         environment = dict(os.environ)
         if dry:
             environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        code = "from bench import checkout; checkout.place(); from bench import first_contact_worker as w; w.main()"
         self.process = subprocess.Popen(
-            [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code],
+            [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", self.code],
             stdin=subprocess.PIPE,
             text=True,
             cwd=checkout.ROOT,

@@ -63,7 +63,8 @@ def line(about: Mapping[str, Any], part: str, case: str, **found: Any) -> dict[s
     """A line: its origin, part and case, and what was found; what was not is None."""
     fixed = {"seconds": None, "error": None, "bytes": None, "failure": None}
     today = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
-    return {**about, **today, "part": part, "case": case, **fixed, **{key: _plain(value) for key, value in found.items()}}
+    plain = {key: _plain(value) for key, value in found.items()}
+    return {**about, **today, "part": part, "case": case, **fixed, **plain}
 
 
 def _plain(value: Any) -> Any:
@@ -108,7 +109,7 @@ def origin_of(rows: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Any]
     kinds = {json.dumps([row[name] for name in _ORIGIN]) for row in rows}
     if len(kinds) != 1:
         count = "no line" if not kinds else f"lines of {len(kinds)} origins (chip, versions or sources differ)"
-        raise ValueError(f"{folder / FILE} must hold the lines of one first contact, got {count}; use a folder for each")
+        raise ValueError(f"{folder / FILE} must hold one first contact's lines, got {count}; use a folder for each")
     return dict(zip(_ORIGIN, json.loads(kinds.pop()), strict=True))
 
 

@@ -153,9 +153,9 @@ class Run:
 
     def _look_after_the_device(self) -> None:
         """Give memory back; Unusable where not even that works."""
-        gc.collect()
         if self.device.type != "cuda":
             return
+        gc.collect()
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Tables from the lines of a first contact: a proposal for the launch table, a roofline, the README's table, a page.
 
-``python -m bench gpu_report DIR`` writes report.md (all of it, as a fragment for a page), launch_config.md, roofline.md,
-readme.md and, where matplotlib is there, roofline.png into DIR. Every table names chip, versions and date. What comes
+``python -m bench gpu_report DIR`` writes report.md (all, as a fragment for a page), launch_config.md, roofline.md, readme.md
+and, where matplotlib is there, roofline.png into DIR. Every table names chip, versions and date. What comes
 from a dry run says DRY RUN in every heading, every table and the picture, and proposes nothing.
 """
 
@@ -64,10 +64,14 @@ class Report:
         if not made:
             return f"{self.mark}{NONE}"
         lines = [heads, ["---"] * len(heads), *made]
-        return "\n".join("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in row) + " |" for row in lines)
+        return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in lines)
 
 
 # ---- formats of a row's values
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
 
 
 def seconds(row: Row) -> str:
@@ -136,8 +140,10 @@ def launch_table(report: Report) -> str:
     failed = sum(row["failure"] is not None for row in report.part("launches"))
     note = f"Tile rows, columns, inner dimension, warps, stages, and a limit on registers where there is one. {failed} "
     note += "candidates could not run or computed something else."
-    entries = "Entries for kernels/triton_backend/launch_config.py:\n\n```\n" + "\n".join(lines) + "\n```" if lines else ""
-    proposal = entries or f"{report.mark}No entry is proposed."
+    proposal = f"{report.mark}No entry is proposed."
+    if lines:
+        entries = "\n".join(lines)
+        proposal = f"Entries for kernels/triton_backend/launch_config.py:\n\n```\n{entries}\n```"
     return report.section("Launch configurations", report.table(columns, made), note, proposal)
 
 
@@ -170,7 +176,9 @@ def roofline_rows(report: Report) -> list[dict[str, Any]]:
         if value is None or row["part"] == "launches":
             continue
         ceiling, share = None, ""
-        if row.get("moved") and not row.get("flop"):
+        if row["part"] == "ceilings" and (row["case"] == "copy" or row["case"].startswith("square product")):
+            pass  # it is a ceiling
+        elif row.get("moved") and not row.get("flop"):
             ceiling = ceilings.get("copy")
         else:
             kind, products = _kind(row)
@@ -189,7 +197,7 @@ def _kind(row: Row) -> tuple[str, int]:
         return _CEILINGS["fp64"]
     if "triton" in words:
         return _CEILINGS["bf16x3" if " high" in words and "highest" not in words else "fp16x3"]
-    return ("square product float16", 1) if "fp16" in words else ("square product float32", 1)
+    return "square product float16" if "fp16" in words else "square product float32", 1
 
 
 def roofline(report: Report) -> str:

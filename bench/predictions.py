@@ -290,7 +290,7 @@ def write(page: Path = PAGE) -> None:
     """Put the section between the marks of the page; ValueError where it lacks them."""
     text = page.read_text()
     if any(text.count(mark) != 1 for mark in MARKS):
-        raise ValueError(f"{page} must have the marks {MARKS[0]} and {MARKS[1]} once each; put them where the table is due")
+        raise ValueError(f"{page} must have the marks {' and '.join(MARKS)} once each; put them where the table is due")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     page.write_text(f"{before}{MARKS[0]}\n{section()}\n{MARKS[1]}{after}")
@@ -301,7 +301,10 @@ def command(argv: Sequence[str]) -> int:
     made = argparse.ArgumentParser(prog="python -m bench predictions", description=__doc__)
     made.add_argument("--out", type=Path, default=PAGE, help="a page with the marks; default docs/pages/gpu.md")
     given = made.parse_args(argv)
-    print(section())
     from fastagop import commands
 
-    return commands.run("python -m bench predictions", lambda: write(given.out))
+    def run() -> None:
+        write(given.out)
+        print(section())
+
+    return commands.run("python -m bench predictions", run)
