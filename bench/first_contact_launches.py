@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +19,7 @@ from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.launch_config import Config
 
-from bench import calibrate
+from bench import calibrate, checkout
 from bench.first_contact_run import Run
 
 Numbers = tuple[int, int, int, int, int]
@@ -27,8 +33,8 @@ MORE: dict[str, list[Numbers]] = {
     "update": [(128, 128, 64, 8, 3)],
 }
 CAPS = (0, 128, 168)  # registers a thread at most (maxnreg); 0: the compiler's choice. 128 lets two blocks of 256 run
-# Those of the highest precision first: they are what a Deep RFM waits for.
-ORDER = ("fp64", "fp16x3", "tf32x3", "bf16x3", "tf32")
+HIGHEST = ("fp64", "fp16x3", "tf32x3")  # products that a Deep RFM waits for: they come first
+_COMPILERS = 12  # processes that compile ahead, at most
 
 
 class Capped(Config):
@@ -50,60 +56,126 @@ def capped(numbers: Numbers, cap: int) -> Config:
 
 
 def launches(run: Run) -> None:
-    """Every operation and products: the table's configuration, then the candidates with and without a limit."""
+    """Every operation and products: the table's configuration, the candidates, and these with limits on registers."""
     n, d, K = run.few(16_384, run.sizes.n), run.sizes.d, run.sizes.K
     calls = functools.cache(lambda: calibrate.launches(run.device, n, d, K))
     truths: dict[tuple[str, str], torch.Tensor] = {}
-    pairs = sorted(launch_config.TABLE[8], key=lambda pair: (ORDER.index(pair[1]), pair[0]))
-    for operation, products in pairs:
-        if run.dry and products == "bf16x3":  # the interpreter has none
+    passes = [(HIGHEST, CAPS[:1]), (HIGHEST, CAPS[1:2]), (("bf16x3", "tf32"), CAPS[:1]), (HIGHEST, CAPS[2:])]
+    for index, (products, caps) in enumerate(passes):
+        todo = [trial for trial in _trials(run, products, caps) if ("launches", _case(trial)) not in run.done]
+        if todo and not (run.dry and index):
+            _compile_ahead(run, todo)
+        for trial in todo:
+            numbers, cap = _numbers(trial.config), getattr(trial.config, "cap", 0)
+            facts = {"operation": trial.operation, "products": trial.products, "config": numbers, "maxnreg": cap}
+            facts |= {"present": trial.present, "n": n, "d": d, "K": K}
+            run.record(_case(trial), functools.partial(_timed, run, calls, truths, trial), **facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A configuration of an operation and its products; ``present`` where it is the one that calls take now."""
+
+    operation: str
+    products: str
+    config: Config
+    present: bool = False
+
+
+def _case(trial: Trial) -> str:
+    cap = getattr(trial.config, "cap", 0)
+    return f"{trial.operation} {trial.products}: {_words(trial.config)}" + (f" maxnreg {cap}" if cap else "")
+
+
+def _words(config: Config) -> str:
+    return " ".join(map(str, _numbers(config)))
+
+
+def _trials(run: Run, products: Sequence[str], caps: Sequence[int]) -> Iterator[Trial]:
+    """The candidates of all operations with these products and limits, the present one first."""
+    for operation, word in sorted(launch_config.TABLE[8]):
+        if word not in products or (run.dry and word == "bf16x3"):  # the interpreter has none of these
             continue
-        for config in _candidates(run, operation, products):
-            numbers = _numbers(config)
-            cap = getattr(config, "cap", 0)
-            present = numbers == _numbers(_present(run, operation, products)) and not cap
-            facts = {"operation": operation, "products": products, "config": numbers, "maxnreg": cap}
-            facts |= {"present": present, "n": n, "d": d, "K": K}
-            words = " ".join(map(str, numbers)) + (f" maxnreg {cap}" if cap else "")
-            measure = functools.partial(_timed, run, calls, truths, (operation, products), config)
-            run.record(f"{operation} {products}: {words}", measure, **facts)
+        present = launch_config.config(operation, word, run.device)
+        others = [(32, 32, 16, 4, 1)] if run.dry else [*calibrate.CANDIDATES[operation], *MORE[operation]]
+        for cap in caps:
+            if not cap:
+                yield Trial(operation, word, present, True)
+            for numbers in dict.fromkeys([_numbers(present), *others]):
+                if cap or numbers != _numbers(present):
+                    yield Trial(operation, word, capped(numbers, cap))
 
 
-def _timed(run: Run, calls: Callable, truths: dict, which: tuple[str, str], config: Config) -> dict[str, Any]:
-    """Seconds under a configuration that computes what the table's does; the error is the difference from that."""
+def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
+    """Let other processes compile what comes, into Triton's cache: a kernel takes seconds, and cores are idle.
+
+    A candidate that fails or crashes there does so again when its turn comes, and is told then.
+    """
+    count = 1 if run.dry else min(_COMPILERS, max(1, (os.cpu_count() or 2) - 2), -(-len(todo) // 2))
+    left = 0.4 * (run.stop - time.monotonic())
+    if left < 1.0:
+        return
+    code = (
+        "from bench import checkout; checkout.place(); from bench import first_contact_launches as a; a.compile_all()"
+    )
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
+    orders = [
+        [(t.operation, t.products, _numbers(t.config), getattr(t.config, "cap", 0)) for t in todo[i::count]]
+        for i in range(count)
+    ]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=checkout.ROOT) for _ in orders]
+    stop = time.monotonic() + left
+    try:
+        for process, order in zip(started, orders, strict=True):
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps({"dry": run.dry, "sizes": [run.sizes.d, run.sizes.K], "trials": order}))
+                process.stdin.close()
+        for process in started:
+            status = process.wait(timeout=max(0.1, stop - time.monotonic()))
+            if status and run.dry:
+                raise ChildProcessError(f"a process that compiles ahead ended with status {status}")
+    except subprocess.TimeoutExpired:
+        pass  # the others compile when their turn comes
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def compile_all() -> None:
+    """What a process that compiles ahead does: run each of its trials once, on few points."""
+    order = json.load(sys.stdin)
+    device, n = torch.device("cpu" if order["dry"] else "cuda"), 32 if order["dry"] else 2048
+    calls = calibrate.launches(device, n, *order["sizes"])
+    for operation, products, numbers, cap in order["trials"][: 1 if order["dry"] else None]:
+        with launch_config.trial(operation, products, capped(tuple(numbers), cap)):
+            try:
+                calls[operation, products]()
+            except Exception as failure:  # it is told when its turn comes
+                if order["dry"]:
+                    raise
+                if "CUDA error" in str(failure):  # this process can do no more
+                    return
+
+
+def _timed(run: Run, calls: Callable, truths: dict, trial: Trial) -> dict[str, Any]:
+    """Seconds under a configuration that computes what the table's does, and how far apart the two are."""
+    which = trial.operation, trial.products
     call = calls()[which]
     if which not in truths:
         truths[which] = call().clone()
-    with launch_config.trial(*which, config):
+    with launch_config.trial(*which, trial.config):
         result = call()
-        difference = float((result - truths[which]).norm() / truths[which].norm())
-        if not calibrate.agree(result, truths[which], which[1]):
-            raise ValueError(f"it computes something else: {difference:.1e} apart from the table's configuration")
+        apart = float((result - truths[which]).norm() / truths[which].norm())
+        if not calibrate.agree(result, truths[which], trial.products):
+            raise ValueError(f"it computes something else: {apart:.1e} apart from the table's configuration")
         times = sorted(run.seconds(call) for _ in range(run.few(5, 1)))
-    return {"seconds": times[len(times) // 2], "apart": difference}
-
-
-def _present(run: Run, operation: str, products: str) -> Config:
-    return launch_config.config(operation, products, run.device)
+    return {"seconds": times[len(times) // 2], "apart": apart}
 
 
 def _numbers(config: Config) -> Numbers:
     return (config.rows, config.columns, config.inner, config.warps, config.stages)
-
-
-def _candidates(run: Run, operation: str, products: str) -> Iterator[Config]:
-    """The present one first, and nothing twice."""
-    present = _present(run, operation, products)
-    yield present
-    if run.dry:
-        yield capped((32, 32, 16, 4, 1), 128)
-        return
-    seen = {(_numbers(present), 0)}
-    for numbers in (_numbers(present), *calibrate.CANDIDATES[operation], *MORE[operation]):
-        for cap in CAPS:
-            if (numbers, cap) not in seen:
-                seen.add((numbers, cap))
-                yield capped(numbers, cap)
 
 
 def blocks(run: Run) -> None:
@@ -111,7 +183,7 @@ def blocks(run: Run) -> None:
     s = run.sizes
     n = min(s.n, run.few(30_000, s.n))
     for backend in ("triton", "torch"):
-        for rows in (0, *((128, 256, 512, 1024, 2048, 4096, 8192) if not run.dry else (32, 64))):
+        for rows in (0, *((128, 256, 512, 1024, 2048, 4096, 8192) if not run.dry else (16,))):
             prepare = functools.partial(_gradient_form, run, backend, n, rows)
             work = 2.0 * n * n * s.d * (s.K + 1) + 2.0 * n * s.K * s.d * s.d
             facts = {"n": n, "d": s.d, "K": s.K, "backend": backend, "rows": rows, "flop": work}

@@ -69,19 +69,16 @@ def _trained(run: Run, name: str, backend: str, solver: str) -> None:
         for layer in range(run.sizes.depth):
             if time.monotonic() > run.stop:
                 raise OutOfTime
-            _line(run, f"layer {layer + 1}, {backend}, {solver}", one, facts | {"layer": layer + 1})
+            run.write(f"layer {layer + 1}, {backend}, {solver}", **facts, layer=layer + 1, **one())
     except OutOfTime:
         raise
-    except Exception as failure:
-        run.write(name, failure=f"{type(failure).__name__}: {str(failure).splitlines()[0][:300]}", **facts)
+    except Exception as failure:  # of a layer: those behind it have no input
+        words = (str(failure).splitlines() or [""])[0][:300]
+        run.write(name, failure=f"{type(failure).__name__}: {words}", **facts)
+        del failure
+        run.look_after_the_device()
         return
     run.record(name, readout, **facts, depth=run.sizes.depth)
-
-
-def _line(run: Run, case: str, measure: Callable[[], dict[str, Any]], facts: dict[str, Any]) -> None:
-    """A line of a layer; its failure is the failure of all that follow, so it goes on to the caller."""
-    found = measure()
-    run.write(case, **facts, **found)
 
 
 def _layer_facts(record) -> dict[str, Any]:

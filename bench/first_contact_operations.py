@@ -22,6 +22,7 @@ from bench.first_contact_run import Run, relative
 from bench.problems import Problem
 
 PRECISIONS = ("highest", "high", "medium")
+_MANY = 10_000  # rows from which on peers are timed only
 
 
 @dataclass
@@ -73,11 +74,10 @@ class Points:
 
 def accuracy(run: Run) -> None:
     """The relative error of every operation by backend and precision, on points that hurt."""
-    for index, make in enumerate(_clouds(run)):
-        points = functools.cache(make)
-        name = make.keywords["name"]
-        for backend, precision in _ways(run):
-            if run.dry and index and precision == "medium":  # the interpreter computes it as "highest"
+    clouds = [(make.keywords["name"], functools.cache(make)) for make in _clouds(run)]
+    for backend, precision in _ways(run):
+        for index, (name, points) in enumerate(clouds):
+            if index and precision == "medium" and run.dry:  # the interpreter computes it as "highest"
                 continue
             for operation, error in _errors(backend, precision).items():
                 case = f"{operation}, {backend} {precision}, {name}"
@@ -103,8 +103,8 @@ def _ways(run: Run) -> Iterator[tuple[str, str]]:
 def _clouds(run: Run) -> list[functools.partial[Points]]:
     """Sizes that tiles divide and that they do not, classes that have collapsed, an offset, copies of rows."""
     size = (run.few(2048, 32), run.few(1024, 32), run.few(10, 2))
-    odd = (run.few(3001, 33), run.few(1000, 15), 1)
-    few = (run.few(150, 34), run.few(37, 19), 2)
+    odd = (run.few(3001, 31), run.few(1000, 15), 1)
+    few = (run.few(150, 30), run.few(37, 19), 2)
 
     def drawn(name: str, n: int, d: int, K: int) -> Points:
         return Points(name, problems.draw(n, d, K, device=run.device))
@@ -173,55 +173,56 @@ def _fill(at: Points) -> float:
 
 def near(run: Run) -> None:
     """What near pairs cost: collapsed classes in sorted and in shuffled order, beside points without any."""
-    from fastagop.kernels.triton_backend import launch
-
     n, d = min(run.sizes.n, 30_000), run.sizes.d
-    for spread in (None, 1e-3) if run.dry else (None, 1e-1, 1e-2, 1e-3):
-        for order in ("sorted", "shuffled") if spread else ("as drawn",):
+    spreads = (1e-3,) if run.dry else (1e-1, 1e-2, 1e-3)
+    kinds = [(None, "as drawn"), *((spread, order) for spread in spreads for order in ("sorted", "shuffled"))]
+    calls: dict[str, Callable[[Problem], Callable]] = {"kernel_matrix": _matrix_of, "float64 fill": _fill_of}
+    for operation, call in (calls | {"gradient form": _form_of}).items():  # the last may take long
+        for spread, order in kinds:
 
-            def points(spread=spread, order=order) -> Problem:
-                if spread is None:
-                    return run.problem(n, d)
-                p = problems.collapsed(n, d, spread, run.device)
-                mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(run.device)
-                return replace(p, X=p.X[mixed].contiguous()) if order == "shuffled" else p
-
-            def matrix(points=points) -> Callable:
-                p = points()
-                out = p.X.new_empty(n, n)
-                return lambda: fastagop.kernel_matrix(p.kernel, p.X, out=out, backend="triton")
-
-            def fill(points=points) -> Callable:
-                p = points()
-                out = torch.empty(n, n, dtype=torch.float64, device=run.device)
-                return lambda: launch.fill_symmetric(out, p.kernel, p.X)
-
-            def form(points=points) -> Callable:
-                p = points()
-                options = {"method": "gradient", "backend": "triton"}
-                return lambda: fastagop.agop(p.kernel, p.X, p.alpha, **options)
+            def prepare(spread=spread, order=order, call=call) -> Callable:
+                return call(_crowded(run, n, d, spread, order))
 
             facts = {"n": n, "d": d, "spread": spread, "order": order}
-            name = f"spread {spread:g}, {order}" if spread else "no near pairs"
-            run.measure(f"kernel_matrix, {name}", matrix, repeats=2, flop=1.0 * n * n * d, **facts)
-            run.measure(f"float64 fill, {name}", fill, repeats=2, flop=1.0 * n * n * d, **facts)
-            run.measure(f"gradient form, {name}", form, repeats=2, **facts)
+            work = 1.0 * n * n * d * (1.0 if operation != "gradient form" else 2.0 * (run.sizes.K + 1))
+            name = f"{operation}, spread {spread:g}, {order}" if spread else f"{operation}, no near pairs"
+            run.measure(name, prepare, repeats=2, flop=work, **facts)
+
+
+def _crowded(run: Run, n: int, d: int, spread: float | None, order: str) -> Problem:
+    p = run.problem(n, d)
+    if spread is None:
+        return p
+    X = problems.collapsed(n, d, spread, run.device).X
+    mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(run.device)
+    return replace(p, X=X[mixed].contiguous() if order == "shuffled" else X)
+
+
+def _matrix_of(p: Problem) -> Callable:
+    out = p.X.new_empty(p.n, p.n)
+    return lambda: fastagop.kernel_matrix(p.kernel, p.X, out=out, backend="triton")
+
+
+def _fill_of(p: Problem) -> Callable:
+    from fastagop.kernels.triton_backend import launch
+
+    out = torch.empty(p.n, p.n, dtype=torch.float64, device=p.device)
+    return lambda: launch.fill_symmetric(out, p.kernel, p.X)
+
+
+def _form_of(p: Problem) -> Callable:
+    return lambda: fastagop.agop(p.kernel, p.X, p.alpha, method="gradient", backend="triton")
 
 
 def peers(run: Run) -> None:
     """Every operation by fastagop and by what people use today; what is not installed is a failure that says so."""
-    for n in (run.few(10_000, 33), run.sizes.n):
-        p = functools.cache(functools.partial(run.problem, n))
-        for operation in ("kernel_matrix", "kernel_matmul", "agop", "gradients", "solve", "layer"):
-            # Those that compile for long come last.
-            who = sorted(contenders.OPERATIONS[operation].items(), key=lambda one: "keops" in one[0].lower())
-            for name, call in who:
-                if run.dry and "keops" in name.lower():
+    some = [(name, False) for name in contenders.OPERATIONS if name != "network_agop"]
+    for operation, compiles in [*some, *((name, True) for name, _ in some)]:
+        for n in (run.sizes.n,) if run.dry else (10_000, run.sizes.n):
+            p = functools.cache(functools.partial(run.problem, n))
+            for name, call in contenders.OPERATIONS[operation].items():
+                if ("keops" in name.lower()) != compiles or _left_out(run, operation, n, name):
                     continue
-                if ("high" in name.split() or "medium" in name.split()) and (run.dry or operation == "layer"):
-                    continue
-                if n > run.few(10_000, 33) and (operation in ("gradients", "layer") or "xrfm" in name):
-                    continue  # they take (n, K, d) numbers, or minutes
 
                 def prepare(call=call, p=p) -> Callable:
                     problem = p()
@@ -230,10 +231,19 @@ def peers(run: Run) -> None:
                 def error(result: Any, operation=operation, p=p) -> float:
                     return costs.error(operation, p(), result)
 
-                judge = None if (n > run.few(10_000, 33) or operation in ("layer", "agop")) else error
+                judge = None if n > _MANY or operation in ("layer", "agop") else error
                 facts = {"n": n, "d": run.sizes.d, "K": run.sizes.K, "operation": operation, "contender": name}
                 work = costs.work(operation, problems.Problem(*_shapes(run, n)))
                 run.measure(f"{operation}, n = {n}, {name}", prepare, judge, 2, flop=work, **facts)
+
+
+def _left_out(run: Run, operation: str, n: int, name: str) -> bool:
+    """What takes (n, K, d) numbers, minutes, or says nothing where it runs."""
+    if run.dry and ("keops" in name.lower() or "xrfm" in name):
+        return True
+    if {"high", "medium"} & set(name.split()) and (run.dry or operation == "layer"):
+        return True
+    return n > _MANY and (operation in ("gradients", "layer") or "xrfm" in name)
 
 
 def _shapes(run: Run, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

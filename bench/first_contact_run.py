@@ -39,7 +39,7 @@ class Sizes:
     depth: int
 
 
-DRY_SIZES = Sizes(40, 24, 2, 2)
+DRY_SIZES = Sizes(32, 24, 2, 2)  # a tile of the interpreter
 
 
 def sizes(dry: bool) -> Sizes:
@@ -113,7 +113,7 @@ class Run:
             found = {"failure": f"{type(failure).__name__}: {words[0][:300] if words else ''}"}
             del failure
         self.write(case, **{**facts, **found})
-        self._look_after_the_device()
+        self.look_after_the_device()
 
     def measure(
         self,
@@ -151,7 +151,7 @@ class Run:
         """Of one call."""
         return clock.seconds(call, self.device, 1, warm=0)
 
-    def _look_after_the_device(self) -> None:
+    def look_after_the_device(self) -> None:
         """Give memory back; Unusable where not even that works."""
         if self.device.type != "cuda":
             return

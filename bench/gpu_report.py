@@ -1,7 +1,7 @@
 """Tables from the lines of a first contact: a proposal for the launch table, a roofline, the README's table, a page.
 
-``python -m bench gpu_report DIR`` writes report.md (all, as a fragment for a page), launch_config.md, roofline.md, readme.md
-and, where matplotlib is there, roofline.png into DIR. Every table names chip, versions and date. What comes
+``python -m bench gpu_report DIR`` writes report.md (all, as a fragment for a page), launch_config.md, roofline.md,
+readme.md and, where matplotlib is there, roofline.png into DIR. Every table names chip, versions and date. What comes
 from a dry run says DRY RUN in every heading, every table and the picture, and proposes nothing.
 """
 
