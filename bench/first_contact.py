@@ -93,7 +93,9 @@ def supervise(folder: Path, seconds: float, dry: bool, parts: Sequence[str], abo
             limit = left * PARTS[part] / sum(PARTS[name] for name in todo[index:])
             stop = time.monotonic() + limit
             while (left := stop - time.monotonic()) > min(1.0, 0.1 * limit):
-                worker, waiting = waiting or Worker(dry), Worker(dry)  # the next one imports meanwhile
+                worker, waiting = waiting or Worker(dry), None
+                if index + 1 < len(todo):
+                    waiting = Worker(dry)  # it imports meanwhile
                 order = {"part": part, "folder": str(folder), "about": about, "seconds": left * _SOFT}
                 if not _went_on(worker, order, left, folder):
                     break

@@ -34,7 +34,10 @@ MORE: dict[str, list[Numbers]] = {
 }
 CAPS = (0, 128, 168)  # registers a thread at most (maxnreg); 0: the compiler's choice. 128 lets two blocks of 256 run
 HIGHEST = ("fp64", "fp16x3", "tf32x3")  # products that a Deep RFM waits for: they come first
-_COMPILERS = 12  # processes that compile ahead, at most
+_COMPILERS, _COMPILED_AT = 12, 2048  # processes that compile ahead, at most, and rows that they do it at
+
+
+_CODE = "from bench import checkout; checkout.place(); from bench import first_contact_launches as a; a.compile_all()"
 
 
 class Capped(Config):
@@ -61,9 +64,9 @@ def launches(run: Run) -> None:
     calls = functools.cache(lambda: calibrate.launches(run.device, n, d, K))
     truths: dict[tuple[str, str], torch.Tensor] = {}
     passes = [(HIGHEST, CAPS[:1]), (HIGHEST, CAPS[1:2]), (("bf16x3", "tf32"), CAPS[:1]), (HIGHEST, CAPS[2:])]
-    for index, (products, caps) in enumerate(passes):
+    for products, caps in passes:
         todo = [trial for trial in _trials(run, products, caps) if ("launches", _case(trial)) not in run.done]
-        if todo and not (run.dry and index):
+        if todo and not run.dry:  # the interpreter compiles nothing
             _compile_ahead(run, todo)
         for trial in todo:
             numbers, cap = _numbers(trial.config), getattr(trial.config, "cap", 0)
@@ -97,8 +100,10 @@ def _trials(run: Run, products: Sequence[str], caps: Sequence[int]) -> Iterator[
         if word not in products or (run.dry and word == "bf16x3"):  # the interpreter has none of these
             continue
         present = launch_config.config(operation, word, run.device)
-        others = [(32, 32, 16, 4, 1)] if run.dry else [*calibrate.CANDIDATES[operation], *MORE[operation]]
-        for cap in caps:
+        others = [*calibrate.CANDIDATES[operation], *MORE[operation]]
+        if run.dry:
+            others = [(32, 32, 16, 4, 1)] if operation == "update" else []
+        for cap in caps if not run.dry or operation == "update" else (0,) if 0 in caps else ():
             if not cap:
                 yield Trial(operation, word, present, True)
             for numbers in dict.fromkeys([_numbers(present), *others]):
@@ -111,7 +116,7 @@ def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
 
     A candidate that fails or crashes there does so again when its turn comes, and is told then.
     """
-    count = 1 if run.dry else min(_COMPILERS, max(1, (os.cpu_count() or 2) - 2), -(-len(todo) // 2))
+    count = min(_COMPILERS, max(1, (os.cpu_count() or 2) - 2), -(-len(todo) // 2))
     left = 0.4 * (run.stop - time.monotonic())
     if left < 1.0:
         return
@@ -129,12 +134,11 @@ def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
         for process, order in zip(started, orders, strict=True):
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps({"dry": run.dry, "sizes": [run.sizes.d, run.sizes.K], "trials": order}))
+                place = {"device": run.device.type, "n": _COMPILED_AT, "d": run.sizes.d, "K": run.sizes.K}
+                process.stdin.write(json.dumps({**place, "trials": order}))
                 process.stdin.close()
         for process in started:
-            status = process.wait(timeout=max(0.1, stop - time.monotonic()))
-            if status and run.dry:
-                raise ChildProcessError(f"a process that compiles ahead ended with status {status}")
+            process.wait(timeout=max(0.1, stop - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass  # the others compile when their turn comes
     finally:
@@ -146,15 +150,13 @@ def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
 def compile_all() -> None:
     """What a process that compiles ahead does: run each of its trials once, on few points."""
     order = json.load(sys.stdin)
-    device, n = torch.device("cpu" if order["dry"] else "cuda"), 32 if order["dry"] else 2048
-    calls = calibrate.launches(device, n, *order["sizes"])
-    for operation, products, numbers, cap in order["trials"][: 1 if order["dry"] else None]:
+    calls = calibrate.launches(torch.device(order["device"]), order["n"], order["d"], order["K"])
+    for operation, products, numbers, cap in order["trials"]:
         with launch_config.trial(operation, products, capped(tuple(numbers), cap)):
             try:
                 calls[operation, products]()
             except Exception as failure:  # it is told when its turn comes
-                if order["dry"]:
-                    raise
+                print(f"compiling {operation} {products} {numbers}: {type(failure).__name__}", flush=True)
                 if "CUDA error" in str(failure):  # this process can do no more
                     return
 

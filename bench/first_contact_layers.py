@@ -31,7 +31,7 @@ def deep_rfm(run: Run) -> None:
 
     It takes the layers as the estimators do, but not the estimators, which bring scikit-learn.
     """
-    for solver in ("auto", "cholesky+cg", "cholesky"):
+    for solver in ("auto", "cholesky+cg") if run.dry else ("auto", "cholesky+cg", "cholesky"):
         for backend in ("triton", "torch") if solver == "auto" else ("triton",):
             name = f"{run.sizes.depth} layers, {backend}, {solver}"
             if run.wanted(name):
