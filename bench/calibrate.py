@@ -116,7 +116,7 @@ def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: i
         for candidate in (Config(*numbers) for numbers in CANDIDATES[operation]):
             with launch_config.trial(operation, products, candidate):
                 try:
-                    if not _agree(run(), truth, products):
+                    if not agree(run(), truth, products):
                         raise ValueError("it computes something else")
                     took = clock.seconds(run, device, repeats, warm=0)
                 except Exception as error:  # resources that the chip lacks come as many kinds of error
@@ -129,7 +129,7 @@ def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: i
     return best
 
 
-def _agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
+def agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
     """Whether two configurations computed the same, up to the products' rounding."""
     bound = {"tf32": 1e-2, "bf16x3": 1e-4, "fp64": 1e-12}.get(products, 1e-5)
     return float((result - truth).norm()) <= bound * float(truth.norm())

@@ -97,6 +97,11 @@ SLOW = {
         "test_shares_of_nothing_and_lost_ranks": "starts ranks, kills one and waits for the others' timeout",
     },
     "test_site.py": {"*": "builds the documentation, whose examples run"},
+    "test_first_contact.py": {
+        "test_a_dry_run_from_a_plain_checkout": "all parts of a first contact on the CPU, a minute",
+        "test_what_is_installed_is_not_asked_for": _PROCESS,
+        "test_a_module_compiles_to_one_graph": "loads torch's compiler",
+    },
     "test_errors.py": {"test_a_script_is_named": _PROCESS},
     "test_keops.py": {
         "test_against_the_reference": _COMPILES,
