@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,11 @@ from torch import Tensor
 
 from fastagop import Polynomial, agop, commands, kernel_matmul, solve
 from reproduce import files, grokking_plot, options, plots
+from reproduce.about import About
 
 NAME = "grokking"
 _SOLVED = 0.999  # test accuracy at which there is nothing left to see
 _QUICK = {"modulus": 31, "fraction": 0.75}
-
-
-@dataclass(frozen=True)
-class About:
-    """What a page says beside the picture."""
-
-    title: str
-    shows: str
 
 
 ABOUT = About(
@@ -87,7 +79,7 @@ def _record(stem: Path, rows: list[dict[str, Any]], origin: dict[str, Any]) -> l
 def run(
     modulus: int, fraction: float, iterations: int, power: float, ridge: float, seed: int
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Rows of accuracies and structure, printed as they come, and M, of every iteration until the test pairs are right."""
+    """Rows of accuracies and structure, printed as they come, and M, by iteration until the test pairs are right."""
     X, y = pairs(modulus)
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed))
     train, test = order.tensor_split([max(1, round(fraction * len(X)))])
