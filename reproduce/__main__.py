@@ -20,10 +20,21 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
 
-from reproduce import deep_rfm_figures, demo, everything, figures, grokking, network_figures, nfa_table, report, theory
+from reproduce import (
+    conv_rfm,
+    deep_rfm_figures,
+    demo,
+    everything,
+    figures,
+    grokking,
+    network_figures,
+    nfa_table,
+    report,
+    theory,
+)
 
 FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
-SHOWN = FIGURES | {grokking.NAME: grokking.ABOUT}
+SHOWN = FIGURES | {conv_rfm.NAME: conv_rfm.ABOUT, grokking.NAME: grokking.ABOUT}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
         figure.family.add_options(_add(commands, name, figure.description, partial(figures.make, name, figure)))
     text = "every figure and table, one after the other, and a page that shows them"
     everything.add_options(_add(commands, "all", text, partial(everything.command, parser, SHOWN)))
+    text = "collapse in a Deep RFM of convolutional layers, by patch AGOP"
+    conv_rfm.add_options(_add(commands, conv_rfm.NAME, text, conv_rfm.command))
     text = "a quadratic kernel machine that learns modular addition late, by its AGOP"
     grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
     text = "a page of whatever results there are, beside what the paper says"

@@ -10,6 +10,7 @@ import argparse
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastagop import Laplace, commands, datasets
@@ -21,8 +22,8 @@ from reproduce.networks import Images
 NAME = "conv_rfm"
 ABOUT = About(
     "Neural collapse in a convolutional Deep RFM",
-    "No paper shows this: Deep RFM with the patch AGOP of convolutional kernel machines (Radhakrishnan et al., 2024) in "
-    "place of the AGOP. As in Deep RFM, M^(1/2) lowers NC1 and random features raise it again",
+    "No paper shows this: Deep RFM with the patch AGOP of convolutional kernel machines (Radhakrishnan et al., 2024) "
+    "in place of the AGOP. As in Deep RFM, M^(1/2) lowers NC1 and random features raise it again",
 )
 WINDOWS = ((7, 5), (3, 1), (3, 1), (2, 1))  # sizes and strides of the layers: 32 pixels, then 6, 4, 2 and 1 a side
 _POINTS = {False: 2000, True: 300}  # by --quick
@@ -53,10 +54,8 @@ def command(args: argparse.Namespace) -> int:
     settings = [ConvLayerSettings(kernel, Window(*window), args.width, args.ridge) for window in WINDOWS]
     rows = run(images.to(options.run_location(args).torch_device), y, settings, args.seed)
     stem = args.out / NAME
-    curves = {
-        measure: {s: [[row[f"{measure}_{s}"] for row in rows]] for s in layers.STAGES} for measure in ("nc1", "nc2")
-    }
-    written = plots.save(plots.curves([plots.measured(args.dataset, **curves)], ABOUT.title, "ReLU"), stem)
+    figure = plots.curves([_curves(args.dataset.rpartition("/")[2], rows)], ABOUT.title, "ReLU")
+    written = plots.save(figure, stem)
     about = {"dataset": args.dataset.rpartition("/")[2], "n": len(y), "windows": WINDOWS, "width": args.width}
     about |= {"kernel": repr(kernel), "ridge": args.ridge, "seed": args.seed}
     origin = {"settings": about, "environment": files.environment("cpu"), "seconds": time.perf_counter() - start}
@@ -95,6 +94,14 @@ def run(images: torch.Tensor, y: torch.Tensor, settings: list[ConvLayerSettings]
         nc1 = "".join(f"{row[f'nc1_{stage}']:>11.2e}" for stage in layers.STAGES)
         print(f"{index:>5} | {shape:>10} |{nc1} |{fitted.accuracy:>9.3f}{seconds:>9.1f}", flush=True)
     return rows
+
+
+def _curves(title: str, rows: list[dict[str, Any]]) -> plots.Curves:
+    nc1, nc2 = (
+        {stage: np.array([[row[f"{measure}_{stage}"] for row in rows]]) for stage in layers.STAGES}
+        for measure in ("nc1", "nc2")
+    )
+    return plots.Curves(title, nc1, nc2)
 
 
 def lesson(rows: list[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     absent, failed = [], []
     for name in (*TEXTS, *shown):
         print(f"\n==== {name}", flush=True)
-        given = TEXTS.get(name, _forwarded(args, name.startswith("figure")))
+        given = TEXTS.get(name, _forwarded(args, name != "grokking"))
         ready = parser().parse_args([name, *given])
         try:
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
@@ -43,10 +43,10 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     return 1 if failed else 0
 
 
-def _forwarded(args: argparse.Namespace, figure: bool) -> list[str]:
-    """The options of a figure of the paper, or of a picture that needs no data."""
+def _forwarded(args: argparse.Namespace, reads_data: bool) -> list[str]:
+    """The options of a picture, with those that say where data are for one that reads any."""
     given = ["--out", str(args.out)] + (["--quick"] if args.quick else [])
-    if not figure:
+    if not reads_data:
         return given
     given += ["--device", args.device, *(word for dataset in args.dataset for word in ("--dataset", dataset))]
     given += ["--data-root", args.data_root] if args.data_root else []

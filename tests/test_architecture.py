@@ -37,7 +37,7 @@ FLOORS = (
     ("distributed",),
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
-    ("probes",),
+    ("probes", "convolution"),
     ("explain",),
     ("",),  # fastagop/__init__.py
 )
