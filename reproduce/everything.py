@@ -13,7 +13,6 @@ from pathlib import Path
 
 from fastagop import commands
 from reproduce import files, options, report
-from reproduce.figures import Figure
 
 TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
 
@@ -26,13 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_location(parser, "out")
 
 
-def command(parser: Callable[[], argparse.ArgumentParser], figures: Mapping[str, Figure], args: argparse.Namespace):
+def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, report.Shown], args: argparse.Namespace):
     """Make everything, write the page, and say what is not on it and why: 0, or 1 where something failed."""
-    options_of_figures = _forwarded(args)
     absent, failed = [], []
-    for name in (*TEXTS, *figures):
+    for name in (*TEXTS, *shown):
         print(f"\n==== {name}", flush=True)
-        given = options_of_figures if name in figures else TEXTS[name]
+        given = TEXTS.get(name, _forwarded(args, name != "grokking"))
         ready = parser().parse_args([name, *given])
         try:
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
@@ -40,17 +38,19 @@ def command(parser: Callable[[], argparse.ArgumentParser], figures: Mapping[str,
             absent.append(f"{name}: {commands.describe(error)}")
         except (ValueError, OSError, MemoryError) as error:
             failed.append(f"{name} failed: {commands.describe(error)}")
-    page = report.write(args.out, figures)
+    page = report.write(args.out, shown)
     print("\n".join(["", *absent, *failed, f"wrote {page}: all figures beside what the paper says of them"]))
     return 1 if failed else 0
 
 
-def _forwarded(args: argparse.Namespace) -> list[str]:
-    given = ["--out", str(args.out), "--device", args.device]
-    given += [word for dataset in args.dataset for word in ("--dataset", dataset)]
+def _forwarded(args: argparse.Namespace, reads_data: bool) -> list[str]:
+    """The options of a picture, with those that say where data are for one that reads any."""
+    given = ["--out", str(args.out)] + (["--quick"] if args.quick else [])
+    if not reads_data:
+        return given
+    given += ["--device", args.device, *(word for dataset in args.dataset for word in ("--dataset", dataset))]
     given += ["--data-root", args.data_root] if args.data_root else []
-    flags = {"--quick": args.quick, "--download": args.download, "--keep-checkpoint": args.keep_checkpoint}
-    return given + [flag for flag, on in flags.items() if on]
+    return given + ["--download"] * args.download + ["--keep-checkpoint"] * args.keep_checkpoint
 
 
 def _write_text(name: str, args: argparse.Namespace, out: Path) -> None:

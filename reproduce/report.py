@@ -12,11 +12,10 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reproduce import files, layers, options, runs
 from reproduce.deep_rfm_figures import FAMILY, lesson
-from reproduce.figures import Figure
 from reproduce.settings import Settings
 
 NAME = "report.html"
@@ -36,18 +35,32 @@ table { border-collapse: collapse; font-size: 14px; } td, th { padding: .15rem .
 """
 
 
+class Shown(Protocol):
+    """What the page says of a picture: its title, and what its source says that one sees."""
+
+    @property
+    def title(self) -> str:
+        """The title."""
+        ...
+
+    @property
+    def shows(self) -> str:
+        """The message."""
+        ...
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     options.add_out(parser, "out")
 
 
-def command(figures: Mapping[str, Figure], args: argparse.Namespace) -> int:
+def command(figures: Mapping[str, Shown], args: argparse.Namespace) -> int:
     """Write the page and say where."""
     print(f"wrote {write(args.out, figures)}")
     return 0
 
 
-def write(out: Path, figures: Mapping[str, Figure]) -> Path:
+def write(out: Path, figures: Mapping[str, Shown]) -> Path:
     """The page of a folder of results.
 
     Raises:
@@ -75,7 +88,7 @@ def write(out: Path, figures: Mapping[str, Figure]) -> Path:
     return out / NAME
 
 
-def _figure(name: str, figure: Figure, out: Path) -> str:
+def _figure(name: str, figure: Shown, out: Path) -> str:
     about = _read(out / f"{name}.json")
     said = f"<blockquote>Paper: {html.escape(figure.shows)}.</blockquote>"
     found = _list(f"Here: {text}." for text in about.get("lessons", []))
@@ -84,9 +97,10 @@ def _figure(name: str, figure: Figure, out: Path) -> str:
     lacking = _list(f"Not drawn: {text}" for text in about.get("missing", []))
     links = [path for path in (out / f"{name}{suffix}" for suffix in (".csv", ".json", ".pdf")) if path.exists()]
     linked = " ".join(f'<a href="{path.name}">{path.name}</a>' for path in links)
-    number = name.removeprefix("figure")
+    title = figure.title.replace("$", "")
+    title = f"Figure {name.removeprefix('figure')}. {title}" if name.startswith("figure") else title
     body = said + found + image + _runs(about["runs"]) + lacking + f"<p>{linked}</p>"
-    return _section(f"Figure {number}. {figure.title.replace('$', '')}", body)
+    return _section(title, body)
 
 
 def _runs(origins: Sequence[Mapping[str, Any]]) -> str:

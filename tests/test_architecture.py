@@ -38,7 +38,7 @@ FLOORS = (
     ("distributed",),
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
-    ("probes",),
+    ("probes", "convolution"),
     ("explain", "plots"),
     ("",),  # fastagop/__init__.py
 )

@@ -109,8 +109,14 @@ def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "make", make)
     monkeypatch.setattr(everything, "TEXTS", {"theory": []})
     monkeypatch.setattr("reproduce.theory.main", lambda: print("numbers"))
+    monkeypatch.setattr(
+        "reproduce.grokking.command", lambda args: done.append(("grokking", args.quick, ["digits"], "d"))
+    )
+    monkeypatch.setattr(
+        "reproduce.conv_rfm.command", lambda args: done.append(("conv_rfm", args.quick, [args.dataset], args.data_root))
+    )
     assert main(["all", "--quick", "--dataset", "digits", "--data-root", "d", "--out", str(tmp_path)]) == 1
-    assert [name for name, *_ in done] == list(FIGURES)
+    assert [name for name, *_ in done] == [*FIGURES, "conv_rfm", "grokking"]
     assert {tuple(map(str, rest)) for _, *rest in done} == {("True", "['digits']", "d")}
     printed = capsys.readouterr().out
     assert "figure4: no svhn here" in printed
