@@ -30,7 +30,7 @@ from fastagop.solvers.solve import solve
 from fastagop.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
-    from fastagop import probes
+    from fastagop import convolution, probes
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
     from fastagop.rfm import (
@@ -70,6 +70,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
     "Spectrum",
     "agop",
     "collapse",
+    "convolution",
     "datasets",
     "distributed",
     "explain",
@@ -91,8 +92,8 @@ _LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "probes":  # a module, which imports scikit-learn
-        return importlib.import_module("fastagop.probes")
+    if name in ("convolution", "probes"):  # modules, which import scikit-learn
+        return importlib.import_module(f"fastagop.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastagop' has no attribute {name!r}")
