@@ -30,7 +30,7 @@ from fastagop.solvers.solve import solve
 from fastagop.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
-    from fastagop import convolution, probes
+    from fastagop import autograd, convolution, probes
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
     from fastagop.rfm import (
@@ -69,6 +69,7 @@ __all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
     "Solution",
     "Spectrum",
     "agop",
+    "autograd",
     "collapse",
     "convolution",
     "datasets",
@@ -92,7 +93,7 @@ _LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("convolution", "probes"):  # modules, which import scikit-learn
+    if name in ("autograd", "convolution", "probes"):  # modules, which import scikit-learn or register operators
         return importlib.import_module(f"fastagop.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

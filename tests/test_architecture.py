@@ -33,7 +33,7 @@ FLOORS = (
     ("kernels.operations",),
     ("kernels.families",),
     ("kernels.radial",),
-    ("linalg", "collapse", "datasets", "locks", "commands", "estimates", "spectra"),
+    ("linalg", "collapse", "datasets", "locks", "commands", "estimates", "autograd", "spectra"),
     ("solvers",),
     ("distributed",),
     ("estimators", "network"),

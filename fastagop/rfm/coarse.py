@@ -185,7 +185,6 @@ class Fold:
                 squares = Squares.of(x, metric.among(room.v))
         return found
 
-
     def _score(self, view, outputs: torch.Tensor) -> tuple[float, float]:
         """(score, tie) of outputs; the default scores are taken here, which saves half of a small fit's time."""
         held, weights = self.held, self._counted
