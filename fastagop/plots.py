@@ -94,15 +94,15 @@ def eigenvectors(
     k = len(vectors) if count is None else checks.integer("count", count, 1, len(vectors))
     columns = min(k, 6)
     rows = math.ceil(k / columns)
-    figure = _figure(figure, (1.5 * columns, 1.7 * rows))
-    for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    drawn = _figure(figure, (1.5 * columns, 1.7 * rows))
+    for i, axis in enumerate(drawn.subplots(rows, columns, squeeze=False).flat):
         if i < k:
             _image(axis, vectors[i].reshape(sides))
             if isinstance(found, Spectrum):
                 share = float(found.shares[i])
                 axis.set_title(rf"$\lambda_{{{i + 1}}}$ = {float(found.values[i]):.2g} ({share:.0%})", fontsize=9)
         axis.set_axis_off()
-    return figure
+    return drawn
 
 
 def _image(axis: Axes, image: np.ndarray) -> None:
@@ -263,8 +263,8 @@ def gram_strip(
     matrices = {key: _array(f"panels[{key!r}]", matrix, 2) for key, matrix in panels.items()}
     own = axes is None
     if axes is None:
-        figure = _figure(figure, (1.5 * len(panels) + 1.4, 2.2))
-        axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
+        canvas = _figure(figure, (1.5 * len(panels) + 1.4, 2.2))
+        axes = list(canvas.subplots(1, len(panels), squeeze=False)[0])
     if len(axes) < len(panels):
         raise ValueError(f"axes must be one for each of the {len(panels)} panels, got {len(axes)}")
     scale = _cosine_scale(classes)
@@ -318,8 +318,8 @@ def _stages(values: Any, measure: str) -> dict[str, np.ndarray]:
                 f"{type(values).__name__}"
             )
         records = {stage: [each[stage] for each in found if each is not None] for stage in STAGES}
-    if not records or (unknown := set(records) - set(STAGES)):
-        raise ValueError(f"values must have stages among {', '.join(STAGES)}, got {sorted(unknown) if records else []}")
+    if not records or set(records) - set(STAGES):
+        raise ValueError(f"values must have stages among {', '.join(STAGES)}, got {list(records)}")
     curves = {
         name: np.atleast_2d(_array(f"values[{name!r}]", records[name], None)) for name in STAGES if name in records
     }

@@ -153,7 +153,7 @@ def _confidence(value) -> float:
 
 def _tensor(name: str, value) -> torch.Tensor:
     if isinstance(value, np.ndarray):
-        if value.dtype not in (np.float32, np.float64):
+        if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; use {name}.astype(float)")
         value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
     checks.plain(name, value)

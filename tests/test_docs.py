@@ -73,7 +73,14 @@ def test_nav_lists_every_page():
 def test_reference_has_every_public_name():
     shown = re.findall(r"^(?:::: |      heading: )fastagop\.(\w+)$", API, re.MULTILINE)
     assert set(fastagop.__all__) - set(shown) == set()
-    for module in (fastagop.collapse, fastagop.datasets, fastagop.network, fastagop.distributed, fastagop.plots, fastagop.probes):
+    for module in (
+        fastagop.collapse,
+        fastagop.datasets,
+        fastagop.network,
+        fastagop.distributed,
+        fastagop.plots,
+        fastagop.probes,
+    ):
         name = module.__name__.split(".")[1]
         (members,) = re.findall(rf"^::: fastagop\.{name}\n    options:\n      members: \[(.*)\]$", API, re.MULTILINE)
         own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}

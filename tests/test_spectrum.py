@@ -165,6 +165,16 @@ def test_given_draws():
     assert stacked.angles[0, 0] >= 0
 
 
+def test_small_angles_keep_their_digits():
+    """The cosine of 1e-9 is 1 in float64."""
+    c, s = math.cos(1e-9), math.sin(1e-9)
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
+    M = np.diag([3.0, 2.0, 1.0])
+    found = spectrum(M, 2, draws=[turn @ M @ turn.T] * 2)
+    np.testing.assert_allclose(found.angles[0], 1e-9, rtol=1e-5)
+    assert (found.angles[1] < 1e-14).all()  # both turn within the plane
+
+
 def test_of_an_rfm_and_its_gradients():
     X = torch.randn(60, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kernel = fastagop.Laplace(2.0)

@@ -131,7 +131,8 @@ class Accumulator:
 
         Args:
             batches: tuples or lists of which the first two items are X and y.
-            features: what makes features (n, d) of X, such as a model without its last layer; default X itself.
+            features: what makes features (n, d) of X, such as a model without its last layer, in evaluation mode; it
+                runs without gradients. Default X itself.
         """
         for X, y in _pairs(batches, features):
             self.update(X, y)
