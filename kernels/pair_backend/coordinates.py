@@ -19,7 +19,7 @@ import torch
 
 from .pairs import PairKernel, Pairs
 
-_CACHED = 2**18  # differences that are formed at once
+_CACHED = 2**19  # differences that are formed at once
 _GROUP = 256  # points whose coefficients are multiplied by weights at once, at most
 
 
