@@ -14,6 +14,7 @@ import torch
 from . import backends, calibration, checks
 from .errors import warn
 from .pair_backend.backend import PairProduct
+from .pair_backend.blocks import mean_gradient as pair_mean_gradient
 from .plan import AgopTask, Call, Plan
 from .precision import matmul_precision
 from .profile import Kernel, Profile
@@ -208,6 +209,8 @@ class KernelOperator:
 
     def mean_gradient(self, alpha: torch.Tensor, weights: torch.Tensor | None = None, rows: int = _ROWS):
         """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
+        if not self.kernel.radial:
+            return pair_mean_gradient(self.kernel, self.X, alpha, self.Z, rows, weights)
         at = self.points
         kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit)
 

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from fastagop.estimators import inputs, persistence
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
-from fastagop.kernels.profile import Kernel, median_factor, unsettled
+from fastagop.kernels.profile import Kernel, median_factor
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import METHODS, OPTIONS, Method
@@ -94,7 +93,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     solver: Method
     memory_limit: float | None
     # These are set by fit.
-    kernel_: Any
+    kernel_: Kernel
     n_features_in_: int
     _centers: torch.Tensor
     _alpha: torch.Tensor
@@ -189,13 +188,12 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             parameters: a dataclass with a field ``kernel``.
             points: what the first kernel machine sees (r, d), copies merged.
         """
-        kernel, engine = self.kernel, engine_of(self.process_group)
-        engine.agree("fit", f"{kernel!r}", X=points)
-        if median_factor(kernel) is not None:
-            found = torch.tensor([settled_at(kernel, points).bandwidth], dtype=torch.float64, device=points.device)
+        engine = engine_of(self.process_group)
+        engine.agree("fit", f"{self.kernel!r}", X=points)
+        kernel = settled_at(self.kernel, points)
+        if median_factor(self.kernel) is not None:
+            found = torch.tensor([kernel.bandwidth], dtype=torch.float64, device=points.device)
             kernel = replace(kernel, bandwidth=float(engine.broadcast(found)))
-        elif unsettled(kernel):  # kernels made of others; these work without a process group
-            kernel = settled_at(kernel, points)
         self.kernel_ = kernel
         return replace(parameters, kernel=kernel)
 
@@ -207,7 +205,6 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         if not isinstance(self.verbose, bool):
             checks.integer("verbose", self.verbose, 0)
         if self.process_group is not None:
-            checks.radial(self.kernel, "process_group", "leave process_group=None with it")
             Communicator(self.process_group, "fit", self._device)
 
     def _explain_fit(self, X, y, sample_weight=None) -> str:

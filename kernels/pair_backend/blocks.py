@@ -97,6 +97,17 @@ def gradients(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Ten
     return checked(result, "gradients", X.dtype)
 
 
+def mean_gradient(
+    kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, rows: int, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
+    w = X.new_ones(len(Z), dtype=torch.float64) if weights is None else weights.double()
+    total = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
+    for row, G in gradient_blocks(kernel, X, alpha, Z, rows):
+        total += torch.einsum("i,icd->cd", w[row], G.double())
+    return total / w.sum()
+
+
 def agop(
     kernel: Kernel,
     X: torch.Tensor,

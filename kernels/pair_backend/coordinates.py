@@ -13,13 +13,14 @@ comparison in place of a difference and its sign. Equal rows, which tie in every
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from .pairs import PairKernel, Pairs
 
-_CACHED = 2**18  # differences that are formed at once
-_GROUP = 32  # points whose coefficients are multiplied by weights at once
+_CACHED = 2**19  # differences that are formed at once
+_GROUP = 256  # points whose coefficients are multiplied by weights at once, at most
 
 
 class CoordinateProfile(PairKernel):
@@ -55,13 +56,30 @@ class CoordinatePairs(Pairs):
         super().__init__(X, Z)
         self.kernel = kernel
         self.columns = X.T.contiguous()
-        self.ties: torch.Tensor | None = None
+        self.ties: torch.Tensor | None = None  # index of the features that tie, and these features of the centers
+        self.tied = self.columns[:0]
 
     def _sums(self, row: slice, width: int | None) -> torch.Tensor:
         """rho of a block: 0 for equal rows."""
-        p = self.kernel.power
-        r = torch.cdist(self.Z[row], self.X[:width], p=p, compute_mode="donot_use_mm_for_euclid_dist")
-        return r if p == 1.0 else r.pow_(p)
+        z, x, p = self.Z[row], self.columns[:, :width], self.kernel.power
+        out = z.new_empty(len(z), x.shape[1])
+        for here, columns, work in self._steps(len(z), x.shape[1]):
+            torch.sub(x[:, columns], z[here, :, None], out=work).abs_()
+            torch.sum(work if p == 1.0 else work.pow_(p), 1, out=out[here, columns])
+        return out
+
+    def _steps(self, points: int, width: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """(points, centers, what their differences (points, d, centers) may be written to), a cache's worth each."""
+        d = self.X.shape[1]
+        wide = max(1, min(width, _CACHED // d))
+        many = max(1, min(points, _CACHED // (d * wide)))
+        work = self.X.new_empty(many * d * wide)
+        for start in range(0, points, many):
+            here = slice(start, min(points, start + many))
+            for first in range(0, width, wide):
+                columns = slice(first, min(width, first + wide))
+                shape = here.stop - start, d, columns.stop - first
+                yield here, columns, work[: math.prod(shape)].view(shape)
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
         """phi of a block of sums."""
@@ -72,26 +90,22 @@ class CoordinatePairs(Pairs):
         w = self.kernel.weight_(self._sums(row, None))
         if factor is not None:
             w.mul_(factor)
-        z, (n, d) = self.Z[row], self.X.shape
-        outputs = alpha.T.contiguous()
-        width = min(n, max(1, _CACHED // d))
-        points = max(1, _CACHED // (d * width))
+        z, (n, d), outputs = self.Z[row], self.X.shape, alpha.T.contiguous()
         if self.kernel.power == 1.0 and self.ties is None:
             self.ties = tied_features(self.X, None if self.symmetric else self.Z)
+            self.tied = self.columns[self.ties]
         few = self.ties is not None and 2 * len(self.ties) < d
-        work, group = w.new_empty(points * d * width), max(points, min(_GROUP, _CACHED // max(1, n * len(outputs))))
+        group = max(1, min(_GROUP, _CACHED // max(1, n * len(outputs))))
         for begin in range(0, len(z), group):
-            weighted = w[begin : begin + group, None] * outputs
+            some = slice(begin, begin + group)
+            weighted = w[some, None] * outputs
             if few:
-                out[begin : begin + group].sub_(weighted.sum(2, keepdim=True))
+                out[some].sub_(weighted.sum(2, keepdim=True))
                 weighted.mul_(2.0)
-            for start in range(0, len(weighted), points):
-                here = slice(begin + start, begin + min(len(weighted), start + points))
-                for first in range(0, n, width):
-                    columns = slice(first, min(n, first + width))
-                    shape = here.stop - here.start, d, columns.stop - first
-                    turned = self._turned(columns, z[here], work[: math.prod(shape)].view(shape), few)
-                    out[here].baddbmm_(weighted[start : start + points, :, columns], turned.transpose(1, 2))
+            part = out[some]
+            for here, columns, work in self._steps(len(part), n):
+                turned = self._turned(columns, z[some][here], work, few)
+                part[here].baddbmm_(weighted[here, :, columns], turned.transpose(1, 2))
 
     def _turned(self, columns: slice, z: torch.Tensor, out: torch.Tensor, few: bool) -> torch.Tensor:
         """|x_k - z_k|^(p-1) sign(x_k - z_k) of some centers and points, into out (points, d, centers).
@@ -103,7 +117,7 @@ class CoordinatePairs(Pairs):
             return signed_power_(torch.sub(x, z[:, :, None], out=out), self.kernel.power - 1.0)
         torch.gt(x, z[:, :, None], out=out)
         if self.ties is not None and len(self.ties):
-            out[:, self.ties] = (x[self.ties] - z[:, self.ties, None]).sign_().add_(1.0).mul_(0.5)
+            out[:, self.ties] = (self.tied[:, columns] - z[:, self.ties, None]).sign_().add_(1.0).mul_(0.5)
         return out
 
 
