@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fastagop.kernels import calibration, checks, reference
+from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import backend, costs, distance, gram
 from fastagop.kernels.triton_backend import backend as triton_door
+from fastagop.kernels.triton_backend import stored_product
 
 import fastagop
 from bench import problems
@@ -124,6 +127,35 @@ def test_blocks_of_stored_weights(kind, monkeypatch, cloud, normal, relative):
     W = torch_agop.weights(Laplace(2.0), X, X, 100)
     torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), rows=100)
     assert seen == ([500, 100] if kind == "cuda" else [100] * 6)
+
+
+# ---- products with the kernel matrix
+
+
+@pytest.mark.parametrize("chip", ["A100", "H200"])
+@pytest.mark.parametrize(("d", "stored"), [(1024, True), (16, False)])
+def test_row_blocks_are_stored_where_that_wins(on, d, stored, chip):
+    on(chip)
+    call = ("kernel_matmul", Laplace(30.0), cuda(50_000, d), None, cuda(50_000, 10))
+    text = fastagop.explain(*call, backend="triton")
+    words = "row blocks of K, stored, and the library's product" if stored else "fused, K never stored"
+    assert text.startswith(f"kernel_matmul: backend triton, method {words}\n")
+    fused, by_blocks = map(float, re.search(r"fused about (\S+) s, by stored row blocks (\S+) s", text).groups())
+    assert (by_blocks < fused) == stored
+    assert rows_of(text) == 2048
+    assert "blocks of 2048 rows" in fastagop.explain(*call)  # torch's, too
+
+
+@pytest.mark.parametrize(("d", "taken"), [(1024, "stored"), (16, "fused")])
+def test_the_call_does_what_its_plan_says(on, d, taken, monkeypatch):
+    on("H200")
+    ran = []
+    monkeypatch.setattr(stored_product, "kernel_matmul", lambda at, V, precision, rows: ran.append(("stored", rows)))
+    launch = SimpleNamespace(kernel_matmul=lambda at, V, precision: ran.append(("fused", 2048)))
+    monkeypatch.setattr(triton_door, "_launch", lambda: launch)
+    operator = KernelOperator("kernel_matmul", Laplace(30.0), cuda(50_000, d), backend="triton")
+    operator.backend.matmul(operator, cuda(50_000, 10)).run(None)
+    assert ran == [(taken, 2048)]
 
 
 # ---- the estimate of what the gram form loses

@@ -99,8 +99,6 @@ def test_callbacks_and_files_come_in_the_order_given(data, sorting, tmp_path):
 
         estimator = deep(DeepRFMClassifier, "float64", callbacks=(look,), checkpoint_dir=tmp_path / str(on)).fit(X, y)
         estimator.save(tmp_path / f"{on}.st")
-            tmp_path / f"{on}.st"
-        )
         loaded = fastagop.load(tmp_path / f"{on}.st")
         assert torch.equal(loaded.decision_function(X), estimator.decision_function(X))
         module = estimator.to_module()(X)

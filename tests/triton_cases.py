@@ -14,7 +14,7 @@ import triton.language as tl
 from fastagop.kernels import checks, reference
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
-from fastagop.kernels.triton_backend import launch_config
+from fastagop.kernels.triton_backend import launch_config, stored_product
 from fastagop.kernels.triton_backend.backend import has_products
 from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
@@ -92,6 +92,18 @@ def test_kernel_matmul(kernel, p):
     V = normal(70, p)
     product = fastagop.kernel_matmul(kernel, X, None, V, **TRITON)
     assert error(product, reference.kernel_matmul(kernel, X, X, V)) <= 16 * EPS
+
+
+@pytest.mark.parametrize("rows", [32, 48, 70])  # whole tiles, tails, one block
+@pytest.mark.parametrize(("n", "p"), [(70, 3), (70, 70), (1, 1)])
+def test_kernel_matmul_by_stored_blocks(n, p, rows):
+    """What CUDA takes from some hundred features on, in the interpreter."""
+    kernel, X, Z = Laplace(2.0), points(n, spread=1e-3), points(45, seed=1)
+    for points_at in (X, Z):
+        V = normal(len(points_at), p)
+        product = stored_product.kernel_matmul(Points(kernel, X, points_at), V, "highest", rows)
+        assert error(product, reference.kernel_matmul(kernel, X, points_at, V)) <= 16 * EPS
+    assert stored_product.kernel_matmul(Points(kernel, X, X[:0]), V[:0], "highest", rows).tolist() == [[0.0] * p] * n
 
 
 @kernels

@@ -243,6 +243,7 @@ class LayerTraining:
         clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
         X = normalise_rows(X)
         regression, engine = self.settings.regression, self.engine
+        features_of = self.settings.random_features.drawing(X.shape[1], seed, X)
         solved, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, engine, rows=rows, mark=clock.mark)
         scale = kernel_ridge.agop_divisor(M, self.settings.agop_scale, rows.total)
         # A constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I.
@@ -250,7 +251,7 @@ class LayerTraining:
         # Gradients at the points are combinations of the points.
         root = engine.broadcast(linalg.psd_sqrt(M, rows=X).to(X.dtype))
         clock.mark("root")
-        layer = Layer(M.to(X.dtype), root, self.settings.random_features.draw(X.shape[1], seed, X))
+        layer = Layer(M.to(X.dtype), root, features_of())
         projected, features = layer.stages(X, matmul_nt)
         features, unweighted = engine.broadcast(features), {}
         if rest is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +33,10 @@ class FeatureMap:
     def name(self) -> str:
         """The map's name, "relu" or "cos"."""
         return "relu" if self.bias is None else "cos"
+
+    def to(self, device: torch.device) -> FeatureMap:
+        """The map on a device."""
+        return FeatureMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
     def __call__(self, X: torch.Tensor) -> torch.Tensor:
         """Phi(X), shape (n, width)."""
@@ -69,9 +76,27 @@ class RandomFeatures:
             seed: of numpy's PCG64.
             like: tensor whose dtype and device the map gets.
         """
+        return self._drawn(d, seed, like.dtype).to(like.device)
+
+    def drawing(self, d: int, seed: int, like: torch.Tensor) -> Callable[[], FeatureMap]:
+        """What returns the map of ``draw``, called when it is needed; beside a GPU a thread draws it until then."""
+        if not _beside(like.device):
+            return functools.partial(self.draw, d, seed, like)
+        pool = ThreadPoolExecutor(1)
+        drawn = pool.submit(self._drawn, d, seed, like.dtype)
+        pool.shutdown(wait=False)
+        return lambda: drawn.result().to(like.device)
+
+    def _drawn(self, d: int, seed: int, dtype: torch.dtype) -> FeatureMap:
+        """The map on the host."""
         rng = np.random.default_rng(seed)
         if self.name == "relu":
-            return FeatureMap(torch.from_numpy(rng.standard_normal((self.width, d))).to(like))
+            return FeatureMap(torch.from_numpy(rng.standard_normal((self.width, d))).to(dtype))
         weight = rng.standard_cauchy((self.width, d)) * (COS_SCALE if self.scale is None else self.scale)
         bias = rng.uniform(0.0, 2.0 * math.pi, self.width)
-        return FeatureMap(torch.from_numpy(weight).to(like), torch.from_numpy(bias).to(like))
+        return FeatureMap(torch.from_numpy(weight).to(dtype), torch.from_numpy(bias).to(dtype))
+
+
+def _beside(device: torch.device) -> bool:
+    """Whether the host has nothing else to do while the device works."""
+    return device.type == "cuda"

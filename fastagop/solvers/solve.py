@@ -189,7 +189,8 @@ def solve(
     float32 with float64 refinement. More float32 points take half of the matrix in float64 and half of its factor in
     float32, on which conjugate gradients reach 1e-10; where they do not, a float64 factor takes the matrix's place. A
     failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets differ
-    raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
+    raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1). On a GPU the
+    device's rates decide between a float64 factor of one matrix and a refined float32 one.
 
     Where memory is short, the kernel values that conjugate gradients multiply by are made of the points at every step,
     with a factor as long as one fits, else with a low-rank preconditioner, and with the same rule for jitter. A problem

@@ -8,6 +8,7 @@ import torch
 
 from ..plan import Plan
 from ..profile import Profile
+from .gradients import gradient_aim
 from .tiles import fill_symmetric, fit_rows, tiles
 
 
@@ -46,7 +47,8 @@ def plan_kernel_matmul(X: torch.Tensor, Z: torch.Tensor, V: torch.Tensor, why: s
     """The plan of kernel_matmul."""
     n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
     size = X.element_size()
-    rows, peak = fit_rows("kernel_matmul", Z, X, n * p * size, lambda rows: rows * (m + p) * size)
+    aim = gradient_aim(X.device)
+    rows, peak = fit_rows("kernel_matmul", Z, X, n * p * size, lambda rows: rows * (m + p) * size, aim)
     half = 1.0 if Z is X else 2.0
     return Plan(
         "kernel_matmul",

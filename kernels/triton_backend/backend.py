@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+from dataclasses import replace
 
 import torch
 
-from ..plan import Call
+from ..calibration import source
+from ..plan import Call, Plan
 from ..profile import Profile, text
 from ..torch_backend import backend as torch_door
 from ..torch_backend import costs, matrix
 from ..torch_backend.agop import InnerKernels
+from . import stored_product
 from .launch_config import PRODUCTS, interpreted
 
 _WORDS = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
@@ -55,6 +58,9 @@ class TritonBackend:
     def matmul(self, operator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
+        plan, stored = _plan_product(plan, operator, V)
+        if stored:
+            return Call(plan, lambda at: stored_product.kernel_matmul(at, V, operator.precision, plan.block))
         return Call(plan, lambda at: _launch().kernel_matmul(at, V, operator.precision))
 
     def gradients(self, operator, alpha: torch.Tensor) -> Call:
@@ -80,6 +86,17 @@ class TritonBackend:
             found.note = f" of a matrix from the torch backend: {lacking}"
             return found
         return _FactorKernels(dtype, precision)
+
+
+def _plan_product(plan: Plan, operator, V: torch.Tensor) -> tuple[Plan, bool]:
+    """(the plan of kernel_matmul, whether row blocks of K are stored): what is the faster by the device's rates."""
+    (n, d), products = operator.X.shape, PRODUCTS[operator.precision]
+    if operator.X.device.type != "cuda":  # interpreted: nothing there is fast
+        return replace(plan, method="fused, K never stored"), False
+    fused, stored = stored_product.seconds(n, len(operator.Z), d, V.shape[1], products, operator.X.device)
+    why = f"{plan.why}; fused about {fused:.2g} s, by stored row blocks {stored:.2g} s ({source(operator.X.device)})"
+    method = "row blocks of K, stored, and the library's product" if stored < fused else "fused, K never stored"
+    return replace(plan, method=method, why=why), stored < fused
 
 
 class _FactorKernels(torch_door.FactorKernels):
