@@ -35,7 +35,9 @@ class SmallFit:
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:
         """The AGOP (d, d), or its diagonal (d,), summed over the points; None where it leaves float64."""
         x = self.found.x
-        M = few_gradients.squares(few_gradients.sums(self._weights(), self.solved.alpha, x, x), center, diagonal=diagonal)
+        M = few_gradients.squares(
+            few_gradients.sums(self._weights(), self.solved.alpha, x, x), center, diagonal=diagonal
+        )
         return M if checks.finite(M) else None
 
     def _weights(self) -> torch.Tensor:

@@ -84,9 +84,7 @@ def gradients(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Te
     return sums(kernel.weight_(sq), alpha.double(), x, z)
 
 
-def squares(
-    G: torch.Tensor, center: bool, weights: torch.Tensor | None = None, diagonal: bool = False
-) -> torch.Tensor:
+def squares(G: torch.Tensor, center: bool, weights: torch.Tensor | None = None, diagonal: bool = False) -> torch.Tensor:
     """sum_i w_i sum_c g_ic g_ic^T (d, d), or its diagonal, of float64 gradients G (m, K, d), which are changed.
 
     center: subtract the mean gradient of each output.
