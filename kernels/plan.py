@@ -148,8 +148,8 @@ def fitting_rows(
     Blocks aim at no more rows and bytes than ``aim`` says, and at 128 rows at least; ``advice`` is what the caller can
     do, as in ``block_rows``.
     """
-    if max_rows <= 128 and (most := bytes_of(rows := max(1, max_rows))) <= limit:  # few rows, all of which are wished for
-        return rows, most
+    if max_rows <= 128 and (most := bytes_of(max(1, max_rows))) <= limit:  # all rows are wished for, and fit
+        return max(1, max_rows), most
     least = bytes_of(1)
     if least > limit:
         raise MemoryError(

@@ -57,7 +57,7 @@ def squared_norms(X: torch.Tensor) -> torch.Tensor:
 def measured_directly(pairs: int, X: torch.Tensor) -> bool:
     """Whether ``squared_distances`` of so many pairs of points like X needs no norms."""
     d = X.shape[1]
-    return 0 < d and (d <= FEW or (pairs * d <= _DIRECT and X.device.type == "cpu"))
+    return d > 0 and (d <= FEW or (pairs * d <= _DIRECT and X.device.type == "cpu"))
 
 
 def squared_distances(
@@ -105,7 +105,7 @@ def squared_distances(
 
 
 def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, feature by feature where they are few; zero for equal points."""
+    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, by feature where these are few; zero for equal points."""
     if X.shape[1] > FEW:
         return torch.square(torch.cdist(Z, X, compute_mode="donot_use_mm_for_euclid_dist"), out=out)
     columns = X.T.contiguous()

@@ -17,9 +17,10 @@ from ..gemm import symmetrise_
 from ..plan import Plan
 from ..profile import Profile
 from ..scaling import Points
-from .distance import NEAR_OF_ROUNDED, measured_directly, squared_distances, squared_norms
+from .distance import measured_directly, squared_distances, squared_norms
 
 _WORK = 2**21  # multiplications of the largest product at most: float64's speed does not count below
+_NEAR = 2.0**-22  # share of the squared norms above which a float64 product keeps 1e-9 of r^2
 _NEAREST = 2.0**-24  # of the points' size: pairs at less than this distance are left to ``gradients``
 
 
@@ -48,7 +49,7 @@ def distances(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     if not measured_directly(out.numel(), x):
         x2 = squared_norms(x)
         z2 = x2 if z is x else squared_norms(z)
-    return squared_distances(z, x, z2, x2, out, 0 if z is x else None, NEAR_OF_ROUNDED)
+    return squared_distances(z, x, z2, x2, out, 0 if z is x else None, _NEAR)
 
 
 def _least(sq: torch.Tensor, same: bool) -> float:
@@ -83,13 +84,18 @@ def gradients(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Te
     return sums(kernel.weight_(sq), alpha.double(), x, z)
 
 
-def squares(G: torch.Tensor, center: bool, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """sum_i w_i sum_c g_ic g_ic^T (d, d) of gradients G (m, K, d), float64, less their mean where asked; G is changed."""
+def squares(G: torch.Tensor, center: bool, weights: torch.Tensor | None = None, diagonal: bool = False) -> torch.Tensor:
+    """sum_i w_i sum_c g_ic g_ic^T (d, d), or its diagonal, of float64 gradients G (m, K, d), which are changed.
+
+    center: subtract the mean gradient of each output.
+    """
     if center:
         G -= G.mean(0) if weights is None else torch.tensordot(weights / weights.sum(), G, 1)
     if weights is not None:
         G *= weights.sqrt()[:, None, None]
     flat = G.view(-1, G.shape[2])
+    if diagonal:
+        return flat.square_().sum(0)
     return symmetrise_(torch.mm(flat.T, flat))
 
 
