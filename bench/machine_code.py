@@ -347,6 +347,8 @@ COLUMNS = {
 def row(operation: str, precision: str, capability: int) -> dict[str, Any]:
     """One line of the table: a launch of the launch table, compiled."""
     code = compiled(operation, precision, capability)
+    if found := faults(code, operation, precision):
+        raise ValueError(f"{operation} {precision} on sm_{capability}: {'; '.join(found)}")
     (inner,) = code.tensor_loops
     tensor = sum(count for name, count in inner.counts.items() if flop(name))
     least, most = code.share
