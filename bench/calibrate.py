@@ -20,8 +20,8 @@ from bench import clock, files, problems
 
 KERNEL = problems.LAPLACE
 _SIZES = {"cpu": (4000, 784, 10), "cuda": (16384, 1024, 10)}
-# (rows, columns, inner, warps, stages, and registers where they are limited) worth a try beside the table's; what a chip
-# cannot launch is skipped.
+# (rows, columns, inner, warps, stages, and registers where they are limited) worth a try beside the table's; what a
+# chip cannot launch is skipped.
 CANDIDATES = {
     "matrix": [
         (128, 128, 32, 8, 3),

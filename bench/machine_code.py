@@ -25,6 +25,7 @@ from fastagop import Laplace
 PAGE = files.ROOT / "docs/pages/gpu.md"
 PRODUCTS = {"fp16x3": 3, "bf16x3": 3, "tf32x3": 3, "tf32": 1, "fp64": 1}  # tensor products that make one
 COUNTS = {"m", "n", "d", "p", "b", "K", "first", "stop", "n_wide", "d_wide"}
+FEW = 0.01  # of the instructions around an inner loop may be spills
 WIDTH = 16  # columns of V that a pass of the fused product takes, as for ten classes; it takes up to 64
 
 # Of a multiprocessor, by compute capability: bytes of shared memory in all and of one program (NVIDIA's tuning
@@ -103,7 +104,7 @@ class Code:
 def faults(code: Code, operation: str, precision: str) -> list[str]:
     """What is wrong with a compiled launch, in words; an empty list where nothing is.
 
-    Spills in loops without tensor instructions, as in the epilogue of the gram form, cost little and count for nothing.
+    Spills in an epilogue cost little beside the inner loop: they count where a loop around it has many, and else not.
     """
     config, found = code.config, []
     if len(code.tensor_loops) != 1:
@@ -123,9 +124,13 @@ def faults(code: Code, operation: str, precision: str) -> list[str]:
     operands = (config.rows + config.columns) * config.inner * parts
     if stored > operands:
         found.append(f"accumulators: the inner loop stores {stored} bytes to shared memory; operands have {operands}")
-    spilled = sum(loop.number("LDL", "STL") for loop in code.loops if loop.flop)
-    if spilled:
-        found.append(f"spills: {spilled} local loads and stores in loops with tensor instructions")
+    if spilled := inner.number("LDL", "STL"):
+        found.append(f"spills: {spilled} local loads and stores in the inner loop")
+    for loop in code.loops:
+        if not loop.innermost and loop.flop and (spilled := loop.number("LDL", "STL")) > FEW * loop.size:
+            found.append(
+                f"spills: {spilled} local loads and stores among {loop.size} instructions around the inner loop"
+            )
     if code.programs < config.programs:
         found.append(
             f"programs: a multiprocessor holds {code.programs} and the table says {config.programs}; one takes "
@@ -347,6 +352,8 @@ COLUMNS = {
 def row(operation: str, precision: str, capability: int) -> dict[str, Any]:
     """One line of the table: a launch of the launch table, compiled."""
     code = compiled(operation, precision, capability)
+    if found := faults(code, operation, precision):
+        raise ValueError(f"{operation} {precision} on sm_{capability}: {'; '.join(found)}")
     (inner,) = code.tensor_loops
     tensor = sum(count for name, count in inner.counts.items() if flop(name))
     least, most = code.share

@@ -31,7 +31,7 @@ OLD = [
         ["redundant work: the inner loop does 1.67 times", "accumulators"],
     ),
     (("gram", "bf16x3", 90), Config(64, 64, 32, 8, 3), ["redundant work: the inner loop does 1.67 ", "accumulators"]),
-    (("matmul", "fp16x3", 80), Config(32, 32, 32, 4, 3), ["redundant work: the inner loop does 2 times"]),
+    (("matmul", "fp16x3", 80), Config(32, 32, 32, 4, 3), ["redundant work: the inner", "redundant work: the outer"]),
     (("matrix", "fp16x3", 80), Config(128, 64, 32, 8, 3, programs=2), ["programs: a multiprocessor holds 1"]),
     (("matrix", "fp16x3", 80), Config(128, 128, 32, 8, 3), ["spills"]),
 ]
@@ -149,7 +149,10 @@ def test_faults_are_named():
     assert entry(code()) == []
     assert "2 times the products" in entry(code(HMMA_16816_F32=48))[0]
     assert "stores 1536 bytes" in entry(code(STS=1, STS_64=1))[0]
-    assert "1 local loads and stores" in entry(code(LDL=1))[0]
+    assert "1 local loads and stores in the inner loop" in entry(code(LDL=1))[0]
+    around = loop(False, HMMA_16816_F32=24, LDL=4, FFMA=370)
+    spilled = Code(config, 80, (loop(HMMA_16816_F32=24), around), 168, 32_768)
+    assert "4 local loads and stores among 398 instructions" in entry(spilled)[0]
     three = Config(64, 64, 16, 4, 3, programs=3)
     assert entry(code(config=three)) == []
     assert "holds 2 and the table says 3" in entry(code(registers=169, config=three))[0]

@@ -11,7 +11,7 @@ import contextlib
 
 import torch
 
-from ..plan import AgopTask, Plan
+from ..plan import WIDE, AgopTask, Plan, wide_rows
 from ..profile import Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
@@ -25,7 +25,6 @@ from .matrix import _matrix_kernel
 from .profile import constants, device_profile
 from .split import Operand, operand
 
-WIDE = 16  # pointers, sizes and strides that are multiples of it let Triton load 16 bytes at once
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
 INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
 
@@ -55,11 +54,6 @@ def _padded(X: torch.Tensor) -> torch.Tensor:
     if d % WIDE == 0 and X.stride(0) % WIDE == 0:
         return X
     return torch.nn.functional.pad(X, (0, -d % WIDE))
-
-
-def empty_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised matrix whose rows lie a multiple of 16 items apart."""
-    return like.new_empty(rows, -(-columns // WIDE) * WIDE)[:, :columns]
 
 
 def _readable(W: torch.Tensor) -> int:
@@ -182,7 +176,7 @@ def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
 
 def _blocks(kernel: Profile, x: DevicePoints, z: DevicePoints, symmetric: bool, rows: int):
     """(rows of Z, their weights) block by block."""
-    buffer = empty_rows(min(rows, len(z)), len(x), x.rows)
+    buffer = wide_rows(min(rows, len(z)), len(x), x.rows)
     for start in range(0, len(z), rows):
         row = slice(start, min(len(z), start + rows))
         block = buffer[: row.stop - start]
@@ -260,7 +254,7 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
         pair = operand(W, prec == "fp16x3")
 
     def lower(s, weight, start: int, stop: int) -> torch.Tensor:
-        out = empty_rows(stop - start, stop, W)
+        out = wide_rows(stop - start, stop, W)
         c = config("gram", prec, W.device)
         with _current(W):
             _gram_kernel[_grid(c, stop - start, stop)](
@@ -283,7 +277,7 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, precision: str, row_weig
         shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
         blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
         return torch_agop.gradient_form(blocks, alpha, X, Z, shift, task.center, inner.gradients, roots)
-    W = empty_rows(len(Z), len(X), X)
+    W = wide_rows(len(Z), len(X), X)
     fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
     how = {"rows": plan.block, "kernels": inner, "row_weights": row_weights}
     return torch_agop.agop_from_weights_(W, kernel, X, alpha, Z, task, **how)

@@ -50,16 +50,16 @@ class Config:
 
 
 # (operation, precision) -> configuration, for compute capability 8.x and from 9.0 on. Chosen by the machine code, which
-# tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing is spilled in a
-# loop of products, and a multiprocessor holds as many programs as the entry says. Where accumulators are carried from
-# one product into the next, that takes 16 rows of the tile for each warp.
+# tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing is spilled in the
+# inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are carried from one
+# product into the next, that takes 16 rows of the tile for each warp.
 TABLE = {
     8: {
         ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("matrix", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
-        ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3, programs=3),
+        ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3, programs=2),
         ("matmul", "bf16x3"): Config(64, 32, 32, 4, 3, programs=2),
         ("matmul", "tf32"): Config(64, 32, 32, 8, 3, registers=128, programs=2),
         ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
@@ -77,7 +77,7 @@ TABLE = {
         ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("matrix", "tf32"): Config(128, 128, 32, 8, 3),
         ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
-        ("matmul", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("matmul", "fp16x3"): Config(128, 64, 64, 8, 3),
         ("matmul", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("matmul", "tf32"): Config(128, 64, 32, 8, 3),
         ("gradient", "fp16x3"): Config(128, 128, 64, 8, 3),

@@ -8,6 +8,8 @@ import triton.language as tl
 from .split import inner_products
 from .tiles import along, origin, tile_of
 
+STEP = tl.constexpr(4)  # features of near pairs that are loaded at once
+
 
 @triton.jit
 def squared_distances(
@@ -32,14 +34,17 @@ def squared_distances(
     close = sq < near * (zz[:, None] + xx[None, :])
     if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
         direct = tl.zeros((BM, BN), acc.dtype)
-        z_at, x_at = (
-            origin(Z, row, stride_z) + along(tl.arange(0, BM), stride_z),
-            origin(X, col, stride_x) + along(tl.arange(0, BN), stride_x),
-        )
-        for k in range(0, d):
-            z, x = tl.load(z_at + k, mask=row_in, other=0.0), tl.load(x_at + k, mask=col_in, other=0.0)
-            difference = z[:, None] - x[None, :]
-            direct += difference * difference
+        z_at, x_at = Z + along(tl.minimum(rows, m - 1), stride_z), X + along(tl.minimum(cols, n - 1), stride_x)
+        whole = d // STEP * STEP
+        for _ in range(0, whole, STEP):  # features of a step share its addresses
+            for ahead in tl.static_range(STEP):
+                z, x = tl.load(z_at + ahead), tl.load(x_at + ahead)
+                direct += (z[:, None] - x[None, :]) * (z[:, None] - x[None, :])
+            z_at, x_at = z_at + STEP, x_at + STEP
+        for _ in range(whole, d):
+            z, x = tl.load(z_at), tl.load(x_at)
+            direct += (z[:, None] - x[None, :]) * (z[:, None] - x[None, :])
+            z_at, x_at = z_at + 1, x_at + 1
         sq = tl.where(sq < near * (zz[:, None] + xx[None, :]), direct, sq)
     if SELF:
         sq = tl.where((first + rows)[:, None] == cols[None, :], 0.0, sq)
