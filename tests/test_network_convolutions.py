@@ -85,6 +85,7 @@ CASES = {
     "circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", groups=1), (2, 4, 4)),
     "1d": (lambda: nn.Conv1d(3, 4, 5, stride=2, padding=2, padding_mode="circular"), (3, 9)),
     "3d": (lambda: nn.Conv3d(2, 4, (1, 2, 3), padding=(0, 1, 1), groups=2), (2, 2, 3, 4)),
+    "several blocks of the result": (lambda: nn.Conv2d(40, 6, 3), (40, 3, 4)),  # the last one short
     "kernel as large as the input": (lambda: nn.Conv2d(2, 3, 4), (2, 4, 4)),  # one patch
 }
 
@@ -287,8 +288,75 @@ def test_what_is_left_out_is_named_with_its_reason():
         network.agop(model, X, "own")
 
 
+class Implicit(nn.Module):
+    """A fixed point of a convolution, found again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = nn.Conv1d(1, 1, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        z = torch.tanh(self.a(x[:, None]))
+        if z.requires_grad:
+            inner = z.detach().requires_grad_()
+            again = torch.tanh(self.a(inner))
+            z.register_hook(lambda g: g + torch.autograd.grad(again, inner, g, retain_graph=True)[0])
+        return self.o(z[:, 0])
+
+
+def test_an_implicit_layer_is_left_out():
+    model, X = Implicit(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="goes more than once through a call of it"):
+        found = network.agop(model, X)
+    assert list(found) == ["o"]
+    with pytest.raises(ValueError, match="more than once through a call of 'a'"):
+        network.agop(model, X, "a")
+
+
+def test_a_model_that_differentiates(relative):
+    """f = dE/dx: the gradient of f at the patches goes through a derivative of the convolution."""
+
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv1d(1, 3, 2), nn.Linear(9, 1)
+
+        def energy(self, x, added):
+            z = (x.unfold(0, 2, 1) + added) @ self.a.weight[:, 0].T + self.a.bias
+            return self.b(torch.tanh(z).T.flatten())
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                energy = self.b(torch.tanh(self.a(x[:, None])).flatten(1))
+                return torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+    model, X, expected = Forces().double(), torch.randn(3, 4, dtype=torch.float64), 0.0
+    for x in X:
+        x.requires_grad_()
+
+        def f(added, x=x):
+            return torch.autograd.grad(model.energy(x, added).sum(), x, create_graph=True)[0]
+
+        J = torch.autograd.functional.jacobian(f, torch.zeros(3, 2, dtype=X.dtype)).reshape(-1, 2)
+        expected = expected + J.T @ J
+    assert relative(network.agop(model, X.detach(), "a", reduction="sum")["a"], expected) <= 1e-12
+
+
 def test_lazy_convolutions(relative):
     model, X = nn.Sequential(nn.LazyConv2d(3, 2), nn.Flatten()).double(), torch.randn(3, 2, 3, 3, dtype=torch.float64)
     found = network.agop(model, X, reduction="sum")["0"]
     W = model[0].weight.detach().flatten(1)
     assert relative(found, 3 * 4 * W.T @ W) <= 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["plain", "groups", "3d"])
+def test_the_gpu_agrees(name, relative):
+    conv, tail, X = build(name)
+    expected, model = truth(conv, tail, X), nn.Sequential(conv, tail).cuda()
+    found = network.agop(model, X, "0", reduction="sum")["0"]
+    assert found.device.type == "cuda"
+    assert relative(found.cpu(), expected) <= 1e-12
+    here, there = (network.agop(m, X, "0", sketch=4)["0"] for m in (nn.Sequential(conv, tail).cpu(), model.cuda()))
+    assert relative(there.cpu(), here) <= 1e-12  # the same signs

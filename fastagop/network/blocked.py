@@ -42,8 +42,12 @@ def refuse_blocked(chosen: Chosen, taps: Taps, run: Run, inputs: torch.Tensor) -
         chosen.skip(name, f"the outputs depend on it, but {reasons[name]}")
     if taps.calls and not any(taps.arrived.values()):
         raise ValueError("layers: the model's output does not depend on them, or its forward detaches it")
-    for name, site in chosen.sites.items():
-        if taps.arrived[site] > made[site]:
+    for name, site in list(chosen.sites.items()):
+        if taps.arrived[site] <= made[site]:
+            continue
+        if chosen.may_skip(name):
+            chosen.skip(name, "a backward pass goes more often through it than a forward pass does")
+        else:
             raise ValueError(
                 f"layers: a backward pass goes through {name!r} {taps.arrived[site]} times, a forward pass "
                 f"{made[site]} times (an implicit layer?), so there is no one gradient; leave it out"

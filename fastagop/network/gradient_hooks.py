@@ -26,6 +26,17 @@ Leaf = Callable[[Site, torch.Tensor], torch.Tensor]
 Run = Callable[[torch.Tensor], torch.Tensor]  # It maps inputs to the outputs that are differentiated, (m, K).
 
 
+class ManyGradientsError(ValueError):
+    """One backward pass goes more than once through a call of a layer, so that there is no one gradient."""
+
+    def __init__(self, layer: str):
+        super().__init__(
+            f"layers: one backward pass goes more than once through a call of {layer!r}, as in implicit models, so that "
+            "there is no one gradient; leave the layer out"
+        )
+        self.layer = layer
+
+
 class Sink(Protocol):
     """Where the gradients at one layer go."""
 
@@ -172,10 +183,7 @@ class Taps:
     def receive(self, call: Call, rows: torch.Tensor, weight: torch.Tensor) -> None:
         """Take the gradients of a call in a backward pass."""
         if call.pull == self._pulls:
-            raise ValueError(
-                f"layers: one backward pass goes more than once through a call of {call.layer.name!r}, as in implicit "
-                "models, so that there is no one gradient; leave the layer out"
-            )
+            raise ManyGradientsError(call.layer.name)
         call.pull = self._pulls
         self.arrived[call.layer] += 1
         if self.narrow:

@@ -61,7 +61,11 @@ class LayerSum:
             dtype = torch.promote_types(rows.dtype, torch.float32)
             self._rows = rows.new_empty(_GATHERED, rows.shape[1], dtype=dtype)
         while len(rows):
-            now, rows = rows[: _GATHERED - self._gathered], rows[_GATHERED - self._gathered :]
+            count = _GATHERED - self._gathered
+            now, rows = rows[:count], rows[count:]
+            if len(now) == _GATHERED:  # They need no gathering.
+                self._add_columns(self._rows.new_empty(now.shape[1], len(now)).copy_(now.T))
+                continue
             self._rows[self._gathered : self._gathered + len(now)] = now
             self._gathered += len(now)
             if self._gathered == _GATHERED:
@@ -75,6 +79,10 @@ class LayerSum:
         if self._rows is None or self._gathered == 0:  # The outputs may not depend on this layer.
             return
         columns, self._gathered = self._rows[: self._gathered].T.contiguous(), 0
+        self._add_columns(columns)
+
+    def _add_columns(self, columns: torch.Tensor) -> None:
+        """Add the outer products of columns (d, m), which are overwritten."""
         factor = _shrink_(columns)
         if self._groups() is not None:
             columns = columns.view(self._groups(), -1, columns.shape[1])
@@ -112,23 +120,40 @@ class LayerSum:
         """The float64 sum at the layer's input, (d_in, d_in)."""
         total, W = self.total(), self.weight
         assert W is not None
-        if not self.at_input and W.ndim > 2:
-            total = W.mT.double() @ total @ W.double()
-            total = total.add_(total.mT.clone()).mul_(0.5)
-        elif not self.at_input:
-            working = torch.promote_types(W.dtype, torch.float32)
-            columns, scale = _scaled(W.T.to(working))
-            inner, factor = _scaled(total)
-            total = matmul_nt(matmul_nt(columns, inner.to(working)), columns).double().mul_(factor * scale * scale)
-            total = total.add_(total.T.clone()).mul_(0.5)
+        if not self.at_input:
+            total = _between(W, total, torch.float64, 1.0)
         return total if self._before is None else total.add_(self._before)
 
     def agop(self, divisor: int) -> torch.Tensor:
         """The sum at the layer's input over divisor, (d_in, d_in) of the weight's dtype, float32 for narrower ones."""
         assert self.weight is not None
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with matmul_precision("highest", self.weight.device):
-            total = self._at_input()
-        return total.div_(divisor).to(torch.promote_types(self.weight.dtype, torch.float32))
+            if self.at_input or self._before is not None:
+                return self._at_input().div_(divisor).to(dtype)
+            return _between(self.weight, self.total(), dtype, divisor)
+
+
+def _between(W: torch.Tensor, total: torch.Tensor, dtype: torch.dtype, divisor: float) -> torch.Tensor:
+    """W^T total W / divisor for a symmetric float64 total, (d_in, d_in) of the dtype, or so for each group.
+
+    The products run in the weight's dtype, float32 at least, on and below the diagonal.
+    """
+    if W.ndim > 2:
+        found = W.mT.double() @ total @ W.double()
+        return found.add_(found.mT.clone()).mul_(0.5 / divisor).to(dtype)
+    working = torch.promote_types(W.dtype, torch.float32)
+    columns, scale = _scaled(W.T.to(working))
+    inner, factor = _scaled(total)
+    half, factor = matmul_nt(columns, inner.to(working)), factor * scale * scale / divisor
+    found = columns.new_empty(len(columns), len(columns), dtype=dtype)
+    for start in range(0, len(columns), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        part = matmul_nt(half[block], columns[: block.stop]).double().mul_(factor)
+        part[:, start:] = (part[:, start:] + part[:, start:].T).mul_(0.5)
+        found[block, : block.stop] = part
+        found[:start, block] = part[:, :start].T
+    return found
 
 
 def _shrink_(columns: torch.Tensor) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastagop.network.choosing import Chosen
-from fastagop.network.gradient_hooks import Run, tapped
+from fastagop.network.gradient_hooks import ManyGradientsError, Run, tapped
 from fastagop.network.lending import Here
 
 _ALONE = "or pass batch_size=1, which takes each sample by itself"
@@ -31,7 +31,13 @@ def refuse_mixing(model: nn.Module, chosen: Chosen, inputs: torch.Tensor, runs: 
         return False
     refuse_neighbours(model, inputs)
     index = _pair(inputs)
-    return _refuse_backward(chosen, inputs[index], runs(index))
+    while True:
+        try:
+            return _refuse_backward(chosen, inputs[index], runs(index))
+        except ManyGradientsError as error:
+            if not chosen.may_skip(error.layer):
+                raise
+            chosen.skip(error.layer, "a backward pass goes more than once through a call of it")
 
 
 def _pair(inputs: torch.Tensor) -> list[int]:

@@ -46,8 +46,9 @@ class Site:
 
     def rows(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradients at the output as (m, d_out), one row a token or position, sample after sample."""
-        if isinstance(self.module, _CONVOLUTIONS):
-            grad = grad.movedim(-1 - len(self.module.kernel_size), -1)
+        if isinstance(self.module, _CONVOLUTIONS):  # Channels stay apart in memory, which is how they are multiplied.
+            channels = grad.movedim(-1 - len(self.module.kernel_size), 0)
+            return channels.reshape(len(channels), -1).T
         return grad.reshape(-1, grad.shape[-1])
 
 

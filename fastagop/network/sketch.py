@@ -20,9 +20,9 @@ class SketchedSum(LayerSum):
 
     The sums T_1, T_2, ... of parts of m_1, m_2, ... combinations of a batch are independent, each m_p times the same
     matrix on average with m_p times the same variance v. Of p parts, v is estimated by (1 / (p - 1)) times
-    sum_p |T_p - m_p mean|^2 / m_p, Frobenius norms at the layer's input, and the sum of all s has the error s v; batches
-    are independent and add up. Sums are kept where ``LayerSum`` takes them, until a weight changes: then they move to
-    the input.
+    sum_p |T_p - m_p mean|^2 / m_p, Frobenius norms at the layer's input, and the sum of all s has the error s v;
+    batches are independent and add up. Sums are kept where ``LayerSum`` takes them, until a weight changes: then they
+    move to the input.
     """
 
     def __init__(self, keep_weight: bool = False, kind: Kind = "linear"):
