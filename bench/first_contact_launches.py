@@ -120,10 +120,7 @@ def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
     left = 0.4 * (run.stop - time.monotonic())
     if left < 1.0:
         return
-    code = (
-        "from bench import checkout; checkout.place(); from bench import first_contact_launches as a; a.compile_all()"
-    )
-    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", _CODE]
     orders = [
         [(t.operation, t.products, _numbers(t.config), getattr(t.config, "cap", 0)) for t in todo[i::count]]
         for i in range(count)

@@ -253,8 +253,8 @@ def test_processes_that_compile_ahead(tmp_path, monkeypatch):
     told = f"import sys; open({str(said)!r}, 'a').write(sys.stdin.read() + chr(10))"
     monkeypatch.setattr(first_contact_launches, "_CODE", told)
     first_contact_launches._compile_ahead(a_run(tmp_path), trials)
-    orders = [json.loads(line)["trials"] for line in said.read_text().splitlines()]
-    assert sum(orders, []) == [["gram", "fp16x3", [64, 64, 32, 4, 3], 0]] * 4
+    orders = [trial for line in said.read_text().splitlines() for trial in json.loads(line)["trials"]]
+    assert orders == [["gram", "fp16x3", [64, 64, 32, 4, 3], 0]] * 4
     monkeypatch.setattr(first_contact_launches, "_CODE", "import time; time.sleep(600)")
     start = time.monotonic()
     first_contact_launches._compile_ahead(a_run(tmp_path, stop=start + 2.6), trials)
