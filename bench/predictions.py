@@ -92,7 +92,8 @@ STEPS = (2, *[3] * 10, 4, 4, 5, 5, 6, 8, 9, 42, 63)
 NEAR_FROM = {"float32": 3, "float64": 11}  # the layer from which all pairs of a class are near, by bound; the second
 # is a cautious guess for a bound of 2^-36
 EPILOGUE = 60  # float64 instructions of a pair's square root and exponential, or of a logarithm and a division
-NEAR_LOOP, TILE, WARPS = 206, 64, 8  # instructions of a feature in the near path; rows of a float64 tile; its warps
+# Instructions of a feature in the near path, as read of the loop before it was shortened; rows and warps of a tile.
+NEAR_LOOP, TILE, WARPS = 206, 64, 8
 BLOCK = 4096  # rows of a block of the stored half
 
 
