@@ -196,9 +196,10 @@ def _crowded(run: Run, n: int, d: int, spread: float | None, order: str) -> Prob
     p = run.problem(n, d)
     if spread is None:
         return p
-    X = problems.collapsed(n, d, spread, run.device).X
+    crowded = problems.collapsed(n, d, spread, run.device)
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(run.device)
-    return replace(p, X=X[mixed].contiguous() if order == "shuffled" else X)
+    rows = crowded.y.argsort(stable=True) if order == "sorted" else mixed
+    return replace(p, X=crowded.X[rows].contiguous())
 
 
 def _matrix_of(p: Problem) -> Callable:
