@@ -119,11 +119,10 @@ def _went_on(worker: Worker, order: Mapping[str, Any], limit: float, folder: Pat
     known = first_contact_lines.done(first_contact_lines.read(folder)[before:])
     if (order["part"], WHOLE) in known:
         return False
-    if status is None:
-        failure = f"{STOPPED}: the part's {limit:.0f} s were over"
-    elif (order["part"], case) in known:  # its line is there: the case failed, and the device with it
-        return True
-    else:
+    if (order["part"], case) in known:  # its line is there; it may have failed, and the device with it
+        return status is not None
+    failure = f"{STOPPED}: the part's {limit:.0f} s were over"
+    if status is not None:
         failure = f"the process ended {_status(status)}"
     where = case or "start"
     row = first_contact_lines.line(order["about"], order["part"], where, failure=failure)

@@ -21,6 +21,7 @@ from fastagop.kernels.triton_backend.launch_config import Config
 
 from bench import calibrate, checkout
 from bench.first_contact_run import Run
+from bench.problems import LAPLACE
 
 Numbers = tuple[int, int, int, int, int]
 # (rows, columns, inner, warps, stages) that a reading of the compiled code speaks for, beside those that ``calibrate``
@@ -32,7 +33,7 @@ MORE: dict[str, list[Numbers]] = {
     "gram": [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (128, 128, 64, 8, 3), (64, 32, 32, 4, 3)],
     "update": [(128, 128, 64, 8, 3)],
 }
-CAPS = (0, 128, 168)  # registers a thread at most (maxnreg); 0: the compiler's choice. 128 lets two blocks of 256 run
+LIMITS = (0, 128, 168)  # registers a thread at most (maxnreg); 0: the compiler's choice. 128 lets two blocks of 256 run
 HIGHEST = ("fp64", "fp16x3", "tf32x3")  # products that a Deep RFM waits for: they come first
 _COMPILERS, _COMPILED_AT = 12, 2048  # processes that compile ahead, at most, and rows that they do it at
 
@@ -40,22 +41,31 @@ _COMPILERS, _COMPILED_AT = 12, 2048  # processes that compile ahead, at most, an
 _CODE = "from bench import checkout; checkout.place(); from bench import first_contact_launches as a; a.compile_all()"
 
 
-class Capped(Config):
-    """A configuration with a limit on registers, which the table's entries have not."""
+class _Limited(Config):
+    """A configuration with a limit on registers, where the table's own cannot have one."""
 
-    cap = 0
+    limit = 0
 
     @property
     def launch(self) -> dict[str, int]:
         """Options of a launch."""
-        return {**super().launch, **({"maxnreg": self.cap} if self.cap else {})}
+        return {**super().launch, "maxnreg": self.limit}
 
 
-def capped(numbers: Numbers, cap: int) -> Config:
-    """A configuration of five numbers and a limit."""
-    made = Capped(*numbers)
-    object.__setattr__(made, "cap", cap)
+def configured(numbers: Sequence[int], limit: int) -> Config:
+    """A configuration of five numbers and the most registers a thread may take, 0 for no limit."""
+    rows, columns, inner, warps, stages = numbers[:5]
+    if not limit:
+        return Config(rows, columns, inner, warps, stages)
+    if "registers" in Config.__dataclass_fields__:
+        return Config(rows, columns, inner, warps, stages, **{"registers": limit})
+    made = _Limited(rows, columns, inner, warps, stages)
+    object.__setattr__(made, "limit", limit)
     return made
+
+
+def _limit(config: Config) -> int:
+    return config.launch.get("maxnreg", 0)
 
 
 def launches(run: Run) -> None:
@@ -63,14 +73,14 @@ def launches(run: Run) -> None:
     n, d, K = run.few(16_384, run.sizes.n), run.sizes.d, run.sizes.K
     calls = functools.cache(lambda: calibrate.launches(run.device, n, d, K))
     truths: dict[tuple[str, str], torch.Tensor] = {}
-    passes = [(HIGHEST, CAPS[:1]), (HIGHEST, CAPS[1:2]), (("bf16x3", "tf32"), CAPS[:1]), (HIGHEST, CAPS[2:])]
-    for products, caps in passes:
-        todo = [trial for trial in _trials(run, products, caps) if ("launches", _case(trial)) not in run.done]
+    passes = [(HIGHEST, LIMITS[:1]), (HIGHEST, LIMITS[1:2]), (("bf16x3", "tf32"), LIMITS[:1]), (HIGHEST, LIMITS[2:])]
+    for products, limits in passes:
+        todo = [trial for trial in _trials(run, products, limits) if ("launches", _case(trial)) not in run.done]
         if todo and not run.dry:  # the interpreter compiles nothing
             _compile_ahead(run, todo)
         for trial in todo:
-            numbers, cap = _numbers(trial.config), getattr(trial.config, "cap", 0)
-            facts = {"operation": trial.operation, "products": trial.products, "config": numbers, "maxnreg": cap}
+            facts = {"operation": trial.operation, "products": trial.products}
+            facts |= {"config": _numbers(trial.config), "maxnreg": _limit(trial.config)}
             facts |= {"present": trial.present, "n": n, "d": d, "K": K}
             run.record(_case(trial), functools.partial(_timed, run, calls, truths, trial), **facts)
 
@@ -86,29 +96,27 @@ class Trial:
 
 
 def _case(trial: Trial) -> str:
-    cap = getattr(trial.config, "cap", 0)
-    return f"{trial.operation} {trial.products}: {_words(trial.config)}" + (f" maxnreg {cap}" if cap else "")
+    numbers, limit = " ".join(map(str, _numbers(trial.config))), _limit(trial.config)
+    return f"{trial.operation} {trial.products}: {numbers}" + (f" maxnreg {limit}" if limit else "")
 
 
-def _words(config: Config) -> str:
-    return " ".join(map(str, _numbers(config)))
-
-
-def _trials(run: Run, products: Sequence[str], caps: Sequence[int]) -> Iterator[Trial]:
-    """The candidates of all operations with these products and limits, the present one first."""
+def _trials(run: Run, products: Sequence[str], limits: Sequence[int]) -> Iterator[Trial]:
+    """The candidates of all operations with these products and limits; the present one comes first, among no limits."""
     for operation, word in sorted(launch_config.TABLE[8]):
         if word not in products or (run.dry and word == "bf16x3"):  # the interpreter has none of these
             continue
         present = launch_config.config(operation, word, run.device)
-        others = [*calibrate.CANDIDATES[operation], *MORE[operation]]
+        found = [_numbers(present), *(numbers[:5] for numbers in calibrate.CANDIDATES[operation]), *MORE[operation]]
         if run.dry:
-            others = [(32, 32, 16, 4, 1)] if operation == "update" else []
-        for cap in caps if not run.dry or operation == "update" else (0,) if 0 in caps else ():
-            if not cap:
-                yield Trial(operation, word, present, True)
-            for numbers in dict.fromkeys([_numbers(present), *others]):
-                if cap or numbers != _numbers(present):
-                    yield Trial(operation, word, capped(numbers, cap))
+            found = [_numbers(present), *([(32, 32, 16, 4, 1)] if operation == "update" else [])]
+        if 0 in limits:
+            yield Trial(operation, word, present, True)
+        if run.dry and 0 not in limits and operation != "update":
+            continue
+        for limit in limits:
+            for numbers in dict.fromkeys(found):
+                if (numbers, limit) != (_numbers(present), _limit(present)):
+                    yield Trial(operation, word, configured(numbers, limit))
 
 
 def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
@@ -120,13 +128,9 @@ def _compile_ahead(run: Run, todo: Sequence[Trial]) -> None:
     left = 0.4 * (run.stop - time.monotonic())
     if left < 1.0:
         return
-    code = (
-        "from bench import checkout; checkout.place(); from bench import first_contact_launches as a; a.compile_all()"
-    )
-    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", _CODE]
     orders = [
-        [(t.operation, t.products, _numbers(t.config), getattr(t.config, "cap", 0)) for t in todo[i::count]]
-        for i in range(count)
+        [(t.operation, t.products, _numbers(t.config), _limit(t.config)) for t in todo[i::count]] for i in range(count)
     ]
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True, cwd=checkout.ROOT) for _ in orders]
     stop = time.monotonic() + left
@@ -151,8 +155,8 @@ def compile_all() -> None:
     """What a process that compiles ahead does: run each of its trials once, on few points."""
     order = json.load(sys.stdin)
     calls = calibrate.launches(torch.device(order["device"]), order["n"], order["d"], order["K"])
-    for operation, products, numbers, cap in order["trials"]:
-        with launch_config.trial(operation, products, capped(tuple(numbers), cap)):
+    for operation, products, numbers, limit in order["trials"]:
+        with launch_config.trial(operation, products, configured(numbers, limit)):
             try:
                 calls[operation, products]()
             except Exception as failure:  # it is told when its turn comes
@@ -196,7 +200,7 @@ def blocks(run: Run) -> None:
 def _gradient_form(run: Run, backend: str, n: int, rows: int) -> Callable[[], torch.Tensor]:
     """The AGOP of a call whose plan has other rows."""
     p = run.problem(n)
-    operator = KernelOperator("agop", p.kernel, p.X, backend=backend)
+    operator = KernelOperator("agop", LAPLACE, p.X, backend=backend)
     task = AgopTask("sum", method="gradient")
     if not rows:
         return operator.agop(p.alpha, task).run

@@ -39,37 +39,20 @@ def deep_rfm(run: Run) -> None:
 
 
 def _trained(run: Run, name: str, backend: str, solver: str) -> None:
-    training, start, points, layer = None, 0.0, None, -1
-
-    def prepare() -> dict[str, Any]:
-        nonlocal training, start, points
+    facts = {"n": run.sizes.n, "d": run.sizes.d, "K": 10, "backend": backend, "solver": solver}
+    try:
         p = run.problem()
         Y = 2.0 * torch.nn.functional.one_hot(p.y).to(p.X) - 1.0
         training = LayerTraining(Y, settings(run, run.sizes.depth, backend, solver), copies.find(p.X), p.y)
         points = p.X
-        run.seconds(lambda: None)
+        run.seconds(lambda: None)  # the device has done what was asked of it
         start = time.perf_counter()
-        return {}
-
-    def one() -> dict[str, Any]:
-        nonlocal points
-        trained, made = training.layer(points, layer)
-        points, record = made.points, trained.record
-        return _layer_facts(record)
-
-    def readout() -> dict[str, Any]:
-        _, solved = training.readout(points)
-        run.seconds(lambda: None)
-        found = solved.solution
-        return {"seconds": time.perf_counter() - start, "residual": found.residual, "method": found.method}
-
-    facts = {"n": run.sizes.n, "d": run.sizes.d, "K": 10, "backend": backend, "solver": solver}
-    try:
-        prepare()
         for layer in range(run.sizes.depth):
             if time.monotonic() > run.stop:
                 raise OutOfTime
-            run.write(f"layer {layer + 1}, {backend}, {solver}", **facts, layer=layer + 1, **one())
+            made, output = training.layer(points, layer)
+            points = output.points
+            run.write(f"layer {layer + 1}, {backend}, {solver}", **facts, layer=layer + 1, **_layer_facts(made.record))
     except OutOfTime:
         raise
     except Exception as failure:  # of a layer: those behind it have no input
@@ -78,6 +61,13 @@ def _trained(run: Run, name: str, backend: str, solver: str) -> None:
         del failure
         run.look_after_the_device()
         return
+
+    def readout() -> dict[str, Any]:
+        _, solved = training.readout(points)
+        run.seconds(lambda: None)
+        found = solved.solution
+        return {"seconds": time.perf_counter() - start, "residual": found.residual, "method": found.method}
+
     run.record(name, readout, **facts, depth=run.sizes.depth)
 
 

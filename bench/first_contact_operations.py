@@ -19,7 +19,7 @@ import fastagop
 from bench import contenders, costs, problems
 from bench import peers as by_hand
 from bench.first_contact_run import Run, relative
-from bench.problems import Problem
+from bench.problems import LAPLACE, Problem
 
 PRECISIONS = ("highest", "high", "medium")
 _MANY = 10_000  # rows from which on peers are timed only
@@ -170,7 +170,7 @@ def _fill(at: Points) -> float:
 
     p = at.problem
     out = torch.empty(p.n, p.n, dtype=torch.float64, device=p.device)
-    return relative(launch.fill_symmetric(out, p.kernel, p.X), at.matrix)
+    return relative(launch.fill_symmetric(out, LAPLACE, p.X), at.matrix)
 
 
 def near(run: Run) -> None:
@@ -196,9 +196,10 @@ def _crowded(run: Run, n: int, d: int, spread: float | None, order: str) -> Prob
     p = run.problem(n, d)
     if spread is None:
         return p
-    X = problems.collapsed(n, d, spread, run.device).X
+    crowded = problems.collapsed(n, d, spread, run.device)
     mixed = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(run.device)
-    return replace(p, X=X[mixed].contiguous() if order == "shuffled" else X)
+    rows = crowded.y.argsort(stable=True) if order == "sorted" else mixed
+    return replace(p, X=crowded.X[rows].contiguous())
 
 
 def _matrix_of(p: Problem) -> Callable:
@@ -210,7 +211,7 @@ def _fill_of(p: Problem) -> Callable:
     from fastagop.kernels.triton_backend import launch
 
     out = torch.empty(p.n, p.n, dtype=torch.float64, device=p.device)
-    return lambda: launch.fill_symmetric(out, p.kernel, p.X)
+    return lambda: launch.fill_symmetric(out, LAPLACE, p.X)
 
 
 def _form_of(p: Problem) -> Callable:

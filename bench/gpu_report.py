@@ -126,8 +126,8 @@ def launch_table(report: Report) -> str:
         made.append({"of": f"{operation} {products}", "present": present, "best": best, "gain": gain, "take": take})
         if take and not report.dry:
             numbers = ", ".join(map(str, best["config"]))
-            cap = f"  # maxnreg={best['maxnreg']}" if best["maxnreg"] else ""
-            lines.append(f'        ("{operation}", "{products}"): Config({numbers}),{cap}')
+            limit = f", registers={best['maxnreg']}" if best["maxnreg"] else ""
+            lines.append(f'        ("{operation}", "{products}"): Config({numbers}{limit}),')
     columns: dict[str, Callable[[Row], str]] = {
         "operation": lambda row: row["of"],
         "present": lambda row: _config(row["present"]),

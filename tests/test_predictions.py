@@ -105,13 +105,15 @@ def test_steps_of_conjugate_gradients():
 
 
 def test_what_the_code_lacks_is_said():
-    lacking = {term.after for term in TERMS if term.after}
-    assert all(words.startswith("after ") for words in lacking)
-    assert predictions.today(A100) > predictions.total(A100)
+    lacking = {term.stage for term in TERMS if term.needs.startswith("after ")}
+    assert lacking == {"factor", "CG"}
+    for chip in (H200, H100, A100):
+        assert predictions.total(chip) < predictions.with_float64(chip) < 2 * predictions.total(chip)
+        assert predictions.total(chip) < predictions.with_library(chip)
     table = predictions.table()
     for term in TERMS:
         (row,) = (row for row in table.splitlines() if row.startswith(f"| {term.stage}: {term.what} |"))
-        assert row.endswith(f"| {term.layers:g} | {term.after} |")
+        assert row.endswith(f"| {term.layers:g} | {term.needs} |")
 
 
 def test_a_faster_chip_is_faster():
