@@ -28,6 +28,7 @@ from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.limits import largest, relative
+from fastagop.solvers.mixed import factor
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
@@ -223,8 +224,7 @@ class _Machine:
         if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
             return None
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
-        L, failed = torch.linalg.cholesky_ex(K)
-        if int(failed):
+        if (L := factor(K)) is None:
             return None
         alpha = torch.cholesky_solve(self.Y, L)
         left = self.Y - torch.mm(K, alpha)
