@@ -30,6 +30,7 @@ _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
+_READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
@@ -105,7 +106,8 @@ def _medium(
     usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
         return None
-    if medium.bytes_of(X, Y) > budget(regression.memory_limit, X.device):
+    needed, limit = medium.bytes_of(X, Y), regression.memory_limit
+    if (limit is not None or needed > _READ) and needed > budget(limit, X.device):
         return None
     return medium.fit(regression.kernel, X, Y, float(regression.ridge), weights)
 

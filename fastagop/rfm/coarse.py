@@ -23,6 +23,7 @@ from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget
 from fastagop.kernels.profile import Profile, median_factor
+from fastagop.kernels.radial import GeneralisedLaplace
 from fastagop.rfm.learning import Points, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
@@ -166,9 +167,9 @@ class Fold:
         room, found = self._rooms[diagonal], []
         metric, x, squares = room.metric, room.x, room.first
         for step in range(rules.iterations + 1):
-            alpha = machine.solve(squares.inner)
-            if alpha is None:
+            if (solved := machine.solve(squares.inner)) is None:
                 return None
+            alpha, K = solved
             outputs = machine.outputs(squares.cross, alpha)
             outputs = torch.cat([-outputs, outputs], 1) if self._mirrored else outputs
             if not bool(outputs.isfinite().all()):
@@ -176,7 +177,7 @@ class Fold:
             found.append(self._score(view, outputs))
             if step == rules.iterations:
                 break
-            M = machine.agop(squares.inner, x, alpha, rules)
+            M = machine.agop(squares.inner, K, x, alpha, rules)
             if not bool(M.isfinite().all()):
                 return None
             inner = M.mul_(2.0) if self._mirrored else M
@@ -216,8 +217,8 @@ class _Machine:
     Y: torch.Tensor
     weights: torch.Tensor | None
 
-    def solve(self, sq: torch.Tensor) -> torch.Tensor | None:
-        """alpha (n, K) with a residual of at most ``RESIDUAL``, or None."""
+    def solve(self, sq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(alpha (n, K) with a residual of at most ``RESIDUAL``, K + ridge), or None."""
         K = self.kernel.value_(sq.clone())
         step, eps = max(1, len(K) // _FEW), torch.finfo(K.dtype).eps
         some = K[::step, ::step]
@@ -231,15 +232,25 @@ class _Machine:
         if not relative(left, self.Y) <= _REFINED:
             alpha += torch.cholesky_solve(left, L)
             left = self.Y - torch.mm(K, alpha)
-        return alpha.contiguous() if relative(left, self.Y) <= RESIDUAL else None
+        return (alpha.contiguous(), K) if relative(left, self.Y) <= RESIDUAL else None
 
     def outputs(self, cross: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """Outputs for rows (m, K), float64."""
         return torch.mm(self.kernel.value_(cross.clone()), alpha).double()
 
-    def agop(self, sq: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules) -> torch.Tensor:
+    def _weights_(self, sq: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
+        """Gradient weights from squared distances and, where powers would take longest, from the values, which go.
+
+        With t = (r / L)^p = -ln k the weight p t k / r^2 has t's error, eps / t of it: enough here.
+        """
+        if not isinstance(self.kernel, GeneralisedLaplace):
+            return self.kernel.weight_(sq.clone())
+        W = torch.log(K).mul_(K).mul_(-self.kernel.exponent).div_(sq)
+        return torch.nan_to_num_(W, nan=0.0, posinf=0.0, neginf=0.0).fill_diagonal_(0.0)  # underflow, copies, itself
+
+    def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
-        W, z = self.kernel.weight_(sq.clone()), x.float()
+        W, z = self._weights_(sq, K), x.float()
         n, r = z.shape
         G = matmul_nt(W, (alpha[:, :, None] * z[:, None, :]).view(n, -1).T).view(n, -1, r)
         G.addcmul_(torch.mm(W, alpha)[:, :, None], z[:, None, :], value=-1.0)
