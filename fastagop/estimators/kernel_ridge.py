@@ -98,9 +98,7 @@ def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.Sm
     return small.fit(regression.kernel, X, Y, float(regression.ridge))
 
 
-def _medium(
-    X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool
-) -> medium.MediumFit | None:
+def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
     """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
     plain = rows.plain and type(engine) is Local and regression.solver == "auto"
     usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0

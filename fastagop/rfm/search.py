@@ -32,7 +32,6 @@ from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
 
 _MEDIAN = Laplace("median")
-_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
@@ -207,10 +206,8 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         firsts, places, row = [], [], 0
         for index, trial in enumerate(found):
             if not trial.error:
-                scores, ties = trial.means()
-                keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
-                step = max(range(len(keys)), key=lambda i, keys=keys: (*keys[i], -i))
-                places.append((keys[step], -step, -index))
+                step, key = trials.best(*trial.means())
+                places.append((key, -step, -index))
                 firsts.append(row + step)
             row += trial.scores.shape[1]
         order = sorted(range(len(places)), key=places.__getitem__, reverse=True)[: self.average]
@@ -256,11 +253,10 @@ class RFMClassifierCV(ClassifierMixin, _Search):
     """``RFMClassifier`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Settings are drawn at random, or given. Every setting is fitted once a fold, and after 0, 1, ... AGOPs scored on
-    the rows that were held out, until the score no longer grows. These fits of float32 rows on the CPU are coarse:
-    kernel values and factor are float32, which costs scores less than 0.001; ``refit``'s are fits as any other. With
-    ``dtype="float64"``, or with a ``solver`` other than "auto", so are those that are compared. The best mean score wins; among equal ones the smaller squared error of the outputs,
-    then fewer iterations. The first setting that is tried is the default one: the kernel as it is, a ridge of 1e-3, a
-    full metric.
+    the rows held out, until the score no longer grows. Such fits of float32 rows on the CPU are coarse: kernel values
+    and factor are float32. Those of ``refit``, and all with ``dtype="float64"`` or a ``solver``, are fits as any other.
+    The best mean score wins; among equal ones the smaller squared error of the outputs, then fewer iterations. The
+    first setting that is tried is the default one: the kernel as it is, a ridge of 1e-3, a full metric.
 
     Args:
         n_settings: number of settings, where ``space`` is not a list of them.

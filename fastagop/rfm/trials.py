@@ -20,6 +20,7 @@ from fastagop.rfm.coarse import Fold as CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
+_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,16 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
     return Trial(scores[:, :steps], ties[:, :steps], seconds, *words, not full)
 
 
+def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[float, float]]:
+    """(the first of the best mean scores, that score and what decides between equal ones)."""
+    keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+    step = max(range(len(keys)), key=lambda i: (*keys[i], -i))
+    return step, keys[step]
+
+
 def _tired(scores: np.ndarray, ties: np.ndarray, patience: int | None) -> bool:
     """Whether the best of the mean scores lies so many iterations back."""
-    best = max(range(len(scores)), key=lambda i: (scores[i], ties[i], -i))
-    return patience is not None and len(scores) - 1 - best >= patience
+    return patience is not None and len(scores) - 1 - best(scores, ties)[0] >= patience
 
 
 def _stages(estimator, task: Task, index: int, shared: dict[int, CoarseFold], notes: list[str], full: list[int]):

@@ -124,7 +124,7 @@ def plan(problem, reason: str):
 class Found:
     """What a solve came to; as ``direct.Found``, which has the same attributes.
 
-    ``K`` is k(X, X), or half of it, where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where it is known.
+    ``K`` is k(X, X), or half of it, where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where known.
     """
 
     alpha: torch.Tensor

@@ -1,4 +1,4 @@
-"""Direct solve of some thousand float32 points on the CPU: k(X, X) in float64, and a float32 factor of it, both in full.
+"""Direct solve of some thousand float32 points on the CPU: k(X, X) in float64 and a float32 factor, both in full.
 
 The factor is LAPACK's and preconditions conjugate gradients, whose steps read k(X, X) once for all outputs. A float64
 factor takes twice the time of a float32 one, which is most of a solve's; the steps take a tenth of it.
@@ -109,16 +109,19 @@ def plan(problem, why: str) -> Plan:
 
 
 def run(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
-    """Solve with both matrices; with a float64 factor where the float32 one is no good. Arguments as of ``cg.solve``."""
-    kernel, X = problem.operator.points.kernel, problem.operator.points.X
-    K = Matrices.of(kernel, X.double(), weights=False).K
-    found = solve(K, Y, ridge, out)
-    if found is not None:
-        made = cg.Found(found.alpha, 0.0, found.iterations, len(K), "", TOLERANCE, lambda V: K @ V + times(ridge, V), K)
-        return replace(made, dtype=torch.float32, left=found.left)
+    """Solve with both matrices, or with a float64 factor where that is no good; arguments as of ``cg.solve``."""
+    if (found := _found(problem, Y, ridge, out)) is not None:
+        return found
     reason = f"a float32 factor does not lead to {TOLERANCE:.0e} in {STEPS} steps"
     log.info("solve: %s; a float64 factor takes over", reason)
-    del K
     wide = direct.cholesky(direct.system(problem.operator, ridge, plan, out, torch.float64), Y)
     assert wide is not None
     return replace(wide, method="cholesky", fallback=reason)
+
+
+def _found(problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:
+    K = Matrices.of(problem.operator.points.kernel, problem.operator.points.X.double(), weights=False).K
+    if (found := solve(K, Y, ridge, out)) is None:
+        return None
+    made = cg.Found(found.alpha, 0.0, found.iterations, len(K), "", TOLERANCE, lambda V: K @ V + times(ridge, V), K)
+    return replace(made, dtype=torch.float32, left=found.left)

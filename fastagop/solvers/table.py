@@ -228,7 +228,7 @@ def _of_half(problem: Problem) -> str | None:
 
 
 def of_mixed(problem: Problem) -> str | None:
-    """Why a fit's few thousand float32 points on the CPU take a float32 factor beside k(X, X), both in full, or None."""
+    """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
     n, alone = len(problem.X), problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
     fits = problem.half == half.DEFAULT and mixed.bytes_of(problem) <= problem.room
@@ -307,8 +307,9 @@ METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
 def order(problem: Problem) -> tuple[str, ...]:
     """The methods that "auto" tries, until one fits into memory.
 
-    Small problems, and all on a GPU, take one matrix in full, and a fit's of more than 512 points two. Large ones of float32 points take a float32 factor where
-    k(X, X) fits beside it, else the faster of a float64 factor and of a float32 one without k(X, X).
+    Small problems, and all on a GPU, take one matrix in full, and a fit's of more than 512 points two. Large ones of
+    float32 points take a float32 factor where k(X, X) fits beside it, else the faster of a float64 factor and of a
+    float32 one without k(X, X).
     """
     if problem.X.dtype == torch.float64:
         return "cholesky", "cg"
