@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.distributed.engine import LOCAL, Local, Predictor
-from fastagop.estimators import small
+from fastagop.estimators import medium, small
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import gradients
@@ -17,7 +17,7 @@ from fastagop.kernels.plan import AgopTask, budget
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
-from fastagop.solvers import copies
+from fastagop.solvers import copies, mixed, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solved
 from fastagop.solvers.solve import SolveOptions, scale_targets
@@ -31,6 +31,7 @@ _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
+_READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
@@ -73,6 +74,8 @@ def solve(
         return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
     if (fitted := _small(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
+    if (found := _medium(X, Y, regression, engine, rows, weights=False)) is not None:
+        return found.solved
     return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
 
 
@@ -94,6 +97,18 @@ def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.Sm
     if not plain or regression.backend not in ("auto", "torch") or (limit is not None and limit < small.bytes_of(X, Y)):
         return None
     return small.fit(regression.kernel, X, Y, float(regression.ridge))
+
+
+def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
+    """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
+    if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
+        return None
+    needed, limit = medium.bytes_of(X, Y), regression.memory_limit
+    if (limit is not None or needed > _READ) and needed > budget(limit, X.device):
+        return None
+    return medium.fit(regression.kernel, X, Y, float(regression.ridge), weights)
 
 
 def fit_and_agop(
@@ -130,8 +145,16 @@ def fit_and_agop(
         mark("solve")
         mark("agop")
         return fitted.solved, M, small.bytes_of(X, Y)
-    solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
-    mark("solve")
+    if (found := _medium(X, Y, regression, engine, rows, weights=True)) is not None:
+        mark("solve")
+        if (M := found.agop(center, diagonal)) is not None:
+            mark("agop")
+            return found.solved, M, medium.bytes_of(X, Y)
+        solved, matrix, planned = found.solved, found.K, medium.bytes_of(X, Y)
+        del found
+    else:
+        solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
+        mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)
     K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,11 +24,13 @@ from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget
 from fastagop.kernels.profile import Profile, median_factor
+from fastagop.kernels.radial import GeneralisedLaplace
 from fastagop.rfm.learning import Points, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.limits import largest, relative
+from fastagop.solvers.mixed import factor
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
@@ -91,6 +94,14 @@ class Room:
         return Squares.of(self.x, self.v, self.beyond)
 
 
+class State(NamedTuple):
+    """A metric, and the points and distances in it."""
+
+    metric: Metric
+    x: torch.Tensor
+    squares: Squares
+
+
 class Fold:
     """Rows of a fold as the fits of all settings see them.
 
@@ -128,27 +139,25 @@ class Fold:
     def _median(self) -> float:
         return settled_at(replace(self.model.kernel, bandwidth="median"), self.points.X).bandwidth
 
-    @property
-    def usual(self) -> bool:
-        """Whether coarse fits of these rows are possible: float32 points of usual sizes on the CPU, by this process."""
+    def usual(self, folds: int) -> bool:
+        """Whether coarse fits of so many such folds are possible: float32 points on the CPU, of usual sizes."""
         model, X, Y = self.model, self.points.X, self._Y
         ours = model.solver == "auto" and model.backend in ("auto", "torch") and model.process_group is None
         if not (ours and X.dtype == torch.float32 and X.device.type == "cpu" and Y.numel() and X.shape[1]):
             return False
         sizes = all(1.0 / _USUAL <= largest(part) <= _USUAL for part in (X, Y))
-        return len(X) > 1 and sizes and self._bytes() <= self._room
+        return len(X) > 1 and sizes and folds * self._bytes() <= self._room
 
     def _bytes(self) -> int:
         """What a coarse fit takes at most, with the squared distances that all share."""
         (n, d), K, m = self.points.X.shape, self._Y.shape[1], len(self.held.points)
         return (8 + 4 * 6) * n * n + (8 + 4 * 3) * m * n + 4 * 3 * n * K * d + 8 * 4 * (n + m) * d
 
-    @in_full
-    def scores(self, estimator) -> list[tuple[float, float]] | None:
-        """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator; None where a fit has to tell."""
+    def scores(self, estimator) -> Iterator[tuple[float, float]]:
+        """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator, up to where a fit has to tell."""
         regression, rules = estimator._checked()
         if regression.ridge == 0:
-            return None
+            return
         kernel, factor = regression.kernel, median_factor(regression.kernel)
         if factor is not None:
             kernel = replace(kernel, bandwidth=factor * self._median)
@@ -156,34 +165,45 @@ class Fold:
         for name in _SETTING:
             setattr(view, name, getattr(estimator, name))
         view.kernel_ = kernel
-        diagonal = rules.diagonal
+        machine = _Machine(kernel, regression.ridge, self._Y, self._weights)
+        state = self._first(rules.diagonal)
+        for step in range(rules.iterations + 1):
+            found = self._step(machine, view, state)
+            if found is None:
+                return
+            yield found[0]
+            if step < rules.iterations and (state := self._next(machine, rules, state, *found[1:])) is None:
+                return
+
+    @in_full
+    def _first(self, diagonal: bool) -> State:
         if diagonal not in self._rooms:
             self._rooms[diagonal] = Room.of(self.points.X, self.held.points, diagonal)
-        return self._learnt(_Machine(kernel, regression.ridge, self._Y, self._weights), rules, view, diagonal)
+        room = self._rooms[diagonal]
+        return State(room.metric, room.x, room.first)
 
-    def _learnt(self, machine: _Machine, rules: Rules, view, diagonal: bool) -> list[tuple[float, float]] | None:
-        room, found = self._rooms[diagonal], []
-        metric, x, squares = room.metric, room.x, room.first
-        for step in range(rules.iterations + 1):
-            alpha = machine.solve(squares.inner)
-            if alpha is None:
-                return None
-            outputs = machine.outputs(squares.cross, alpha)
-            outputs = torch.cat([-outputs, outputs], 1) if self._mirrored else outputs
-            if not bool(outputs.isfinite().all()):
-                return None
-            found.append(self._score(view, outputs))
-            if step == rules.iterations:
-                break
-            M = machine.agop(squares.inner, x, alpha, rules)
-            if not bool(M.isfinite().all()):
-                return None
-            inner = M.mul_(2.0) if self._mirrored else M
-            metric, _ = metric.updated(inner, rules.agop_scale, self.points.rows.total, room.x, LOCAL)
-            if metric.root is not None:
-                x = metric.among(room.x)
-                squares = Squares.of(x, metric.among(room.v))
-        return found
+    @in_full
+    def _step(self, machine: _Machine, view, state: State):
+        """((score, tie), alpha, K + ridge) of a kernel machine; None where a fit has to tell."""
+        if (solved := machine.solve(state.squares.inner)) is None:
+            return None
+        outputs = machine.outputs(state.squares.cross, solved[0])
+        outputs = torch.cat([-outputs, outputs], 1) if self._mirrored else outputs
+        return (self._score(view, outputs), *solved) if bool(outputs.isfinite().all()) else None
+
+    @in_full
+    def _next(self, machine: _Machine, rules: Rules, state: State, alpha: torch.Tensor, K: torch.Tensor):
+        """The state in the metric of the AGOP; None where a fit has to tell."""
+        room = self._rooms[rules.diagonal]
+        M = machine.agop(state.squares.inner, K, state.x, alpha, rules)
+        if not bool(M.isfinite().all()):
+            return None
+        inner = M.mul_(2.0) if self._mirrored else M
+        metric, _ = state.metric.updated(inner, rules.agop_scale, self.points.rows.total, room.x, LOCAL)
+        if metric.root is None:
+            return state
+        x = metric.among(room.x)
+        return State(metric, x, Squares.of(x, metric.among(room.v)))
 
     def _score(self, view, outputs: torch.Tensor) -> tuple[float, float]:
         """(score, tie) of outputs; the default scores are taken here, which saves half of a small fit's time."""
@@ -214,31 +234,40 @@ class _Machine:
     Y: torch.Tensor
     weights: torch.Tensor | None
 
-    def solve(self, sq: torch.Tensor) -> torch.Tensor | None:
-        """alpha (n, K) with a residual of at most ``RESIDUAL``, or None."""
+    def solve(self, sq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(alpha (n, K) with a residual of at most ``RESIDUAL``, K + ridge), or None."""
         K = self.kernel.value_(sq.clone())
         step, eps = max(1, len(K) // _FEW), torch.finfo(K.dtype).eps
         some = K[::step, ::step]
         if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
             return None
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
-        L, failed = torch.linalg.cholesky_ex(K)
-        if int(failed):
+        if (L := factor(K)) is None:
             return None
         alpha = torch.cholesky_solve(self.Y, L)
         left = self.Y - torch.mm(K, alpha)
         if not relative(left, self.Y) <= _REFINED:
             alpha += torch.cholesky_solve(left, L)
             left = self.Y - torch.mm(K, alpha)
-        return alpha.contiguous() if relative(left, self.Y) <= RESIDUAL else None
+        return (alpha.contiguous(), K) if relative(left, self.Y) <= RESIDUAL else None
 
     def outputs(self, cross: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """Outputs for rows (m, K), float64."""
         return torch.mm(self.kernel.value_(cross.clone()), alpha).double()
 
-    def agop(self, sq: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules) -> torch.Tensor:
+    def _weights_(self, sq: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
+        """Gradient weights from squared distances and, where powers would take longest, from the values, which go.
+
+        With t = (r / L)^p = -ln k the weight p t k / r^2 has t's error, eps / t of it: enough here.
+        """
+        if not isinstance(self.kernel, GeneralisedLaplace):
+            return self.kernel.weight_(sq.clone())
+        W = torch.log(K).mul_(K).mul_(-self.kernel.exponent).div_(sq)
+        return torch.nan_to_num_(W, nan=0.0, posinf=0.0, neginf=0.0).fill_diagonal_(0.0)  # underflow, copies, itself
+
+    def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
-        W, z = self.kernel.weight_(sq.clone()), x.float()
+        W, z = self._weights_(sq, K), x.float()
         n, r = z.shape
         G = matmul_nt(W, (alpha[:, :, None] * z[:, None, :]).view(n, -1).T).view(n, -1, r)
         G.addcmul_(torch.mm(W, alpha)[:, :, None], z[:, None, :], value=-1.0)

@@ -20,6 +20,7 @@ from fastagop.rfm.coarse import Fold as CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
+_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Task:
         scorer: (estimator, X, y) -> a number, the larger the better.
         alone: whether torch may use one thread only.
         deadline: a time of ``time.time`` after which no setting begins; None for no end.
+        patience: iterations without a better mean score after which a setting is given up; None for no end.
     """
 
     X: Any
@@ -42,6 +44,7 @@ class Task:
     scorer: Any
     alone: bool
     deadline: float | None
+    patience: int | None
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Trial:
     """What the folds said about a setting.
 
     Attributes:
-        scores, ties: after 0, 1, ... AGOPs (folds, iterations + 1); NaN where a fit failed.
+        scores, ties: after 0, 1, ... AGOPs (folds, as many as were tried); NaN where a fit failed.
         seconds: of each fit (folds,).
         error: of the fits that failed; "" where none did.
         note: what the fits warned about.
@@ -79,40 +82,71 @@ def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial 
 
 
 def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -> Trial | None:
-    """All folds of one setting; ``always``: also after the deadline; ``shared``: folds that were read already."""
+    """All folds of one setting, iteration by iteration, until the mean score no longer grows.
+
+    Args:
+        estimator: with the setting's parameters.
+        task: of all settings.
+        always: also after the deadline.
+        shared: folds that were read already.
+    """
     if not always and task.deadline is not None and time.time() > task.deadline:
         return None
-    shape = len(task.folds), estimator.iterations + 1
-    scores, ties, seconds, errors, notes = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0]), [], []
-    coarse = True
-    with _one_thread() if task.alone else contextlib.nullcontext():
-        for index, fold in enumerate(task.folds):
-            begin = time.perf_counter()
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
+    shape, steps = (len(task.folds), estimator.iterations + 1), 0
+    scores, ties, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0])
+    errors, notes, full = [], [], []
+    sources: list[Iterator | None] = [_stages(estimator, task, i, shared, notes, full) for i in range(len(task.folds))]
+    with _one_thread() if task.alone else contextlib.nullcontext(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(estimator.iterations + 1):
+            for index, source in enumerate(sources):
+                begin = time.perf_counter()
                 try:
-                    found = _coarse(estimator, task, index, shared, notes)
-                    if found is None:
-                        coarse, model = False, _fitted(estimator, task, *fold)
-                        found = model.validation_score_, model._ties
-                    scores[index], ties[index] = found
+                    if source is not None:
+                        scores[index, step], ties[index, step] = next(source)
                 except Exception as error:  # a row of the results tells of it
                     errors.append(f"{type(error).__name__}: {error}")
-            seconds[index] = time.perf_counter() - begin
-            notes += [str(warning.message) for warning in said]
-    return Trial(scores, ties, seconds, "; ".join(dict.fromkeys(errors)), "; ".join(dict.fromkeys(notes)), coarse)
+                    sources[index] = None
+                seconds[index] += time.perf_counter() - begin
+            steps = step + 1
+            if not errors and _tired(scores[:, :steps].mean(0), ties[:, :steps].mean(0), task.patience):
+                break
+    notes += [str(warning.message) for warning in said]
+    words = ("; ".join(dict.fromkeys(found)) for found in (errors, notes))
+    return Trial(scores[:, :steps], ties[:, :steps], seconds, *words, not full)
 
 
-def _coarse(estimator, task: Task, index: int, shared: dict[int, CoarseFold], notes: list[str]):
-    """(scores, ties) of a coarse fit of a fold; None where it takes one of the usual kind."""
+def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[float, float]]:
+    """(the first of the best mean scores, that score and what decides between equal ones)."""
+    keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+    step = max(range(len(keys)), key=lambda i: (*keys[i], -i))
+    return step, keys[step]
+
+
+def _tired(scores: np.ndarray, ties: np.ndarray, patience: int | None) -> bool:
+    """Whether the best of the mean scores lies so many iterations back."""
+    return patience is not None and len(scores) - 1 - best(scores, ties)[0] >= patience
+
+
+def _stages(estimator, task: Task, index: int, shared: dict[int, CoarseFold], notes: list[str], full: list[int]):
+    """(score, tie) after 0, 1, ... AGOPs on a fold: of a coarse fit and, from where that gives up, of a usual one.
+
+    Notes of what was read, and the folds that took a usual fit, join the lists.
+    """
     if index not in shared:
         X, y, weights, X_test, y_test, scorer = _parts(task, *task.folds[index])
         shared[index] = CoarseFold(estimator, (X, y, weights), (X_test, y_test), scorer)
-    fold = shared[index]
-    if not fold.usual or (found := fold.scores(estimator)) is None:
-        return None
-    notes += fold.notes
-    return np.array(found).T
+    fold, done = shared[index], 0
+    if fold.usual(len(task.folds)):
+        for found in fold.scores(estimator):
+            if done == 0:
+                notes += fold.notes
+            done += 1
+            yield found
+    if done <= estimator.iterations:
+        full.append(index)
+        model = _fitted(estimator, task, *task.folds[index])
+        yield from list(zip(model.validation_score_, model._ties, strict=True))[done:]
 
 
 def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
@@ -174,6 +208,7 @@ def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any
         results |= {"mean_test_score": scores.mean(1), "std_test_score": scores.std(1)}
     results["mean_test_tie"] = np.concatenate([trial.ties.mean(0) for trial in trials])
     results["rank_test_score"] = _ranks(results["mean_test_score"])
+    results["coarse"] = np.array([trials[index].coarse for index in each])
     results["error"] = np.array([trials[index].error for index in each], dtype=object)
     results["note"] = np.array([trials[index].note for index in each], dtype=object)
     return results

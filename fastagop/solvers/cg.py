@@ -125,7 +125,7 @@ def plan(problem, reason: str):
 class Found:
     """What a solve came to; as ``direct.Found``, which has the same attributes.
 
-    ``K`` is half of k(X, X) where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where it is known.
+    ``K`` is k(X, X), or half of it, where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where known.
     """
 
     alpha: torch.Tensor
@@ -135,7 +135,7 @@ class Found:
     stopped: str
     tolerance: float
     matmul: Matmul
-    K: SymmetricBlocks | None = None
+    K: SymmetricBlocks | torch.Tensor | None = None
     dropped: int = 0
     dtype: torch.dtype = torch.float64
     left: torch.Tensor | None = None
