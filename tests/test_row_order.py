@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from fastagop.kernels.torch_backend import distance
 
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor
@@ -151,3 +152,17 @@ def test_rows_in_order(data, weighted, sorting, monkeypatch):
     coefficients = torch.randn(len(rows.kept), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     order = torch.argsort(y[found.kept], stable=True)
     assert torch.equal(rows.shared(coefficients[order]), found.shared(coefficients))
+
+
+@pytest.mark.parametrize("tile", [32, 64])
+def test_sorted_classes_leave_few_tiles_with_near_pairs(tile, normal, sorting):
+    """Ten classes, collapsed: every tile of shuffled points has a near pair, of sorted ones one in ten."""
+    sorting(True)
+    y = (torch.arange(1280) % 10)[torch.randperm(1280, generator=torch.Generator().manual_seed(1))]
+    X, shares = normal(10, 16, seed=2)[y] + 1e-2 * normal(1280, 16), []
+    for rows in (copies.find(X), row_order.by_class(copies.find(X), y)):
+        x = rows.take(X)
+        sq, norms = torch.cdist(x, x).square().fill_diagonal_(torch.inf), x.square().sum(1)
+        near = sq < distance.NEAR[torch.float32] * (norms[:, None] + norms)
+        shares.append(float(near.unflatten(1, (-1, tile)).any(2).unflatten(0, (-1, tile)).any(1).float().mean()))
+    assert shares == pytest.approx([1.0, 0.1])
