@@ -19,7 +19,7 @@ from ..profile import Profile
 from ..scaling import Points
 from .distance import FEW, measured_directly, squared_distances, squared_norms
 
-_WORK = 2**21  # multiplications of the largest product at most: float64's speed does not count below
+_WORK = 2**20  # multiplications of the largest product at most: float64's speed does not count below
 _NEAR = 2.0**-22  # share of the squared norms above which a float64 product keeps 1e-9 of r^2
 _NEAREST = 2.0**-24  # of the points' size: pairs at less than this distance are left to ``gradients``
 
