@@ -17,9 +17,9 @@ from ..gemm import symmetrise_
 from ..plan import Plan
 from ..profile import Profile
 from ..scaling import Points
-from .distance import measured_directly, squared_distances, squared_norms
+from .distance import FEW, measured_directly, squared_distances, squared_norms
 
-_WORK = 2**21  # multiplications of the largest product at most: float64's speed does not count below
+_WORK = 2**20  # multiplications of the largest product at most: float64's speed does not count below
 _NEAR = 2.0**-22  # share of the squared norms above which a float64 product keeps 1e-9 of r^2
 _NEAREST = 2.0**-24  # of the points' size: pairs at less than this distance are left to ``gradients``
 
@@ -30,11 +30,14 @@ def bytes_of(m: int, n: int, d: int, K: int) -> int:
 
 
 def serves(X: torch.Tensor, Z: torch.Tensor, K: int, room: int) -> bool:
-    """Whether gradients at Z of a predictor with K outputs and centers X are made here."""
+    """Whether gradients at Z of a predictor with K outputs and centers X are made here, in so many bytes.
+
+    Among few features ``gradients`` forms every difference, in less memory.
+    """
     if X.dtype != torch.float32 or X.device.type != "cpu":
         return False
     (n, d), m = X.shape, Z.shape[0]
-    return 0 < m * n * d * (K + 1) <= _WORK and K > 0 and bytes_of(m, n, d, K) <= room
+    return d > FEW and K > 0 and 0 < m * n * d * (K + 1) <= _WORK and bytes_of(m, n, d, K) <= room
 
 
 def noted(plan: Plan) -> Plan:
