@@ -5,6 +5,7 @@ Triton brings the assembler and the disassembler. Nothing here runs on a GPU, an
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -231,6 +232,11 @@ def _reached(goes: list[list[int]], start: int, without: int) -> set[int]:
     return seen
 
 
+def _triton(module: str) -> Any:
+    """A module of Triton, whose names differ between versions."""
+    return importlib.import_module(f"triton.{module}")
+
+
 @cache
 def _version() -> tuple[int, ...]:
     import triton
@@ -255,14 +261,13 @@ def _kernel(operation: str) -> Any:
     }[operation]
 
 
-def source(operation: str, precision: str, config: Config, profile: type[Profile], weight: bool) -> Any:
-    """One launch as Triton compiles it: sizes, strides and pointers divisible by 16."""
-    import triton
+def source(operation: str, precision: str, config: Config, profile: type[Profile], weight: bool, odd: bool) -> Any:
+    """One launch as Triton compiles it: strides and pointers divisible by 16, and sizes but for an odd n."""
     from fastagop.kernels.triton_backend.profile import device_profile
 
     kernel = _kernel(operation)
     constants = {"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner}
-    constants |= {"PROFILE": device_profile(profile), "WEIGHT": weight, "SELF": True, "LOWER": True, "WIDER": False}
+    constants |= {"PROFILE": device_profile(profile), "WEIGHT": weight, "SELF": True, "LOWER": True, "WIDER": odd}
     constants |= {"SECOND": _second(precision), "BP": WIDTH, "GROUP": launch_config.GROUPS.get(operation, 1)}
     names = kernel.arg_names
     whole = "*fp64" if precision == "fp64" else "*fp32"
@@ -277,7 +282,7 @@ def source(operation: str, precision: str, config: Config, profile: type[Profile
             signature[name] = "i32"
         else:
             signature[name] = half if name in ("ZA", "ZL", "XA", "XL", "WA", "WL") else whole
-    sizes = {"n", "d", "n_wide", "d_wide"} | ({"first"} if operation == "update" else set())
+    sizes = {"d", "n_wide", "d_wide"} | (set() if odd else {"n"}) | ({"first"} if operation == "update" else set())
     divisible = [
         i
         for i, name in enumerate(names)
@@ -285,11 +290,9 @@ def source(operation: str, precision: str, config: Config, profile: type[Profile
     ]
     held = {name: constants[name] for name in names if name in constants}
     if _version() < (3, 3):
-        from triton.backends.compiler import AttrsDescriptor
-
-        hints = AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16))
-        return triton.compiler.ASTSource(fn=kernel, signature=signature, constants=held, attrs=hints)
-    return triton.compiler.ASTSource(
+        hints = _triton("backends.compiler").AttrsDescriptor.from_hints(dict.fromkeys(divisible, 16))
+        return _triton("compiler").ASTSource(fn=kernel, signature=signature, constants=held, attrs=hints)
+    return _triton("compiler").ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in held.items()},
@@ -304,15 +307,14 @@ def compiled(
     config: Config | None = None,
     profile: type[Profile] = Laplace,
     weight: bool = True,
+    odd: bool = False,
 ) -> Code:
     """Compile one launch, of the table unless a configuration is given, and read its machine code."""
-    import triton
-
     config = config or launch_config.TABLE[capability // 10][operation, precision]
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    made = source(operation, precision, config, profile, weight)
+    target = _triton("backends.compiler").GPUTarget("cuda", capability, 32)
+    made = source(operation, precision, config, profile, weight, odd)
     options = {**config.launch, "enable_fp_fusion": True}
-    binary = triton.compile(made, target=target, options=options)
+    binary = _triton("compiler").compile(made, target=target, options=options)
     assembly, usage = _disassembled(binary.asm["cubin"])
     registers = int(usage.split("REG:")[1].split()[0])
     return Code(config, capability, loops(assembly), registers, binary.metadata.shared)

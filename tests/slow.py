@@ -60,6 +60,7 @@ SLOW = {
     "test_machine_code.py": {
         "test_every_launch": "compiles for sm_80 and sm_90, seconds a configuration",
         "test_further_profiles": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_an_odd_n": "compiles for sm_80 and sm_90, seconds a configuration",
         "test_old_configurations_are_found": "compiles for sm_80 and sm_90, seconds a configuration",
     },
     "test_module.py": {

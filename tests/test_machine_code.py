@@ -77,6 +77,15 @@ def test_further_profiles(operation, precision, weight, profile, chip):
     check(compiled(operation, precision, chip, profile=profile, weight=weight), operation, precision)
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_an_odd_n(chip):
+    """Rows of work matrices are aligned, so loads stay 16 bytes wide and a factorisation spills nothing."""
+    (even,), (odd,) = (compiled("gradient", "fp16x3", chip, odd=odd).tensor_loops for odd in (False, True))
+    wide = [sum(count for name, count in loop.counts.items() if name.endswith(".128")) for loop in (even, odd)]
+    assert wide[0] == wide[1] > 0
+    check(compiled("update", "tf32x3", chip, odd=True), "update", "tf32x3")
+
+
 @pytest.mark.skipif(not NEW, reason="these faults are those of newer compilers")
 @pytest.mark.parametrize(("entry", "config", "expected"), OLD)
 def test_old_configurations_are_found(entry, config, expected):

@@ -409,6 +409,31 @@ def test_an_offset_is_split_once(monkeypatch):
     assert made == [70, 70]
 
 
+@pytest.mark.parametrize("chip", [8, 9])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_tails_of_production_tiles(chip, precision, monkeypatch):
+    """Tiles as they are on a GPU, with two rows, two columns and six features beyond the last whole one."""
+    monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[chip][launch[:2]])
+    limit, how = TOLERANCE[precision], {"precision": precision, **TRITON}
+    kernel, X, Z, alpha = Laplace(2.0), points(130, 70), points(66, 70, seed=1), normal(130, 2)
+    Z[:3] = X[:3]
+    K = reference.kernel_matrix(kernel, X)
+    assert error(fastagop.kernel_matrix(kernel, X, **how), K) <= limit
+    assert error(fastagop.kernel_matrix(kernel, X, Z, **how), reference.kernel_matrix(kernel, X, Z)) <= limit
+    product = fastagop.kernel_matmul(kernel, Z, X, normal(130, 18), **how)
+    assert error(product, reference.kernel_matmul(kernel, Z, X, normal(130, 18))) <= limit
+    assert error(fastagop.gradients(kernel, X, alpha, Z, **how), reference.gradients(kernel, X, alpha, Z)) <= 2 * limit
+    gram = fastagop.agop(kernel, X, alpha, method="gram", **how)
+    assert error(gram, reference.agop(kernel, X, alpha)) <= max(1e-5, limit)
+    if precision == "highest" and has_products(torch.float64):
+        wide = torch.empty(130, 130, dtype=torch.float64, device=DEVICE)
+        assert error(triton_launch.fill_symmetric(wide, kernel, X), K) <= 1e-14
+    A = K.float().to(DEVICE)
+    assert linalg.cholesky_lower_(A, 1.5, 64, triton_launch.cholesky_update(precision)) == 0
+    L = A.tril().double().cpu()
+    assert error(L @ L.T, K + 0.5 * torch.eye(130)) <= limit
+
+
 def test_nothing_to_do():
     X, alpha = points(), normal(70, 3)
     assert fastagop.kernel_matrix(Laplace(2.0), X, X[:0], **TRITON).shape == (70, 0)
