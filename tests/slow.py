@@ -11,6 +11,9 @@ _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _FULL_DISK = "one run of reproduce after the other"
 
 SLOW = {
+    "test_network_outputs.py": {
+        "test_a_sketch_is_unbiased_and_knows_its_error": "two hundred seeds; other tests look at twenty",
+    },
     "test_solution.py": {
         "test_the_residual_is_that_of_the_points": "many fits against float64 residuals",
     },

@@ -300,7 +300,8 @@ class Implicit(nn.Module):
         if z.requires_grad:
             inner = z.detach().requires_grad_()
             again = torch.tanh(self.a(inner))
-            z.register_hook(lambda g: g + torch.autograd.grad(again, inner, g, retain_graph=True)[0])
+            pull = lambda g: torch.autograd.grad(again, inner, g, retain_graph=True)[0]  # noqa: E731
+            z.register_hook(lambda g: g + pull(g + pull(g)))
         return self.o(z[:, 0])
 
 

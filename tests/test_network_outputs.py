@@ -123,7 +123,7 @@ BAD = {
     "mask": (TypeError, "outputs must be None, a function", {"outputs": torch.ones(7, dtype=torch.bool)}),
     "one sign": (ValueError, "sketch must be an integer >= 2", {"sketch": 1}),
     "half a sign": (ValueError, "sketch must be an integer >= 2", {"sketch": 2.5}),
-    "seed": (ValueError, "seed must be an integer >= 0", {"sketch": 2, "seed": "a"}),
+    "seed": (ValueError, "seed must be an integer from 0", {"sketch": 2, "seed": "a"}),
 }
 
 

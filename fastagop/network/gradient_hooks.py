@@ -31,8 +31,8 @@ class ManyGradientsError(ValueError):
 
     def __init__(self, layer: str):
         super().__init__(
-            f"layers: one backward pass goes more than once through a call of {layer!r}, as in implicit models, so that "
-            "there is no one gradient; leave the layer out"
+            f"layers: one backward pass goes more than once through a call of {layer!r}, as in implicit models, so "
+            "that there is no one gradient; leave the layer out"
         )
         self.layer = layer
 

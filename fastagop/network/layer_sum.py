@@ -84,8 +84,8 @@ class LayerSum:
     def _add_columns(self, columns: torch.Tensor) -> None:
         """Add the outer products of columns (d, m), which are overwritten."""
         factor = _shrink_(columns)
-        if self._groups() is not None:
-            columns = columns.view(self._groups(), -1, columns.shape[1])
+        if (groups := self._groups()) is not None:
+            columns = columns.view(groups, -1, columns.shape[1])
             part = torch.bmm(columns, columns.mT)
             part = part.double() if factor is None else part.double().mul_(factor)
             self._total = part if self._total is None else self._total.add_(part)

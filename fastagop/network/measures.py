@@ -9,7 +9,6 @@ from torch import nn
 
 from fastagop import linalg
 from fastagop.kernels import checks
-from fastagop.network import fact as facts
 from fastagop.network.choosing import Chosen
 from fastagop.network.collapse_split import NotAMatrixError
 from fastagop.network.correlation import pearson
@@ -20,6 +19,7 @@ from fastagop.network.sites import KINDS, MATRICES
 from fastagop.network.sketch import SketchedSum
 from fastagop.network.sweep import Request, sweep
 from fastagop.network.targets import Outputs
+from fastagop.network.weight_gradients import Loss, fact_matrix, gram_correlation, weight_gradients
 
 __all__ = ["ConstantMatrixError", "NotAMatrixError", "agop", "fact", "fact_correlation", "nfa_correlation"]
 
@@ -163,7 +163,7 @@ def fact(
     y=None,
     layers: Layers = None,
     *,
-    loss: facts.Loss,
+    loss: Loss,
     weight_decay: float,
     batch_size: int | None = None,
 ) -> ByLayer[torch.Tensor]:
@@ -192,8 +192,8 @@ def fact(
     decay = checks.nonnegative("weight_decay", weight_decay)
     if decay == 0:
         raise ValueError("weight_decay must be > 0, the one that the model was trained with, got 0")
-    found, n, chosen = facts.weight_gradients(model, X, y, layers, loss, batch_size)
-    matrices = {name: facts.matrix(gradient, decay, n) for name, gradient in found.items()}
+    found, n, chosen = weight_gradients(model, X, y, layers, loss, batch_size)
+    matrices = {name: fact_matrix(gradient, decay, n) for name, gradient in found.items()}
     for name, M in matrices.items():
         if not checks.finite(M):
             raise ValueError(f"model: the FACT matrix of {name!r} leaves the range of {M.dtype}; scale the loss down")
@@ -203,7 +203,7 @@ def fact(
 
 @torch.no_grad()
 def fact_correlation(
-    model: nn.Module, X: Source, y=None, layers: Layers = None, *, loss: facts.Loss, batch_size: int | None = None
+    model: nn.Module, X: Source, y=None, layers: Layers = None, *, loss: Loss, batch_size: int | None = None
 ) -> ByLayer[float]:
     """Correlation of W^T W with the FACT matrix by layer, to put beside ``nfa_correlation``.
 
@@ -213,5 +213,5 @@ def fact_correlation(
     Args, Raises: as ``fact``; also ConstantMatrixError, a ValueError, where either matrix is constant: a loss without
         gradient.
     """
-    found, _, chosen = facts.weight_gradients(model, X, y, layers, loss, batch_size)
-    return _defined(chosen, "FACT", "FACT matrix", {name: facts.correlation(each) for name, each in found.items()})
+    found, _, chosen = weight_gradients(model, X, y, layers, loss, batch_size)
+    return _defined(chosen, "FACT", "FACT matrix", {name: gram_correlation(each) for name, each in found.items()})

@@ -22,7 +22,7 @@ def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor
     """
     inputs = inputs[:_SAMPLES]
     returned: dict[str, torch.Tensor] = {}
-    forwards = {layer: _keeping(name, layer, returned) for name, layer in linear.items()}
+    forwards: dict[nn.Module, Callable] = {layer: _keeping(name, layer, returned) for name, layer in linear.items()}
     with replaced(forwards):
         out = model_access.outputs(model, inputs)
     found = set()

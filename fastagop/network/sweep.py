@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ def sweep(
 def walk(
     request: Request,
     chosen: Chosen,
-    sinks: dict[Site, Sink],
+    sinks: Mapping[Site, Sink],
     pull: Callable[[Taps, torch.Tensor], None],
     leaf: Leaf | None = None,
 ) -> tuple[set[Site], int]:

@@ -104,7 +104,7 @@ def _labelled(X: Source, y, batch_size: int | None) -> Iterator[tuple[torch.Tens
     return zip(X.split(size), y.split(size), strict=True)
 
 
-def matrix(gradient: WeightGradient, weight_decay: float, n: int) -> torch.Tensor:
+def fact_matrix(gradient: WeightGradient, weight_decay: float, n: int) -> torch.Tensor:
     """-(1 / (n lambda)) W^T (sum of gradients), (d_in, d_in), of the weight's dtype, float32 for narrower ones."""
     W, G = gradient.fact()
     assert gradient.weight is not None
@@ -112,7 +112,7 @@ def matrix(gradient: WeightGradient, weight_decay: float, n: int) -> torch.Tenso
     return found.to(torch.promote_types(gradient.weight.dtype, torch.float32))
 
 
-def correlation(gradient: WeightGradient) -> float | None:
+def gram_correlation(gradient: WeightGradient) -> float | None:
     """Pearson correlation of the entries of W^T W and -W^T G, None where one is constant; no such matrix is formed."""
     W, G = gradient.fact()
     gram, w, g = W @ W.mT, W.sum(-1), -G.sum(-1)
