@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import checkout, first_contact_lines
-from bench.first_contact_lines import STOPPED, WHOLE
+from bench.first_contact_lines import STOPPED, UNDER_WAY, WHOLE
 
 # In order of worth: the share of the time that is left when a part's turn comes, beside those still to come. What one
 # does not use goes to the others.
@@ -102,14 +102,14 @@ def supervise(folder: Path, seconds: float, dry: bool, parts: Sequence[str], abo
     finally:
         if waiting is not None:
             waiting.end()
-        (folder / "under_way").unlink(missing_ok=True)
+        (folder / UNDER_WAY).unlink(missing_ok=True)
     measured = first_contact_lines.done(first_contact_lines.read(folder))
     return [part for part in todo if (part, WHOLE) not in measured]
 
 
 def _went_on(worker: Worker, order: Mapping[str, Any], limit: float, folder: Path) -> bool:
     """Run a part once; whether it should go on in another process, behind the case that ended this one."""
-    under_way = folder / "under_way"
+    under_way = folder / UNDER_WAY
     under_way.unlink(missing_ok=True)
     before = len(first_contact_lines.read(folder))
     status = worker.run(order, limit)

@@ -31,11 +31,11 @@ def deep_rfm(run: Run) -> None:
 
     It takes the layers as the estimators do, but not the estimators, which bring scikit-learn.
     """
-    for solver in ("auto", "cholesky+cg") if run.dry else ("auto", "cholesky+cg", "cholesky"):
-        for backend in ("triton", "torch") if solver == "auto" else ("triton",):
-            name = f"{run.sizes.depth} layers, {backend}, {solver}"
-            if run.wanted(name):
-                _trained(run, name, backend, solver)
+    ways = [("auto", "triton"), ("cholesky+cg", "triton"), ("auto", "torch"), ("cholesky", "triton")]
+    for solver, backend in ways[:3] if run.dry else ways:
+        name = f"{run.sizes.depth} layers, {backend}, {solver}"
+        if run.wanted(name):
+            _trained(run, name, backend, solver)
 
 
 def _trained(run: Run, name: str, backend: str, solver: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from bench.checkout import ROOT
 
 FILE = "first_contact.jsonl"
+UNDER_WAY = "under_way"  # the file that names the case that is being measured, while one is
 DRY = "CPU, DRY RUN"
 WHOLE = "whole part"  # the case of the line that says that a part came to its end
 STOPPED = "stopped"  # how a failure begins that lack of time made: the case is measured by the next call

@@ -17,7 +17,6 @@ import torch
 
 from bench import clock, costs, first_contact_lines, problems
 
-UNDER_WAY = "under_way"  # the file that names the case that is being measured
 LONG = 5.0  # seconds from which one call of a case is enough
 
 
@@ -92,7 +91,7 @@ class Run:
             return False
         if time.monotonic() > self.stop:
             raise OutOfTime
-        (self.folder / UNDER_WAY).write_text(case)
+        (self.folder / first_contact_lines.UNDER_WAY).write_text(case)
         return True
 
     def write(self, case: str, **found: Any) -> None:

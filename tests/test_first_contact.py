@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -146,11 +147,42 @@ def test_a_device_that_answers_nothing_ends_the_process(tmp_path, monkeypatch):
 
 
 def test_every_part_has_a_module_and_every_module_its_parts():
-    import importlib
-
     assert list(MODULES) == list(PARTS)
     for part, module in MODULES.items():
         assert callable(getattr(importlib.import_module(f"bench.{module}"), part))
+
+
+class Listed(Run):
+    """A full run that measures nothing: the cases that it would."""
+
+    @property
+    def device(self):
+        return torch.device("cpu")
+
+    def few(self, full, tiny):
+        return tiny
+
+    def wanted(self, case):
+        self.cases.append(case)
+        return False
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_cases_of_a_full_run_have_names_of_their_own(part, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(first_contact_launches, "_compile_ahead", lambda run, todo: None)
+    run = Listed(part, tmp_path, ABOUT, first_contact_run.DRY_SIZES, False, time.monotonic() + 60.0)
+    run.cases = []
+    getattr(importlib.import_module(f"bench.{MODULES[part]}"), part)(run)
+    assert run.cases
+    assert len(set(run.cases)) == len(run.cases)
+    if part == "launches":  # those of the highest precision, without limits, before all others; the present ones first
+        assert run.cases[0].startswith("gradient fp16x3: 32 32 32 4 1")
+        assert "maxnreg" not in run.cases[10]
+        assert "maxnreg 128" in " ".join(run.cases)
+        assert max(i for i, case in enumerate(run.cases) if "maxnreg 128" in case) < min(
+            i for i, case in enumerate(run.cases) if "bf16x3" in case
+        )
 
 
 # ---- Parts that die
