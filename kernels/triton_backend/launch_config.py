@@ -50,10 +50,10 @@ class Config:
 
 
 _LARGE = (9, 10, 11)  # of these a program may take 227 KiB of shared memory; of 8.6, 8.9 and 12.x it may take 99
-# (operation, precision) -> configuration, for compute capability 9.0 and the like, and for all others. Chosen by the machine code, which
-# tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing is spilled in the
-# inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are carried from one
-# product into the next, that takes 16 rows of the tile for each warp.
+# (operation, precision) -> configuration, for compute capability 9.0 and the like, and for all others. Chosen by the
+# machine code, which tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing
+# is spilled in the inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are
+# carried from one product into the next, that takes 16 rows of the tile for each warp.
 TABLE = {
     8: {
         ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
