@@ -30,8 +30,9 @@ FEW = 0.01  # of the instructions around an inner loop may be spills
 WIDTH = 16  # columns of V that a pass of the fused product takes, as for ten classes; it takes up to 64
 
 # Of a multiprocessor, by compute capability: bytes of shared memory in all and of one program (NVIDIA's tuning
-# guides). Both have 65,536 registers and room for 64 warps, and a program takes 1 KiB of shared memory beside its own.
-SHARED = {80: (167_936, 166_912), 90: (233_472, 232_448)}
+# guides), the latter on the smallest chips that take the same launches: 8.6, 8.9 and 12.x have 99 KiB of it. Both have
+# 65,536 registers and room for 64 warps, and a program takes 1 KiB of shared memory beside its own.
+SHARED = {80: (167_936, 101_376), 90: (233_472, 232_448)}
 REGISTERS, WARPS, SYSTEM = 65_536, 64, 1024
 # Floating-point operations that one of its four schedulers' tensor units does in a cycle, from A100's and H100's peaks.
 RATES = {80: {"half": 512, "tf32": 256, "fp64": 32}, 90: {"half": 1024, "tf32": 512, "fp64": 64}}

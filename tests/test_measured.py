@@ -138,6 +138,13 @@ def test_measured_configurations_are_launched(cache, monkeypatch):
         assert launch_config.config("matrix", "tf32", CPU) == launch_config.Config(64, 32, 32, 4, 1)
 
 
+@pytest.mark.parametrize(("capability", "table"), [((8, 9), 8), ((9, 0), 9), ((10, 0), 9), ((12, 0), 8)])
+def test_a_chip_gets_launches_that_fit_it(cache, capability, table, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    entry = "matrix", "fp16x3"
+    assert launch_config.config(*entry, CPU) == launch_config.TABLE[table][entry]
+
+
 def test_calibrating(cache, tmp_path):
     out = tmp_path / "rates.json"
     calibrate.main(CPU, out, 1, 100)

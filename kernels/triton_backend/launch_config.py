@@ -49,10 +49,11 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages, **most}
 
 
-# (operation, precision) -> configuration, for compute capability 8.x and from 9.0 on. Chosen by the machine code, which
-# tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing is spilled in the
-# inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are carried from one
-# product into the next, that takes 16 rows of the tile for each warp.
+_LARGE = (9, 10, 11)  # of these a program may take 227 KiB of shared memory; of 8.6, 8.9 and 12.x it may take 99
+# (operation, precision) -> configuration, for compute capability 9.0 and the like, and for all others. Chosen by the
+# machine code, which tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing
+# is spilled in the inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are
+# carried from one product into the next, that takes 16 rows of the tile for each warp.
 TABLE = {
     8: {
         ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
@@ -127,4 +128,4 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
     if found := measured(device).configs.get(f"{operation} {precision}"):
         return Config(*found)
     major, _ = torch.cuda.get_device_capability(device)
-    return TABLE[9 if major >= 9 else 8][operation, precision]
+    return TABLE[9 if major in _LARGE else 8][operation, precision]
