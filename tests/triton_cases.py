@@ -126,16 +126,22 @@ def test_gradients_and_agop(kernel, spread):
 @kernels
 @pytest.mark.parametrize("spread", [None, 1e-5])
 def test_float64_kernel_matrix(kernel, spread):
-    """What a float64 factorisation gets: float64 throughout, the bandwidth's digits included."""
+    """What a float64 factorisation gets: float64 throughout, the bandwidth's digits included.
+
+    Of unit points the expansion loses 8 eps of r^2: 4 eps / r^2 of r, which is far below what rounding them has cost.
+    """
     if not has_products(torch.float64):
         pytest.skip("this Triton has no float64 products")
     kernel, X = type(kernel)(1.7), points(spread=spread)
     K = triton_launch.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
     truth = reference.kernel_matrix(kernel, X)
-    assert error(K, truth) <= 1e-14
+    x = X.cpu().double()
+    sq = (x[:, None] - x).square().sum(-1).fill_diagonal_(1.0)
+    lost = 4 * torch.finfo(torch.float64).eps / sq
+    assert error(K, truth) <= 1e-14 + float((lost * sq.sqrt()).max()) / 1.7
     distance = (1.0 - K).cpu().fill_diagonal_(1.0), (1.0 - truth).fill_diagonal_(1.0)
     if spread is None or isinstance(kernel, Laplace):  # 1 - k of a near pair is far above rounding
-        assert float(((distance[0] - distance[1]) / distance[1]).abs().max()) <= 1e-9
+        assert bool((((distance[0] - distance[1]) / distance[1]).abs() <= 1e-9 + lost).all())
 
 
 @pytest.mark.parametrize("kernel", [Laplace(1.0), Gaussian(1.0), GeneralisedLaplace(1.0, 1.5), Matern52(1.0)], ids=repr)
@@ -164,7 +170,7 @@ def test_further_profiles(kernel, spread):
     assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
     if has_products(torch.float64):
         wide = triton_launch.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
-        assert error(wide, truth) <= 1e-14
+        assert error(wide, truth) <= (1e-14 if spread is None else 1e-12)  # near pairs' distances are rounded as above
     narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
     truth = reference.kernel_matrix(narrow, X)  # the identity, but for a heavy tail
     off = (fastagop.kernel_matrix(narrow, X, **TRITON).cpu().double() - truth).abs()
