@@ -76,6 +76,8 @@ def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
+        return
     refusals = (
         (value.is_nested, "a nested tensor", "use torch.nested.to_padded_tensor, or one of its parts"),
         (value.layout != torch.strided, f"layout {value.layout}", f"convert it with {name}.to_dense()"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from fastagop.kernels import reference
-from fastagop.kernels.torch_backend import backend, few
 from fastagop.kernels.torch_backend import agop as torch_agop
+from fastagop.kernels.torch_backend import backend, few
 
 import fastagop
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
@@ -87,7 +87,7 @@ def test_points_that_float64_cannot_hold_around_one_centre(normal, relative):
 
 
 def test_what_is_left_to_the_longer_way(normal):
-    X, alpha = problem(normal)
+    X, _ = problem(normal)
     room = few.bytes_of(40, 40, 7, 3)
     assert few.serves(X, X, 3, room)
     assert not few.serves(X, X, 3, room - 1)

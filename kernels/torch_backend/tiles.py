@@ -40,14 +40,14 @@ def tiles(
     if not measured_directly(min(rows, m) * n, X):
         x2 = squared_norms(X)
         z2 = x2 if symmetric else squared_norms(Z)
-    buffer = None if out is not None else X.new_empty(min(rows, m) * n)
+    buffer = X.new_empty(min(rows, m) * n if out is None else 0)
     if starts is None:
         starts = longest_first(m, rows) if lower else range(0, m, rows)
     for start in starts:
         stop = min(m, start + rows)
         width = stop if lower else n
         row, whole = slice(start, stop), stop - start == m and width == n
-        if buffer is None:
+        if out is not None:
             block = out if whole else out[row, :width]
         else:
             block = buffer[: (stop - start) * width].view(stop - start, width)
