@@ -148,10 +148,12 @@ def _between(W: torch.Tensor, total: torch.Tensor, dtype: torch.dtype, divisor: 
     columns, scale = _scaled(W.T.to(working))
     inner, factor = _scaled(total)
     half, factor = matmul_nt(columns, inner.to(working)), factor * scale * scale / divisor
+    narrow = dtype == working and 1e-30 < factor < 1e30  # No product with the factor leaves float32.
     found = columns.new_empty(len(columns), len(columns), dtype=dtype)
     for start in range(0, len(columns), _BLOCK):
         block = slice(start, start + _BLOCK)
-        part = matmul_nt(half[block], columns[: block.stop]).double().mul_(factor)
+        part = matmul_nt(half[block], columns[: block.stop])
+        part = (part if narrow else part.double()).mul_(factor)
         part[:, start:] = (part[:, start:] + part[:, start:].T).mul_(0.5)
         found[block, : block.stop] = part
         found[:start, block] = part[:, :start].T
