@@ -12,6 +12,7 @@ from fastagop.network.sites import Kind
 
 _BLOCK = 256  # A symmetric sum is computed in blocks of so many rows, each only up to the diagonal.
 _GATHERED = 512  # One product takes so many gradients, since products of fewer run slower.
+_ITEMS = 2**18  # Gradients that come in larger numbers are taken in parts of so many items.
 
 
 class LayerSum:
@@ -60,12 +61,13 @@ class LayerSum:
         if self._rows is None:
             dtype = torch.promote_types(rows.dtype, torch.float32)
             self._rows = rows.new_empty(_GATHERED, rows.shape[1], dtype=dtype)
+        if self._gathered == 0 and len(rows) >= _GATHERED:  # They need no gathering.
+            for now in rows.split(max(_GATHERED, _ITEMS // max(1, rows.shape[1]))):
+                self._add_columns(self._rows.new_empty(now.shape[1], len(now)).copy_(now.T))
+            return
         while len(rows):
             count = _GATHERED - self._gathered
             now, rows = rows[:count], rows[count:]
-            if len(now) == _GATHERED:  # They need no gathering.
-                self._add_columns(self._rows.new_empty(now.shape[1], len(now)).copy_(now.T))
-                continue
             self._rows[self._gathered : self._gathered + len(now)] = now
             self._gathered += len(now)
             if self._gathered == _GATHERED:
@@ -146,10 +148,12 @@ def _between(W: torch.Tensor, total: torch.Tensor, dtype: torch.dtype, divisor: 
     columns, scale = _scaled(W.T.to(working))
     inner, factor = _scaled(total)
     half, factor = matmul_nt(columns, inner.to(working)), factor * scale * scale / divisor
+    narrow = dtype == working and 1e-30 < factor < 1e30  # No product with the factor leaves float32.
     found = columns.new_empty(len(columns), len(columns), dtype=dtype)
     for start in range(0, len(columns), _BLOCK):
         block = slice(start, start + _BLOCK)
-        part = matmul_nt(half[block], columns[: block.stop]).double().mul_(factor)
+        part = matmul_nt(half[block], columns[: block.stop])
+        part = (part if narrow else part.double()).mul_(factor)
         part[:, start:] = (part[:, start:] + part[:, start:].T).mul_(0.5)
         found[block, : block.stop] = part
         found[:start, block] = part[:, :start].T
