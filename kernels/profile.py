@@ -96,13 +96,13 @@ class Kernel:
 
     radial: ClassVar[bool] = False
     # Kernels made of others have properties of these names, so their types are in the text above.
-    shift_invariant: ClassVar[Any] = False
-    rotation_invariant: ClassVar[Any] = False
-    unit_diagonal: ClassVar[Any] = False
-    nonnegative: ClassVar[Any] = False
-    wide: ClassVar[Any] = True
-    agop_forms: ClassVar[Any] = ("gradient",)
-    norm: ClassVar[Any] = None
+    shift_invariant: Any = False
+    rotation_invariant: Any = False
+    unit_diagonal: Any = False
+    nonnegative: Any = False
+    wide: Any = True
+    agop_forms: Any = ("gradient",)
+    norm: Any = None
 
     @property
     def parts(self) -> tuple[Kernel, ...]:

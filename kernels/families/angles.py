@@ -82,6 +82,10 @@ class NTK(Combining, AngleProfile):
         """1."""
         return 1
 
+    def blocks_alive(self) -> int:
+        """Those of a layer and of the next one."""
+        return 18
+
     def _layers(self, angles: Angles) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(kappa_0, sine, kappa_1, Theta before) of every hidden layer."""
         theta, sine, total = angles.theta, angles.sine, angles.cosine
