@@ -95,13 +95,14 @@ class Kernel:
     """
 
     radial: ClassVar[bool] = False
-    shift_invariant: bool = False
-    rotation_invariant: bool = False
-    unit_diagonal: bool = False
-    nonnegative: bool = False
-    wide: bool = True
-    agop_forms: tuple[str, ...] = ("gradient",)
-    norm: float | None = None
+    # Kernels made of others have properties of these names, so their types are in the text above.
+    shift_invariant: Any = False
+    rotation_invariant: Any = False
+    unit_diagonal: Any = False
+    nonnegative: Any = False
+    wide: Any = True
+    agop_forms: Any = ("gradient",)
+    norm: Any = None
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
@@ -164,13 +165,13 @@ class Profile(Kernel):
 
     bandwidth: Bandwidth
 
-    radial: ClassVar[bool] = True
-    shift_invariant: ClassVar[bool] = True
-    rotation_invariant: ClassVar[bool] = True
-    unit_diagonal: ClassVar[bool] = True
-    nonnegative: ClassVar[bool] = True
-    agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
-    norm: ClassVar[float | None] = 2.0
+    radial = True
+    shift_invariant = True
+    rotation_invariant = True
+    unit_diagonal = True
+    nonnegative = True
+    agop_forms = ("gradient", "gram")
+    norm = 2.0
     # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None

@@ -205,7 +205,7 @@ class Sharded(Local):
             X = rows.take(X)
 
         @functools.cache
-        def product() -> PointsProduct:
+        def product() -> Any:
             arguments = {"precision": options.precision, "backend": options.backend}
             operator = KernelOperator("solve with method 'cg'", kernel, X, **arguments)
             return operator.float64_product(block_of_product(operator.points.X.double(), Y.shape[1], room))

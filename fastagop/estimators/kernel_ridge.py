@@ -187,7 +187,7 @@ def _agop(
 
 
 def _weights_(
-    kernel: Kernel, K: torch.Tensor | SymmetricBlocks | None, X: torch.Tensor, outputs: int, limit: float | None
+    kernel: Profile, K: torch.Tensor | SymmetricBlocks | None, X: torch.Tensor, outputs: int, limit: float | None
 ) -> torch.Tensor | SymmetricBlocks | None:
     """Float64 kernel values become the weights, in place: they hold every small distance, so no pair is measured again.
 
@@ -251,7 +251,7 @@ def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center
     x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
     if not isinstance(kernel, Profile):
         pair = (gradients(kernel, x, a @ signs, x[index]) for a in (alpha, alpha.to(X.dtype).double()))
-        exact, rounded = (g.mul_(1.0 if weights is None else root[:, None]) for g in pair)
+        exact, rounded = (g if weights is None else g * weights[index].sqrt()[:, None, None] for g in pair)
         exact, rounded = (g - g.mean(0) for g in (exact, rounded)) if center else (exact, rounded)
         return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])

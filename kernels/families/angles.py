@@ -12,8 +12,6 @@ from .. import checks
 from ..pair_backend.angle import AngleProfile, Angles
 from .composition import Combining
 
-_SMALL = 0.5  # angles up to which sin(t) - t cos(t) is a power series
-
 
 @dataclass(frozen=True)
 class ArcCosine(Combining, AngleProfile):
@@ -84,13 +82,17 @@ class NTK(Combining, AngleProfile):
         """1."""
         return 1
 
+    def blocks_alive(self) -> int:
+        """Those of a layer and of the next one."""
+        return 18
+
     def _layers(self, angles: Angles) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(kappa_0, sine, kappa_1, Theta before) of every hidden layer."""
         theta, sine, total = angles.theta, angles.sine, angles.cosine
         for _ in range(self.depth):
             linear = (math.pi - theta) / math.pi
-            # 1 - kappa_1 without cancellation: 1 - cos(theta) - (sin(theta) - theta cos(theta)) / pi.
-            apart = 2.0 * torch.sin(0.5 * theta).square() - _lag(theta) / math.pi
+            # 1 - kappa_1 = 1 - cos(theta) - (sin(theta) - theta cos(theta)) / pi, to the digits that theta has.
+            apart = 2.0 * torch.sin(0.5 * theta).square() - (torch.sin(theta) - theta * torch.cos(theta)) / math.pi
             half = (0.5 * apart).clamp_(0.0, 1.0)
             value = 1.0 - apart
             yield linear, sine, value, total
@@ -115,12 +117,3 @@ class NTK(Combining, AngleProfile):
             slope = slope * linear + before * e / (math.pi * sine) + e * linear
             e = e * linear
         return slope
-
-
-def _lag(theta: torch.Tensor) -> torch.Tensor:
-    """sin(t) - t cos(t) for t in [0, pi]: t^3 / 3 for small angles, where the difference would lose its digits."""
-    direct = torch.sin(theta) - theta * torch.cos(theta)
-    sq, series = theta.square(), torch.zeros_like(theta)
-    for k in range(9, 0, -1):  # sum over k of (-1)^(k+1) 2 k / (2 k + 1)! t^(2 k + 1)
-        series = sq * ((-1.0) ** (k + 1) * 2.0 * k / math.factorial(2 * k + 1) + series)
-    return torch.where(theta < _SMALL, theta * series, direct)

@@ -44,6 +44,10 @@ class CoordinateProfile(PairKernel):
         """Overwrite rho by w = -p phi'(rho), zero where rho = 0."""
         raise TypeError(f"{type(self).__name__} defines no phi; use a subclass such as ProductLaplace")
 
+    def blocks_alive(self) -> int:
+        """Differences take a cache's worth beside these."""
+        return 5
+
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
         """Blocks of sums over features."""
         return CoordinatePairs(self, X, Z)
