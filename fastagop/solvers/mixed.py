@@ -89,14 +89,14 @@ class Matrices:
             return None
         del A
 
-        def by_factor(R: torch.Tensor) -> torch.Tensor:
-            half = torch.linalg.solve_triangular(L, R.float(), upper=False)
-            return torch.linalg.solve_triangular(L.mT, half, upper=True).double()
+        def matmul(V: torch.Tensor) -> torch.Tensor:
+            return self.matmul(V).add_(times(ridge, V))
+
+        def precondition(R: torch.Tensor) -> torch.Tensor:
+            return by_factor(L, R.float()).double()
 
         options = cg.ConjugateGradients(tolerance=TOLERANCE, max_iterations=STEPS)
-        found = cg.conjugate_gradients(
-            lambda V: self.matmul(V).add_(times(ridge, V)), Y, by_factor, options, bound(Y, out)
-        )
+        found = cg.conjugate_gradients(matmul, Y, precondition, options, bound(Y, out))
         return None if found.singular or found.stopped else found
 
 
@@ -115,6 +115,11 @@ def factor(A: torch.Tensor) -> torch.Tensor | None:
     L, failed = empty_matrix(len(A), len(A), A).mT, torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(A, out=(L, failed))
     return None if int(failed) else L
+
+
+def by_factor(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """(L L^T)^-1 R; for few columns in a fraction of the time that LAPACK's solver takes."""
+    return torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, R, upper=False), upper=True)
 
 
 def bytes_of(problem) -> int:
