@@ -20,7 +20,7 @@ from fastagop.solvers.limits import largest
 from fastagop.solvers.solution import Solution, Solved
 
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
-_POINTS = 8  # with the largest coefficients, and as many others
+_POINTS = 32  # with the largest coefficients, and as many others
 _USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 _ROWS = 256  # of a block of float64 weights
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
@@ -28,13 +28,17 @@ _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 @dataclass(frozen=True)
 class MediumFit:
-    """A solved problem; ``solved`` and ``K`` are as ``Local.solve`` returns them."""
+    """A solved problem of points x (n, d), centred; ``solved`` and ``K`` are as ``Local.solve`` returns them."""
 
     kernel: Profile
     x: torch.Tensor
-    K: torch.Tensor
-    W: torch.Tensor | None
+    matrices: mixed.Matrices
     solved: Solved
+
+    @property
+    def K(self) -> torch.Tensor:
+        """k(X, X) in full."""
+        return self.matrices.full()
 
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:
         """The AGOP (d, d), or its diagonal (d,), float64, summed over the points; None where float32 loses too much."""
@@ -53,14 +57,15 @@ class MediumFit:
 
     def _gradients(self, dtype: torch.dtype) -> torch.Tensor:
         """Those of the outputs at the points (n, K, d), with products in a dtype."""
-        assert self.W is not None
+        W = self.matrices.W
+        assert W is not None
         x, a = self.x.to(dtype), self.solved.alpha.to(dtype)
         (n, d), right = x.shape, (a[:, :, None] * x[:, None, :]).view(len(x), -1)
         if dtype == torch.float32:
-            G, sums = matmul_nt(self.W, right.T), torch.mm(self.W, a)
+            G, sums = matmul_nt(W, right.T), torch.mm(W, a)
         else:
             right = torch.cat([right, a], 1)
-            both = torch.cat([torch.mm(part.double(), right) for part in self.W.split(_ROWS)])
+            both = torch.cat([torch.mm(part.double(), right) for part in W.split(_ROWS)])
             G, sums = both[:, : -a.shape[1]].contiguous(), both[:, -a.shape[1] :]
         return G.view(n, -1, d).addcmul_(sums[:, :, None], x[:, None, :], value=-1.0)
 
@@ -101,14 +106,14 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
     x = X.double()
     x -= x.mean(0)
     matrices = mixed.Matrices.of(kernel, x, weights)
-    some, eps = matrices.K[:: n // _FEW, :: n // _FEW], torch.finfo(X.dtype).eps
+    some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
     if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
         return None  # these values are 0 or 1
-    found = mixed.solve(matrices.K, y, ridge, torch.float64)
+    found = matrices.solve(y, ridge, torch.float64)
     if found is None or found.left is None:
         return None
     solution = Solution(
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
         time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,
     )  # fmt: skip
-    return MediumFit(kernel, x, matrices.K, matrices.W, Solved(solution, found.alpha))
+    return MediumFit(kernel, x, matrices, Solved(solution, found.alpha))

@@ -30,7 +30,7 @@ from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.limits import largest, relative
-from fastagop.solvers.mixed import factor
+from fastagop.solvers.mixed import by_factor, factor
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
@@ -244,10 +244,10 @@ class _Machine:
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
         if (L := factor(K)) is None:
             return None
-        alpha = torch.cholesky_solve(self.Y, L)
+        alpha = by_factor(L, self.Y)
         left = self.Y - torch.mm(K, alpha)
         if not relative(left, self.Y) <= _REFINED:
-            alpha += torch.cholesky_solve(left, L)
+            alpha = alpha + by_factor(L, left)
             left = self.Y - torch.mm(K, alpha)
         return (alpha.contiguous(), K) if relative(left, self.Y) <= RESIDUAL else None
 

@@ -112,8 +112,8 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
             if not errors and _tired(scores[:, :steps].mean(0), ties[:, :steps].mean(0), task.patience):
                 break
     notes += [str(warning.message) for warning in said]
-    words = ("; ".join(dict.fromkeys(found)) for found in (errors, notes))
-    return Trial(scores[:, :steps], ties[:, :steps], seconds, *words, not full)
+    error, note = ("; ".join(dict.fromkeys(found)) for found in (errors, notes))
+    return Trial(scores[:, :steps], ties[:, :steps], seconds, error, note, not full)
 
 
 def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[float, float]]:
