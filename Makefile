@@ -1,14 +1,15 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first; the demo alone needs no tools.
 # `make test` leaves out what tests/slow.py lists, `make test-slow` runs that, `make test-all` both; each on two cores.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEMO := $(firstword $(wildcard $(STAMP)) $(VENV)/.reproduce)
 PYTEST := $(RUN) -m pytest --numprocesses 2
 
 .PHONY: demo test test-slow test-all docs lint types format clean
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(RUN) -m reproduce demo --out out/demo
 
 test: $(STAMP)
@@ -41,6 +42,11 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
+
+$(VENV)/.reproduce: pyproject.toml
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -e ".[reproduce]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

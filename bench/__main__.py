@@ -13,6 +13,10 @@ rows       learners of 10,000 and 100,000 rows, a tree of RFMs among them, on th
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
+machine_code  every Triton launch compiled, without a GPU, into the table of docs/pages/gpu.md: minutes
+first_contact  ten minutes on a GPU as numbers, from a plain checkout where nothing can be installed
+gpu_report     tables and proposals from what first_contact wrote
+predictions    predicted seconds on GPUs by counts and rates, into docs/pages/gpu.md
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/bench agop``.
 """
@@ -20,6 +24,7 @@ From another folder: ``python PATH_OF_THE_CHECKOUT/bench agop``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +32,17 @@ from pathlib import Path
 if not __package__:  # run by its path: modules come from the folder one is in and from the checkout
     sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
 try:
+    from bench import checkout
+
+    checkout.place()
     import torch
 
     from fastagop import commands
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m bench: {missing}; pip install -e '.[bench]' in {Path(__file__).resolve().parents[1]}")
+
+if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in checkout.ALONE:
+    sys.exit(importlib.import_module(f"bench.{sys.argv[1]}").command(sys.argv[2:]))
 
 from bench import (
     agop_cpu,
@@ -39,6 +50,7 @@ from bench import (
     cg_cpu,
     files,
     keops_cpu,
+    machine_code,
     network_cpu,
     report,
     rfm_cpu,
@@ -78,11 +90,13 @@ OPTIONS = {
     "report": ("result",),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
+    "machine_code": (),
 }
-CASES = tuple(OPTIONS)
+CASES = (*OPTIONS, *checkout.ALONE)
 # Where --device cpu says nothing new.
 _ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
 _MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
+_WRITES = {"readme": "README.md", "machine_code": "docs/pages/gpu.md"}
 _NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
@@ -108,16 +122,19 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run: 0, or 2 with one line on stderr for what the caller can change."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in checkout.ALONE:
+        return importlib.import_module(f"bench.{words[0]}").command(words[1:])
     made = parser()
-    given = made.parse_args(argv)
+    given = made.parse_args(words)
     takes = OPTIONS[given.case]
     for option in ("device", "result", "repeats", "n", "d", "threads", "only", "quick"):
         value = getattr(given, option)
         if value is not None and option not in takes and value != _MEASURED_ON.get(given.case):
             known = ", ".join(f"--{name}" for name in takes) or "no option but --help"
             made.error(f"{given.case} does not take --{option}; it takes {known}")
-    if given.case == "readme" and given.out is not None:
-        made.error("readme does not take --out; it writes README.md")
+    if given.case in _WRITES and given.out is not None:
+        made.error(f"{given.case} does not take --out; it writes {_WRITES[given.case]}")
     return commands.run("python -m bench", lambda: _run(given))
 
 
@@ -129,6 +146,9 @@ def _run(given: argparse.Namespace) -> None:
         return
     if given.case == "readme":
         report.readme()
+        return
+    if given.case == "machine_code":
+        machine_code.main()
         return
     out = given.out or Path(f"out/{given.case}_{device.type}.json")
     files.check(out)

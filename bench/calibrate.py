@@ -20,12 +20,31 @@ from bench import clock, files, problems
 
 KERNEL = problems.LAPLACE
 _SIZES = {"cpu": (4000, 784, 10), "cuda": (16384, 1024, 10)}
-# (rows, columns, inner, warps, stages) worth a try beside the table's; what a chip cannot launch is skipped.
+# (rows, columns, inner, warps, stages, and registers where they are limited) worth a try beside the table's; what a
+# chip cannot launch is skipped.
 CANDIDATES = {
-    "matrix": [(128, 128, 32, 8, 3), (128, 64, 32, 8, 4), (128, 64, 64, 8, 3), (64, 64, 32, 4, 4)],
-    "matmul": [(64, 64, 32, 8, 3), (64, 32, 32, 4, 3), (128, 32, 32, 8, 3), (64, 32, 64, 4, 3), (32, 32, 32, 4, 3)],
-    "gradient": [(128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4)],
-    "gram": [(128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 4), (64, 64, 64, 4, 3)],
+    "matrix": [
+        (128, 128, 32, 8, 3),
+        (128, 64, 32, 8, 3, 128),
+        (128, 64, 32, 8, 4),
+        (128, 64, 64, 8, 3),
+        (64, 64, 32, 4, 4),
+    ],
+    "matmul": [(64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (128, 32, 32, 8, 3), (64, 32, 64, 4, 3), (32, 32, 32, 4, 3)],
+    "gradient": [
+        (128, 128, 32, 8, 3),
+        (128, 64, 32, 8, 3, 128),
+        (128, 128, 32, 8, 4),
+        (128, 128, 64, 8, 3),
+        (128, 64, 32, 4, 4),
+    ],
+    "gram": [
+        (128, 128, 32, 8, 3),
+        (128, 64, 32, 8, 3),
+        (128, 64, 32, 8, 3, 128),
+        (64, 64, 32, 4, 4),
+        (64, 64, 64, 4, 3),
+    ],
     "update": [(128, 128, 16, 8, 3), (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
 }
 
@@ -97,7 +116,7 @@ def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: i
         for candidate in (Config(*numbers) for numbers in CANDIDATES[operation]):
             with launch_config.trial(operation, products, candidate):
                 try:
-                    if not _agree(run(), truth, products):
+                    if not agree(run(), truth, products):
                         raise ValueError("it computes something else")
                     took = clock.seconds(run, device, repeats, warm=0)
                 except Exception as error:  # resources that the chip lacks come as many kinds of error
@@ -106,11 +125,11 @@ def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: i
             if took < 0.97 * fastest:  # less is noise
                 fastest, chosen = took, candidate
         print(f"{operation} {products}: {chosen}, {fastest * 1e3:.3g} ms")
-        best[f"{operation} {products}"] = (chosen.rows, chosen.columns, chosen.inner, chosen.warps, chosen.stages)
+        best[f"{operation} {products}"] = chosen.numbers
     return best
 
 
-def _agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
+def agree(result: torch.Tensor, truth: torch.Tensor, products: str) -> bool:
     """Whether two configurations computed the same, up to the products' rounding."""
     bound = {"tf32": 1e-2, "bf16x3": 1e-4, "fp64": 1e-12}.get(products, 1e-5)
     return float((result - truth).norm()) <= bound * float(truth.norm())

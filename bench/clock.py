@@ -58,13 +58,14 @@ def ceilings(device: torch.device, kinds: Sequence[str] = ("float32",)) -> dict[
         libraries = [lambda A=A: torch.mm(A, A)]
         if kind == "float32":
             libraries.append(lambda A=A: matmul_nt(A, A))
-        with _tf32() if kind == "tf32" else contextlib.nullcontext():
+        with tf32() if kind == "tf32" else contextlib.nullcontext():
             found[kind] = {"flops": 2 * size**3 / min(seconds(run, device, 5) for run in libraries)}
     return found
 
 
 @contextlib.contextmanager
-def _tf32():
+def tf32():
+    """torch's float32 products in TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastagop.kernels import atomic_files
+
 from bench import machine
 from fastagop import commands
-from fastagop.estimators import files as storage
 from fastagop.estimators import tensor_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,7 @@ def check(out: Path) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """Write a file, and its folder, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    storage.put(path, content.encode() if isinstance(content, str) else content)
+    atomic_files.write(path, content.encode() if isinstance(content, str) else content)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

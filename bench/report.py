@@ -110,7 +110,7 @@ def main(result: Path, out: Path) -> None:
 def readme(path: Path = files.ROOT / "README.md") -> None:
     """Write the committed results' tables between the README's marks."""
     text = path.read_text()
-    for case in ("agop", "network", "cg", "tables"):
+    for case in ("agop", "tables"):
         result = files.ROOT / f"bench/results/{case}_cpu.json"
         try:
             made = importlib.import_module(f"bench.{case}_cpu").table(files.read_json(result)["rows"])

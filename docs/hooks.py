@@ -6,12 +6,16 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+import outputs  # noqa: E402
+
 SOURCE = ROOT / "build" / "docs_source"
 _TABLE = re.compile(r"<!-- table (\w+) -->")
 
@@ -33,8 +37,12 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown: str, **_) -> str:
-    """Replace ``<!-- table name -->`` by what bench/results/name.json holds; plots lie in results/ here."""
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Show what blocks print, and replace ``<!-- table name -->`` by what bench/results/name.json holds.
+
+    Plots lie in results/ here.
+    """
+    markdown = outputs.with_outputs(markdown, page.file.src_uri)
     return _TABLE.sub(lambda found: table(found[1]), markdown).replace("../../bench/results/", "results/")
 
 

@@ -14,9 +14,12 @@ offset far larger than the spread is not subtracted.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastagop import collapse, datasets, distributed, estimators, network
+from fastagop import collapse, datasets, distributed, estimators, network, plots
 from fastagop.explain import explain
 from fastagop.kernels.errors import BackendUnavailable, NumericalWarning
+from fastagop.kernels.families.angles import NTK, ArcCosine
+from fastagop.kernels.families.coordinates import LpLaplace, ProductLaplace
+from fastagop.kernels.families.dot_product import Polynomial
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solvers.bandwidth import settled
@@ -24,9 +27,10 @@ from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.half import CholeskyCG
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
+from fastagop.spectra import Spectrum, spectrum
 
 if TYPE_CHECKING:
-    from fastagop import probes
+    from fastagop import autograd, convolution, probes
     from fastagop.deep_rfm.estimator import DeepRFMClassifier, DeepRFMRegressor
     from fastagop.estimators.persistence import load
     from fastagop.rfm import (
@@ -40,7 +44,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
+    "ArcCosine",
     "BackendUnavailable",
     "CholeskyCG",
     "ConjugateGradients",
@@ -49,8 +54,12 @@ __all__ = [
     "Gaussian",
     "GeneralisedLaplace",
     "Laplace",
+    "LpLaplace",
     "Matern52",
+    "NTK",
     "NumericalWarning",
+    "Polynomial",
+    "ProductLaplace",
     "RFMClassifier",
     "RFMClassifierCV",
     "RFMRegressor",
@@ -58,8 +67,11 @@ __all__ = [
     "RFMTreeClassifier",
     "RFMTreeRegressor",
     "Solution",
+    "Spectrum",
     "agop",
+    "autograd",
     "collapse",
+    "convolution",
     "datasets",
     "distributed",
     "explain",
@@ -68,9 +80,11 @@ __all__ = [
     "kernel_matrix",
     "load",
     "network",
+    "plots",
     "probes",
     "settled",
     "solve",
+    "spectrum",
 ]
 
 # They import scikit-learn or safetensors.
@@ -79,8 +93,8 @@ _LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "probes":  # a module, which imports scikit-learn
-        return importlib.import_module("fastagop.probes")
+    if name in ("autograd", "convolution", "probes"):  # modules, which import scikit-learn or register operators
+        return importlib.import_module(f"fastagop.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastagop' has no attribute {name!r}")

@@ -9,8 +9,9 @@ import torch
 from .checks import choice
 from .errors import BackendUnavailable
 from .keops_backend.backend import KeopsBackend
+from .pair_backend.backend import PairBackend
 from .plan import AgopTask, Call
-from .profile import Profile
+from .profile import Kernel
 from .scaling import Points
 from .torch_backend.agop import InnerKernels
 from .torch_backend.backend import FactorKernels, TorchBackend
@@ -25,7 +26,7 @@ class Request(NamedTuple):
     """
 
     operation: str
-    kernel: Profile
+    kernel: Kernel
     X: torch.Tensor
     precision: str = "highest"
 
@@ -103,6 +104,7 @@ class Serving(Backend, Protocol):
 
 _TABLE: dict[str, Backend] = {}
 _RESERVED: tuple[str, ...] = ()
+_PAIRS = PairBackend()  # serves the kernels that are not radial, under the name of torch
 
 
 def register(backend: Backend) -> None:
@@ -133,9 +135,11 @@ def choose(backend: str, request: Request) -> tuple[Serving, str]:
     measured on a GPU.
     """
     choice("backend", backend, names())
+    if not request.kernel.radial and backend in ("auto", "torch"):
+        return cast(Serving, _PAIRS), "the torch backend serves every device"
     if backend == "auto":
         return cast(Serving, _TABLE["torch"]), "the torch backend serves every device"
-    reason = _TABLE[backend].refusal(request)
+    reason = _refusal(backend, request)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {request.operation}: {reason}; use backend='torch' or 'auto' to compute "
@@ -146,4 +150,11 @@ def choose(backend: str, request: Request) -> tuple[Serving, str]:
 
 def serving(backend: str, request: Request) -> str:
     """The backend's name where it serves a call, else "auto"."""
-    return backend if backend == "auto" or _TABLE[backend].refusal(request) is None else "auto"
+    return backend if backend == "auto" or _refusal(backend, request) is None else "auto"
+
+
+def _refusal(backend: str, request: Request) -> str | None:
+    """Why a backend does not serve a call; kernels that are not radial are torch's alone."""
+    if not request.kernel.radial and backend != "torch":
+        return f"it has radial kernels only, and {request.kernel!r} is none"
+    return _TABLE[backend].refusal(request)

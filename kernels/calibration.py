@@ -31,7 +31,8 @@ class Measured:
     """Measurements of one device.
 
     Attributes:
-        configs: "operation products" -> (rows, columns, inner, warps, stages) of the fastest launch.
+        configs: "operation products" -> numbers of the fastest launch: rows, columns, inner, warps, stages, and
+            registers where they are limited.
         rates: "form products" -> floating-point operations per second of an AGOP form.
         about: chip, versions and date.
     """
@@ -106,7 +107,7 @@ def _read(file: Path) -> Measured:
         read = json.loads(text)
         configs = {key: tuple(int(n) for n in value) for key, value in read["configs"].items()}
         rates = {key: float(value) for key, value in read["rates"].items()}
-        if any(len(c) != 5 or min(c) < 1 for c in configs.values()):
+        if any(len(c) not in (5, 6) or min(c) < 1 for c in configs.values()):
             raise ValueError("a configuration is out of range")
         if not all(0 < rate < math.inf for rate in rates.values()):
             raise ValueError("a rate is out of range")

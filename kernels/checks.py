@@ -8,7 +8,8 @@ import numbers
 
 import torch
 
-from .profile import Profile, median_factor
+from .errors import BackendUnavailable
+from .profile import Kernel, unsettled
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -21,13 +22,19 @@ def choice(name: str, value, allowed: tuple[str, ...]) -> None:
 
 def kernel(value, *, settled: bool = True) -> None:
     """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
-    if not isinstance(value, Profile):
+    if not isinstance(value, Kernel):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
-    if settled and median_factor(value) is not None:
+    if settled and unsettled(value):
         raise ValueError(
             f"kernel must have a number for a bandwidth here, got {value!r}; use fastagop.settled(kernel, X), which "
             "takes the median distance of points, or a number"
         )
+
+
+def radial(value: Kernel, operation: str, remedy: str) -> None:
+    """Refuse a kernel that is not a function of ||x - z||_2 where only those are served."""
+    if not value.radial:
+        raise BackendUnavailable(f"{operation} serves radial kernels only, got {value!r}; {remedy}")
 
 
 def nonnegative(name: str, value) -> float:
@@ -69,6 +76,8 @@ def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+    if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
+        return
     refusals = (
         (value.is_nested, "a nested tensor", "use torch.nested.to_padded_tensor, or one of its parts"),
         (value.layout != torch.strided, f"layout {value.layout}", f"convert it with {name}.to_dense()"),
@@ -180,7 +189,13 @@ def finite(value: torch.Tensor) -> bool:
     """Whether every item is finite (taken for granted in a capture); the extremes say it without a mask."""
     for axis, stride in enumerate(value.stride()):  # an expanded axis repeats its items
         value = value.narrow(axis, 0, min(1, value.shape[axis])) if stride == 0 else value
-    return value.numel() == 0 or not readable(value) or all(math.isfinite(float(end)) for end in torch.aminmax(value))
+    return value.numel() == 0 or not readable(value) or math.isfinite(largest(value))
+
+
+def largest(value: torch.Tensor) -> float:
+    """The size of the largest item of a tensor that has items, NaN where one is NaN."""
+    low, high = torch.aminmax(value)
+    return max(abs(low.item()), abs(high.item()))
 
 
 def spread(X: torch.Tensor, Z: torch.Tensor, largest: float) -> None:

@@ -8,7 +8,7 @@ import math
 import torch
 
 from .calibration import cpuinfo
-from .checks import readable
+from .checks import largest, readable
 from .scaling import scaled_
 
 
@@ -42,7 +42,7 @@ _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are
 
 def add_squares_(M: torch.Tensor, G: torch.Tensor) -> None:
     """Add G^T G to float64 M; G (rows, d) is scaled by a power of two where squares would leave its dtype."""
-    size = max((float(end.abs()) for end in torch.aminmax(G)), default=0.0) if G.numel() and readable(G) else 1.0
+    size = largest(G) if G.numel() and readable(G) else 1.0
     exponent = math.frexp(size)[1] if math.isfinite(size) and size > 0 else 0
     if abs(exponent) <= (40 if G.dtype == torch.float32 else 400):
         exponent = 0
@@ -65,6 +65,8 @@ def square_bytes(rows: int, d: int, size: int) -> int:
 
 def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:
     """Overwrite a square matrix by (M + M^T) / 2, symmetric to the bit, block by block."""
+    if len(M) <= rows:
+        return M.copy_((M + M.T).mul_(0.5))
     for start in range(0, len(M), rows):
         stop = min(len(M), start + rows)
         panel, mirror = M[start:stop, start:], M[start:, start:stop]

@@ -7,14 +7,17 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from . import backends, calibration, checks
 from .errors import warn
+from .pair_backend.backend import PairProduct
+from .pair_backend.blocks import mean_gradient as pair_mean_gradient
 from .plan import AgopTask, Call, Plan
 from .precision import matmul_precision
-from .profile import Profile
+from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
 from .torch_backend import matrix, tiles
@@ -45,7 +48,7 @@ class KernelOperator:
         why: the reason, in words.
     """
 
-    def __init__(self, operation: str, kernel: Profile, X, Z=None, *, precision="highest", backend="auto"):
+    def __init__(self, operation: str, kernel: Any, X, Z=None, *, precision="highest", backend="auto"):
         checks.kernel(kernel)
         checks.choice("precision", precision, checks.PRECISIONS)
         checks.choice("backend", backend, backends.names())
@@ -63,7 +66,7 @@ class KernelOperator:
         return matmul_precision(self.precision, self.X.device)
 
     def _planned(self, call: Call, run: Callable[[], torch.Tensor]) -> Call:
-        precision = self.backend.describe_precision(self.precision, self.X)
+        precision = call.plan.precision or self.backend.describe_precision(self.precision, self.X)
         plan = dataclasses.replace(call.plan, backend=self.backend.name, precision=precision)
         return Call(plan, run, lambda: self.seconds(plan))
 
@@ -93,8 +96,10 @@ class KernelOperator:
         """Whether its backend would serve another operation on these points, too."""
         return self.backend.refusal(backends.Request(operation, self.kernel, self.X, self.precision)) is None
 
-    def float64_product(self, rows: int) -> PointsProduct:
+    def float64_product(self, rows: int) -> PointsProduct | PairProduct:
         """k(X, X) of the scaled points in float64, which is never stored, in blocks of that many rows."""
+        if not self.kernel.radial:
+            return PairProduct(self.kernel, self.points.X.double(), rows)
         request = backends.Request("solve with method 'cg'", self.kernel, self.X)
         chosen, _ = backends.choose(backends.serving(self.backend.name, request), request)
         x = self.points.X.double()
@@ -151,7 +156,8 @@ class KernelOperator:
             raise ValueError("Z must have at least one row for reduction='mean', got none; use reduction='sum'")
         checks.matrix("alpha", alpha, like=self.X, rows=(len(self.X), "X"))
         checks.sample_weight(task.weights, Z, task.reduction)
-        task = dataclasses.replace(task, limit=limit, method=method)
+        if (limit, method) != (task.limit, task.method):
+            task = dataclasses.replace(task, limit=limit, method=method)
         call = self.backend.agop(self, alpha, task)
         return self._planned(call, lambda: self._agop(call, alpha, task))
 
@@ -163,7 +169,7 @@ class KernelOperator:
             return X.new_zeros(X.shape[1], X.shape[1])
         with self.products():
             M = None
-            if task.center and torch_agop.centring_cancels(at, scaled, weights):
+            if task.center and self.kernel.radial and torch_agop.centring_cancels(at, scaled, weights):
                 M = _in_float64(at, scaled, task, weights)
             M = call.run(at, scaled, weights) if M is None else M
         M = amplitude.restore_squares(M.double().div_(divisor), exponent)  # may leave float32 on the way
@@ -203,6 +209,8 @@ class KernelOperator:
 
     def mean_gradient(self, alpha: torch.Tensor, weights: torch.Tensor | None = None, rows: int = _ROWS):
         """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
+        if not self.kernel.radial:
+            return pair_mean_gradient(self.kernel, self.X, alpha, self.Z, rows, weights)
         at = self.points
         kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit)
 
@@ -254,8 +262,10 @@ class PointsProduct:
         return index, matrix.kernel_matmul(kernel, X[index], X, V, self.rows)
 
 
-def product_of_points(kernel: Profile, X: torch.Tensor, columns: int) -> PointsProduct:
+def product_of_points(kernel: Kernel, X: torch.Tensor, columns: int) -> PointsProduct | PairProduct:
     """k(X, X) of float64 points that have been scaled, for products with so many columns."""
+    if not isinstance(kernel, Profile):
+        return PairProduct(kernel, X, _ROWS)
     plan = matrix.plan_kernel_matmul(X, X, X.new_zeros(1).expand(len(X), columns), "")
     chosen, _ = backends.choose("auto", backends.Request("kernel_matmul", kernel, X))
     return PointsProduct(Points(kernel, X, X), plan.block, chosen)

@@ -12,7 +12,7 @@ import torch
 from . import checks
 from .kernel_operator import KernelOperator
 from .plan import AgopTask, Call
-from .profile import Profile
+from .profile import Kernel
 
 
 def _matrix(kernel, X, Z, *, out, ridge, precision, backend) -> Call:
@@ -55,7 +55,7 @@ def prepared(name: str, *args, **kwargs) -> Call:
 
 @torch.no_grad()
 def kernel_matrix(
-    kernel: Profile,
+    kernel: Kernel,
     X: torch.Tensor,
     Z: torch.Tensor | None = None,
     *,
@@ -91,7 +91,7 @@ def kernel_matrix(
 
 @torch.no_grad()
 def kernel_matmul(
-    kernel: Profile,
+    kernel: Kernel,
     X: torch.Tensor,
     Z: torch.Tensor | None = None,
     V: torch.Tensor | None = None,
@@ -119,7 +119,7 @@ def kernel_matmul(
 
 @torch.no_grad()
 def gradients(
-    kernel: Profile,
+    kernel: Kernel,
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor | None = None,
@@ -151,7 +151,7 @@ def gradients(
 
 @torch.no_grad()
 def agop(
-    kernel: Profile,
+    kernel: Kernel,
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor | None = None,

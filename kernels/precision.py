@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,9 +51,11 @@ class Switch:
         if hasattr(os, "register_at_fork"):  # a fork while another thread holds the lock must not block the child
             os.register_at_fork(after_in_child=self._renew)
 
-    @contextlib.contextmanager
-    def at(self, value: Any) -> Iterator[None]:
+    def at(self, value: Any) -> Use:
         """Keep the setting at a value, or at an earlier one of the order, while the block runs."""
+        return Use(self, value)
+
+    def _begin(self, value: Any) -> None:
         with self._lock:
             self._users[value] += 1
             try:
@@ -61,12 +63,11 @@ class Switch:
             except BaseException:
                 self._users[value] -= 1
                 raise
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users[value] -= 1
-                self._settle()
+
+    def _end(self, value: Any) -> None:
+        with self._lock:
+            self._users[value] -= 1
+            self._settle()
 
     def _settle(self) -> None:
         """Bring the setting to what the present users need; the lock is held."""
@@ -88,8 +89,22 @@ class Switch:
         self._lock = threading.Lock()
 
 
-@contextlib.contextmanager
-def matmul_precision(precision: str, device: torch.device):
+class Use:
+    """One call's use of a switch, as a ``with`` block; a class, as generators cost a small call a tenth of its time."""
+
+    __slots__ = ("_switch", "_value")
+
+    def __init__(self, switch: Switch, value: Any):
+        self._switch, self._value = switch, value
+
+    def __enter__(self) -> None:
+        self._switch._begin(self._value)
+
+    def __exit__(self, *raised: object) -> None:
+        self._switch._end(self._value)
+
+
+def matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Run torch's float32 products at the precision asked for, whatever the process has set globally.
 
     torch knows full float32 and TF32 (on the CPU bf16); what is less accurate than asked for is not taken, so "high"
@@ -97,21 +112,23 @@ def matmul_precision(precision: str, device: torch.device):
     Calls of several threads share the setting: while any of them needs full float32, all compute in it.
     """
     rounds = is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    off = torch.autocast(device.type, enabled=False) if rounds else contextlib.nullcontext()
-    with off, _switched(precision, device):
-        yield
+    use = _switched(precision, device)
+    return _without_autocast(device, use) if rounds else use
 
 
 @contextlib.contextmanager
-def _switched(precision: str, device: torch.device):
+def _without_autocast(device: torch.device, use: Use):
+    with torch.autocast(device.type, enabled=False), use:
+        yield
+
+
+def _switched(precision: str, device: torch.device) -> Use:
     """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
-    medium = precision == "medium" and device.type == "cuda"
+    cuda = device.type == "cuda"
+    medium = cuda and precision == "medium"
     if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
-        with _CUDA.at("tf32" if medium else "ieee") if device.type == "cuda" else _ONEDNN.at("ieee"):
-            yield
-    else:
-        with _OLDER.at("medium" if medium else "highest"):
-            yield
+        return _CUDA.at("tf32" if medium else "ieee") if cuda else _ONEDNN.at("ieee")
+    return _OLDER.at("medium" if medium else "highest")
 
 
 def _products_by_backend() -> tuple:

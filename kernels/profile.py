@@ -1,6 +1,7 @@
-"""What a backend asks of a kernel: its value and its gradient weight, and what it says about itself.
+"""What a backend asks of a kernel: what it says about itself and, of a radial one, its value and its gradient weight.
 
-A profile has phi(0) = 1, and r enters it as r / L. The kernels themselves are in ``radial``.
+A profile has phi(0) = 1, and r enters it as r / L. The radial kernels themselves are in ``radial``, the others in
+``families``.
 """
 
 from __future__ import annotations
@@ -77,8 +78,82 @@ else:
     Bandwidth = float
 
 
+class Kernel:
+    """What every kernel says of itself, so that what cannot serve it says so by name; parameters are dataclass fields.
+
+    Attributes:
+        radial: a function of ||x - z||_2 with value 1 at 0, which all backends and solvers are made for.
+        shift_invariant: k(x + a, z + a) = k(x, z): offsets of the points may be subtracted.
+        rotation_invariant: k(Q x, Q z) = k(x, z) for orthogonal Q: fewer points than features may be turned into
+            coordinates of their span.
+        unit_diagonal: k(x, x) = 1.
+        nonnegative: no value is negative.
+        wide: blocks are computed in float64 whatever the dtype of the points is.
+        agop_forms: of "gradient" and "gram".
+        norm: the p of ||x - z||_p that a bandwidth of "median" is the median of; None for a kernel without bandwidth.
+        parts: the kernels that it is made of.
+    """
+
+    radial: ClassVar[bool] = False
+    # Kernels made of others have properties of these names, so their types are in the text above.
+    shift_invariant: Any = False
+    rotation_invariant: Any = False
+    unit_diagonal: Any = False
+    nonnegative: Any = False
+    wide: Any = True
+    agop_forms: Any = ("gradient",)
+    norm: Any = None
+
+    @property
+    def parts(self) -> tuple[Kernel, ...]:
+        """None but for sums and products."""
+        return ()
+
+    def _positive(self, name: str, largest: float = math.inf) -> None:
+        """Make a parameter a float; refuse what is no number, not finite, or outside (0, largest]."""
+        value = getattr(self, name)
+        limit = "" if largest == math.inf else f" up to {largest:g}"
+        object.__setattr__(self, name, _positive(name, value, value, limit, largest))
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The kernel's parameters by name, as scikit-learn asks for them; with ``deep`` those of its parts, too."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+        for name, part in list(found.items()):
+            if deep and isinstance(part, Kernel):
+                found |= {f"{name}__{inner}": value for inner, value in part.get_params().items()}
+        return found
+
+    def set_params(self, **params: Any) -> Any:
+        """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
+
+        Raises:
+            ValueError: a parameter that the kernel does not have. ValueError, TypeError: naming the parameter.
+        """
+        known, inner = self.get_params(deep=False), {}
+        for name in list(params):
+            first, _, rest = name.partition("__")
+            if rest and isinstance(known.get(first), Kernel):
+                inner.setdefault(first, {})[rest] = params.pop(name)
+            elif name not in known:
+                known = list(self.get_params())
+                raise ValueError(f"Invalid parameter {name!r} for kernel {self!r}. Valid parameters are: {known!r}.")
+        changed = {name: params.get(name, known[name]).set_params(**values) for name, values in inner.items()}
+        return replace(self, **{**params, **changed})  # pyright: ignore[reportArgumentType]
+
+    def __sklearn_clone__(self) -> Any:
+        """Itself: what never changes needs no copy."""
+        return self
+
+    def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Overwrite kernel values by gradient weights; None where there is no closed form for it.
+
+        The caller sets pairs at distance zero itself: the value 1 may also be a tiny distance rounded away.
+        """
+        return None
+
+
 @dataclass(frozen=True)
-class Profile:
+class Profile(Kernel):
     """A radial kernel with a bandwidth; subclasses give the profile.
 
     The in-place methods below consume a tensor of squared distances (or kernel values) block by block, so that
@@ -90,43 +165,24 @@ class Profile:
 
     bandwidth: Bandwidth
 
+    radial = True
+    shift_invariant = True
+    rotation_invariant = True
+    unit_diagonal = True
+    nonnegative = True
+    agop_forms = ("gradient", "gram")
+    norm = 2.0
     # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None
 
     def __post_init__(self):
-        object.__setattr__(self, "bandwidth", _bandwidth(self.bandwidth))
-
-    def _positive(self, name: str, largest: float = math.inf) -> None:
-        """Make a parameter a float; refuse what is no number, not finite, or outside (0, largest]."""
-        value = getattr(self, name)
-        limit = "" if largest == math.inf else f" up to {largest:g}"
-        object.__setattr__(self, name, _positive(name, value, value, limit, largest))
+        object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
     @property
     def further_parameters(self) -> tuple[float, ...]:
         """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
         return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The kernel's parameters by name, as scikit-learn asks for them; ``deep`` changes nothing."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def set_params(self, **params: Any) -> Profile:
-        """A changed copy: kernels never change themselves, so that they may be shared, hashed and compared.
-
-        Raises:
-            ValueError: a parameter that the kernel does not have. ValueError, TypeError: naming the parameter.
-        """
-        known = list(self.get_params())
-        for name in params:
-            if name not in known:
-                raise ValueError(f"Invalid parameter {name!r} for kernel {self!r}. Valid parameters are: {known!r}.")
-        return replace(self, **params)
-
-    def __sklearn_clone__(self) -> Profile:
-        """Itself: what never changes needs no copy."""
-        return self
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by phi(r)."""
@@ -135,13 +191,6 @@ class Profile:
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
         raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
-
-    def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
-        """Overwrite kernel values by gradient weights; None where the profile has no closed form for it.
-
-        The caller sets pairs at distance zero itself: the value 1 may also be a tiny distance rounded away.
-        """
-        return None
 
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dw/dt at t = r^2 > 0, from t and the weights there; differentiable in both."""
@@ -170,7 +219,7 @@ def _positive(name: str, value, given, allowed: str, largest: float = math.inf) 
     return number
 
 
-def _bandwidth(given) -> float | str | tuple[str, float]:
+def bandwidth_of(given) -> float | str | tuple[str, float]:
     """A bandwidth as a kernel stores it: a float, "median" or ("median", factor); a factor of 1 is the word alone."""
     words = f", {_MEDIAN!r} or ({_MEDIAN!r}, factor > 0)"
     word, factor = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, 1.0)
@@ -180,12 +229,17 @@ def _bandwidth(given) -> float | str | tuple[str, float]:
     return _MEDIAN if factor == 1.0 else (_MEDIAN, factor)
 
 
-def median_factor(kernel: Profile) -> float | None:
-    """What the median distance is to be multiplied by for a bandwidth; None where the bandwidth is a number."""
-    stored: object = kernel.bandwidth
+def median_factor(kernel: Kernel) -> float | None:
+    """What the median distance is to be multiplied by for a bandwidth; None where there is none, or it is a number."""
+    stored: object = getattr(kernel, "bandwidth", None)
     if stored == _MEDIAN:
         return 1.0
     return stored[1] if isinstance(stored, tuple) else None
+
+
+def unsettled(kernel: Kernel) -> bool:
+    """Whether a bandwidth of the kernel, or of a part of it, is still to be chosen from points."""
+    return median_factor(kernel) is not None or any(unsettled(part) for part in kernel.parts)
 
 
 def weight_slope(kernel: Profile, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

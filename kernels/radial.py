@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .operations import kernel_matrix
-from .profile import Formulas, Profile, bounded_factor, multiply_, nearest_factor, without_duplicates_
+from .families.composition import Combining
+from .profile import Formulas, Kernel, Profile, bounded_factor, multiply_, nearest_factor, without_duplicates_
 
 # KeOps' Powf, IntInv(3) and / IntCst(3) have float32's digits only: powers are taken by Log, thirds by roots.
 _INVERSE = "Elem(c, 0)"
@@ -31,15 +31,11 @@ _ROOT_FACTOR = f"(Sqrt(IntCst(5)) * (Rsqrt(IntCst(3)) * {_INVERSE}))"  # sqrt(5 
 
 
 @dataclass(frozen=True)
-class Radial(Profile):
+class Radial(Combining, Profile):
     """A radial kernel with a bandwidth; subclasses give the profile.
 
     ``kernel(X, Z)`` is its kernel matrix. The kernel's gradient at distance zero is zero by definition.
     """
-
-    def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
-        """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""
-        return kernel_matrix(self, X, Z)
 
 
 @dataclass(frozen=True)
@@ -253,9 +249,9 @@ else:
         return 5.0 / 3.0 / self.bandwidth**2
 
 
-def named(name: str) -> type[Radial]:
+def named(name: str) -> type[Kernel]:
     """The kernel class of that name, among those defined here or by an imported module."""
-    known, todo = {}, [Radial]
+    known, todo = {}, [Kernel]
     while todo:
         children = todo.pop().__subclasses__()
         known.update({child.__name__: child for child in children})

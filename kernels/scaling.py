@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import checks
-from .profile import Profile
+from .profile import Kernel, Profile
 
 _EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
 # Bandwidths, in the points' unit, from which a kernel may be homogeneous at every distance.
@@ -31,26 +31,27 @@ def scaled_(values: torch.Tensor, exponent: int) -> torch.Tensor:
 
 
 def _largest(*tensors: torch.Tensor) -> float:
-    return max((float(end.abs()) for t in tensors if t.numel() for end in torch.aminmax(t)), default=0.0)
+    return max((checks.largest(t) for t in tensors if t.numel()), default=0.0)
 
 
 class Points(NamedTuple):
     """A kernel, centers X and evaluation points Z (X itself where they are the same) in a unit of length."""
 
-    kernel: Profile
+    kernel: Any
     X: torch.Tensor
     Z: torch.Tensor
     unit: float = 1.0
 
 
-def scale_points(kernel: Profile, X: torch.Tensor, Z: torch.Tensor) -> Points:
+def scale_points(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> Points:
     """The points with lengths in a power-of-two unit, where squares of the points would leave their dtype.
 
-    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit.
+    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit. Only radial kernels
+    are scaled.
     """
-    if not checks.readable(X):
+    if not isinstance(kernel, Profile) or not checks.readable(X):
         return Points(kernel, X, Z)
-    largest = _largest(X, Z)
+    largest = _largest(X) if Z is X else _largest(X, Z)
     if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
         return Points(kernel, X, Z)
     exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
@@ -92,8 +93,8 @@ class Amplitude:
 
 
 def in_range(
-    kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0
-) -> tuple[Profile, torch.Tensor, Amplitude]:
+    kernel: Any, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0
+) -> tuple[Any, torch.Tensor, Amplitude]:
     """(kernel, alpha, amplitude) whose weights and coefficients stay within X's dtype, for points in units.
 
     Weights of a kernel that is far wider than the points are homogeneous in the bandwidth: those of a narrower one are
@@ -102,7 +103,7 @@ def in_range(
     exponent = 1 - math.frexp(unit)[1]
     if not checks.readable(X):
         return kernel, alpha, Amplitude(1.0, exponent)
-    kernel, factor, more = _narrower(kernel, X)
+    kernel, factor, more = _narrower(kernel, X) if kernel.radial else (kernel, 1.0, 0)
     exponent += more
     largest, bound = _largest(alpha), _COEFFICIENTS[X.dtype]
     if largest > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once

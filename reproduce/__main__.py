@@ -1,4 +1,4 @@
-"""``python -m reproduce figure1 | ... | figure12 | nfa_table | demo | theory``; see README.md beside it.
+"""``python -m reproduce figure1 | ... | figure12 | all | report | nfa_table | demo | theory``; see README.md.
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/reproduce figure1``.
 """
@@ -20,9 +20,21 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
 
-from reproduce import deep_rfm_figures, demo, figures, network_figures, nfa_table, theory
+from reproduce import (
+    conv_rfm,
+    deep_rfm_figures,
+    demo,
+    everything,
+    figures,
+    grokking,
+    network_figures,
+    nfa_table,
+    report,
+    theory,
+)
 
 FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
+SHOWN = FIGURES | {conv_rfm.NAME: conv_rfm.ABOUT, grokking.NAME: grokking.ABOUT}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,6 +43,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
     for name, figure in FIGURES.items():
         figure.family.add_options(_add(commands, name, figure.description, partial(figures.make, name, figure)))
+    text = "every figure and table, one after the other, and a page that shows them"
+    everything.add_options(_add(commands, "all", text, partial(everything.command, parser, SHOWN)))
+    text = "collapse in a Deep RFM of convolutional layers, by patch AGOP"
+    conv_rfm.add_options(_add(commands, conv_rfm.NAME, text, conv_rfm.command))
+    text = "a quadratic kernel machine that learns modular addition late, by its AGOP"
+    grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
+    text = "a page of whatever results there are, beside what the paper says"
+    report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
     text = "NFA correlation and collapse at every Linear layer of a model of yours"
     nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
     text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from fastagop import commands
-from reproduce import figures, layers, options, plots, runs, settings
-from reproduce.deep_rfm_figures import FAMILY
+from reproduce import figures, options, plots, runs, settings
+from reproduce.deep_rfm_figures import FAMILY, lesson
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +38,9 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def _lesson(run: runs.Run) -> str:
-    projected, features = ([layers.number(row[f"nc1_{stage}"]) for row in run.rows] for stage in layers.STAGES[1:])
-    raised = sum(after > before for before, after in zip(projected, features, strict=True))
     return (
-        "What to see: M^(1/2) of the AGOP pulls each class towards one point, NC1 after it falls from "
-        f"{projected[0]:.2g} to {projected[-1]:.1e}, while the random features raise NC1 in {raised} of "
-        f"{len(run.rows)} layers; the Gram matrix becomes blocks of 1 on a ground of -1/{run.record['classes'] - 1}."
+        "What to see: M^(1/2) of the AGOP pulls each class towards one point, while random features do not. "
+        f"{lesson(run.rows)}; the Gram matrix becomes blocks of 1 on a ground of -1/{run.record['classes'] - 1}.\n"
+        "Next: `python -m reproduce figure3 --dataset digits`, or `python -m reproduce all --quick --download`, which "
+        "makes every figure of the paper small"
     )

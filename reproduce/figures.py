@@ -36,12 +36,13 @@ class Family:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure's family, rows and title, and the kind of drawing, which the family's ``draw`` knows."""
+    """A figure's family, rows and title, the kind of drawing, which the family's ``draw`` knows, and its message."""
 
     family: Family
     kind: str
     rows: tuple[Row, ...]
     title: str
+    shows: str  # This is what the paper says that one sees.
 
     @property
     def description(self) -> str:
@@ -66,8 +67,7 @@ def make(name: str, figure: Figure, args: argparse.Namespace) -> int:
     location, family = options.run_location(args), figure.family
     rows, missing = present(figure, args, location)
     done = [[runs.run(family.procedure, settings, location) for settings in row] for row in rows]
-    title = f"Figure {name.removeprefix('figure')}. {figure.title}"
-    written = plots.save(family.draw(figure.kind, done, title), args.out / name)
+    written = plots.save(family.draw(figure.kind, done, figure.title), args.out / name)
     written += record(family, done, args.out / name, missing.values())
     for lesson in family.lessons(done):
         print(f"\n{lesson}")
@@ -126,5 +126,6 @@ def record(family: Family, done: Runs, stem: Path, missing: Iterable[str] = ()) 
         {"folder": run.relative_folder, **{key: run.record[key] for key in family.recorded if key in run.record}}
         for run in all_runs
     ]
-    files.write_json(source, {"runs": origins, "missing": list(missing), "drawn with": files.environment("cpu")})
+    about = {"runs": origins, "lessons": family.lessons(done), "missing": list(missing)}
+    files.write_json(source, about | {"drawn with": files.environment("cpu")})
     return [table, source]

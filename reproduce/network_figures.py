@@ -78,12 +78,22 @@ FAMILY = Family(
     lessons=lessons,
 )
 _SPLITS, _PROGRESS = "NC1 at the parts of each layer", "Collapse, NFA and training loss"
+_PARTS = (
+    "Of each layer's fall of NC1 over training, the larger part happens at S V^T, the right singular structure of its "
+    "weights, and not at the nonlinearity"
+)
+_TOGETHER = (
+    "While the loss falls, within-class scatter falls against the total, and the Gram matrices of the weights become "
+    "correlated with the AGOP of their layers (the NFA)"
+)
 FIGURES = {
-    "figure2": Figure(FAMILY, "splits", (("mnist", "mlp"), ("cifar10", "resnet")), f"{_SPLITS} of an MLP and ResNet18"),
-    "figure7": Figure(FAMILY, "splits", _rows("mlp"), f"{_SPLITS} of an MLP"),
-    "figure8": Figure(FAMILY, "splits", _rows("resnet"), f"{_SPLITS} of ResNet18's classifier"),
-    "figure9": Figure(FAMILY, "splits", _rows("vgg"), f"{_SPLITS} of VGG-11's classifier"),
-    "figure10": Figure(FAMILY, "progress", _rows("mlp"), f"{_PROGRESS} of an MLP"),
-    "figure11": Figure(FAMILY, "progress", _rows("resnet"), f"{_PROGRESS} of ResNet18"),
-    "figure12": Figure(FAMILY, "progress", _rows("vgg"), f"{_PROGRESS} of VGG-11"),
+    "figure2": Figure(
+        FAMILY, "splits", (("mnist", "mlp"), ("cifar10", "resnet")), f"{_SPLITS} of an MLP and ResNet18", _PARTS
+    ),
+    "figure7": Figure(FAMILY, "splits", _rows("mlp"), f"{_SPLITS} of an MLP", _PARTS),
+    "figure8": Figure(FAMILY, "splits", _rows("resnet"), f"{_SPLITS} of ResNet18's classifier", _PARTS),
+    "figure9": Figure(FAMILY, "splits", _rows("vgg"), f"{_SPLITS} of VGG-11's classifier", _PARTS),
+    "figure10": Figure(FAMILY, "progress", _rows("mlp"), f"{_PROGRESS} of an MLP", _TOGETHER),
+    "figure11": Figure(FAMILY, "progress", _rows("resnet"), f"{_PROGRESS} of ResNet18", _TOGETHER),
+    "figure12": Figure(FAMILY, "progress", _rows("vgg"), f"{_PROGRESS} of VGG-11", _TOGETHER),
 }

@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastagop import plots as drawing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Each line holds a stage, its colour in the paper and its name in the legend.
-STAGES = (
-    ("input", "tab:blue", r"$\Phi(X)$"),
-    ("projected", "tab:green", r"$SV^T\Phi(X)$"),
-    ("features", "tab:red", r"$\sigma(USV^T\Phi(X))$"),
-)
+# By stage, its name in the legend; fastagop.plots has the colours.
+LABELS = {"input": r"$\Phi(X)$", "projected": r"$SV^T\Phi(X)$", "features": r"$\sigma(USV^T\Phi(X))$"}
 _SHARES = (
-    ("within", "tab:red", r"tr $\Sigma_W$ / tr $\Sigma_T$"),
-    ("between", "tab:blue", r"tr $\Sigma_B$ / tr $\Sigma_T$"),
+    (drawing.COLORS[1], r"tr $\Sigma_W$ / tr $\Sigma_T$"),
+    (drawing.COLORS[0], r"tr $\Sigma_B$ / tr $\Sigma_T$"),
 )
 _FLOOR = 0.01  # The band's lower end is at least this times the mean (paper, appendix C).
 
@@ -56,8 +54,8 @@ def splits(rows: Sequence[TrainingHistory], title: str) -> Figure:
     for row, axes in zip(rows, grid, strict=True):
         for layer, axis in enumerate(axes):
             axis.set_yscale("log")
-            for stage, color, name in STAGES:
-                seeds = row.nc1[stage][:, :, layer]
+            for stage, name in LABELS.items():
+                seeds, color = row.nc1[stage][:, :, layer], drawing.STAGES[stage].color
                 _curve(axis, row.epochs, np.where((seeds > 0) & np.isfinite(seeds), seeds, np.nan), color, name)
         axes[0].set_ylabel(f"{row.title}\n" r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", fontsize=9)
     for layer, axis in enumerate(grid[0]):
@@ -76,10 +74,11 @@ def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     for row, axes in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
         between = 1 / (1 + row.nc1["features"][:, :, -1])
-        for (_, color, name), share in zip(_SHARES, (1 - between, between), strict=True):
+        for (color, name), share in zip(_SHARES, (1 - between, between), strict=True):
             _curve(axes[0], row.epochs, share, color, name)
         for layer in range(row.nfa.shape[2]):
-            _curve(axes[1], row.epochs, row.nfa[:, :, layer], f"C{layer}", f"layer {layer + 1}")
+            color = drawing.COLORS[layer % len(drawing.COLORS)]
+            _curve(axes[1], row.epochs, row.nfa[:, :, layer], color, f"layer {layer + 1}")
         epochs = np.arange(1, row.losses.shape[1] + 1)
         _curve(axes[2], epochs, np.where(row.losses > 0, row.losses, np.nan), "black", "training loss")
         axes[0].set_ylabel(row.title, fontsize=10)
@@ -96,7 +95,5 @@ def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
 
 def _curve(axis: Axes, epochs: np.ndarray, seeds: np.ndarray, color: str, name: str) -> None:
     mean, low, high = band(seeds)
-    axis.plot(epochs, mean, color=color, linewidth=1.4, label=name)
-    if len(seeds) > 1:
-        axis.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-    axis.grid(visible=True, alpha=0.3, linewidth=0.5)
+    around = (low, high) if len(seeds) > 1 else (None, None)
+    drawing.curve(axis, epochs, mean, *around, color=color, label=name)

@@ -22,9 +22,13 @@ class Images(nn.Module):
         self.shape = (channels, side, side) if channels_first else (side, side, channels)
         self.order = (0, 1, 2, 3) if channels_first else (0, 3, 1, 2)
 
+    def unflattened(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows (n, d) as images with the channels that they have."""
+        return x.view(-1, *self.shape).permute(self.order)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (n, d)."""
-        return x.view(-1, *self.shape).permute(self.order).expand(-1, 3, -1, -1).contiguous()
+        return self.unflattened(x).expand(-1, 3, -1, -1).contiguous()
 
 
 def build(settings: NetworkSettings, d: int, classes: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""NFA correlation and collapse at every Linear layer of any torch model: a command, and a function to call.
+"""NFA and FACT correlations at every layer of any torch model, collapse at its Linear layers: a command, a function.
 
 from reproduce.nfa_table import table
 print(table(model, loader))  # batches of (inputs, labels); or table(model, X, y)
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -19,31 +19,69 @@ from fastagop import commands, datasets, network
 from reproduce import options
 
 
-def table(model: nn.Module, X, y=None, layers=None, activation: Callable | None = torch.relu) -> str:
+def table(
+    model: nn.Module,
+    X,
+    y=None,
+    layers=None,
+    activation: Callable | None = torch.relu,
+    loss: Callable | None = None,
+) -> str:
     """One line a layer: NC1 of its input, after S V^T, after the nonlinearity; NC2 of its input; NFA correlation.
 
+    With ``loss``, as in ``network.fact``, the correlation of W^T W with the FACT matrix stands beside that.
     X is a tensor with labels y, or an iterable of (inputs, labels) that can be gone through several times. A cell is
-    empty where the layer has no such number: NC1 of tokens, the correlation with an AGOP of zero.
+    empty where the layer has no such number: NC1 of tokens or patches, the correlation with an AGOP of zero.
     """
+    named: list[str] = []
+
+    def names() -> list[str]:
+        named[:] = named or _with_weights(model, network.agop(model, X, layers))
+        return named
+
+    constant = network.ConstantMatrixError
+    nfa = _by_layer(lambda chosen: network.nfa_correlation(model, X, chosen), constant, names, layers)
+    linear = _linear(model, nfa)
     splits = _by_layer(
-        lambda names: network.collapse_split(model, X, y, names, activation=activation),
+        lambda chosen: network.collapse_split(model, X, y, chosen, activation=activation) if linear else {},
         network.NotAMatrixError,
-        lambda: network.agop(model, X, layers),
-        layers,
+        lambda: linear,
+        linear,
     )
-    nfa = _by_layer(
-        lambda names: network.nfa_correlation(model, X, names), network.ConstantMatrixError, lambda: splits, layers
-    )
-    width = max(len(name) for name in ["layer", *splits])
-    lines = [f"{'layer':<{width}} |{'NC1 input':>11}{'S V^T x':>11}{'features':>11} |{'NC2 input':>10} |{'NFA':>7}"]
-    for name, split in splits.items():
-        nc1, nc2 = " " * 33, " " * 10
+    columns = {"NFA": nfa}
+    if loss is not None:
+        columns["FACT"] = _by_layer(
+            lambda chosen: network.fact_correlation(model, X, y, chosen, loss=loss), constant, lambda: nfa, list(nfa)
+        )
+    width = max(len(name) for name in ["layer", *nfa])
+    head = "".join(f" |{name:>7}" for name in columns)
+    lines = [f"{'layer':<{width}} |{'NC1 input':>11}{'S V^T x':>11}{'features':>11} |{'NC2 input':>10}{head}"]
+    for name in nfa:
+        nc1, nc2, split = " " * 33, " " * 10, splits.get(name)
         if split is not None:
             nc1 = "".join(f"{split.nc1[stage]:>11.2e}" for stage in ("input", "projected", "features"))
             nc2 = f"{split.nc2['input']:>10.3f}"
-        correlation = "" if nfa.get(name) is None else f"{nfa[name]:>7.3f}"
-        lines.append(f"{name:<{width}} |{nc1} |{nc2} |{correlation}")
+        values = (column.get(name) for column in columns.values())
+        cells = " |".join("" if value is None else f"{value:>7.3f}" for value in values)
+        lines.append(f"{name:<{width}} |{nc1} |{nc2} |{cells}")
     return "\n".join(lines)
+
+
+def _with_weights(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The layers that multiply by a matrix, which embeddings do not."""
+    modules = dict(model.named_modules())
+    return [name for name in names if not isinstance(modules.get(name), nn.Embedding)]
+
+
+def _linear(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The Linear layers, of which the output projections of attention are none: it does not call them."""
+    modules = dict(model.named_modules())
+    return [
+        name
+        for name in names
+        if isinstance(modules.get(name), nn.Linear)
+        and not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
 
 
 def _by_layer(measure: Callable, error: type[Exception], names: Callable, layers) -> dict:
@@ -75,6 +113,12 @@ def example() -> nn.Module:
     return model
 
 
+LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "cross_entropy": lambda out, y: nn.functional.cross_entropy(out, y, reduction="none"),
+    "mse": lambda out, y: (out - (2.0 * nn.functional.one_hot(y, out.shape[1]) - 1.0)).square().mean(1),  # as figure 7
+}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
@@ -83,7 +127,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dataset", default="digits", help="mnist, cifar10, svhn, digits or the path of an .npz; default %(default)s")
     add("--n", type=commands.count, help="points, the first in file order; default all")
     add("--shape", type=commands.count, nargs="+", help="of one input, for example 1 28 28; default flat")
-    add("--layers", nargs="+", help='names or patterns of Linear layers, for example "classifier.*"; default all')
+    add("--layers", nargs="+", help='names or patterns of layers, for example "classifier.*"; default all')
+    add("--loss", choices=LOSSES, help="that the model was trained with, for its FACT correlations; default none")
     options.add_data(parser)
 
 
@@ -98,7 +143,7 @@ def command(args: argparse.Namespace) -> int:
     if args.shape and X[0].numel() != math.prod(args.shape):
         raise ValueError(f"--shape {args.shape} has {math.prod(args.shape)} items, but an input has {X[0].numel()}")
     try:
-        print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers))
+        print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers, loss=LOSSES.get(args.loss)))
     except RuntimeError as error:
         shape = tuple(args.shape or X.shape[1:])
         raise ValueError(f"the model refuses inputs of shape {shape} ({error}); --shape says what it wants") from error

@@ -10,15 +10,16 @@ import torch
 
 from fastagop import commands
 from fastagop.deep_rfm.random_features import COS_SCALE
-from reproduce.settings import KERNELS, POINTS, RunLocation
+from reproduce.settings import DEPTH, KERNELS, POINTS, QUICK, RunLocation
 
 
 def add_figure(parser: argparse.ArgumentParser) -> None:
     """Options of a Deep RFM figure; their defaults are the paper's settings."""
     add = parser.add_argument
-    parser.set_defaults(quick=False)
+    text = f"{QUICK['n']} points, {QUICK['depth']} layers, {QUICK['width']} features where not given: seconds a row"
+    add("--quick", action="store_true", help=text)
     _add_points(parser)
-    add("--depth", type=commands.count, default=20, help="layers; default %(default)s")
+    add("--depth", type=commands.count, help=f"layers; default {DEPTH}")
     add("--width", type=commands.count, help="random features; default 1024 for ReLU, 4096 for cos")
     add("--feature-scale", type=float, default=COS_SCALE, help="of cos features' Cauchy W; default %(default)s")
     add("--ridge", type=float, default=0.0, help="default %(default)s")
@@ -69,8 +70,13 @@ def add_location(parser: argparse.ArgumentParser, out: str, data: bool = True) -
     if data:
         add_data(parser)
     add("--device", type=_device, default="auto", help="cpu, cuda, cuda:1, ...; default CUDA where there is one")
-    add("--out", type=Path, default=Path(out), help="folder for results; default %(default)s")
+    add_out(parser, out)
     add("--keep-checkpoint", action="store_true", help="keep the trained layers of a complete run")
+
+
+def add_out(parser: argparse.ArgumentParser, out: str) -> None:
+    """The option that says where results lie."""
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for results; default %(default)s")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

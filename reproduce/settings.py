@@ -15,6 +15,8 @@ from fastagop.datasets import npz
 from fastagop.deep_rfm.random_features import COS_SCALE
 
 POINTS = 50_000  # The paper trains on the first 50,000 points of each data set.
+DEPTH = 20
+QUICK = {"n": 1000, "depth": 10, "width": 512}  # These show the effect in seconds.
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian}
 WIDTHS = {"relu": 1024, "cos": 4096}
 FEATURES = {"relu": "ReLU", "cos": "cos"}  # These are the feature maps' names in titles.
@@ -70,7 +72,7 @@ class Settings(Experiment):
     width: int
     feature_scale: float | None
     bandwidth: float = 2.0
-    depth: int = 20
+    depth: int = DEPTH
     ridge: float = 0.0
     agop_scale: str = "max"  # This is the authors' code's; ReLU features do not depend on it.
     standardize: bool = True  # This is the authors' code's; the paper is silent.
@@ -95,19 +97,26 @@ def paper(
     n: int | None = None,
     kernel: str = "paper",
     width: int | None = None,
+    depth: int | None = None,
     feature_scale: float = COS_SCALE,
+    quick: bool = False,
     **changes: Any,
 ) -> Settings:
     """The paper's settings for a data set and a feature map (appendix C), changed as asked for.
 
     n None is 50,000, or what the data set has; kernel "paper" is Gaussian for ReLU on MNIST and Laplace otherwise;
-    width None is 1024 for ReLU and 4096 for cos; feature_scale is for cos only.
+    width None is 1024 for ReLU and 4096 for cos; depth None is 20; feature_scale is for cos only. ``quick`` stands in
+    for whichever of n, width and depth is None.
     """
+    if quick:
+        n = min(QUICK["n"], points(dataset, None)) if n is None else n
+        width, depth = width or QUICK["width"], depth or QUICK["depth"]
     if kernel == "paper":
         kernel = "gaussian" if (dataset, features) == ("mnist", "relu") else "laplace"
     width = WIDTHS[features] if width is None else width
     scale = feature_scale if features == "cos" else None
-    return Settings(dataset, features, points(dataset, n), kernel, width, scale, **changes)
+    size = points(dataset, n)
+    return Settings(dataset, features, size, kernel, width, scale, depth=depth or DEPTH, **changes)
 
 
 @dataclass(frozen=True)

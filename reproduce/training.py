@@ -39,7 +39,7 @@ class NetworkProcedure(Procedure):
         checkpoint = folder / self.checkpoint
         resumed = training.load(checkpoint)
         first, last = training.epoch, settings.epochs
-        progress = tqdm(range(first, last), initial=first, total=last, unit="epoch")
+        progress = tqdm(range(first, last), initial=first, total=last, unit="epoch", disable=None)
         if not resumed:
             training.measure()
         for _ in progress:
@@ -111,14 +111,14 @@ class Training:
         """Add a row for every Linear layer: NFA correlation, and NC1 and NC2 at its three stages."""
         start = time.perf_counter()
         try:
-            correlation = network.nfa_correlation(self.model, self.X)
-        except network.ConstantMatrixError:  # The network is dead: its outputs do not depend on its input.
-            correlation = {}
-        try:
             splits = network.collapse_split(self.model, self.X, self.labels)
         except ValueError as error:
             hint = "choose a smaller --learning-rate or --init-scale"
             raise ValueError(f"training diverged before epoch {self.epoch}, {hint}: {error}") from error
+        try:
+            correlation = network.nfa_correlation(self.model, self.X, list(splits))
+        except network.ConstantMatrixError:  # The network is dead: its outputs do not depend on its input.
+            correlation = {}
         loss = self.losses[-1] if self.losses else None
         for layer, (name, split) in enumerate(splits.items(), start=1):
             row = {"epoch": self.epoch, "layer": layer, "name": name, "loss": loss, "nfa": correlation.get(name)}

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import plan, reference
+from fastagop.kernels.torch_backend import distance as torch_distance
+from fastagop.kernels.torch_backend import few as torch_few
 
 import fastagop
 
@@ -185,6 +187,16 @@ def relative():
         return float(error / size if size > 0 else error)
 
     return measure
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["few", "many"])
+def each_way(request):
+    """The torch backend's steps for a few points on the CPU, and for as few points those that many points take."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(torch_few, "_WORK", 0)
+            patch.setattr(torch_distance, "_DIRECT", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,9 @@ _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _FULL_DISK = "one run of reproduce after the other"
 
 SLOW = {
+    "test_network_outputs.py": {
+        "test_a_sketch_is_unbiased_and_knows_its_error": "two hundred seeds; other tests look at twenty",
+    },
     "test_solution.py": {
         "test_the_residual_is_that_of_the_points": "many fits against float64 residuals",
     },
@@ -57,6 +60,12 @@ SLOW = {
         "test_memory_holds_no_jacobian": _MEMORY,
         "test_convolutional_trunks": "measures whole VGG and ResNet trunks",
     },
+    "test_machine_code.py": {
+        "test_every_launch": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_further_profiles": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_an_odd_n": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_old_configurations_are_found": "compiles for sm_80 and sm_90, seconds a configuration",
+    },
     "test_module.py": {
         "test_exports_and_compiles": "exports and compiles a module",
     },
@@ -91,7 +100,12 @@ SLOW = {
         "test_two_ranks": "starts ranks with torchrun, which work through rank_cases.py",
         "test_shares_of_nothing_and_lost_ranks": "starts ranks, kills one and waits for the others' timeout",
     },
-    "test_docs.py": {"test_site_builds": "builds the documentation"},
+    "test_site.py": {"*": "builds the documentation, whose examples run"},
+    "test_first_contact.py": {
+        "test_a_dry_run_from_a_plain_checkout": "all parts of a first contact on the CPU, a minute",
+        "test_what_is_installed_is_not_asked_for": _PROCESS,
+        "test_a_module_compiles_to_one_graph": "loads torch's compiler",
+    },
     "test_errors.py": {"test_a_script_is_named": _PROCESS},
     "test_keops.py": {
         "test_against_the_reference": _COMPILES,
@@ -127,7 +141,5 @@ SLOW = {
     "test_tables.py": {"test_plot": "loads matplotlib, a second", "test_contenders_learn": _BENCH},
     "test_triton.py": {
         "test_all_cases": "Triton's interpreter takes seconds a call",
-        "test_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
-        "test_further_profiles_ahead_of_time": "compiles for sm_80 and sm_90, seconds a configuration",
     },
 }

@@ -27,18 +27,19 @@ FLOORS = (
     ("kernels.errors", "kernels.profile", "kernels.memory", "kernels.reference", "kernels.atomic_files"),
     ("kernels.checks", "kernels.plan", "kernels.precision", "kernels.scaling", "kernels.gemm", "kernels.calibration"),
     ("kernels.torch_backend",),
-    ("kernels.triton_backend", "kernels.keops_backend"),
+    ("kernels.triton_backend", "kernels.keops_backend", "kernels.pair_backend"),
     ("kernels.backends",),
     ("kernels.kernel_operator",),
     ("kernels.operations",),
+    ("kernels.families",),
     ("kernels.radial",),
-    ("linalg", "collapse", "datasets", "locks", "commands", "estimates"),
+    ("linalg", "collapse", "datasets", "locks", "commands", "estimates", "autograd", "spectra"),
     ("solvers",),
     ("distributed",),
     ("estimators", "network"),
     ("rfm", "deep_rfm", "integrations"),
-    ("probes",),
-    ("explain",),
+    ("probes", "convolution"),
+    ("explain", "plots"),
     ("",),  # fastagop/__init__.py
 )
 
@@ -250,6 +251,11 @@ CONTRACT = {
     "Gaussian": "(bandwidth)",
     "GeneralisedLaplace": "(bandwidth, exponent)",
     "Matern52": "(bandwidth)",
+    "ProductLaplace": "(bandwidth)",
+    "LpLaplace": "(p, q, bandwidth)",
+    "Polynomial": "(degree, offset=1.0, scale=1.0)",
+    "ArcCosine": "(order)",
+    "NTK": "(depth)",
 }
 
 

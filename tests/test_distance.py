@@ -26,6 +26,7 @@ CLOUDS = [
     "line",  # pairs on both sides of the bound
     "pairs",  # stragglers: too few for a product of their own
 ]
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def measure(Z, X, self_offset=None, out=None):

@@ -24,6 +24,7 @@ CLOUDS = ["spread", *COLLAPSED, "nested", "offset", "zero-rows", "scales", "line
 kernels = pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 every_kernel = pytest.mark.parametrize("kernel", [*KERNELS, *OTHERS], ids=repr)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
+pytestmark = pytest.mark.usefixtures("each_way")
 
 
 def predictor(kernel, X, alpha, z):

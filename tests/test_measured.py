@@ -128,9 +128,21 @@ def test_measured_configurations_are_launched(cache, monkeypatch):
     calibration.save(CPU, Measured({"matrix tf32": (64, 32, 32, 4, 1)}, {}, ABOUT))
     assert launch_config.config("matrix", "tf32", CPU) == launch_config.Config(64, 32, 32, 4, 1)
     assert launch_config.config("gram", "tf32", CPU) == launch_config.TABLE[9]["gram", "tf32"]
+    limited = launch_config.Config(128, 64, 32, 8, 3, registers=128)
+    calibration.save(CPU, Measured({"gram tf32": limited.numbers}, {}, ABOUT))
+    assert launch_config.config("gram", "tf32", CPU) == limited
+    assert launch_config.config("gram", "tf32", CPU).launch == {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    calibration.save(CPU, Measured({"matrix tf32": (64, 32, 32, 4, 1)}, {}, ABOUT))
     with launch_config.trial("gram", "tf32", table):
         assert launch_config.config("gram", "tf32", CPU) == table
         assert launch_config.config("matrix", "tf32", CPU) == launch_config.Config(64, 32, 32, 4, 1)
+
+
+@pytest.mark.parametrize(("capability", "table"), [((8, 9), 8), ((9, 0), 9), ((10, 0), 9), ((12, 0), 8)])
+def test_a_chip_gets_launches_that_fit_it(cache, capability, table, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    entry = "matrix", "fp16x3"
+    assert launch_config.config(*entry, CPU) == launch_config.TABLE[table][entry]
 
 
 def test_calibrating(cache, tmp_path):
@@ -153,8 +165,11 @@ def test_rates_are_positive_and_finite(cache, rates, taken):
     assert len(said) == (not taken)
 
 
-@pytest.mark.parametrize(("config", "taken"), [([1] * 5, True), ([1, 1, 1, 1, 0], False), ([1] * 4, False)])
-def test_configurations_are_five_positive_numbers(cache, config, taken):
+@pytest.mark.parametrize(
+    ("config", "taken"),
+    [([1] * 5, True), ([1] * 6, True), ([1, 1, 1, 1, 0], False), ([1] * 4, False), ([1] * 7, False)],
+)
+def test_configurations_are_positive_numbers(cache, config, taken):
     file = calibration.save(CPU, Measured())
     file.write_text(json.dumps({"configs": {"matrix tf32": config}, "rates": {}, "about": {}}))
     calibration._read.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def isolated() -> bool:
         return int(importlib.metadata.version("setuptools").split(".")[0]) < 77
     except importlib.metadata.PackageNotFoundError:
         return True
+
+
+def test_the_citation_names_this_version():
+    (named,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    (built,) = re.findall(r'^version = "(\S+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert named == built
 
 
 @pytest.fixture(scope="module")

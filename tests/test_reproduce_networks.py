@@ -305,3 +305,34 @@ def test_nfa_table_takes_a_loader():
     X, y = torch.randn(30, 64), torch.arange(30) % 3
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=7)
     assert nfa_table.table(custom_model(), loader) == nfa_table.table(custom_model(), X, y)
+
+
+class Mixed(nn.Module):
+    """A convolution, attention, a table of places and a readout; one convolution is dead."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dead, self.places = nn.Conv1d(1, 4, 3), nn.Conv1d(1, 2, 3), nn.Embedding(6, 4)
+        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(24, 3)
+
+    def forward(self, x):
+        h = self.conv(x[:, None]).mT + self.places.weight + 0 * self.dead(x[:, None]).sum((1, 2))[:, None, None]
+        return self.out(torch.tanh(self.attention(h, h, h)[0]).flatten(1))
+
+
+@pytest.mark.parametrize("layers", [None, ["conv", "dead", "att*", "out"]])
+@pytest.mark.filterwarnings("ignore:network measures leave out")
+def test_nfa_table_of_convolutions_and_attention(layers):
+    X, y = torch.randn(12, 8), torch.arange(12) % 3
+    head, *rows = nfa_table.table(Mixed(), X, y, layers, loss=nfa_table.LOSSES["cross_entropy"]).splitlines()
+    assert head.split("|")[-2:] == ["    NFA ", "   FACT"]
+    cells = {row.split()[0]: [cell.strip() for cell in row.split("|")[1:]] for row in rows}
+    projections = [f"attention.{part}_proj" for part in ("q", "k", "v", "out")]
+    assert [name for name in cells if name != "dead"] == ["conv", *projections, "out"]
+    for name, (nc1, nc2, nfa, fact) in cells.items():
+        if name != "dead":
+            assert (bool(nc1), bool(nc2)) == (name == "out", name == "out")
+            assert -1 <= float(nfa) <= 1
+            assert -1 <= float(fact) <= 1
+    assert ("dead" in cells) == (layers is not None)  # named, it has a line of empty cells
+    assert cells.get("dead", ["", "", "", ""]) == ["", "", "", ""]

@@ -9,13 +9,17 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastagop.kernels import checks, reference
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
 from fastagop.kernels.triton_backend import launch_config, stored_product
 from fastagop.kernels.triton_backend.backend import has_products
+from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
+from fastagop.kernels.triton_backend.tiles import tile_of
 
 import fastagop
 from bench import calibrate
@@ -263,13 +267,177 @@ def test_layouts():
         assert bool(out[:, 1::2].isnan().all())
 
 
-def test_offsets_beyond_32_bits():
-    """Row 32 of this matrix starts 2^31 items in; pages that nobody touches cost nothing."""
-    X = points(40)
-    stride = 2**26
-    out = torch.empty(39 * stride + 40, device=DEVICE).as_strided((40, 40), (stride, 1))
-    K = fastagop.kernel_matrix(Laplace(2.0), X, out=out, **TRITON)
-    assert error(K, reference.kernel_matrix(Laplace(2.0), X)) <= 16 * EPS
+@pytest.fixture
+def production(monkeypatch):
+    """Launches take the tiles of sm_90 in the interpreter, too."""
+    monkeypatch.setattr(
+        triton_launch, "config", lambda operation, prec, device: launch_config.TABLE[9][operation, prec]
+    )
+
+
+@pytest.fixture
+def far_apart(tmp_path):
+    """A (40, 2^26) matrix, of which only pages that are touched exist: row 32 starts 2^31 items in.
+
+    Before it lie as many items, so that an offset which leaves 32 bits reads zeros and does not end the process.
+    """
+    rows, stride, before = 40, 2**26, 2**31
+    if DEVICE != "cpu":
+        return torch.empty(rows * stride, device=DEVICE).view(rows, stride)
+    return torch.from_file(str(tmp_path / "sparse"), True, before + rows * stride)[before:].view(rows, stride)
+
+
+def placed(where, values):
+    return where[:, : values.shape[1]].copy_(values)
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("prec", ["fp16x3", "tf32"])
+@pytest.mark.parametrize("spread", [None, 1e-3])  # 1e-3: by direct differences, too
+def test_offsets_of_the_matrix(prec, spread, far_apart):
+    kernel, X = Laplace(2.0), points(40, spread=spread)
+    truth = reference.kernel_matrix(kernel, X)
+    x = DevicePoints(placed(far_apart[:, :64], X), prec)
+    for lower in (True, False):
+        out = far_apart[:, 64:104].fill_(torch.nan)
+        triton_launch.fill(kernel, x, x, out, weight=False, first=0, lower=lower)
+        assert error(out, truth) <= TOLERANCE[{"fp16x3": "highest", "tf32": "medium"}[prec]]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("prec", ["fp16x3", "tf32"])
+def test_offsets_of_the_product(prec, far_apart):
+    X, V = points(40), normal(40, 3)
+    far, precision = placed(far_apart[:, :64], X), {"fp16x3": "highest", "tf32": "medium"}[prec]
+    at = Points(Laplace(2.0), far, far, 1.0)
+    product = triton_launch.kernel_matmul(at, placed(far_apart[:, 64:], V), precision)
+    assert error(product, reference.kernel_matmul(Laplace(2.0), X, X, V)) <= TOLERANCE[precision]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_offsets_of_the_agop(precision, far_apart):
+    X, alpha = points(40), normal(40, 2)
+    W = reference.kernel_matrix(Laplace(2.0), X).float().to(DEVICE)
+    far, weights = placed(far_apart[:, :64], X), placed(far_apart[:, 64:128], W)
+    steps = triton_launch.inner_kernels(far, precision)
+    out = far_apart[:, 128 : 128 + 2 * 37].fill_(torch.nan).unflatten(1, (2, 37))
+    G = steps.gradients(weights, alpha, far, far, None, out)
+    plain, a = X.cpu().double(), alpha.cpu().double()
+    right = torch.einsum("ij,jc,jf->icf", W.cpu().double(), a, plain)
+    s = W.cpu().double() @ a
+    assert error(G, right - s[:, :, None] * plain[:, None]) <= TOLERANCE[precision]
+    S = steps.lower(weights, alpha)(s.float().to(DEVICE), torch.zeros(40, device=DEVICE), 0, 40)
+    w, outer = W.cpu().double(), a @ a.T
+    truth = outer * (w @ w) - w * (s @ a.T + a @ s.T)
+    assert error(S + S.T, truth) <= TOLERANCE[precision]
+
+
+@pytest.mark.usefixtures("production")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_offsets_of_the_factor(precision, far_apart):
+    K = reference.kernel_matrix(Laplace(2.0), points(40)) + torch.eye(40)
+    A = placed(far_apart, K.float().to(DEVICE))
+    triton_launch.cholesky_update(precision)(A, 4, 40)  # the columns from 4 on, less a product of the first 4
+    truth = K.clone()
+    truth[4:, 4:] -= (K[4:, :4] @ K[4:, :4].T).tril()
+    assert error(A, truth) <= TOLERANCE[precision]
+
+
+@triton.jit
+def _places_kernel(out, rows, columns, GROUP: tl.constexpr):
+    program = tl.program_id(0)
+    row, col = tile_of(program, rows, columns, GROUP)
+    tl.store(out + row * columns + col, program)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"),
+    [(1, 1, 16), (3, 5, 16), (16, 2, 16), (17, 3, 16), (7, 4, 3), (9, 1, 4), (5, 6, 1)],  # fewer; exact; tails
+)
+def test_every_tile_has_its_program(rows, columns, group):
+    """Groups of rows one after the other, each down its columns."""
+    places = torch.full((rows, columns), -1, dtype=torch.int32, device=DEVICE)
+    _places_kernel[(rows * columns,)](places, rows, columns, GROUP=group)
+    expected, program = torch.empty(rows, columns, dtype=torch.int32), 0
+    for first in range(0, rows, group):
+        for col in range(columns):
+            for row in range(first, min(rows, first + group)):
+                expected[row, col] = program
+                program += 1
+    assert torch.equal(places.cpu(), expected)
+
+
+def test_several_groups_of_tiles(monkeypatch):
+    """Three rows of tiles in groups of two: a whole group, a half, and a tail in its tile."""
+    monkeypatch.setattr(triton_launch, "GROUPS", dict.fromkeys(launch_config.GROUPS, 2))
+    kernel, X, Z, alpha = Laplace(2.0), points(), points(45, seed=1), normal(70, 2)
+    assert error(fastagop.kernel_matrix(kernel, X, **TRITON), reference.kernel_matrix(kernel, X)) <= 16 * EPS
+    assert error(fastagop.kernel_matrix(kernel, Z, X, **TRITON), reference.kernel_matrix(kernel, Z, X)) <= 16 * EPS
+    truth = reference.agop(kernel, X, alpha)
+    assert error(fastagop.agop(kernel, X, alpha, method="gradient", **TRITON), truth) <= 32 * EPS
+    assert error(fastagop.agop(kernel, X, alpha, method="gram", **TRITON), truth) <= 1e-5
+    A = fastagop.kernel_matrix(kernel, X, **TRITON)
+    assert linalg.cholesky_lower_(A, 1.5, 35, triton_launch.cholesky_update("highest")) == 0
+    L = A.tril().double().cpu()
+    assert error(L @ L.T, reference.kernel_matrix(kernel, X) + 0.5 * torch.eye(70)) <= 16 * EPS
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("width", [37, 64])  # what lies behind the ends of rows is another tensor's, or is not there
+def test_what_lies_behind_rows_is_not_used(precision, width):
+    """Weights whose rows are 48 items apart; NaN lies behind their ends, and behind the last one maybe nothing."""
+    alpha, X, W = normal(37, 2), points(37, 21), normal(40, 37)
+    held = torch.full((40 * 48 + 64,), float("nan"), device=DEVICE)[: 39 * 48 + width].clone()
+    far = held.as_strided((40, 37), (48, 1)).copy_(W)
+    steps, Z = triton_launch.inner_kernels(X, precision), points(40, 21, seed=1)
+    G = steps.gradients(far, alpha, X, Z, None, torch.empty(40, 2, 21, device=DEVICE))
+    w, a, x, z = (part.cpu().double() for part in (W, alpha, X, Z))
+    truth = torch.einsum("ij,jc,jf->icf", w, a, x) - (w @ a)[:, :, None] * z[:, None]
+    assert error(G, truth) <= TOLERANCE[precision]
+
+
+def test_an_offset_is_split_once(monkeypatch):
+    """Points far from the origin: centers less their mean are made ready once, however many blocks there are."""
+    X, alpha = points() + 100.0, normal(70, 2)
+    made = []
+    make = triton_launch.operand
+    monkeypatch.setattr(triton_launch, "operand", lambda rows, split: made.append(len(rows)) or make(rows, split))
+    step = triton_launch.inner_kernels(X, "highest").gradients
+    shift, W = X.mean(0), fastagop.kernel_matrix(Laplace(2.0), points(), **TRITON)
+    made.clear()
+    parts = [step(W[i : i + 35], alpha, X, X[i : i + 35], shift, X.new_empty(35, 2, 37)) for i in (0, 35)]
+    assert made == [70]
+    w, a, x = W.cpu().double(), alpha.cpu().double(), (X - shift).cpu().double()
+    truth = torch.einsum("ij,jc,jf->icf", w, a, x) - (w @ a)[:, :, None] * x[:, None]
+    assert error(torch.cat(parts), truth) <= 16 * EPS
+    step(W[:7], alpha, X, X[:7], shift + 1.0, X.new_empty(7, 2, 37))  # another offset
+    assert made == [70, 70]
+
+
+@pytest.mark.parametrize("chip", [8, 9])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_tails_of_production_tiles(chip, precision, monkeypatch):
+    """Tiles as they are on a GPU, with two rows, two columns and six features beyond the last whole one."""
+    monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[chip][launch[:2]])
+    limit, how = TOLERANCE[precision], {"precision": precision, **TRITON}
+    kernel, X, Z, alpha = Laplace(2.0), points(130, 70), points(66, 70, seed=1), normal(130, 2)
+    Z[:3] = X[:3]
+    K = reference.kernel_matrix(kernel, X)
+    assert error(fastagop.kernel_matrix(kernel, X, **how), K) <= limit
+    assert error(fastagop.kernel_matrix(kernel, X, Z, **how), reference.kernel_matrix(kernel, X, Z)) <= limit
+    product = fastagop.kernel_matmul(kernel, Z, X, normal(130, 18), **how)
+    assert error(product, reference.kernel_matmul(kernel, Z, X, normal(130, 18))) <= limit
+    assert error(fastagop.gradients(kernel, X, alpha, Z, **how), reference.gradients(kernel, X, alpha, Z)) <= 2 * limit
+    gram = fastagop.agop(kernel, X, alpha, method="gram", **how)
+    assert error(gram, reference.agop(kernel, X, alpha)) <= max(1e-5, limit)
+    if precision == "highest" and has_products(torch.float64):
+        wide = torch.empty(130, 130, dtype=torch.float64, device=DEVICE)
+        assert error(triton_launch.fill_symmetric(wide, kernel, X), K) <= 1e-14
+    A = K.float().to(DEVICE)
+    assert linalg.cholesky_lower_(A, 1.5, 64, triton_launch.cholesky_update(precision)) == 0
+    L = A.tril().double().cpu()
+    assert error(L @ L.T, K + 0.5 * torch.eye(130)) <= limit
 
 
 def test_nothing_to_do():

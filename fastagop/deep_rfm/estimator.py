@@ -197,6 +197,7 @@ class _DeepRFM(_Layers, KernelEstimator):
     def to_module(self) -> torch.nn.Module:
         """The network this estimator is: the same outputs as decision_function (classifier) or predict (regressor)."""
         check_is_fitted(self)
+        checks.radial(self.kernel_, "to_module", "predict with the estimator itself")
         binary = len(getattr(self, "classes_", ())) == 2
         flat = not binary and getattr(self, "_flat", False)
         readout = Readout(self.kernel_, self._centers, self._alpha, getattr(self, "_intercept", None))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,9 +18,10 @@ from fastagop.kernels import checks
 from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.kernel_operator import KernelOperator, PointsProduct, scale_weights
 from fastagop.kernels.operations import agop as agop_here
+from fastagop.kernels.pair_backend.backend import PairBackend
 from fastagop.kernels.plan import AgopTask, Plan, block_rows, budget
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import Points, scaled_
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import costs, matrix
@@ -44,7 +45,7 @@ class Predictor(NamedTuple):
     ``alpha`` is float64 where the caller has it so: the gram form in float64 takes it.
     """
 
-    kernel: Profile
+    kernel: Any
     X: torch.Tensor
     alpha: torch.Tensor
     precision: str = "highest"
@@ -71,7 +72,7 @@ class Fit(NamedTuple):
 class Local:
     """This process alone."""
 
-    def solve(self, kernel: Profile, X: torch.Tensor, Y: torch.Tensor, options: SolveOptions, rows: Rows) -> Fit:
+    def solve(self, kernel: Kernel, X: torch.Tensor, Y: torch.Tensor, options: SolveOptions, rows: Rows) -> Fit:
         """The system at the points X (r, d) of given targets Y (n, K), alpha in float64."""
         prepared = prepare(kernel, X, rows.take(Y), options)
         return Fit(*prepared.run(Y, rows, torch.float64), prepared.plan.peak_bytes)
@@ -93,6 +94,9 @@ class Local:
 
     def _diagonal(self, predictor: Predictor, task: AgopTask, **shared) -> torch.Tensor:
         kernel, X, alpha, precision, _ = predictor
+        if not kernel.radial:
+            task = replace(task, limit=checks.memory_limit(task.limit))
+            return PairBackend().diagonal(kernel, X, predictor.rounded, task)
         room = budget(checks.memory_limit(task.limit), X.device)
         rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], room)
         weights, _, exponent = scale_weights(task.weights, X, "sum")
@@ -146,6 +150,7 @@ class Sharded(Local):
         coefficients = predictor.rounded if isinstance(alpha, torch.Tensor) and isinstance(X, torch.Tensor) else alpha
 
         def checked() -> KernelOperator:
+            _refuse_pairs(kernel)
             checks.choice("reduction", task.reduction, ("mean", "sum"))
             checks.choice("method", task.method, ("auto", "gradient", "gram"))
             checks.flag("center", task.center)
@@ -187,6 +192,7 @@ class Sharded(Local):
         ranks, found = self.communicator("solve", X), None
 
         def checked():
+            _refuse_pairs(kernel)
             checks.memory_limit(options.memory_limit)
             like = Y if rows is None else rows.take(Y)
             prepare(kernel, X, like, replace(options, memory_limit=_UNLIMITED), sample_weight)
@@ -199,7 +205,7 @@ class Sharded(Local):
             X = rows.take(X)
 
         @functools.cache
-        def product() -> PointsProduct:
+        def product() -> Any:
             arguments = {"precision": options.precision, "backend": options.backend}
             operator = KernelOperator("solve with method 'cg'", kernel, X, **arguments)
             return operator.float64_product(block_of_product(operator.points.X.double(), Y.shape[1], room))
@@ -281,6 +287,11 @@ def block_of_product(X: torch.Tensor, p: int, room: int) -> int:
     """Rows of a block of k(X, X), the same on every rank."""
     n, size = len(X), X.element_size()
     return block_rows(BLOCKS_ALIVE * n * size, n * p * size, room, n, "kernel_matmul")
+
+
+def _refuse_pairs(kernel: Kernel) -> None:
+    checks.kernel(kernel, settled=False)
+    checks.radial(kernel, "fastagop.distributed", "compute it on one process, without a process group")
 
 
 LOCAL = Local()

@@ -27,8 +27,7 @@ from fastagop.estimators import inputs, persistence
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
-from fastagop.kernels.profile import median_factor
-from fastagop.kernels.radial import Radial
+from fastagop.kernels.profile import Kernel, median_factor
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import METHODS, OPTIONS, Method
@@ -81,7 +80,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     """
 
     # These are the parameters of every subclass.
-    kernel: Radial
+    kernel: Kernel
     ridge: float
     agop_scale: str
     precision: str
@@ -94,7 +93,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     solver: Method
     memory_limit: float | None
     # These are set by fit.
-    kernel_: Radial
+    kernel_: Kernel
     n_features_in_: int
     _centers: torch.Tensor
     _alpha: torch.Tensor
@@ -189,10 +188,11 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             parameters: a dataclass with a field ``kernel``.
             points: what the first kernel machine sees (r, d), copies merged.
         """
-        kernel, engine = self.kernel, engine_of(self.process_group)
-        engine.agree("fit", f"{kernel!r}", X=points)
-        if median_factor(kernel) is not None:
-            found = torch.tensor([settled_at(kernel, points).bandwidth], dtype=torch.float64, device=points.device)
+        engine = engine_of(self.process_group)
+        engine.agree("fit", f"{self.kernel!r}", X=points)
+        kernel = settled_at(self.kernel, points)
+        if median_factor(self.kernel) is not None:
+            found = torch.tensor([kernel.bandwidth], dtype=torch.float64, device=points.device)
             kernel = replace(kernel, bandwidth=float(engine.broadcast(found)))
         self.kernel_ = kernel
         return replace(parameters, kernel=kernel)

@@ -21,7 +21,8 @@ from safetensors.torch import save
 
 from fastagop.estimators.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
 from fastagop.kernels import atomic_files
-from fastagop.kernels.radial import Radial, named
+from fastagop.kernels.profile import Kernel
+from fastagop.kernels.radial import named
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import OPTIONS
 
@@ -139,19 +140,26 @@ def read_json(path: Path) -> dict:
     return metadata
 
 
-def pack_kernel(kernel: Radial) -> dict:
-    """A kernel's class name and parameters."""
-    return {"name": type(kernel).__name__, **dataclasses.asdict(kernel)}
+def pack_kernel(kernel: Kernel) -> dict:
+    """A kernel's class name and parameters, those of its parts within."""
+    parameters = kernel.get_params(deep=False)
+    packed = {key: pack_kernel(value) if isinstance(value, Kernel) else value for key, value in parameters.items()}
+    return {"name": type(kernel).__name__, **packed}
 
 
-def unpack_kernel(metadata: dict) -> Radial:
+def unpack_kernel(metadata: dict) -> Kernel:
     """The kernel of ``pack_kernel``; its class must be one that this process knows."""
-    return named(metadata["name"])(**{key: value for key, value in metadata.items() if key != "name"})
+    parameters = {
+        key: unpack_kernel(value) if isinstance(value, dict) else value
+        for key, value in metadata.items()
+        if key != "name"
+    }
+    return named(metadata["name"])(**parameters)
 
 
 def pack_value(value):
     """A parameter or attribute as JSON; arrays keep their dtype."""
-    if isinstance(value, Radial):
+    if isinstance(value, Kernel):
         return {"kernel": pack_kernel(value)}
     if isinstance(value, np.ndarray):
         plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # Dates have no JSON.

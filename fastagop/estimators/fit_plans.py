@@ -18,10 +18,11 @@ from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
-from fastagop.kernels.profile import Profile, median_factor
+from fastagop.kernels.profile import Kernel, unsettled
 from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
 from fastagop.solvers import direct
+from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solve import PreparedSolve, prepare
 from fastagop.solvers.table import Solver
 
@@ -59,8 +60,8 @@ class Step:
 def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
     fresh: Any = clone(estimator)  # the estimator stays as it is
-    if isinstance(fresh.kernel, Profile) and median_factor(fresh.kernel) is not None:
-        fresh.set_params(kernel__bandwidth=1.0)  # no plan depends on it
+    if isinstance(fresh.kernel, Kernel) and unsettled(fresh.kernel):  # no plan depends on a bandwidth
+        fresh.set_params(kernel=settled_at(fresh.kernel, torch.zeros(1, 1)))
     planned = fresh._planned_fit()  # of checked parameters
     data = _data(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size
@@ -112,7 +113,7 @@ def iteration_steps(
     """
     (n, d), (iterations, diagonal), steps = data.X.shape, fit, []
     learn, scored = rows or (n, 0)
-    span = bool(iterations) and not diagonal and learn < d
+    span = bool(iterations) and not diagonal and learn < d and regression.kernel.rotation_invariant
     width, blank = (learn, data.X[:1, :1].double()) if span else (d, data.X[:1, :1])
     X, Y = blank.expand(learn, width), blank.expand(learn, data.Y.shape[1])
     size, kept = X.element_size(), (width if diagonal else width * width) * X.element_size()

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.distributed.engine import LOCAL, Local, Predictor
-from fastagop.estimators import small
+from fastagop.estimators import medium, small
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask, budget
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
-from fastagop.solvers import copies
+from fastagop.solvers import copies, mixed, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solved
 from fastagop.solvers.solve import SolveOptions, scale_targets
@@ -30,6 +31,7 @@ _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
+_READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
@@ -40,7 +42,7 @@ class KernelRidge:
     ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
     """
 
-    kernel: Profile
+    kernel: Kernel
     ridge: float
     precision: str
     backend: str
@@ -68,14 +70,16 @@ def solve(
         rows: how the rows became points; default as they are.
     """
     rows = rows or copies.alone(X)
-    if _mirrored(Y):
+    if mirrored(Y):
         return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
     if (fitted := _small(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
+    if (found := _medium(X, Y, regression, engine, rows, weights=False)) is not None:
+        return found.solved
     return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
 
 
-def _mirrored(Y: torch.Tensor) -> bool:
+def mirrored(Y: torch.Tensor) -> bool:
     """Whether the second of two columns is the first one's negative, as with two classes: one of them says all."""
     return Y.shape[1] == 2 and bool((Y[:, 0] == -Y[:, 1]).all())
 
@@ -89,10 +93,22 @@ def _both(solved: Solved) -> Solved:
 def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
     """The solution of a small problem without copies, weights or wishes; None of any other."""
     limit = regression.memory_limit
-    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto" and regression.kernel.radial
     if not plain or regression.backend not in ("auto", "torch") or (limit is not None and limit < small.bytes_of(X, Y)):
         return None
     return small.fit(regression.kernel, X, Y, float(regression.ridge))
+
+
+def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
+    """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
+    if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
+        return None
+    needed, limit = medium.bytes_of(X, Y), regression.memory_limit
+    if (limit is not None or needed > _READ) and needed > budget(limit, X.device):
+        return None
+    return medium.fit(regression.kernel, X, Y, float(regression.ridge), weights)
 
 
 def fit_and_agop(
@@ -120,7 +136,7 @@ def fit_and_agop(
         mark: called with "solve" and with "agop" when these are done.
     """
     rows = rows or copies.alone(X)
-    if _mirrored(Y):
+    if mirrored(Y):
         how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
         solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
         return _both(solved), M.mul_(2.0), planned
@@ -129,8 +145,16 @@ def fit_and_agop(
         mark("solve")
         mark("agop")
         return fitted.solved, M, small.bytes_of(X, Y)
-    solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
-    mark("solve")
+    if (found := _medium(X, Y, regression, engine, rows, weights=True)) is not None:
+        mark("solve")
+        if (M := found.agop(center, diagonal)) is not None:
+            mark("agop")
+            return found.solved, M, medium.bytes_of(X, Y)
+        solved, matrix, planned = found.solved, found.K, medium.bytes_of(X, Y)
+        del found
+    else:
+        solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
+        mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)
     K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
@@ -196,7 +220,7 @@ def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: Agop
     return W.row_tiles(rows, X.dtype)
 
 
-def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Local) -> bool:
+def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local) -> bool:
     """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
     if X.dtype == torch.float64:
         return False
@@ -209,7 +233,7 @@ def _float64_pays(kernel: Profile, X, alpha, center: bool, weights, engine: Loca
     return wide
 
 
-def _rounding_costs(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
     """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
 
     Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.
@@ -225,6 +249,11 @@ def _rounding_costs(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, cente
     )
     signs = signs if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
     x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
+    if not isinstance(kernel, Profile):
+        pair = (gradients(kernel, x, a @ signs, x[index]) for a in (alpha, alpha.to(X.dtype).double()))
+        exact, rounded = (g if weights is None else g * weights[index].sqrt()[:, None, None] for g in pair)
+        exact, rounded = (g - g.mean(0) for g in (exact, rounded)) if center else (exact, rounded)
+        return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])
     both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
     for exact, rounded in zip(both[0].T, both[1].T, strict=True):

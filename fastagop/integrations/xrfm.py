@@ -10,13 +10,13 @@ Tested with xrfm 0.4.5.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import agop, gradients, kernel_matrix
-from fastagop.kernels.radial import Radial
 
 try:
     from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
@@ -39,23 +39,28 @@ class FastKernel(LaplaceKernel):
     ``XRFM_D_Classifier(kernel_type=FastKernel(...))`` and its regressor work where no category has over 100 levels.
 
     Args:
-        kernel: a fastagop kernel such as ``fastagop.Laplace(10.0)``, ``Laplace(L)`` being xRFM's "laplace" and
-            ``GeneralisedLaplace(L, p)`` its "laplace" with exponent p.
+        kernel: a fastagop kernel such as ``fastagop.Laplace(10.0)``. ``Laplace(L)`` is xRFM's "laplace",
+            ``GeneralisedLaplace(L, p)`` its "laplace" with exponent p, ``ProductLaplace(L)`` its "l1" and
+            ``LpLaplace(p, q, L)`` its "lpq"; its own "l1" and "lpq" gradients are wrong for several outputs with
+            torch 2.14. Kernels without a bandwidth serve where ``bandwidth_mode`` is "constant".
         precision, backend: as in ``fastagop.kernel_matrix``.
         bandwidth_mode: kept for xRFM, which reads its own parameter of that name.
     """
 
     def __init__(
-        self, kernel: Radial, *, precision: str = "highest", backend: str = "auto", bandwidth_mode: str = "constant"
+        self, kernel: Any, *, precision: str = "highest", backend: str = "auto", bandwidth_mode: str = "constant"
     ):
         checks.kernel(kernel)
-        super().__init__(kernel.bandwidth, getattr(kernel, "exponent", 1.0), bandwidth_mode=bandwidth_mode)
+        exponent = getattr(kernel, "exponent", getattr(kernel, "q", 1.0))
+        super().__init__(getattr(kernel, "bandwidth", 1.0), exponent, bandwidth_mode=bandwidth_mode)
         self._kernel, self.precision, self.backend = kernel, precision, backend
         self._columns: list[int] | None = None
 
     @property
-    def kernel(self) -> Radial:
-        """The fastagop kernel with the bandwidth that xRFM has set."""
+    def kernel(self) -> Any:
+        """The fastagop kernel with the bandwidth that xRFM has set, where it has one."""
+        if not self._kernel.norm:
+            return self._kernel
         return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
 
     def __repr__(self):
@@ -107,10 +112,13 @@ class FastKernel(LaplaceKernel):
 
     def _adapt(self, x: torch.Tensor, z: torch.Tensor) -> None:
         """Hand xRFM the distances that it sets the bandwidth from, of a sample where there are more than it takes."""
+        p = self._kernel.norm
+        if not p:
+            raise ValueError(f"bandwidth_mode must be 'constant' for {self._kernel!r}, which has no bandwidth to adapt")
         if len(x) > _SAMPLE:
             index = torch.randperm(len(x), device="cpu")[:_SAMPLE].to(x.device)
             x, z = x[index], z[index]
-        self._adapt_bandwidth(torch.cdist(x, z).pow_(self.exponent))
+        self._adapt_bandwidth(torch.cdist(x, z, p=p).pow_(self.exponent))
 
     def _get_function_grad_impl(self, x, z, coefs, mat=None):
         x, z = self._points(x, z, mat)

@@ -3,75 +3,84 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from fastagop.network import model_access
-from fastagop.network.gradient_hooks import Call, Taps
+from fastagop.network.choosing import Chosen
+from fastagop.network.gradient_hooks import Call, Run, Taps
 from fastagop.network.lending import replaced
+from fastagop.network.sites import Site, forwards
 
 
-def refuse_blocked(model: nn.Module, linear: Mapping[str, nn.Linear], taps: Taps, inputs: torch.Tensor) -> None:
+def refuse_blocked(chosen: Chosen, taps: Taps, run: Run, inputs: torch.Tensor) -> None:
     """After a backward pass: where no gradient reached a call, changing what it returns may not change the outputs.
+
+    Layers that nobody asked for by name, other than Linear ones, are left out instead.
 
     Raises:
         ValueError: naming the layer and what blocks it; also where the outputs depend on none of the layers.
     """
     made = Counter(call.layer for call in taps.calls)
-    silent = {name: layer for name, layer in linear.items() if taps.arrived[layer] < made[layer]}
-    blocked = {name: call for name, layer in silent.items() if (call := _blocked(model, layer, taps, inputs))}
-    if blocked:
-        name, call = next(iter(blocked.items()))
-        reason = (
-            "its forward detaches it (by .detach(), .data, or an operation that has no derivative)"
-            if call.tracked
-            else "its forward runs it without gradients (torch.no_grad, inference_mode, or a checkpoint with "
-            "use_reentrant=True whose input asks for none)"
-        )
-        rest = model_access.listed(other for other in linear if other not in blocked)
+    silent = {name: site for name, site in chosen.sites.items() if taps.arrived[site] < made[site]}
+    blocked = {name: call for name, site in silent.items() if (call := _blocked(site, taps, run, inputs))}
+    reasons = {
+        name: "its forward detaches it (by .detach(), .data, or an operation that has no derivative)"
+        if call.tracked
+        else "its forward runs it without gradients (torch.no_grad, inference_mode, or a checkpoint with "
+        "use_reentrant=True whose input asks for none)"
+        for name, call in blocked.items()
+    }
+    refused = [name for name in blocked if not chosen.may_skip(name)]
+    if refused:
+        rest = model_access.listed(other for other in chosen.sites if other not in blocked)
         raise ValueError(
-            f"layers: the model's outputs depend on {name!r}, but {reason}, so that its AGOP is unknown; "
-            + (f"leave it out, layers=[{rest}]" if rest else "measure a model that lets gradients through")
+            f"layers: the model's outputs depend on {refused[0]!r}, but {reasons[refused[0]]}, so that its AGOP is "
+            "unknown; " + (f"leave it out, layers=[{rest}]" if rest else "measure a model that lets gradients through")
         )
+    for name in blocked:
+        chosen.skip(name, f"the outputs depend on it, but {reasons[name]}")
     if taps.calls and not any(taps.arrived.values()):
         raise ValueError("layers: the model's output does not depend on them, or its forward detaches it")
-    for name, layer in linear.items():
-        if taps.arrived[layer] > made[layer]:
+    for name, site in list(chosen.sites.items()):
+        if taps.arrived[site] <= made[site]:
+            continue
+        if chosen.may_skip(name):
+            chosen.skip(name, "a backward pass goes more often through it than a forward pass does")
+        else:
             raise ValueError(
-                f"layers: a backward pass goes through {name!r} {taps.arrived[layer]} times, a forward pass "
-                f"{made[layer]} times (an implicit layer?), so there is no one gradient; leave it out"
+                f"layers: a backward pass goes through {name!r} {taps.arrived[site]} times, a forward pass "
+                f"{made[site]} times (an implicit layer?), so there is no one gradient; leave it out"
             )
 
 
-def _blocked(model: nn.Module, layer: nn.Linear, taps: Taps, inputs: torch.Tensor) -> Call | None:
+def _blocked(site: Site, taps: Taps, run: Run, inputs: torch.Tensor) -> Call | None:
     """A call of the layer that the outputs depend on and no gradient reaches; None where all is well."""
-    calls = [call for call in taps.calls if call.layer is layer]
+    calls = [call for call in taps.calls if call.layer is site]
     silent = [index for index, call in enumerate(calls) if call.pull == 0]
-    matter = [index for index in silent if _matters(model, layer, index, inputs)]
+    matter = [index for index in silent if _matters(site, index, run, inputs)]
     # Of the calls that were reached, a checkpoint made so many again.
-    again = taps.arrived[layer] - (len(calls) - len(silent))
+    again = taps.arrived[site] - (len(calls) - len(silent))
     return calls[matter[-1]] if len(matter) > again else None
 
 
-def _matters(model: nn.Module, layer: nn.Linear, index: int, inputs: torch.Tensor) -> bool:
+def _matters(site: Site, index: int, run: Run, inputs: torch.Tensor) -> bool:
     """Whether the model's outputs change with what one call of the layer returns."""
-    plain = _changed(model, layer, index, inputs, 0.0)
-    return any(model_access.differ(_changed(model, layer, index, inputs, sign), plain) for sign in (1.0, -1.0))
+    plain = _changed(site, index, run, inputs, 0.0)
+    return any(model_access.differ(_changed(site, index, run, inputs, sign), plain) for sign in (1.0, -1.0))
 
 
-def _changed(model: nn.Module, layer: nn.Linear, index: int, inputs: torch.Tensor, sign: float) -> torch.Tensor:
+def _changed(site: Site, index: int, run: Run, inputs: torch.Tensor, sign: float) -> torch.Tensor:
     """The model's outputs where one call of the layer returns something else: more or less by 1 to 5 times its size."""
     count = 0
 
-    def forward(input: torch.Tensor) -> torch.Tensor:
+    def step(_: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         nonlocal count
-        out = type(layer).forward(layer, input)
+        out = site.compute(input, weight, bias)
         if count == index and sign != 0:
             out = out + sign * (1 + out.abs().max()) * model_access.pattern(out).abs().mul(4).add(1)
         count += 1
         return out
 
-    with torch.no_grad(), replaced({layer: forward}):
-        return model_access.outputs(model, inputs, finite=False)
+    with torch.no_grad(), replaced(forwards([site], step)):
+        return run(inputs)

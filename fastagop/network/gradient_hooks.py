@@ -1,8 +1,9 @@
-"""Taps at Linear layers: the gradients that pass by in a backward pass, without those of any weight.
+"""Taps at a model's layers: the gradients that pass by in a backward pass, without those of any weight.
 
 While a model is tapped, the forward of each chosen layer computes the same numbers and, on the way back, hands the
 gradients to a sink. No gradient is kept unless the sink keeps it, and no weight's gradient is formed unless the model
-makes the weight from other layers' outputs. Weights are those with which the layer's forward runs, call by call.
+makes the weight from other layers' outputs, or ``leaf`` asks for it. Weights are those with which the layer's forward
+runs, call by call.
 """
 
 from __future__ import annotations
@@ -10,24 +11,37 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from fastagop.kernels.gemm import matmul_nt
-from fastagop.network import model_access
 from fastagop.network.lending import Here, replaced
+from fastagop.network.sites import Site, forwards
+
+Leaf = Callable[[Site, torch.Tensor], torch.Tensor]
+Run = Callable[[torch.Tensor], torch.Tensor]  # It maps inputs to the outputs that are differentiated, (m, K).
+
+
+class ManyGradientsError(ValueError):
+    """One backward pass goes more than once through a call of a layer, so that there is no one gradient."""
+
+    def __init__(self, layer: str):
+        super().__init__(
+            f"layers: one backward pass goes more than once through a call of {layer!r}, as in implicit models, so "
+            "that there is no one gradient; leave the layer out"
+        )
+        self.layer = layer
 
 
 class Sink(Protocol):
     """Where the gradients at one layer go."""
 
     def taken(self, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """The weight to hand back of one that a call computes with, and whether gradients are taken at the input."""
+        """The matrix to hand back of one that a call computes with, and whether gradients are taken at the input."""
         ...
 
     def add(self, rows: torch.Tensor, weight: torch.Tensor) -> None:
@@ -40,7 +54,7 @@ class Call:
     """One call of a tapped layer: ``tracked`` where autograd records it, ``pull`` the last pass that reached it."""
 
     taps: Taps
-    layer: nn.Linear
+    layer: Site
     tracked: bool
     pull: int = 0
 
@@ -79,6 +93,27 @@ class _Tap(torch.autograd.Function):
         )
 
 
+class _Pass(torch.autograd.Function):
+    """The output of a convolution or an embedding as it is; backwards, the sink gets the gradients at it, as rows.
+
+    The gradients at the patches of a convolution are W^T times these, so that no patch is ever formed.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, out, matrix, call: Call):
+        ctx.weight, _ = call.taps.sinks[call.layer].taken(matrix)
+        ctx.call = call
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        taps = ctx.call.taps
+        if taps.here.backward:
+            taps.receive(ctx.call, ctx.call.layer.rows(grads[0]), ctx.weight)
+        return None, grads[0] if ctx.needs_input_grad[1] else None, None, None
+
+
 class Taps:
     """A tapped forward pass: ``run`` the model, then ``pull_back`` cotangents as often as wanted.
 
@@ -86,31 +121,34 @@ class Taps:
         calls: the calls of tapped layers in the forward pass.
         arrived: how many calls of each layer the last backward pass reached.
         recomputing: whether checkpoints with use_reentrant=True are provided for.
+        leaves: weights that ``leaf`` made to be differentiated by, with what the last pass found.
     """
 
-    def __init__(self, sinks: Mapping[nn.Linear, Sink], recomputing: bool = False):
-        self.sinks, self.recomputing, self.here = sinks, recomputing, Here()
+    def __init__(self, sinks: Mapping[Site, Sink], recomputing: bool = False, leaf: Leaf | None = None):
+        self.sinks, self.recomputing, self.here, self._leaf = sinks, recomputing, Here(), leaf
+        self.leaves: list[tuple[Site, torch.Tensor, torch.Tensor | None]] = []
         self.anchor = torch.empty(0, requires_grad=True)
         self.calls: list[Call] = []
-        self.arrived: Counter[nn.Linear] = Counter()
+        self.arrived: Counter[Site] = Counter()
         self.narrow = False  # It is set where float16 occurs.
         self._pulls = 0
         self._held: list[tuple[Call, torch.Tensor, torch.Tensor]] = []
         self._scale, self._ceiling = 1.0, math.inf
 
-    def run(self, model: nn.Module, inputs: torch.Tensor, asking: bool = False) -> torch.Tensor:
-        """The model's outputs (m, K); ``asking``: inputs require gradients, which takes more memory.
+    def run(self, run: Run, inputs: torch.Tensor, asking: bool = False) -> torch.Tensor:
+        """The outputs (m, K); ``asking``: inputs require gradients, which takes more memory.
 
         A checkpoint with use_reentrant=True runs its function without gradients and again, with them, in the backward
         pass; it does so only where its input asks for gradients. So where a layer ran without, the model runs again.
         """
         asking |= self.recomputing
-        out = model_access.outputs(model, self._asking(inputs) if asking else inputs)
+        out = run(self._asking(inputs) if asking else inputs)
         if not all(call.tracked for call in self.calls):
             self.recomputing = True
             if not asking:
                 self.calls.clear()
-                return self.run(model, inputs)
+                self.leaves.clear()
+                return self.run(run, inputs)
         self.recomputing |= _recomputes(out)
         return out
 
@@ -119,23 +157,33 @@ class Taps:
         """Inputs that require gradients, no leaf, since the model may work in place."""
         return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
 
-    def forward(self, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        """The forward that takes the place of the layer's own."""
-        call = Call(self, layer, torch.is_grad_enabled())
+    def step(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What takes the place of a layer's own multiplication."""
+        if site not in self.sinks:
+            return site.compute(input, weight, bias)
+        call = Call(self, site, torch.is_grad_enabled())
         if not self.here.backward:  # A checkpoint that computes again makes no new call.
             self.calls.append(call)
+        if self._leaf is not None:
+            weight = self._leaf(site, weight)
+            self.leaves.append((site, weight, None))
+        if site.kind != "linear":
+            return self._pass(call, input, weight, bias)
         # The function sees matrices only, since its output must not be a view.
         rows = input.reshape(-1, input.shape[-1])
-        out = _Tap.apply(self.anchor, rows, layer.weight, layer.bias, call)
+        out = _Tap.apply(self.anchor, rows, weight, bias, call)
         return out if input.ndim == 2 else out.view(*input.shape[:-1], out.shape[-1])
+
+    def _pass(self, call: Call, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = call.layer.compute(input, weight, bias)
+        self.narrow |= torch.float16 in (input.dtype, out.dtype)
+        out = out.clone() if out._is_view() else out  # The function marks it as changed in place.
+        return _Pass.apply(self.anchor, out, call.layer.matrix(weight).detach(), call)
 
     def receive(self, call: Call, rows: torch.Tensor, weight: torch.Tensor) -> None:
         """Take the gradients of a call in a backward pass."""
         if call.pull == self._pulls:
-            raise ValueError(
-                f"layers: one backward pass goes more than once through a call of {call.layer}, as in implicit models, "
-                "so that there is no one gradient; leave the layer out"
-            )
+            raise ManyGradientsError(call.layer.name)
         call.pull = self._pulls
         self.arrived[call.layer] += 1
         if self.narrow:
@@ -168,8 +216,12 @@ class Taps:
         try:
             if self.recomputing:  # Such checkpoints refuse a backward pass towards chosen tensors.
                 torch.autograd.backward(out, cotangent, retain_graph=keep)
+                self.leaves = [(site, leaf, leaf.grad) for site, leaf, _ in self.leaves]
             else:
-                torch.autograd.grad(out, self.anchor, cotangent, retain_graph=keep, allow_unused=True)
+                leaves = list(self.leaves)  # A checkpoint that computes again makes more of them.
+                ends = [self.anchor, *(leaf for _, leaf, _ in leaves)]
+                found = torch.autograd.grad(out, ends, cotangent, retain_graph=keep, allow_unused=True)[1:]
+                self.leaves = [(site, leaf, grad) for (site, leaf, _), grad in zip(leaves, found, strict=True)]
         finally:
             self.here.backward = False
 
@@ -202,8 +254,8 @@ def _recomputes(out: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def tapped(sinks: Mapping[nn.Linear, Sink], recomputing: bool = False) -> Iterator[Taps]:
-    """Tap each layer while the block runs the model forwards and backwards."""
-    taps = Taps(sinks, recomputing)
-    with replaced({layer: partial(taps.forward, layer) for layer in sinks}, taps.here):
+def tapped(sinks: Mapping[Site, Sink], recomputing: bool = False, leaf: Leaf | None = None) -> Iterator[Taps]:
+    """Tap each site while the block runs the model forwards and backwards."""
+    taps = Taps(sinks, recomputing, leaf)
+    with replaced(forwards(sinks, taps.step), taps.here):
         yield taps

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -199,17 +200,17 @@ class Here:
         return self.backward and torch._C._current_graph_task_id() != -1
 
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 
 
 @contextlib.contextmanager
-def replaced(forwards: Mapping[nn.Linear, Forward], here: Here | None = None) -> Iterator[None]:
-    """Let each layer's forward be another function of its input while the block runs, in this thread."""
+def replaced(forwards: Mapping[nn.Module, Forward], here: Here | None = None) -> Iterator[None]:
+    """Let each layer's forward be another function of its arguments while the block runs, in this thread."""
     here = Here() if here is None else here
 
-    def instead(layer: nn.Linear, function: Forward):
-        def forward(input: torch.Tensor) -> torch.Tensor:
-            return function(input) if here else type(layer).forward(layer, input)
+    def instead(layer: nn.Module, function: Forward):
+        def forward(*args, **options):
+            return function(*args, **options) if here else type(layer).forward(layer, *args, **options)
 
         return forward
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -41,9 +41,7 @@ def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str
         raise ValueError(f"layers must be None for all or name at least one, there are {listed(linear)}")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
-            other = next(
-                (name for name in every if fnmatch.fnmatchcase(name, pattern) and _unserved(every[name])), None
-            )
+            other = next((name for name in every if fnmatch.fnmatchcase(name, pattern) and unserved(every[name])), None)
             if other is not None:
                 kind = type(every[other]).__name__
                 raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")
@@ -77,7 +75,7 @@ _WITH_WEIGHTS = (
 )
 
 
-def _unserved(module: nn.Module) -> bool:
+def unserved(module: nn.Module) -> bool:
     """Whether a module multiplies by weights and is no Linear layer; normalisations only scale."""
     if isinstance(module, _WITH_WEIGHTS):
         return True
@@ -90,7 +88,7 @@ def say_unmeasured(model: nn.Module, layers: Layers) -> None:
     """Warn, where all layers were asked for, of those that have weights and cannot be measured."""
     if layers is not None:
         return
-    left_out = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if _unserved(module)]
+    left_out = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if unserved(module)]
     if left_out:
         shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
         warn(
@@ -137,18 +135,24 @@ def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     return pair[0], pair[1] if len(pair) == 2 else None
 
 
-def outputs(model: nn.Module, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
+def outputs(model: Callable, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
     """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
-    out = model(inputs)
+    return rows("model", model(inputs), len(inputs), finite)
+
+
+def rows(name: str, out, n: int, finite: bool = True) -> torch.Tensor:
+    """What ``name`` returned for n samples as (n, K)."""
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
         kind = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
-        raise TypeError(f"model must return one floating tensor, got {kind}; wrap it in a module that does")
-    if out.ndim == 0 or len(out) != len(inputs):
+        hint = "wrap it in a module that does" if name == "model" else "one row for each sample"
+        raise TypeError(f"{name} must return one floating tensor, got {kind}; {hint}")
+    if out.ndim == 0 or len(out) != n:
         shape = tuple(out.shape)
-        raise ValueError(f"model must return a row for each sample of X, got shape {shape} for {len(inputs)} samples")
+        hint = "" if name == "model" else "; take losses with reduction='none'"
+        raise ValueError(f"{name} must return a row for each sample of X, got shape {shape} for {n} samples{hint}")
     if finite and not checks.finite(out.detach()):
-        raise ValueError("model returns NaN or infinity for X; check its weights and X's scale")
-    return out.reshape(len(out), -1)
+        raise ValueError(f"{name} returns NaN or infinity for X; check its weights and X's scale")
+    return out.reshape(n, -1)
 
 
 def pattern(like: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor
     """
     inputs = inputs[:_SAMPLES]
     returned: dict[str, torch.Tensor] = {}
-    forwards = {layer: _keeping(name, layer, returned) for name, layer in linear.items()}
+    forwards: dict[nn.Module, Callable] = {layer: _keeping(name, layer, returned) for name, layer in linear.items()}
     with replaced(forwards):
         out = model_access.outputs(model, inputs)
     found = set()
@@ -46,7 +46,7 @@ def _outputs_given(model: nn.Module, layer: nn.Linear, inputs: torch.Tensor) -> 
     """The model's outputs as a function of what the layer returns."""
 
     def f(h: torch.Tensor) -> torch.Tensor:
-        with replaced({layer: lambda _: h.clone()}):
+        with replaced({layer: lambda input: h.clone()}):
             return model_access.outputs(model, inputs, finite=False).double()
 
     return f

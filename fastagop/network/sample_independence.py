@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
-from fastagop.network.gradient_hooks import tapped
+from fastagop.network.choosing import Chosen
+from fastagop.network.gradient_hooks import ManyGradientsError, Run, tapped
 from fastagop.network.lending import Here
 
 _ALONE = "or pass batch_size=1, which takes each sample by itself"
 
 
-def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> bool:
+def refuse_mixing(model: nn.Module, chosen: Chosen, inputs: torch.Tensor, runs: Callable[[list[int]], Run]) -> bool:
     """Try the model on two samples of a batch: outputs must keep to their sample, and so must gradients.
+
+    ``runs(index)`` maps these samples of the batch to the outputs that are differentiated. Layers that nobody asked
+    for by name, other than Linear ones, are left out where samples meet in them.
 
     Returns:
         Whether checkpoints may have to compute again (``Taps.recomputing``).
@@ -26,13 +30,20 @@ def refuse_mixing(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: tor
     if len(inputs) == 1:
         return False
     refuse_neighbours(model, inputs)
-    return _refuse_backward(model, linear, _pair(inputs))
+    index = _pair(inputs)
+    while True:
+        try:
+            return _refuse_backward(chosen, inputs[index], runs(index))
+        except ManyGradientsError as error:
+            if not chosen.may_skip(error.layer):
+                raise
+            chosen.skip(error.layer, "a backward pass goes more than once through a call of it")
 
 
-def _pair(inputs: torch.Tensor) -> torch.Tensor:
+def _pair(inputs: torch.Tensor) -> list[int]:
     """The first sample and the next one that differs from it."""
     unlike = (inputs != inputs[0]).reshape(len(inputs), -1).any(1)
-    return inputs[[0, int(unlike.int().argmax()) or 1]]
+    return [0, int(unlike.int().argmax()) or 1]
 
 
 class _Reached:
@@ -48,19 +59,23 @@ class _Reached:
         self.rows.append((rows != 0).any(1))
 
 
-def _refuse_backward(model: nn.Module, linear: Mapping[str, nn.Linear], pair: torch.Tensor) -> bool:
+def _refuse_backward(chosen: Chosen, pair: torch.Tensor, run: Run) -> bool:
     """A row of gradients belongs to one sample: no row may see a cotangent on the first and one on the second."""
-    seen = {layer: _Reached() for layer in linear.values()}
+    seen = {site: _Reached() for site in chosen.sites.values()}
     with tapped(seen) as taps:
-        out = taps.run(model, pair, asking=True)  # Two samples take little memory.
+        out = taps.run(run, pair, asking=True)  # Two samples take little memory.
         for row in (0, 1) if out.requires_grad else ():
             cotangent = torch.zeros_like(out)
             cotangent[row] = torch.linspace(1, 2, out.shape[1], dtype=out.dtype, device=out.device)
             taps.pull_back(out, cotangent, keep=row == 0)
-    for name, layer in linear.items():
-        rows = seen[layer].rows
+    for name, site in list(chosen.sites.items()):
+        rows = seen[site].rows
         calls = len(rows) // 2
-        if any(bool((a & b).any()) for a, b in zip(rows[:calls], rows[calls:], strict=True)):
+        if not any(bool((a & b).any()) for a, b in zip(rows[:calls], rows[calls:], strict=True)):
+            continue
+        if chosen.may_skip(name):
+            chosen.skip(name, "its inputs are shared by the samples of a batch, so that their gradients mix")
+        else:
             raise ValueError(
                 f"layers: gradients at {name!r} mix the samples of a batch: its inputs are shared by them, or a later "
                 f"module brings them together. Leave the layer out, {_ALONE}"
@@ -72,7 +87,7 @@ def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
     """The first sample's outputs may not change with another sample; says in which module they do."""
     if len(inputs) < 2:
         return
-    calls = list(zip(_trace(model, _pair(inputs)), _trace(model, inputs[[0, 0]]), strict=False))
+    calls = list(zip(_trace(model, inputs[_pair(inputs)]), _trace(model, inputs[[0, 0]]), strict=False))
     (_, _, out), (_, _, alike) = calls[-1]
     if not _differ(out, alike):
         return

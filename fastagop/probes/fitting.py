@@ -209,6 +209,8 @@ def _kernel(kernel, bandwidth):
     """The kernel with a bandwidth."""
     made = kernel(bandwidth) if isinstance(kernel, type) else kernel
     checks.kernel(made, settled=False)
+    if not made.norm:
+        raise ValueError(f"kernel must have a bandwidth, which probes choose, got {made!r}; take one such as Laplace")
     return made if isinstance(kernel, type) else made.set_params(bandwidth=bandwidth)
 
 

@@ -166,7 +166,9 @@ class Learner:
     def run(self) -> Learnt:
         """All iterations, or as many as the rules allow."""
         points, rules, engine = self.points, self.rules, self.engine
-        metric = Metric.before(points.X, rules.diagonal, engine) if rules.iterations else Metric()
+        metric = (
+            Metric.before(points.X, rules.diagonal, engine, self.regression.kernel) if rules.iterations else Metric()
+        )
         coordinates = metric.coordinates(points.X)
         Y, regression = points.Y.to(coordinates), served(self.regression, coordinates)
         stages, records, scores, kept, stopped = [], [], [], None, ""

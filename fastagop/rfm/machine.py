@@ -325,7 +325,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         return self.n_features_in_
 
     def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        self._preparation = Preparation.of(X, weights, self.scale)
+        self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
         return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
 
     def _mapped(self, X: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from fastagop import linalg
 from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
+from fastagop.kernels.profile import Kernel
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Span:
     basis: torch.Tensor
 
     @classmethod
-    def of(cls, X: torch.Tensor, engine: Local) -> Span:
-        """The span of points X (n, d), the same on every rank."""
+    def of(cls, X: torch.Tensor, engine: Local, kernel: Kernel) -> Span:
+        """The span of points X (n, d), the same on every rank; through the origin where the kernel knows that."""
         wide = X.double()
-        centre = wide.mean(0)
+        centre = wide.mean(0) if kernel.shift_invariant else torch.zeros_like(wide[0])
         return cls(engine.broadcast(centre), engine.broadcast(torch.linalg.qr((wide - centre).T).Q.contiguous()))
 
     def coordinates(self, X: torch.Tensor) -> torch.Tensor:
@@ -75,9 +76,13 @@ class Metric:
     span: Span | None = None
 
     @classmethod
-    def before(cls, X: torch.Tensor, diagonal: bool, engine: Local) -> Metric:
-        """M = I for points X (n, d), in the coordinates in which it will be learnt."""
-        return cls(span=Span.of(X, engine) if len(X) < X.shape[1] and not diagonal else None)
+    def before(cls, X: torch.Tensor, diagonal: bool, engine: Local, kernel: Kernel) -> Metric:
+        """M = I for points X (n, d), in the coordinates in which it will be learnt.
+
+        A kernel that goes by features sees no coordinates of a span.
+        """
+        spanned = len(X) < X.shape[1] and not diagonal and kernel.rotation_invariant
+        return cls(span=Span.of(X, engine, kernel) if spanned else None)
 
     def coordinates(self, X: torch.Tensor) -> torch.Tensor:
         """The points (n, r) as they are given to ``among``: X itself where there is no span."""

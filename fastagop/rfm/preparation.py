@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop.estimators import inputs
+from fastagop.kernels.profile import Kernel
 
 SCALES = (None, "standard")
 _CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
@@ -25,12 +26,15 @@ class Preparation:
     unit: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, X: torch.Tensor, weights: torch.Tensor | None, scale: str | None) -> Preparation:
+    def of(cls, X: torch.Tensor, weights: torch.Tensor | None, scale: str | None, kernel: Kernel) -> Preparation:
         """What training rows X (n, d) ask for: "standard" is their (weighted) mean and standard deviation.
 
-        Without a scale only offsets are subtracted that lie far from zero in every row: the kernel sees differences.
+        Without a scale only offsets are subtracted that lie far from zero in every row, and only where the kernel
+        sees differences.
         """
-        return cls(inputs.offsets(X)) if scale is None else cls(*_moments(X.double(), weights))
+        if scale is not None:
+            return cls(*_moments(X.double(), weights))
+        return cls(inputs.offsets(X) if kernel.shift_invariant else X.new_zeros(X.shape[1], dtype=torch.float64))
 
     def near(self, X: torch.Tensor) -> torch.Tensor:
         """Rows X (m, d) as the kernel sees them; float64 where something is subtracted."""

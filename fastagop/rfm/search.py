@@ -32,7 +32,6 @@ from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
 
 _MEDIAN = Laplace("median")
-_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
@@ -57,6 +56,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     validation_fraction: float
     kernel: Radial
     time_limit: float | None
+    n_iter_no_change: int | None
     verbose: int
     # These are set by fit.
     n_features_in_: int
@@ -106,7 +106,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Warns:
             UserWarning: fits failed, or no setting but the first was begun in time.
         """
-        random, seconds = self._checked()
+        random, seconds, patience = self._checked()
         rows = inputs.matrix(self, X, reset=True)
         answers = self._read(y)
         inputs.same_length("y", answers, len(rows))
@@ -120,7 +120,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
         numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
         deadline = None if seconds is None else time.time() + seconds
-        task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline)
+        task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline, patience)
         found = self._run(estimators, task)
         self._told(found, len(settings))
         settings = settings[: len(found)]
@@ -132,8 +132,8 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             self.best_estimator_ = self.estimators_[0]
         return self
 
-    def _checked(self) -> tuple[np.random.RandomState, float | None]:
-        """(the generator, seconds), with all parameters checked that no estimator checks."""
+    def _checked(self) -> tuple[np.random.RandomState, float | None, int | None]:
+        """(the generator, seconds, patience), with all parameters checked that no estimator checks."""
         for name, least in (("n_settings", 1), ("average", 1), ("iterations", 0)):
             checks.integer(name, getattr(self, name), least)
         checks.flag("refit", self.refit)
@@ -141,7 +141,9 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         if not isinstance(self.verbose, bool):
             checks.integer("verbose", self.verbose, 0)
         seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
-        return inputs.random(self.random_state), seconds
+        patience = self.n_iter_no_change
+        patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
+        return inputs.random(self.random_state), seconds, patience
 
     def _folds(self, rows, answers, codes, weights, random) -> list[trials.Fold]:
         """(rows to train on, rows to score on) of each fold; rows of weight zero are not drawn from."""
@@ -204,10 +206,8 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         firsts, places, row = [], [], 0
         for index, trial in enumerate(found):
             if not trial.error:
-                scores, ties = trial.means()
-                keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
-                step = max(range(len(keys)), key=lambda i, keys=keys: (*keys[i], -i))
-                places.append((keys[step], -step, -index))
+                step, key = trials.best(*trial.means())
+                places.append((key, -step, -index))
                 firsts.append(row + step)
             row += trial.scores.shape[1]
         order = sorted(range(len(places)), key=places.__getitem__, reverse=True)[: self.average]
@@ -253,9 +253,10 @@ class RFMClassifierCV(ClassifierMixin, _Search):
     """``RFMClassifier`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Settings are drawn at random, or given. Every setting is fitted once a fold, and after 0, 1, ... AGOPs scored on
-    the rows that were held out. The best mean score wins; among equal ones the smaller squared error of the outputs,
-    then fewer iterations. The first setting that is tried is the default one: the kernel as it is, a ridge of 1e-3, a
-    full metric.
+    the rows held out, until the score no longer grows. Such fits of float32 rows on the CPU are coarse: kernel values
+    and factor are float32. Those of ``refit``, and all with ``dtype="float64"`` or a ``solver``, are fits as any other.
+    The best mean score wins; among equal ones the smaller squared error of the outputs, then fewer iterations. The
+    first setting that is tried is the default one: the kernel as it is, a ridge of 1e-3, a full metric.
 
     Args:
         n_settings: number of settings, where ``space`` is not a list of them.
@@ -281,10 +282,12 @@ class RFMClassifierCV(ClassifierMixin, _Search):
         device, dtype, precision, backend, solver, memory_limit, class_weight: as in ``RFMClassifier``.
         time_limit: seconds after which no further setting is begun.
         verbose: 1 shows a progress bar on a terminal, and logs every setting at INFO.
+        n_iter_no_change: iterations without a better mean score after which a setting is given up; None tries all.
 
     Attributes:
-        cv_results_: a row for each setting and number of AGOPs, as ``GridSearchCV``'s; "error" and "note" say what
-            failed and what fits warned about, "mean_test_tie" what decided between equal scores.
+        cv_results_: a row for each setting and number of AGOPs that was tried, as ``GridSearchCV``'s; "error" and
+            "note" say what failed and what fits warned about, "mean_test_tie" what decided between equal scores,
+            "coarse" whether all scores are those of coarse fits.
         best_params_: the best setting, with "iterations".
         best_index_, best_score_, best_iteration_: its row, its mean score, and its number of AGOPs.
         best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, which can
@@ -321,6 +324,7 @@ class RFMClassifierCV(ClassifierMixin, _Search):
         class_weight=None,
         time_limit=None,
         verbose=0,
+        n_iter_no_change=1,
     ):
         self._store(locals())
 
@@ -379,6 +383,7 @@ class RFMRegressorCV(RegressorMixin, _Search):
         memory_limit=None,
         time_limit=None,
         verbose=0,
+        n_iter_no_change=1,
     ):
         self._store(locals())
 

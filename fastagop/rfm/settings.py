@@ -93,6 +93,11 @@ def kernel_of(kernel: Radial, setting: Setting) -> Radial:
         exponent = setting["exponent"]
         plain = exponent == 1.0
         kernel = Laplace(kernel.bandwidth) if plain else GeneralisedLaplace(kernel.bandwidth, exponent)
+    if not kernel.norm:
+        raise ValueError(
+            f"a search multiplies the kernel's bandwidth, and {kernel!r} has none; fit RFMClassifier or RFMRegressor, "
+            "for example in scikit-learn's GridSearchCV with kernel__... as names"
+        )
     times, median = setting.get("bandwidth", 1.0), median_factor(kernel)
     if isinstance(times, bool) or not isinstance(times, (int, float, np.number)):
         raise TypeError(f"bandwidth must be a number, the factor of the kernel's own, got {times!r}")

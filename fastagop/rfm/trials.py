@@ -16,9 +16,11 @@ import torch
 from sklearn.base import clone
 
 from fastagop.rfm import validation
+from fastagop.rfm.coarse import Fold as CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
+_DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Task:
         scorer: (estimator, X, y) -> a number, the larger the better.
         alone: whether torch may use one thread only.
         deadline: a time of ``time.time`` after which no setting begins; None for no end.
+        patience: iterations without a better mean score after which a setting is given up; None for no end.
     """
 
     X: Any
@@ -41,6 +44,7 @@ class Task:
     scorer: Any
     alone: bool
     deadline: float | None
+    patience: int | None
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Trial:
     """What the folds said about a setting.
 
     Attributes:
-        scores, ties: after 0, 1, ... AGOPs (folds, iterations + 1); NaN where a fit failed.
+        scores, ties: after 0, 1, ... AGOPs (folds, as many as were tried); NaN where a fit failed.
         seconds: of each fit (folds,).
         error: of the fits that failed; "" where none did.
         note: what the fits warned about.
+        coarse: whether the scores are those of coarse fits alone.
     """
 
     scores: np.ndarray
@@ -59,6 +64,7 @@ class Trial:
     seconds: np.ndarray
     error: str
     note: str
+    coarse: bool
 
     def means(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean scores, mean ties) after 0, 1, ... AGOPs."""
@@ -69,43 +75,96 @@ def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial 
     """The trials of estimators with their parameters set, in their order; None for one that was not begun in time."""
     calls = (functools.partial(_trial, model, task, index == 0) for index, model in enumerate(estimators))
     if n_jobs is None or joblib.effective_n_jobs(n_jobs) == 1:
-        return (call() for call in calls)
+        shared: dict[int, CoarseFold] = {}
+        return (call(shared) for call in calls)
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
-    return iter(parallel(joblib.delayed(call)() for call in calls))  # pyright: ignore[reportArgumentType]
+    return iter(parallel(joblib.delayed(call)({}) for call in calls))  # pyright: ignore[reportArgumentType]
 
 
-def _trial(estimator, task: Task, always: bool) -> Trial | None:
-    """All folds of one setting; ``always``: also after the deadline."""
+def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -> Trial | None:
+    """All folds of one setting, iteration by iteration, until the mean score no longer grows.
+
+    Args:
+        estimator: with the setting's parameters.
+        task: of all settings.
+        always: also after the deadline.
+        shared: folds that were read already.
+    """
     if not always and task.deadline is not None and time.time() > task.deadline:
         return None
-    shape = len(task.folds), estimator.iterations + 1
-    scores, ties, seconds, errors, notes = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0]), [], []
-    with _one_thread() if task.alone else contextlib.nullcontext():
-        for index, fold in enumerate(task.folds):
-            begin = time.perf_counter()
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
+    shape, steps = (len(task.folds), estimator.iterations + 1), 0
+    scores, ties, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0])
+    errors, notes, full = [], [], []
+    sources: list[Iterator | None] = [_stages(estimator, task, i, shared, notes, full) for i in range(len(task.folds))]
+    with _one_thread() if task.alone else contextlib.nullcontext(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(estimator.iterations + 1):
+            for index, source in enumerate(sources):
+                begin = time.perf_counter()
                 try:
-                    model = _fitted(estimator, task, *fold)
-                    scores[index], ties[index] = model.validation_score_, model._ties
+                    if source is not None:
+                        scores[index, step], ties[index, step] = next(source)
                 except Exception as error:  # a row of the results tells of it
                     errors.append(f"{type(error).__name__}: {error}")
-            seconds[index] = time.perf_counter() - begin
-            notes += [str(warning.message) for warning in said]
-    return Trial(scores, ties, seconds, "; ".join(dict.fromkeys(errors)), "; ".join(dict.fromkeys(notes)))
+                    sources[index] = None
+                seconds[index] += time.perf_counter() - begin
+            steps = step + 1
+            if not errors and _tired(scores[:, :steps].mean(0), ties[:, :steps].mean(0), task.patience):
+                break
+    notes += [str(warning.message) for warning in said]
+    error, note = ("; ".join(dict.fromkeys(found)) for found in (errors, notes))
+    return Trial(scores[:, :steps], ties[:, :steps], seconds, error, note, not full)
+
+
+def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[float, float]]:
+    """(the first of the best mean scores, that score and what decides between equal ones)."""
+    keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+    step = max(range(len(keys)), key=lambda i: (*keys[i], -i))
+    return step, keys[step]
+
+
+def _tired(scores: np.ndarray, ties: np.ndarray, patience: int | None) -> bool:
+    """Whether the best of the mean scores lies so many iterations back."""
+    return patience is not None and len(scores) - 1 - best(scores, ties)[0] >= patience
+
+
+def _stages(estimator, task: Task, index: int, shared: dict[int, CoarseFold], notes: list[str], full: list[int]):
+    """(score, tie) after 0, 1, ... AGOPs on a fold: of a coarse fit and, from where that gives up, of a usual one.
+
+    Notes of what was read, and the folds that took a usual fit, join the lists.
+    """
+    if index not in shared:
+        X, y, weights, X_test, y_test, scorer = _parts(task, *task.folds[index])
+        shared[index] = CoarseFold(estimator, (X, y, weights), (X_test, y_test), scorer)
+    fold, done = shared[index], 0
+    if fold.usual(len(task.folds)):
+        for found in fold.scores(estimator):
+            if done == 0:
+                notes += fold.notes
+            done += 1
+            yield found
+    if done <= estimator.iterations:
+        full.append(index)
+        model = _fitted(estimator, task, *task.folds[index])
+        yield from list(zip(model.validation_score_, model._ties, strict=True))[done:]
 
 
 def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
     """The estimator fitted to some rows, every iteration scored on others."""
-    train_weights, scorer = None, task.scorer
-    if task.weights is not None:
-        train_weights = task.weights[train]
-        if validation.takes_weights(scorer):
-            scorer = functools.partial(scorer, sample_weight=task.weights[test])
-    X_train, X_test = rows_of(task.X, train), rows_of(task.X, test)
+    X, y, weights, X_test, y_test, scorer = _parts(task, train, test)
     model: Any = clone(estimator)
     model.set_params(scoring=scorer)
-    return model.fit(X_train, task.y[train], train_weights, X_test, task.y[test])
+    return model.fit(X, y, weights, X_test, y_test)
+
+
+def _parts(task: Task, train: np.ndarray, test: np.ndarray) -> tuple:
+    """(X, y, weights or None) of the rows to train on, (X, y) of those to score on, and the scorer of a fold."""
+    weights, scorer = None, task.scorer
+    if task.weights is not None:
+        weights = task.weights[train]
+        if validation.takes_weights(scorer):
+            scorer = functools.partial(scorer, sample_weight=task.weights[test])
+    return rows_of(task.X, train), task.y[train], weights, rows_of(task.X, test), task.y[test], scorer
 
 
 def indices(pair) -> Fold:
@@ -149,6 +208,7 @@ def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any
         results |= {"mean_test_score": scores.mean(1), "std_test_score": scores.std(1)}
     results["mean_test_tie"] = np.concatenate([trial.ties.mean(0) for trial in trials])
     results["rank_test_score"] = _ranks(results["mean_test_score"])
+    results["coarse"] = np.array([trials[index].coarse for index in each])
     results["error"] = np.array([trials[index].error for index in each], dtype=object)
     results["note"] = np.array([trials[index].note for index in each], dtype=object)
     return results

@@ -46,11 +46,27 @@ class HeldOut:
             score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
         except (ValueError, TypeError) as error:
             raise type(error)(f"scoring: the validation rows have no score, since {error}") from error
-        score = -math.inf if math.isnan(score) else score
+        return -math.inf if math.isnan(score) else score, self.tie(outputs)
+
+    def tie(self, outputs: torch.Tensor) -> float:
+        """What decides between equal scores: the (weighted) mean squared error of the outputs, negative."""
         if self.codes is None:
-            return score, 0.0
+            return 0.0
         errors = (outputs - self.codes).square().mean(1).cpu().numpy()
-        return score, -float(np.average(errors, weights=self.weights))
+        return -float(np.average(errors, weights=self.weights))
+
+
+def accuracy(classes: np.ndarray, outputs: torch.Tensor, y: np.ndarray, weights: np.ndarray | None) -> float:
+    """The (weighted) share of rows whose label is the class of their largest output."""
+    return float(np.average(classes[outputs.argmax(1).cpu().numpy()] == y, weights=weights))
+
+
+def r_squared(outputs: torch.Tensor, targets: torch.Tensor, weights: np.ndarray | None) -> float | None:
+    """Mean over the targets (m, K) of R^2; None where a target does not vary, whose R^2 is scikit-learn's to define."""
+    found, wanted = outputs.cpu().numpy(), targets.cpu().numpy()
+    left = np.average((found - wanted) ** 2, axis=0, weights=weights)
+    spread = np.average((wanted - np.average(wanted, axis=0, weights=weights)) ** 2, axis=0, weights=weights)
+    return float(np.mean(1.0 - left / spread)) if len(found) > 1 and bool((spread > 0).all()) else None
 
 
 def takes_weights(scorer) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.profile import median_factor
-from fastagop.kernels.radial import Radial
+from fastagop.kernels.profile import Kernel, median_factor, unsettled
 from fastagop.kernels.scaling import Points, scale_points
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import copies
@@ -21,12 +21,13 @@ _FEW = 64  # points whose pairs show in nearly every problem that values differ
 
 
 @torch.no_grad()
-def settled(kernel: Radial, X: torch.Tensor) -> Radial:
+def settled(kernel: Any, X: torch.Tensor) -> Any:
     """The kernel with a number for its bandwidth: itself, or one with the factor times the median distance of X's rows.
 
-    That is the median of ||x - z||_2 over the pairs of at most 1024 rows of X, one of each of as many equal stretches.
-    Rows that the dtype cannot tell apart count as one, so that copies do not change it. Distances are differences
-    in float64: an offset of X costs no digits. Where there are no two different rows the bandwidth is 1.
+    That is the median of ||x - z||_2, or of the norm that the kernel goes by (l1 for ``ProductLaplace``), over the
+    pairs of at most 1024 rows of X, one of each of as many equal stretches. Rows that the dtype cannot tell apart count
+    as one, so that copies do not change it. Distances are differences in float64: an offset of X costs no digits. Where
+    there are no two different rows the bandwidth is 1.
 
     Args:
         kernel: a kernel such as ``Laplace("median")`` or ``Laplace(("median", 0.5))``.
@@ -40,16 +41,19 @@ def settled(kernel: Radial, X: torch.Tensor) -> Radial:
     """
     checks.kernel(kernel, settled=False)
     checks.points(X, None)
-    return kernel if median_factor(kernel) is None else settled_at(kernel, copies.find(X).take(X))
+    return settled_at(kernel, copies.find(X).take(X)) if unsettled(kernel) else kernel
 
 
-def settled_at(kernel: Radial, points: torch.Tensor) -> Radial:
+def settled_at(kernel: Any, points: torch.Tensor) -> Any:
     """As ``settled`` for points that are checked, and of which no two are copies."""
     factor = median_factor(kernel)
     if factor is None:
-        return kernel
+        if not unsettled(kernel):
+            return kernel
+        parts = {name: part for name, part in kernel.get_params(deep=False).items() if isinstance(part, Kernel)}
+        return replace(kernel, **{name: settled_at(part, points) for name, part in parts.items()})
     _, X, _, unit = scale_points(replace(kernel, bandwidth=1.0), points, points)
-    apart = torch.pdist(X[_places(len(X)).to(X.device)].double())
+    apart = torch.pdist(X[_places(len(X)).to(X.device)].double(), p=kernel.norm)
     apart = apart[apart > 0]
     if len(apart) == 0:
         return replace(kernel, bandwidth=1.0)
@@ -68,20 +72,22 @@ def _places(n: int) -> torch.Tensor:
     return ((steps + steps.mul(_GOLDEN).frac()) * (n / max(1, count))).long().clamp_(max=n - 1)
 
 
-def note(points: Points, bandwidth: float, block: int = 256) -> str:
+def note(points: Points, given: Any, block: int = 256) -> str:
     """What to say where every k(x_i, x_j), i != j, is 0 or 1 to the rounding of X's dtype; "" elsewhere.
 
     A sample of the pairs answers for most problems; only where it holds nothing else are all pairs looked at.
 
     Args:
         points: scaled.
-        bandwidth: as the user gave it.
+        given: the kernel as the user gave it.
         block: rows looked at together.
     """
     scaled, X, _, unit = points
     n = len(X)
-    if n < 2:
+    if n < 2 or not (given.radial or given.norm):
         return ""
+    if not given.radial:
+        return _note_of_pairs(given, X)
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
     distances = torch.pdist(few.double())
     zeros, ones, others = _counts(scaled.value_(distances.square().to(X.dtype)))
@@ -91,8 +97,19 @@ def note(points: Points, bandwidth: float, block: int = 256) -> str:
         with matmul_precision("highest", X.device):
             if any(_counts(scaled.value_(squares))[2] for _, squares in tiles.tiles(X, X, block)):
                 return ""
-    apart = distances.median()
-    typical = float(apart) * unit
+    return _finding(given, float(distances.median()) * unit, zeros, ones)
+
+
+def _note_of_pairs(kernel: Any, X: torch.Tensor) -> str:
+    """The same of a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
+    few = X[_places(len(X)).to(X.device)].double()
+    i, j = torch.triu_indices(len(few), len(few), 1)
+    zeros, ones, others = _counts(kernel(few)[i, j].to(X.dtype))
+    return "" if others else _finding(kernel, float(torch.pdist(few, p=kernel.norm).median()), zeros, ones)
+
+
+def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
+    """In words."""
     if ones and zeros:
         finding = "0 or 1 to rounding: points are equal to it or have nothing in common"
     elif zeros:
@@ -100,7 +117,7 @@ def note(points: Points, bandwidth: float, block: int = 256) -> str:
     else:
         finding = "1 to rounding: all points look alike"
     return (
-        f"at bandwidth {bandwidth:.3g} every kernel value of two different points is {finding}. Their typical "
+        f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. Their typical "
         f"distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
     )
 

@@ -14,6 +14,7 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import PointsProduct
+from fastagop.kernels.pair_backend.backend import PairProduct
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.limits import MAX_JITTER, bound, relative, times
@@ -124,7 +125,7 @@ def plan(problem, reason: str):
 class Found:
     """What a solve came to; as ``direct.Found``, which has the same attributes.
 
-    ``K`` is half of k(X, X) where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where it is known.
+    ``K`` is k(X, X), or half of it, where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where known.
     """
 
     alpha: torch.Tensor
@@ -134,7 +135,7 @@ class Found:
     stopped: str
     tolerance: float
     matmul: Matmul
-    K: SymmetricBlocks | None = None
+    K: SymmetricBlocks | torch.Tensor | None = None
     dropped: int = 0
     dtype: torch.dtype = torch.float64
     left: torch.Tensor | None = None
@@ -164,8 +165,9 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
     """
     product, options = problem.operator.float64_product(plan.block), problem.options
     product = StoredProduct.of(problem, product) if options.store else share(product)
-    ones = Y.new_ones(len(product))  # every profile has phi(0) = 1
-    low_rank = preconditioner_of(product.columns, ones, ridge, options)
+    # Every radial profile has phi(0) = 1.
+    diagonal = product.diagonal() if isinstance(product, PairProduct) else Y.new_ones(len(product))
+    low_rank = preconditioner_of(product.columns, diagonal, ridge, options)
     scale = low_rank.largest if low_rank else float(len(Y))
     jitter, iterations = 0.0, 0
 

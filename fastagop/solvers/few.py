@@ -13,20 +13,30 @@ from dataclasses import dataclass
 import torch
 
 from fastagop.kernels.profile import Profile
+from fastagop.kernels.torch_backend import few
 from fastagop.solvers.limits import bound, largest, relative
 from fastagop.solvers.solution import Solution, Solved
 
 POINTS = 512  # at most
+_SEEN = 16  # values of a row, nearly always enough to see that some are neither 0 nor 1
 _USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 
 
 @dataclass(frozen=True)
 class Few:
-    """A solved problem: what a solve returns, and the points and their squared distances, float64."""
+    """A solved problem, in float64 but for what a solve returns.
+
+    Attributes:
+        solved: what a solve returns.
+        x: the points; around zero where they were float32.
+        sq: their squared distances.
+        A: k(X, X) + ridge I.
+    """
 
     solved: Solved
     x: torch.Tensor
     sq: torch.Tensor
+    A: torch.Tensor
 
 
 def solve(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype) -> Few | None:
@@ -37,10 +47,13 @@ def solve(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: 
     x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
     if not (_usual(largest(x)) and _usual(largest(y))):
         return None
-    # By differences, so that near pairs keep their digits.
-    sq = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    if X.dtype == torch.float32:
+        x = x - x.mean(0)
+        sq = few.distances(x, x)
+    else:  # by differences, so that near pairs keep their digits
+        sq = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()
     A = kernel.value_(sq.clone())
-    if not bool(A.gt(eps).logical_and_(A.lt(1.0 - 4.0 * eps)).any()):
+    if not (any(eps < value < 1.0 - 4.0 * eps for value in A[0, :_SEEN].tolist()) or _between(A, eps)):
         return None  # every value is 0 or 1
     A.diagonal().add_(ridge)
     L, info = torch.linalg.cholesky_ex(A)
@@ -50,10 +63,15 @@ def solve(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: 
     if not largest(wide) <= bound(y, out):
         return None
     alpha = wide.to(out)
-    residual = relative(torch.mm(A, alpha.double()).sub_(y), y)
+    residual = relative(torch.mm(alpha.double().T, A).T.sub_(y), y)  # A is symmetric: its rows are read once
     seconds = time.perf_counter() - start
     found = Solution(alpha, residual, ridge, 0.0, "cholesky", torch.float64, 0, n, seconds, residual_rows=n)
-    return Few(Solved(found, alpha), x, sq)
+    return Few(Solved(found, alpha), x, sq, A)
+
+
+def _between(values: torch.Tensor, eps: float) -> bool:
+    """Whether some kernel value is neither 0 nor 1."""
+    return bool(values.gt(eps).logical_and_(values.lt(1.0 - 4.0 * eps)).any())
 
 
 def _usual(size: float) -> bool:

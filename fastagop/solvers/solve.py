@@ -14,9 +14,9 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
 from fastagop.kernels.plan import Plan, budget, format_bytes
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
-from fastagop.solvers import bandwidth, copies, few, table
+from fastagop.solvers import bandwidth, copies, few, pairs, table
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import CholeskyCG, check_place
@@ -68,7 +68,7 @@ class PreparedSolve:
         Arguments as of ``run``.
         """
         float64 = self.plan.method == "cholesky" and self.solver.dtype == torch.float64 and not self.solver.halves
-        if not (float64 and rows.plain):
+        if not (float64 and rows.plain and self.problem.operator.kernel.radial):
             return None
         operator = self.problem.operator
         found = few.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
@@ -98,7 +98,7 @@ class PreparedSolve:
         """
         problem, operator = self.problem, self.problem.operator
         start, task = time.perf_counter(), _Task.of(Y, problem.ridge, rows, out, apart)
-        note = bandwidth.note(operator.points, operator.kernel.bandwidth)
+        note = bandwidth.note(operator.points, operator.kernel)
         with operator.products():
             found = self.solver.run(problem, self.plan, task.target, task.ridge, out, **shared)
             answer = task.answer(found.alpha)
@@ -137,6 +137,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         wide, advice = options.float64_alpha, options.advice
         return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared)
 
+    pairs.refuse(kernel, method, iteration)
     if method == "cg":
         return _prepared(problem(_CG), "cg", None)
     stored = problem("solve")
@@ -167,7 +168,7 @@ def _prepared(problem: Problem, method: str, reason: str | None) -> PreparedSolv
 
 @torch.no_grad()
 def solve(
-    kernel: Profile,
+    kernel: Kernel,
     X: torch.Tensor,
     Y: torch.Tensor,
     *,
@@ -228,7 +229,7 @@ def solve(
     return solution
 
 
-def as_given(solution: Solution, kernel: Profile, X: torch.Tensor, Y: torch.Tensor, rows: Rows) -> Solution:
+def as_given(solution: Solution, kernel: Kernel, X: torch.Tensor, Y: torch.Tensor, rows: Rows) -> Solution:
     """The solution with the residual of the rows as they were given, where copies equal each other to rounding only."""
     if rows.exact:
         return solution

@@ -14,7 +14,7 @@ import torch
 from fastagop.kernels import calibration
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.solvers import cg, direct, half
+from fastagop.solvers import cg, direct, half, mixed, pairs
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.direct import Found, needed_bytes
 from fastagop.solvers.half import CholeskyCG
@@ -237,6 +237,16 @@ def _of_half(problem: Problem) -> str | None:
     return None
 
 
+def of_mixed(problem: Problem) -> str | None:
+    """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
+    n, alone = len(problem.X), problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
+    fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
+    fits = problem.half == half.DEFAULT and mixed.bytes_of(problem) <= problem.room
+    if not (alone and fit and fits and mixed.LEAST < n <= SHORT):
+        return None
+    return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
+
+
 def _of_refined(problem: Problem) -> str | None:
     if half.refined_bytes(problem) > problem.room:
         return None
@@ -287,7 +297,22 @@ def _of_float32(problem: Problem) -> str | None:
     return f"a float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
+def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
+    return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
+
+
 TABLE = (
+    Solver(
+        "cholesky+cg",
+        "a float64 matrix and its float32 factor",
+        torch.float32,
+        mixed.bytes_of,
+        lambda problem, plan: half.refined_seconds(problem),
+        of_mixed,
+        _plan_mixed,
+        mixed.run,
+        keeps=True,
+    ),
     _half("cholesky+cg", torch.float32, _REFINED, _of_refined),
     _half("cholesky+cg", torch.float32, _FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
@@ -305,6 +330,16 @@ TABLE = (
         cg.solve,
     ),
 )
+# For kernels that are not radial: no row above is made for a diagonal that is not 1, or for values of either sign.
+PAIRS = (
+    replace(
+        _direct("cholesky", torch.float64, lambda problem: "a kernel that is not radial is factored in float64"),
+        run=pairs.cholesky,
+        keeps=False,
+    ),
+    replace(_direct("eigh", torch.float64, TABLE[-2].reason), run=pairs.eigh, keeps=False),
+    replace(TABLE[-1], run=pairs.conjugate_gradients),
+)
 Method = str | ConjugateGradients | CholeskyCG
 OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
 METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
@@ -313,13 +348,14 @@ METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
 def order(problem: Problem) -> tuple[str, ...]:
     """The methods that "auto" tries, until one fits into memory.
 
-    Small problems take one matrix in full. Large ones of float32 points take a float32 factor where k(X, X) fits beside
-    it, else the faster of a float64 factor and of a float32 one without k(X, X); on a GPU one matrix in full, but for
-    chips on which a float64 factor takes longer than a float32 one and its refinement.
+    Small problems take one matrix in full, and a fit's of more than 512 points two. Large ones of float32 points take
+    a float32 factor where k(X, X) fits beside it, else the faster of a float64 factor and of a float32 one without
+    k(X, X); on a GPU one matrix in full, but for chips on which a float64 factor takes longer than a float32 one and
+    its refinement.
     """
-    if problem.X.dtype == torch.float64:
+    if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial:
         return "cholesky", "cg"
-    if _refinement_pays(problem):
+    if of_mixed(problem) or _refinement_pays(problem):
         return "cholesky+cg", "cholesky", "cg"
     if not problem.large:
         return "cholesky", "cholesky+cg", "cg"
@@ -328,12 +364,19 @@ def order(problem: Problem) -> tuple[str, ...]:
     return "cholesky", "cholesky+cg", "cg"
 
 
+def _rows(problem: Problem) -> tuple[Solver, ...]:
+    """The rows that are made for a problem's kernel."""
+    return TABLE if problem.operator.kernel.radial else PAIRS
+
+
 def offers(problem: Problem) -> list[str]:
     """What the rows of the table would take of seconds and bytes, in words."""
     lines = []
     stores = problem.operator.serves("solve")  # a backend that only multiplies has nothing else to offer than "cg"
-    for solver in TABLE:
+    for solver in _rows(problem):
         if solver.name == "eigh" or not (stores or solver.name == "cg"):
+            continue
+        if solver.run is mixed.run and solver.reason(problem) is None:
             continue
         try:
             plan, settled = solver.plan(problem, "")
@@ -346,7 +389,7 @@ def offers(problem: Problem) -> list[str]:
 
 def choose(problem: Problem, method: str) -> tuple[Solver, str]:
     """(solver, why) for a method by name, the first of the table's rows of that name that has a reason to be taken."""
-    for solver in TABLE:
+    for solver in _rows(problem):
         if solver.name == method and (reason := solver.reason(problem)) is not None:
             return solver, reason
     raise AssertionError(method)  # the last row of every name always has one

@@ -11,7 +11,7 @@ from ..precision import describe_precision
 from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
-from . import costs, matrix
+from . import costs, few, matrix
 from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from .gradients import block_gradients, dominant_offset, gradient_aim, gradient_bytes
 from .tiles import fill_symmetric, fit_rows, weight_tiles
@@ -54,15 +54,30 @@ class TorchBackend:
 
     def gradients(self, operator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
-        plan = plan_gradients(operator.X, alpha, operator.Z, operator.why)
-        return Call(plan, lambda at, alpha: predictor_gradients(at, alpha, plan.block))
+        X, Z = operator.X, operator.Z
+        plan = plan_gradients(X, alpha, Z, operator.why)
+        if not few.serves(X, Z, alpha.shape[1], plan.peak_bytes):
+            return Call(plan, lambda at, alpha: predictor_gradients(at, alpha, plan.block))
+
+        def run(at: Points, alpha: torch.Tensor) -> torch.Tensor:
+            G = few.gradients(at.kernel, at.X, alpha, at.Z)
+            return predictor_gradients(at, alpha, plan.block) if G is None else G.to(X.dtype)
+
+        return Call(few.noted(plan), run)
 
     def agop(self, operator, alpha: torch.Tensor, task) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
         # Rows of W that are scaled by weights are not symmetric: the gram form treats weighted points as other points.
         Z = operator.Z if task.weights is None else operator.Z[:]
         plan = costs.plan(operator.X, alpha, Z, task, operator.why)
-        return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
+        if plan.method != "gradient" or not few.serves(operator.X, Z, alpha.shape[1], plan.peak_bytes):
+            return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
+
+        def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+            M = few.agop(at, alpha, task.center, weights)
+            return torch_agop.agop(at, alpha, task, plan, weights) if M is None else M
+
+        return Call(few.noted(plan), run)
 
     def inner_kernels(self, X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
         """Its inner steps of the AGOP's two forms."""

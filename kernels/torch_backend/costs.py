@@ -109,18 +109,18 @@ def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> 
     method, center = task.method, task.center
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, Z is X), budget(task.limit, X.device)
-    reason = f"{why}; method asked for"
+    reason, fitted = f"{why}; method asked for", None
     if method == "auto":
         cost = costs(X, Z, K, products_of(X, Z, products))
         method = min(cost, key=lambda form: cost[form])
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            _plan_form(method, X, alpha, Z, room, center)
+            fitted = _plan_form(method, X, alpha, Z, room, center)
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
-    rows, peak = _plan_form(method, X, alpha, Z, room, center)
+    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center)
     peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center)
     if X.dtype == torch.float32 and method == "gram":
         reason += (

@@ -4,7 +4,8 @@ The expansion ||x||^2 + ||z||^2 - 2 x.z costs one matrix product, but its absolu
 eps (||x||^2 + ||z||^2): relative to a small distance that is noise, and once classes collapse a tenth of all
 pairs are that small. Pairs whose expansion falls below ``NEAR[dtype]`` of the squared norms are therefore
 measured again: crowded groups by the same product around a centre of their own, stragglers by direct
-differences. In a space of so few dimensions that most points have near ones, all pairs are measured directly.
+differences. In a space of so few dimensions that most points have near ones, all pairs are measured directly,
+and so are those of a few points, for which a product is prepared and checked longer than differences take.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ FEW = 4  # features up to which all pairs are measured directly: no slower then 
 _FEWEST = 16  # rows of one step of a group's product, at least
 _CHEAP = 2**14  # items of points whose squares are formed: the product of pairs of rows costs more to start
 _CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
+_DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
 
 def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
@@ -52,11 +54,17 @@ def squared_norms(X: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ij,ij->i", X, X)
 
 
+def measured_directly(pairs: int, X: torch.Tensor) -> bool:
+    """Whether ``squared_distances`` of so many pairs of points like X needs no norms."""
+    d = X.shape[1]
+    return d > 0 and (d <= FEW or (pairs * d <= _DIRECT and X.device.type == "cpu"))
+
+
 def squared_distances(
     Z: torch.Tensor,
     X: torch.Tensor,
-    z2: torch.Tensor,
-    x2: torch.Tensor,
+    z2: torch.Tensor | None,
+    x2: torch.Tensor | None,
     out: torch.Tensor,
     self_offset: int | None = None,
     near: float | None = None,
@@ -65,15 +73,17 @@ def squared_distances(
 
     Args:
         Z, X: points (b, d) and (n, d).
-        z2, x2: their squared norms.
+        z2, x2: their squared norms, where not ``measured_directly``.
         out: result; any strides that a matrix product can write to.
         self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
         near: share of the squared norms below which pairs are measured again; default by dtype.
     """
     if out.numel() == 0:
         return out
-    if 0 < X.shape[1] <= FEW:
+    if measured_directly(out.numel(), X):
         return _measure_all(Z, X, out)
+    assert z2 is not None
+    assert x2 is not None
     torch.add(matmul_nt(-2.0 * Z, X, x2, out), z2[:, None], out=out)
     near = NEAR[out.dtype] if near is None else near
     symmetric = None if self_offset is None else torch.diagonal(out, self_offset)
@@ -95,7 +105,9 @@ def squared_distances(
 
 
 def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, feature by feature; zero for equal points."""
+    """Write every sum_k (Z[i, k] - X[j, k])^2 into out, by feature where these are few; zero for equal points."""
+    if X.shape[1] > FEW:
+        return torch.square(torch.cdist(Z, X, compute_mode="donot_use_mm_for_euclid_dist"), out=out)
     columns = X.T.contiguous()
     rows = len(out) if out.is_cuda else max(1, _CACHED // len(X))
     for start in range(0, len(out), rows):

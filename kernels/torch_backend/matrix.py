@@ -34,7 +34,9 @@ def kernel_matrix(kernel: Profile, X, Z, out: torch.Tensor | None, rows: int, ri
     """k(X, Z), shape (n, m); + ridge I where Z is X."""
     result = X.new_empty(len(X), len(Z)) if out is None else out
     if Z is X:
-        fill_symmetric(result, X, rows, kernel.value_).diagonal().add_(ridge)
+        fill_symmetric(result, X, rows, kernel.value_)
+        if ridge:
+            result.diagonal().add_(ridge)
         return result
     for _, block in tiles(Z, X, rows, out=result):
         kernel.value_(block)

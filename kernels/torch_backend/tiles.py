@@ -8,7 +8,7 @@ import torch
 
 from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
-from .distance import squared_distances, squared_norms, tile_bytes
+from .distance import measured_directly, squared_distances, squared_norms, tile_bytes
 from .gradients import Near, Nearness
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
@@ -35,32 +35,40 @@ def tiles(
         starts: first rows of the blocks wanted; default all, those of the lower triangle longest first.
         near: as of ``squared_distances``.
     """
-    symmetric = Z is X
-    x2 = squared_norms(X)
-    z2 = x2 if symmetric else squared_norms(Z)
-    m, n = len(Z), len(X)
+    symmetric, m, n = Z is X, len(Z), len(X)
+    x2 = z2 = None
+    if not measured_directly(min(rows, m) * n, X):
+        x2 = squared_norms(X)
+        z2 = x2 if symmetric else squared_norms(Z)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
     if starts is None:
         starts = longest_first(m, rows) if lower else range(0, m, rows)
     for start in starts:
         stop = min(m, start + rows)
         width = stop if lower else n
+        row, whole = slice(start, stop), stop - start == m and width == n
         if out is not None:
-            block = out[start:stop, :width]
+            block = out if whole else out[row, :width]
         else:
             block = buffer[: (stop - start) * width].view(stop - start, width)
-        first = start if symmetric else None
-        squared_distances(Z[start:stop], X[:width], z2[start:stop], x2[:width], block, first, near)
-        yield slice(start, stop), block
+        z, x, zz, xx = (Z, X, z2, x2) if whole else (Z[row], X[:width], _part(z2, row), _part(x2, slice(width)))
+        squared_distances(z, x, zz, xx, block, start if symmetric else None, near)
+        yield row, block
+
+
+def _part(norms: torch.Tensor | None, row: slice) -> torch.Tensor | None:
+    return None if norms is None else norms[row]
 
 
 def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_, near: float | None = None) -> torch.Tensor:
     """Write profile_(||X[i] - X[j]||^2) into out: lower blocks are computed and mirrored, symmetric to the bit."""
     for row, block in tiles(X, X, rows, lower=True, out=out, near=near):
         profile_(block)
-        square = block[:, row.start :]
-        square.copy_(square.tril() + square.tril(-1).T)
-        out[: row.start, row].copy_(block[:, : row.start].T)
+        square = block[:, row.start :] if row.start else block
+        below = square.tril(-1)
+        square.tril_().add_(below.T)
+        if row.start:
+            out[: row.start, row].copy_(block[:, : row.start].T)
     return out
 
 

@@ -11,7 +11,7 @@ import contextlib
 
 import torch
 
-from ..plan import AgopTask, Plan
+from ..plan import WIDE, AgopTask, Plan, wide_rows
 from ..profile import Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
@@ -19,7 +19,7 @@ from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, squared_norms
 from ..torch_backend.gradients import Nearness, block_gradients, dominant_offset
 from .agop import _gradient_kernel, _gram_kernel
 from .cholesky import _update_kernel
-from .launch_config import PRODUCTS, config
+from .launch_config import GROUPS, PRODUCTS, Config, config
 from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
 from .profile import constants, device_profile
@@ -38,15 +38,38 @@ def _current(X: torch.Tensor):
     return torch.cuda.device(X.device) if X.is_cuda else contextlib.nullcontext()
 
 
-def _grid(config, m: int, n: int, *more: int) -> tuple[int, ...]:
-    return (-(-m // config.rows), -(-n // config.columns), *more)
+def _grid(config, m: int, n: int, outputs: int = 1) -> tuple[int]:
+    return (-(-m // config.rows) * -(-n // config.columns) * outputs,)
+
+
+def _tile(operation: str, config: Config) -> dict:
+    """Tile, order of tiles and options of a launch."""
+    tile = {"BM": config.rows, "BN": config.columns, "BK": config.inner}
+    return tile | ({"GROUP": GROUPS[operation]} if operation in GROUPS else {}) | config.launch
+
+
+def _padded(X: torch.Tensor) -> torch.Tensor:
+    """X with rows a multiple of 16 items long and apart: a copy with zeros behind the ends, where they are not."""
+    X, d = _rows(X), X.shape[1]
+    if d % WIDE == 0 and X.stride(0) % WIDE == 0:
+        return X
+    return torch.nn.functional.pad(X, (0, -d % WIDE))
+
+
+def _readable(W: torch.Tensor) -> int:
+    """Columns of W that can be read: the next multiple of 16 where rows are that far apart, the last one included."""
+    (rows, columns), ahead = W.shape, -W.shape[1] % WIDE
+    items = W.untyped_storage().nbytes() // W.element_size() - W.storage_offset()
+    fits = W.stride(0) % WIDE == 0 and (rows - 1) * W.stride(0) + columns + ahead <= items
+    return columns + ahead if fits else columns
 
 
 class DevicePoints:
     """Centers or evaluation points made ready once: rows, operand of the products, squared norms."""
 
     def __init__(self, X: torch.Tensor, prec: str):
-        self.rows = _rows(X.double() if prec == "fp64" else X)
+        X = X.double() if prec == "fp64" else X
+        self.rows = _rows(X) if prec == "fp16x3" else _padded(X)  # halves are padded themselves
         with _current(X):
             self.operand = operand(self.rows, prec == "fp16x3")
         self.norms = squared_norms(self.rows)
@@ -96,7 +119,7 @@ def fill(
             _matrix_kernel[_grid(c, len(Z), len(X))](
                 *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), near,
                 constants(kernel, out), diagonal, first or 0, PROFILE=device_profile(type(kernel)), WEIGHT=weight,
-                SELF=first is not None, LOWER=lower, PREC=X.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+                SELF=first is not None, LOWER=lower, PREC=X.prec, **_tile("matrix", c),
             )  # fmt: skip
     return out
 
@@ -126,7 +149,7 @@ def cholesky_update(precision: str):
         c = config("update", prec, A.device)
         with _current(A):
             _update_kernel[_grid(c, len(A) - start, stop - start)](
-                A, start, stop, len(A), A.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch
+                A, start, stop, len(A), A.stride(0), PREC=prec, **_tile("update", c)
             )
 
     return update
@@ -146,15 +169,14 @@ def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
                 NEAR[torch.float32], constants(kernel, out), PROFILE=device_profile(type(kernel)),
-                SELF=symmetric, PREC=prec, SECOND=INSIDE[prec], BP=width, BM=c.rows, BN=c.columns, BK=c.inner,
-                **c.launch,
+                SELF=symmetric, PREC=prec, SECOND=INSIDE[prec], BP=width, **_tile("matmul", c),
             )  # fmt: skip
     return out
 
 
 def _blocks(kernel: Profile, x: DevicePoints, z: DevicePoints, symmetric: bool, rows: int):
     """(rows of Z, their weights) block by block."""
-    buffer = x.rows.new_empty(min(rows, len(z)), len(x))
+    buffer = wide_rows(min(rows, len(z)), len(x), x.rows)
     for start in range(0, len(z), rows):
         row = slice(start, min(len(z), start + rows))
         block = buffer[: row.stop - start]
@@ -177,18 +199,35 @@ def _inner_kernels(x: DevicePoints) -> torch_agop.InnerKernels:
     return torch_agop.InnerKernels(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
+class _Shifted:
+    """Centers less an offset that dominates them, made ready once for all blocks of a call."""
+
+    def __init__(self, x: DevicePoints):
+        self.x = x
+        self.made: tuple | None = None
+
+    def of(self, X: torch.Tensor, shift: torch.Tensor | None) -> DevicePoints:
+        """The centers, X less ``shift`` where there is one."""
+        if shift is None:
+            return self.x
+        if self.made is None or self.made[0] is not X or self.made[1] is not shift:
+            self.made = X, shift, DevicePoints(X - shift, self.x.prec)
+        return self.made[2]
+
+
 def _output_gradients(x: DevicePoints):
     """The row-block step of the gradient form, as ``gradients.output_gradients``."""
+    shifted = _Shifted(x)
 
     def gradients_of(W, alpha, X, Z, shift, out):
-        centers, Z = (x, Z) if shift is None else (DevicePoints(X - shift, x.prec), Z - shift)
-        W, Z, s, At = _rows(W), _rows(Z), W @ alpha, alpha.T.contiguous()
-        o, (b, n), (K, d) = centers.operand, W.shape, out.shape[1:]
-        c = config("gradient", x.prec, out.device)
+        o, W, s, At = shifted.of(X, shift).operand, _rows(W), W @ alpha, alpha.T.contiguous()
+        Z, (b, n), (K, d) = _rows(Z if shift is None else Z - shift), W.shape, out.shape[1:]
+        c, wide = config("gradient", x.prec, out.device), _readable(W)
         with _current(out):
             _gradient_kernel[_grid(c, b, d, K)](
-                W, At, s, o.high, o.low, o.scale, Z, out, b, n, d, K, W.stride(0), o.high.stride(0), Z.stride(0),
-                out.stride(0), out.stride(1), PREC=x.prec, BM=c.rows, BN=c.columns, BK=c.inner, **c.launch,
+                W, At, s, o.high, o.low, o.scale, Z, out, b, n, d, K, wide, o.high.shape[1], W.stride(0),
+                o.high.stride(0), Z.stride(0), out.stride(0), out.stride(1), WIDER=wide > n, PREC=x.prec,
+                **_tile("gradient", c),
             )  # fmt: skip
         return out
 
@@ -215,13 +254,12 @@ def _lower_s(W: torch.Tensor, alpha: torch.Tensor, prec: str):
         pair = operand(W, prec == "fp16x3")
 
     def lower(s, weight, start: int, stop: int) -> torch.Tensor:
-        out = W.new_empty(stop - start, stop)
+        out = wide_rows(stop - start, stop, W)
         c = config("gram", prec, W.device)
         with _current(W):
             _gram_kernel[_grid(c, stop - start, stop)](
                 W, pair.high, pair.low, pair.scale, alpha, s, weight, out, start, stop, len(W), alpha.shape[1],
-                W.stride(0), pair.high.stride(0), out.stride(0), PREC=prec, BM=c.rows, BN=c.columns, BK=c.inner,
-                **c.launch,
+                W.stride(0), pair.high.stride(0), out.stride(0), PREC=prec, **_tile("gram", c),
             )  # fmt: skip
         return out
 
@@ -239,7 +277,7 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, precision: str, row_weig
         shift, roots = dominant_offset(X), torch_agop.roots_of(row_weights)
         blocks = _near_blocks(kernel, x, z, X, Z, shift, plan.block)
         return torch_agop.gradient_form(blocks, alpha, X, Z, shift, task.center, inner.gradients, roots)
-    W = X.new_empty(len(Z), len(X))
+    W = wide_rows(len(Z), len(X), X)
     fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
     how = {"rows": plan.block, "kernels": inner, "row_weights": row_weights}
     return torch_agop.agop_from_weights_(W, kernel, X, alpha, Z, task, **how)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,48 +19,83 @@ PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # what a p
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of rows, columns and inner dimension; warps and pipeline stages."""
+    """How an operation is launched.
+
+    Attributes:
+        rows, columns, inner: of a tile.
+        warps, stages: of a program and of its pipeline.
+        registers: most that a thread may take; 0 leaves it to the compiler.
+        programs: that a multiprocessor holds at once, which tests check of the machine code; nothing is done about it.
+    """
 
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    registers: int = 0
+    programs: int = field(default=1, compare=False)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What a file of measurements holds of it."""
+        limit = (self.registers,) if self.registers else ()
+        return (self.rows, self.columns, self.inner, self.warps, self.stages, *limit)
 
     @property
     def launch(self) -> dict[str, int]:
         """Options of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        most = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **most}
 
 
-# (operation, precision) -> configuration, for compute capability 8.x and from 9.0 on. None spills registers and all
-# fit into shared memory: tests compile every entry for both.
+_LARGE = (9, 10, 11)  # of these a program may take 227 KiB of shared memory; of 8.6, 8.9 and 12.x it may take 99
+# (operation, precision) -> configuration, for compute capability 9.0 and the like, and for all others. Chosen by the
+# machine code, which tests read for every entry: no work is done twice, no accumulator leaves the registers and nothing
+# is spilled in the inner loop, and a multiprocessor holds as many programs as the entry says. Where accumulators are
+# carried from one product into the next, that takes 16 rows of the tile for each warp.
 TABLE = {
     8: {
-        ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3),
+        ("matrix", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3),
-        ("matrix", "tf32"): Config(128, 64, 32, 8, 3),
-        ("matrix", "fp64"): Config(64, 64, 16, 8, 3),
-        ("matmul", "fp16x3"): Config(32, 32, 32, 4, 3),
-        ("matmul", "bf16x3"): Config(64, 32, 32, 8, 3),
-        ("matmul", "tf32"): Config(64, 32, 32, 8, 3),
-        ("gradient", "fp16x3"): Config(128, 64, 32, 8, 3),
-        ("gradient", "bf16x3"): Config(128, 64, 32, 8, 3),
-        ("gradient", "tf32"): Config(128, 64, 32, 8, 3),
-        ("gram", "fp16x3"): Config(64, 64, 32, 8, 3),
-        ("gram", "bf16x3"): Config(64, 64, 32, 8, 3),
-        ("gram", "tf32"): Config(64, 64, 32, 8, 3),
+        ("matrix", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
+        ("matmul", "fp16x3"): Config(64, 32, 32, 4, 3, programs=2),
+        ("matmul", "bf16x3"): Config(64, 32, 32, 4, 3, programs=2),
+        ("matmul", "tf32"): Config(64, 32, 32, 8, 3, registers=128, programs=2),
+        ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("gram", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
         ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
     },
+    9: {
+        ("matrix", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("matrix", "bf16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("matrix", "tf32"): Config(128, 128, 32, 8, 3),
+        ("matrix", "fp64"): Config(64, 64, 16, 8, 3, registers=128, programs=2),
+        ("matmul", "fp16x3"): Config(128, 64, 64, 8, 3),
+        ("matmul", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("matmul", "tf32"): Config(128, 64, 32, 8, 3),
+        ("gradient", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("gradient", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("gradient", "tf32"): Config(128, 128, 32, 8, 3),
+        ("gram", "fp16x3"): Config(128, 128, 64, 8, 3),
+        ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
+        ("gram", "tf32"): Config(128, 128, 32, 8, 3),
+        ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
+        ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
+        ("update", "tf32"): Config(128, 128, 32, 8, 3),
+    },
 }
-TABLE[9] = TABLE[8] | {
-    ("matmul", "fp16x3"): Config(64, 32, 32, 8, 3),
-    ("gradient", "fp16x3"): Config(128, 128, 32, 8, 3),
-    ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
-    ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
-}
+# Rows of tiles that are worked on together. A wave of 132 or 264 programs then reads about 12 MB of 1024 features,
+# where in the order of rows it reads 70 MB, more than the second-level cache holds. Of the gradient all outputs of a
+# tile come before the next tile, so that fewer tiles fill a wave.
+GROUPS = {"matrix": 16, "gradient": 4, "gram": 16, "update": 16}
 # The interpreter runs tile by tile in NumPy: small tiles keep tests short, and leave tails at small sizes.
 _INTERPRETER = Config(32, 32, 32, 4, 1)
 
@@ -93,4 +128,4 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
     if found := measured(device).configs.get(f"{operation} {precision}"):
         return Config(*found)
     major, _ = torch.cuda.get_device_capability(device)
-    return TABLE[9 if major >= 9 else 8][operation, precision]
+    return TABLE[9 if major in _LARGE else 8][operation, precision]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .matrix import squared_distances
-from .split import origin
+from .tiles import along, origin
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def _matmul_kernel(
         )  # fmt: skip
         v_in = (col + j < n)[:, None] & (column + c < p)[None, :]
         v = tl.load(
-            origin(V, tl.cast(col, tl.int64), stride_v) + j[:, None] * stride_v + column + c[None, :],
+            origin(V, col, stride_v) + along(j, stride_v)[:, None] + column + c[None, :],
             mask=v_in,
             other=0.0,
         )
         acc += tl.dot(PROFILE(sq, constants_at, False), v, input_precision=SECOND)
     mask = (row + i < m)[:, None] & (column + c < p)[None, :]
-    tl.store(origin(out, row, stride_out) + i[:, None] * stride_out + column + c[None, :], acc, mask=mask)
+    tl.store(origin(out, row, stride_out) + along(i, stride_out)[:, None] + column + c[None, :], acc, mask=mask)

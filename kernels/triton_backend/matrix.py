@@ -5,7 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .split import inner_products, origin
+from .split import inner_products
+from .tiles import along, origin, tile_of
+
+STEP = tl.constexpr(4)  # features of near pairs that are loaded at once
 
 
 @triton.jit
@@ -31,14 +34,17 @@ def squared_distances(
     close = sq < near * (zz[:, None] + xx[None, :])
     if tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
         direct = tl.zeros((BM, BN), acc.dtype)
-        z_at, x_at = (
-            origin(Z, row, stride_z) + tl.arange(0, BM) * stride_z,
-            origin(X, col, stride_x) + tl.arange(0, BN) * stride_x,
-        )
-        for k in range(0, d):
-            z, x = tl.load(z_at + k, mask=row_in, other=0.0), tl.load(x_at + k, mask=col_in, other=0.0)
-            difference = z[:, None] - x[None, :]
-            direct += difference * difference
+        z_at, x_at = Z + along(tl.minimum(rows, m - 1), stride_z), X + along(tl.minimum(cols, n - 1), stride_x)
+        whole = d // STEP * STEP
+        for _ in range(0, whole, STEP):  # features of a step share its addresses
+            for ahead in tl.static_range(STEP):
+                z, x = tl.load(z_at + ahead), tl.load(x_at + ahead)
+                direct += (z[:, None] - x[None, :]) * (z[:, None] - x[None, :])
+            z_at, x_at = z_at + STEP, x_at + STEP
+        for _ in range(whole, d):
+            z, x = tl.load(z_at), tl.load(x_at)
+            direct += (z[:, None] - x[None, :]) * (z[:, None] - x[None, :])
+            z_at, x_at = z_at + 1, x_at + 1
         sq = tl.where(sq < near * (zz[:, None] + xx[None, :]), direct, sq)
     if SELF:
         sq = tl.where((first + rows)[:, None] == cols[None, :], 0.0, sq)
@@ -50,14 +56,15 @@ def _matrix_kernel(
     Z, X, ZA, ZL, XA, XL, z_scale, x_scale, z2, x2, out, m, n, d, stride_z, stride_x, stride_za, stride_xa, stride_out,
     near, constants_at, diagonal_at, first,
     PROFILE: tl.constexpr, WEIGHT: tl.constexpr, SELF: tl.constexpr, LOWER: tl.constexpr, PREC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of phi(||z - x||) (or of the weights); with LOWER the lower tiles only, each stored to both halves.
 
     With SELF the pairs of a point with itself get the value at ``diagonal_at``; it and the kernel's constants are on
     the device, since numbers of a launch have float32's digits only.
     """
-    row, col = tl.program_id(0) * BM, tl.program_id(1) * BN
+    row, col = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
+    row, col = row * BM, col * BN
     if LOWER and col > row + BM - 1:
         return
     sq = squared_distances(
@@ -71,5 +78,5 @@ def _matrix_kernel(
         value = tl.where((first + row + i)[:, None] == (col + j)[None, :], tl.load(diagonal_at), value)
     if LOWER:
         mask = mask & ((row + i)[:, None] >= (col + j)[None, :])
-        tl.store(origin(out, col, stride_out) + row + j[None, :] * stride_out + i[:, None], value, mask=mask)
-    tl.store(origin(out, row, stride_out) + col + i[:, None] * stride_out + j[None, :], value, mask=mask)
+        tl.store(origin(out, col, stride_out) + row + along(j, stride_out)[None, :] + i[:, None], value, mask=mask)
+    tl.store(origin(out, row, stride_out) + col + along(i, stride_out)[:, None] + j[None, :], value, mask=mask)

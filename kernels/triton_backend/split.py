@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .tiles import along, origin
+
 LOW = tl.constexpr(1.0 / 2048.0)
 _PAD = 64  # columns of the halves are padded with zeros, so that inner loops need no mask and loads stay wide
 _COLUMNS = 1024  # of a row that one step of the split holds
@@ -39,12 +41,6 @@ def operand(X: torch.Tensor, split: bool) -> Operand:
     if n:
         _split_kernel[(n,)](X, high, low, scale, d, width, X.stride(0), BLOCK=_COLUMNS, num_warps=4)
     return Operand(high, low, scale, True)
-
-
-@triton.jit
-def origin(pointer, row, stride):
-    """Pointer to a row. This product is the one that passes 2^31 at 46,341 rows; offsets inside a tile never do."""
-    return pointer + tl.cast(row, tl.int64) * stride
 
 
 @triton.jit
@@ -94,7 +90,7 @@ def inner_products(
     DTYPE: tl.constexpr = tl.float64 if PREC == "fp64" else tl.float32
     acc = tl.zeros((BM, BN), DTYPE)
     i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    a_at, b_at = i[:, None] * stride_a + k[None, :], j[None, :] * stride_b + k[:, None]
+    a_at, b_at = along(i, stride_a)[:, None] + k[None, :], along(j, stride_b)[None, :] + k[:, None]
     a_in, b_in = (row + i < m)[:, None], (col + j < n)[None, :]
     A, AL, B, BL = (
         origin(A, row, stride_a),

@@ -1,0 +1,303 @@
+"""The operations as torch operators with derivatives: of any order, block by block, and through torch.compile.
+
+``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the arguments of those of ``fastagop`` and
+compute the same numbers by them; beside that, autograd knows their derivatives in the points, the coefficients and the
+bandwidth. One operator, ``fastagop::blockwise``, is all of them: at level 0 it is the operation, at level 1 the
+vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A level beyond 0 is computed from
+differentiable formulas for a block of rows at a time, so no n x m matrix is stored where the operation stores none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastagop.kernels import checks, operations, radial
+from fastagop.kernels.profile import Kernel, Profile, weight_at_zero, weight_slope
+from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
+
+_BLOCK_BYTES = 2**26  # of one n-wide work tensor of a block
+_ALIVE = 4  # such tensors at once, roughly
+
+
+def kernel_matrix(kernel: Profile, X: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None) -> Tensor:
+    """k(X, Z), shape (n, m), differentiable in X, Z and the bandwidth; see ``fastagop.kernel_matrix``.
+
+    Args:
+        kernel: radial; other kernels are refused.
+        X: points (n, d).
+        Z: points (m, d); default X, whose derivative then has both parts.
+        bandwidth: a tensor of one number to differentiate in; default the kernel's own number.
+
+    Raises:
+        TypeError: a kernel that is not radial, or without the second derivative that was asked for.
+    """
+    return _call("kernel_matrix", kernel, X, Z, (), bandwidth)
+
+
+def kernel_matmul(
+    kernel: Profile, X: Tensor, Z: Tensor | None, V: Tensor, *, bandwidth: Tensor | None = None
+) -> Tensor:
+    """k(X, Z) V, shape (n, p), differentiable in X, Z, V and the bandwidth; see ``fastagop.kernel_matmul``.
+
+    The kernel matrix is stored in no derivative. Arguments and errors are those of ``kernel_matrix``, and V (m, p).
+    """
+    return _call("kernel_matmul", kernel, X, Z, (V,), bandwidth)
+
+
+def gradients(
+    kernel: Profile, X: Tensor, alpha: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None
+) -> Tensor:
+    """grad f_c(Z[i]), shape (m, K, d), differentiable in X, alpha, Z and the bandwidth; see ``fastagop.gradients``.
+
+    Arguments and errors are those of ``kernel_matrix``, and alpha (n, K). Where a point meets a center a kernel with a
+    kink has the derivative 0.
+    """
+    return _call("gradients", kernel, X if Z is None else Z, X, (alpha,), bandwidth)
+
+
+def agop(
+    kernel: Profile, X: Tensor, alpha: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None
+) -> Tensor:
+    """Mean over Z of sum_c grad f_c grad f_c^T, shape (d, d), differentiable as ``gradients`` is.
+
+    Arguments and errors are those of ``gradients``; see ``fastagop.agop`` for its formula.
+    """
+    return _call("agop", kernel, X if Z is None else Z, X, (alpha,), bandwidth)
+
+
+def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: Sequence[Tensor], bandwidth) -> Tensor:
+    """The operation on the points of its rows, the other points, further tensors, and a bandwidth."""
+    checks.kernel(kernel)
+    if not isinstance(kernel, Profile):
+        raise TypeError(f"{name}: derivatives are known of radial kernels only, got {kernel!r}")
+    width = rows.new_tensor(kernel.bandwidth) if bandwidth is None else bandwidth
+    if not isinstance(width, Tensor) or width.numel() != 1:
+        raise TypeError(f"bandwidth must be a tensor of one number, got {bandwidth!r}")
+    same = others is None or others is rows
+    parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
+    spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
+    tensors = [rows, rows if others is None else others, *more, width.reshape(())]
+    return _blockwise(spec, 0, tensors)[0]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """An operation and its kernel, as the operator's text says them."""
+
+    name: str
+    kernel: Profile
+    same: bool  # whether both sets of points are one, whose pairs of a point with itself are zero by index
+
+    @classmethod
+    def read(cls, spec: str) -> _Spec:
+        name, kernel, same, *parameters = spec.split(", ")
+        numbers = {key: float(value) for key, value in (text.split() for text in parameters)}
+        return cls(name, radial.named(kernel)(**numbers), same == "same")  # pyright: ignore
+
+    @property
+    def row_wise(self) -> tuple[list[bool], list[bool]]:
+        """Of the operation's inputs and outputs, which go row by row; others belong to all rows, and add up."""
+        inputs = [True, False, False] if self.name == "kernel_matrix" else [True, False, False, False]
+        return inputs, [self.name != "agop"]
+
+    def at(self, level: int) -> tuple[list[bool], list[bool]]:
+        """The same of a level: it takes what the level below takes and gives, and gives what that takes."""
+        inputs, outputs = self.row_wise
+        for _ in range(level):
+            inputs, outputs = inputs + outputs, inputs
+        return inputs, outputs
+
+    def shape(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
+        """Of the operation's result."""
+        m, d = tensors[0].shape
+        return {
+            "kernel_matrix": (m, len(tensors[1])),
+            "kernel_matmul": (m, *tensors[2].shape[1:]),
+            "gradients": (m, *tensors[2].shape[1:], d),
+            "agop": (d, d),
+        }[self.name]
+
+
+@torch.library.custom_op("fastagop::blockwise", mutates_args=())
+def _blockwise(spec: str, level: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+    read, given = _Spec.read(spec), [tensor.detach() for tensor in tensors]
+    return [_operation(read, given)] if level == 0 else _above_autograd(_by_blocks, read, level, given)
+
+
+def _above_autograd(function: Callable, *arguments: Any) -> Any:
+    """Call a function in a thread of its own: torch has switched autograd off in the one that runs an operator."""
+    tensor = arguments[-1][0]
+    stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+    def run() -> Any:
+        with torch.cuda.stream(stream):  # streams are a thread's own; None changes nothing
+            return function(*arguments)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def _by_blocks(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
+    """A level beyond 0, a block of rows at a time."""
+    inputs, outputs = read.at(level)
+    m, width = len(given[0]), max(1, len(given[1]))
+    wide = given[2].shape[-1] if read.name in ("gradients", "agop") else 1
+    step = max(1, _BLOCK_BYTES // (_ALIVE * width * wide * given[0].element_size()))
+    parts = []
+    for start in range(0, m, step):
+        row = slice(start, min(m, start + step))
+        block = [tensor[row] if by_row else tensor for tensor, by_row in zip(given, inputs, strict=True)]
+        parts.append([t.detach() for t in _evaluate(read, level, block, start, m)])
+    if not parts:
+        return [torch.zeros_like(tensor) for tensor in given[: len(outputs)]]
+    joined = zip(*parts, strict=True)
+    return [torch.cat(p) if by_row else _total(p) for p, by_row in zip(joined, outputs, strict=True)]
+
+
+@_blockwise.register_fake
+def _(spec: str, level: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+    read = _Spec.read(spec)
+    if level == 0:
+        return [tensors[0].new_empty(read.shape(tensors))]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors[: len(read.at(level)[1])]
+    ]
+
+
+def _remember(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.spec, ctx.level, tensors = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
+    tensors, outputs = list(ctx.saved_tensors), _Spec.read(ctx.spec).at(ctx.level)[1]
+    shapes = [_Spec.read(ctx.spec).shape(tensors)] if ctx.level == 0 else [t.shape for t in tensors[: len(outputs)]]
+    given = [
+        tensors[0].new_zeros(shape) if cotangent is None else cotangent.contiguous()
+        for cotangent, shape in zip(cotangents, shapes, strict=True)
+    ]
+    return None, None, _blockwise(ctx.spec, ctx.level + 1, [*tensors, *given])
+
+
+_blockwise.register_autograd(_backward, setup_context=_remember)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _operation(spec: _Spec, tensors: Sequence[Tensor]) -> Tensor:
+    """The operation itself, by the fastest backend."""
+    rows, others, *more, bandwidth = tensors
+    kernel = spec.kernel.set_params(bandwidth=float(bandwidth))
+    other = None if spec.same else others
+    if spec.name == "kernel_matrix":
+        return operations.kernel_matrix(kernel, rows, other)
+    if spec.name == "kernel_matmul":
+        return operations.kernel_matmul(kernel, rows, rows if spec.same else others, *more)
+    operation = operations.gradients if spec.name == "gradients" else operations.agop
+    return operation(kernel, rows if spec.same else others, *more, None if spec.same else rows)
+
+
+def _evaluate(spec: _Spec, level: int, tensors: Sequence[Tensor], start: int, total: int) -> list[Tensor]:
+    """A level for a block of rows from ``start`` on, differentiable where its inputs are."""
+    if level == 0:
+        return [_FORMULAS[spec.name](spec, start, total, *tensors)]
+    count = len(spec.at(level - 1)[0])
+    with torch.enable_grad():
+        points = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors[:count]]
+        below = _evaluate(spec, level - 1, points, start, total)
+        found = torch.autograd.grad(below, points, list(tensors[count:]), create_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(points, found, strict=True)]
+
+
+def _scaled(spec: _Spec, start: int, rows: Tensor, others: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
+    """(r^2 in the unit of the kernel's own bandwidth, what a square of this unit is of the points' own)."""
+    unit = (spec.kernel.bandwidth / bandwidth) ** 2
+    return _SquaredDistances.apply(rows, others, start if spec.same else None) * unit, unit  # pyright: ignore
+
+
+def _matrix(spec: _Spec, start: int, total: int, rows, others, bandwidth) -> Tensor:
+    return _Value.apply(_scaled(spec, start, rows, others, bandwidth)[0], spec.kernel)  # pyright: ignore
+
+
+def _matmul(spec: _Spec, start: int, total: int, rows, others, V, bandwidth) -> Tensor:
+    return _matrix(spec, start, total, rows, others, bandwidth) @ V
+
+
+def _gradients(spec: _Spec, start: int, total: int, rows, others, alpha, bandwidth) -> Tensor:
+    """sum_j w_ij alpha_jc (x_j - z_i), around the centers' mean: an offset of all points would cancel."""
+    sq, unit = _scaled(spec, start, rows, others, bandwidth)
+    weight, origin = _Weight.apply(sq, spec.kernel) * unit, others.detach().mean(0)  # pyright: ignore
+    towards = torch.matmul(weight[:, None, :] * alpha.T, others - origin)
+    return towards - (weight @ alpha)[:, :, None] * (rows - origin)[:, None, :]
+
+
+def _agop(spec: _Spec, start: int, total: int, *tensors) -> Tensor:
+    flat = _gradients(spec, start, total, *tensors).flatten(0, 1)
+    return flat.T @ flat / total
+
+
+_FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "kernel_matrix": _matrix,
+    "kernel_matmul": _matmul,
+    "gradients": _gradients,
+    "agop": _agop,
+}
+
+
+class _SquaredDistances(torch.autograd.Function):
+    """||z_i - x_j||^2 as accurate as the operations', with derivatives of any order: they are plain products."""
+
+    @staticmethod
+    def forward(ctx: Any, Z: Tensor, X: Tensor, offset: int | None) -> Tensor:
+        ctx.save_for_backward(Z, X)
+        out = Z.new_empty(len(Z), len(X))
+        return squared_distances(Z, X, squared_norms(Z), squared_norms(X), out, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        (G,), (Z, X) = cotangents, ctx.saved_tensors
+        origin = X.detach().mean(0)
+        Z, X = Z - origin, X - origin
+        return 2.0 * (G.sum(1)[:, None] * Z - G @ X), 2.0 * (G.sum(0)[:, None] * X - G.T @ Z), None
+
+
+class _Value(torch.autograd.Function):
+    """phi as a function of r^2, whose derivative is -w / 2."""
+
+    @staticmethod
+    def forward(ctx: Any, sq: Tensor, kernel: Profile) -> Tensor:
+        ctx.save_for_backward(sq)
+        ctx.kernel = kernel
+        return kernel.value_(sq.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        (G,), (sq,) = cotangents, ctx.saved_tensors
+        return -0.5 * G * _Weight.apply(sq, ctx.kernel), None  # pyright: ignore
+
+
+class _Weight(torch.autograd.Function):
+    """The gradient weight as a function of r^2, at r = 0 its limit or, at a kink, 0."""
+
+    @staticmethod
+    def forward(ctx: Any, sq: Tensor, kernel: Profile) -> Tensor:
+        ctx.save_for_backward(sq)
+        ctx.kernel = kernel
+        weight = kernel.weight_(sq.clone())
+        return weight.masked_fill_(sq == 0, weight_at_zero(kernel))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        (G,), (sq,) = cotangents, ctx.saved_tensors
+        apart = sq > 0
+        r2 = torch.where(apart, sq, torch.ones_like(sq))
+        slope = weight_slope(ctx.kernel, r2, _Weight.apply(r2, ctx.kernel))  # pyright: ignore
+        return torch.where(apart, G * slope, torch.zeros_like(G)), None

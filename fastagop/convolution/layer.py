@@ -1,0 +1,103 @@
+"""A convolutional layer of Deep RFM: patch kernel machine, M^(1/2) of its patch AGOP, random convolutional features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fastagop import collapse, linalg
+from fastagop.convolution.machine import PatchMachine
+from fastagop.convolution.window import Window
+from fastagop.deep_rfm.random_features import RandomFeatures
+from fastagop.kernels.profile import Profile
+
+
+@dataclass(frozen=True)
+class ConvLayerSettings:
+    """What a layer is made of.
+
+    Args:
+        kernel: of patches, which have length 1.
+        window: which patches.
+        width: random convolutional features, the channels that the layer gives.
+        ridge: of the kernel regression.
+    """
+
+    kernel: Profile
+    window: Window
+    width: int = 64
+    ridge: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ConvLayer:
+    """A fitted layer: called with images (n, c, h, w) it gives features (n, width, h', w').
+
+    Attributes:
+        window: which patches.
+        root: M^(1/2) of the patch AGOP over its largest entry, (d, d) with d = c size size.
+        weight: of the random features, (width, d).
+        nc1, nc2: collapse of "input" (the normalised patches of an image side by side), "projected" (after M^(1/2)) and
+            "features".
+        jitter, residual: of the regression.
+        accuracy: of the layer's kernel machine on its own images.
+    """
+
+    window: Window
+    root: torch.Tensor
+    weight: torch.Tensor
+    nc1: Mapping[str, float]
+    nc2: Mapping[str, float]
+    jitter: float
+    residual: float
+    accuracy: float
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """ReLU(W M^(1/2) p) of every normalised patch p, as images."""
+        return _as_images(_features(self.window.patches(images) @ self.root, self.weight), self.window, images)
+
+
+def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings, seed: int) -> ConvLayer:
+    """Fit one layer: solve for +-1 one-hot targets, take the patch AGOP, draw random features.
+
+    Args:
+        images: (n, c, h, w).
+        y: class labels (n,).
+        settings: the layer's.
+        seed: of the random features.
+
+    Raises:
+        ValueError: labels that do not fit the images, fewer than two classes, or what ``Window`` and ``PatchMachine``
+            refuse.
+    """
+    if y.ndim != 1 or len(y) != len(images):
+        raise ValueError(f"y must have shape ({len(images)},), one label an image, got {tuple(y.shape)}")
+    classes, labels = torch.unique(y, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"y must have two classes or more, got {len(classes)}")
+    patches = settings.window.patches(images)
+    targets = 2.0 * torch.nn.functional.one_hot(labels, len(classes)).double() - 1.0
+    machine = PatchMachine.fit(settings.kernel, patches, targets, settings.ridge)
+    M = machine.agop()
+    M = M / M.diagonal().max().clamp_min(torch.finfo(M.dtype).tiny)
+    root = linalg.psd_sqrt(M)
+    projected = patches @ root
+    weight = RandomFeatures("relu", settings.width).draw(patches.shape[2], seed, patches).weight
+    stages = {"input": patches, "projected": projected, "features": _features(projected, weight)}
+    flat = {name: stage.flatten(1) for name, stage in stages.items()}
+    nc1 = {name: float(collapse.nc1(stage, labels)) for name, stage in flat.items()}
+    nc2 = {name: float(collapse.nc2(stage, labels)) for name, stage in flat.items()}
+    fitted = targets - (settings.ridge + machine.jitter) * machine.alpha  # K alpha, as the equations say
+    accuracy = float((fitted.argmax(1) == labels).double().mean())
+    return ConvLayer(settings.window, root, weight, nc1, nc2, machine.jitter, machine.residual, accuracy)
+
+
+def _features(projected: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (projected @ weight.T).relu_()
+
+
+def _as_images(features: torch.Tensor, window: Window, images: torch.Tensor) -> torch.Tensor:
+    height, width = (window.positions(side) for side in images.shape[2:])
+    return features.mT.reshape(len(features), -1, height, width)

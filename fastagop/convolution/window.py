@@ -1,0 +1,62 @@
+"""Which patches of an image a convolution sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import unfold
+
+from fastagop.kernels import checks
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square window that moves over images, as of a convolution.
+
+    Args:
+        size: side in pixels.
+        stride: pixels between neighbouring patches.
+        padding: zeros added around an image.
+    """
+
+    size: int
+    stride: int = 1
+    padding: int = 0
+
+    def __post_init__(self):
+        for name, least in (("size", 1), ("stride", 1), ("padding", 0)):
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name), least))
+
+    def positions(self, side: int) -> int:
+        """Patches along a side of so many pixels.
+
+        Raises:
+            ValueError: the window is larger than the padded image.
+        """
+        room = side + 2 * self.padding - self.size
+        if room < 0:
+            raise ValueError(f"a window of size {self.size} needs images of that side, got {side} + 2 * {self.padding}")
+        return room // self.stride + 1
+
+    def patches(self, images: torch.Tensor, normalise: bool = True) -> torch.Tensor:
+        """Patches of images, shape (n, P, c size size), the order of pixels that of a convolution's weight.
+
+        Args:
+            images: (n, c, h, w), floating point.
+            normalise: divide every patch by its length; a patch of zeros stays.
+
+        Raises:
+            ValueError: images of another shape or dtype, or smaller than the window.
+        """
+        if images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be floating point of shape (n, c, h, w), got {tuple(images.shape)} {images.dtype}"
+            )
+        for side in images.shape[2:]:
+            self.positions(side)
+        found = unfold(images, self.size, padding=self.padding, stride=self.stride).mT.contiguous()
+        if normalise:
+            length = found.norm(dim=2, keepdim=True)
+            found.div_(torch.where(length > 0, length, torch.ones_like(length)))
+        return found

@@ -1,0 +1,131 @@
+"""(k(X, X) + ridge I) alpha = Y for kernels that are not radial: any diagonal, values of either sign, any scale.
+
+The kernel is divided by a power of two that brings its diagonal to about 1, and so are the ridge and, multiplied, the
+coefficients: limits on jitter and on coefficients, which are made for kernels of that size, then mean the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fastagop import linalg
+from fastagop.kernels.errors import BackendUnavailable
+from fastagop.kernels.families.composition import Multiple
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.pair_backend.composite import diagonal_of
+from fastagop.kernels.plan import Plan, empty_matrix
+from fastagop.kernels.profile import Kernel
+from fastagop.solvers import cg, direct
+from fastagop.solvers.limits import times
+
+
+def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
+    """Refuse what stores half of a kernel matrix, for a kernel that is not radial."""
+    if kernel.radial:
+        return
+    wish = "method='cholesky+cg'" if method == "cholesky+cg" else "ConjugateGradients(store=True)"
+    if method == "cholesky+cg" or options.store:
+        raise BackendUnavailable(
+            f"{wish} cannot serve {kernel!r}: it stores half of a matrix with a diagonal of 1, for radial kernels; "
+            "use method='cholesky', 'eigh' or 'cg'"
+        )
+
+
+@dataclass(frozen=True)
+class FullMatrix(direct.FullMatrix):
+    """A stored matrix with a diagonal of its own (n,), float64."""
+
+    diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def largest_row_sum(self) -> float:
+        """max_i sum_j |K_ij|."""
+        return max(float(row.abs().sum(1).max()) for row in self.K.split(256))
+
+    def factor(self, diagonal: float | torch.Tensor) -> int:
+        """Factor with what is beyond the diagonal of 1 that other kernels have; 0, or which pivot failed."""
+        return super().factor(self.diagonal + (diagonal - 1.0))
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """What a solve with the kernel over ``unit`` came to, for the kernel itself; attributes as of ``direct.Found``."""
+
+    found: direct.Found | cg.Found
+    unit: float
+
+    def __getattr__(self, name: str) -> Any:
+        """All that has no unit."""
+        return getattr(self.found, name)
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """Of the kernel itself."""
+        return self.found.alpha / self.unit
+
+    @property
+    def jitter(self) -> float:
+        """On the kernel's own diagonal."""
+        return self.found.jitter * self.unit
+
+    @property
+    def K(self) -> None:
+        """The matrix has served: its values are no way to gradients here."""
+
+    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, (k + ridge) alpha - Y of them)."""
+        return self.found.unmet(alpha * self.unit, Y)
+
+
+def _scaled(problem, ridge) -> tuple[Any, Any, float]:
+    """(the problem of the kernel over a power of two, its ridge, that number)."""
+    operator = problem.operator
+    X = operator.X.double()
+    largest = float(diagonal_of(operator.kernel, X).max())
+    unit = math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
+    kernel = Multiple(1.0 / unit, operator.kernel)
+    # The products of every method are float64.
+    made = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
+    return replace(problem, operator=made, ridge=problem.ridge / unit), ridge / unit, unit
+
+
+def _system(problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem:
+    operator = problem.operator
+    X = operator.X.double()
+    K = empty_matrix(len(X), len(X), X, torch.float64)
+    operator.backend.factor_kernels(torch.float64, operator.precision).fill(K, operator.kernel, X, plan.block)
+    diagonal, every = diagonal_of(operator.kernel, X), torch.arange(len(X), device=X.device)
+
+    def product(V: torch.Tensor) -> torch.Tensor:
+        return linalg.upper_matmul(K, diagonal, V)
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        return product(V).add_(times(ridge, V))
+
+    matrix = FullMatrix(K, diagonal=diagonal)
+    return direct.LinearSystem(matrix, ridge, matmul, matmul, lambda V: (every, product(V)), 0, out)
+
+
+def cholesky(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
+    """By one float64 factorisation, with the least jitter that has bounded coefficients."""
+    problem, ridge, unit = _scaled(problem, ridge)
+    found = direct.cholesky(_system(problem, plan, ridge, out), Y)
+    assert found is not None
+    return Unscaled(found, unit)
+
+
+def eigh(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
+    """By the eigendecomposition, without the eigenvalues that rounding made up."""
+    problem, ridge, unit = _scaled(problem, ridge)
+    system = _system(problem, plan, ridge, out)
+    alpha, rank = direct.eigh(system, system.full, Y)
+    return Unscaled(direct.Found(system, alpha, 0.0, 0, rank), unit)
+
+
+def conjugate_gradients(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Any:
+    """By conjugate gradients with products from the points."""
+    problem, ridge, unit = _scaled(problem, ridge)
+    return Unscaled(cg.solve(problem, plan, Y, ridge, out, **shared), unit)

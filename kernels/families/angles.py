@@ -1,0 +1,119 @@
+"""Kernels of wide ReLU networks: functions of the angle and the norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .. import checks
+from ..pair_backend.angle import AngleProfile, Angles
+from .composition import Combining
+
+
+@dataclass(frozen=True)
+class ArcCosine(Combining, AngleProfile):
+    r"""Arc-cosine kernel of Cho and Saul (2009), k(x, z) = ||x||^n ||z||^n J_n(theta) / pi, n the order.
+
+    J_0 = pi - theta, J_1 = sin(theta) + (pi - theta) cos(theta), J_2 = 3 sin(theta) cos(theta) + (pi - theta)
+    (1 + 2 cos(theta)^2). k(x, x) is ||x||^(2 n) times 1, 1, 3. At a zero vector, and for order 0 where x and z are
+    parallel (there is a kink), the gradient, or its part across z, counts as 0.
+
+    Args:
+        order: n = 0, 1 or 2.
+    """
+
+    order: int
+
+    nonnegative = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "order", checks.integer("order", self.order, 0, 2))
+
+    @property
+    def degree(self) -> int:
+        """The order."""
+        return self.order
+
+    def height(self, angles: Angles) -> torch.Tensor:
+        """J_n / pi."""
+        left = (math.pi - angles.theta).div_(math.pi)
+        if self.order == 0:
+            return left
+        sine, cosine = angles.sine / math.pi, angles.cosine
+        if self.order == 1:
+            return left.mul_(cosine).add_(sine)
+        return left.mul_(cosine.square().mul_(2.0).add_(1.0)).addcmul_(sine, cosine, value=3.0)
+
+    def tangent(self, angles: Angles) -> torch.Tensor:
+        """1 / (pi sin), (pi - theta) / pi, 4 J_1 / pi."""
+        if self.order == 0:
+            return angles.sine.mul(math.pi).reciprocal_()
+        left = (math.pi - angles.theta).div_(math.pi)
+        if self.order == 1:
+            return left
+        return left.mul_(angles.cosine).add_(angles.sine, alpha=1.0 / math.pi).mul_(4.0)
+
+
+@dataclass(frozen=True)
+class NTK(Combining, AngleProfile):
+    r"""Neural tangent kernel of a fully connected ReLU network (Jacot et al. 2018), without biases.
+
+    With kappa_0 = (pi - theta) / pi and kappa_1 = (sin(theta) + (pi - theta) cos(theta)) / pi, every hidden layer maps
+    cos(theta) <- kappa_1(theta) and Theta <- Theta kappa_0(theta) + kappa_1(theta), from Theta = cos(theta); k(x, z) =
+    ||x|| ||z|| Theta. Weights have variance 2 / width, so k(x, x) = (depth + 1) ||x||^2. Where x and z are parallel
+    there is a kink: the part of the gradient across z counts as 0, and the gradient at a zero vector is 0.
+
+    Args:
+        depth: hidden layers, an integer >= 1.
+    """
+
+    depth: int
+
+    nonnegative = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "depth", checks.integer("depth", self.depth, 1))
+
+    @property
+    def degree(self) -> int:
+        """1."""
+        return 1
+
+    def blocks_alive(self) -> int:
+        """Those of a layer and of the next one."""
+        return 18
+
+    def _layers(self, angles: Angles) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(kappa_0, sine, kappa_1, Theta before) of every hidden layer."""
+        theta, sine, total = angles.theta, angles.sine, angles.cosine
+        for _ in range(self.depth):
+            linear = (math.pi - theta) / math.pi
+            # 1 - kappa_1 = 1 - cos(theta) - (sin(theta) - theta cos(theta)) / pi, to the digits that theta has.
+            apart = 2.0 * torch.sin(0.5 * theta).square() - (torch.sin(theta) - theta * torch.cos(theta)) / math.pi
+            half = (0.5 * apart).clamp_(0.0, 1.0)
+            value = 1.0 - apart
+            yield linear, sine, value, total
+            total = total * linear + value
+            theta = 2.0 * torch.atan2(half.sqrt(), (1.0 - half).sqrt())
+            sine = 2.0 * (half * (1.0 - half)).sqrt()
+
+    def height(self, angles: Angles) -> torch.Tensor:
+        """Theta."""
+        total = angles.cosine
+        for linear, _, value, before in self._layers(angles):
+            total = before * linear + value
+        return total
+
+    def tangent(self, angles: Angles) -> torch.Tensor:
+        """-dTheta / dtheta / sin(theta), from layer to layer: nothing in it cancels.
+
+        With e the product of the kappa_0 so far, T <- T kappa_0 + Theta e / (pi sine) + e kappa_0, from T = 1.
+        """
+        slope, e = torch.ones_like(angles.theta), torch.ones_like(angles.theta)
+        for linear, sine, _, before in self._layers(angles):
+            slope = slope * linear + before * e / (math.pi * sine) + e * linear
+            e = e * linear
+        return slope

@@ -1,0 +1,170 @@
+"""Sums, products and multiples of kernels, k1 + k2, k1 * k2, 0.5 * k, and the operators that make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..operations import kernel_matrix
+from ..pair_backend.composite import MultiplePairs, ProductPairs, SumPairs, diagonal_of, pairs_of
+from ..pair_backend.pairs import PairKernel, Pairs
+from ..profile import Kernel
+
+
+class Combining:
+    """What every public kernel can do: be called, and be combined with others."""
+
+    def __call__(self, X: torch.Tensor, Z: torch.Tensor | None = None) -> torch.Tensor:
+        """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""
+        return kernel_matrix(self, X, Z)  # pyright: ignore[reportArgumentType]
+
+    def __add__(self, other):
+        """k1 + k2."""
+        return Sum(self, other) if isinstance(other, Kernel) else NotImplemented  # pyright: ignore
+
+    def __mul__(self, other):
+        """k1 * k2, or a multiple of k."""
+        if isinstance(other, Kernel):
+            return Product(self, other)  # pyright: ignore[reportArgumentType]
+        if isinstance(other, (bool, str)) or not hasattr(other, "__float__") or isinstance(other, torch.Tensor):
+            return NotImplemented
+        return Multiple(float(other), self)  # pyright: ignore[reportArgumentType]
+
+    __rmul__ = __mul__
+
+
+class _Combined(Combining, PairKernel):
+    """A kernel made of others: what they all have, it has."""
+
+    def __post_init__(self):
+        for part in self.parts:
+            if not isinstance(part, Kernel):
+                raise TypeError(f"{type(self).__name__} must be made of fastagop kernels, got {part!r}")
+
+    def _all(self, name: str) -> bool:
+        return all(getattr(part, name) for part in self.parts)
+
+    @property
+    def shift_invariant(self) -> bool:
+        """Whether all parts are."""
+        return self._all("shift_invariant")
+
+    @property
+    def rotation_invariant(self) -> bool:
+        """Whether all parts are."""
+        return self._all("rotation_invariant")
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether all parts are."""
+        return self._all("nonnegative")
+
+    @property
+    def wide(self) -> bool:
+        """Whether a part is, or is radial."""
+        return any(part.wide for part in self.parts)
+
+    @property
+    def agop_forms(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(form for form in ("gradient", "gram") if all(form in part.agop_forms for part in self.parts))
+
+    def blocks_alive(self) -> int:
+        """Those of the parts, and what combines them."""
+        return 3 + sum(part.blocks_alive() if isinstance(part, PairKernel) else 8 for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Sum(_Combined):
+    """k(x, z) = k1(x, z) + k2(x, z): what ``k1 + k2`` makes.
+
+    Args:
+        left, right: kernels.
+    """
+
+    left: Kernel
+    right: Kernel
+
+    @property
+    def parts(self) -> tuple[Kernel, ...]:
+        """Both."""
+        return self.left, self.right
+
+    def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
+        """Pairs of both."""
+        return SumPairs(pairs_of(self.left, X, Z), pairs_of(self.right, X, Z))
+
+    def diagonal(self, X: torch.Tensor) -> torch.Tensor:
+        """The sum."""
+        return diagonal_of(self.left, X) + diagonal_of(self.right, X)
+
+    def __repr__(self):
+        return f"{self.left!r} + {self.right!r}"
+
+
+@dataclass(frozen=True)
+class Product(_Combined):
+    """k(x, z) = k1(x, z) k2(x, z): what ``k1 * k2`` makes.
+
+    Args:
+        left, right: kernels.
+    """
+
+    left: Kernel
+    right: Kernel
+
+    @property
+    def parts(self) -> tuple[Kernel, ...]:
+        """Both."""
+        return self.left, self.right
+
+    @property
+    def unit_diagonal(self) -> bool:
+        """Whether both have one."""
+        return self._all("unit_diagonal")
+
+    def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
+        """Pairs of both."""
+        return ProductPairs(pairs_of(self.left, X, Z), pairs_of(self.right, X, Z))
+
+    def diagonal(self, X: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return diagonal_of(self.left, X) * diagonal_of(self.right, X)
+
+    def __repr__(self):
+        return " * ".join(f"({part!r})" if isinstance(part, Sum) else f"{part!r}" for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Multiple(_Combined):
+    """k(x, z) = c k1(x, z): what ``c * k1`` makes.
+
+    Args:
+        factor: c > 0.
+        kernel: a kernel.
+    """
+
+    factor: float
+    kernel: Kernel
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._positive("factor")
+
+    @property
+    def parts(self) -> tuple[Kernel, ...]:
+        """The one kernel."""
+        return (self.kernel,)
+
+    def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
+        """Pairs of the kernel."""
+        return MultiplePairs(self.factor, pairs_of(self.kernel, X, Z))
+
+    def diagonal(self, X: torch.Tensor) -> torch.Tensor:
+        """The multiple."""
+        return self.factor * diagonal_of(self.kernel, X)
+
+    def __repr__(self):
+        inner = f"({self.kernel!r})" if isinstance(self.kernel, Sum) else f"{self.kernel!r}"
+        return f"{self.factor:g} * {inner}"

@@ -1,0 +1,62 @@
+"""``all``: every figure, the NFA table and the theory, one after the other, and a page that shows them.
+
+What lacks its data is passed over and named, and what fails is named, too; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fastagop import commands
+from reproduce import files, options, report
+
+TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--quick", action="store_true", help="few points, layers and epochs: minutes on two CPU cores")
+    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: each figure's own"
+    parser.add_argument("--dataset", action="append", default=[], help=text)
+    options.add_location(parser, "out")
+
+
+def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, report.Shown], args: argparse.Namespace):
+    """Make everything, write the page, and say what is not on it and why: 0, or 1 where something failed."""
+    absent, failed = [], []
+    for name in (*TEXTS, *shown):
+        print(f"\n==== {name}", flush=True)
+        given = TEXTS.get(name, _forwarded(args, name != "grokking"))
+        ready = parser().parse_args([name, *given])
+        try:
+            _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
+        except (FileNotFoundError, ImportError) as error:
+            absent.append(f"{name}: {commands.describe(error)}")
+        except (ValueError, OSError, MemoryError) as error:
+            failed.append(f"{name} failed: {commands.describe(error)}")
+    page = report.write(args.out, shown)
+    print("\n".join(["", *absent, *failed, f"wrote {page}: all figures beside what the paper says of them"]))
+    return 1 if failed else 0
+
+
+def _forwarded(args: argparse.Namespace, reads_data: bool) -> list[str]:
+    """The options of a picture, with those that say where data are for one that reads any."""
+    given = ["--out", str(args.out)] + (["--quick"] if args.quick else [])
+    if not reads_data:
+        return given
+    given += ["--device", args.device, *(word for dataset in args.dataset for word in ("--dataset", dataset))]
+    given += ["--data-root", args.data_root] if args.data_root else []
+    return given + ["--download"] * args.download + ["--keep-checkpoint"] * args.keep_checkpoint
+
+
+def _write_text(name: str, args: argparse.Namespace, out: Path) -> None:
+    """Run a command that prints, show what it printed and keep it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        args.command(args)
+    print(printed.getvalue(), end="")
+    files.write(out / f"{name}.txt", printed.getvalue())

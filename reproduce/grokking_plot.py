@@ -1,0 +1,34 @@
+"""The picture of grokking: accuracies over iterations, and M before, during and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+_LINES = (("train", "tab:green", "s", "training pairs"), ("test", "tab:orange", "o", "test pairs"))
+
+
+def draw(rows: Sequence[Mapping[str, Any]], metrics: Mapping[int, Tensor], task: str) -> Figure:
+    """Accuracy and the circulant share left, one picture of M for every iteration given to the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 + 2.6 * len(metrics), 3.1), layout="constrained")
+    widths = [1.5, *[1.0] * len(metrics)]
+    curves, *pictures = figure.subplots(1, len(widths), gridspec_kw={"width_ratios": widths})
+    iterations = [row["iteration"] for row in rows]
+    for key, color, marker, label in _LINES:
+        curves.plot(iterations, [row[key] for row in rows], color=color, marker=marker, markersize=3.5, label=label)
+    share = [row["circulant"] for row in rows]
+    curves.plot(iterations, share, color="tab:blue", linestyle="--", label="circulant share of M")
+    curves.set(xlabel="iteration", ylabel="accuracy", ylim=(-0.03, 1.05), title=task)
+    curves.legend(loc="center right", fontsize=8, frameon=False)
+    for axis, (iteration, M) in zip(pictures, metrics.items(), strict=True):
+        shown = M.clone().fill_diagonal_(0.0)  # the diagonal is many times larger than what there is to see
+        bound = float(shown.abs().max()) or 1.0
+        axis.imshow(shown.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
+        axis.set(xticks=[], yticks=[], title=f"M after {iteration + 1}")
+    return figure

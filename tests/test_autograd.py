@@ -1,0 +1,169 @@
+"""Derivatives of the operations: against finite differences and plain autograd, twice, in blocks, and compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastagop
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, autograd
+
+KERNELS = [Laplace(1.3), Gaussian(1.1), GeneralisedLaplace(1.2, 1.4), Matern52(1.5)]
+NAMES = ["kernel_matrix", "kernel_matmul", "gradients", "agop"]
+
+
+def made(n=6, m=5, d=3, K=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X, Z, alpha, V = (
+        torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((n, d), (m, d), (n, K), (m, K))
+    )
+    return tuple(t.to(dtype).requires_grad_() for t in (X, Z, alpha, V))
+
+
+def call(name, kernel, X, Z, alpha, V, bandwidth=None):
+    if name == "kernel_matrix":
+        return autograd.kernel_matrix(kernel, X, Z, bandwidth=bandwidth)
+    if name == "kernel_matmul":
+        return autograd.kernel_matmul(kernel, X, Z, V if Z is not None else alpha, bandwidth=bandwidth)
+    return getattr(autograd, name)(kernel, X, alpha, Z, bandwidth=bandwidth)
+
+
+def plain(name, kernel, X, Z, alpha, V, bandwidth):
+    """The operations by autograd from the definition, float64, for a Gaussian or a Laplace kernel."""
+
+    def k(z, x):
+        sq = (z - x).square().sum(-1)
+        if isinstance(kernel, Gaussian):
+            return torch.exp(-sq / (2 * bandwidth**2))
+        return torch.exp(-sq.sqrt() / bandwidth)
+
+    Z = X if Z is None else Z
+    if name == "kernel_matrix":
+        return k(X[:, None], Z[None])
+    if name == "kernel_matmul":
+        return k(X[:, None], Z[None]) @ V
+    slopes = torch.func.vmap(torch.func.jacrev(lambda z: k(z[None], X) @ alpha))(Z)
+    return slopes if name == "gradients" else torch.einsum("ica,icb->ab", slopes, slopes) / len(Z)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_are_the_operations(name, kernel):
+    X, Z, alpha, V = made()
+    found = call(name, kernel, X, Z, alpha, V)
+    arguments = {"kernel_matrix": (X, Z), "kernel_matmul": (X, Z, V)}.get(name, (X, alpha, Z))
+    assert torch.equal(found, getattr(fastagop, name)(kernel, *(t.detach() for t in arguments)))
+    assert found.requires_grad
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("alone", [False, True], ids=["Z", "Z is X"])
+def test_finite_differences(name, kernel, alone):
+    X, Z, alpha, V = made()
+    width = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    inputs = (X, alpha, width) if alone else (X, Z, alpha, V, width)
+
+    def function(*given):
+        if alone:
+            return call(name, kernel, given[0], None, given[1], given[1], given[2])
+        return call(name, kernel, *given)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("name", ["kernel_matrix", "kernel_matmul", "gradients"])
+def test_finite_differences_twice(name, kernel):
+    if name == "gradients" and not isinstance(kernel, (Gaussian, GeneralisedLaplace)):
+        return  # third derivatives of the others go by the same formula
+    X, Z, alpha, V = made(n=4, m=3, d=2)
+    width = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *g: call(name, kernel, *g), (X, Z, alpha, V, width), fast_mode=True)
+
+
+@pytest.mark.parametrize("kernel", [Laplace(1.3), Gaussian(1.1)], ids=["Laplace", "Gaussian"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_of_the_definition(name, kernel, dtype, monkeypatch):
+    monkeypatch.setattr(autograd, "_BLOCK_BYTES", 400)  # a row or two a block
+    given = made(n=9, m=7, d=4, K=3, dtype=dtype)
+    wide = tuple(t.detach().double().requires_grad_() for t in given)
+    narrow_width = torch.tensor(1.2, dtype=dtype, requires_grad=True)
+    width = torch.tensor(narrow_width.item(), dtype=torch.float64, requires_grad=True)
+    found, expected = call(name, kernel, *given, narrow_width), plain(name, kernel, *wide, width)
+    towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    slopes = torch.autograd.grad(found, (*given, narrow_width), towards.to(dtype), allow_unused=True)
+    true = torch.autograd.grad(expected, (*wide, width), towards, allow_unused=True)
+    for a, b in zip(slopes, true, strict=True):
+        assert (
+            (a is None or not a.any())
+            if b is None
+            else (a - b).norm() <= (1e-5 if a.dtype == torch.float32 else 1e-12) * b.norm()
+        )
+
+
+def test_a_smooth_kernels_hessian_where_points_meet():
+    x = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    z = torch.zeros(1, 2, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda x: autograd.kernel_matrix(Gaussian(2.0), x, z).sum(), x)
+    torch.testing.assert_close(hessian.reshape(2, 2), -torch.eye(2, dtype=torch.float64) / 4)
+    hessian = torch.autograd.functional.hessian(lambda x: autograd.kernel_matrix(Laplace(2.0), x, z).sum(), x)
+    assert torch.equal(hessian.reshape(2, 2), torch.zeros(2, 2, dtype=torch.float64))  # a kink counts as 0
+
+
+def test_collapsed_points_far_from_the_origin():
+    """Derivatives keep their digits where an expansion of distances would not."""
+    X, Z, alpha, V = (t.detach() for t in made(n=8, m=6))
+    X, Z = (1e-3 * X + 100.0), (1e-3 * Z + 100.0)
+    given = tuple(t.float().double().float().requires_grad_() for t in (X, Z, alpha, V))
+    wide = tuple(t.detach().double().requires_grad_() for t in given)
+    kernel, width = Gaussian(1e-3), torch.tensor(1e-3, dtype=torch.float64)
+    found = torch.autograd.grad(call("kernel_matmul", kernel, *given).sum(), given[:2])
+    true = torch.autograd.grad(plain("kernel_matmul", kernel, *wide, width).sum(), wide[:2])
+    for a, b in zip(found, true, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()  # float32 points at 100 are 8e-6 apart, a hundredth of the spread
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operator_is_torchs(name):
+    """Schema, fake tensors and registration of derivatives, as torch checks them."""
+    X, Z, alpha, V = made()
+    spec = f"{name}, Laplace, apart, bandwidth 1.3"
+    more = {"kernel_matrix": [], "kernel_matmul": [V]}.get(name, [alpha])
+    rows, others = (X, Z) if name.startswith("kernel") else (Z, X)
+    width = torch.tensor(1.3, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.fastagop.blockwise.default, (spec, 0, [rows, others, *more, width]))
+
+
+def test_compiles_without_a_break():
+    X, Z, _, V = made(dtype=torch.float32)
+    kernel = Laplace(1.3)
+
+    def function(X, Z, V):
+        return autograd.kernel_matmul(kernel, X, Z, V).square().sum()
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(function(X, Z, V), (X, Z, V))
+    found = torch.autograd.grad(compiled(X, Z, V), (X, Z, V))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("call_", "message"),
+    [
+        (lambda X: autograd.kernel_matrix(fastagop.Polynomial(2, 1.0, 1.0), X), "radial kernels only, got Polynomial"),
+        (lambda X: autograd.kernel_matrix(Laplace(1.0), X, bandwidth=2.0), "bandwidth must be a tensor of one number"),
+    ],
+)
+def test_what_is_refused(call_, message):
+    with pytest.raises(TypeError, match=message):
+        call_(made()[0])
+
+
+def test_no_points():
+    X, Z, alpha, _ = made(m=0)
+    out = autograd.gradients(Laplace(1.0), X, alpha, Z)
+    assert out.shape == (0, 2, 3)
+    assert all(not g.any() for g in torch.autograd.grad(out.sum(), (X, Z, alpha)))

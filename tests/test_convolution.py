@@ -1,0 +1,143 @@
+"""Kernel machines of image patches: kernel, regression, patch AGOP and layer, against float64 loops and autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastagop import Gaussian, Laplace
+from fastagop.convolution import ConvLayerSettings, PatchMachine, Window, fit_layer, patch_kernel_matrix
+
+
+def images(n: int = 6, c: int = 2, side: int = 5, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, c, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def laplace(p: torch.Tensor, q: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    apart = (p[:, None] - q[None, :]).square().sum(-1)
+    return torch.exp(-torch.where(apart > 0, apart, 1.0).sqrt() / bandwidth) * (apart > 0) + 1.0 * (apart == 0)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 0), (2, 2, 0), (3, 2, 1), (5, 1, 0), (1, 3, 0)])
+def test_patches_are_those_of_a_convolution(size, stride, padding):
+    X, window = images(), Window(size, stride, padding)
+    weight = torch.randn(4, 2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = window.patches(X, normalise=False) @ weight.flatten(1).T
+    expected = torch.nn.functional.conv2d(X, weight, stride=stride, padding=padding)
+    assert found.shape[1] == window.positions(5) ** 2
+    torch.testing.assert_close(found.mT.reshape(expected.shape), expected)
+
+
+def test_patches_have_length_one_or_are_zero():
+    X = images()
+    X[0] = 0.0
+    length = Window(3).patches(X).norm(dim=2)
+    torch.testing.assert_close(length[1:], torch.ones_like(length[1:]))
+    assert not length[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_is_the_mean_over_pairs(dtype, monkeypatch):
+    monkeypatch.setattr("fastagop.convolution.machine._BLOCK_BYTES", 5000.0)  # several blocks
+    A = Window(3).patches(images(dtype=dtype))
+    B = Window(2, 3).patches(images(4, 2, 5, dtype, seed=1).expand(-1, -1, -1, -1))
+    B = torch.nn.functional.pad(B, (0, A.shape[2] - B.shape[2]))
+    B[0, 0] = A[0, 0]
+    for other in (None, B):
+        found = patch_kernel_matrix(Laplace(0.7), A, other)
+        Z = A if other is None else other
+        pairs = [[laplace(a.double(), b.double(), 0.7).mean() for b in Z] for a in A]
+        expected = torch.tensor(pairs, dtype=torch.float64)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=20 * eps, atol=0.0)
+    assert torch.equal(patch_kernel_matrix(Laplace(0.7), A), patch_kernel_matrix(Laplace(0.7), A).T)
+
+
+def test_the_regression_solves_its_equations():
+    A, Y = Window(3).patches(images(8)), torch.randn(8, 3, generator=torch.Generator().manual_seed(2)).double()
+    machine = PatchMachine.fit(Laplace(0.7), A, Y, ridge=0.01)
+    K = patch_kernel_matrix(Laplace(0.7), A)
+    torch.testing.assert_close(K @ machine.alpha + 0.01 * machine.alpha, Y, rtol=1e-12, atol=1e-12)
+    assert machine.residual < 1e-13
+    assert machine.jitter == 0.0
+    torch.testing.assert_close(machine.predict(A), K @ machine.alpha)
+
+
+def test_images_that_repeat_are_told():
+    A = Window(3).patches(images(3).repeat(2, 1, 1, 1))
+    Y = torch.randn(6, 1, generator=torch.Generator().manual_seed(2)).double()
+    machine = PatchMachine.fit(Gaussian(1.0), A, Y, ridge=0.0)
+    assert machine.jitter > 0.0
+    assert machine.residual > 0.1  # contradicting targets cannot be met
+    assert bool(machine.alpha.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_patch_agop_is_autograds(dtype):
+    A = Window(3).patches(images(5, dtype=dtype))
+    Y = torch.randn(5, 2, generator=torch.Generator().manual_seed(3)).double()
+    machine = PatchMachine.fit(Laplace(0.7), A, Y)
+    wide = A.double()
+
+    def outputs(p):  # F of one patch
+        k = torch.stack([laplace(p[None], x, 0.7).mean() for x in wide])
+        return k @ machine.alpha
+
+    moved = torch.randn(4, A.shape[2], generator=torch.Generator().manual_seed(4)).double()
+    tried = torch.cat([wide.flatten(0, 1), moved])
+    # At a center autograd meets the kink of its own pair, which counts as 0: leave that pair out by hand.
+    jacobians = torch.stack([torch.func.jacrev(outputs)(p) for p in tried])[: len(wide) * wide.shape[1]]
+    expected = torch.einsum("ica,icb->ab", jacobians, jacobians) / len(jacobians)
+    found = machine.agop()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_a_layer():
+    generator = torch.Generator().manual_seed(5)
+    y = torch.arange(24) % 3
+    means = torch.randn(3, 1, 6, 6, generator=generator)
+    X = means[y] + 0.8 * torch.randn(24, 1, 6, 6, generator=generator)
+    settings = ConvLayerSettings(Laplace(1.0), Window(3), width=16)
+    layer = fit_layer(X, y + 5, settings, seed=0)
+    features = layer(X)
+    assert features.shape == (24, 16, 4, 4)
+    assert set(layer.nc1) == {"input", "projected", "features"}
+    assert layer.nc1["projected"] < layer.nc1["input"]
+    assert layer.accuracy == 1.0
+    patch = X[2, :, 1:4, 3:6].flatten()
+    expected = (layer.weight @ (layer.root @ (patch / patch.norm()))).relu()
+    torch.testing.assert_close(features[2, :, 1, 3], expected, rtol=1e-4, atol=1e-5)
+    again = fit_layer(X, y, settings, seed=0)
+    assert torch.equal(again(X), features)  # names of classes do not matter
+    assert not torch.equal(fit_layer(X, y, settings, seed=1)(X), features)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Window(0), "size must be an integer >= 1, got 0"),
+        (lambda: Window(7).patches(images()), "a window of size 7 needs images of that side, got 5"),
+        (lambda: Window(3).patches(images()[0]), r"images must be floating point of shape \(n, c, h, w\)"),
+        (lambda: patch_kernel_matrix(Laplace(1.0), images()[0, 0]), r"A must be patches of shape \(n, P, d\)"),
+        (
+            lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(3, 1)),
+            r"Y must have shape \(6, K\), one row an image, got \(3, 1\)",
+        ),
+        (
+            lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(6, 1), ridge=-1.0),
+            "ridge must be a number >= 0, got -1.0",
+        ),
+        (
+            lambda: fit_layer(images(), torch.zeros(6), ConvLayerSettings(Laplace(1.0), Window(3)), 0),
+            "y must have two classes or more, got 1",
+        ),
+        (
+            lambda: fit_layer(images(), torch.zeros(5), ConvLayerSettings(Laplace(1.0), Window(3)), 0),
+            r"y must have shape \(6,\), one label an image, got \(5,\)",
+        ),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

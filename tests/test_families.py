@@ -1,0 +1,383 @@
+"""Kernels that are not radial, against automatic differentiation of their definitions in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastagop
+from fastagop import NTK, ArcCosine, Gaussian, Laplace, LpLaplace, Matern52, Polynomial, ProductLaplace
+
+KERNELS = {
+    "l1": ProductLaplace(3.0),
+    "lp": LpLaplace(1.4, 0.8, 3.0),
+    "lp below 1": LpLaplace(0.7, 0.7, 2.0),
+    "l2": LpLaplace(2.0, 1.3, 2.0),
+    "polynomial": Polynomial(3, 0.5, 0.2),
+    "linear": Polynomial(1, 0.0),
+    "arc-cosine 0": ArcCosine(0),
+    "arc-cosine 1": ArcCosine(1),
+    "arc-cosine 2": ArcCosine(2),
+    "ntk": NTK(1),
+    "deep ntk": NTK(4),
+    "sum": Laplace(3.0) + 0.5 * Polynomial(2),
+    "product": Gaussian(2.0) * Polynomial(3, 1.0, 0.3),
+    "mixed": ProductLaplace(4.0) * ArcCosine(1) + 2.0 * Matern52(2.0),
+}
+kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+# float32 points are exact in float64: what is left is the rounding of results, and of l1's sums.
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def acos(cosine):
+    """The angle; 0, without a derivative, where vectors are parallel to rounding."""
+    same = 1 - cosine < 1e-13
+    return torch.where(same, 0.0, torch.acos(torch.where(same, 0.0, cosine)))
+
+
+def defined(kernel, x, z):
+    """k(x, z) of pairs (..., d), differentiable in z, by its definition and by other steps than the library's."""
+    name = type(kernel).__name__
+    if name in ("Sum", "Product"):
+        a, b = defined(kernel.left, x, z), defined(kernel.right, x, z)
+        return a + b if name == "Sum" else a * b
+    if name == "Multiple":
+        return kernel.factor * defined(kernel.kernel, x, z)
+    if name == "Polynomial":
+        return (kernel.scale * (x * z).sum(-1) + kernel.offset) ** kernel.degree
+    if name in ("ProductLaplace", "LpLaplace"):
+        p, q = (1.0, 1.0) if name == "ProductLaplace" else (kernel.p, kernel.q)
+        ties = x == z  # which have no derivative
+        rho = torch.where(ties, 0.0, torch.where(ties, 1.0, x - z).abs() ** p).sum(-1)
+        equal = ties.all(-1)
+        return torch.where(equal, 1.0, torch.exp(-(torch.where(equal, 1.0, rho) ** (q / p)) / kernel.bandwidth**q))
+    if name in ("Laplace", "Gaussian", "Matern52"):
+        sq = ((x - z) ** 2).sum(-1)
+        r = torch.where(sq == 0, 1.0, sq).sqrt() / kernel.bandwidth
+        s = math.sqrt(5.0) * r
+        each = {"Laplace": torch.exp(-r), "Gaussian": torch.exp(-r * r / 2)}
+        return torch.where(sq == 0, 1.0, each.get(name, (1 + s + s * s / 3) * torch.exp(-s)))
+    a, b = torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(z, dim=-1)
+    cosine = ((x / a[..., None]) * (z / b[..., None])).sum(-1)
+    theta = acos(cosine)
+    if name == "ArcCosine":
+        s, left = torch.sin(theta), math.pi - theta
+        J = (left, s + left * cosine, 3 * s * cosine + left * (1 + 2 * cosine**2))[kernel.order]
+        return (a * b) ** kernel.order * J / math.pi
+    total = cosine
+    for _ in range(kernel.depth):
+        value = (torch.sin(theta) + (math.pi - theta) * cosine) / math.pi
+        total = total * (math.pi - theta) / math.pi + value
+        cosine, theta = value, acos(value)
+    return a * b * total
+
+
+def truth(kernel, X, alpha, Z):
+    """(kernel matrix, gradients (m, K, d)) by automatic differentiation in float64."""
+    x, z = torch.broadcast_tensors(X.double()[:, None], Z.double())
+    z = z.clone().requires_grad_()
+    K = defined(kernel, x, z)
+    (slopes,) = torch.autograd.grad(K.sum(), z)
+    return K.detach(), torch.einsum("jc,jid->icd", alpha.double(), slopes)
+
+
+def apart(found, true):
+    return float((found.double() - true).norm() / true.norm())
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Points with ties in a feature and a multiple of another point, coefficients of both signs, other points."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(14, 6, generator=generator)
+    X[3, :2] = X[5, :2]
+    X[7] = X[2]  # a duplicate
+    X[9] = 2.0 * X[4]  # parallel
+    return X, torch.randn(14, 3, generator=generator), torch.randn(8, 6, generator=generator)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("other", [False, True], ids=["X", "Z"])
+def test_against_autograd(kernel, dtype, other, data):
+    X, alpha, Z = (t.to(dtype) for t in data)
+    Z = Z if other else X
+    K, g = truth(kernel, X, alpha, Z)
+    close, given = CLOSE[dtype], Z if other else None
+    found = fastagop.kernel_matrix(kernel, X, given)
+    assert found.dtype == dtype
+    assert apart(found, K) <= close
+    assert torch.equal(found, kernel(X, given))
+    V = alpha[: len(Z)]
+    assert apart(fastagop.kernel_matmul(kernel, X, given, V=V), K @ V.double()) <= close
+    assert apart(fastagop.gradients(kernel, X, alpha, given), g) <= close
+    M = torch.einsum("icd,ice->de", g, g)
+    assert apart(fastagop.agop(kernel, X, alpha, given, reduction="sum"), M) <= 2 * close
+    weights = torch.arange(1.0, len(Z) + 1, dtype=dtype)
+    weighted = torch.einsum("i,icd,ice->de", weights.double(), g, g) / float(weights.sum())
+    assert apart(fastagop.agop(kernel, X, alpha, given, sample_weight=weights), weighted) <= 2 * close
+    centred = g - g.mean(0)
+    if float(centred.norm()) > 1e-6 * float(g.norm()):
+        M = torch.einsum("icd,ice->de", centred, centred) / len(Z)
+        assert apart(fastagop.agop(kernel, X, alpha, given, center=True), M) <= 2 * close
+
+
+GRAM = {name: kernel for name, kernel in KERNELS.items() if "gram" in kernel.agop_forms}
+
+
+@pytest.mark.parametrize("kernel", GRAM.values(), ids=list(GRAM))
+@dtypes
+def test_the_gram_form_is_the_gradient_form(kernel, dtype, data):
+    X, alpha, Z = (t.to(dtype) for t in data)
+    weights = torch.arange(1.0, 9.0, dtype=dtype)
+    for arguments in ({}, {"Z": Z}, {"Z": Z, "sample_weight": weights}):
+        both = [fastagop.agop(kernel, X, alpha, method=form, **arguments) for form in ("gradient", "gram")]
+        assert apart(both[1], both[0].double()) <= (2e-7 if dtype == torch.float32 else 1e-11)
+
+
+def test_many_outputs_take_the_gram_form_and_cancellation_the_other(data, caplog):
+    generator = torch.Generator().manual_seed(1)
+    X, alpha = torch.randn(200, 30, generator=generator), torch.randn(200, 40, generator=generator)
+    assert "method gram" in fastagop.explain("agop", NTK(1), X, alpha)
+    assert "method gradient" in fastagop.explain("agop", NTK(1), X, alpha[:, :1])
+    assert "method gradient" in fastagop.explain("agop", ProductLaplace(2.0), X, alpha)
+    close = 1.0 + 1e-5 * torch.randn(50, 4, generator=generator, dtype=torch.float64)  # gradients cancel in differences
+    a = torch.cat([torch.ones(25, 1), -torch.ones(25, 1)]).double()
+    with pytest.warns(fastagop.NumericalWarning, match="gradient form ran"):
+        M = fastagop.agop(Polynomial(2), close, a, method="gram")
+    assert torch.equal(M, fastagop.agop(Polynomial(2), close, a, method="gradient"))
+
+
+@kernels
+def test_blocks(kernel, data):
+    """Blocks of few rows give what one block gives; k(X, X) is symmetric to the bit, its diagonal k(x, x)."""
+    generator = torch.Generator().manual_seed(2)
+    X, alpha = torch.randn(300, 3, generator=generator), torch.randn(300, 1, generator=generator)
+    X[10] = 0.0
+    K = fastagop.kernel_matrix(kernel, X)
+    assert torch.equal(K, K.T)
+    assert apart(K, fastagop.kernel_matrix(kernel, X, X.clone()).double()) <= 1e-6
+    assert apart(fastagop.kernel_matmul(kernel, X, V=alpha), K.double() @ alpha.double()) <= 1e-5
+    M = fastagop.agop(kernel, X, alpha, method="gradient")
+    tight = fastagop.agop(kernel, X, alpha, method="gradient", memory_limit=2**23 + 1.5e6)
+    assert apart(tight, M.double()) <= 1e-6
+    assert bool(M.isfinite().all())
+    with pytest.raises(MemoryError, match="raise memory_limit"):
+        fastagop.agop(kernel, X, alpha, memory_limit=1000)
+
+
+@pytest.mark.parametrize("kernel", [ArcCosine(0), ArcCosine(1), ArcCosine(2), NTK(1), NTK(3)], ids=repr)
+def test_small_angles(kernel):
+    """Value and gradient of one pair, from 50 digits: what is lost is what rounding unit vectors loses across."""
+    mpmath = pytest.importorskip("mpmath")
+    x = torch.tensor([[0.3, -1.1, 0.7]], dtype=torch.float64)
+    across = torch.tensor([[1.0, 0.2, -0.4]], dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        for size in (1e-1, 1e-3, 1e-5, 1e-7):
+            z = sign * 1.7 * x + size * across
+            with mpmath.workdps(50):
+                value, slope = _exactly(kernel, x[0].tolist(), z[0].tolist(), mpmath)
+            scale = float(x.norm() * z.norm()) ** kernel.degree
+            assert abs(float(kernel(x, z)) - value) <= 4e-15 * scale
+            g = fastagop.gradients(kernel, x, torch.ones(1, 1, dtype=torch.float64), z)[0, 0]
+            bound = 1e-12 + 8 * torch.finfo(torch.float64).eps / size
+            assert float((g - slope).norm()) <= bound * scale / float(z.norm()), (sign, size)
+
+
+def _exactly(kernel, x, z, mp):
+    """(k, its gradient at z) in mpmath's digits."""
+
+    def k(*z):
+        a, b = (mp.sqrt(mp.fsum(mp.mpf(v) ** 2 for v in p)) for p in (x, z))
+        cosine = mp.fsum(mp.mpf(p) * q for p, q in zip(x, z, strict=True)) / a / b
+        theta = mp.acos(cosine)
+        if isinstance(kernel, ArcCosine):
+            s, left = mp.sin(theta), mp.pi - theta
+            J = (left, s + left * cosine, 3 * s * cosine + left * (1 + 2 * cosine**2))[kernel.order]
+            return (a * b) ** kernel.order * J / mp.pi
+        total = cosine
+        for _ in range(kernel.depth):
+            value = (mp.sin(theta) + (mp.pi - theta) * cosine) / mp.pi
+            total = total * (mp.pi - theta) / mp.pi + value
+            cosine, theta = value, mp.acos(value)
+        return a * b * total
+
+    z = [mp.mpf(v) for v in z]
+    slope = [mp.diff(k, z, tuple(int(i == j) for j in range(len(z))), h=mp.mpf(10) ** -20) for i in range(len(z))]
+    return float(k(*z)), torch.tensor([float(v) for v in slope], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kernel", [ProductLaplace(2.0), LpLaplace(1.0, 0.7, 2.0), LpLaplace(1.5, 1.5, 2.0)], ids=repr)
+@pytest.mark.parametrize("tied", [0, 1, 5])
+def test_ties(kernel, tied):
+    """Columns of zeros and ones, one of five or all: a tie contributes nothing to its own feature."""
+    generator = torch.Generator().manual_seed(3)
+    X, Z = (torch.randn(rows, 5, generator=generator, dtype=torch.float64) for rows in (40, 30))
+    X[:, :tied], Z[:, :tied] = X[:, :tied].sign(), Z[:, :tied].sign()
+    alpha = torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    for points in (Z, X):
+        _, g = truth(kernel, X, alpha, points)
+        assert apart(fastagop.gradients(kernel, X, alpha, points), g) <= 1e-13
+
+
+def test_peers():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    X = torch.randn(20, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    K = pairwise.laplacian_kernel(X.numpy(), gamma=1 / 3.0)
+    assert apart(ProductLaplace(3.0)(X), torch.from_numpy(K)) <= 1e-14
+    K = pairwise.polynomial_kernel(X.numpy(), degree=3, gamma=0.3, coef0=0.7)
+    assert apart(Polynomial(3, 0.7, 0.3)(X), torch.from_numpy(K)) <= 1e-14
+    same, radial = LpLaplace(2.0, 1.3, 2.0), fastagop.GeneralisedLaplace(2.0, 1.3)
+    alpha = torch.ones(20, 1, dtype=torch.float64)
+    assert apart(fastagop.agop(same, X, alpha), fastagop.agop(radial, X, alpha)) <= 1e-12
+
+
+@kernels
+@pytest.mark.parametrize("method", ["auto", "eigh", "cg"])
+def test_solve(kernel, method, data):
+    X, Y = data[0].double(), data[1].double()
+    Y[7] = Y[2]  # the targets of equal rows
+    for factor in (1.0, 1e-12, 1e9):
+        scaled = kernel if factor == 1.0 else factor * kernel
+        ridge = 1e-2 * float(scaled(X).diagonal().max())
+        solution = fastagop.solve(scaled, X, Y, ridge=ridge, method=method)
+        A = scaled(X)
+        true = A @ torch.linalg.solve(A + ridge * torch.eye(14, dtype=torch.float64), Y)
+        assert apart(A @ solution.alpha, true) <= (1e-5 if method == "cg" else 1e-10)
+        assert solution.residual <= 2e-6
+        assert solution.jitter == 0
+        assert solution.merged == 1
+    narrow = fastagop.solve(kernel, X.float(), Y.float(), ridge=ridge / factor, method=method)
+    assert narrow.residual <= 1e-4
+
+
+def test_solve_without_a_ridge(data):
+    X, Y = data[0].double(), data[2].new_ones(14, 1).double()
+    solution = fastagop.solve(NTK(2), X[:9], Y[:9])  # x and 2 x are one point to a homogeneous kernel
+    assert solution.residual <= 1e-8
+    with pytest.warns(fastagop.NumericalWarning, match="singular"):
+        fastagop.solve(Polynomial(1, 0.0), X, torch.randn(14, 1, dtype=torch.float64))
+    with pytest.warns(fastagop.NumericalWarning, match="bandwidth 1e-09"):
+        fastagop.solve(ProductLaplace(1e-9), X, Y)
+
+
+def declared(kernel):
+    names = "radial", "shift_invariant", "rotation_invariant", "unit_diagonal", "nonnegative"
+    return {name for name in names if getattr(kernel, name)}
+
+
+def test_what_a_kernel_declares():
+    assert declared(KERNELS["mixed"]) == {"nonnegative"}
+    assert KERNELS["mixed"].agop_forms == ("gradient",)
+    product = Laplace(2.0) * Gaussian(3.0)
+    assert declared(product) == {"shift_invariant", "rotation_invariant", "unit_diagonal", "nonnegative"}
+    assert product.agop_forms == ("gradient", "gram")
+    assert [k.norm for k in (product, ProductLaplace(2.0), LpLaplace(1.5, 1.0, 2.0), NTK(1))] == [None, 1.0, 1.5, None]
+    assert len({product, Laplace(2.0) * Gaussian(3.0), Gaussian(3.0) * Laplace(2.0)}) == 2
+    assert repr(2 * (Laplace(1.0) + NTK(1))) == "2 * (Laplace(bandwidth=1.0) + NTK(depth=1))"
+    assert product.set_params(left__bandwidth=5.0) == Laplace(5.0) * Gaussian(3.0)
+    assert product.left == Laplace(2.0)
+    with pytest.raises(ValueError, match="Invalid parameter 'middle'"):
+        product.set_params(middle=1)
+
+
+REFUSED = [  # (a call on points X and targets Y, error, what it says)
+    (
+        lambda X, Y: fastagop.kernel_matrix(NTK(1), X, backend="triton"),
+        fastagop.BackendUnavailable,
+        "radial kernels only",
+    ),
+    (
+        lambda X, Y: fastagop.kernel_matmul(NTK(1), X, V=Y, backend="keops"),
+        fastagop.BackendUnavailable,
+        "radial kernels",
+    ),
+    (lambda X, Y: fastagop.agop(ProductLaplace(1.0), X, Y, method="gram"), fastagop.BackendUnavailable, "no gram form"),
+    (lambda X, Y: fastagop.agop(NTK(1), X, Y, method="gram", center=True), fastagop.BackendUnavailable, "not centred"),
+    (
+        lambda X, Y: fastagop.solve(NTK(1), X, Y, method="cholesky+cg"),
+        fastagop.BackendUnavailable,
+        "use method='cholesky'",
+    ),
+    (lambda X, Y: fastagop.solve(NTK(1), X, Y, method=fastagop.CholeskyCG()), fastagop.BackendUnavailable, "half of a"),
+    (
+        lambda X, Y: fastagop.solve(NTK(1), X, Y, method=fastagop.ConjugateGradients(store=True)),
+        fastagop.BackendUnavailable,
+        "store=True",
+    ),
+    (lambda X, Y: fastagop.RFMRegressor(NTK(1), backend="triton").fit(X, Y), fastagop.BackendUnavailable, "triton"),
+    (lambda X, Y: fastagop.RFMRegressorCV(kernel=NTK(1)).fit(X, Y), ValueError, "has none"),
+    (lambda X, Y: fastagop.kernel_matrix(Polynomial(30), 1e3 * X), ValueError, "X is so large"),
+    (lambda X, Y: fastagop.kernel_matrix(ProductLaplace("median"), X), ValueError, "fastagop.settled"),
+    (lambda X, Y: fastagop.kernel_matrix(NTK(1) + Laplace("median"), X), ValueError, "fastagop.settled"),
+    (lambda X, Y: Polynomial(2, scale="median"), TypeError, "scale must be a number"),
+    (lambda X, Y: Polynomial(0), ValueError, "degree must be an integer >= 1"),
+    (lambda X, Y: Polynomial(2, -1.0), ValueError, "offset must be a finite number >= 0"),
+    (lambda X, Y: ArcCosine(3), ValueError, "order must be an integer from 0 to 2"),
+    (lambda X, Y: NTK(0), ValueError, "depth must be"),
+    (lambda X, Y: LpLaplace(2.5, 1.0, 1.0), ValueError, "p must be a positive finite number up to 2"),
+    (lambda X, Y: LpLaplace(1.0, 1.5, 1.0), ValueError, "q must be a positive finite number up to 1"),
+    (lambda X, Y: -1.0 * NTK(1), ValueError, "factor must be a positive"),
+    (lambda X, Y: NTK(1) + 1.0, TypeError, "unsupported operand"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), REFUSED, ids=[text for *_, text in REFUSED])
+def test_refused(call, error, text, data):
+    with pytest.raises(error, match=text):
+        call(data[0], data[1])
+
+
+ESTIMATED = [
+    ProductLaplace("median"),
+    NTK(2),
+    Polynomial(2, 1.0, 0.1),
+    Laplace("median") * ProductLaplace(("median", 2.0)),
+]
+
+
+@pytest.mark.parametrize("kernel", ESTIMATED, ids=repr)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_recursive_feature_machine(kernel, diagonal, tmp_path):
+    """Two iterations are two solves and AGOPs written out; fewer rows than features as well."""
+    generator = torch.Generator().manual_seed(5)
+    X = torch.randn(60, 5, generator=generator, dtype=torch.float64) + 2.0
+    for rows, wide in ((60, X), (20, torch.cat([X, torch.randn(60, 30, generator=generator).double()], 1)[:20])):
+        y, d = wide[:, 0] * wide[:, 1], wide.shape[1]
+        model = fastagop.RFMRegressor(
+            kernel, iterations=2, diagonal=diagonal, fit_intercept=False, dtype="float64", ridge=1e-2
+        ).fit(wide, y)
+        made, root = model.kernel_, torch.eye(d, dtype=torch.float64)
+        assert made == fastagop.settled(kernel, wide)
+        for step in range(3):
+            points = wide @ root
+            A = made(points) + 1e-2 * torch.eye(rows, dtype=torch.float64)
+            alpha = torch.linalg.solve(A, y[:, None])
+            if step < 2:
+                M = root @ fastagop.agop(made, points, alpha, method="gradient") @ root
+                M = (M.diagonal().diag() if diagonal else M) / (M.diagonal().max() if diagonal else M.max())
+                values, vectors = torch.linalg.eigh(M)
+                root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        other = torch.randn(9, d, generator=generator, dtype=torch.float64)
+        true = made(other @ root, points) @ alpha
+        assert apart(model.predict(other)[:, None], true) <= 1e-6
+        model.save(tmp_path / "model.safetensors")
+        again = fastagop.load(tmp_path / "model.safetensors")
+        assert again.kernel_ == made
+        assert torch.equal(again.predict(other), model.predict(other))
+
+
+def test_deep_rfm_and_classifier(data):
+    generator = torch.Generator().manual_seed(6)
+    X = torch.randn(60, 5, generator=generator)
+    y = X[:, 0] > 0
+    deep = fastagop.DeepRFMClassifier(NTK(1), depth=1, width=16, random_state=0).fit(X, y)
+    assert deep.score(X, y) == 1.0
+    with pytest.raises(fastagop.BackendUnavailable, match="to_module serves radial kernels only"):
+        deep.to_module()
+    rfm = fastagop.RFMClassifier(ProductLaplace("median"), iterations=1, ridge=1e-4).fit(X, y)
+    assert rfm.score(X, y) == 1.0
+    assert "float64 factorisation" in fastagop.explain(fastagop.RFMClassifier(NTK(1)), X, y)

@@ -1,0 +1,137 @@
+"""python -m reproduce all and report: every figure of a folder on one page that stands alone."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+
+from reproduce import everything, figures, report, settings
+from reproduce.__main__ import FIGURES, main, parser
+
+SMALL = ["--dataset", "digits", "--n", "120", "--depth", "3", "--width", "32"]
+
+
+class Page(HTMLParser):
+    """What a page holds; ``open`` are tags that were not closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.words, self.sources, self.links = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.sources += [values["src"]] if "src" in values else []
+        self.links += [values["href"]] if "href" in values else []
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def page(out) -> Page:
+    found = Page((out / report.NAME).read_text())
+    assert found.open == []
+    assert all(source.startswith("data:image/png;base64,") for source in found.sources)
+    assert all("/" not in link for link in found.links)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    assert main(["figure3", *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_figure_beside_what_the_paper_says(results):
+    assert main(["report", "--out", str(results)]) == 0
+    found = page(results)
+    text = "".join(found.words)
+    assert "Figure 3. Neural collapse in Deep RFM, ReLU features" in text
+    assert f"Paper: {FIGURES['figure3'].shows}." in text
+    assert "Here: digits, ReLU: NC1 after M^(1/2) goes from" in text
+    assert "python -m reproduce figure12" in text  # not made yet
+    assert len(found.sources) == 1
+    assert found.links == ["figure3.csv", "figure3.json", "figure3.pdf"]
+
+
+def test_no_folder_of_this_machine_is_named(results):
+    main(["report", "--out", str(results)])
+    assert str(results.parent) not in (results / report.NAME).read_text()
+    assert str(results.parent) not in (results / "figure3.json").read_text()
+
+
+def test_a_run_under_way_is_shown_with_the_layers_it_has(results, tmp_path):
+    (folder,) = (results / "runs").iterdir()
+    there = tmp_path / "runs" / folder.name
+    there.mkdir(parents=True)
+    (there / "settings.json").write_bytes((folder / "settings.json").read_bytes())
+    lines = (folder / "layers.csv").read_text().splitlines()
+    (there / "layers.csv").write_text("\n".join(lines[:3]) + "\n")
+    report.write(tmp_path, FIGURES)
+    found = page(tmp_path)
+    assert "2 of 3 layers: NC1 after M^(1/2) goes from" in "".join(found.words)
+    assert len(found.sources) == 1
+
+
+def test_text_is_text(tmp_path):
+    (tmp_path / "theory.txt").write_text("a < b & c\n")
+    report.write(tmp_path, FIGURES)
+    assert "a < b & c\n" in page(tmp_path).words
+
+
+def test_a_folder_without_results_and_a_damaged_one(tmp_path, capsys):
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert "holds no results; make some first" in capsys.readouterr().err
+    (tmp_path / "figure3.json").write_text("{")
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert "figure3.json is damaged" in capsys.readouterr().err
+
+
+def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def make(name, figure, args):
+        done.append((name, args.quick, args.dataset, args.data_root))
+        if name == "figure4":
+            raise FileNotFoundError("no svhn here")
+        if name == "figure5":
+            raise ValueError("a number is wrong")
+        return 0
+
+    monkeypatch.setattr(figures, "make", make)
+    monkeypatch.setattr(everything, "TEXTS", {"theory": []})
+    monkeypatch.setattr("reproduce.theory.main", lambda: print("numbers"))
+    monkeypatch.setattr(
+        "reproduce.grokking.command", lambda args: done.append(("grokking", args.quick, ["digits"], "d"))
+    )
+    monkeypatch.setattr(
+        "reproduce.conv_rfm.command", lambda args: done.append(("conv_rfm", args.quick, [args.dataset], args.data_root))
+    )
+    assert main(["all", "--quick", "--dataset", "digits", "--data-root", "d", "--out", str(tmp_path)]) == 1
+    assert [name for name, *_ in done] == [*FIGURES, "conv_rfm", "grokking"]
+    assert {tuple(map(str, rest)) for _, *rest in done} == {("True", "['digits']", "d")}
+    printed = capsys.readouterr().out
+    assert "figure4: no svhn here" in printed
+    assert "figure5 failed: a number is wrong" in printed
+    assert (tmp_path / "theory.txt").read_text() == "numbers\n"
+    assert (tmp_path / report.NAME).exists()
+
+
+def test_quick_stands_in_for_what_is_not_given():
+    quick = parser().parse_args(["figure3", "--quick", "--dataset", "digits", "--depth", "4"])
+    (row,) = figures.rows_of(FIGURES["figure3"].rows, quick.dataset)
+    (found,) = figures.settings_of(FIGURES["figure3"].family, row, quick)
+    assert (found.n, found.width, found.depth) == (settings.QUICK["n"], settings.QUICK["width"], 4)
+
+
+def test_lessons_are_recorded(results):
+    about = json.loads((results / "figure3.json").read_text())
+    assert len(about["lessons"]) == 1
