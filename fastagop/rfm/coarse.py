@@ -114,7 +114,8 @@ class Fold:
 
     @in_full
     def __init__(self, estimator, train: tuple, test: tuple, scorer):
-        self.model: Any = clone(estimator).set_params(scoring=scorer)
+        self.model: Any = clone(estimator)
+        self.model.set_params(scoring=scorer)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             regression, _ = self.model._checked()

@@ -298,6 +298,8 @@ def _of_float32(problem: Problem) -> str | None:
 
 
 def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
+    if mixed.bytes_of(problem) > problem.room:
+        raise _too_large(problem, torch.float32, mixed.bytes_of(problem))
     return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
