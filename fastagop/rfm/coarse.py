@@ -23,7 +23,7 @@ from fastagop.estimators.base import in_full
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget
-from fastagop.kernels.profile import Profile, median_factor
+from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.radial import GeneralisedLaplace
 from fastagop.rfm.learning import Points, Rules
 from fastagop.rfm.metric import Metric
@@ -78,9 +78,9 @@ class Room:
     beyond: torch.Tensor | None
 
     @classmethod
-    def of(cls, points: torch.Tensor, rows: torch.Tensor, diagonal: bool) -> Room:
-        """Those of points (n, d) and validation rows (m, d)."""
-        metric = Metric.before(points, diagonal, LOCAL)
+    def of(cls, points: torch.Tensor, rows: torch.Tensor, diagonal: bool, kernel: Kernel) -> Room:
+        """Those of points (n, d) and validation rows (m, d), for a radial kernel."""
+        metric = Metric.before(points, diagonal, LOCAL, kernel)
         if metric.span is None:
             x = points.double()
             centre = x.mean(0)
@@ -141,9 +141,10 @@ class Fold:
         return settled_at(replace(self.model.kernel, bandwidth="median"), self.points.X).bandwidth
 
     def usual(self, folds: int) -> bool:
-        """Whether coarse fits of so many such folds are possible: float32 points on the CPU, of usual sizes."""
+        """Whether coarse fits of so many such folds are possible: a radial kernel, float32 on the CPU, usual sizes."""
         model, X, Y = self.model, self.points.X, self._Y
         ours = model.solver == "auto" and model.backend in ("auto", "torch") and model.process_group is None
+        ours = ours and model.kernel.radial
         if not (ours and X.dtype == torch.float32 and X.device.type == "cpu" and Y.numel() and X.shape[1]):
             return False
         sizes = all(1.0 / _USUAL <= largest(part) <= _USUAL for part in (X, Y))
@@ -157,7 +158,7 @@ class Fold:
     def scores(self, estimator) -> Iterator[tuple[float, float]]:
         """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator, up to where a fit has to tell."""
         regression, rules = estimator._checked()
-        if regression.ridge == 0:
+        if regression.ridge == 0 or not regression.kernel.radial:
             return
         kernel, factor = regression.kernel, median_factor(regression.kernel)
         if factor is not None:
@@ -179,7 +180,7 @@ class Fold:
     @in_full
     def _first(self, diagonal: bool) -> State:
         if diagonal not in self._rooms:
-            self._rooms[diagonal] = Room.of(self.points.X, self.held.points, diagonal)
+            self._rooms[diagonal] = Room.of(self.points.X, self.held.points, diagonal, self.model.kernel)
         room = self._rooms[diagonal]
         return State(room.metric, room.x, room.first)
 

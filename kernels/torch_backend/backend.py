@@ -104,11 +104,14 @@ class FactorKernels:
     note = ""
 
     def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
-        """K(X, X) into out, in out's dtype."""
-        return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_, _near(X, out.dtype))
+        """K(X, X) into out, in out's dtype, every distance to its last digits."""
+        return fill_symmetric(out, X.to(out.dtype), rows, kernel.value_)
 
     def rows(self, kernel: Profile, X: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """(out, start) -> out with rows start .. of K(X, X), up to their own last column, in float64."""
+        """(out, start) -> out with rows start .. of K(X, X), up to their own last column, in float64.
+
+        Distances of float32 points are as good as their rounding: these are the blocks of large problems.
+        """
         x, near = X.double(), _near(X, torch.float64)
         x2 = squared_norms(x)
 
