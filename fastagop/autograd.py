@@ -194,15 +194,14 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
 
 def _operation(spec: _Spec, tensors: Sequence[Tensor]) -> Tensor:
     """The operation itself, by the fastest backend."""
-    rows, others, *more, bandwidth = tensors
+    rows, others, bandwidth = tensors[0], tensors[0] if spec.same else tensors[1], tensors[-1]
     kernel = spec.kernel.set_params(bandwidth=float(bandwidth))
-    other = None if spec.same else others
     if spec.name == "kernel_matrix":
-        return operations.kernel_matrix(kernel, rows, other)
+        return operations.kernel_matrix(kernel, rows, None if spec.same else others)
     if spec.name == "kernel_matmul":
-        return operations.kernel_matmul(kernel, rows, rows if spec.same else others, *more)
+        return operations.kernel_matmul(kernel, rows, others, tensors[2])
     operation = operations.gradients if spec.name == "gradients" else operations.agop
-    return operation(kernel, rows if spec.same else others, *more, None if spec.same else rows)
+    return operation(kernel, others, tensors[2], None if spec.same else rows)
 
 
 def _evaluate(spec: _Spec, level: int, tensors: Sequence[Tensor], start: int, total: int) -> list[Tensor]:

@@ -15,7 +15,8 @@ SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (700, 300)
 def positive(n: int, least: float = 0.5) -> torch.Tensor:
     """A positive definite matrix (n, n) with eigenvalues from ``least`` up."""
     A = torch.randn(n, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    return A @ A.T / n + least * torch.eye(n, dtype=torch.float64)
+    A = A @ A.T / n + least * torch.eye(n, dtype=torch.float64)
+    return A.tril() + A.tril(-1).T  # products are not symmetric to the bit on every processor
 
 
 def blocks_of(A: torch.Tensor, rows: int, dtype=torch.float64, place: str = "device") -> SymmetricBlocks:
