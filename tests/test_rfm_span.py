@@ -22,7 +22,7 @@ def both(monkeypatch):
     def fits(make, *data, **more):
         inside = make().fit(*data, **more)
         with monkeypatch.context() as patch:
-            patch.setattr(Metric, "before", classmethod(lambda cls, X, diagonal, engine: cls()))
+            patch.setattr(Metric, "before", classmethod(lambda cls, X, diagonal, engine, kernel: cls()))
             full = make().fit(*data, **more)
         assert all(stage.metric.span is None for stage in full._learnt[0])
         return inside, full

@@ -92,7 +92,7 @@ def test_what_is_wrong_with_the_problem_is_said_once_in_a_fit():
 
 def note(X, L, dtype=F64):
     kernel, X = Laplace(L), torch.as_tensor(X, dtype=dtype)
-    return bandwidth.note(scale_points(kernel, X, X), L)
+    return bandwidth.note(scale_points(kernel, X, X), kernel)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
