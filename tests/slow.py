@@ -106,6 +106,12 @@ SLOW = {
         "test_what_is_installed_is_not_asked_for": _PROCESS,
         "test_a_module_compiles_to_one_graph": "loads torch's compiler",
     },
+    "test_autograd.py": {
+        "test_the_operator_is_torchs": "torch's own checks of an operator load its compiler",
+        "test_compiles_without_a_break": "loads torch's compiler",
+        "test_finite_differences_twice": "second differences of four kernels",
+    },
+    "test_spectrum.py": {"test_intervals_hold_what_they_promise": "intervals of some hundred data sets"},
     "test_errors.py": {"test_a_script_is_named": _PROCESS},
     "test_keops.py": {
         "test_against_the_reference": _COMPILES,
