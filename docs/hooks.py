@@ -32,7 +32,7 @@ def on_config(config):
 
 def on_files(files, config):
     """Bring the measured plots along."""
-    for plot in sorted((ROOT / "bench" / "results").glob("*.png")):
+    for plot in (*sorted((ROOT / "bench/results").glob("*.png")), *sorted((ROOT / "reproduce/results").glob("*.png"))):
         files.append(File.generated(config, f"results/{plot.name}", abs_src_path=str(plot)))
     return files
 
