@@ -44,7 +44,7 @@ def _load(name: str):
 
 
 GRID = _load("grid")
-SLOW = _load("slow").SLOW
+SLOW, FIRST = _load("slow").SLOW, _load("slow").FIRST
 
 
 def pytest_collection_modifyitems(items):
@@ -59,6 +59,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
         if WORKER and "keops" in item.nodeid:  # one worker compiles each formula once
             item.add_marker(pytest.mark.xdist_group("keops"))
+    items.sort(key=lambda item: not item.name.startswith(FIRST))  # a stable order within both parts
 
 
 def pytest_generate_tests(metafunc):

@@ -10,6 +10,9 @@ _BENCH = "runs contenders of the benchmarks"
 _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _FULL_DISK = "one run of reproduce after the other"
 
+# Of these, what takes minutes by itself, and so has to start first where two processes share the list.
+FIRST = ("test_all_cases", "test_the_contract", "test_two_ranks", "test_scikit_learn")
+
 SLOW = {
     "test_network_outputs.py": {
         "test_a_sketch_is_unbiased_and_knows_its_error": "two hundred seeds; other tests look at twenty",
@@ -147,5 +150,6 @@ SLOW = {
     "test_tables.py": {"test_plot": "loads matplotlib, a second", "test_contenders_learn": _BENCH},
     "test_triton.py": {
         "test_all_cases": "Triton's interpreter takes seconds a call",
+        "test_the_contract": "Triton's interpreter takes seconds a call",
     },
 }

@@ -181,13 +181,28 @@ def test_solve(grid_case, ridge, problem, targets, bounded_solution):
             1 if kernel.bandwidth >= 1 else 4
         )  # narrow: r / L, a few units where k matters, multiplies r's rounding
         rounding = norm(A.abs() @ alpha.abs()) / norm(b)
-        assert abs(solution.residual - true) <= slack * rounding + 1e-12 * true
+        device_fill = place.backend.name == "triton" and solution.dtype != X.dtype
+        lost = norm(lost_of_rounded(kernel, X.cpu()) @ alpha.abs()) / norm(b) if device_fill else 0.0
+        assert abs(solution.residual - true) <= slack * rounding + 1e-12 * true + lost
         if method != "cg":
             # a bandwidth at which all points look alike, or none, is a warning of its own
             said = [w for w in said if "at bandwidth" not in str(w.message)]
             assert len(said) == int(should_warn(solution, place.dtype))
             if ridge and solution.dtype == torch.float64:
                 assert solution.jitter == 0
+
+
+def lost_of_rounded(kernel, X):
+    """What a device's fill may lose of each k(x, z) of float32 points: 4 eps (|x|^2 + |z|^2) of r^2 in float64.
+
+    Pairs below 2^-36 of the squared norms are measured by differences.
+    """
+    x = X.double()
+    sq, norms = (x[:, None] - x).square().sum(-1), x.square().sum(1)
+    sums, r = norms[:, None] + norms, sq.sqrt()
+    slope = torch.from_numpy(reference.profile(kernel, r.numpy())[1]).abs()
+    expanded = (sq >= 2.0**-36 * sums) & (sq > 0)
+    return torch.where(expanded, slope * 4 * 2.0**-52 * sums / (2.0 * r.clamp(min=1e-300)), 0.0)
 
 
 def should_warn(solution, dtype):

@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 CASES = Path(__file__).parent / "triton_cases.py"
 CONTRACT = Path(__file__).parent / "test_contract.py"
 FAST = "(test_shapes and Laplace and not 40-130) or test_explain or test_split or offsets_of_the_factor or every_tile"
+LONG = "tails_of_production or offsets_of_the_agop or offsets_of_the_product or gradients_and_agop"
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 # Interpreters before Triton 3.7 convert arrays of one element to int, which NumPy 2.4 no longer does.
@@ -38,15 +39,18 @@ def run_cases(*words):
 
 
 def test_some_cases():
-    """Values, products, gradients and both forms of the AGOP of one kernel; test_all_cases runs the rest."""
+    """Values, products, gradients and both forms of the AGOP of one kernel; those below run the rest."""
     run_cases(str(CASES), "-k", FAST)
 
 
-def test_all_cases():
-    """And the contract suite, which on a machine with a GPU runs Triton by itself."""
-    run_cases(str(CASES), "-k", f"not ({FAST})")
-    if not torch.cuda.is_available():
-        run_cases(str(CONTRACT), "-k", "triton")
+@pytest.mark.parametrize("which", [LONG, f"not ({FAST}) and not ({LONG})"], ids=["long", "rest"])
+def test_all_cases(which):
+    run_cases(str(CASES), "-k", which)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the contract suite runs Triton by itself there")
+def test_the_contract():
+    run_cases(str(CONTRACT), "-k", "triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -58,5 +58,5 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float) -> Smal
     (n, d), K = X.shape, Y.shape[1]
     if X.dtype != torch.float32 or 2.0 * n * n * d * (K + 1) + n**3 + 2.0 * n * K * d * d > _WORK:
         return None
-    found = few.solve(kernel, X, Y, ridge, torch.float64)
+    found = few.solve(kernel, X, Y, ridge, torch.float64, rounded=True)
     return None if found is None else SmallFit(kernel, found)

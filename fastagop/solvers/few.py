@@ -28,7 +28,7 @@ class Few:
 
     Attributes:
         solved: what a solve returns.
-        x: the points; around zero where they were float32.
+        x: the points; around zero where distances came from a product.
         sq: their squared distances.
         A: k(X, X) + ridge I.
     """
@@ -39,15 +39,21 @@ class Few:
     A: torch.Tensor
 
 
-def solve(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype) -> Few | None:
-    """alpha, in dtype ``out``, for points X (n, d) and targets Y (n, K); None where it takes more than these steps."""
+def solve(
+    kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype, rounded: bool = False
+) -> Few | None:
+    """alpha, in dtype ``out``, for points X (n, d) and targets Y (n, K); None where it takes more than these steps.
+
+    ``rounded``: distances need no more digits than the rounding of float32 points has left them, as in a fit, whose
+    metric is one of many; they then come from a product.
+    """
     start, n = time.perf_counter(), len(X)
     if not 1 < n <= POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
         return None
     x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
     if not (_usual(largest(x)) and _usual(largest(y))):
         return None
-    if X.dtype == torch.float32:
+    if rounded and X.dtype == torch.float32:
         x = x - x.mean(0)
         sq = few.distances(x, x)
     else:  # by differences, so that near pairs keep their digits
