@@ -20,7 +20,7 @@ QUICK = {"n": 1000, "depth": 10, "width": 512}  # These show the effect in secon
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian}
 WIDTHS = {"relu": 1024, "cos": 4096}
 FEATURES = {"relu": "ReLU", "cos": "cos"}  # These are the feature maps' names in titles.
-TITLES = {"cifar10": "CIFAR-10", "mnist": "MNIST", "svhn": "SVHN"}
+TITLES = {"cifar10": "CIFAR-10", "cifar10_jpeg": "CIFAR-10 (JPEG)", "mnist": "MNIST", "svhn": "SVHN"}
 _SIZES = {
     "mnist": 60_000,
     "cifar10": 50_000,
