@@ -76,6 +76,8 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     checks.kernel(kernel)
     if not isinstance(kernel, Profile):
         raise TypeError(f"{name}: derivatives are known of radial kernels only, got {kernel!r}")
+    if not torch.compiler.is_compiling():
+        _check(kernel, {"X": rows, "Z": others, "V" if name == "kernel_matmul" else "alpha": more[0] if more else None})
     width = rows.new_tensor(kernel.bandwidth) if bandwidth is None else bandwidth
     if not isinstance(width, Tensor) or width.numel() != 1:
         raise TypeError(f"bandwidth must be a tensor of one number, got {bandwidth!r}")
@@ -84,6 +86,17 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
     tensors = [rows, rows if others is None else others, *more, width.reshape(())]
     return _blockwise(spec, 0, tensors)[0]
+
+
+def _check(kernel: Profile, tensors: dict[str, Any]) -> None:
+    """Refuse what is no tensor, and a kernel whose class another one of its name hides: the operator goes by names."""
+    for name, value in tensors.items():
+        if value is not None:
+            checks.plain(name, value)
+    if radial.named(type(kernel).__name__) is not type(kernel):
+        raise TypeError(
+            f"kernel {kernel!r}: another kernel class is called {type(kernel).__name__}, too; give yours its own name"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +160,7 @@ def _by_blocks(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]
     """A level beyond 0, a block of rows at a time."""
     inputs, outputs = read.at(level)
     m, width = len(given[0]), max(1, len(given[1]))
-    wide = given[2].shape[-1] if read.name in ("gradients", "agop") else 1
+    wide = max(1, given[2].shape[-1]) if read.name in ("gradients", "agop") else 1
     step = max(1, _BLOCK_BYTES // (_ALIVE * width * wide * given[0].element_size()))
     parts = []
     for start in range(0, m, step):
@@ -232,10 +245,12 @@ def _matmul(spec: _Spec, start: int, total: int, rows, others, V, bandwidth) -> 
 
 def _gradients(spec: _Spec, start: int, total: int, rows, others, alpha, bandwidth) -> Tensor:
     """sum_j w_ij alpha_jc (x_j - z_i), around the centers' mean: an offset of all points would cancel."""
-    sq, unit = _scaled(spec, start, rows, others, bandwidth)
-    weight, origin = _Weight.apply(sq, spec.kernel) * unit, others.detach().mean(0)  # pyright: ignore
+    dtype, (sq, unit) = rows.dtype, _scaled(spec, start, rows, others, bandwidth)
+    weight = (_Weight.apply(sq, spec.kernel) * unit).double()  # pyright: ignore
+    rows, others, alpha = rows.double(), others.double(), alpha.double()  # near pairs cancel in float32
+    origin = others.detach().mean(0)
     towards = torch.matmul(weight[:, None, :] * alpha.T, others - origin)
-    return towards - (weight @ alpha)[:, :, None] * (rows - origin)[:, None, :]
+    return (towards - (weight @ alpha)[:, :, None] * (rows - origin)[:, None, :]).to(dtype)
 
 
 def _agop(spec: _Spec, start: int, total: int, *tensors) -> Tensor:
@@ -262,10 +277,13 @@ class _SquaredDistances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        # G grows like 1 / r where points nearly meet and the kernel has a kink: the differences cancel in float32.
         (G,), (Z, X) = cotangents, ctx.saved_tensors
+        dtype, G, Z, X = Z.dtype, G.double(), Z.double(), X.double()
         origin = X.detach().mean(0)
         Z, X = Z - origin, X - origin
-        return 2.0 * (G.sum(1)[:, None] * Z - G @ X), 2.0 * (G.sum(0)[:, None] * X - G.T @ Z), None
+        to_z, to_x = 2.0 * (G.sum(1)[:, None] * Z - G @ X), 2.0 * (G.sum(0)[:, None] * X - G.T @ Z)
+        return to_z.to(dtype), to_x.to(dtype), None
 
 
 class _Value(torch.autograd.Function):

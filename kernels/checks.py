@@ -75,7 +75,8 @@ def memory_limit(value) -> int | None:
 def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+        remedy = "pass its alpha" if hasattr(value, "alpha") else f"use torch.as_tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
     if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return
     refusals = (
@@ -114,7 +115,8 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
     """
     plain(name, value)
     if value.ndim != 2:
-        raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}")
+        more = f"; {name}[:, None] is one of one column" if value.ndim == 1 else ""
+        raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}{more}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; convert it with {name}.float()")
     if like is not None and (value.dtype != like.dtype or value.device != like.device):

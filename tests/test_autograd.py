@@ -167,3 +167,32 @@ def test_no_points():
     out = autograd.gradients(Laplace(1.0), X, alpha, Z)
     assert out.shape == (0, 2, 3)
     assert all(not g.any() for g in torch.autograd.grad(out.sum(), (X, Z, alpha)))
+
+
+def test_near_pairs_keep_their_digits_in_float32():
+    """A kink's weight grows like 1 / r, and its differences would cancel."""
+    generator = torch.Generator().manual_seed(0)
+    X, a = torch.randn(40, 6, generator=generator), torch.randn(40, 2, generator=generator)
+    Z = (X + 1e-5 * torch.randn(40, 6, generator=generator)).requires_grad_()
+    kernel = Laplace(2.0)
+    found = torch.autograd.grad(autograd.kernel_matmul(kernel, Z, X, a).sum(), Z)[0]
+    true = fastagop.gradients(kernel, X.double(), a.double(), Z.detach().double()).sum(1)
+    assert (found - true).norm() <= 1e-5 * true.norm()
+
+
+def test_a_class_that_hides_another_is_refused():
+    class Matern52(fastagop.Matern52):
+        """Another kernel of that name."""
+
+    with pytest.raises(TypeError, match="another kernel class is called Matern52, too"):
+        autograd.kernel_matrix(fastagop.Matern52(1.0), made()[0])
+    Matern52.__name__ = "Hidden"  # later tests find the other one again
+
+
+def test_no_outputs_and_arrays():
+    X, _, _, _ = made()
+    nothing = torch.zeros(len(X), 0, dtype=torch.float64)
+    out = autograd.agop(Gaussian(1.0), X, nothing)
+    assert not torch.autograd.grad(out.sum(), X)[0].any()
+    with pytest.raises(TypeError, match=r"X must be a torch\.Tensor, got ndarray"):
+        autograd.kernel_matrix(Gaussian(1.0), X.detach().numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastagop
 from fastagop import Gaussian, Laplace
 from fastagop.convolution import ConvLayerSettings, PatchMachine, Window, fit_layer, patch_kernel_matrix
 
@@ -66,7 +67,8 @@ def test_the_regression_solves_its_equations():
 def test_images_that_repeat_are_told():
     A = Window(3).patches(images(3).repeat(2, 1, 1, 1))
     Y = torch.randn(6, 1, generator=torch.Generator().manual_seed(2)).double()
-    machine = PatchMachine.fit(Gaussian(1.0), A, Y, ridge=0.0)
+    with pytest.warns(fastagop.NumericalWarning, match="images repeat, or take a larger ridge"):
+        machine = PatchMachine.fit(Gaussian(1.0), A, Y, ridge=0.0)
     assert machine.jitter > 0.0
     assert machine.residual > 0.1  # contradicting targets cannot be met
     assert bool(machine.alpha.isfinite().all())
@@ -118,15 +120,15 @@ def test_a_layer():
     [
         (lambda: Window(0), "size must be an integer >= 1, got 0"),
         (lambda: Window(7).patches(images()), "a window of size 7 needs images of that side, got 5"),
-        (lambda: Window(3).patches(images()[0]), r"images must be floating point of shape \(n, c, h, w\)"),
-        (lambda: patch_kernel_matrix(Laplace(1.0), images()[0, 0]), r"A must be patches of shape \(n, P, d\)"),
+        (lambda: Window(3).patches(images()[0]), r"images must be float32 or float64 of shape \(n, c, h, w\)"),
+        (lambda: patch_kernel_matrix(Laplace(1.0), images()[0, 0]), r"patches must have shape \(n, P, d\)"),
         (
             lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(3, 1)),
-            r"Y must have shape \(6, K\), one row an image, got \(3, 1\)",
+            r"Y must be finite of shape \(6, K\), one row an image, got \(3, 1\)",
         ),
         (
             lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(6, 1), ridge=-1.0),
-            "ridge must be a number >= 0, got -1.0",
+            "ridge must be a finite number >= 0, got -1.0",
         ),
         (
             lambda: fit_layer(images(), torch.zeros(6), ConvLayerSettings(Laplace(1.0), Window(3)), 0),
@@ -141,3 +143,20 @@ def test_a_layer():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_machine_is_asked_about_patches_like_its_own():
+    machine = PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(6, 1))
+    assert repr(machine).startswith("PatchMachine(Laplace(bandwidth=1.0), 6 images of 9 patches of 18, residual")
+    with pytest.raises(ValueError, match="patches must be patches of 18 numbers"):
+        machine.predict(Window(2).patches(images()))
+    with pytest.raises(TypeError, match=r"patches must be a torch.Tensor, got ndarray; use torch.as_tensor\(patches\)"):
+        machine.predict(Window(3).patches(images()).numpy())
+
+
+def test_settings_are_checked_before_a_fit():
+    for wrong, message in (({"width": 0}, "width must be an integer >= 1"), ({"ridge": "a"}, "ridge must be a finite")):
+        with pytest.raises(ValueError, match=message):
+            ConvLayerSettings(Laplace(1.0), Window(3), **wrong)
+    with pytest.raises(TypeError, match="window must be a Window, got 3"):
+        ConvLayerSettings(Laplace(1.0), 3)

@@ -277,7 +277,7 @@ def test_what_a_kernel_declares():
     assert product.agop_forms == ("gradient", "gram")
     assert [k.norm for k in (product, ProductLaplace(2.0), LpLaplace(1.5, 1.0, 2.0), NTK(1))] == [None, 1.0, 1.5, None]
     assert len({product, Laplace(2.0) * Gaussian(3.0), Gaussian(3.0) * Laplace(2.0)}) == 2
-    assert repr(2 * (Laplace(1.0) + NTK(1))) == "2 * (Laplace(bandwidth=1.0) + NTK(depth=1))"
+    assert repr(2 * (Laplace(1.0) + NTK(1))) == "2.0 * (Laplace(bandwidth=1.0) + NTK(depth=1))"
     assert product.set_params(left__bandwidth=5.0) == Laplace(5.0) * Gaussian(3.0)
     assert product.left == Laplace(2.0)
     with pytest.raises(ValueError, match="Invalid parameter 'middle'"):

@@ -476,3 +476,19 @@ def test_the_size_of_targets_does_not_matter(method, size, normal):
     plain, scaled = (fastagop.solve(Laplace(1.0), X, y, method=method) for y in (Y, Y * size))
     torch.testing.assert_close(scaled.alpha / size, plain.alpha, rtol=1e-9, atol=1e-12)
     assert scaled.residual <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["cholesky", "cg"])
+@pytest.mark.parametrize(
+    ("kernel", "ridge"),
+    [(fastagop.Polynomial(2, 1.0, 1.0), 1e-3), (fastagop.Gaussian(50.0), 1e-4)],
+    ids=["low rank", "wide"],
+)
+def test_large_coefficients_under_a_ridge_need_no_jitter(kernel, ridge, method):
+    """Targets that the kernel cannot fit: coefficients are about the targets over the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    X, Y = torch.randn(120, 7, generator=generator), torch.randn(120, 3, generator=generator)
+    with pytest.warns(fastagop.NumericalWarning, match="float64 points or a larger ridge|larger rank"):
+        solution = fastagop.solve(kernel, X, Y, ridge=ridge, method=method)
+    assert solution.jitter == 0.0
+    assert solution.residual < 1e-2  # .7 to .9 with jitter

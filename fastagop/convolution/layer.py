@@ -11,7 +11,8 @@ from fastagop import collapse, linalg
 from fastagop.convolution.machine import PatchMachine
 from fastagop.convolution.window import Window
 from fastagop.deep_rfm.random_features import RandomFeatures
-from fastagop.kernels.profile import Profile
+from fastagop.kernels import checks
+from fastagop.kernels.profile import Kernel
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,17 @@ class ConvLayerSettings:
         ridge: of the kernel regression.
     """
 
-    kernel: Profile
+    kernel: Kernel
     window: Window
     width: int = 64
     ridge: float = 1e-3
+
+    def __post_init__(self):
+        checks.kernel(self.kernel)
+        if not isinstance(self.window, Window):
+            raise TypeError(f"window must be a Window, got {self.window!r}; use Window(size)")
+        object.__setattr__(self, "width", checks.integer("width", self.width, 1))
+        object.__setattr__(self, "ridge", checks.nonnegative("ridge", self.ridge))
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,18 @@ class ConvLayer:
     accuracy: float
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """ReLU(W M^(1/2) p) of every normalised patch p, as images."""
-        return _as_images(_features(self.window.patches(images) @ self.root, self.weight), self.window, images)
+        """ReLU(W M^(1/2) p) of every normalised patch p, as images.
+
+        Raises:
+            TypeError, ValueError: images unlike those that the layer was fitted to.
+        """
+        patches = self.window.patches(images)
+        if patches.shape[2] != len(self.root) or patches.dtype != self.root.dtype:
+            raise ValueError(
+                f"images must be {self.root.dtype} with {len(self.root) // self.window.size**2} channels as in "
+                f"fit_layer, got {images.dtype} with {images.shape[1]}"
+            )
+        return _as_images(_features(patches @ self.root, self.weight), self.window, images)
 
 
 def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings, seed: int) -> ConvLayer:
@@ -72,6 +90,7 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
         ValueError: labels that do not fit the images, fewer than two classes, or what ``Window`` and ``PatchMachine``
             refuse.
     """
+    checks.plain("y", y)
     if y.ndim != 1 or len(y) != len(images):
         raise ValueError(f"y must have shape ({len(images)},), one label an image, got {tuple(y.shape)}")
     classes, labels = torch.unique(y, return_inverse=True)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from fastagop import linalg
+from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
 from fastagop.kernels.operations import agop, kernel_matrix
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel
+from fastagop.solvers.limits import RESIDUAL
 
 _BLOCK_BYTES = 128e6  # of kernel values between patches that are held at once
 _JITTERS = (0.0, 1e-14, 1e-12, 1e-10, 1e-8)  # times the largest row sum, tried one after the other
 
 
-def patch_kernel_matrix(kernel: Profile, A: torch.Tensor, B: torch.Tensor | None = None) -> torch.Tensor:
-    """K_ij = mean over patches p of A_i and q of B_j of k(p, q), float64 (n, m).
+def patch_kernel_matrix(kernel: Kernel, patches: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    """K_ij = mean over patches p of image i and q of image j of k(p, q), float64 (n, m).
 
-    Kernel values between patches are made and averaged block by block and never stored whole; where B is A each pair is
-    made once.
+    Kernel values between patches are made and averaged block by block and never stored whole; without others each
+    pair is made once.
 
     Args:
         kernel: of patches.
-        A: (n, P, d); B: (m, Q, d), default A.
+        patches: (n, P, d), as of ``Window.patches``.
+        others: (m, Q, d); default the same.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
-    symmetric = B is None
-    B = A if B is None else B
-    for name, patches in (("A", A), ("B", B)):
-        if patches.ndim != 3 or not patches.shape[1]:
-            raise ValueError(f"{name} must be patches of shape (n, P, d) with P >= 1, got {tuple(patches.shape)}")
+    symmetric = others is None
+    _check("patches", patches)
+    A, B = patches, patches if others is None else others
+    if others is not None:
+        _check("others", others, patches)
     (n, P, _), (m, Q, _) = A.shape, B.shape
     out = torch.empty(n, m, dtype=torch.float64, device=A.device)
     step = max(1, int(_BLOCK_BYTES // max(1, P * Q * m * A.element_size())))
@@ -44,6 +50,20 @@ def patch_kernel_matrix(kernel: Profile, A: torch.Tensor, B: torch.Tensor | None
     return out
 
 
+def _check(name: str, patches: torch.Tensor, like: torch.Tensor | None = None) -> None:
+    """Refuse what are no patches, or are not those of a window like another's."""
+    checks.plain(name, patches)
+    if patches.ndim != 3 or not patches.shape[1]:
+        raise ValueError(f"{name} must have shape (n, P, d) with P >= 1, got {tuple(patches.shape)}")
+    if patches.dtype not in (torch.float32, torch.float64) or not checks.finite(patches):
+        raise ValueError(f"{name} must be finite, float32 or float64, got {patches.dtype}")
+    if like is None:
+        return
+    wanted, given = (f"{t.shape[2]} numbers, {t.dtype} on {t.device}" for t in (like, patches))
+    if given != wanted:
+        raise ValueError(f"{name} must be patches of {wanted}, got {given}")
+
+
 @dataclass(frozen=True)
 class PatchMachine:
     """f(z) = sum_j alpha_j K(z, x_j) with K the mean of k over pairs of patches; ``fit`` makes it.
@@ -56,14 +76,19 @@ class PatchMachine:
         residual: ||(K + ridge I) alpha - Y|| / ||Y||.
     """
 
-    kernel: Profile
+    kernel: Kernel
     patches: torch.Tensor
     alpha: torch.Tensor
     jitter: float
     residual: float
 
+    def __repr__(self):
+        n, P, d = self.patches.shape
+        solved = f"jitter {self.jitter:.1e}, " * bool(self.jitter) + f"residual {self.residual:.1e}"
+        return f"PatchMachine({self.kernel!r}, {n} images of {P} patches of {d}, {solved})"
+
     @classmethod
-    def fit(cls, kernel: Profile, patches: torch.Tensor, Y: torch.Tensor, ridge: float = 1e-3) -> PatchMachine:
+    def fit(cls, kernel: Kernel, patches: torch.Tensor, Y: torch.Tensor, ridge: float = 1e-3) -> PatchMachine:
         """Kernel ridge regression alpha = (K + ridge I)^-1 Y in float64.
 
         Args:
@@ -73,12 +98,16 @@ class PatchMachine:
             ridge: >= 0.
 
         Raises:
-            ValueError: Y of another length, a ridge below 0, or K singular beyond what jitter mends.
+            TypeError, ValueError: naming the argument; K is singular beyond what jitter mends.
+
+        Warns:
+            NumericalWarning: jitter was added, or the targets are not met.
         """
-        if Y.ndim != 2 or len(Y) != len(patches):
-            raise ValueError(f"Y must have shape ({len(patches)}, K), one row an image, got {tuple(Y.shape)}")
-        if not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge must be a number >= 0, got {ridge}")
+        _check("patches", patches)
+        checks.plain("Y", Y)
+        if Y.ndim != 2 or len(Y) != len(patches) or not checks.finite(Y):
+            raise ValueError(f"Y must be finite of shape ({len(patches)}, K), one row an image, got {tuple(Y.shape)}")
+        ridge = checks.nonnegative("ridge", ridge)
         K, Y = patch_kernel_matrix(kernel, patches), Y.double()
         diagonal, scale = K.diagonal().clone(), linalg.largest_row_sum(K)
         for jitter in _JITTERS:
@@ -92,10 +121,20 @@ class PatchMachine:
         alpha = linalg.cholesky_solve(K, Y)
         unmet = linalg.upper_matmul(K, diagonal + ridge, alpha) - Y
         residual = float(unmet.norm() / Y.norm()) if bool(Y.any()) else 0.0
+        if jitter or residual > RESIDUAL[torch.float32]:
+            warn(
+                f"PatchMachine: jitter {jitter * scale:.1e} was added beyond the ridge {ridge:.1e}, the relative "
+                f"residual is {residual:.1e}; the matrix is singular to rounding: images repeat, or take a larger ridge"
+            )
         return cls(kernel, patches, alpha, jitter * scale, residual)
 
     def predict(self, patches: torch.Tensor) -> torch.Tensor:
-        """f at the images of these patches (m, P, d), float64 (m, K)."""
+        """f at the images of these patches (m, P, d), float64 (m, K).
+
+        Raises:
+            TypeError, ValueError: patches of another window, dtype or device than those of ``fit``.
+        """
+        _check("patches", patches, self.patches)
         return patch_kernel_matrix(self.kernel, patches, self.patches) @ self.alpha
 
     def agop(self, **options) -> torch.Tensor:

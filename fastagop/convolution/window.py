@@ -43,15 +43,16 @@ class Window:
         """Patches of images, shape (n, P, c size size), the order of pixels that of a convolution's weight.
 
         Args:
-            images: (n, c, h, w), floating point.
+            images: (n, c, h, w), float32 or float64.
             normalise: divide every patch by its length; a patch of zeros stays.
 
         Raises:
             ValueError: images of another shape or dtype, or smaller than the window.
         """
-        if images.ndim != 4 or not images.is_floating_point():
+        checks.plain("images", images)
+        if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"images must be floating point of shape (n, c, h, w), got {tuple(images.shape)} {images.dtype}"
+                f"images must be float32 or float64 of shape (n, c, h, w), got {tuple(images.shape)} {images.dtype}"
             )
         for side in images.shape[2:]:
             self.positions(side)

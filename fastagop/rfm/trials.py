@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from fastagop.rfm.coarse import Fold as CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
+_TURN = threading.RLock()
 _DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 
 
@@ -96,8 +98,7 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
     scores, ties, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0])
     errors, notes, full = [], [], []
     sources: list[Iterator | None] = [_stages(estimator, task, i, shared, notes, full) for i in range(len(task.folds))]
-    with _one_thread() if task.alone else contextlib.nullcontext(), warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with _alone(task.alone) as said:
         for step in range(estimator.iterations + 1):
             for index, source in enumerate(sources):
                 begin = time.perf_counter()
@@ -179,14 +180,19 @@ def rows_of(X, index: np.ndarray):
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch with one thread, since the trials beside this one have theirs; equal bits for any number of jobs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _alone(fewer: bool) -> Iterator[list[warnings.WarningMessage]]:
+    """What is warned of within, and torch with one thread where the trials beside this one have theirs.
+
+    Both are settings of the whole process: trials that joblib runs in threads of it take turns.
+    """
+    with _TURN, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        before = torch.get_num_threads()
+        torch.set_num_threads(1 if fewer else before)
+        try:
+            yield said
+        finally:
+            torch.set_num_threads(before)
 
 
 def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from fastagop.kernels.kernel_operator import PointsProduct
 from fastagop.kernels.pair_backend.backend import PairProduct
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
-from fastagop.solvers.limits import MAX_JITTER, bound, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks, default_rows, half_bytes
 
@@ -174,18 +175,27 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
     def matmul(V: torch.Tensor, jitter: float = 0.0) -> torch.Tensor:
         return product.matmul(V).add_(times(ridge + jitter, V))
 
+    def steps(jitter: float, most: float) -> CGResult:
+        low = low_rank.shifted(jitter) if low_rank else None
+        return conjugate_gradients(functools.partial(matmul, jitter=jitter), Y, low, options, most)
+
+    def unmet(result: CGResult) -> float:
+        return relative(matmul(result.alpha.to(out).double()).sub_(Y), Y)
+
+    plain: CGResult | None = None
     while True:
-        result = conjugate_gradients(
-            functools.partial(matmul, jitter=jitter),
-            Y,
-            low_rank.shifted(jitter) if low_rank else None,
-            options,
-            bound(Y, out),
-        )
+        result = steps(jitter, bound(Y, out))
         iterations += result.iterations
         if not result.singular or jitter >= MAX_JITTER * scale:
             break
+        if not jitter and float(torch.as_tensor(ridge).min()) > 0:  # under a ridge large coefficients may be the answer
+            plain = steps(0.0, math.inf)
+            iterations += plain.iterations
+            if not plain.singular and unmet(plain) <= RESIDUAL[out]:
+                break
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
+    if plain is not None and not plain.singular and unmet(plain) <= unmet(result):
+        result, jitter = plain, 0.0
     rank = low_rank.rank if low_rank else 0
     return Found(result.alpha, jitter, iterations, rank, result.stopped, options.tolerance, matmul)
 

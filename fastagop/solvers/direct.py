@@ -302,19 +302,26 @@ def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
 
 
 def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False) -> Found | None:
-    """The solution with the least jitter that has bounded coefficients; the matrix holds the factor afterwards.
+    """The solution with the least jitter that has bounded coefficients; the matrix holds a factor afterwards.
 
+    Under a ridge, large coefficients without jitter stay where they, rounded, meet the targets better than bounded
+    ones.
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
     matrix, n = system.matrix, len(system.matrix)
     scale = matrix.largest_row_sum() + float(torch.as_tensor(system.ridge).min())
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
-    jitter = _factor(system, 0.0, scale, hopeful)
+    jitter, plain = _factor(system, 0.0, scale, hopeful), None
     while jitter is not None:
         alpha, iterations, singular = _refined(system, Y, jitter)
         excess = 1.0 if singular else system.excess(alpha, Y)
+        found = Found(system, alpha, jitter, iterations, n)
         if not excess or jitter >= MAX_JITTER * scale:
-            return Found(system, alpha, jitter, iterations, n)
+            if plain is None:
+                return found
+            return min(plain, found, key=lambda one: system.residual(one.alpha.to(system.out), Y))
+        if not (jitter or singular or _is_zero(system.ridge)):
+            plain = found
         matrix.restore()
         least = max(jitter * max(10.0, excess), torch.finfo(matrix.dtype).eps * scale)
         jitter = None if hopeful else _factor(system, least, scale, False)

@@ -98,6 +98,10 @@ def report(solution: Solution, reported: set[str] | None = None) -> None:
     found, about, repeated = _altered(solution), _problem(solution), set() if reported is None else reported
     if found:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+        if solution.ridge > 0:
+            narrow = solution.alpha.dtype == torch.float32
+            more = "float32 does not hold coefficients of this size: float64 points or " if narrow else ""
+            remedy = f"{more}a larger ridge makes the problem well posed"
         if solution.method == "cg":
             remedy = "a larger rank, more max_iterations or a larger ridge helps"
         found = [f"{' and '.join(found)}; {remedy}"]

@@ -100,7 +100,8 @@ class Sum(_Combined):
         return diagonal_of(self.left, X) + diagonal_of(self.right, X)
 
     def __repr__(self):
-        return f"{self.left!r} + {self.right!r}"
+        right = f"({self.right!r})" if isinstance(self.right, Sum) else f"{self.right!r}"
+        return f"{self.left!r} + {right}"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,9 @@ class Product(_Combined):
         return diagonal_of(self.left, X) * diagonal_of(self.right, X)
 
     def __repr__(self):
-        return " * ".join(f"({part!r})" if isinstance(part, Sum) else f"{part!r}" for part in self.parts)
+        left = f"({self.left!r})" if isinstance(self.left, Sum) else f"{self.left!r}"
+        right = f"({self.right!r})" if isinstance(self.right, (Sum, Product, Multiple)) else f"{self.right!r}"
+        return f"{left} * {right}"
 
 
 @dataclass(frozen=True)
@@ -166,5 +169,5 @@ class Multiple(_Combined):
         return self.factor * diagonal_of(self.kernel, X)
 
     def __repr__(self):
-        inner = f"({self.kernel!r})" if isinstance(self.kernel, Sum) else f"{self.kernel!r}"
-        return f"{self.factor:g} * {inner}"
+        inner = f"({self.kernel!r})" if isinstance(self.kernel, (Sum, Product, Multiple)) else f"{self.kernel!r}"
+        return f"{self.factor!r} * {inner}"
