@@ -11,7 +11,7 @@ _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _FULL_DISK = "one run of reproduce after the other"
 
 # Of these, what takes minutes by itself, and so has to start first where two processes share the list.
-FIRST = ("test_all_cases", "test_the_contract", "test_two_ranks", "test_scikit_learn")
+FIRST = ("test_all_cases", "test_the_contract", "test_the_site", "test_two_ranks", "test_scikit_learn")
 
 SLOW = {
     "test_network_outputs.py": {

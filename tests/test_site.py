@@ -6,6 +6,7 @@ import functools
 import html as html_text
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -26,10 +27,7 @@ FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
 ]
-pytestmark = [
-    pytest.mark.skipif(sys.version_info < (3, 11), reason="the docs' tools need Python 3.11"),
-    pytest.mark.xdist_group("site"),
-]
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="the docs' tools need Python 3.11")
 # One page that opens all others in frames of each width, and writes down how wide they and what cuts their text are.
 MEASURE = """<!doctype html><body><script>
 const pages = PAGES, widths = WIDTHS, found = [];
@@ -56,7 +54,8 @@ def site(tmp_path_factory):
     """The folder of the built site; a broken link, anchor, name or docstring section fails, and so does an example."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(CONFIG), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # what runs beside this has the other cores
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=one)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -72,7 +71,15 @@ def address(site):
         server.shutdown()
 
 
-def test_the_site_has_everything_and_fetches_nothing(site):
+def test_the_site(site, request, tmp_path):
+    """One test, so that one process builds it once."""
+    has_everything_and_fetches_nothing(site)
+    if CHROMIUM is None:
+        pytest.skip("the site is whole; Chromium, which would look at it, is not installed here")
+    nothing_is_cut_or_fails_in_a_browser(site, request.getfixturevalue("address"), tmp_path)
+
+
+def has_everything_and_fetches_nothing(site):
     for page in PAGES:
         html = (site / page.name).with_suffix(".html").read_text()
         assert not re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//", html)
@@ -92,8 +99,7 @@ def test_the_site_has_everything_and_fetches_nothing(site):
     assert ">Output</span>" in (site / "index.html").read_text()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here")
-def test_nothing_is_cut_or_fails_in_a_browser(site, address, tmp_path):
+def nothing_is_cut_or_fails_in_a_browser(site, address, tmp_path):
     pages = sorted(path.name for path in site.glob("*.html") if path.name != "404.html")
     measure = MEASURE.replace("PAGES", json.dumps(pages)).replace("WIDTHS", json.dumps(WIDTHS))
     (site / "measure.htm").write_text(measure)
