@@ -1,4 +1,4 @@
-"""The operations as torch operators with derivatives: of any order, block by block, and through torch.compile.
+"""The operations as torch operators with derivatives of derivatives: block by block, and through torch.compile.
 
 ``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the arguments of those of ``fastagop`` and
 compute the same numbers by them; beside that, autograd knows their derivatives in the points, the coefficients and the

@@ -182,7 +182,7 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
     def unmet(result: CGResult) -> float:
         return relative(matmul(result.alpha.to(out).double()).sub_(Y), Y)
 
-    plain: CGResult | None = None
+    plain, left = None, math.inf
     while True:
         result = steps(jitter, bound(Y, out))
         iterations += result.iterations
@@ -191,10 +191,11 @@ def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=l
         if not jitter and float(torch.as_tensor(ridge).min()) > 0:  # under a ridge large coefficients may be the answer
             plain = steps(0.0, math.inf)
             iterations += plain.iterations
-            if not plain.singular and unmet(plain) <= RESIDUAL[out]:
+            left = math.inf if plain.singular else unmet(plain)
+            if left <= RESIDUAL[out]:
                 break
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
-    if plain is not None and not plain.singular and unmet(plain) <= unmet(result):
+    if plain is not None and left < math.inf and (not jitter or left <= unmet(result)):
         result, jitter = plain, 0.0
     rank = low_rank.rank if low_rank else 0
     return Found(result.alpha, jitter, iterations, rank, result.stopped, options.tolerance, matmul)

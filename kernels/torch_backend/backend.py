@@ -112,7 +112,7 @@ class FactorKernels:
 
         Distances of float32 points are as good as their rounding: these are the blocks of large problems.
         """
-        x, near = X.double(), _near(X, torch.float64)
+        x, near = X.double(), NEAR_OF_ROUNDED if X.dtype == torch.float32 else None
         x2 = squared_norms(x)
 
         def write(out: torch.Tensor, start: int) -> torch.Tensor:
@@ -121,11 +121,6 @@ class FactorKernels:
             return kernel.value_(out)
 
         return write
-
-
-def _near(X: torch.Tensor, dtype: torch.dtype) -> float | None:
-    """The near bound of a matrix in a dtype for a solve: lower where float32 points are filled into float64."""
-    return NEAR_OF_ROUNDED if X.dtype == torch.float32 and dtype == torch.float64 else None
 
 
 def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: str) -> Plan:
