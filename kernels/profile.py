@@ -192,6 +192,13 @@ class Profile(Kernel):
         """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
         raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
 
+    def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """``weight_``, with the kernel values of the same pairs at hand, which it leaves as they are.
+
+        Where w is made of k and r, a class saves the exponential.
+        """
+        return self.weight_(sq)
+
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dw/dt at t = r^2 > 0, from t and the weights there; differentiable in both."""
         raise TypeError(

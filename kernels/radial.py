@@ -68,8 +68,15 @@ if WEIGHT:
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
         r = sq.sqrt_()
-        decay = torch.mul(r, nearest_factor(-1.0 / self.bandwidth, r)).exp_()
-        torch.div(decay, r, out=r)
+        return self._share_(r, torch.mul(r, nearest_factor(-1.0 / self.bandwidth, r)).exp_())
+
+    def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by k / (L r), zero where r = 0."""
+        return self._share_(sq.sqrt_(), value)
+
+    def _share_(self, r: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Overwrite r by k / (L r), zero where r = 0."""
+        torch.div(value, r, out=r)
         multiply_(r, 1.0 / self.bandwidth)
         return torch.nan_to_num_(r, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
@@ -112,6 +119,11 @@ if WEIGHT:
         return self.value_(without_duplicates_(sq)).mul_(
             bounded_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0)
         )
+
+    def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Overwrite r^2 by k / L^2, zero where r = 0."""
+        duplicates, factor = sq == 0, bounded_factor(1.0 / self.bandwidth / self.bandwidth, sq, beyond=0.0)
+        return torch.mul(value, factor, out=sq).masked_fill_(duplicates, 0.0)
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by k / L^2."""

@@ -161,7 +161,7 @@ def test_a_float32_factor_that_fails_gives_way(monkeypatch):
     X, Y = _points(600, "plain")
     model = RFMRegressor(GeneralisedLaplace(2.0, 1.4), 1, device="cpu")
     expected = model.fit(X, Y).predict(X)
-    monkeypatch.setattr(mixed, "factor", lambda A: None)
+    monkeypatch.setattr(mixed, "factor_", lambda A: None)
     solution = model.fit(X, Y).solution_
     assert (solution.method, solution.dtype) == ("cholesky", torch.float64)
     assert "float32 factor" in solution.fallback

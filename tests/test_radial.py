@@ -153,6 +153,22 @@ def test_weight_from_value(kernel, dtype):
     assert bool(kernel.weight_from_value_(torch.ones(2, dtype=dtype)).isfinite().all())
 
 
+@pytest.mark.parametrize("kernel", EXTREME, ids=repr)
+@pytest.mark.parametrize("bandwidth", [1e-40, 1e-20, 1.0, 2.5, 1e20, 1e39])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_beside_values(kernel, bandwidth, dtype):
+    """From r^2 and k they are those of r^2 alone, at duplicates and beyond the dtype as well; k stays."""
+    kernel = dataclasses.replace(kernel, bandwidth=bandwidth)
+    sq = torch.tensor([0.0, 1e-12, 1e-6, 0.3, 1.0, 40.0, 1e38, math.inf], dtype=dtype)
+    k = kernel.value_(sq.clone())
+    before = k.clone()
+    limits = torch.finfo(dtype)
+    torch.testing.assert_close(
+        kernel.weight_beside_(sq.clone(), k), kernel.weight_(sq), rtol=16 * limits.eps, atol=4 * limits.tiny
+    )
+    assert torch.equal(k, before)
+
+
 def test_which_weights_are_known_from_values():
     assert {Laplace, Gaussian, GeneralisedLaplace} <= {type(kernel) for kernel in CLOSED}
     assert {kernel.exponent for kernel in CLOSED if isinstance(kernel, GeneralisedLaplace)} == {0.1, 0.5, 2.0}

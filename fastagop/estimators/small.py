@@ -17,7 +17,6 @@ from fastagop.solvers import few
 from fastagop.solvers.solution import Solved
 
 _WORK = 3e8  # operations at most: a few milliseconds
-_APART = 1.0 - 2.0**-22  # from values k below this, distances follow to 1e-9
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,9 @@ class SmallFit:
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:
         """The AGOP (d, d), or its diagonal (d,), summed over the points; None where it leaves float64."""
         x = self.found.x
-        M = few_gradients.squares(
-            few_gradients.sums(self._weights(), self.solved.alpha, x, x), center, diagonal=diagonal
-        )
+        W = self.kernel.weight_beside_(self.found.sq.clone(), self.found.A)  # A's ridge is where r = 0, and w with it
+        M = few_gradients.squares(few_gradients.sums(W, self.solved.alpha, x, x), center, diagonal=diagonal)
         return M if checks.finite(M) else None
-
-    def _weights(self) -> torch.Tensor:
-        """The gradient weights: of the values, a third cheaper, where these tell all distances."""
-        values = self.found.A.clone().fill_diagonal_(0.0)
-        W = self.kernel.weight_from_value_(values) if checks.largest(values) < _APART else None
-        return self.kernel.weight_(self.found.sq.clone()) if W is None else W.fill_diagonal_(0.0)
 
 
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:

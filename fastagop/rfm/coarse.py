@@ -22,7 +22,7 @@ from fastagop.distributed.engine import LOCAL
 from fastagop.estimators.base import in_full
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
-from fastagop.kernels.plan import budget
+from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.radial import GeneralisedLaplace
 from fastagop.rfm.learning import Points, Rules
@@ -30,7 +30,7 @@ from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.limits import largest, relative
-from fastagop.solvers.mixed import by_factor, factor
+from fastagop.solvers.mixed import by_factor, factor_
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
@@ -244,7 +244,7 @@ class _Machine:
         if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
             return None
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
-        if (L := factor(K)) is None:
+        if (L := factor_(empty_matrix(len(K), len(K), K).copy_(K))) is None:
             return None
         alpha = by_factor(L, self.Y)
         left = self.Y - torch.mm(K, alpha)

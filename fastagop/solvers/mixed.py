@@ -22,72 +22,75 @@ log = logging.getLogger("fastagop")
 TOLERANCE = 1e-9  # of the residual of every output
 STEPS = 12  # after which a float64 factor is the faster way
 LEAST = few.POINTS  # rows up to which a float64 factor is the faster way
-_ITEM = 24  # bytes an item: k(X, X), a float32 copy, its factor and its weights, and a library's copy of one of these
+_ITEM = 20  # bytes an item: k(X, X), a float32 copy that becomes its factor, weights, and a copy that a product makes
 _ROWS = 256  # of a block, whose distances, values and weights are made while they are in cache
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Of n points: k(X, X) in float64 and, where asked for, the gradient weights in float32.
+    """Of n points: k(X, X) in float64 and in float32 and, where asked for, the gradient weights in float32.
 
     Attributes:
-        K: (n, n), on and below the diagonal, and of the blocks on the diagonal all; see ``full``.
+        K: (n, n), on and above the diagonal, and of the blocks on the diagonal all; see ``full``.
+        A: K in float32, in the same places; ``solve`` overwrites it.
         W: (n, n), or None.
     """
 
     K: torch.Tensor
+    A: torch.Tensor
     W: torch.Tensor | None
 
     @classmethod
     def of(cls, kernel: Profile, x: torch.Tensor, weights: bool) -> Matrices:
         """Those of points x (n, d) in float64, which were rounded to float32."""
         n, of_x = len(x), squared_norms(x)
-        K = empty_matrix(n, n, x)
+        K, A = empty_matrix(n, n, x), empty_matrix(n, n, x, torch.float32)
         W = empty_matrix(n, n, x, torch.float32) if weights else None
         for start in range(0, n, _ROWS):
             stop = min(n, start + _ROWS)
-            sq = x.new_empty(stop - start, stop)
-            squared_distances(x[start:stop], x[:stop], of_x[start:stop], of_x[:stop], sq, start, NEAR_OF_ROUNDED)
-            if W is not None:
-                block = _symmetric(kernel.weight_(sq.float()), start)
-                W[start:stop, :stop] = block
-                W[:start, start:stop] = block[:, :start].T
-            K[start:stop, :stop] = _symmetric(kernel.value_(sq), start)
-        return cls(K, W)
+            sq = x.new_empty(stop - start, n - start)
+            squared_distances(x[start:stop], x[start:], of_x[start:stop], of_x[start:], sq, 0, NEAR_OF_ROUNDED)
+            upper = sq[:, : stop - start].triu()  # its diagonal is zero
+            torch.add(upper, upper.T, out=sq[:, : stop - start])  # symmetric to the bit, as all that is made of it
+            rounded = sq.float() if weights else None
+            K[start:stop, start:] = kernel.value_(sq)
+            A[start:stop, start:] = sq
+            if W is not None and rounded is not None:
+                block = kernel.weight_beside_(rounded, A[start:stop, start:])
+                W[start:stop, start:] = block
+                W[stop:, start:stop] = block[:, stop - start :].T
+        return cls(K, A, W)
 
     def full(self) -> torch.Tensor:
-        """K with its upper triangle, in place."""
+        """K with its lower triangle, in place."""
         for start in range(0, len(self.K), _ROWS):
-            rows = slice(start, start + _ROWS)
-            self.K[:start, rows] = self.K[rows, :start].T
+            rows, below = slice(start, start + _ROWS), slice(start + _ROWS, None)
+            self.K[below, rows] = self.K[rows, below].T
         return self.K
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """K V; every item of the lower triangle is read once for all columns of V."""
+        """K V; every item of the upper triangle is read once for all columns of V."""
         out = torch.zeros_like(V)
         for start in range(0, len(self.K), _ROWS):
-            rows, stop = slice(start, start + _ROWS), min(len(self.K), start + _ROWS)
-            out[rows].addmm_(self.K[rows, :stop], V[:stop])
-            if start:
-                out[:start].addmm_(self.K[rows, :start].T, V[rows])
+            rows, stop = slice(start, start + _ROWS), start + _ROWS
+            out[rows].addmm_(self.K[rows, start:], V[start:])
+            if stop < len(out):
+                out[stop:].addmm_(self.K[rows, stop:].T, V[rows])
         return out
 
     def solve(self, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.CGResult | None:
         """(K + ridge I) alpha = Y to ``TOLERANCE``; None where a float32 factor does not lead there in ``STEPS`` steps.
+
+        Once: A becomes the factor.
 
         Args:
             Y: (n, K), float64.
             ridge: a number, or one for each point (n,).
             out: the dtype that bounds coefficients.
         """
-        A = empty_matrix(len(self.K), len(self.K), self.K, torch.float32)
-        for start in range(0, len(A), _ROWS):
-            stop = min(len(A), start + _ROWS)
-            A[start:stop, :stop] = self.K[start:stop, :stop]
-        A.diagonal().add_(ridge)
-        if (L := factor(A)) is None:
+        self.A.diagonal().add_(ridge)
+        if (L := factor_(self.A)) is None:
             return None
-        del A
 
         def matmul(V: torch.Tensor) -> torch.Tensor:
             return self.matmul(V).add_(times(ridge, V))
@@ -100,20 +103,13 @@ class Matrices:
         return None if found.singular or found.stopped else found
 
 
-def _symmetric(block: torch.Tensor, start: int) -> torch.Tensor:
-    """Rows start .. up to their own last column, whose square on the diagonal becomes symmetric to the bit."""
-    square = block[:, start:]
-    square.copy_(square.tril() + square.tril(-1).T)
-    return block
+def factor_(A: torch.Tensor) -> torch.Tensor | None:
+    """L of A = L L^T, whose upper triangle is read; None where a pivot fails. A's memory holds L by columns.
 
-
-def factor(A: torch.Tensor) -> torch.Tensor | None:
-    """L of A = L L^T, whose lower triangle is read, or None where a pivot fails.
-
-    LAPACK writes columns: an output that has them so is not copied afterwards.
+    LAPACK works by columns: A's rows are those of its transpose, whose lower triangle it turns into L in place.
     """
-    L, failed = empty_matrix(len(A), len(A), A).mT, torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(A, out=(L, failed))
+    L, failed = A.mT, torch.empty((), dtype=torch.int32)
+    torch.linalg.cholesky_ex(L, out=(L, failed))
     return None if int(failed) else L
 
 
