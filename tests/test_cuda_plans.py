@@ -21,6 +21,7 @@ from bench import problems
 from fastagop import Laplace, linalg
 from fastagop.solvers import direct, half, table
 from fastagop.solvers.solve import SolveOptions, prepare
+from fastagop.solvers.symmetric_blocks import default_rows
 
 GB = 10**9
 CHIPS = {  # compute capability and memory
@@ -241,6 +242,46 @@ def test_the_solver_of_a_chip(on, chip, refined, dtype, ridge):
         assert (float(found[1]) < float(found[2])) == refined
     else:
         assert found is None
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_split_products_make_a_float32_factor_the_faster_one(on, chip, ridge):
+    """With the Triton backend on every chip, those with fast float64 included; both times are printed, and obeyed."""
+    on(chip)
+    n = 30_000 if "RTX" in chip else 50_000
+    X, Y = cuda(n, 1024), cuda(n, 10)
+    text = fastagop.explain("solve", Laplace(30.0), X, Y, ridge=ridge, backend="triton")
+    assert text.startswith("solve: backend triton, method cholesky+cg\n")
+    assert "a float32 factor by three fp16 products, float64 conjugate gradients on it" in text
+    found = re.search(r"a float32 factor and its refinement take about (\S+) s, a float64 one (\S+) s \(default", text)
+    assert float(found[1]) < float(found[2])
+    problem = prepare(Laplace(30.0), X, Y, SolveOptions(ridge=ridge, backend="triton")).problem
+    assert half.products_of(problem).word == "fp16x3"
+    rate = calibration.rate("gradient", "fp16x3", torch.device("cuda"))
+    factor = (n**3 / 3.0 + 4096 * n**2 if n > 32_768 else n**3 / 3.0 + -(-n // 8) * n**2) / rate
+    steps = half._LIKELY_STEPS * half._step_seconds(problem)
+    assert half.refined_seconds(problem) == pytest.approx(half._fill_seconds(problem) + factor + steps)
+
+
+@pytest.mark.parametrize("chip", ["A100", "H200"])
+def test_a_float32_factor_needs_its_room_and_its_precision(on, chip):
+    """Where half a matrix and its factor do not fit, and where coarse products were asked for, one matrix as before."""
+    on(chip)
+    X, Y = cuda(50_000, 1024), cuda(50_000, 10)
+    needed = half.refined_bytes(prepare(Laplace(30.0), X, Y, SolveOptions(backend="triton")).problem)
+    plans = [fastagop.explain("solve", Laplace(30.0), X, Y, backend="triton", memory_limit=needed - i) for i in (0, 1)]
+    assert ["method cholesky+cg\n" in text for text in plans] == [True, False]
+    coarse = fastagop.explain("solve", Laplace(30.0), X, Y, backend="triton", precision="medium", method="cholesky+cg")
+    assert "three fp16 products" not in coarse
+
+
+def test_what_a_split_factor_takes_is_planned(on):
+    """Of a step: halves of two block rows, and a few squares beside them."""
+    on("H200")
+    for n in (5000, 30_000, 50_000, 100_000):
+        rows = default_rows(n, torch.device("cuda"))
+        assert 4 * (2 * rows * n + 4 * rows**2) <= 4 * 3 * rows * n
 
 
 def test_measured_rates_decide(on, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..gemm import LIBRARY, PanelProducts
 from ..plan import Call, Plan
 from ..precision import describe_precision
 from ..profile import Profile
@@ -93,12 +94,14 @@ class FactorKernels:
 
     Attributes:
         update: the column-block update of a blocked Cholesky factorisation; None for the library's products.
+        panels: products of a float32 factor of half a matrix.
         coarse: products below float32's accuracy were asked for, so that a factor is a preconditioner only.
         precision: of the products of the update.
         note: what is done otherwise than asked for; "" where nothing is.
     """
 
     update: Callable | None = None
+    panels: PanelProducts = LIBRARY
     coarse = False
     precision = "highest"
     note = ""
