@@ -39,14 +39,14 @@ class Emulated(PanelProducts):
         return t
 
     def product(self, A, B):
-        acc, (ah, al, e), (bh, bl, f) = torch.zeros(len(A[0]), len(B[0])), A, B
+        """Large parts are added up outside the instructions; the others, 2048 times smaller, are one chain."""
+        acc, cross, (ah, al, e), (bh, bl, f) = torch.zeros(len(A[0]), len(B[0])), None, A, B
         for k in range(0, ah.shape[1], self.inner):
             s = slice(k, k + self.inner)
-            step = self.chained(ah[:, s], bh[:, s]).float()
+            acc += self.chained(ah[:, s], bh[:, s]).float()
             if self.parts == 3:
-                cross = self.chained(ah[:, s], bl[:, s], self.chained(al[:, s], bh[:, s]))
-                step += cross.float() / 2048.0
-            acc += step
+                cross = self.chained(ah[:, s], bl[:, s], self.chained(al[:, s], bh[:, s], cross))
+        acc = acc if cross is None else acc + cross.float() / 2048.0
         return acc * e.float() * f.float().T
 
     def subtract_(self, C, A, B):
@@ -65,17 +65,19 @@ def points(name: str) -> torch.Tensor:
     return centres + float(name) * torch.randn(700, 48, generator=drawn)
 
 
-def factored(K: torch.Tensor, products: PanelProducts) -> tuple[float, int]:
-    """(relative error of the float32 factor against float64's, steps of conjugate gradients on it to 1e-10)."""
+def factored(K: torch.Tensor, products: PanelProducts) -> tuple[float, float, int]:
+    """(error of the float32 factor F, ||L^-1 F F^T L^-T - I||, steps of conjugate gradients on it to 1e-10)."""
     blocks = SymmetricBlocks(len(K), torch.float32, rows=128)
     blocks.fill_(lambda out, start: out.copy_(K[start : start + len(out), : out.shape[1]]))
     assert blocks.cholesky_(K.diagonal(), products) == 0
     L, Y = torch.linalg.cholesky(K), torch.randn(len(K), 3, generator=torch.Generator().manual_seed(1)).double()
-    error = float((blocks.full().tril() - L).norm() / L.norm())
+    F = blocks.full().tril().double()
+    apart = torch.linalg.solve_triangular(L, F, upper=False)
+    apart = torch.linalg.matrix_norm(apart @ apart.T - torch.eye(len(K)), 2)
     options = cg.ConjugateGradients(tolerance=1e-10, max_iterations=60)
     done = cg.conjugate_gradients(lambda V: K @ V, Y, lambda R: blocks.solve(R.float()).double(), options)
     assert done.residual <= 1e-9
-    return error, done.iterations
+    return float((F - L).norm() / L.norm()), float(apart), done.iterations
 
 
 @pytest.mark.parametrize("name", ["digits", "1", "1e-2", "1e-3"])
@@ -83,7 +85,8 @@ def test_split_products_are_as_good_as_float32s(name):
     K = reference.kernel_matrix(Laplace(8.0), points(name))
     library, split = (factored(K, products) for products in (LIBRARY, Emulated()))
     assert split[0] <= 2.0 * library[0]
-    assert split[1] <= library[1]
+    assert split[1] <= 1.25 * library[1]  # what steps of conjugate gradients shrink residuals by
+    assert split[2] <= library[2] + 1  # one may end just above the tolerance
 
 
 def test_what_the_emulation_would_find():
@@ -91,12 +94,13 @@ def test_what_the_emulation_would_find():
     K = reference.kernel_matrix(Laplace(8.0), points("digits"))
     library, one = (factored(K, products) for products in (LIBRARY, Emulated(parts=1)))
     assert one[0] > 20.0 * library[0]
-    assert one[1] > library[1]
-    ones = torch.rand(8, 2**14, generator=torch.Generator().manual_seed(2))
-    truth = ones.double() @ ones.double().T
+    assert one[1] > 20.0 * library[1]
+    assert one[2] > library[2] + 1
+    long = torch.rand(8, 50_000, generator=torch.Generator().manual_seed(2))
+    truth = long.double() @ long.double().T
     steps, chain = (
-        float((how.product(how.ready(ones), how.ready(ones)) - truth).norm() / truth.norm())
-        for how in (Emulated(), Emulated(inner=2**14))
+        float((how.product(how.ready(long), how.ready(long)) - truth).norm() / truth.norm())
+        for how in (Emulated(), Emulated(inner=50_000))
     )
     assert steps <= 4 * torch.finfo(torch.float32).eps
     assert chain > 10.0 * steps

@@ -29,7 +29,7 @@ _OUTPUTS = 16  # outputs of one step beside the product
 _FEWEST = 16  # rows of one step of a group's product, at least
 # Items of a step's work tensors: on the CPU what stays in its caches; a GPU's products want thousands of rows each, and
 # its launches cost microseconds.
-_CHUNK, _CUDA_CHUNK = 2**18, 2**23
+_CHUNK, _CUDA_CHUNK = 2**18, 2**24
 # A product of 128 rows with tiles of 128 by 128 is 80 programs for K = 10 and d = 1024, and a GPU has more processors;
 # 2048 rows are ten waves and more. Blocks stay near 4 GiB.
 _CUDA_AIM = (2048, 2**32)

@@ -69,7 +69,7 @@ TABLE = {
         ("gram", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("gram", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
-        ("panel", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("panel", "fp16x3"): Config(128, 64, 32, 4, 3, programs=2),
         ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
         ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
