@@ -45,6 +45,7 @@ CANDIDATES = {
         (64, 64, 32, 4, 4),
         (64, 64, 64, 4, 3),
     ],
+    "panel": [(128, 128, 32, 8, 3), (128, 64, 64, 8, 3), (128, 64, 32, 8, 4), (64, 64, 32, 4, 4)],
     "update": [(128, 128, 16, 8, 3), (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)],
 }
 
@@ -78,7 +79,8 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
     out, block = X.new_empty(min(512, n), K, d), min(1024, n // 2)
     s = W @ alpha
     runs: dict[tuple[str, str], Callable] = {
-        ("matrix", "fp64"): lambda: triton_launch.fill_symmetric(wide, KERNEL, X[: len(wide)])
+        ("matrix", "fp64"): lambda: triton_launch.fill_symmetric(wide, KERNEL, X[: len(wide)]),
+        ("panel", "fp16x3"): _panel_product(W),
     }
     for precision, word in PRODUCTS.items():
         steps = triton_launch.inner_kernels(X, precision)
@@ -105,6 +107,20 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
         runs |= {("matrix", word): kernel_matrix, ("matmul", word): kernel_matmul, ("gradient", word): gradient}
         runs |= {("gram", word): gram, ("update", inside): column_block}
     return runs
+
+
+def _panel_product(W: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """The update of a block of a float32 factor by all that lies left of it."""
+    from fastagop.kernels.triton_backend import launch as triton_launch  # imports triton
+
+    rows = min(4096, len(W) // 4)
+    C, (left, below) = W.new_zeros(rows, rows), (triton_launch.split_rows(W[i : i + rows]) for i in (0, rows))
+
+    def panel() -> torch.Tensor:
+        triton_launch.subtract_product_(C.zero_(), below, left)
+        return C
+
+    return panel
 
 
 def tune(runs: dict[tuple[str, str], Callable], device: torch.device, repeats: int) -> dict[str, tuple[int, ...]]:

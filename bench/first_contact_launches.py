@@ -31,6 +31,7 @@ MORE: dict[str, list[Numbers]] = {
     "matmul": [(64, 64, 32, 4, 3), (128, 32, 32, 4, 3)],
     "gradient": [(128, 64, 32, 8, 3), (128, 64, 64, 8, 3)],
     "gram": [(128, 64, 32, 8, 3), (64, 64, 32, 4, 3), (128, 128, 64, 8, 3), (64, 32, 32, 4, 3)],
+    "panel": [(128, 64, 32, 8, 3), (128, 128, 64, 8, 3)],
     "update": [(128, 128, 64, 8, 3)],
 }
 LIMITS = (0, 128, 168)  # registers a thread at most (maxnreg); 0: the compiler's choice. 128 lets two blocks of 256 run

@@ -251,7 +251,7 @@ def _second(precision: str) -> str:
 
 
 def _kernel(operation: str) -> Any:
-    from fastagop.kernels.triton_backend import agop, cholesky, matmul, matrix
+    from fastagop.kernels.triton_backend import agop, cholesky, matmul, matrix, panels
 
     return {
         "matrix": matrix._matrix_kernel,
@@ -259,16 +259,26 @@ def _kernel(operation: str) -> Any:
         "gradient": agop._gradient_kernel,
         "gram": agop._gram_kernel,
         "update": cholesky._update_kernel,
+        "panel": panels._panel_kernel,
     }[operation]
 
 
-def source(operation: str, precision: str, config: Config, profile: type[Profile], weight: bool, odd: bool) -> Any:
+def source(
+    operation: str,
+    precision: str,
+    config: Config,
+    profile: type[Profile] = Laplace,
+    weight: bool = True,
+    odd: bool = False,
+    triangle: bool = False,
+) -> Any:
     """One launch as Triton compiles it: strides and pointers divisible by 16, and sizes but for an odd n."""
     from fastagop.kernels.triton_backend.profile import device_profile
 
     kernel = _kernel(operation)
     constants = {"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner}
     constants |= {"PROFILE": device_profile(profile), "WEIGHT": weight, "SELF": True, "LOWER": True, "WIDER": odd}
+    constants["TRIANGLE"] = triangle
     constants |= {"SECOND": _second(precision), "BP": WIDTH, "GROUP": launch_config.GROUPS.get(operation, 1)}
     names = kernel.arg_names
     whole = "*fp64" if precision == "fp64" else "*fp32"
@@ -306,14 +316,12 @@ def compiled(
     precision: str,
     capability: int,
     config: Config | None = None,
-    profile: type[Profile] = Laplace,
-    weight: bool = True,
-    odd: bool = False,
+    **how: Any,
 ) -> Code:
-    """Compile one launch, of the table unless a configuration is given, and read its machine code."""
+    """Compile one launch, of the table unless a configuration is given, and read its machine code; as in ``source``."""
     config = config or launch_config.TABLE[capability // 10][operation, precision]
     target = _triton("backends.compiler").GPUTarget("cuda", capability, 32)
-    made = source(operation, precision, config, profile, weight, odd)
+    made = source(operation, precision, config, **how)
     options = {**config.launch, "enable_fp_fusion": True}
     binary = _triton("compiler").compile(made, target=target, options=options)
     assembly, usage = _disassembled(binary.asm["cubin"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -35,6 +36,31 @@ def subtract_product_(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None
         C.addmm_(A, B.T, alpha=-1.0)
 
 
+class PanelProducts:
+    """What a blocked factorisation multiplies by; here the library's products, in the factors' dtype.
+
+    Attributes:
+        word: by which the rate of float32 products is known to ``calibration``.
+        note: how they differ from the library's, in words; "" where they do not.
+    """
+
+    word = "float32"
+    note = ""
+
+    def ready(self, A: torch.Tensor) -> Any:
+        """A (rows, d) made ready for several products."""
+        return _dense(A)
+
+    def subtract_(self, C: torch.Tensor, A: Any, B: Any) -> None:
+        """C -= A B^T in place; A a tensor or ready, B ready."""
+        subtract_product_(C, A, B)
+
+    def times_triangle_(self, A: torch.Tensor, T: Any) -> None:
+        """A <- A T^T in place, T ready and lower triangular."""
+        A.copy_(matmul_nt(A.contiguous(), T))
+
+
+LIBRARY = PanelProducts()
 _FEWEST = 32  # rows from which oneDNN multiplies
 _LEAST = 2**20  # multiplications from which it does
 _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are multiplied at once

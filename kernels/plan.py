@@ -165,7 +165,7 @@ def fitting_rows(
             f"{purpose} needs {format_bytes(least)} for a single row block, but "
             f"{format_bytes(limit)} may be used; {advice}"
         )
-    each = max(1, (bytes_of(ROWS) - least) // (ROWS - 1))
+    each = max(1, (bytes_of(aim[0]) - least) // max(1, aim[0] - 1))
     low, high = 1, int(max(1, min(max(128, min(aim[0], aim[1] // each)), max_rows)))
     if (most := bytes_of(high)) <= limit:
         return high, most

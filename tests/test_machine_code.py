@@ -84,6 +84,16 @@ def test_an_odd_n(chip):
     wide = [sum(count for name, count in loop.counts.items() if name.endswith(".128")) for loop in (even, odd)]
     assert wide[0] == wide[1] > 0
     check(compiled("update", "tf32x3", chip, odd=True), "update", "tf32x3")
+    check(compiled("panel", "fp16x3", chip, odd=True), "panel", "fp16x3")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_panels_times_an_inverse(chip):
+    """The loop that ends at the diagonal is the loop of the update."""
+    (whole,), (cut,) = (compiled("panel", "fp16x3", chip, triangle=cut).tensor_loops for cut in (False, True))
+    assert cut.flop == whole.flop
+    assert cut.size <= 1.05 * whole.size
+    check(compiled("panel", "fp16x3", chip, triangle=True), "panel", "fp16x3")
 
 
 @pytest.mark.skipif(not NEW, reason="these faults are those of newer compilers")

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from fastagop.kernels import checks, reference
+from fastagop.kernels.gemm import LIBRARY
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
 from fastagop.kernels.triton_backend import launch_config, stored_product
-from fastagop.kernels.triton_backend.backend import has_products
+from fastagop.kernels.triton_backend.backend import TritonBackend, has_products
 from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
@@ -24,7 +25,8 @@ from fastagop.kernels.triton_backend.tiles import tile_of
 import fastagop
 from bench import calibrate
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, linalg
-from fastagop.solvers import table
+from fastagop.solvers import symmetric_blocks, table
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 EPS = torch.finfo(torch.float32).eps
@@ -190,6 +192,100 @@ def test_cholesky_update(precision, n, block):
     L = A.tril().double()
     truth = upper.double() + upper.double().T + 1.5 * torch.eye(n, device=DEVICE)
     assert error(L @ L.T, truth.cpu()) <= {"highest": 16 * EPS, "high": 1e-4, "medium": 1e-2}[precision]
+
+
+def split_panels():
+    return TritonBackend().factor_kernels(torch.float32, "highest").panels
+
+
+@pytest.mark.parametrize("tiles", [None, 8, 9])  # the interpreter's; those of production
+@pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 1), (33, 70, 37), (130, 66, 96)])  # one; tails; whole steps
+def test_products_of_panels(m, n, d, tiles, monkeypatch):
+    """Rows over six decades keep their digits, C is part of a wider matrix, and its neighbours stay as they are."""
+    if tiles:
+        monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[tiles][launch[:2]])
+    products, wide = split_panels(), torch.full((m, n + 40), 7.0, device=DEVICE)
+    A, B, C = normal(m, d + 16)[:, :d], normal(n, d), wide[:, 16 : 16 + n]
+    A *= 10.0 ** torch.linspace(-3, 3, m, device=DEVICE)[:, None]
+    C.copy_(A.norm(dim=1, keepdim=True) * (2.0 + normal(m, n)))
+    truth = C.cpu().double() - A.cpu().double() @ B.cpu().double().T
+    products.subtract_(C, A, products.ready(B))
+    assert bool(((C.cpu() - truth).norm(dim=1) <= 16 * EPS * truth.norm(dim=1)).all())
+    assert bool((wide[:, :16] == 7.0).all() & (wide[:, 16 + n :] == 7.0).all())
+    products.subtract_(C, products.ready(A), products.ready(-B))
+    truth += A.cpu().double() @ B.cpu().double().T
+    assert bool(((C.cpu() - truth).norm(dim=1) <= 32 * EPS * truth.norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("tiles", [None, 8, 9])
+@pytest.mark.parametrize(("m", "b"), [(1, 1), (70, 37), (40, 64), (66, 200)])  # less than a tile, whole ones, tails
+def test_panels_times_a_triangle(m, b, tiles, monkeypatch):
+    """What lies above an inverse's diagonal is not read: NaN there, beyond a tile on the diagonal, does no harm."""
+    if tiles:
+        monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[tiles][launch[:2]])
+    products, wide, T = split_panels(), normal(m, b + 16), normal(b, b).tril()
+    A = wide[:, :b]
+    truth = A.cpu().double() @ T.cpu().double().T
+    ready = products.ready(T)
+    for part in (ready.high, ready.low):
+        part[:16, 128:] = torch.nan
+    products.times_triangle_(A, ready)
+    assert error(A, truth) <= 16 * EPS
+    assert torch.equal(wide[:, b:], normal(m, b + 16)[:, b:])
+
+
+@pytest.mark.parametrize(("spread", "tiles"), [(None, None), (1e-2, 8), (1e-2, 9)])
+def test_factors_of_half_a_matrix_by_panels(spread, tiles, monkeypatch):
+    """As accurate as by the library's float32 products, block rows of other heights and a tail included."""
+    if tiles:
+        monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[tiles][launch[:2]])
+    kernel, X = Laplace(2.0), points(150, spread=spread)
+    K = reference.kernel_matrix(kernel, X).to(DEVICE)
+    truth = torch.linalg.cholesky(K)
+    errors = []
+    for products in (LIBRARY, split_panels()):
+        blocks = SymmetricBlocks(150, torch.float32, DEVICE, rows=64)
+        blocks.fill_(lambda out, start: out.copy_(K[start : start + len(out), : out.shape[1]]))
+        assert blocks.cholesky_(1.0, products) == 0
+        errors.append(float((blocks.full().tril() - truth).norm() / truth.norm()))
+    assert errors[1] <= 2.0 * errors[0]
+    assert errors[1] != errors[0]
+
+
+@pytest.mark.parametrize("spread", [None, 1e-5])
+@pytest.mark.parametrize("rows", [32, 70])  # more blocks than one; one
+def test_rows_of_half_a_float64_matrix(spread, rows):
+    if not has_products(torch.float64):
+        pytest.skip("this Triton has no float64 products")
+    kernel, X = Laplace(1.7), points(spread=spread)
+    write = TritonBackend().factor_kernels(torch.float64, "highest").rows(kernel, X)
+    seen = []
+
+    def counted(out, start):
+        seen.append((start, out.shape))
+        return write(out, start)
+
+    half = SymmetricBlocks(70, torch.float64, DEVICE, rows=rows).fill_(counted)
+    whole = triton_launch.fill_symmetric(torch.empty(70, 70, dtype=torch.float64, device=DEVICE), kernel, X)
+    assert error(half.full(), whole.cpu()) <= 1e-15
+    assert [start for start, _ in seen] == list(range(0, 70, rows))
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_refined_solve(precision, monkeypatch):
+    """Half of a matrix by this backend: rows, factor and steps as torch's, by split products where all is asked for."""
+    X, Y, launched = points(spread=1e-2), normal(70, 3), set()
+    known = triton_launch.config
+    monkeypatch.setattr(triton_launch, "config", lambda *key: launched.add(key[:2]) or known(*key))
+    monkeypatch.setattr(symmetric_blocks, "default_rows", lambda n, device: 32)
+    how = {"ridge": 0.0, "method": "cholesky+cg"}
+    found = fastagop.solve(Laplace(2.0), X, Y, **how, precision=precision, **TRITON)
+    truth = fastagop.solve(Laplace(2.0), X, Y, **how, backend="torch")
+    assert (found.method, found.fallback) == ("cholesky+cg", "")
+    assert found.iterations <= truth.iterations + 1
+    assert error(found.alpha, truth.alpha.cpu().double()) <= 1e-6
+    assert (("panel", "fp16x3") in launched) == (precision == "highest")
+    assert ("matrix", "fp64") in launched or not has_products(torch.float64)
 
 
 @kernels

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fastagop.distributed.communicator import Communicator
-from fastagop.kernels.gemm import subtract_product_
+from fastagop.kernels.gemm import LIBRARY, PanelProducts, subtract_product_
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 _DTYPES = (torch.float64, torch.float32)
@@ -40,8 +40,8 @@ class SharedBlocks(SymmetricBlocks):
     def _span(self, q: int) -> slice:
         return slice(q * self.rows, min(self.n, (q + 1) * self.rows))
 
-    def cholesky_(self, diagonal: float | torch.Tensor) -> int:
-        """As ``SymmetricBlocks.cholesky_``; all ranks are told of the pivot that fails."""
+    def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
+        """As ``SymmetricBlocks.cholesky_``, by the library's products; all ranks are told of the pivot that fails."""
         diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
         mine = dict(zip(self._mine(self.count), self.blocks, strict=True))
         sent = self._send(0, mine, diagonal)
@@ -52,14 +52,14 @@ class SharedBlocks(SymmetricBlocks):
             if failed := int(head[-1, 0]):
                 return row.start + failed
             done, L = head[:-1, : row.start].to(self.device), head[:-1, row.start :].to(self.device)
-            right = self._divisor(L.contiguous())
+            divide_ = self._divisor(L.contiguous())
             if q + 1 < self.count and q + 1 not in mine:  # it comes while this rank's rows are updated
                 sent = self._send(q + 1, mine, diagonal)
             for p in sorted(p for p in mine if p > q):
                 panel = mine[p][:, row]
                 if row.start:
                     subtract_product_(panel, mine[p][:, : row.start], done)
-                panel.copy_(right(panel))
+                divide_(panel)
                 if p == q + 1:
                     sent = self._send(p, mine, diagonal)
         return 0
@@ -173,8 +173,8 @@ class AskedBlocks:
         """max_i sum_j A_ij."""
         return float(self.matmul(torch.ones(self.n, 1, dtype=torch.float64, device=self.device)).max())
 
-    def cholesky_(self, diagonal: float | torch.Tensor) -> int:
-        """Factor with a diagonal; 0, or which pivot failed."""
+    def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
+        """Factor with a diagonal by the library's products; 0, or which pivot failed."""
         diagonal = torch.as_tensor(diagonal, dtype=torch.float64, device=self.device).expand(self.n)
         return int(self._ask(_FACTOR, diagonal[:, None]))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels import calibration, checks
+from fastagop.kernels.gemm import LIBRARY, PanelProducts
 from fastagop.kernels.plan import Plan
 from fastagop.kernels.torch_backend.distance import tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
@@ -70,10 +71,11 @@ def check_place(options: CholeskyCG, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class HalfMatrix:
-    """Half of k(X, X) as a direct solve sees it; ``fill`` writes it again after a factorisation."""
+    """Half of k(X, X) as a direct solve sees it; ``fill`` writes it again after a factorisation, by ``products``."""
 
     blocks: SymmetricBlocks
     fill: Callable[[SymmetricBlocks], SymmetricBlocks]
+    products: PanelProducts
     K: None = None
 
     def __len__(self) -> int:
@@ -90,7 +92,7 @@ class HalfMatrix:
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
         """Factor K with a diagonal; 0, or which pivot failed."""
-        return self.blocks.cholesky_(diagonal)
+        return self.blocks.cholesky_(diagonal, self.products)
 
     def restore(self) -> None:
         """Make K again."""
@@ -99,6 +101,14 @@ class HalfMatrix:
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """(L L^T)^-1 B."""
         return self.blocks.solve(B)
+
+
+def products_of(problem) -> PanelProducts:
+    """What a float32 factor of half a matrix multiplies by; ranks take the library's products."""
+    if problem.shared is not None:
+        return LIBRARY
+    operator = problem.operator
+    return operator.backend.factor_kernels(torch.float32, operator.precision).panels
 
 
 # ---- what each takes
@@ -151,7 +161,8 @@ def _vectors(problem) -> int:
 
 def refined_seconds(problem) -> float:
     """Estimated time of ``refined`` where it needs few steps."""
-    return _fill_seconds(problem) + _factor_seconds(problem, "float32") + _LIKELY_STEPS * _step_seconds(problem)
+    factor = _factor_seconds(problem, products_of(problem).word)
+    return _fill_seconds(problem) + factor + _LIKELY_STEPS * _step_seconds(problem)
 
 
 def in_place_seconds(problem) -> float:
@@ -162,7 +173,7 @@ def in_place_seconds(problem) -> float:
 def from_points_seconds(problem) -> float:
     """Estimated time of ``from_points``."""
     fill = _fill_seconds(problem)
-    return fill + _factor_seconds(problem, "float32") + (_LIKELY_STEPS + 1) * fill
+    return fill + _factor_seconds(problem, products_of(problem).word) + (_LIKELY_STEPS + 1) * fill
 
 
 def _fill_seconds(problem) -> float:
@@ -172,8 +183,10 @@ def _fill_seconds(problem) -> float:
 
 
 def _factor_seconds(problem, products: str) -> float:
-    work = len(problem.X) ** 3 / 3.0 / problem.ranks
-    return calibration.seconds(work, 0.0, problem.X.device, "gradient", products)
+    """Of a factor by products of a kind. A GPU's large blocks of a float32 one are multiplied by an inverse besides."""
+    n, device = len(problem.X), problem.X.device
+    inverted = default_rows(n, device) * n**2 if device.type == "cuda" and products != "float64" else 0
+    return calibration.seconds((n**3 / 3.0 + inverted) / problem.ranks, 0.0, device, "gradient", products)
 
 
 def _step_seconds(problem) -> float:
@@ -190,6 +203,7 @@ def plan(problem, method: str, why: str, precision: str, peak: int) -> Plan:
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     rows = default_rows(n, problem.X.device)
+    precision = precision.replace("float32 factor", f"float32 factor{products_of(problem).note}")
     return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
 
 
@@ -201,7 +215,7 @@ def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     factor = K.to(torch.float32)
-    failed = factor.cholesky_(1.0 + ridge)
+    failed = factor.cholesky_(1.0 + ridge, products_of(problem))
     if failed:
         reason = f"pivot {failed} of the float32 factor is not positive"
     else:
@@ -237,7 +251,7 @@ def in_place(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> d
 
 
 def _in_place(problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
-    found = direct.cholesky(_system(problem, HalfMatrix(K, fill), ridge, out), Y)
+    found = direct.cholesky(_system(problem, HalfMatrix(K, fill, products_of(problem)), ridge, out), Y)
     assert found is not None
     return found
 
@@ -246,7 +260,7 @@ def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -
     """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     blocks = fill(_blocks(problem, torch.float32))
-    found = direct.cholesky(_system(problem, HalfMatrix(blocks, fill), ridge, out), Y)
+    found = direct.cholesky(_system(problem, HalfMatrix(blocks, fill, products_of(problem)), ridge, out), Y)
     assert found is not None
     return found
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastagop.kernels.gemm import matmul_nt, subtract_product_
+from fastagop.kernels.gemm import LIBRARY, PanelProducts
 from fastagop.kernels.plan import empty_matrix
 
 # Rows of a block. On the CPU (two cores of a Zen 5, n = 12,000 to 20,000, float32) 512 rows factor at 334 to 350
@@ -153,45 +153,48 @@ class SymmetricBlocks:
         """max_i sum_j A_ij."""
         return float(self.matmul(torch.ones(self.n, 1, dtype=self.dtype, device=self.device)).max())
 
-    def cholesky_(self, diagonal: float | torch.Tensor) -> int:
+    def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
         """Overwrite the matrix A, with another diagonal, by its factor L, A = L L^T.
 
         Left-looking: a column block is updated by all that lies left of it in one product for each block row.
 
         Args:
             diagonal: of the matrix to factor, a number or (n,).
+            products: what a float32 factor multiplies by; float64 takes the library's.
 
         Returns:
             0, or the 1-based index of the first pivot that failed; the blocks are then used up.
         """
         diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
+        products = products if self.dtype == torch.float32 else LIBRARY
         for q, (row, block) in enumerate(zip(self.slices, self.blocks, strict=True)):
             there = self._on_device(block)
             square = there[:, row.start :]
             square.diagonal().copy_(diagonal[row])
-            done = there[:, : row.start].contiguous()
+            done = products.ready(there[:, : row.start]) if row.start else None
             if row.start:
-                subtract_product_(square, done, done)
+                products.subtract_(square, done, done)
             L, info = torch.linalg.cholesky_ex(square)
             if int(info):
                 return row.start + int(info)
             square.copy_(L)
             self._write(block, there)
-            right = self._divisor(L)
+            divide_ = self._divisor(L, products)
             for below, wide in self._streamed(q + 1, row.stop):
                 panel = wide[:, row.start :]
                 if row.start:
-                    subtract_product_(panel, wide[:, : row.start], done)
-                panel.copy_(right(panel))
+                    products.subtract_(panel, wide[:, : row.start], done)
+                divide_(panel)
                 self._write(self.blocks[below.start // self.rows][:, row], panel)
         return 0
 
-    def _divisor(self, L: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Panel -> panel L^-T. In float32, where the factor preconditions only, by a product with the inverse."""
+    def _divisor(self, L: torch.Tensor, products: PanelProducts = LIBRARY) -> Callable[[torch.Tensor], object]:
+        """Panel <- panel L^-T. In float32, where the factor preconditions only, by a product with the inverse."""
         if self.dtype == torch.float64:
-            return lambda panel: torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False)
+            return lambda panel: panel.copy_(torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False))
         inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
-        return lambda panel: matmul_nt(panel.contiguous(), inverse)
+        ready = products.ready(inverse)
+        return lambda panel: products.times_triangle_(panel, ready)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """(L L^T)^-1 B for the factor L that the blocks hold; two passes over them for all columns of B."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..gemm import LIBRARY, PanelProducts
 from ..plan import Call, Plan
 from ..precision import describe_precision
 from ..profile import Profile
@@ -13,7 +14,7 @@ from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, few, matrix
 from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
-from .gradients import block_gradients, dominant_offset, gradient_aim, gradient_bytes
+from .gradients import block_gradients, chunk_of, dominant_offset, gradient_aim, gradient_bytes
 from .tiles import fill_symmetric, fit_rows, weight_tiles
 
 
@@ -93,12 +94,14 @@ class FactorKernels:
 
     Attributes:
         update: the column-block update of a blocked Cholesky factorisation; None for the library's products.
+        panels: products of a float32 factor of half a matrix.
         coarse: products below float32's accuracy were asked for, so that a factor is a preconditioner only.
         precision: of the products of the update.
         note: what is done otherwise than asked for; "" where nothing is.
     """
 
     update: Callable | None = None
+    panels: PanelProducts = LIBRARY
     coarse = False
     precision = "highest"
     note = ""
@@ -129,7 +132,7 @@ def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: s
     size = X.element_size()
 
     def step(rows: int) -> int:
-        return n * K * size + gradient_bytes(rows, n, d, K, size)
+        return n * K * size + gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
 
     rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step, gradient_aim(X.device))
     return Plan(

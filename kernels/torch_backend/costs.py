@@ -11,7 +11,7 @@ from ..gemm import square_bytes
 from ..plan import RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from . import gram as torch_gram
 from .distance import tile_bytes
-from .gradients import gradient_aim, gradient_bytes
+from .gradients import chunk_of, gradient_aim, gradient_bytes
 from .low_rank import RANK
 
 
@@ -43,7 +43,8 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     copied = 0 if alpha.is_contiguous() else n * K
     held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
-    work = max(tile, gradient_bytes(rows, n, d, K, size), square_bytes(rows * K, d, size))
+    near = gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
+    work = max(tile, near, square_bytes(rows * K, d, size))
     # M in float32 comes when nothing else is alive, but an allocator may keep what was freed; libraries take some more.
     return held + held // 16 + work + (4 if size == 4 else 0) * d * d
 

@@ -27,9 +27,11 @@ _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
 _OUTPUTS = 16  # outputs of one step beside the product
 _FEWEST = 16  # rows of one step of a group's product, at least
-_CHUNK = 2**18  # items of a step's work tensors
+# Items of a step's work tensors: on the CPU what stays in its caches; a GPU's products want thousands of rows each, and
+# its launches cost microseconds.
+_CHUNK, _CUDA_CHUNK = 2**18, 2**24
 # A product of 128 rows with tiles of 128 by 128 is 80 programs for K = 10 and d = 1024, and a GPU has more processors;
-# 2048 rows are ten waves and more. Blocks stay below 4 GiB.
+# 2048 rows are ten waves and more. Blocks stay near 4 GiB.
 _CUDA_AIM = (2048, 2**32)
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
@@ -193,7 +195,7 @@ def output_gradients(
     return out
 
 
-def gradient_bytes(rows: int, n: int, d: int, K: int, size: int) -> int:
+def gradient_bytes(rows: int, n: int, d: int, K: int, size: int, chunk: int = _CHUNK) -> int:
     """Most memory that ``block_gradients`` takes for a block of that many rows, W and the result left out.
 
     Of W: the near pairs and a copy, the other factor of the product, made and copied twice; shifted points, the
@@ -201,10 +203,15 @@ def gradient_bytes(rows: int, n: int, d: int, K: int, size: int) -> int:
     """
     if d <= FEW:
         return size * (2 * rows * n + 2 * rows * K + n * K)
-    pairs, some = min(rows * n, max(_FEWEST * n, _CHUNK)), min(K, _OUTPUTS)
-    outputs = min(rows * K * d, max(rows * d, _CHUNK)) * (16 + size)
+    pairs, some = min(rows * n, max(_FEWEST * n, chunk)), min(K, _OUTPUTS)
+    outputs = min(rows * K * d, max(rows * d, chunk)) * (16 + size)
     near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
     return size * (5 * rows * n + 2 * n * d + rows * (max(rows, d) + 2 * K + d)) + rows * n + near
+
+
+def chunk_of(device: torch.device) -> int:
+    """Items of the work tensors of a step of near pairs."""
+    return _CUDA_CHUNK if device.type == "cuda" else _CHUNK
 
 
 def gradient_aim(device: torch.device) -> tuple[int, int]:
@@ -253,6 +260,7 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
 
     weights (r, n) belong to out's ``rows``, whose points Z are; what is served becomes zero there.
     """
+    chunk = chunk_of(X.device)
     for _ in range(_ROUNDS):
         mask = weights != 0
         crowd = mask.sum(1)
@@ -266,7 +274,7 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
         del mask
         x = X[company].double().sub_(centre)
         x2, helped = squared_norms(x), False
-        for some in members.split(max(_FEWEST, _CHUNK // len(company))):
+        for some in members.split(max(_FEWEST, chunk // len(company))):
             z = Z[some].double().sub_(centre)
             z2 = squared_norms(z)
             far = matmul_nt(-2.0 * z, x, x2).add_(z2[:, None]) >= _SERVED[X.dtype] * (z2[:, None] + x2)
@@ -284,7 +292,7 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
 def _add_product(W, alpha, company, x, z, rows, out: torch.Tensor) -> None:
     """Add W (alpha_c o x) - s_c o z to out's rows, a few outputs at a time; x and float64 W are of the company."""
     K, d = out.shape[1:]
-    some = max(1, min(_OUTPUTS, _CHUNK // (len(W) * d)))
+    some = max(1, min(_OUTPUTS, chunk_of(x.device) // (len(W) * d)))
     for first in range(0, K, some):
         c = slice(first, first + some)
         a = alpha[company, c].double()
@@ -299,7 +307,7 @@ def _add_directly(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
     done, end = 0, int((counts > 0).sum())
     while done < end:
         longest = int(counts[done])
-        step = max(1, _CHUNK // (longest * (K + d) + K * d))
+        step = max(1, chunk_of(X.device) // (longest * (K + d) + K * d))
         index = order[done : min(end, done + step)]
         w, j = weights[index].topk(longest, dim=1, sorted=False)  # weights are not negative: zeros fill what is left
         terms = torch.bmm((w[:, :, None] * alpha[j]).transpose(1, 2), X[j] - Z[index, None])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from ..calibration import source
+from ..gemm import LIBRARY, PanelProducts
 from ..plan import Call, Plan
 from ..profile import Profile, text
 from ..torch_backend import backend as torch_door
@@ -100,16 +103,43 @@ def _plan_product(plan: Plan, operator, V: torch.Tensor) -> tuple[Plan, bool]:
 
 
 class _FactorKernels(torch_door.FactorKernels):
-    """The matrix made once by the fused kernel; a float32 one is factored by products of the precision asked for."""
+    """The matrix made once by the fused kernel; a float32 one is factored by products of the precision asked for.
+
+    Half of one is factored as accurately as by float32 products, by split ones; asked for less, by the library's.
+    """
 
     def __init__(self, dtype: torch.dtype, precision: str):
         self.coarse = precision != "highest"
+        self.panels = LIBRARY if self.coarse else _SplitPanels()
         if dtype == torch.float32:  # the library's float64 products are on tensor cores as they are
             self.update, self.precision = _launch().cholesky_update(precision), precision
 
     def fill(self, out: torch.Tensor, kernel: Profile, X: torch.Tensor, rows: int) -> torch.Tensor:
         """K(X, X) into out, in out's dtype."""
         return _launch().fill_symmetric(out, kernel, X)
+
+    def rows(self, kernel: Profile, X: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        """(out, start) -> out with rows start .. of K(X, X), up to their own last column, in float64."""
+        return _launch().rows_of_symmetric(kernel, X)
+
+
+class _SplitPanels(PanelProducts):
+    """Three fp16 products of factors that are split once each, with sums in float32."""
+
+    word = "fp16x3"
+    note = " by three fp16 products"
+
+    def ready(self, A: torch.Tensor) -> Any:
+        """A's halves."""
+        return _launch().split_rows(A)
+
+    def subtract_(self, C: torch.Tensor, A: Any, B: Any) -> None:
+        """C -= A B^T in place; A a tensor or split, B split."""
+        _launch().subtract_product_(C, A if not isinstance(A, torch.Tensor) else self.ready(A), B)
+
+    def times_triangle_(self, A: torch.Tensor, T: Any) -> None:
+        """A <- A T^T in place, T split and lower triangular."""
+        _launch().times_triangle_(A, T)
 
 
 def _unusable(X: torch.Tensor) -> str | None:

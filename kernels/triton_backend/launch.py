@@ -8,6 +8,7 @@ made in float64.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -22,6 +23,7 @@ from .cholesky import _update_kernel
 from .launch_config import GROUPS, PRODUCTS, Config, config
 from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
+from .panels import _panel_kernel
 from .profile import constants, device_profile
 from .split import Operand, operand
 
@@ -153,6 +155,44 @@ def cholesky_update(precision: str):
             )
 
     return update
+
+
+def rows_of_symmetric(kernel: Profile, X: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """(out, start) -> float64 out with rows start .. of k(X, X), up to their own last column."""
+    x = DevicePoints(X, "fp64")
+
+    def write(out: torch.Tensor, start: int) -> torch.Tensor:
+        rows, columns = slice(start, start + len(out)), slice(0, out.shape[1])
+        return fill(kernel, x.part(rows), x.part(columns), out, weight=False, first=start)
+
+    return write
+
+
+def split_rows(A: torch.Tensor) -> Operand:
+    """The halves of A's rows, for several products."""
+    A = _rows(A)
+    with _current(A):
+        return operand(A, True)
+
+
+def subtract_product_(C: torch.Tensor, A: Operand, B: Operand) -> None:
+    """C -= A B^T in place; C's rows are contiguous."""
+    _panel(C, A, B, triangle=False)
+
+
+def times_triangle_(A: torch.Tensor, T: Operand) -> None:
+    """A <- A T^T in place, T lower triangular; A's rows are contiguous."""
+    _panel(A, split_rows(A), T, triangle=True)
+
+
+def _panel(out: torch.Tensor, A: Operand, B: Operand, *, triangle: bool) -> None:
+    c, (m, d), n = config("panel", "fp16x3", out.device), A.high.shape, len(B.high)
+    if out.numel():
+        with _current(out):
+            _panel_kernel[_grid(c, m, n)](
+                A.high, A.low, B.high, B.low, A.scale, B.scale, out, m, n, d, A.high.stride(0), B.high.stride(0),
+                out.stride(0), TRIANGLE=triangle, PREC="fp16x3", **_tile("panel", c),
+            )  # fmt: skip
 
 
 def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:

@@ -69,6 +69,7 @@ TABLE = {
         ("gram", "fp16x3"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
         ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("gram", "tf32"): Config(128, 64, 32, 8, 3, registers=128, programs=2),
+        ("panel", "fp16x3"): Config(128, 64, 32, 4, 3, programs=2),
         ("update", "tf32x3"): Config(128, 128, 16, 8, 3),
         ("update", "bf16x3"): Config(128, 128, 16, 8, 3),
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
@@ -87,6 +88,7 @@ TABLE = {
         ("gram", "fp16x3"): Config(128, 128, 64, 8, 3),
         ("gram", "bf16x3"): Config(128, 64, 32, 8, 3),
         ("gram", "tf32"): Config(128, 128, 32, 8, 3),
+        ("panel", "fp16x3"): Config(128, 128, 64, 8, 3),
         ("update", "tf32x3"): Config(128, 128, 32, 8, 3),
         ("update", "bf16x3"): Config(128, 128, 32, 8, 3),
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
@@ -95,7 +97,7 @@ TABLE = {
 # Rows of tiles that are worked on together. A wave of 132 or 264 programs then reads about 12 MB of 1024 features,
 # where in the order of rows it reads 70 MB, more than the second-level cache holds. Of the gradient all outputs of a
 # tile come before the next tile, so that fewer tiles fill a wave.
-GROUPS = {"matrix": 16, "gradient": 4, "gram": 16, "update": 16}
+GROUPS = {"matrix": 16, "gradient": 4, "gram": 16, "panel": 16, "update": 16}
 # The interpreter runs tile by tile in NumPy: small tiles keep tests short, and leave tails at small sizes.
 _INTERPRETER = Config(32, 32, 32, 4, 1)
 
