@@ -4,6 +4,7 @@ suite      every operation beside its peers at the paper's size (the default), i
 agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
 keops      KeOps against torch by number of features, on the CPU
 network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
+beyond     l1 kernels, convolutions and networks of many outputs beside their peers, on the CPU
 cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
 small      calls on 60 points beside plain torch, on the CPU: what a call costs before it computes
 scale      seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes
@@ -46,6 +47,7 @@ if __name__ == "__main__" and sys.argv[1:2] and sys.argv[1] in checkout.ALONE:
 
 from bench import (
     agop_cpu,
+    beyond_cpu,
     calibrate,
     cg_cpu,
     files,
@@ -68,6 +70,7 @@ MEASURES = {
     "agop": agop_cpu.main,
     "keops": keops_cpu.main,
     "network": network_cpu.main,
+    "beyond": beyond_cpu.main,
     "cg": cg_cpu.main,
     "small": small_cpu.main,
     "scale": scale_cpu.main,
@@ -81,6 +84,7 @@ OPTIONS = {
     "agop": ("repeats", "n", "d"),
     "keops": ("repeats", "n", "d"),
     "network": ("repeats", "n"),
+    "beyond": ("repeats",),
     "cg": ("n",),
     "small": ("n",),
     "scale": ("n", "d"),
@@ -94,7 +98,7 @@ OPTIONS = {
 }
 CASES = (*OPTIONS, *checkout.ALONE)
 # Where --device cpu says nothing new.
-_ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
+_ON_THE_CPU = ("agop", "keops", "network", "beyond", "cg", "small", "scale", "tables", "rfm", "rows")
 _MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
 _WRITES = {"readme": "README.md", "machine_code": "docs/pages/gpu.md"}
 _NAMES = ", ".join(tables_contenders.CONTENDERS)

@@ -80,6 +80,24 @@ def xrfm_agop(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
     return _xrfm_kernel(L).get_agop(X, X, A.T.contiguous())
 
 
+def xrfm_l1_agop(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
+    """xrfm.rfm_src.kernels.ProductLaplaceKernel.get_agop, which adds gradients of several outputs before it squares."""
+    from xrfm.rfm_src.kernels import ProductLaplaceKernel  # pyright: ignore[reportMissingImports]
+
+    return ProductLaplaceKernel(bandwidth=L, exponent=1.0).get_agop(X, X, A.T.contiguous())
+
+
+def l1_agop(X: torch.Tensor, A: torch.Tensor, L: float) -> torch.Tensor:
+    """Of exp(-||x - z||_1 / L) from all differences, a block of points at a time."""
+    M = X.new_zeros(X.shape[1], X.shape[1])
+    for Z in X.split(32):
+        apart = X[None] - Z[:, None]
+        W = (apart.abs().sum(2) / -L).exp() / L
+        G = torch.einsum("zj,jc,zjd->zcd", W, A, apart.sign()).flatten(0, 1)
+        M += G.T @ G
+    return M
+
+
 def xrfm_kernel_matrix(X: torch.Tensor, _: torch.Tensor, L: float) -> torch.Tensor:
     """xrfm.rfm_src.kernels.LaplaceKernel.get_kernel_matrix."""
     return _xrfm_kernel(L).get_kernel_matrix(X, X)

@@ -162,7 +162,7 @@ VALUES = {
     "quick": [],
 }
 
-ON_THE_CPU = ("agop", "keops", "network", "cg", "small", "scale", "tables", "rfm", "rows")
+ON_THE_CPU = ("agop", "keops", "network", "beyond", "cg", "small", "scale", "tables", "rfm", "rows")
 
 
 @pytest.mark.parametrize("case", OPTIONS)
