@@ -23,18 +23,20 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = ("lowest", "newest")
-TOOLS = ("test", "docs", "dev", "bench")  # extras of those who work on the library: their lowest versions promise nothing
-# One file an area, of those that need nothing of the checkout but tests/: about a minute.
-TESTS = """
-    agop autograd cg collapse_measures contract convolution errors estimators gradients inputs integrations kernel_matrix
-    keops linalg module network network_convolutions plots probes rfm rfm_search rfm_tree saved_state saving
-    solution solve spectrum triton
-""".split()
+# Extras of those who work on the library: their lowest versions promise nothing.
+TOOLS = ("test", "docs", "dev", "bench", "release")
+# Files of tests that need nothing of the checkout but tests/, for every area and most of all for what leans on torch's
+# and scikit-learn's own ways.
+TESTS = (
+    *("agop", "autograd", "collapse_measures", "contract", "convolution", "errors", "estimators", "gradients"),
+    *("inputs", "integrations", "kernel_matrix", "linalg", "module", "network", "plots", "probes", "rfm"),
+    *("rfm_search", "saved_state", "saving", "solution", "solve", "spectrum"),
+)
 # What an environment holds, and that the library is the installed one.
 LOOK = """
 import pathlib, sys, fastagop, numpy, sklearn, torch
 assert pathlib.Path(fastagop.__file__).is_relative_to(sys.prefix), fastagop.__file__
-print(f"fastagop {fastagop.__version__}, torch {torch.__version__}, numpy {numpy.__version__}, sklearn {sklearn.__version__}")
+print(*(f"{module.__name__} {module.__version__}" for module in (fastagop, torch, numpy, sklearn)), sep=", ")
 """
 
 
@@ -58,7 +60,7 @@ def run(*words: object, folder: Path, log: Path | None = None) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Build from a clean copy of the last commit into dist/, and let twine and check-wheel-contents judge; the wheel."""
+    """The wheel: built, with the sdist, of the last commit into dist/, and passed by twine and check-wheel-contents."""
     if changed := run("git", "status", "--porcelain", folder=ROOT):
         print(f"not committed, and so not in what is built:\n{changed}", end="")
     run("git", "archive", "--output", folder / "commit.tar", "HEAD", folder=ROOT)
@@ -112,8 +114,8 @@ def test(wheel: Path, version: str, torch: str, everything: bool, folder: Path) 
     python = home / "venv/bin/python"
     pip = [python, "-m", "pip", "install", "--quiet", "--constraint", home / "constraints"]
     run(*pip, f"{wheel}[test]", folder=home, log=folder / f"{version}-{torch}.install")
-    shutil.copytree(ROOT / "tests", home / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", home)  # pytest's settings
+    shutil.copytree(folder / "commit/tests", home / "tests")
+    shutil.copy(folder / "commit/pyproject.toml", home)  # pytest's settings
     installed, seconds = run(python, "-c", LOOK, folder=home).splitlines()[-1], time.monotonic() - started
     files = [f"tests/test_{name}.py" for name in TESTS]
     words = [python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-m", "not slow", *files]

@@ -101,8 +101,8 @@ class Kernel:
     unit_diagonal: Any = False
     nonnegative: Any = False
     wide: Any = True
-    agop_forms: Any = ("gradient",)
-    norm: Any = None
+    agop_forms: tuple[str, ...] = ("gradient",)
+    norm: float | None = None
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
@@ -176,7 +176,7 @@ class Profile(Kernel):
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
     @property
@@ -219,7 +219,7 @@ def _positive(name: str, value, given, allowed: str, largest: float = math.inf) 
     return number
 
 
-def bandwidth_of(given) -> float | str | tuple[str, float]:
+def bandwidth_of(given: Any) -> float | str | tuple[str, float]:
     """A bandwidth as a kernel stores it: a float, "median" or ("median", factor); a factor of 1 is the word alone."""
     words = f", {_MEDIAN!r} or ({_MEDIAN!r}, factor > 0)"
     word, factor = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, 1.0)
@@ -256,7 +256,7 @@ def weight_at_zero(kernel: Profile) -> float:
     return kernel._weight_at_zero
 
 
-def text(kernel: type[Profile], language: str):
+def text(kernel: type[Profile], language: str) -> Any:
     """A kernel's profile in a device's language, "triton" or "keops"; None where its class itself gives none.
 
     What a parent class gives does not count: the class may have another profile.

@@ -155,7 +155,7 @@ if WEIGHT:
         f"(Elem(c, 1) * Exp({_LOG_POWER} - Exp({_LOG_POWER})) * Rsqrt(SqDist(x, z))) * (Rsqrt(SqDist(x, z)) * (x - z))",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("exponent", largest=2.0)
 

@@ -63,7 +63,7 @@ class FastKernel(LaplaceKernel):
             return self._kernel
         return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"FastKernel({self.kernel!r})"
 
     def set_categorical_indices(
