@@ -32,6 +32,7 @@ types: $(STAMP)
 	cp -r fastagop bench reproduce build/types/
 	cp -r kernels build/types/fastagop/kernels
 	$(RUN) -m pyright
+	$(RUN) .ci/typed.py
 
 format: $(STAMP)
 	$(RUN) -m ruff format .

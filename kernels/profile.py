@@ -101,8 +101,8 @@ class Kernel:
     unit_diagonal: Any = False
     nonnegative: Any = False
     wide: Any = True
-    agop_forms: tuple[str, ...] = ("gradient",)
-    norm: float | None = None
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient",)
+    norm: ClassVar[float | None] = None
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
@@ -170,8 +170,8 @@ class Profile(Kernel):
     rotation_invariant = True
     unit_diagonal = True
     nonnegative = True
-    agop_forms = ("gradient", "gram")
-    norm = 2.0
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
+    norm: ClassVar[float | None] = 2.0
     # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None

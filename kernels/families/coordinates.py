@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,7 +26,7 @@ class ProductLaplace(Combining, CoordinateProfile):
 
     bandwidth: Bandwidth
 
-    norm = 1.0
+    norm: ClassVar[float | None] = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
