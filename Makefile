@@ -49,7 +49,7 @@ $(VENV)/.reproduce: pyproject.toml
 	$(RUN) -m pip install --quiet -e ".[reproduce]"
 	touch $@
 
-# Half an hour and 30 GB of downloads for all Pythons and both versions of torch; ARGS="--python 3.12 --torch newest" is less.
+# An hour and 30 GB of downloads for all Pythons and both versions of torch; ARGS="--python 3.12 --torch newest" is less.
 release: $(STAMP)
 	$(RUN) .ci/release.py $(ARGS)
 

@@ -112,7 +112,7 @@ def test(wheel: Path, version: str, torch: str, everything: bool, folder: Path) 
     (home / "constraints").write_text("\n".join(lowest(wheel, everything) if torch == "lowest" else []))
     run(interpreter(version), "-m", "venv", home / "venv", folder=home)
     python = home / "venv/bin/python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--constraint", home / "constraints"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", home / "constraints"]
     run(*pip, f"{wheel}[test]", folder=home, log=folder / f"{version}-{torch}.install")
     shutil.copytree(folder / "commit/tests", home / "tests")
     shutil.copy(folder / "commit/pyproject.toml", home)  # pytest's settings
