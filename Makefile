@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := $(firstword $(wildcard $(STAMP)) $(VENV)/.reproduce)
 PYTEST := $(RUN) -m pytest --numprocesses 2
 
-.PHONY: demo test test-slow test-all docs lint types format clean
+.PHONY: demo test test-slow test-all docs lint types format release clean
 
 demo: $(DEMO)
 	$(RUN) -m reproduce demo --out out/demo
@@ -32,6 +32,7 @@ types: $(STAMP)
 	cp -r fastagop bench reproduce build/types/
 	cp -r kernels build/types/fastagop/kernels
 	$(RUN) -m pyright
+	$(RUN) .ci/typed.py
 
 format: $(STAMP)
 	$(RUN) -m ruff format .
@@ -47,6 +48,10 @@ $(VENV)/.reproduce: pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -e ".[reproduce]"
 	touch $@
+
+# An hour and 30 GB of downloads for all Pythons and both versions of torch; ARGS="--python 3.12 --torch newest" is less.
+release: $(STAMP)
+	$(RUN) .ci/release.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

@@ -137,7 +137,11 @@ class _Spec:
         }[self.name]
 
 
-@torch.library.custom_op("fastagop::blockwise", mutates_args=())
+# torch 2.6 reads no list[Tensor] from annotations, so that the schema is written out.
+_SCHEMA = "(str spec, int level, Tensor[] tensors) -> Tensor[]"
+
+
+@torch.library.custom_op("fastagop::blockwise", mutates_args=(), schema=_SCHEMA)
 def _blockwise(spec: str, level: int, tensors: Sequence[Tensor]) -> list[Tensor]:
     read, given = _Spec.read(spec), [tensor.detach() for tensor in tensors]
     return [_operation(read, given)] if level == 0 else _above_autograd(_by_blocks, read, level, given)

@@ -16,7 +16,7 @@ _FUNCTIONS = (kernel_matrix, kernel_matmul, gradients, agop, solve)
 _NAMES = {function.__name__: function for function in _FUNCTIONS}
 
 
-def explain(op, *args, **kwargs) -> str:
+def explain(op: Any, *args: Any, **kwargs: Any) -> str:
     """Say which backend and method would run for a call, why, its operations, estimated seconds and peak memory.
 
     ``explain(estimator, X, y)`` says it of a fit, layer by layer or iteration by iteration, and what would not fit.

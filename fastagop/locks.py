@@ -45,7 +45,7 @@ class Holder:
         """RUNNING, STOPPED, ENDED or ELSEWHERE (another host, which cannot be asked)."""
         return atomic_files.process_state(self.token)
 
-    def __str__(self):
+    def __str__(self) -> str:
         states = {
             atomic_files.STOPPED: f", which is stopped: `kill -CONT {self.pid}` continues it",
             atomic_files.ENDED: ", which has ended, but left a process behind that holds the lock",

@@ -54,11 +54,11 @@ class Spectrum:
     confidence: float = 0.95
 
     @property
-    def shares(self):
+    def shares(self) -> Any:
         """Each eigenvalue's share of the trace (k,); 0 where the matrix is 0."""
         return self.values / (self.trace or 1.0)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         k, d = self.vectors.shape
         shown = ", ".join(f"{float(value):.3g}" for value in self.values[:4]) + (", ..." if k > 4 else "")
         text = f"Spectrum({k} of {d} eigenvalues: {shown}; participation ratio {self.participation_ratio:.3g}, "

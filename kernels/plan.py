@@ -25,7 +25,7 @@ class Plan:
     block: int  # rows of one block
     seconds: float | None = None  # estimate: operations at the device's rates; None where nobody asked for it
 
-    def __str__(self):
+    def __str__(self) -> str:
         seconds = "" if self.seconds is None else f"  seconds    about {self.seconds:.2g}\n"
         return (
             f"{self.op}: backend {self.backend}, method {self.method}\n"

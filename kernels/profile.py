@@ -101,8 +101,8 @@ class Kernel:
     unit_diagonal: Any = False
     nonnegative: Any = False
     wide: Any = True
-    agop_forms: Any = ("gradient",)
-    norm: Any = None
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient",)
+    norm: ClassVar[float | None] = None
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
@@ -170,13 +170,13 @@ class Profile(Kernel):
     rotation_invariant = True
     unit_diagonal = True
     nonnegative = True
-    agop_forms = ("gradient", "gram")
-    norm = 2.0
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
+    norm: ClassVar[float | None] = 2.0
     # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
     triton: ClassVar[str | None] = None
     keops: ClassVar[Formulas | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
     @property
@@ -226,7 +226,7 @@ def _positive(name: str, value, given, allowed: str, largest: float = math.inf) 
     return number
 
 
-def bandwidth_of(given) -> float | str | tuple[str, float]:
+def bandwidth_of(given: Any) -> float | str | tuple[str, float]:
     """A bandwidth as a kernel stores it: a float, "median" or ("median", factor); a factor of 1 is the word alone."""
     words = f", {_MEDIAN!r} or ({_MEDIAN!r}, factor > 0)"
     word, factor = given if isinstance(given, (tuple, list)) and len(given) == 2 else (given, 1.0)
@@ -263,7 +263,7 @@ def weight_at_zero(kernel: Profile) -> float:
     return kernel._weight_at_zero
 
 
-def text(kernel: type[Profile], language: str):
+def text(kernel: type[Profile], language: str) -> Any:
     """A kernel's profile in a device's language, "triton" or "keops"; None where its class itself gives none.
 
     What a parent class gives does not count: the class may have another profile.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -50,13 +51,13 @@ class Laplace(Radial):
             ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
-    triton = """
+    triton: ClassVar[str | None] = """
 r = tl.sqrt(sq) * inverse_bandwidth
 value = tl.exp(-r)
 if WEIGHT:
     value = tl.where(r > 0.0, value / tl.where(r > 0.0, r, 1.0), 0.0) * inverse_bandwidth * inverse_bandwidth
 """
-    keops = Formulas(
+    keops: ClassVar[Formulas | None] = Formulas(
         f"Exp(-{_RADIUS})",
         f"({_INVERSE} * Exp(-{_RADIUS})) * (Rsqrt(SqDist(x, z)) * (x - z))",  # KeOps defines Rsqrt(0) = 0
     )
@@ -102,13 +103,15 @@ class Gaussian(Radial):
             ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
-    triton = """
+    triton: ClassVar[str | None] = """
 u = tl.sqrt(sq) * inverse_bandwidth
 value = tl.exp(-0.5 * u * u)
 if WEIGHT:
     value = tl.where(sq > 0.0, value * inverse_bandwidth * inverse_bandwidth, 0.0)
 """
-    keops = Formulas(f"Exp(-{_HALF_SQUARE})", f"({_INVERSE} * Exp(-{_HALF_SQUARE})) * ({_INVERSE} * (x - z))")
+    keops: ClassVar[Formulas | None] = Formulas(
+        f"Exp(-{_HALF_SQUARE})", f"({_INVERSE} * Exp(-{_HALF_SQUARE})) * ({_INVERSE} * (x - z))"
+    )
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r^2 / (2 L^2))."""
@@ -154,7 +157,7 @@ class GeneralisedLaplace(Radial):
 
     exponent: float
 
-    triton = """
+    triton: ClassVar[str | None] = """
 r = tl.sqrt(sq) * inverse_bandwidth
 t = tl.where(r > 0.0, tl.exp2(exponent * tl.log2(tl.where(r > 0.0, r, 1.0))), 0.0)
 t = tl.minimum(t, 1e4)  # where exp(-t) is zero: it times infinity would be NaN
@@ -162,12 +165,12 @@ value = tl.exp(-t)
 if WEIGHT:
     value = tl.where(sq > 0.0, exponent * t * value / tl.where(sq > 0.0, sq, 1.0), 0.0)
 """
-    keops = Formulas(
+    keops: ClassVar[Formulas | None] = Formulas(
         f"Exp(-Exp({_LOG_POWER}))",
         f"(Elem(c, 1) * Exp({_LOG_POWER} - Exp({_LOG_POWER})) * Rsqrt(SqDist(x, z))) * (Rsqrt(SqDist(x, z)) * (x - z))",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("exponent", largest=2.0)
 
@@ -221,7 +224,7 @@ class Matern52(Radial):
             ``fastagop.settled`` make a number: the factor times the median distance of the points.
     """
 
-    triton = """
+    triton: ClassVar[str | None] = """
 s = tl.minimum(tl.sqrt(sq * 5.0) * inverse_bandwidth, 1e4)
 value = tl.exp(-s)
 if WEIGHT:
@@ -229,7 +232,7 @@ if WEIGHT:
 else:
     value = tl.minimum((1.0 + s * (1.0 + s / 3.0)) * value, 1.0)  # it may round upwards
 """
-    keops = Formulas(
+    keops: ClassVar[Formulas | None] = Formulas(
         f"(IntCst(1) + {_SCALED} + Square(Rsqrt(IntCst(3)) * {_SCALED})) * Exp(-{_SCALED})",
         f"({_ROOT_FACTOR} * ((IntCst(1) + {_SCALED}) * Exp(-{_SCALED}))) * ({_ROOT_FACTOR} * (x - z))",
     )

@@ -80,12 +80,20 @@ def test_reference_has_every_public_name():
         fastagop.distributed,
         fastagop.plots,
         fastagop.probes,
+        fastagop.convolution,
+        fastagop.autograd,
     ):
         name = module.__name__.split(".")[1]
         (members,) = re.findall(rf"^::: fastagop\.{name}\n    options:\n      members: \[(.*)\]$", API, re.MULTILINE)
         own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         public = set(getattr(module, "__all__", {key for key in own if not key.startswith("_")}))
         assert public - {"Array"} == set(members.split(", ")), name
+
+
+def test_reference_has_what_estimators_give():
+    for module in (importlib.import_module("fastagop.rfm"), importlib.import_module("fastagop.deep_rfm")):
+        for name in set(module.__all__) - {"Callback"}:  # a word for type checkers
+            assert {f"::: fastagop.{name}", f"::: {module.__name__}.{name}"} & set(API.splitlines()), name
 
 
 def resolve(path: str):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_wheel_contents(wheel):
     assert "License-Expression: MIT" in metadata
     for line in ("Name: fastagop", "Requires-Python: >=3.10", "Requires-Dist: torch>=2.6"):
         assert line in metadata
+
+
+def test_sdist_is_the_checkout(source, tmp_path):
+    """Its tests run, and its README's links lead somewhere."""
+    if importlib.util.find_spec("build") is None or isolated():
+        pytest.skip("needs build, and setuptools to build with")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    rooms = ("fastagop", "kernels", "bench", "reproduce", "tests", "docs")
+    expected = {
+        str(path.relative_to(source)) for room in rooms for path in (source / room).rglob("*") if path.is_file()
+    }
+    expected |= {"CITATION.cff", "LICENSE", "Makefile", "README.md", "pyproject.toml"}
+    assert expected - names == set()
 
 
 def test_wheel_installs_beside_a_foreign_kernels(wheel, place, tmp_path):

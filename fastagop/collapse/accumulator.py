@@ -83,7 +83,7 @@ class Accumulator:
         self._scatter: torch.Tensor | None = None
         self._unit = 1.0  # The scatter is kept in this unit, a power of two, so that squares stay in float64.
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         columns = f", {self._columns} columns" if self._columns else ""
         return f"Accumulator({sum(self.counts)} samples of {len(self._classes)} classes{columns})"
 

@@ -170,7 +170,9 @@ def distance_variance(found: Moments) -> float:
     return result
 
 
-def of_stages(stages: Mapping[str, torch.Tensor], y: torch.Tensor | np.ndarray) -> tuple[dict, dict]:
+def of_stages(
+    stages: Mapping[str, torch.Tensor], y: torch.Tensor | np.ndarray
+) -> tuple[dict[str, float], dict[str, float]]:
     """(NC1, NC2) of the same samples at several stages, by name; infinite where all class means coincide."""
     found_nc1, found_nc2 = {}, {}
     for name, X in stages.items():

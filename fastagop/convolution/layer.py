@@ -31,7 +31,7 @@ class ConvLayerSettings:
     width: int = 64
     ridge: float = 1e-3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.kernel(self.kernel)
         if not isinstance(self.window, Window):
             raise TypeError(f"window must be a Window, got {self.window!r}; use Window(size)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class PatchMachine:
     jitter: float
     residual: float
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         n, P, d = self.patches.shape
         solved = f"jitter {self.jitter:.1e}, " * bool(self.jitter) + f"residual {self.residual:.1e}"
         return f"PatchMachine({self.kernel!r}, {n} images of {P} patches of {d}, {solved})"
@@ -137,7 +138,7 @@ class PatchMachine:
         _check("patches", patches, self.patches)
         return patch_kernel_matrix(self.kernel, patches, self.patches) @ self.alpha
 
-    def agop(self, **options) -> torch.Tensor:
+    def agop(self, **options: Any) -> torch.Tensor:
         """Patch AGOP, shape (d, d): the mean over patches p of sum_c grad F_c(p) grad F_c(p)^T.
 
         f is the mean of F(p) = sum_jq alpha_j k(p, x_jq) / P over an image's patches, so F is a kernel machine whose

@@ -24,7 +24,7 @@ class Window:
     stride: int = 1
     padding: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("size", 1), ("stride", 1), ("padding", 0)):
             object.__setattr__(self, name, checks.integer(name, getattr(self, name), least))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from fastagop.deep_rfm import fit_plan
 from fastagop.deep_rfm import layer as layer_module
 from fastagop.deep_rfm.checkpoint import Checkpoint
-from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerTraining, Settings, normalise_rows
+from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerRecord, LayerTraining, Settings, normalise_rows
 from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.deep_rfm.module import DeepRFMModule, Readout
 from fastagop.deep_rfm.random_features import NAMES as FEATURES
@@ -24,10 +25,13 @@ from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
 from fastagop.estimators.progress import Progress
+from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Seed, Self
 from fastagop.kernels import checks
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.solvers import copies, row_order
-from fastagop.solvers.solution import report
+from fastagop.solvers.solution import Solution, report
+from fastagop.solvers.table import Method
 
 _LAPLACE = Laplace(2.0)
 
@@ -56,7 +60,7 @@ class _Layers:
     """
 
     @in_full
-    def transform(self: Any, X, layer=None):
+    def transform(self: Any, X: Rows, layer: int | None = None) -> Any:
         """Features entering a layer.
 
         Args:
@@ -85,11 +89,16 @@ class _DeepRFM(_Layers, KernelEstimator):
     features: str
     width: int
     feature_scale: float | None
-    random_state: object
-    checkpoint_dir: object
+    random_state: Seed
+    checkpoint_dir: str | os.PathLike[str] | None
+    # These are set by fit.
+    layers_: list[LayerRecord]
+    agops_: list[Any]
+    alphas_: list[Any]
+    solution_: Solution
 
     @in_full
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Train layer by layer (paper, algorithm 1).
 
         Args:
@@ -182,7 +191,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         layers = [unpack_layer(tensors, metadata, data.X.device) for tensors, metadata in packed]
         return _Start(checkpoint, seeds, layers, data.X if features is None else features.to(data.X.device))
 
-    def _publish(self):
+    def _publish(self) -> Self:
         """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._kept(layer.agop) for layer in self._layers]
@@ -310,29 +319,29 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        depth=20,
-        features="relu",
-        width=1024,
-        feature_scale=None,
-        ridge=0.0,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        random_state=None,
-        checkpoint_dir=None,
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-        solver="auto",
-        memory_limit=None,
-        class_weight=None,
+        kernel: Kernel = _LAPLACE,
+        depth: int = 20,
+        features: str = "relu",
+        width: int = 1024,
+        feature_scale: float | None = None,
+        ridge: float = 0.0,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        random_state: Seed = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        callbacks: Callbacks = (),
+        verbose: int = 0,
+        process_group: Any = None,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        class_weight: ClassWeight = None,
     ):
         self._store(locals())
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         # With ridge 0 every training label is met, whatever its weight. scikit-learn's check that class weights move
         # predictions is left out for estimators with this tag.
@@ -352,23 +361,23 @@ class DeepRFMRegressor(Regressor, _DeepRFM):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        depth=20,
-        features="relu",
-        width=1024,
-        feature_scale=None,
-        ridge=0.0,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        random_state=None,
-        checkpoint_dir=None,
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-        solver="auto",
-        memory_limit=None,
+        kernel: Kernel = _LAPLACE,
+        depth: int = 20,
+        features: str = "relu",
+        width: int = 1024,
+        feature_scale: float | None = None,
+        ridge: float = 0.0,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        random_state: Seed = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        callbacks: Callbacks = (),
+        verbose: int = 0,
+        process_group: Any = None,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
     ):
         self._store(locals())

@@ -74,7 +74,7 @@ class LayerRecord:
     stages: Mapping[str, float]
     peak_bytes: int
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         nc1 = f"NC1 {self.nc1['projected']:.1e}, " if "projected" in self.nc1 else ""
         return f"LayerRecord({nc1}agop_scale {self.agop_scale:.2g}, {self.seconds:.2g} s, {self.solution})"
 
@@ -99,7 +99,7 @@ class LayerEvent:
     features: torch.Tensor
     classes: torch.Tensor | None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         made = f"projected {size_of(self.projected)}, features {size_of(self.features)}"
         return f"LayerEvent(layer {self.layer} of {self.depth}, {made}, {self.record})"
 
@@ -177,7 +177,7 @@ class Layer(FixedPrecision):
         bias = None if self.bias is None else self.bias.clone()
         return Layer(self.agop.clone(), self.root.clone(), FeatureMap(self.weight.clone(), bias))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         record = "" if self.record is None else f", {self.record}"
         return f"Layer(agop {size_of(self.agop)}, {self.map.name} features {len(self.weight)}{record})"
 

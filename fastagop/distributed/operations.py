@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product, other
 from fastagop.kernels import operations
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.profile import Kernel
 from fastagop.solvers.solve import Solution, SolveOptions, report
+from fastagop.solvers.table import Method
 
 
 @torch.no_grad()
 def agop(
-    kernel,
+    kernel: Kernel,
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor | None = None,
@@ -25,7 +29,7 @@ def agop(
     backend: str = "auto",
     memory_limit: float | None = None,
     sample_weight: torch.Tensor | None = None,
-    group=None,
+    group: Any = None,
 ) -> torch.Tensor:
     """``fastagop.agop``, shared by the ranks of a group; partial sums (d, d) are added in float64.
 
@@ -48,14 +52,14 @@ def agop(
 
 @torch.no_grad()
 def kernel_matmul(
-    kernel,
+    kernel: Kernel,
     X: torch.Tensor,
     Z: torch.Tensor | None = None,
     V: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",
-    group=None,
+    group: Any = None,
 ) -> torch.Tensor:
     """``fastagop.kernel_matmul``, shared by the ranks of a group.
 
@@ -92,14 +96,14 @@ def kernel_matmul(
 
 @torch.no_grad()
 def gradients(
-    kernel,
+    kernel: Kernel,
     X: torch.Tensor,
     alpha: torch.Tensor,
     Z: torch.Tensor | None = None,
     *,
     precision: str = "highest",
     backend: str = "auto",
-    group=None,
+    group: Any = None,
 ) -> torch.Tensor:
     """``fastagop.gradients``, shared by the ranks of a group: rows of Z; they travel while the next ones are made.
 
@@ -127,17 +131,17 @@ def gradients(
 
 
 def solve(
-    kernel,
+    kernel: Kernel,
     X: torch.Tensor,
     Y: torch.Tensor,
     *,
     ridge: float = 0.0,
-    method="auto",
+    method: Method = "auto",
     precision: str = "highest",
     backend: str = "auto",
     memory_limit: float | None = None,
     sample_weight: torch.Tensor | None = None,
-    group=None,
+    group: Any = None,
 ) -> Solution:
     """``fastagop.solve``, shared by the ranks of a group.
 

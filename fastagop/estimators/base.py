@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    RegressorMixin,
-    TransformerMixin,
-)
+from sklearn import base
 from sklearn.metrics import accuracy_score, r2_score
 from sklearn.utils.validation import check_is_fitted
 
@@ -25,6 +21,7 @@ from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
+from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.profile import Kernel, median_factor
@@ -32,6 +29,8 @@ from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import METHODS, OPTIONS, Method
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
@@ -57,11 +56,11 @@ class Training:
     weights: torch.Tensor | None
 
 
-def in_full(method):
+def in_full(method: Callable[P, T]) -> Callable[P, T]:
     """A method without autograd history, and outside autocast, which would round products to bfloat16."""
 
     @functools.wraps(method)
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -71,7 +70,7 @@ def in_full(method):
     return run
 
 
-class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_read`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``,
@@ -85,11 +84,11 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
     agop_scale: str
     precision: str
     backend: str
-    device: str | torch.device
-    dtype: str | torch.dtype
-    callbacks: Sequence
+    device: Device
+    dtype: DType
+    callbacks: Callbacks
     verbose: int
-    process_group: object
+    process_group: Any
     solver: Method
     memory_limit: float | None
     # These are set by fit.
@@ -105,7 +104,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         for name in self._get_param_names():
             setattr(self, name, arguments[name])
 
-    def set_params(self, **params):
+    def set_params(self, **params: Any) -> Self:
         """Set parameters by name; ``kernel__bandwidth`` and the like put a changed kernel in the place of this one."""
         inner = {name.removeprefix(_KERNEL): value for name, value in params.items() if name.startswith(_KERNEL)}
         params = {name: value for name, value in params.items() if not name.startswith(_KERNEL)}
@@ -115,7 +114,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             params["kernel"] = kernel.set_params(**inner)
         return super().set_params(**params)
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> Self:
         """A clone works with the same process group: a group is a connection, and cannot be copied."""
         group, self.process_group = self.process_group, None
         try:
@@ -124,11 +123,11 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             self.process_group = group
         return fresh.set_params(process_group=group)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies leave the process group behind."""
         return {**super().__getstate__(), "process_group": None}
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = True
@@ -213,7 +212,7 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
 
         return explain_fit(self, X, y, sample_weight)
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
 
         The file is there whole or not at all and carries a checksum. Checkpoint folder, callbacks, process group and a
@@ -282,10 +281,11 @@ class KernelEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         return value if self._torch_in else value.cpu().numpy()
 
 
-class Classifier(ClassifierMixin, KernelEstimator):
+class Classifier(base.ClassifierMixin, KernelEstimator):
     """Targets and answers of a classifier."""
 
-    class_weight: str | dict | None
+    class_weight: ClassWeight
+    classes_: np.ndarray
 
     def _read(self, y) -> np.ndarray:
         return inputs.labels(y)
@@ -302,13 +302,13 @@ class Classifier(ClassifierMixin, KernelEstimator):
             weights = factors if weights is None else weights * factors
         return Y, codes, weights
 
-    def decision_function(self, X):
+    def decision_function(self, X: Rows) -> Any:
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         outputs = self._outputs(X)
         return self._answer(outputs[:, 1] if len(self.classes_) == 2 else outputs, X)
 
     @in_full
-    def predict_proba(self, X):
+    def predict_proba(self, X: Rows) -> Any:
         """Probabilities of the classes, shape (m, K), in the order of ``classes_``; every row sums to 1.
 
         Formula: least squares on targets of +-1 estimates f_c = 2 p_c - 1, so p_c is (f_c + 1) / 2, cut to at most
@@ -326,7 +326,7 @@ class Classifier(ClassifierMixin, KernelEstimator):
         p.scatter_(1, best, torch.where(tied, above, p.gather(1, best)))
         return p if isinstance(X, torch.Tensor) else p.numpy()
 
-    def predict(self, X):
+    def predict(self, X: Rows) -> Any:
         """Labels (m,): the class of the largest output."""
         best = self._outputs(X).argmax(1).cpu().numpy()
         found = self.classes_[best]
@@ -334,18 +334,18 @@ class Classifier(ClassifierMixin, KernelEstimator):
             return torch.from_numpy(found).to(X.device)
         return found
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:
         """Accuracy of predict(X) against y."""
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return accuracy_score(inputs.numpy("y", y), predicted, sample_weight=weight)
 
 
-class Regressor(RegressorMixin, KernelEstimator):
+class Regressor(base.RegressorMixin, KernelEstimator):
     """Targets and answers of a regressor: the kernel machine learns what is left of them after a large offset."""
 
     _intercept: torch.Tensor
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
@@ -373,7 +373,7 @@ class Regressor(RegressorMixin, KernelEstimator):
         return Y, None, weights
 
     @property
-    def intercept_(self):
+    def intercept_(self) -> Any:
         """What the kernel machine's output is added to: the targets' mean where it dwarfs their spread, else 0.
 
         A number, or (K,).
@@ -381,12 +381,12 @@ class Regressor(RegressorMixin, KernelEstimator):
         check_is_fitted(self)
         return float(self._intercept) if self._flat else self._kept(self._intercept)
 
-    def predict(self, X):
+    def predict(self, X: Rows) -> Any:
         """Predicted targets, shape (m,) or (m, K) as y was in fit; in float64 where X or y was."""
         outputs = self._outputs(X).add_(self._intercept)
         return self._answer(outputs[:, 0] if self._flat else outputs, X, self._wide)
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:
         """R^2 of predict(X) against y."""
         predicted, weight = inputs.numpy("X", self.predict(X)), inputs.numpy("sample_weight", sample_weight)
         return r2_score(inputs.numpy("y", y), predicted, sample_weight=weight)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
+from typing import Any
 
 from fastagop.estimators import MODULES
 from fastagop.estimators import files as storage
+from fastagop.estimators.types import Device
 
 _KIND = "fitted estimator"
 _ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
@@ -45,7 +48,7 @@ def described(model) -> tuple[dict, dict]:
     return tensors, {**description, **metadata}
 
 
-def load(path, device=None):
+def load(path: str | os.PathLike[str], device: Device | None = None) -> Any:
     """Read a fitted estimator that its ``save`` wrote; on the same device it predicts the same to the bit.
 
     Args:

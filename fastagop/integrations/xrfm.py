@@ -10,6 +10,7 @@ Tested with xrfm 0.4.5.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ class FastKernel(LaplaceKernel):
         checks.kernel(kernel)
         exponent = getattr(kernel, "exponent", getattr(kernel, "q", 1.0))
         super().__init__(getattr(kernel, "bandwidth", 1.0), exponent, bandwidth_mode=bandwidth_mode)
-        self._kernel, self.precision, self.backend = kernel, precision, backend
+        self._kernel = kernel
+        self.precision: str = precision
+        self.backend: str = backend
         self._columns: list[int] | None = None
 
     @property
@@ -63,12 +66,16 @@ class FastKernel(LaplaceKernel):
             return self._kernel
         return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"FastKernel({self.kernel!r})"
 
     def set_categorical_indices(
-        self, numerical_indices=None, categorical_indices=None, categorical_vectors=None, device=None
-    ):
+        self,
+        numerical_indices: Sequence[int] | torch.Tensor | None = None,
+        categorical_indices: Sequence[Any] | None = None,
+        categorical_vectors: Sequence[Any] | None = None,
+        device: Any = None,
+    ) -> None:
         """Take xRFM's description of the columns where all are numbers; xRFM calls this for such data, too.
 
         Args:
@@ -125,7 +132,14 @@ class FastKernel(LaplaceKernel):
         g = gradients(self.kernel, x, coefs.T, z, precision=self.precision, backend=self.backend)
         return g.transpose(0, 1)
 
-    def get_agop(self, x, z, coefs, mat=None, center_grads=False):
+    def get_agop(
+        self,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        coefs: torch.Tensor,
+        mat: torch.Tensor | None = None,
+        center_grads: bool = False,
+    ) -> torch.Tensor:
         """Sum over outputs and points of grad f grad f^T with respect to the input, (d, d).
 
         With ``center_grads`` one mean over all outputs and points is subtracted, xRFM's convention.
@@ -149,6 +163,13 @@ class FastKernel(LaplaceKernel):
             M += len(z) * (mean.T @ mean)
         return self._transform_m(self._transform_m(M, mat).T, mat).T
 
-    def get_agop_diag(self, x, z, coefs, mat=None, center_grads=False):
+    def get_agop_diag(
+        self,
+        x: torch.Tensor,
+        z: torch.Tensor,
+        coefs: torch.Tensor,
+        mat: torch.Tensor | None = None,
+        center_grads: bool = False,
+    ) -> torch.Tensor:
         """The diagonal of ``get_agop``, (d,)."""
         return self.get_agop(x, z, coefs, mat, center_grads).diagonal().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
 
-Source = torch.Tensor | Iterable
+Source = torch.Tensor | Iterable[Any]
 Layers = str | Iterable[str] | None
 
 BATCH = 256  # This many samples are taken at a time where the caller names no other number.

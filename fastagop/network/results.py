@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ class ByLayer(dict[str, T]):
         self, values: Mapping[str, T], skipped: Mapping[str, str], standard_error: Mapping[str, float] | None = None
     ):
         super().__init__(values)
-        self.skipped = dict(skipped)
-        self.standard_error = dict(standard_error or {})
+        self.skipped: dict[str, str] = dict(skipped)
+        self.standard_error: dict[str, float] = dict(standard_error or {})
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.skipped, self.standard_error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from fastagop.network import model_access
 from fastagop.network.gradient_hooks import Run
 
-Outputs: TypeAlias = "int | slice | Iterable[int] | Callable | None"
+Outputs: TypeAlias = "int | slice | Iterable[int] | Callable[..., Any] | None"
 
 
 class Target:

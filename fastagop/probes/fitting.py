@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ from sklearn.preprocessing import StandardScaler
 
 from fastagop.estimators import inputs
 from fastagop.estimators.progress import Progress
+from fastagop.estimators.types import Device, DType, Rows, Scoring, Seed
 from fastagop.kernels import checks
 from fastagop.kernels.errors import NumericalWarning
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.probes import reading, scores
-from fastagop.probes.reading import Targets, take
+from fastagop.probes.reading import Activations, Targets, take
 from fastagop.probes.result import Aggregate, Probe, Probes, outputs, side_by_side
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 
@@ -68,23 +70,23 @@ class Part:
 
 
 def fit(
-    activations,
-    y,
+    activations: Activations,
+    y: Rows,
     *,
-    validation=None,
-    bandwidths=BANDWIDTHS,
-    centers=(False, True),
-    iterations=5,
-    ridge=1e-3,
-    kernel=Laplace,
-    validation_fraction=0.2,
-    scoring=None,
-    directions=1,
-    aggregate=True,
-    random_state=None,
-    device="auto",
-    dtype="float32",
-    verbose=0,
+    validation: tuple[Activations, Rows] | None = None,
+    bandwidths: Sequence[float | str | tuple[str, float]] = BANDWIDTHS,
+    centers: Sequence[bool] = (False, True),
+    iterations: int = 5,
+    ridge: float = 1e-3,
+    kernel: type[Kernel] | Kernel = Laplace,
+    validation_fraction: float = 0.2,
+    scoring: Scoring = None,
+    directions: int = 1,
+    aggregate: bool = True,
+    random_state: Seed = None,
+    device: Device = "auto",
+    dtype: DType = "float32",
+    verbose: int = 0,
 ) -> Probes:
     """Probe every layer: choose bandwidth, centring and iteration on rows held out, then learn from all rows.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from fastagop.estimators import inputs
 from fastagop.kernels import checks
 
 Layers = dict[Hashable, Any]  # activations (n, d) by layer, arrays or tensors
+Activations: TypeAlias = "Mapping[Any, Any] | Sequence[Any] | np.ndarray | torch.Tensor"  # as they are given
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fastagop.estimators import inputs
+from fastagop.estimators.types import Rows
 from fastagop.probes import reading
+from fastagop.probes.reading import Activations
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,7 +51,7 @@ class Probe:
     settings: dict[tuple[Any, bool], np.ndarray]
     estimator: Any
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"Probe({self.layer!r}: score {self.score:.4g}, bandwidth {self.bandwidth:.4g}, center {self.center}, "
             f"iterations {self.iterations}, directions {tuple(self.directions.shape)})"
@@ -84,19 +86,19 @@ class Aggregate:
             raise ValueError(f"activations must have every layer, but these are missing: {missing}")
         return side_by_side(outputs(machine, layers[name]) for name, machine in self._estimators.items())
 
-    def predict(self, activations) -> np.ndarray:
+    def predict(self, activations: Activations) -> np.ndarray:
         """Labels or targets of rows, given by the activations of every layer."""
         return self.model.predict(self._outputs(activations))
 
-    def decision_function(self, activations) -> np.ndarray:
+    def decision_function(self, activations: Activations) -> np.ndarray:
         """The combination itself, of classes: (m,) for two, positive for the second, else (m, K)."""
         return self.model.decision_function(self._outputs(activations))
 
-    def score_of(self, activations, y) -> float:
+    def score_of(self, activations: Activations, y: Rows) -> float:
         """The score of other rows, by the ``scoring`` of ``fit``."""
         return float(self._scorer(self.model, self._outputs(activations), reading.answers("y", y)))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Aggregate(score {self.score:.4g}, {len(self.weights)} layers)"
 
 
@@ -138,22 +140,22 @@ class Probes:
             raise ValueError(f"activations hold layers that were not probed: {unknown}; known are {list(self.layers)}")
         return [(name, self.layers[name].estimator, rows) for name, rows in given.items()]
 
-    def predict(self, activations) -> dict[Hashable, Any]:
+    def predict(self, activations: Activations) -> dict[Hashable, Any]:
         """{layer: labels (m,), or targets, of new rows} for the layers that are given."""
         return {name: machine.predict(rows) for name, machine, rows in self._known(activations)}
 
-    def decision_function(self, activations) -> dict[Hashable, Any]:
+    def decision_function(self, activations: Activations) -> dict[Hashable, Any]:
         """{layer: outputs, (m,) for two classes, positive for the second, else (m, K)}; of classes only."""
         if self.classes is None:
             raise AttributeError("decision_function is of classes; regression has predict")
         return {name: machine.decision_function(rows) for name, machine, rows in self._known(activations)}
 
-    def score(self, activations, y) -> dict[Hashable, float]:
+    def score(self, activations: Activations, y: Rows) -> dict[Hashable, float]:
         """{layer: score of other rows}, by the ``scoring`` of ``fit``."""
         y = reading.answers("y", y)
         return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         width = max(len("aggregate"), *(len(str(name)) for name in self.layers))
         held = "given validation rows" if self.held_out is None else f"{len(self.held_out)} of them held out"
         lines = [

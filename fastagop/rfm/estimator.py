@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels import checks
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.rfm.machine import RecursiveFeatureMachine
+from fastagop.solvers.table import Method
 
 _LAPLACE = Laplace(10.0)
 
@@ -71,30 +76,30 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        iterations=5,
-        diagonal=False,
-        center=False,
-        ridge=1e-3,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-        solver="auto",
-        memory_limit=None,
-        class_weight=None,
-        scale=None,
-        early_stopping=False,
-        validation_fraction=0.1,
-        n_iter_no_change=None,
-        scoring=None,
-        metric_samples=None,
-        time_limit=None,
-        random_state=None,
+        kernel: Kernel = _LAPLACE,
+        iterations: int = 5,
+        diagonal: bool = False,
+        center: bool = False,
+        ridge: float = 1e-3,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        callbacks: Callbacks = (),
+        verbose: int = 0,
+        process_group: Any = None,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        class_weight: ClassWeight = None,
+        scale: str | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int | None = None,
+        scoring: Scoring = None,
+        metric_samples: float | None = None,
+        time_limit: float | None = None,
+        random_state: Seed = None,
     ):
         self._store(locals())
 
@@ -131,30 +136,30 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        iterations=5,
-        diagonal=False,
-        center=False,
-        ridge=1e-3,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        callbacks=(),
-        verbose=0,
-        process_group=None,
-        solver="auto",
-        memory_limit=None,
-        scale=None,
-        early_stopping=False,
-        validation_fraction=0.1,
-        n_iter_no_change=None,
-        scoring=None,
-        metric_samples=None,
-        time_limit=None,
-        random_state=None,
-        fit_intercept=True,
+        kernel: Kernel = _LAPLACE,
+        iterations: int = 5,
+        diagonal: bool = False,
+        center: bool = False,
+        ridge: float = 1e-3,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        callbacks: Callbacks = (),
+        verbose: int = 0,
+        process_group: Any = None,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        scale: str | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int | None = None,
+        scoring: Scoring = None,
+        metric_samples: float | None = None,
+        time_limit: float | None = None,
+        random_state: Seed = None,
+        fit_intercept: bool = True,
     ):
         self._store(locals())
 

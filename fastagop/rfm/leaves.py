@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.utils.validation import check_is_fitted
 
@@ -19,6 +20,7 @@ from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.base import KernelEstimator, Training, in_full
 from fastagop.estimators.progress import Progress
+from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
@@ -44,7 +46,7 @@ class Constant:
     answer: Any
     outputs: torch.Tensor
 
-    def predict(self, X):
+    def predict(self, X: Any) -> np.ndarray:
         """The answer for every row of X."""
         return np.array([self.answer] * len(X))
 
@@ -53,33 +55,31 @@ class RFMTree(KernelEstimator):
     """What the trees share; hooks: ``_answers``, ``_widened``, ``_MACHINE``."""
 
     _MACHINE: type
-    callbacks = ()
-    process_group = None
+    callbacks: Callbacks = ()
+    process_group: Any = None
     iterations: int
     diagonal: bool
     center: bool
     scale: str | None
     early_stopping: bool
     validation_fraction: float
-    scoring: Any
+    scoring: Scoring
     metric_samples: float | None
     time_limit: float | None
-    random_state: Any
+    random_state: Seed
     leaf_size: int
     split_samples: int
     soft: bool
     # These are set by fit.
     tree_: Tree
-    leaves_: list
+    leaves_: list[Any]
     temperature_: float
     _preparation: Preparation
     _shares: np.ndarray
 
-    def __sklearn_clone__(self):
+    def __sklearn_clone__(self) -> Self:
         """A clone, of parameters alone: a tree has no process group."""
-        from sklearn.base import BaseEstimator
-
-        return BaseEstimator.__sklearn_clone__(self)
+        return BaseEstimator.__sklearn_clone__(self)  # pyright: ignore[reportReturnType]
 
     def _answers(self, data: Training) -> np.ndarray:
         """Labels or targets of the training rows, as they were given."""
@@ -90,7 +90,7 @@ class RFMTree(KernelEstimator):
         raise NotImplementedError
 
     @in_full
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Grow the tree, fit a machine in every leaf, and choose how softly rows are shared between leaves.
 
         Args:
@@ -220,7 +220,7 @@ class RFMTree(KernelEstimator):
         return self._mixed(self._mapped(self._samples(X)), (self.temperature_,), self._after)[0]
 
     @in_full
-    def transform(self, X):
+    def transform(self, X: Rows) -> Any:
         """Weights of the leaves, which sum to 1 for every row: shape (m, number of leaves), of X's kind and dtype."""
         check_is_fitted(self)
         near = self._mapped(self._samples(X))
@@ -230,7 +230,7 @@ class RFMTree(KernelEstimator):
         return self._answer(weights.div_(weights.sum(1, keepdim=True)), X)
 
     @in_full
-    def apply(self, X):
+    def apply(self, X: Rows) -> Any:
         """The number of the leaf that hard routing gives each row, by its place in ``leaves_``: (m,) integers."""
         check_is_fitted(self)
         near = self._mapped(self._samples(X))
@@ -240,7 +240,7 @@ class RFMTree(KernelEstimator):
         return found.to(X.device) if isinstance(X, torch.Tensor) else found.cpu().numpy()
 
     @property
-    def feature_importances_(self):
+    def feature_importances_(self) -> Any:
         """How much each feature counts in the leaves' metrics: (d,), the mean of the leaves' own, weighted by rows.
 
         With ``scale="standard"`` it is that of the standardised features. Leaves with one answer have no metric.

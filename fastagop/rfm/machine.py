@@ -18,6 +18,7 @@ from fastagop.estimators import inputs
 from fastagop.estimators.base import KernelEstimator, Training, in_full
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
+from fastagop.estimators.types import Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
@@ -28,7 +29,7 @@ from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
 from fastagop.rfm.records import Directions, IterationEvent, IterationRecord
 from fastagop.rfm.validation import HeldOut
-from fastagop.solvers.solution import report
+from fastagop.solvers.solution import Solution, report
 
 
 class RecursiveFeatureMachine(KernelEstimator):
@@ -44,13 +45,15 @@ class RecursiveFeatureMachine(KernelEstimator):
     early_stopping: bool
     validation_fraction: float
     n_iter_no_change: int | None
-    scoring: Any
+    scoring: Scoring
     metric_samples: float | None
     time_limit: float | None
-    random_state: Any
+    random_state: Seed
     # These are set by fit.
     iterations_: list[IterationRecord]
     best_iteration_: int
+    validation_score_: np.ndarray
+    solution_: Solution
     _learnt: tuple[list[Stage], torch.Tensor] | None
     _metric: Metric
     _preparation: Preparation
@@ -69,7 +72,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         raise NotImplementedError
 
     @in_full
-    def fit(self, X, y, sample_weight=None, X_val=None, y_val=None):
+    def fit(
+        self, X: Rows, y: Rows, sample_weight: Rows | None = None, X_val: Rows | None = None, y_val: Rows | None = None
+    ) -> Self:
         """Alternate kernel regression and AGOP, then solve once more with the last M, or with the best one.
 
         With validation rows, given or held out by ``early_stopping``, the kernel regression of every iteration is
@@ -234,14 +239,14 @@ class RecursiveFeatureMachine(KernelEstimator):
         return regression, Rules(iterations, self.diagonal, self.center, self.agop_scale, patience, seconds)
 
     @property
-    def M_(self):
+    def M_(self) -> Any:
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
         M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
         return self._kept(self._preparation.reported(M))
 
     @in_full
-    def transform(self, X):
+    def transform(self, X: Rows) -> Any:
         """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype.
 
         With ``scale="standard"`` these are the standardised rows in the metric that was learnt for them.
@@ -253,7 +258,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         return self._answer(self._metric.transformed(rows), X)
 
     @in_full
-    def gradients(self, X):
+    def gradients(self, X: Rows) -> Any:
         """Gradients of the outputs at rows X, in the units of the data: (m, K, d), of X's kind and dtype.
 
         Formula: grad f_c(x) = R g_c(x R), with R = M^(1/2) and g_c the kernel machine's gradient. Outputs are those of
@@ -268,7 +273,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
 
     @in_full
-    def directions(self, k=None) -> Directions:
+    def directions(self, k: int | None = None) -> Directions:
         """The k directions that the metric stretches most, largest first, with signs: ``Directions``.
 
         Eigenvectors of ``M_``; with ``scale="standard"`` those of the metric of the standardised features, written for
@@ -300,7 +305,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             yield self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
 
     @in_full
-    def staged_predict(self, X):
+    def staged_predict(self, X: Rows) -> Iterator[Any]:
         """Predictions after 0, 1, ... AGOPs, up to the last that was taken: an iterator of what ``predict`` returns.
 
         They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
@@ -310,7 +315,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         return iter([view.predict(X) for view in views])
 
     @property
-    def feature_importances_(self):
+    def feature_importances_(self) -> Any:
         """How much each feature counts in the learned metric: (d,), the diagonal of ``M_`` over its sum.
 
         With ``scale="standard"`` it is that of the standardised features, which do not depend on units.

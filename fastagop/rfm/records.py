@@ -27,7 +27,7 @@ class IterationRecord:
     seconds: float
     score: float | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         score = "" if self.score is None else f"score {self.score:.4g}, "
         return f"IterationRecord({score}agop_scale {self.agop_scale:.2g}, {self.seconds:.2g} s, {self.solution})"
 
@@ -48,7 +48,7 @@ class IterationEvent:
     record: IterationRecord
     M: torch.Tensor
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"IterationEvent(iteration {self.iteration} of {self.iterations}, M {size_of(self.M)}, {self.record})"
 
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    RegressorMixin,
-    TransformerMixin,
-)
+from sklearn import base
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
@@ -23,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from fastagop.estimators import inputs
 from fastagop.estimators.base import in_full
 from fastagop.estimators.progress import Progress
+from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
 from fastagop.kernels.radial import Laplace, Radial
@@ -30,27 +26,25 @@ from fastagop.rfm import trials, validation
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
+from fastagop.solvers.table import Method
 
 _MEDIAN = Laplace("median")
+_refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-def _refitted(model) -> bool:
-    return bool(model.refit)
-
-
-class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
     # These are parameters of both.
     n_settings: int
     cv: Any
-    space: Any
+    space: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
     refit: bool
     n_jobs: int | None
-    random_state: Any
-    scoring: Any
+    random_state: Seed
+    scoring: Scoring
     average: int
     iterations: int
     validation_fraction: float
@@ -61,15 +55,22 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     # These are set by fit.
     n_features_in_: int
     best_estimator_: Any
-    estimators_: list
+    estimators_: list[Any]
     scorer_: Any
+    cv_results_: dict[str, Any]
+    n_splits_: int
+    stopped_: str
+    best_params_: dict[str, Any]
+    best_index_: int
+    best_score_: float
+    best_iteration_: int
 
     def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
         for name in self._get_param_names():
             setattr(self, name, arguments[name])
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.target_tags.required = True
@@ -88,7 +89,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         passed = {name: getattr(self, name) for name in (*_PASSED, "class_weight") if hasattr(self, name)}
         return self._Base(iterations=iterations, **parameters_of(self.kernel, setting), **passed)
 
-    def fit(self, X, y, sample_weight=None):
+    def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Score every setting on rows held out, and fit the best one, or the best few, to all rows.
 
         Args:
@@ -226,18 +227,18 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return self.best_estimator_._view(functools.reduce(torch.add, outputs) / len(outputs))
 
     @available_if(_refitted)
-    def predict(self, X):
+    def predict(self, X: Rows) -> Any:
         """What ``best_estimator_`` predicts; with ``average``, what the mean of the outputs of ``estimators_`` says."""
         return self._best(X).predict(X)
 
     @available_if(_refitted)
     @in_full
-    def transform(self, X):
+    def transform(self, X: Rows) -> Any:
         """``best_estimator_.transform(X)``: the points in the learned metric."""
         check_is_fitted(self, "estimators_")
         return self.best_estimator_.transform(X)
 
-    def _score(self, X, y, sample_weight):
+    def _score(self, X: Rows, y: Rows, sample_weight: Rows | None) -> float:
         """The score of ``scoring``."""
         check_is_fitted(self, "estimators_")
         weighted = sample_weight is not None and validation.takes_weights(self.scorer_)
@@ -249,7 +250,7 @@ class _Search(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         return self.n_features_in_
 
 
-class RFMClassifierCV(ClassifierMixin, _Search):
+class RFMClassifierCV(base.ClassifierMixin, _Search):
     """``RFMClassifier`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Settings are drawn at random, or given. Every setting is fitted once a fold, and after 0, 1, ... AGOPs scored on
@@ -295,36 +296,35 @@ class RFMClassifierCV(ClassifierMixin, _Search):
         estimators_: with the best ``average`` settings, the best one first.
         scorer_: what scores were taken by. n_splits_: number of folds.
         stopped_: what ``time_limit`` left out; "" where nothing.
-        classes_: the labels.
-        n_features_in_: d.
+        classes_: the labels. n_features_in_: d.
     """
 
     _Base = RFMClassifier
 
     def __init__(
         self,
-        n_settings=12,
-        cv=5,
-        space=None,
-        refit=True,
-        n_jobs=None,
-        random_state=None,
-        scoring=None,
-        average=1,
-        iterations=5,
-        validation_fraction=0.2,
-        scale="standard",
-        kernel=_MEDIAN,
-        device="auto",
-        dtype="float32",
-        precision="highest",
-        backend="auto",
-        solver="auto",
-        memory_limit=None,
-        class_weight=None,
-        time_limit=None,
-        verbose=0,
-        n_iter_no_change=1,
+        n_settings: int = 12,
+        cv: Any = 5,
+        space: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        refit: bool = True,
+        n_jobs: int | None = None,
+        random_state: Seed = None,
+        scoring: Scoring = None,
+        average: int = 1,
+        iterations: int = 5,
+        validation_fraction: float = 0.2,
+        scale: str | None = "standard",
+        kernel: Radial = _MEDIAN,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        precision: str = "highest",
+        backend: str = "auto",
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        class_weight: ClassWeight = None,
+        time_limit: float | None = None,
+        verbose: int = 0,
+        n_iter_no_change: int | None = 1,
     ):
         self._store(locals())
 
@@ -332,27 +332,27 @@ class RFMClassifierCV(ClassifierMixin, _Search):
         return inputs.labels(y)
 
     def _codes(self, y, weights):
-        self.classes_ = np.unique(y if weights is None else y[weights > 0])
+        self.classes_: np.ndarray = np.unique(y if weights is None else y[weights > 0])
         if len(self.classes_) < 2:
             raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
         return np.searchsorted(self.classes_, y)
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:
         """The score of ``scoring``; by default accuracy."""
         return self._score(X, y, sample_weight)
 
     @available_if(_refitted)
-    def predict_proba(self, X):
+    def predict_proba(self, X: Rows) -> Any:
         """Probabilities of the classes (m, K), as ``RFMClassifier.predict_proba`` takes them from outputs."""
         return self._best(X).predict_proba(X)
 
     @available_if(_refitted)
-    def decision_function(self, X):
+    def decision_function(self, X: Rows) -> Any:
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         return self._best(X).decision_function(X)
 
 
-class RFMRegressorCV(RegressorMixin, _Search):
+class RFMRegressorCV(base.RegressorMixin, _Search):
     """``RFMRegressor`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Parameters, attributes and the way it chooses are those of ``RFMClassifierCV``, without ``class_weight`` and
@@ -363,31 +363,31 @@ class RFMRegressorCV(RegressorMixin, _Search):
 
     def __init__(
         self,
-        n_settings=12,
-        cv=5,
-        space=None,
-        refit=True,
-        n_jobs=None,
-        random_state=None,
-        scoring=None,
-        average=1,
-        iterations=5,
-        validation_fraction=0.2,
-        scale="standard",
-        kernel=_MEDIAN,
-        device="auto",
-        dtype="float32",
-        precision="highest",
-        backend="auto",
-        solver="auto",
-        memory_limit=None,
-        time_limit=None,
-        verbose=0,
-        n_iter_no_change=1,
+        n_settings: int = 12,
+        cv: Any = 5,
+        space: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        refit: bool = True,
+        n_jobs: int | None = None,
+        random_state: Seed = None,
+        scoring: Scoring = None,
+        average: int = 1,
+        iterations: int = 5,
+        validation_fraction: float = 0.2,
+        scale: str | None = "standard",
+        kernel: Radial = _MEDIAN,
+        device: Device = "auto",
+        dtype: DType = "float32",
+        precision: str = "highest",
+        backend: str = "auto",
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        time_limit: float | None = None,
+        verbose: int = 0,
+        n_iter_no_change: int | None = 1,
     ):
         self._store(locals())
 
-    def __sklearn_tags__(self):
+    def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
@@ -395,6 +395,6 @@ class RFMRegressorCV(RegressorMixin, _Search):
     def _read(self, y):
         return inputs.targets(y)
 
-    def score(self, X, y, sample_weight=None):
+    def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:
         """The score of ``scoring``; by default R^2."""
         return self._score(X, y, sample_weight)

@@ -29,7 +29,7 @@ class LogUniform:
     def __init__(self, low: float, high: float):
         self.low, self.high = low, high
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"LogUniform({self.low:g}, {self.high:g})"
 
     def at(self, share: float) -> float:

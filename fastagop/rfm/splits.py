@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,7 +95,7 @@ class Tree:
                 if bool(asked.any()):
                     stack.append((child, rows[asked], part[asked], chief[asked]))
 
-    def packed(self) -> tuple[torch.Tensor, list]:
+    def packed(self) -> tuple[torch.Tensor, list[list[Any]]]:
         """(directions of the splits, a list of numbers for each node), for a file."""
         splits = [node for node in self.nodes if isinstance(node, Split)]
         numbers = [
@@ -106,7 +107,7 @@ class Tree:
         return torch.stack([node.direction for node in splits]) if splits else torch.empty(0, 0), numbers
 
     @classmethod
-    def unpacked(cls, directions: torch.Tensor, numbers: list, features: int) -> Tree:
+    def unpacked(cls, directions: torch.Tensor, numbers: list[list[Any]], features: int) -> Tree:
         """The tree that ``packed`` described.
 
         Raises:

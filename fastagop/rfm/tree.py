@@ -6,9 +6,12 @@ import numpy as np
 import torch
 
 from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.types import ClassWeight, Device, DType, Scoring, Seed
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.leaves import RFMTree
+from fastagop.solvers.table import Method
 
 _LAPLACE = Laplace(10.0)
 
@@ -57,31 +60,31 @@ class RFMTreeClassifier(Classifier, RFMTree):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        iterations=5,
-        diagonal=False,
-        center=False,
-        ridge=1e-3,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        verbose=0,
-        solver="auto",
-        memory_limit=None,
-        class_weight=None,
-        scale="standard",
-        early_stopping=True,
-        validation_fraction=0.1,
-        n_iter_no_change=None,
-        scoring=None,
-        metric_samples=None,
-        time_limit=None,
-        random_state=None,
-        leaf_size=4000,
-        split_samples=1000,
-        soft=True,
+        kernel: Kernel = _LAPLACE,
+        iterations: int = 5,
+        diagonal: bool = False,
+        center: bool = False,
+        ridge: float = 1e-3,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        verbose: int = 0,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        class_weight: ClassWeight = None,
+        scale: str | None = "standard",
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int | None = None,
+        scoring: Scoring = None,
+        metric_samples: float | None = None,
+        time_limit: float | None = None,
+        random_state: Seed = None,
+        leaf_size: int = 4000,
+        split_samples: int = 1000,
+        soft: bool = True,
     ):
         self._store(locals())
 
@@ -115,31 +118,31 @@ class RFMTreeRegressor(Regressor, RFMTree):
 
     def __init__(
         self,
-        kernel=_LAPLACE,
-        iterations=5,
-        diagonal=False,
-        center=False,
-        ridge=1e-3,
-        agop_scale="max",
-        precision="highest",
-        backend="auto",
-        device="auto",
-        dtype="float32",
-        verbose=0,
-        solver="auto",
-        memory_limit=None,
-        scale="standard",
-        early_stopping=True,
-        validation_fraction=0.1,
-        n_iter_no_change=None,
-        scoring=None,
-        metric_samples=None,
-        time_limit=None,
-        random_state=None,
-        fit_intercept=True,
-        leaf_size=4000,
-        split_samples=1000,
-        soft=True,
+        kernel: Kernel = _LAPLACE,
+        iterations: int = 5,
+        diagonal: bool = False,
+        center: bool = False,
+        ridge: float = 1e-3,
+        agop_scale: str = "max",
+        precision: str = "highest",
+        backend: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "float32",
+        verbose: int = 0,
+        solver: Method = "auto",
+        memory_limit: float | None = None,
+        scale: str | None = "standard",
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int | None = None,
+        scoring: Scoring = None,
+        metric_samples: float | None = None,
+        time_limit: float | None = None,
+        random_state: Seed = None,
+        fit_intercept: bool = True,
+        leaf_size: int = 4000,
+        split_samples: int = 1000,
+        soft: bool = True,
     ):
         self._store(locals())
 

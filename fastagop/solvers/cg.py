@@ -51,7 +51,7 @@ class ConjugateGradients:
     seed: int = 0
     store: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not checks.nonnegative("tolerance", self.tolerance):
             raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
         for name, least in (("rank", 0), ("max_iterations", 1), ("seed", 0)):

@@ -50,7 +50,7 @@ class CholeskyCG:
     tolerance: float = TOLERANCE
     place: str = "device"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not checks.nonnegative("tolerance", self.tolerance):
             raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
         if not isinstance(self.place, (str, os.PathLike)):

@@ -60,7 +60,7 @@ class Solution:
     note: str = ""
     fallback: str = ""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         header = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
         header += f", jitter {self.jitter:.1e}" if self.jitter else ""
         rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""

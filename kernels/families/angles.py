@@ -29,7 +29,7 @@ class ArcCosine(Combining, AngleProfile):
 
     nonnegative = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "order", checks.integer("order", self.order, 0, 2))
 
     @property
@@ -74,7 +74,7 @@ class NTK(Combining, AngleProfile):
 
     nonnegative = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "depth", checks.integer("depth", self.depth, 1))
 
     @property

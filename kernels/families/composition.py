@@ -19,11 +19,11 @@ class Combining:
         """Kernel matrix k(X, Z), shape (n, m); the same as ``fastagop.kernel_matrix(kernel, X, Z)``."""
         return kernel_matrix(self, X, Z)  # pyright: ignore[reportArgumentType]
 
-    def __add__(self, other):
+    def __add__(self, other: Kernel) -> Sum:
         """k1 + k2."""
         return Sum(self, other) if isinstance(other, Kernel) else NotImplemented  # pyright: ignore
 
-    def __mul__(self, other):
+    def __mul__(self, other: Kernel | float) -> Product | Multiple:
         """k1 * k2, or a multiple of k."""
         if isinstance(other, Kernel):
             return Product(self, other)  # pyright: ignore[reportArgumentType]
@@ -37,7 +37,7 @@ class Combining:
 class _Combined(Combining, PairKernel):
     """A kernel made of others: what they all have, it has."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in self.parts:
             if not isinstance(part, Kernel):
                 raise TypeError(f"{type(self).__name__} must be made of fastagop kernels, got {part!r}")
@@ -66,7 +66,7 @@ class _Combined(Combining, PairKernel):
         return any(part.wide for part in self.parts)
 
     @property
-    def agop_forms(self) -> tuple[str, ...]:
+    def agop_forms(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Those of all parts."""
         return tuple(form for form in ("gradient", "gram") if all(form in part.agop_forms for part in self.parts))
 
@@ -99,7 +99,7 @@ class Sum(_Combined):
         """The sum."""
         return diagonal_of(self.left, X) + diagonal_of(self.right, X)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         right = f"({self.right!r})" if isinstance(self.right, Sum) else f"{self.right!r}"
         return f"{self.left!r} + {right}"
 
@@ -133,7 +133,7 @@ class Product(_Combined):
         """The product."""
         return diagonal_of(self.left, X) * diagonal_of(self.right, X)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         left = f"({self.left!r})" if isinstance(self.left, Sum) else f"{self.left!r}"
         right = f"({self.right!r})" if isinstance(self.right, (Sum, Product, Multiple)) else f"{self.right!r}"
         return f"{left} * {right}"
@@ -151,7 +151,7 @@ class Multiple(_Combined):
     factor: float
     kernel: Kernel
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._positive("factor")
 
@@ -168,6 +168,6 @@ class Multiple(_Combined):
         """The multiple."""
         return self.factor * diagonal_of(self.kernel, X)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         inner = f"({self.kernel!r})" if isinstance(self.kernel, (Sum, Product, Multiple)) else f"{self.kernel!r}"
         return f"{self.factor!r} * {inner}"

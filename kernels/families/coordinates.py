@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,9 +26,9 @@ class ProductLaplace(Combining, CoordinateProfile):
 
     bandwidth: Bandwidth
 
-    norm = 1.0
+    norm: ClassVar[float | None] = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
     @property
@@ -62,13 +63,13 @@ class LpLaplace(Combining, CoordinateProfile):
     q: float
     bandwidth: Bandwidth
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._positive("p", largest=2.0)
         self._positive("q", largest=self.p)
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
     @property
-    def norm(self) -> float:
+    def norm(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """p."""
         return self.p
 

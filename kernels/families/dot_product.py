@@ -31,7 +31,7 @@ class Polynomial(DotProduct):
     offset: float = 1.0
     scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "degree", checks.integer("degree", self.degree, 1))
         object.__setattr__(self, "offset", checks.nonnegative("offset", self.offset))
         self._positive("scale")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -47,7 +48,7 @@ class AngleProfile(PairKernel):
     """
 
     rotation_invariant = True
-    agop_forms = ("gradient", "gram")
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
 
     @property
     def degree(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from ..gemm import matmul_nt
@@ -15,7 +17,7 @@ class DotProfile(PairKernel):
     """
 
     rotation_invariant = True
-    agop_forms = ("gradient", "gram")
+    agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
 
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite t = x.z by kappa(t)."""

@@ -24,7 +24,8 @@ class Pairs:
     """
 
     def __init__(self, X: torch.Tensor, Z: torch.Tensor):
-        self.X, self.Z, self.symmetric = X, Z, Z is X
+        self.X, self.Z = X, Z
+        self.symmetric: bool = Z is X
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
         """k(Z[row], X[:width]), a block (b, width) that the caller may overwrite."""
