@@ -1,4 +1,4 @@
-"""``python -m reproduce figure1 | ... | figure12 | all | report | nfa_table | demo | theory``; see README.md.
+"""``python -m reproduce figure1 | ... | figure12 | all | report | draw | nfa_table | demo | theory``; see README.md.
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/reproduce figure1``.
 """
@@ -29,6 +29,7 @@ from reproduce import (
     grokking,
     network_figures,
     nfa_table,
+    redraw,
     report,
     theory,
 )
@@ -51,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
     text = "a page of whatever results there are, beside what the paper says"
     report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
+    text = "the pictures of a folder once more, small, from its tables; nothing is computed"
+    redraw.add_options(_add(commands, "draw", text, partial(redraw.command, FIGURES)))
     text = "NFA correlation and collapse at every Linear layer of a model of yours"
     nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
     text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
