@@ -24,6 +24,7 @@ from reproduce import (
     conv_rfm,
     deep_rfm_figures,
     demo,
+    eigenvectors,
     everything,
     figures,
     grokking,
@@ -35,7 +36,7 @@ from reproduce import (
 )
 
 FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
-SHOWN = FIGURES | {conv_rfm.NAME: conv_rfm.ABOUT, grokking.NAME: grokking.ABOUT}
+SHOWN = FIGURES | {module.NAME: module.ABOUT for module in (conv_rfm, grokking, eigenvectors)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     conv_rfm.add_options(_add(commands, conv_rfm.NAME, text, conv_rfm.command))
     text = "a quadratic kernel machine that learns modular addition late, by its AGOP"
     grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
+    text = "the leading eigenvectors of a kernel machine's AGOP as images"
+    eigenvectors.add_options(_add(commands, eigenvectors.NAME, text, eigenvectors.command))
     text = "a page of whatever results there are, beside what the paper says"
     report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
     text = "the pictures of a folder once more, small, from its tables; nothing is computed"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reproduce import conv_rfm, files, grokking, options, plots
+from reproduce import conv_rfm, eigenvectors, files, grokking, options, plots
 from reproduce.figures import Family, Figure
 from reproduce.runs import Run
 
@@ -24,6 +24,7 @@ class NotInTable(Exception):
     """A picture shows what its table does not hold; the message says what, and which command draws it."""
 
 
+_MATRICES = (grokking.NAME, eigenvectors.NAME)
 _CURVES = {"relu": "figure3", "cos": "figure4"}  # The figures that are curves, by feature map.
 
 
@@ -62,8 +63,8 @@ def drawing(table: Path, figures: Mapping[str, Figure]) -> Drawing:
         NotInTable: neither the table nor the folder's runs hold what it shows.
     """
     lines, about = files.read_csv(table), json.loads(table.with_suffix(".json").read_text())
-    if table.stem == grokking.NAME:
-        raise NotInTable(f"it shows M, which no table holds: python -m reproduce {grokking.NAME}")
+    if table.stem in _MATRICES:
+        raise NotInTable(f"it shows matrices, which no table holds: python -m reproduce {table.stem}")
     if table.stem == conv_rfm.NAME:
         return conv_rfm.drawing(about["runs"][0]["settings"], lines)
     name = table.stem.partition("_")[0]
