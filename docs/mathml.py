@@ -10,6 +10,7 @@ from latex2mathml.converter import convert
 BESIDE = r"\qquad"
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)  # as arithmatex leaves it
 _BAR = re.compile(r"<mo>(&#x02016;|&#x0007C;)</mo>")  # bars grow with \left and \right alone, as other fences do
+_SIGN = re.compile(r"(<mo[^>]*>(?:&#x00028;|&#x0003D;)</mo>)<mo>&#x02212;</mo>")  # a sign, not a difference
 
 
 def with_mathml(page: str, name: str) -> str:
@@ -37,4 +38,5 @@ def _math(tex: str, display: str, name: str) -> str:
         raise ValueError(f"{name}: {tex!r} is no formula that latex2mathml can read ({error!r})") from error
     if unknown := re.findall(r"\\\w+", re.sub(r"<[^>]+>", " ", made)):
         raise ValueError(f"{name}: latex2mathml does not know {', '.join(unknown)} in {tex!r}")
+    made = _SIGN.sub(r'\1<mo form="prefix">&#x02212;</mo>', made)
     return _BAR.sub(r'<mo stretchy="false">\1</mo>', made)

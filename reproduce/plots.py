@@ -23,6 +23,7 @@ LABELS = {
     "features": "after $M_l^{1/2}$ and {map}",
 }
 MEASURES = (r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", r"NC2:  $||\tilde\mu\tilde\mu^T - \Sigma_{ETF}||_F$")
+SMALL = 150_000  # Bytes of a picture in the repository.
 require = drawing.require
 
 
@@ -113,26 +114,41 @@ def save(figure: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) ->
 def save_small(figure: Figure, path: Path) -> None:
     """A .png of 256 colours and at most 150 kB where 100 dots an inch allow it, for the repository and its pages."""
     for dpi in (150, 125, 100):
-        content = _small_png(figure, dpi)
-        if len(content) < 150_000:
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=dpi)
+        small = _small_png(content)
+        if len(small) < SMALL:
             break
-    files.write(path, content)
+    files.write(path, small)
 
 
-def _small_png(figure: Figure, dpi: int) -> bytes:
+def shrink(path: Path) -> None:
+    """The same for a .png that is there, by its pixels; one that is small already stays as it is."""
+    if path.stat().st_size < SMALL:
+        return
+    for scale in (1.0, 0.75, 0.5):
+        small = _small_png(io.BytesIO(path.read_bytes()), scale)
+        if len(small) < SMALL:
+            break
+    files.write(path, small)
+
+
+def _small_png(content: io.BytesIO, scale: float = 1.0) -> bytes:
     """Half of the colours are those of Gram matrices; a choice by number of pixels would lose the ends of their bar."""
     import matplotlib as mpl
     from PIL import Image
     from scipy.spatial import KDTree
 
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    image = Image.open(drawn).convert("RGB")
+    image = Image.open(content).convert("RGB")
+    if scale < 1:
+        image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.LANCZOS)
     frequent = np.reshape(image.quantize(127).getpalette() or [], (-1, 3))
     diverging = 255 * mpl.colormaps[drawing.DIVERGING](np.linspace(0, 1, 255 - len(frequent)))[:, :3]
     palette = np.concatenate([[[255, 255, 255]], frequent, diverging.round()]).astype(np.uint8)
-    nearest = KDTree(palette).query(np.asarray(image, np.float32))[1]
-    small, content = Image.fromarray(nearest.astype(np.uint8), "P"), io.BytesIO()
+    pixels = np.asarray(image, np.int64) @ [1 << 16, 1 << 8, 1]
+    seen, where = np.unique(pixels, return_inverse=True)
+    nearest = KDTree(palette).query(np.stack([seen >> 16, seen >> 8 & 255, seen & 255], 1))[1].astype(np.uint8)
+    small, written = Image.fromarray(nearest[where].reshape(pixels.shape), "P"), io.BytesIO()
     small.putpalette(palette.tobytes())
-    small.save(content, format="png", optimize=True)
-    return content.getvalue()
+    small.save(written, format="png", optimize=True)
+    return written.getvalue()

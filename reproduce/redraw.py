@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command(figures: Mapping[str, Figure], args: argparse.Namespace) -> int:
-    """Draw a .png beside every table, and name the tables that do not hold their picture; 0.
+    """Draw a small .png beside every table, and name the tables that do not hold their picture; 0.
 
     Raises:
         ValueError: the folder has no table, or a damaged one.
@@ -48,6 +48,8 @@ def command(figures: Mapping[str, Figure], args: argparse.Namespace) -> int:
             drawn = drawing(table, figures)
         except NotInTable as error:
             print(f"left as it is: {table.with_suffix('.png')}: {error}")
+            if table.with_suffix(".png").exists():
+                plots.shrink(table.with_suffix(".png"))
             continue
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{table} and its .json do not belong together or are damaged ({error!r})") from error

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fastagop import datasets
 from reproduce import network_figures, network_plots, plots, redraw
 from reproduce.__main__ import FIGURES, main
 
+ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["input", "projected", "features"]
 
 
@@ -130,3 +134,40 @@ def test_a_network_is_drawn_from_its_table():
         assert [line.get_marker() for line in axis.lines] == ["o", "s", "^"]
     styles = network_plots._layer_styles(5)
     assert len({marker for _, marker, _ in styles}) == len({color for color, _, _ in styles}) == 5
+
+
+def test_eigenvectors(tmp_path, capsys):
+    """Of scikit-learn's digits, against automatic differentiation of the definition."""
+    n, bandwidth = 40, 10.0
+    options = ["--dataset", "digits", "--n", str(n), "--count", "3", "--out", str(tmp_path)]
+    assert main(["eigenvectors", *options]) == 0
+    X, y = (part.double() if part.is_floating_point() else part for part in datasets.load("digits", n=n))
+    K = torch.exp(-torch.cdist(X, X, compute_mode="donot_use_mm_for_euclid_dist") / bandwidth)
+    alpha = torch.linalg.solve(K + 1e-3 * torch.eye(n), 2.0 * torch.nn.functional.one_hot(y).double() - 1.0)
+    others = ~torch.eye(n, dtype=torch.bool)  # A point's own kink counts as slope 0.
+
+    def outputs(z, mask):
+        return torch.exp(-(z - X[mask]).square().sum(1).sqrt() / bandwidth) @ alpha[mask]
+
+    slopes = [torch.autograd.functional.jacobian(lambda z, i=i: outputs(z, others[i]), X[i]) for i in range(n)]
+    true = torch.linalg.eigvalsh(sum(G.T @ G for G in slopes) / n).flip(0)
+    found = read(tmp_path / "eigenvectors.csv")
+    np.testing.assert_allclose([float(row["eigenvalue"]) for row in found], true[:3], rtol=1e-4)
+    np.testing.assert_allclose([float(row["share"]) for row in found], true[:3] / true.sum(), rtol=1e-4)
+    assert all(float(row["low"]) <= float(row["high"]) for row in found)
+    about = json.loads((tmp_path / "eigenvectors.json").read_text())
+    assert about["lessons"][0] in capsys.readouterr().out
+    assert_drawn(tmp_path / "eigenvectors.png")
+
+
+def test_committed_results_name_no_place_of_a_machine():
+    for path in (*(ROOT / "reproduce/results").glob("*.json"), *(ROOT / "bench/results").glob("*.json")):
+        assert not re.search(r'"(?:/|out/|~)', path.read_text()), path
+
+
+def test_committed_pictures_are_small_and_beside_their_tables():
+    folder = ROOT / "reproduce/results"
+    lacking = {path.stem for path in folder.glob("*.csv") if not path.with_suffix(".png").exists()}
+    assert lacking <= {"figure1", "figure5"}  # Gram matrices with cos features: an hour of one core
+    for path in (*folder.glob("*.png"), *(ROOT / "bench/results").glob("*.png")):
+        assert path.stat().st_size < 150_000, path
