@@ -52,7 +52,7 @@ def test_the_floor_is_marked_where_curves_come_near():
 def test_a_pdf_has_its_fonts_inside_as_outlines(tmp_path):
     stages = dict.fromkeys(STAGES, np.ones((1, 2)))
     for name in ("one", "two"):
-        plots.save(plots.curves([plots.Curves("a", stages, stages)], "fonts", "ReLU"), tmp_path / name)
+        plots.save(plots.curves([plots.Curves("a", stages, stages)], "fonts", "ReLU"), tmp_path / name, ["pdf"])
     content = (tmp_path / "one.pdf").read_bytes()
     assert content == (tmp_path / "two.pdf").read_bytes()
     assert b"/FontFile2" in content
