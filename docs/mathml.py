@@ -38,5 +38,6 @@ def _math(tex: str, display: str, name: str) -> str:
         raise ValueError(f"{name}: {tex!r} is no formula that latex2mathml can read ({error!r})") from error
     if unknown := re.findall(r"\\\w+", re.sub(r"<[^>]+>", " ", made)):
         raise ValueError(f"{name}: latex2mathml does not know {', '.join(unknown)} in {tex!r}")
+    made = made.replace("<mo>&#x0002F;</mo>", '<mo lspace="0" rspace="0">&#x0002F;</mo>')  # TeX sets a / without spaces
     made = _SIGN.sub(r'\1<mo form="prefix">&#x02212;</mo>', made)
     return _BAR.sub(r'<mo stretchy="false">\1</mo>', made)
