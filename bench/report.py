@@ -90,9 +90,8 @@ def _roofline(measured: list[dict]) -> Figure:
     patches = [Line2D([], [], color=drawing.style(name)[0], linewidth=6, label=name) for name in names]
     points = [Line2D([], [], color="0.4", marker=mark, linestyle="", label=op) for op, mark in marks.items()]
     for handles, title, place in ((patches, "contender", "upper"), (points, "operation", "lower")):
-        figure.legend(
-            handles=handles, title=title, loc=f"outside right {place}", frameon=False, fontsize=8, alignment="left"
-        )
+        options: dict = {"title": title, "loc": f"outside right {place}", "frameon": False, "fontsize": 8}
+        figure.legend(handles=handles, alignment="left", **options)
     axes.set(xlabel="least operations per least byte", ylabel="least operations / time, GFLOP/s", title="Roofline")
     return figure
 

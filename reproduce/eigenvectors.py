@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,7 +83,8 @@ def draw(found: fastagop.Spectrum, images: Images, title: str) -> Figure:
 
     figure = Figure(figsize=(11, 3.7), layout="constrained")
     figure.suptitle(f"Eigenvectors of the AGOP of a Laplace machine: {title}", fontsize=11)
-    left, right = figure.subfigures(1, 2, width_ratios=(2.3, 1))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(2.3, 1))
+    left, right = parts
     shown = images.unflattened(torch.as_tensor(found.vectors))
     shape = shown.shape[1:] if shown.shape[1] == 3 else shown.shape[2:]
     drawing.eigenvectors(found, tuple(shape), figure=left)

@@ -99,12 +99,12 @@ def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
 
 def _layer_styles(count: int) -> list[tuple[str, str, str]]:
     """Colour, marker and name of each layer."""
-    import matplotlib as mpl
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
-    shades = mpl.colormaps[_LAYERS](np.linspace(0, 0.9, count))
+    shades = colormaps[_LAYERS](np.linspace(0, 0.9, count))
     return [
-        (mpl.colors.to_hex(shade), _MARKERS[layer % len(_MARKERS)], f"layer {layer + 1}")
-        for layer, shade in enumerate(shades)
+        (to_hex(shade), _MARKERS[layer % len(_MARKERS)], f"layer {layer + 1}") for layer, shade in enumerate(shades)
     ]
 
 

@@ -147,7 +147,7 @@ def _small_png(content: io.BytesIO, scale: float = 1.0) -> bytes:
     palette = np.concatenate([[[255, 255, 255]], frequent, diverging.round()]).astype(np.uint8)
     pixels = np.asarray(image, np.int64) @ [1 << 16, 1 << 8, 1]
     seen, where = np.unique(pixels, return_inverse=True)
-    nearest = KDTree(palette).query(np.stack([seen >> 16, seen >> 8 & 255, seen & 255], 1))[1].astype(np.uint8)
+    nearest = np.asarray(KDTree(palette).query(np.stack([seen >> 16, seen >> 8 & 255, seen & 255], 1))[1], np.uint8)
     small, written = Image.fromarray(nearest[where].reshape(pixels.shape), "P"), io.BytesIO()
     small.putpalette(palette.tobytes())
     small.save(written, format="png", optimize=True)
