@@ -5,9 +5,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := $(firstword $(wildcard $(STAMP)) $(VENV)/.reproduce)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 PYTEST := $(RUN) -m pytest --numprocesses 2
 
-.PHONY: demo test test-slow test-all docs lint types format release clean
+.PHONY: demo test test-slow test-all docs pictures lint types format release clean
 
 demo: $(DEMO)
 	$(RUN) -m reproduce demo --out out/demo
@@ -21,7 +22,12 @@ test-slow: $(STAMP)
 test-all: test test-slow
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml --site-dir $(CURDIR)/build/docs/$(VERSION)
+
+pictures: $(STAMP)
+	$(RUN) -m reproduce draw --out reproduce/results
+	$(RUN) -m bench draw
+	$(RUN) docs/draw.py measures
 
 lint: types
 	$(RUN) -m ruff check .

@@ -12,6 +12,7 @@ tables     learners of 14 small tables beside each other by cross-validation, on
 rfm        whole RFMs at equal settings against xrfm's and the authors' update, on the CPU
 rows       learners of 10,000 and 100,000 rows, a tree of RFMs among them, on the CPU: minutes
 report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
+draw       the pictures of the committed results once more; nothing is measured
 readme     the committed results' tables into README.md
 calibrate  rates and launch configurations of this device, for fastagop's own choices
 machine_code  every Triton launch compiled, without a GPU, into the table of docs/pages/gpu.md: minutes
@@ -92,6 +93,7 @@ OPTIONS = {
     "rfm": ("repeats",),
     "rows": ("n",),
     "report": ("result",),
+    "draw": (),
     "readme": (),
     "calibrate": ("device", "repeats", "n"),
     "machine_code": (),
@@ -100,7 +102,7 @@ CASES = (*OPTIONS, *checkout.ALONE)
 # Where --device cpu says nothing new.
 _ON_THE_CPU = ("agop", "keops", "network", "beyond", "cg", "small", "scale", "tables", "rfm", "rows")
 _MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
-_WRITES = {"readme": "README.md", "machine_code": "docs/pages/gpu.md"}
+_WRITES = {"draw": "bench/results/*.png", "readme": "README.md", "machine_code": "docs/pages/gpu.md"}
 _NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
@@ -147,6 +149,9 @@ def _run(given: argparse.Namespace) -> None:
     if given.case == "report":
         result = given.result or RESULT
         report.main(result, given.out or result.with_suffix(".md"))
+        return
+    if given.case == "draw":
+        report.redraw()
         return
     if given.case == "readme":
         report.readme()

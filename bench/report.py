@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench import files
+from bench import drawing, files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLUMNS = ("op", "n", "d", "K", "kernel", "contender")
 _RATES = ("GFLOP/s", "share of ceiling", "flop/byte", "product ceiling GFLOP/s", "copy GB/s")
@@ -53,48 +56,44 @@ def _case(row: dict) -> tuple:
 
 def plots(measured: list[dict], folder: Path) -> list[Path]:
     """Time of the AGOP against n with the peers, and the roofline: rates under what products and copies allow."""
-    import matplotlib as mpl
+    figure = drawing.new(5, 3.6)
+    axes = figure.subplots()
+    lines: dict[str, list] = {}
+    for row in measured:
+        if row["op"] == "agop" and (row["d"], row["K"]) == (784, 10):
+            lines.setdefault(row["contender"], []).append((row["n"], row["seconds"]))
+    drawing.by_n(axes, lines)
+    axes.set_title("AGOP, d = 784, K = 10, Laplace")
+    return [
+        drawing.save(figure, folder / "agop_time.png"),
+        drawing.save(_roofline(measured), folder / "roofline.png"),
+    ]
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    growing = [row for row in measured if row["op"] == "agop" and (row["d"], row["K"]) == (784, 10)]
-    for name in dict.fromkeys(row["contender"] for row in growing):
-        points = sorted((row["n"], row["seconds"]) for row in growing if row["contender"] == name)
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="n", ylabel="seconds", title="AGOP, d = 784, K = 10, Laplace")
-    axes.legend(frameon=False)
-    written = [_save(figure, folder / "agop_time.png")]
+def _roofline(measured: list[dict]) -> Figure:
+    """A colour for each contender, a marker for each operation, and a legend for each of the two."""
+    from matplotlib.lines import Line2D
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    names = list(dict.fromkeys(row["contender"] for row in measured))
-    ops = list(dict.fromkeys(row["op"] for row in measured))
+    figure = drawing.new(7.5, 4.5)
+    axes = figure.subplots()
     product, copy = measured[0]["product ceiling GFLOP/s"], measured[0]["copy GB/s"]
     reach = [min(row["flop/byte"] for row in measured) / 2, max(row["flop/byte"] for row in measured) * 2]
     bend = product / copy
     axes.loglog([reach[0], bend, reach[1]], [reach[0] * copy, product, product], color="black", linewidth=1)
     axes.annotate(f"products {product:.0f} GFLOP/s", (reach[1], product), ha="right", va="bottom")
-    axes.annotate(f"copy {copy:.0f} GB/s", (reach[0], reach[0] * copy), ha="left", va="bottom")
+    axes.annotate(f"copy {copy:.0f} GB/s", (bend, product / 1.5), xytext=(8, 0), textcoords="offset points", va="top")
+    names = list(dict.fromkeys(row["contender"] for row in measured))
+    marks = dict(zip(dict.fromkeys(row["op"] for row in measured), "osD^vPX", strict=False))
     for row in measured:
-        colour, mark = f"C{names.index(row['contender'])}", "osD^vPX"[ops.index(row["op"])]
-        axes.plot(row["flop/byte"], row["GFLOP/s"], mark, color=colour, markersize=5)
-    for i, name in enumerate(names):
-        axes.plot([], [], "o", color=f"C{i}", label=name)
-    for i, op in enumerate(ops):
-        axes.plot([], [], "osD^vPX"[i], color="grey", label=op)
+        color = drawing.style(row["contender"])[0]
+        axes.plot(row["flop/byte"], row["GFLOP/s"], marks[row["op"]], color=color, markersize=6, alpha=0.85)
+    patches = [Line2D([], [], color=drawing.style(name)[0], linewidth=6, label=name) for name in names]
+    points = [Line2D([], [], color="0.4", marker=mark, linestyle="", label=op) for op, mark in marks.items()]
+    for handles, title, place in ((patches, "contender", "upper"), (points, "operation", "lower")):
+        options: dict = {"title": title, "loc": f"outside right {place}", "frameon": False, "fontsize": 8}
+        figure.legend(handles=handles, alignment="left", **options)
     axes.set(xlabel="least operations per least byte", ylabel="least operations / time, GFLOP/s", title="Roofline")
-    figure.legend(frameon=False, fontsize="x-small", loc="outside right upper")
-    written.append(_save(figure, folder / "roofline.png"))
-    plt.close("all")
-    return written
-
-
-def _save(figure, path: Path) -> Path:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    files.write(path, content.getvalue())
-    return path
+    return figure
 
 
 def main(result: Path, out: Path) -> None:
@@ -105,6 +104,15 @@ def main(result: Path, out: Path) -> None:
     print(table(measured))
     for file in plots(measured, out.parent):
         print(f"written to {file}")
+
+
+def redraw(folder: Path = files.ROOT / "bench/results") -> None:
+    """The pictures of the committed results once more; nothing is measured."""
+    for file in plots(rows_of(folder / "operations_cpu.json"), folder):
+        print(f"written to {file}")
+    for case in ("scale", "tables"):
+        rows = files.read_json(folder / f"{case}_cpu.json")["rows"]
+        importlib.import_module(f"bench.{case}_cpu").plot(rows, folder / f"{case}_cpu.png")
 
 
 def readme(path: Path = files.ROOT / "README.md") -> None:

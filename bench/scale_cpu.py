@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import statistics
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import available_bytes
 
 import fastagop
-from bench import clock, files, harness, peers, problems
+from bench import clock, drawing, files, harness, peers, problems
 from fastagop.deep_rfm.layer import Settings, train_layer
 
 SIZES, D = (2_000, 5_000, 10_000, 20_000), 512
@@ -145,23 +144,11 @@ def table(rows: list[dict]) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Seconds against n, one line a contender."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.6), layout="constrained")
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        mine = [row for row in measured(rows) if row["contender"] == name]
-        points = [(row["n"], row.get("factor seconds", row["seconds"])) for row in mine]
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name, linestyle="--" if "potrf" in name else "-")
-    sizes = sorted({row["n"] for row in rows})
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.set(xlabel="n", ylabel="seconds", title="Two cores, float32 points, Laplace, ridge 0")
-    axes.legend(frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    plt.close(figure)
-    files.write(path, content.getvalue())
-    print(f"written to {path}")
+    figure = drawing.new(5, 3.6)
+    axes = figure.subplots()
+    lines: dict[str, list] = {}
+    for row in measured(rows):
+        lines.setdefault(row["contender"], []).append((row["n"], row.get("factor seconds", row["seconds"])))
+    drawing.by_n(axes, lines)
+    axes.set_title("Two cores, float32 points, Laplace, ridge 0")
+    print(f"written to {drawing.save(figure, path)}")

@@ -20,7 +20,7 @@ from sklearn.metrics import accuracy_score, log_loss, r2_score
 from sklearn.model_selection import KFold, StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from bench import files
+from bench import drawing, files
 from bench.contenders import Unable
 from bench.tables_contenders import CONTENDERS, HELD_OUT, LABELS, Builder
 from bench.tables_data import CLASSIFICATION, QUICK, SETS, Table
@@ -137,32 +137,30 @@ def _line(row: dict) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Gaps by contender with a dot a table, and seconds against the mean gap."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Gaps by contender with a dot a table, and seconds against the mean gap; a colour is a house."""
     measured = sorted((one for one in summary(rows) if one["sets"]), key=lambda one: -one["gap"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(1.4, 1))
+    figure = drawing.new(11, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     for height, one in enumerate(measured):
         found = [gap for (_, who), gap in gaps(rows).items() if who == one["contender"]]
-        left.plot(found, [height] * len(found), "o", color=f"C{height % 10}", alpha=0.45, markersize=5)
+        color = drawing.house(one["contender"])
+        left.plot(found, [height] * len(found), "o", color=color, alpha=0.45, markersize=5)
         left.plot(one["gap"], height, "|", color="black", markersize=18, markeredgewidth=2)
-        right.plot(one["seconds"], one["gap"], "o", color=f"C{height % 10}", markersize=9)
-    left.set_yticks(range(len(measured)), [LABELS[one["contender"]] for one in measured])
-    for ticks, colour in zip(left.get_yticklabels(), range(len(measured)), strict=True):
-        ticks.set_color(f"C{colour % 10}")
+        place, rank = (one["seconds"], one["gap"]), len(measured) - height
+        right.plot(*place, "o", color=color, markersize=14)
+        right.annotate(str(rank), place, color="white", fontsize=9, weight="bold", ha="center", va="center")
+    named = [f"{LABELS[one['contender']]}  {len(measured) - height}" for height, one in enumerate(measured)]
+    left.set_yticks(range(len(measured)), named)
     left.set_xscale("symlog", linthresh=0.01)
     left.set(xlabel="gap to the best score of a table; the bar is the mean", title="A dot is a table")
     left.set_xlim(-0.001, 1.5 * max([0.01, *gaps(rows).values()]))
     right.set_xscale("log")
     right.set_yscale("symlog", linthresh=0.01)
-    right.set(xlabel="seconds of all fits and predictions", ylabel="mean gap", title="Time and gap, colours as beside")
+    right.set(xlabel="seconds of all fits and predictions", ylabel="mean gap", title="Time and gap, numbers as beside")
     right.set_ylim(0.0, 1.5 * max([0.01, *(one["gap"] for one in measured)]))
-    right.xaxis.set_minor_formatter("")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    plt.close(figure)
-    files.write(path, content.getvalue())
-    print(f"written to {path}")
+    seconds = [one["seconds"] for one in measured]
+    low, high = min(seconds) / 1.3, max(seconds) * 1.3
+    right.set_xlim(low, high)
+    ticks = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
+    drawing.named_ticks(right.xaxis, [tick for tick in ticks if low <= tick <= high])
+    print(f"written to {drawing.save(figure, path)}")

@@ -1,4 +1,4 @@
-"""What mkdocs does before it reads the pages: lay the packages out as they install, and fill in the measured tables."""
+"""What mkdocs does beside reading pages: packages laid out as they install, measured tables, pictures, formulas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
+import mathml  # noqa: E402
 import outputs  # noqa: E402
+
+import fastagop  # noqa: E402
 
 SOURCE = ROOT / "build" / "docs_source"
 _TABLE = re.compile(r"<!-- table (\w+) -->")
@@ -27,7 +30,15 @@ def on_config(config):
     unwanted = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "fastagop", SOURCE / "fastagop", ignore=unwanted)
     shutil.copytree(ROOT / "kernels", SOURCE / "fastagop" / "kernels", ignore=unwanted)
+    config.copyright = version(fastagop.__version__, (ROOT / "docs/pages/changelog.md").read_text())
     return config
+
+
+def version(number: str, changelog: str) -> str:
+    """What the foot of every page says: the version that it documents, and where to read what has changed."""
+    _, *unreleased = re.split(r"^## Unreleased\n+(?!## )", changelog, flags=re.MULTILINE)
+    more = " and what is not released yet" if unreleased else ""
+    return f'fastagop {number}{more}: <a href="changelog.html">what has changed</a>'
 
 
 def on_files(files, config):
@@ -43,7 +54,14 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     Plots lie in results/ here.
     """
     markdown = outputs.with_outputs(markdown, page.file.src_uri)
-    return _TABLE.sub(lambda found: table(found[1]), markdown).replace("../../bench/results/", "results/")
+    return re.sub(
+        r"\.\./\.\./(?:bench|reproduce)/results/", "results/", _TABLE.sub(lambda found: table(found[1]), markdown)
+    )
+
+
+def on_page_content(html: str, page, **_) -> str:
+    """Write formulas as MathML."""
+    return mathml.with_mathml(html, page.file.src_uri)
 
 
 def table(name: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COLORS",
+    "DIVERGING",
     "STAGES",
     "Stage",
     "collapse_curves",
@@ -56,7 +57,7 @@ STAGES: Mapping[str, Stage] = {
     "features": Stage("#0072B2", "^", "features"),
 }
 _MEASURES = {"nc1": r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", "nc2": r"NC2:  $||HH^T - \Sigma_{ETF}||_F$"}
-_DIVERGING = "RdBu_r"
+DIVERGING = "RdBu_r"  # of everything that has a middle: blue below, white, red above
 
 
 def require() -> None:
@@ -110,7 +111,7 @@ def _image(axis: Axes, image: np.ndarray) -> None:
     if image.ndim == 3:
         axis.imshow(np.moveaxis(0.5 + image / (2 * largest), 0, 2).clip(0, 1))
     else:
-        axis.imshow(image, cmap=_DIVERGING, vmin=-largest, vmax=largest)
+        axis.imshow(image, cmap=DIVERGING, vmin=-largest, vmax=largest)
 
 
 def spectrum(
@@ -210,7 +211,8 @@ def collapse_curves(
     if level is not None:
         axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
         text = f"rounding of {floor}" if isinstance(floor, str) else f"{level:.0e}"
-        axis.annotate(text, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        at = (0.02, level)  # left, where NC1 has not fallen yet
+        axis.annotate(text, at, xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
     if measure == "nc2":
         axis.set_ylim(bottom=0)
     _whole_numbers(axis)
@@ -231,8 +233,12 @@ def curve(
     marker: str | None = None,
     label: str | None = None,
 ) -> None:
-    """A line with a band from ``low`` to ``high`` around it, over a faint grid."""
-    ax.plot(x, middle, color=color, marker=marker, markersize=3, linewidth=1.4, label=label)
+    """A line with a band from ``low`` to ``high`` around it, over a faint grid.
+
+    Markers tell lines apart that run close, or in print without colours; of many points some twenty have one.
+    """
+    apart = max(1, len(x) // 20)
+    ax.plot(x, middle, color=color, marker=marker, markevery=apart, markersize=3, linewidth=1.4, label=label)
     if low is not None and high is not None:
         ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     ax.grid(visible=True, alpha=0.3, linewidth=0.5)
@@ -269,7 +275,7 @@ def gram_strip(
         raise ValueError(f"axes must be one for each of the {len(panels)} panels, got {len(axes)}")
     scale = _cosine_scale(classes)
     for axis, (key, matrix) in zip(axes, matrices.items(), strict=False):
-        axis.imshow(matrix.astype(np.float32), cmap=_DIVERGING, norm=scale)
+        axis.imshow(matrix.astype(np.float32), cmap=DIVERGING, norm=scale)
         axis.set_title(f"layer {key}" if isinstance(key, (int, np.integer)) else str(key), fontsize=9, pad=3)
         value = (nc1 or {}).get(key, math.nan)
         axis.set_xlabel(f"NC1 = {value:.1e}" if math.isfinite(value) else "", fontsize=8, labelpad=3)
@@ -287,7 +293,7 @@ def cosine_bar(figure: Figure, axes: Any, classes: int | None = None, *, aspect:
     """A colour bar for ``gram_strip``: -1, 0 and 1, and where K classes are given -1 / (K - 1)."""
     from matplotlib.cm import ScalarMappable
 
-    mappable = ScalarMappable(_cosine_scale(classes), _DIVERGING)
+    mappable = ScalarMappable(_cosine_scale(classes), DIVERGING)
     bar = figure.colorbar(mappable, ax=axes, fraction=0.03, aspect=aspect, pad=0.01)
     ticks = {-1.0: "$-$1 ", 0.0: "0", 0.5: "0.5", 1.0: "1", -0.5: "$-$0.5"}
     if classes is not None:

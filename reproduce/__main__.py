@@ -1,4 +1,4 @@
-"""``python -m reproduce figure1 | ... | figure12 | all | report | nfa_table | demo | theory``; see README.md.
+"""``python -m reproduce figure1 | ... | figure12 | all | report | draw | nfa_table | demo | theory``; see README.md.
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/reproduce figure1``.
 """
@@ -24,17 +24,19 @@ from reproduce import (
     conv_rfm,
     deep_rfm_figures,
     demo,
+    eigenvectors,
     everything,
     figures,
     grokking,
     network_figures,
     nfa_table,
+    redraw,
     report,
     theory,
 )
 
 FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
-SHOWN = FIGURES | {conv_rfm.NAME: conv_rfm.ABOUT, grokking.NAME: grokking.ABOUT}
+SHOWN = FIGURES | {module.NAME: module.ABOUT for module in (conv_rfm, grokking, eigenvectors)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,8 +51,12 @@ def parser() -> argparse.ArgumentParser:
     conv_rfm.add_options(_add(commands, conv_rfm.NAME, text, conv_rfm.command))
     text = "a quadratic kernel machine that learns modular addition late, by its AGOP"
     grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
+    text = "the leading eigenvectors of a kernel machine's AGOP as images"
+    eigenvectors.add_options(_add(commands, eigenvectors.NAME, text, eigenvectors.command))
     text = "a page of whatever results there are, beside what the paper says"
     report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
+    text = "the pictures of a folder once more, small, from its tables; nothing is computed"
+    redraw.add_options(_add(commands, "draw", text, partial(redraw.command, FIGURES)))
     text = "NFA correlation and collapse at every Linear layer of a model of yours"
     nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
     text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from fastagop.convolution import ConvLayerSettings, Window, fit_layer
 from reproduce import files, layers, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
+from reproduce.settings import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 NAME = "conv_rfm"
 ABOUT = About(
@@ -54,10 +59,9 @@ def command(args: argparse.Namespace) -> int:
     settings = [ConvLayerSettings(kernel, Window(*window), args.width, args.ridge) for window in WINDOWS]
     rows = run(images.to(options.run_location(args).torch_device), y, settings, args.seed)
     stem = args.out / NAME
-    figure = plots.curves([_curves(args.dataset.rpartition("/")[2], rows)], ABOUT.title, "ReLU")
-    written = plots.save(figure, stem)
     about = {"dataset": args.dataset.rpartition("/")[2], "n": len(y), "windows": WINDOWS, "width": args.width}
     about |= {"kernel": repr(kernel), "ridge": args.ridge, "seed": args.seed}
+    written = plots.save(drawing(about, rows), stem)
     origin = {"settings": about, "environment": files.environment("cpu"), "seconds": time.perf_counter() - start}
     files.write_csv(stem.with_suffix(".csv"), rows)
     files.write_json(stem.with_suffix(".json"), {"runs": [origin], "lessons": [lesson(rows)]})
@@ -96,12 +100,13 @@ def run(images: torch.Tensor, y: torch.Tensor, settings: list[ConvLayerSettings]
     return rows
 
 
-def _curves(title: str, rows: list[dict[str, Any]]) -> plots.Curves:
+def drawing(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Drawing:
+    """NC1 and NC2 by layer, from a run's settings and its rows or their cells in a .csv."""
     nc1, nc2 = (
-        {stage: np.array([[row[f"{measure}_{stage}"] for row in rows]]) for stage in layers.STAGES}
+        {stage: np.array([[layers.number(row[f"{measure}_{stage}"]) for row in rows]]) for stage in layers.STAGES}
         for measure in ("nc1", "nc2")
     )
-    return plots.Curves(title, nc1, nc2)
+    return plots.curves([plots.Curves(Experiment(about["dataset"]).title, nc1, nc2)], ABOUT.title, "ReLU")
 
 
 def lesson(rows: list[dict[str, Any]]) -> str:

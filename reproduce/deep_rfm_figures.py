@@ -39,7 +39,7 @@ def _curves(title: str, row: Sequence[Run]) -> plots.Curves:
         return np.array([[layers.number(layer[f"{measure}_{stage}"]) for layer in run.rows] for run in row])
 
     nc1, nc2 = ({stage: values(measure, stage) for stage in layers.STAGES} for measure in ("nc1", "nc2"))
-    return plots.Curves(title, nc1, nc2)
+    return plots.Curves(title, nc1, nc2, row[0].settings.dtype)
 
 
 def csv_lines(run: Run) -> list[dict[str, Any]]:
@@ -50,6 +50,15 @@ def csv_lines(run: Run) -> list[dict[str, Any]]:
         for row in run.rows
         for stage in layers.STAGES
     ]
+
+
+def record_of(lines: list[dict[str, str]]) -> dict[str, Any]:
+    """The layers of one run's ``csv_lines``."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        row = found.setdefault(int(line["layer"]), {"layer": int(line["layer"])})
+        row |= {f"{measure}_{line['stage']}": line[measure] for measure in ("nc1", "nc2")}
+    return {"layers": list(found.values())}
 
 
 def lessons(done: Runs) -> list[str]:
@@ -91,6 +100,8 @@ FAMILY = Family(
     seeds=(0,),
     draw=draw,
     csv_lines=csv_lines,
+    record_of=record_of,
+    settings=settings.Settings,
     recorded=("settings", "environment", "seconds", "peak_resident_bytes", "readout", "accuracy", "layers"),
     lessons=lessons,
 )

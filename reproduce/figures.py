@@ -30,6 +30,8 @@ class Family:
     seeds: tuple[int, ...]  # These are used where --seeds is not given, the first alone with --quick.
     draw: Callable[[str, Runs, str], Drawing]  # It takes the figure's kind, its runs and its title.
     csv_lines: Callable[[Run], list[dict[str, Any]]]
+    record_of: Callable[[list[dict[str, str]]], dict[str, Any]]  # It takes a run's csv_lines; it gives what is drawn.
+    settings: type[Any]  # This is the class of the runs' settings.
     recorded: tuple[str, ...]  # These keys of a run's record enter the figure's .json, where the record has them.
     lessons: Callable[[Runs], list[str]] = lambda _: []  # They are printed below the tables.
 

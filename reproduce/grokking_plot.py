@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastagop import plots
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-_LINES = (("train", "tab:green", "s", "training pairs"), ("test", "tab:orange", "o", "test pairs"))
+_LINES = (("train", plots.COLORS[2], "s", "training pairs"), ("test", plots.COLORS[4], "o", "test pairs"))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], metrics: Mapping[int, Tensor], task: str) -> Figure:
@@ -23,12 +25,12 @@ def draw(rows: Sequence[Mapping[str, Any]], metrics: Mapping[int, Tensor], task:
     for key, color, marker, label in _LINES:
         curves.plot(iterations, [row[key] for row in rows], color=color, marker=marker, markersize=3.5, label=label)
     share = [row["circulant"] for row in rows]
-    curves.plot(iterations, share, color="tab:blue", linestyle="--", label="circulant share of M")
-    curves.set(xlabel="iteration", ylabel="accuracy", ylim=(-0.03, 1.05), title=task)
+    curves.plot(iterations, share, color=plots.COLORS[3], linestyle="--", label="circulant share of M")
+    curves.set(xlabel="iteration", ylabel="accuracy, share", ylim=(-0.03, 1.05), title=task)
     curves.legend(loc="center right", fontsize=8, frameon=False)
     for axis, (iteration, M) in zip(pictures, metrics.items(), strict=True):
         shown = M.clone().fill_diagonal_(0.0)  # the diagonal is many times larger than what there is to see
         bound = float(shown.abs().max()) or 1.0
-        axis.imshow(shown.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
-        axis.set(xticks=[], yticks=[], title=f"M after {iteration + 1}")
+        axis.imshow(shown.numpy(), cmap=plots.DIVERGING, vmin=-bound, vmax=bound)
+        axis.set(xticks=[], yticks=[], title=f"M at iteration {iteration}")
     return figure

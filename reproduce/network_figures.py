@@ -62,6 +62,16 @@ def csv_lines(run: Run) -> list[dict[str, Any]]:
     return [{**columns, **{key: value for key, value in row.items() if key != "name"}} for row in run.rows]
 
 
+def record_of(lines: list[dict[str, str]]) -> dict[str, Any]:
+    """The layers of one run's ``csv_lines``, and its losses: NaN in epochs that were not measured."""
+    rows: list[dict[str, Any]] = [{**line, "epoch": int(line["epoch"]), "layer": int(line["layer"])} for line in lines]
+    losses = np.full(max(row["epoch"] for row in rows), np.nan)
+    for row in rows:
+        if row["epoch"] > 0:  # No loss is met before training.
+            losses[row["epoch"] - 1] = number(row["loss"])
+    return {"layers": rows, "losses": losses.tolist()}
+
+
 def _rows(network: str) -> tuple[Row, ...]:
     return tuple((dataset, network) for dataset in ("mnist", "cifar10", "svhn"))
 
@@ -74,6 +84,8 @@ FAMILY = Family(
     seeds=(0, 1, 2),
     draw=draw,
     csv_lines=csv_lines,
+    record_of=record_of,
+    settings=network_settings.NetworkSettings,
     recorded=("settings", "environment", "seconds", "accuracy", "resumed"),
     lessons=lessons,
 )

@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 # By stage, its name in the legend; fastagop.plots has the colours.
 LABELS = {"input": r"$\Phi(X)$", "projected": r"$SV^T\Phi(X)$", "features": r"$\sigma(USV^T\Phi(X))$"}
+# Colour, marker and name; black, vermilion and blue are for stages alone.
 _SHARES = (
-    (drawing.COLORS[1], r"tr $\Sigma_W$ / tr $\Sigma_T$"),
-    (drawing.COLORS[0], r"tr $\Sigma_B$ / tr $\Sigma_T$"),
+    (drawing.COLORS[3], "o", r"tr $\Sigma_W$ / tr $\Sigma_T$"),
+    (drawing.COLORS[2], "s", r"tr $\Sigma_B$ / tr $\Sigma_T$"),
 )
+_LAYERS, _MARKERS = "cividis", "os^Dv"  # Layers have an order, and so do their colours, whichever cones an eye has.
+_LOSS = "0.35"
 _FLOOR = 0.01  # The band's lower end is at least this times the mean (paper, appendix C).
 
 
@@ -55,8 +58,9 @@ def splits(rows: Sequence[TrainingHistory], title: str) -> Figure:
         for layer, axis in enumerate(axes):
             axis.set_yscale("log")
             for stage, name in LABELS.items():
-                seeds, color = row.nc1[stage][:, :, layer], drawing.STAGES[stage].color
-                _curve(axis, row.epochs, np.where((seeds > 0) & np.isfinite(seeds), seeds, np.nan), color, name)
+                seeds, style = row.nc1[stage][:, :, layer], drawing.STAGES[stage]
+                shown = np.where((seeds > 0) & np.isfinite(seeds), seeds, np.nan)
+                _curve(axis, row.epochs, shown, style.color, style.marker, name)
         axes[0].set_ylabel(f"{row.title}\n" r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", fontsize=9)
     for layer, axis in enumerate(grid[0]):
         axis.set_title(f"layer {layer + 1}", fontsize=10)
@@ -74,13 +78,13 @@ def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
     figure.suptitle(title, fontsize=11)
     for row, axes in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
         between = 1 / (1 + row.nc1["features"][:, :, -1])
-        for (color, name), share in zip(_SHARES, (1 - between, between), strict=True):
-            _curve(axes[0], row.epochs, share, color, name)
-        for layer in range(row.nfa.shape[2]):
-            color = drawing.COLORS[layer % len(drawing.COLORS)]
-            _curve(axes[1], row.epochs, row.nfa[:, :, layer], color, f"layer {layer + 1}")
-        epochs = np.arange(1, row.losses.shape[1] + 1)
-        _curve(axes[2], epochs, np.where(row.losses > 0, row.losses, np.nan), "black", "training loss")
+        for style, share in zip(_SHARES, (1 - between, between), strict=True):
+            _curve(axes[0], row.epochs, share, *style)
+        for layer, style in enumerate(_layer_styles(row.nfa.shape[2])):
+            _curve(axes[1], row.epochs, row.nfa[:, :, layer], *style)
+        known = np.flatnonzero(np.isfinite(row.losses).any(0))
+        losses = row.losses[:, known]
+        _curve(axes[2], known + 1, np.where(losses > 0, losses, np.nan), _LOSS, None, "training loss")
         axes[0].set_ylabel(row.title, fontsize=10)
         axes[0].set_ylim(0, 1.02)
         axes[1].set_ylim(top=1.02)
@@ -93,7 +97,18 @@ def progress(rows: Sequence[TrainingHistory], title: str) -> Figure:
     return figure
 
 
-def _curve(axis: Axes, epochs: np.ndarray, seeds: np.ndarray, color: str, name: str) -> None:
+def _layer_styles(count: int) -> list[tuple[str, str, str]]:
+    """Colour, marker and name of each layer."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    shades = colormaps[_LAYERS](np.linspace(0, 0.9, count))
+    return [
+        (to_hex(shade), _MARKERS[layer % len(_MARKERS)], f"layer {layer + 1}") for layer, shade in enumerate(shades)
+    ]
+
+
+def _curve(axis: Axes, epochs: np.ndarray, seeds: np.ndarray, color: str, marker: str | None, name: str) -> None:
     mean, low, high = band(seeds)
     around = (low, high) if len(seeds) > 1 else (None, None)
-    drawing.curve(axis, epochs, mean, *around, color=color, label=name)
+    drawing.curve(axis, epochs, mean, *around, color=color, marker=marker, label=name)

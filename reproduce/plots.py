@@ -23,6 +23,7 @@ LABELS = {
     "features": "after $M_l^{1/2}$ and {map}",
 }
 MEASURES = (r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", r"NC2:  $||\tilde\mu\tilde\mu^T - \Sigma_{ETF}||_F$")
+SMALL = 150_000  # Bytes of a picture in the repository.
 require = drawing.require
 
 
@@ -38,11 +39,15 @@ class Strip:
 
 @dataclass(frozen=True)
 class Curves:
-    """A row of two plots: nc1 and nc2 by stage as (seeds, layers), NaN where nothing was measured."""
+    """A row of two plots: nc1 and nc2 by stage as (seeds, layers), NaN where nothing was measured.
+
+    ``dtype`` of the features: its floor of NC1 is marked where curves come near.
+    """
 
     title: str
     nc1: Mapping[str, np.ndarray]
     nc2: Mapping[str, np.ndarray]
+    dtype: str = "float32"
 
 
 def strips(rows: Sequence[Strip], title: str) -> Figure:
@@ -72,7 +77,8 @@ def curves(rows: Sequence[Curves], title: str, feature_map: str) -> Figure:
     labels = {stage: name.replace("{map}", feature_map) for stage, name in LABELS.items()}
     for row, axes in zip(rows, grid, strict=True):
         for axis, measure, values in zip(axes, ("nc1", "nc2"), (row.nc1, row.nc2), strict=True):
-            drawing.collapse_curves(values, measure=measure, labels=labels, legend=False, ax=axis)
+            floor = row.dtype if measure == "nc1" and _near_floor(values, row.dtype) else None
+            drawing.collapse_curves(values, measure=measure, labels=labels, floor=floor, legend=False, ax=axis)
             axis.set(xlabel="", ylabel="")
         axes[0].set_ylabel(row.title, fontsize=11)
     for axis, name in zip(grid[0], MEASURES, strict=True):
@@ -84,12 +90,65 @@ def curves(rows: Sequence[Curves], title: str, feature_map: str) -> Figure:
     return figure
 
 
+def _near_floor(nc1: Mapping[str, np.ndarray], dtype: str) -> bool:
+    """Whether a curve comes within four decades of eps^2: elsewhere the line would squeeze the curves."""
+    seen = np.concatenate([np.ravel(seeds) for seeds in nc1.values()])
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    return len(seen) > 0 and float(seen.min()) < 1e4 * float(np.finfo(dtype).eps) ** 2
+
+
 def save(figure: Figure, stem: Path, formats: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Write the figure once a format; the same figure gives the same bytes."""
+    """Write the figure once a format; the same figure gives the same bytes. A .pdf has its fonts inside."""
+    import matplotlib as mpl
+
     paths = [stem.with_suffix(f".{suffix}") for suffix in formats]
     for path, suffix in zip(paths, formats, strict=True):
         content = io.BytesIO()
         dates = {"CreationDate": None} if suffix == "pdf" else None
-        figure.savefig(content, format=suffix, dpi=200, metadata=dates)
+        with mpl.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(content, format=suffix, dpi=200, metadata=dates)
         files.write(path, content.getvalue())
     return paths
+
+
+def save_small(figure: Figure, path: Path) -> None:
+    """A .png of 256 colours and at most 150 kB where 100 dots an inch allow it, for the repository and its pages."""
+    for dpi in (150, 125, 100):
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=dpi)
+        small = _small_png(content)
+        if len(small) < SMALL:
+            break
+    files.write(path, small)
+
+
+def shrink(path: Path) -> None:
+    """The same for a .png that is there, by its pixels; one that is small already stays as it is."""
+    if path.stat().st_size < SMALL:
+        return
+    for scale in (1.0, 0.75, 0.5):
+        small = _small_png(io.BytesIO(path.read_bytes()), scale)
+        if len(small) < SMALL:
+            break
+    files.write(path, small)
+
+
+def _small_png(content: io.BytesIO, scale: float = 1.0) -> bytes:
+    """Half of the colours are those of Gram matrices; a choice by number of pixels would lose the ends of their bar."""
+    import matplotlib as mpl
+    from PIL import Image
+    from scipy.spatial import KDTree
+
+    image = Image.open(content).convert("RGB")
+    if scale < 1:
+        image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.LANCZOS)
+    frequent = np.reshape(image.quantize(127).getpalette() or [], (-1, 3))
+    diverging = 255 * mpl.colormaps[drawing.DIVERGING](np.linspace(0, 1, 255 - len(frequent)))[:, :3]
+    palette = np.concatenate([[[255, 255, 255]], frequent, diverging.round()]).astype(np.uint8)
+    pixels = np.asarray(image, np.int64) @ [1 << 16, 1 << 8, 1]
+    seen, where = np.unique(pixels, return_inverse=True)
+    nearest = np.asarray(KDTree(palette).query(np.stack([seen >> 16, seen >> 8 & 255, seen & 255], 1))[1], np.uint8)
+    small, written = Image.fromarray(nearest[where].reshape(pixels.shape), "P"), io.BytesIO()
+    small.putpalette(palette.tobytes())
+    small.save(written, format="png", optimize=True)
+    return written.getvalue()

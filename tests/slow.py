@@ -8,6 +8,7 @@ _PROCESS = "starts Python processes, three seconds each"
 _MEMORY = "measures peak memory of large problems in fresh processes"
 _BENCH = "runs contenders of the benchmarks"
 _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
+_PICTURES = "writes whole figures"
 _FULL_DISK = "one run of reproduce after the other"
 
 # Of these, what takes minutes by itself, and so has to start first where two processes share the list.
@@ -53,6 +54,10 @@ SLOW = {
     "test_reproduce.py": {
         "test_an_interrupted_run_resumes": _FULL_DISK,
         "test_gaps_are_drawn_as_gaps": _FULL_DISK,
+    },
+    "test_reproduce_draw.py": {
+        "test_a_pdf_has_its_fonts_inside_as_outlines": _PICTURES,
+        "test_eigenvectors": _PICTURES,
     },
     "test_cancellation.py": {
         "test_small_and_large_numbers_in_float32": "sums in long double",

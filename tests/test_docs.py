@@ -52,6 +52,33 @@ def test_a_block_that_fails_is_named(outputs):
         outputs.with_outputs("```python\n1 / 0\n```\n", "page.md")
 
 
+@pytest.fixture
+def mathml(monkeypatch):
+    pytest.importorskip("latex2mathml")  # the docs' tools need Python 3.11
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("mathml")
+
+
+def test_formulas_become_mathml(mathml):
+    page = (
+        'a <span class="arithmatex">\\(x &lt; -y\\)</span> b <div class="arithmatex">\\[\na \\qquad f(-b_1)\n\\]</div>'
+    )
+    inline, first, second = re.findall(r"<math.*?</math>", mathml.with_mathml(page, "page.md"))
+    assert mathml.with_mathml(page, "page.md") == f'a {inline} b <div class="formula">{first}{second}</div>'
+    assert 'display="inline"' in inline
+    assert "&#x0003C;" in inline or "&lt;" in inline
+    assert 'display="block"' in first
+    assert "<msub><mi>b</mi><mn>1</mn></msub>" in second
+    assert '<mo form="prefix">&#x02212;</mo>' in second
+    bars = mathml.with_mathml('<span class="arithmatex">\\(\\lVert x \\rVert_2\\)</span>', "page.md")
+    assert bars.count('<mo stretchy="false">&#x02016;</mo>') == 2
+
+
+def test_a_formula_nobody_knows_is_named(mathml):
+    with pytest.raises(ValueError, match=r"page.md: latex2mathml does not know .alhpa in"):
+        mathml.with_mathml('<span class="arithmatex">\\(\\alhpa\\)</span>', "page.md")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_example_escapes(page):
     """Every block is Python that runs, Python that is marked, or commands."""
@@ -63,6 +90,17 @@ def test_no_example_escapes(page):
         ast.parse(code)
     for code in blocks(page, ""):
         assert "import " not in code
+
+
+def test_the_gallery_has_every_picture_and_none_twice():
+    gallery = (ROOT / "docs/pages/gallery.md").read_text()
+    shown = re.findall(r"^\[!\[[^]]+\]\(([^)]+)\)\]\(([^)]+)\)$", gallery, re.MULTILINE)
+    assert shown
+    for picture, link in shown:
+        assert picture == link
+        assert (ROOT / "docs/pages" / picture).stat().st_size < 150_000, picture
+    assert len({picture for picture, _ in shown}) == len(shown)
+    assert {f"../../bench/results/{path.name}" for path in (ROOT / "bench/results").glob("*.png")} <= dict(shown).keys()
 
 
 def test_nav_lists_every_page():

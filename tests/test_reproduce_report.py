@@ -115,8 +115,12 @@ def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "reproduce.conv_rfm.command", lambda args: done.append(("conv_rfm", args.quick, [args.dataset], args.data_root))
     )
+    monkeypatch.setattr(
+        "reproduce.eigenvectors.command",
+        lambda args: done.append(("eigenvectors", args.quick, [args.dataset], args.data_root)),
+    )
     assert main(["all", "--quick", "--dataset", "digits", "--data-root", "d", "--out", str(tmp_path)]) == 1
-    assert [name for name, *_ in done] == [*FIGURES, "conv_rfm", "grokking"]
+    assert [name for name, *_ in done] == [*FIGURES, "conv_rfm", "grokking", "eigenvectors"]
     assert {tuple(map(str, rest)) for _, *rest in done} == {("True", "['digits']", "d")}
     printed = capsys.readouterr().out
     assert "figure4: no svhn here" in printed

@@ -38,7 +38,9 @@ async function measure(page, width) {
   await new Promise(done => setTimeout(done, 150));
   const root = frame.contentDocument.documentElement;
   const cut = [...root.querySelectorAll("pre > code")].filter(code => code.scrollWidth > code.clientWidth + 1);
-  found.push({page, width, scrolls: root.scrollWidth, cut: cut.map(code => code.textContent.slice(0, 60))});
+  const wide = [...root.querySelectorAll(".formula")].filter(formula => formula.scrollWidth > formula.clientWidth + 1);
+  const texts = [...cut, ...wide].map(part => part.textContent.slice(0, 60));
+  found.push({page, width, scrolls: root.scrollWidth, cut: texts, formulas: root.querySelectorAll("math").length});
   frame.remove();
 }
 (async () => {
@@ -82,6 +84,8 @@ def test_the_site(site, request, tmp_path):
 def has_everything_and_fetches_nothing(site):
     for page in PAGES:
         html = (site / page.name).with_suffix(".html").read_text()
+        assert f"fastagop {fastagop.__version__}" in html.split('class="md-copyright"')[1]
+        assert 'class="arithmatex"' not in html
         assert not re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//", html)
         assert not [tag for tag in re.findall(r"<link[^>]+>", html) if "stylesheet" in tag and "//" in tag]
     html = (site / "api.html").read_text()
@@ -91,7 +95,8 @@ def has_everything_and_fetches_nothing(site):
     measured = (site / "benchmarks.html").read_text()
     names = re.findall(r"<!-- table (\w+) -->", (ROOT / "docs/pages/benchmarks.md").read_text())
     assert {"agop_cpu", "network_cpu", "cg_cpu", "keops_cpu", "operations_cpu"} <= set(names)
-    for plot in ("agop_time", "roofline"):
+    for plot in ("agop_time", "roofline"):  # once in the repository, twice on the site's pages
+        assert f'src="results/{plot}.png"' in (site / "gallery.html").read_text()
         assert f'src="results/{plot}.png"' in measured
         assert (site / "results" / f"{plot}.png").stat().st_size > 5000
     for name in names:
@@ -110,4 +115,9 @@ def nothing_is_cut_or_fails_in_a_browser(site, address, tmp_path):
     measured = json.loads(html_text.unescape(found))
     assert len(measured) == len(pages) * len(WIDTHS)
     assert [entry for entry in measured if entry["scrolls"] > entry["width"] or entry["cut"]] == []
+    assert {entry["page"] for entry in measured if entry["formulas"]} >= {
+        "index.html",
+        "deep_rfm.html",
+        "measures.html",
+    }
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line and "error" in line.lower()] == []
