@@ -136,7 +136,7 @@ def _unserved(request) -> str | None:
             f"Triton {_words(version())} does not compile its TF32 kernels for {_chip(request.X.device)}, which "
             "precision='medium' means; use another precision, or Triton 3.8 or newer"
         )
-    if text(type(request.kernel), "triton") is None:
+    if text(request.kernel, "triton") is None:
         name = type(request.kernel).__name__
         return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
     return None

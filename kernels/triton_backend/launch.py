@@ -22,7 +22,7 @@ from .cholesky import _update_kernel
 from .launch_config import GROUPS, PRODUCTS, Config, config
 from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
-from .profile import constants, device_profile
+from .profile import constants_of, device_profile
 from .split import Operand, operand
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
@@ -118,7 +118,7 @@ def fill(
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
                 *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), near,
-                constants(kernel, out), diagonal, first or 0, PROFILE=device_profile(type(kernel)), WEIGHT=weight,
+                constants_of(kernel, out), diagonal, first or 0, PROFILE=device_profile(kernel), WEIGHT=weight,
                 SELF=first is not None, LOWER=lower, PREC=X.prec, **_tile("matrix", c),
             )  # fmt: skip
     return out
@@ -168,7 +168,7 @@ def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
         with _current(out):
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
-                NEAR[torch.float32], constants(kernel, out), PROFILE=device_profile(type(kernel)),
+                NEAR[torch.float32], constants_of(kernel, out), PROFILE=device_profile(kernel),
                 SELF=symmetric, PREC=prec, SECOND=INSIDE[prec], BP=width, **_tile("matmul", c),
             )  # fmt: skip
     return out
