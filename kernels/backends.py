@@ -17,6 +17,7 @@ from .scaling import Points
 from .torch_backend.agop import InnerKernels
 from .torch_backend.backend import FactorKernels, TorchBackend
 from .triton_backend.backend import TritonBackend
+from .triton_backend.pairs import TritonPairBackend
 
 
 class Request(NamedTuple):
@@ -108,6 +109,7 @@ _RESERVED: tuple[str, ...] = ()
 # What serves the kernels that are not radial, under the names of those that serve the others.
 _PAIRS: dict[str, Backend] = {
     "torch": PairBackend(),
+    "triton": TritonPairBackend(),
     "keops": KeopsPairBackend(),
 }
 

@@ -68,7 +68,7 @@ def test_every_launch(operation, precision, chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace, fastagop.Matern52])
+@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace(1.0, 0.7), fastagop.Matern52(1.0)])
 @pytest.mark.parametrize(
     ("operation", "precision", "weight"),
     [("matrix", "fp16x3", True), ("matrix", "fp64", False)],  # what holds most registers; what solve starts from

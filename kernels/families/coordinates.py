@@ -39,6 +39,12 @@ class ProductLaplace(Combining, CoordinateProfile):
     bandwidth: Bandwidth
 
     norm = 1.0
+    measure = "l1"
+    triton = """
+value = tl.exp(-l1 * inverse_bandwidth)
+if WEIGHT:
+    value = tl.where(l1 > 0.0, value * inverse_bandwidth, 0.0)
+"""
     keops = Formulas(_SUM, f"(Elem(c, 0) * {_SUM}) * Sign(x - z)")
 
     def __post_init__(self):

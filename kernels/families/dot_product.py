@@ -52,6 +52,21 @@ class Polynomial(DotProduct):
         slope = f"(Elem(c, 0) * Elem(c, 2) * {_power(base, self.degree - 1)})"
         return Formulas(_power(base, self.degree), f"{slope} * x")
 
+    @property
+    def triton(self) -> str:
+        """With the degree written out."""
+        return f"""
+base = scale * dot + offset
+value = tl.full(base.shape, 1.0, base.dtype)
+if WEIGHT:
+    value *= degree * scale
+    for _ in tl.static_range({self.degree - 1}):
+        value *= base
+else:
+    for _ in tl.static_range({self.degree}):
+        value *= base
+"""
+
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite x.z by (scale x.z + offset)^degree."""
         return t.mul_(self.scale).add_(self.offset).pow_(self.degree)

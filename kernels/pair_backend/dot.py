@@ -16,6 +16,7 @@ class DotProfile(PairKernel):
 
     rotation_invariant = True
     agop_forms = ("gradient", "gram")
+    measure = "dot"
 
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite t = x.z by kappa(t)."""
