@@ -94,7 +94,7 @@ TABLE = {
 }
 # Those of l1 distances, which take no products of matrices, for every chip: chosen by the machine code, too.
 PLAIN = {
-    ("matrix", "fp32"): Config(64, 64, 32, 4, 1, registers=128, programs=4),
+    ("matrix", "fp32"): Config(64, 64, 32, 8, 1, programs=2),
     ("matmul", "fp32"): Config(64, 32, 32, 4, 1, registers=128, programs=4),
     ("l1 gradient", "fp32"): Config(32, 64, 1, 4, 1, programs=8),
 }
