@@ -28,6 +28,7 @@ PAGE = files.ROOT / "docs/pages/gpu.md"
 PRODUCTS = {"fp16x3": 3, "bf16x3": 3, "tf32x3": 3, "tf32": 1, "fp64": 1}  # tensor products that make one
 COUNTS = {"m", "n", "d", "p", "b", "K", "first", "stop", "n_wide", "d_wide"}
 FEW = 0.01  # of the instructions around an inner loop may be spills
+_LAPLACE = Laplace(1.0)  # any number: profiles load it
 WIDTH = 16  # columns of V that a pass of the fused product takes, as for ten classes; it takes up to 64
 
 # Of a multiprocessor, by compute capability: bytes of shared memory in all and of one program (NVIDIA's tuning
@@ -322,7 +323,7 @@ def compiled(
     precision: str,
     capability: int,
     config: Config | None = None,
-    profile: Kernel = Laplace(1.0),
+    profile: Kernel = _LAPLACE,
     weight: bool = True,
     odd: bool = False,
 ) -> Code:

@@ -98,11 +98,11 @@ class KernelOperator:
 
     def float64_product(self, rows: int) -> PointsProduct | PairProduct:
         """k(X, X) of the scaled points in float64, which is never stored, in blocks of that many rows."""
+        if not self.kernel.radial:
+            return PairProduct(self.kernel, self.points.X.double(), rows)
         request = backends.Request("solve with method 'cg'", self.kernel, self.X)
         chosen, _ = backends.choose(backends.serving(self.backend.name, request), request)
         x = self.points.X.double()
-        if not self.kernel.radial:
-            return PairProduct(self.kernel, x, rows, chosen.product)
         return PointsProduct(Points(self.points.kernel, x, x), rows, chosen)
 
     def matrix(self, out: torch.Tensor | None = None, ridge: float = 0.0) -> Call:

@@ -282,6 +282,6 @@ def constants(kernel: Kernel, dtype: torch.dtype) -> dict[str, float]:
     found = {field.name: getattr(kernel, field.name) for field in fields(kernel)}  # pyright: ignore[reportArgumentType]
     largest = torch.finfo(dtype).max * 2.0**-22
     return {
-        "inverse_bandwidth" if name == "bandwidth" else name: min(1.0 / value, largest) if name == "bandwidth" else value
+        name.replace("bandwidth", "inverse_bandwidth"): min(1.0 / value, largest) if name == "bandwidth" else value
         for name, value in found.items()
     }

@@ -78,6 +78,21 @@ def test_further_profiles(operation, precision, weight, profile, chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("operation", "precision", "kernel"),
+    [
+        *((*launch, fastagop.ProductLaplace(1.0)) for launch in launch_config.PLAIN),
+        *((operation, "fp16x3", fastagop.Polynomial(3)) for operation in ("matrix", "matmul")),
+    ],
+)
+def test_kernels_that_are_not_radial(operation, precision, kernel, chip):
+    """l1 distances take no tensor instructions in their inner loops; those of products keep to their table entries."""
+    code = compiled(operation, precision, chip, profile=kernel)
+    check(code, operation, precision)
+    assert bool(code.tensor_loops) == (precision != "fp32")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 def test_an_odd_n(chip):
     """Rows of work matrices are aligned, so loads stay 16 bytes wide and a factorisation spills nothing."""
     (even,), (odd,) = (compiled("gradient", "fp16x3", chip, odd=odd).tensor_loops for odd in (False, True))

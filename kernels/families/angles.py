@@ -17,56 +17,27 @@ from .composition import Combining
 # which makes a right angle; angles are those of their ratio.
 _U, _V = "(Rsqrt(SqNorm2(x)) * x)", "(Rsqrt(SqNorm2(z)) * z)"
 _LIVE = "Sign(SqNorm2(x) * SqNorm2(z))"
-_APART = f"Square(Norm2({_U} - {_V}) + (IntCst(1) - {_LIVE}))"
-_OPPOSITE = f"Square(Norm2({_U} + {_V}) + (IntCst(1) - {_LIVE}))"
+_APART = f"(Norm2({_U} - {_V}) + (IntCst(1) - {_LIVE}))"
+_OPPOSITE = f"(Norm2({_U} + {_V}) + (IntCst(1) - {_LIVE}))"
+_SQUARES = f"Inv(Square({_APART}) + Square({_OPPOSITE}))"  # 1 / 4, but for zero vectors
+_SINE = f"(IntCst(2) * {_APART} * {_OPPOSITE} * {_SQUARES})"
+_COSINE = f"((Square({_OPPOSITE}) - Square({_APART})) * {_SQUARES})"
 _PER_PI = "Elem(c, 1)"
+_LEFT = f"({_PER_PI} * IntCst(2) * Atan2({_OPPOSITE}, {_APART}))"  # (pi - theta) / pi
+_OVER_SINE = f"({_PER_PI} * Inv({_SINE} + (IntCst(1) - Sign({_SINE}))))"  # 1 / (pi sine)
+_FIRST = f"({_PER_PI} * {_SINE} + {_LEFT} * {_COSINE})"  # J_1 / pi
+_SECOND = f"({_PER_PI} * IntCst(3) * {_SINE} * {_COSINE} + {_LEFT} * (IntCst(1) + IntCst(2) * Square({_COSINE})))"
+# 1 where the sine exceeds 16 eps, and no vector is zero: elsewhere vectors are parallel to rounding.
+_ACROSS = f"Step({' * '.join(['IntCst(65536)'] * 3)} * {_SINE} - IntCst(1)) * {_LIVE}"
 _LENGTHS = ("", " * Sqrt(SqNorm2(x) * SqNorm2(z))", " * (SqNorm2(x) * SqNorm2(z))")  # by the degree
 _SLOPE_LENGTHS = ("Rsqrt(SqNorm2(z))", "Norm2(x)", "SqNorm2(x) * Norm2(z)")
 
 
-@dataclass(frozen=True)
-class _Angle:
-    """An angle in KeOps' words: sin(theta / 2)^2 and cos(theta / 2)^2."""
-
-    low: str
-    high: str
-
-    @property
-    def theta(self) -> str:
-        """Theta."""
-        return f"(IntCst(2) * Atan2(Sqrt({self.low}), Sqrt({self.high})))"
-
-    @property
-    def left(self) -> str:
-        """(pi - theta) / pi."""
-        return f"({_PER_PI} * IntCst(2) * Atan2(Sqrt({self.high}), Sqrt({self.low})))"
-
-    @property
-    def sine(self) -> str:
-        """sin(theta)."""
-        return f"(IntCst(2) * Sqrt({self.low} * {self.high}))"
-
-    @property
-    def cosine(self) -> str:
-        """cos(theta)."""
-        return f"({self.high} - {self.low})"
-
-    @property
-    def over_sine(self) -> str:
-        """1 / (pi sin(theta)); any number where vectors are parallel."""
-        return f"({_PER_PI} * Inv({self.sine} + (IntCst(1) - Sign({self.sine}))))"
-
-
-_TOTAL = f"Inv({_APART} + {_OPPOSITE})"
-_ANGLE = _Angle(f"({_APART} * {_TOTAL})", f"({_OPPOSITE} * {_TOTAL})")
-# 1 where the sine exceeds 16 eps, and no vector is zero: elsewhere vectors are parallel to rounding.
-_ACROSS = f"Step({' * '.join(['IntCst(65536)'] * 3)} * {_ANGLE.sine} - IntCst(1)) * {_LIVE}"
-
-
 def _formulas(degree: int, height: str, tangent: str) -> Formulas:
-    """||x||^s ||z||^s h, and its gradient ||x||^s ||z||^(s-1) (T (x^ - z^) + (T r^2 / 2 + s h) z^), r^2 / 2 = 2 low."""
+    """||x||^s ||z||^s h, and its gradient ||x||^s ||z||^(s-1) (T (x^ - z^) + (T (1 - cos(theta)) + s h) z^)."""
     across = f"(({tangent}) * {_ACROSS})"
-    along = f"({across} * IntCst(2) * {_ANGLE.low}" + (f" + IntCst({degree}) * {height})" if degree else ")")
+    along = f"({across} * IntCst(2) * Square({_APART}) * {_SQUARES}"
+    along += f" + IntCst({degree}) * {height})" if degree else ")"
     slope = f"({_SLOPE_LENGTHS[degree]}) * ({across} * ({_U} - {_V}) + {along} * {_V})"
     return Formulas(f"{height}{_LENGTHS[degree]}", slope, (1.0 / math.pi,))
 
@@ -98,10 +69,7 @@ class ArcCosine(Combining, AngleProfile):
     @property
     def keops(self) -> Formulas:
         """Those of the order."""
-        a = _ANGLE
-        first = f"({_PER_PI} * {a.sine} + {a.left} * {a.cosine})"
-        second = f"({_PER_PI} * IntCst(3) * {a.sine} * {a.cosine} + {a.left} * (IntCst(1) + IntCst(2) * Square({a.cosine})))"
-        parts = ((a.left, a.over_sine), (first, a.left), (second, f"IntCst(4) * {first}"))
+        parts = ((_LEFT, _OVER_SINE), (_FIRST, _LEFT), (_SECOND, f"IntCst(4) * {_FIRST}"))
         return _formulas(self.order, *parts[self.order])
 
     def height(self, angles: Angles) -> torch.Tensor:
@@ -151,18 +119,11 @@ class NTK(Combining, AngleProfile):
 
     @property
     def keops(self) -> Formulas | None:
-        """Of one hidden layer and of two: KeOps computes an angle wherever it stands, and formulas grow tenfold a layer."""
-        if self.depth > 2:
+        """Of one hidden layer: KeOps computes the angle wherever it is named, and the next one names it ten times."""
+        if self.depth > 1:
             return None
-        angle, total, slope, e = _ANGLE, _ANGLE.cosine, "IntCst(1)", "IntCst(1)"
-        for _ in range(self.depth):
-            linear = angle.left
-            slope = f"({slope} * {linear} + {total} * {e} * {angle.over_sine} + {e} * {linear})"
-            low = f"({angle.low} - IntInv(2) * {_PER_PI} * ({angle.sine} - {angle.theta} * {angle.cosine}))"
-            low = f"ClampInt({low}, 0, 1)"  # sin^2 of half the next angle
-            total = f"({total} * {linear} + (IntCst(1) - IntCst(2) * {low}))"
-            e, angle = f"({e} * {linear})", _Angle(low, f"(IntCst(1) - {low})")
-        return _formulas(1, total, slope)
+        tangent = f"IntCst(2) * {_LEFT} + {_COSINE} * {_OVER_SINE}"
+        return _formulas(1, f"({_COSINE} * {_LEFT} + {_FIRST})", tangent)
 
     def blocks_alive(self) -> int:
         """Those of a layer and of the next one."""

@@ -65,7 +65,6 @@ class KeopsBackend:
         plan = reductions.plan_agop(operator.X, alpha, operator.Z, task.limit, operator.why)
         return Call(plan, lambda at, alpha, weights: reductions.agop(at, alpha, task.center, plan.block, weights))
 
-
     @staticmethod
     def refuse_gram(task: AgopTask) -> None:
         """Refuse the form that stores the weights."""

@@ -15,7 +15,15 @@ from .backend import KeopsBackend, unusable
 
 
 class KeopsPairBackend(KeopsBackend):
-    """Every operation of the KeOps backend for kernels that are not radial; users know it as "keops"."""
+    """Operations, but for solving, for kernels that are not radial; users know it as "keops"."""
+
+    operations = ("kernel_matmul", "gradients", "agop")
+
+    def refusal(self, request) -> str | None:
+        """Why it cannot serve a call, and what to change; None where it can."""
+        if request.operation.startswith("solve"):
+            return f"it solves with radial kernels only, and {request.kernel!r} is none"
+        return super().refusal(request)
 
     def missing(self, request) -> str | None:
         """Why KeOps cannot compute here, and what to change; None where it can."""

@@ -166,21 +166,17 @@ class PairFactor(FactorKernels):
 
 
 class PairProduct:
-    """k(X, X) as a solver sees it, made of float64 points block by block at every product.
+    """k(X, X) as a solver sees it, made of float64 points block by block at every product."""
 
-    ``product`` is a backend's, (points, V, rows) -> k(X, X) V; default torch's.
-    """
-
-    def __init__(self, kernel: Kernel, X: torch.Tensor, rows: int, product: Callable | None = None):
+    def __init__(self, kernel: Kernel, X: torch.Tensor, rows: int):
         self.kernel, self.X, self.rows = kernel, X, rows
-        self.product = product or PairBackend().product
 
     def __len__(self) -> int:
         return len(self.X)
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
         """k(X, X) V."""
-        return self.product(Points(self.kernel, self.X, self.X), V, self.rows)
+        return blocks.kernel_matmul(self.kernel, self.X, self.X, V, self.rows)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """k(X, X[index])."""

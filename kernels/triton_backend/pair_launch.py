@@ -1,7 +1,7 @@
 """Triton backend: gradients and the AGOP of kernels that are not radial, from stored blocks of weights, float32.
 
-The gradient of a kernel of the dot product is u = kappa'(x.z) times x: the radial kernels' products without their second
-part. That of the l1 kernel has a device kernel of its own.
+The gradient of a kernel of the dot product is u = kappa'(x.z) times x: the radial kernels' products without their
+second part. That of the l1 kernel has a device kernel of its own.
 """
 
 from __future__ import annotations

@@ -22,9 +22,15 @@ def _launch():
 
 
 class TritonPairBackend(TritonBackend):
-    """The operations of the Triton backend but for solving, for kernels that are not radial; users know it as "triton"."""
+    """Operations, but for solving, for kernels that are not radial; users know it as "triton"."""
 
     operations = ("kernel_matrix", "kernel_matmul", "gradients", "agop")
+
+    def refusal(self, request) -> str | None:
+        """Why it cannot serve a call, and what to change; None where it can."""
+        if request.operation.startswith("solve"):
+            return f"it solves with radial kernels only, and {request.kernel!r} is none"
+        return super().refusal(request)
 
     def missing(self, request) -> str | None:
         """Why a kernel is not served; None where it is."""
@@ -46,12 +52,13 @@ class TritonPairBackend(TritonBackend):
 
     def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The gradient form; coefficients and weights come in their units when it runs."""
-        for refused, what, remedy in (
-            (task.method == "gram", "method='gram'", "use method='gradient' or 'auto'"),
-            (task.center, "center=True", "what centring leaves of gradients may be lost in float32: use backend='torch'"),
-        ):
-            if refused:
-                raise BackendUnavailable(f"backend 'triton' cannot serve agop of {operator.kernel!r} with {what}; {remedy}")
+        reason = ""
+        if task.method == "gram":
+            reason = "method 'gram': it has the gradient form; use method='gradient' or 'auto'"
+        elif task.center:
+            reason = "center=True: what centring leaves may be lost in float32; use backend='torch' or 'auto'"
+        if reason:
+            raise BackendUnavailable(f"backend 'triton' cannot serve agop of {operator.kernel!r} with {reason}")
         plan = costs.plan(operator.X, alpha, operator.Z[:], replace(task, method="gradient"), operator.why)
 
         def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
