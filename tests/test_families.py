@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from fastagop.kernels.pair_backend import categories
 
 import fastagop
 from fastagop import NTK, ArcCosine, Gaussian, Laplace, LpLaplace, Matern52, Polynomial, ProductLaplace
@@ -287,6 +288,66 @@ def test_ties(kernel, tied):
     for points in (Z, X):
         _, g = truth(kernel, X, alpha, points)
         assert apart(fastagop.gradients(kernel, X, alpha, points), g) <= 1e-13
+
+
+@pytest.fixture
+def with_categories(monkeypatch):
+    """Few points suffice for tables; (X, Z) with two categories as one-hot columns, flags, a constant, numbers."""
+    monkeypatch.setattr(categories, "_POINTS", 1)
+    monkeypatch.setattr(categories, "_PAIRS", 1)
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(n):
+        codes = torch.randint(12, (n, 2), generator=generator)
+        codes[:12] = torch.arange(12)[:, None]  # each there is
+        flags = torch.randint(2, (n, 2), generator=generator) * 2.0 - 0.5
+        scale = torch.rand(24, generator=torch.Generator().manual_seed(8)) + 0.2  # what a diagonal metric makes of them
+        columns = torch.nn.functional.one_hot(codes, 12).flatten(1) * scale
+        numbers = torch.randn(n, 3, generator=generator)
+        return torch.cat([numbers[:, :1], columns, flags, torch.ones(n, 1), numbers[:, 1:]], 1).double()
+
+    return drawn(40), drawn(30)
+
+
+@pytest.mark.parametrize("kernel", [ProductLaplace(3.0), LpLaplace(1.4, 0.8, 3.0), LpLaplace(0.7, 0.7, 2.0)], ids=repr)
+@dtypes
+@pytest.mark.parametrize("other", [False, True], ids=["X", "Z"])
+def test_categories(kernel, dtype, other, with_categories):
+    """Look-ups are the one-hot columns' differences; equal points are at distance zero to the bit."""
+    X, Z = (t.to(dtype) for t in with_categories)
+    X[27], Z[3] = X[2], X[2]
+    X[29, 1:] = X[2, 1:]  # of the same categories
+    alpha = torch.randn(40, 2, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    Z = Z if other else X
+    found = kernel.pairs(X, Z).categories
+    assert found is not None
+    assert found.columns.tolist() == list(range(1, 25))
+    K, g = truth(kernel, X, alpha, Z)
+    given, close = Z if other else None, 1e-5 if dtype == torch.float32 else 1e-13
+    made = fastagop.kernel_matrix(kernel, X, given)
+    assert apart(made, K) <= close
+    assert float(made[2, 3] if other else made[2, 27]) == 1.0
+    assert apart(fastagop.gradients(kernel, X, alpha, given), g) <= close
+    assert (
+        apart(fastagop.agop(kernel, X, alpha, given, reduction="sum"), torch.einsum("icd,ice->de", g, g)) <= 2 * close
+    )
+    both = kernel * Gaussian(3.0)  # weights of a product go into the sums
+    _, g = truth(both, X, alpha, Z)
+    assert apart(fastagop.gradients(both, X, alpha, given), g) <= close
+
+
+def test_categories_where_they_do_not_pay(with_categories, monkeypatch):
+    X, Z = with_categories
+    flags = torch.randint(2, (40, 8), generator=torch.Generator().manual_seed(10)).double()
+    only = X[:, 1:25].contiguous()  # nothing is left to differences
+    kernel = ProductLaplace(3.0)
+    for points, tables in ((flags, False), (X[:, :4], False), (X[:, [0, 26, 27]], False), (only, True)):
+        assert (kernel.pairs(points, points).categories is not None) == tables
+    alpha = torch.ones(40, 1, dtype=torch.float64)
+    assert apart(fastagop.gradients(kernel, only, alpha), truth(kernel, only, alpha, only)[1]) <= 1e-13
+    monkeypatch.setattr(categories, "_PAIRS", 40 * 30 + 1)
+    assert kernel.pairs(X, Z).categories is None
+    assert kernel.pairs(X, X).categories is not None
 
 
 def test_peers():
