@@ -11,12 +11,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastagop.kernels.profile import Profile
+from fastagop.kernels.profile import Kernel
 from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.launch_config import Config
 
@@ -27,6 +28,7 @@ PAGE = files.ROOT / "docs/pages/gpu.md"
 PRODUCTS = {"fp16x3": 3, "bf16x3": 3, "tf32x3": 3, "tf32": 1, "fp64": 1}  # tensor products that make one
 COUNTS = {"m", "n", "d", "p", "b", "K", "first", "stop", "n_wide", "d_wide"}
 FEW = 0.01  # of the instructions around an inner loop may be spills
+_LAPLACE = Laplace(1.0)  # any number: profiles load it
 WIDTH = 16  # columns of V that a pass of the fused product takes, as for ten classes; it takes up to 64
 
 # Of a multiprocessor, by compute capability: bytes of shared memory in all and of one program (NVIDIA's tuning
@@ -109,6 +111,8 @@ def faults(code: Code, operation: str, precision: str) -> list[str]:
     Spills in an epilogue cost little beside the inner loop: they count where a loop around it has many, and else not.
     """
     config, found = code.config, []
+    if precision == "fp32":
+        return _spills(code.loops, 0.0) + _programs(code)
     if len(code.tensor_loops) != 1:
         return [f"{len(code.tensor_loops)} inner loops have tensor instructions, not one"]
     (inner,) = code.tensor_loops
@@ -126,19 +130,30 @@ def faults(code: Code, operation: str, precision: str) -> list[str]:
     operands = (config.rows + config.columns) * config.inner * parts
     if stored > operands:
         found.append(f"accumulators: the inner loop stores {stored} bytes to shared memory; operands have {operands}")
-    if spilled := inner.number("LDL", "STL"):
-        found.append(f"spills: {spilled} local loads and stores in the inner loop")
-    for loop in code.loops:
-        if not loop.innermost and loop.flop and (spilled := loop.number("LDL", "STL")) > FEW * loop.size:
-            found.append(
-                f"spills: {spilled} local loads and stores among {loop.size} instructions around the inner loop"
-            )
-    if code.programs < config.programs:
-        found.append(
-            f"programs: a multiprocessor holds {code.programs} and the table says {config.programs}; one takes "
-            f"{code.registers} registers a thread and {code.shared} bytes of shared memory"
-        )
-    return found
+    around = [loop for loop in code.loops if not loop.innermost and loop.flop]
+    return found + _spills((inner,), 0.0) + _spills(around, FEW) + _programs(code)
+
+
+def _spills(loops: Iterable[Loop], share: float) -> list[str]:
+    """What loops spill beyond a share of their instructions, in words."""
+    found = ((loop, loop.number("LDL", "STL")) for loop in loops)
+    return [
+        f"spills: {spilled} local loads and stores in the inner loop"
+        if loop.innermost
+        else f"spills: {spilled} local loads and stores among {loop.size} instructions around the inner loop"
+        for loop, spilled in found
+        if spilled > share * loop.size
+    ]
+
+
+def _programs(code: Code) -> list[str]:
+    """Where a multiprocessor holds fewer programs than the table says, in words."""
+    if code.programs >= code.config.programs:
+        return []
+    return [
+        f"programs: a multiprocessor holds {code.programs} and the table says {code.config.programs}; one takes "
+        f"{code.registers} registers a thread and {code.shared} bytes of shared memory"
+    ]
 
 
 def flop(instruction: str) -> int:
@@ -247,11 +262,11 @@ def _version() -> tuple[int, ...]:
 
 def _second(precision: str) -> str:
     """Precision of the fused product's second factor, which is split inside the instruction."""
-    return {"fp16x3": "tf32x3"}.get(precision, precision)
+    return {"fp16x3": "tf32x3", "fp32": "tf32x3"}.get(precision, precision)
 
 
 def _kernel(operation: str) -> Any:
-    from fastagop.kernels.triton_backend import agop, cholesky, matmul, matrix, panels
+    from fastagop.kernels.triton_backend import agop, cholesky, l1_gradient, matmul, matrix, panels
 
     return {
         "matrix": matrix._matrix_kernel,
@@ -260,6 +275,7 @@ def _kernel(operation: str) -> Any:
         "gram": agop._gram_kernel,
         "update": cholesky._update_kernel,
         "panel": panels._panel_kernel,
+        "l1 gradient": l1_gradient._l1_gradient_kernel,
     }[operation]
 
 
@@ -267,7 +283,7 @@ def source(
     operation: str,
     precision: str,
     config: Config,
-    profile: type[Profile] = Laplace,
+    profile: Kernel = _LAPLACE,
     weight: bool = True,
     odd: bool = False,
     triangle: bool = False,
@@ -277,8 +293,8 @@ def source(
 
     kernel = _kernel(operation)
     constants = {"PREC": precision, "BM": config.rows, "BN": config.columns, "BK": config.inner}
-    constants |= {"PROFILE": device_profile(profile), "WEIGHT": weight, "SELF": True, "LOWER": True, "WIDER": odd}
-    constants["TRIANGLE"] = triangle
+    constants |= {"PROFILE": device_profile(profile), "WEIGHT": weight, "LOWER": True, "WIDER": odd}
+    constants |= {"OF": profile.measure, "SELF": profile.radial, "TRIANGLE": triangle}
     constants |= {"SECOND": _second(precision), "BP": WIDTH, "GROUP": launch_config.GROUPS.get(operation, 1)}
     names = kernel.arg_names
     whole = "*fp64" if precision == "fp64" else "*fp32"
@@ -319,7 +335,8 @@ def compiled(
     **how: Any,
 ) -> Code:
     """Compile one launch, of the table unless a configuration is given, and read its machine code; as in ``source``."""
-    config = config or launch_config.TABLE[capability // 10][operation, precision]
+    table = launch_config.PLAIN if precision == "fp32" else launch_config.TABLE[capability // 10]
+    config = config or table[operation, precision]
     target = _triton("backends.compiler").GPUTarget("cuda", capability, 32)
     made = source(operation, precision, config, **how)
     options = {**config.launch, "enable_fp_fusion": True}

@@ -9,6 +9,7 @@ import torch
 from .checks import choice
 from .errors import BackendUnavailable
 from .keops_backend.backend import KeopsBackend
+from .keops_backend.pairs import KeopsPairBackend
 from .pair_backend.backend import PairBackend
 from .plan import AgopTask, Call
 from .profile import Kernel
@@ -16,6 +17,7 @@ from .scaling import Points
 from .torch_backend.agop import InnerKernels
 from .torch_backend.backend import FactorKernels, TorchBackend
 from .triton_backend.backend import TritonBackend
+from .triton_backend.pairs import TritonPairBackend
 
 
 class Request(NamedTuple):
@@ -104,7 +106,12 @@ class Serving(Backend, Protocol):
 
 _TABLE: dict[str, Backend] = {}
 _RESERVED: tuple[str, ...] = ()
-_PAIRS = PairBackend()  # serves the kernels that are not radial, under the name of torch
+# What serves the kernels that are not radial, under the names of those that serve the others.
+_PAIRS: dict[str, Backend] = {
+    "torch": PairBackend(),
+    "triton": TritonPairBackend(),
+    "keops": KeopsPairBackend(),
+}
 
 
 def register(backend: Backend) -> None:
@@ -135,17 +142,16 @@ def choose(backend: str, request: Request) -> tuple[Serving, str]:
     measured on a GPU.
     """
     choice("backend", backend, names())
-    if not request.kernel.radial and backend in ("auto", "torch"):
-        return cast(Serving, _PAIRS), "the torch backend serves every device"
+    table = _TABLE if request.kernel.radial else _PAIRS
     if backend == "auto":
-        return cast(Serving, _TABLE["torch"]), "the torch backend serves every device"
+        return cast(Serving, table["torch"]), "the torch backend serves every device"
     reason = _refusal(backend, request)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {request.operation}: {reason}; use backend='torch' or 'auto' to compute "
             "without it"
         )
-    return cast(Serving, _TABLE[backend]), "asked for"
+    return cast(Serving, table[backend]), "asked for"
 
 
 def serving(backend: str, request: Request) -> str:
@@ -154,7 +160,9 @@ def serving(backend: str, request: Request) -> str:
 
 
 def _refusal(backend: str, request: Request) -> str | None:
-    """Why a backend does not serve a call; kernels that are not radial are torch's alone."""
-    if not request.kernel.radial and backend != "torch":
+    """Why a backend does not serve a call."""
+    if request.kernel.radial:
+        return _TABLE[backend].refusal(request)
+    if backend not in _PAIRS:
         return f"it has radial kernels only, and {request.kernel!r} is none"
-    return _TABLE[backend].refusal(request)
+    return _PAIRS[backend].refusal(request)

@@ -59,10 +59,14 @@ def without_duplicates_(sq: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Formulas:
-    """phi(r), and w(r) (x - z) with w(r) = -phi'(r)/r, zero where r = 0, as KeOps writes them."""
+    """k(x, z), and its gradient at z, as KeOps writes them; of a radial kernel phi(r), and w(r) (x - z), zero at r = 0.
+
+    ``numbers`` follow the kernel's own in c: KeOps' constants have float32's digits only.
+    """
 
     value: str
     slope: str
+    numbers: tuple[float, ...] = ()
 
 
 if TYPE_CHECKING:
@@ -92,6 +96,8 @@ class Kernel:
         agop_forms: of "gradient" and "gram".
         norm: the p of ||x - z||_p that a bandwidth of "median" is the median of; None for a kernel without bandwidth.
         parts: the kernels that it is made of.
+        measure: the number of a pair by whose name its ``triton`` text knows it: "sq" is ||x - z||_2^2, "dot" x.z, "l1"
+            ||x - z||_1.
     """
 
     radial: ClassVar[bool] = False
@@ -103,6 +109,11 @@ class Kernel:
     wide: Any = True
     agop_forms: ClassVar[tuple[str, ...]] = ("gradient",)
     norm: ClassVar[float | None] = None
+    # The kernel in the languages of the devices, an attribute or a property of its class; a backend refuses a kernel
+    # that has none in its own.
+    triton: Any = None
+    keops: Any = None
+    measure: ClassVar[str] = ""
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
@@ -172,9 +183,9 @@ class Profile(Kernel):
     nonnegative = True
     agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
     norm: ClassVar[float | None] = 2.0
-    # The profile in the languages of the devices; a backend refuses a kernel that has none in its own.
-    triton: ClassVar[str | None] = None
-    keops: ClassVar[Formulas | None] = None
+    measure: ClassVar[str] = "sq"
+    triton: ClassVar[str | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    keops: ClassVar[Formulas | None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
@@ -263,9 +274,23 @@ def weight_at_zero(kernel: Profile) -> float:
     return kernel._weight_at_zero
 
 
-def text(kernel: type[Profile], language: str) -> Any:
-    """A kernel's profile in a device's language, "triton" or "keops"; None where its class itself gives none.
+def text(kernel: Kernel, language: str) -> Any:
+    """A kernel in a device's language, "triton" or "keops"; None where its class itself gives none.
 
     What a parent class gives does not count: the class may have another profile.
     """
-    return vars(kernel).get(language)
+    return getattr(kernel, language) if language in vars(type(kernel)) else None
+
+
+def constants(kernel: Kernel, dtype: torch.dtype) -> dict[str, float]:
+    """A kernel's parameters as devices get them, by name, in the order of its fields: numbers of that dtype.
+
+    In the place of a bandwidth L is "inverse_bandwidth", 1 / L, at most so large that times a difference of points
+    (below 2^21, in units) it stays finite.
+    """
+    found = {field.name: getattr(kernel, field.name) for field in fields(kernel)}  # pyright: ignore[reportArgumentType]
+    largest = torch.finfo(dtype).max * 2.0**-22
+    return {
+        name.replace("bandwidth", "inverse_bandwidth"): min(1.0 / value, largest) if name == "bandwidth" else value
+        for name, value in found.items()
+    }

@@ -71,6 +71,7 @@ SLOW = {
     "test_machine_code.py": {
         "test_every_launch": "compiles for sm_80 and sm_90, seconds a configuration",
         "test_further_profiles": "compiles for sm_80 and sm_90, seconds a configuration",
+        "test_kernels_that_are_not_radial": "compiles for sm_80 and sm_90, seconds a configuration",
         "test_an_odd_n": "compiles for sm_80 and sm_90, seconds a configuration",
         "test_old_configurations_are_found": "compiles for sm_80 and sm_90, seconds a configuration",
     },
@@ -121,6 +122,11 @@ SLOW = {
     },
     "test_spectrum.py": {"test_intervals_hold_what_they_promise": "intervals of some hundred data sets"},
     "test_errors.py": {"test_a_script_is_named": _PROCESS},
+    "test_families.py": {
+        "test_keops": _COMPILES,
+        "test_keops_at_extreme_bandwidths": _COMPILES,
+        "test_keops_says_what_leaves_the_dtype": _COMPILES,
+    },
     "test_keops.py": {
         "test_against_the_reference": _COMPILES,
         "test_further_kernels": _COMPILES,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import math
+import shutil
 
 import pytest
 import torch
+from fastagop.kernels.pair_backend import categories
 
 import fastagop
 from fastagop import NTK, ArcCosine, Gaussian, Laplace, LpLaplace, Matern52, Polynomial, ProductLaplace
@@ -125,6 +129,69 @@ def test_against_autograd(kernel, dtype, other, data):
         assert apart(fastagop.agop(kernel, X, alpha, given, center=True), M) <= 2 * close
 
 
+# Formulas compile for seconds each: one size serves all.
+COMPILED = ["l1", "lp", "lp below 1", "polynomial", "arc-cosine 0", "arc-cosine 1", "arc-cosine 2", "ntk"]
+needs_keops = pytest.mark.skipif(
+    importlib.util.find_spec("pykeops") is None or not (shutil.which("g++") or shutil.which("clang++")),
+    reason="needs pykeops and a C++ compiler",
+)
+KEOPS = {"backend": "keops"}
+
+
+@needs_keops
+@dtypes
+@pytest.mark.parametrize("name", COMPILED)
+def test_keops(name, dtype, data):
+    """Products, gradients and the AGOP, against the definition; and against torch where that has no derivative."""
+    kernel, close = KERNELS[name], CLOSE[dtype]
+    X, alpha, Z = data[0][:, :5].to(dtype), data[1].to(dtype), data[2][:, :5].to(dtype)
+    Z[0] = X[0]
+    for where in (None, Z):
+        points = X if where is None else where
+        K, g = truth(kernel, X, alpha, points)
+        V = alpha[: len(points)]
+        assert apart(fastagop.kernel_matmul(kernel, X, where, V=V, **KEOPS), K @ V.double()) <= close
+        assert apart(fastagop.gradients(kernel, X, alpha, where, **KEOPS), g) <= close
+        M = torch.einsum("icd,ice->de", g, g) / len(points)
+        found = fastagop.agop(kernel, X, alpha, where, **KEOPS)
+        assert found.dtype == dtype
+        assert apart(found, M) <= 2 * close
+    X = X.clone()
+    X[10], X[11], X[12] = 0.0, -3.0 * X[4], 0.0  # zero vectors, opposite ones
+    weights = torch.arange(1.0, 15, dtype=dtype)
+    for op, how in (
+        (fastagop.gradients, {}),
+        (fastagop.agop, {"center": True}),
+        (fastagop.agop, {"sample_weight": weights}),
+    ):
+        assert apart(op(kernel, X, alpha, **how, **KEOPS), op(kernel, X, alpha, **how).double()) <= 2 * close
+    found, same = (fastagop.kernel_matmul(kernel, X, V=alpha, **how) for how in (KEOPS, {}))
+    assert apart(found, same.double()) <= close
+    plan = fastagop.explain("gradients", kernel, X, alpha, **KEOPS)
+    assert "backend keops" in plan
+    assert f"precision  {'float64' if kernel.wide else str(dtype).removeprefix('torch.')}" in plan
+
+
+@needs_keops
+@pytest.mark.parametrize("kernel", [ProductLaplace(1.0), LpLaplace(1.4, 0.8, 1.0), LpLaplace(0.7, 0.7, 1.0)], ids=repr)
+def test_keops_at_extreme_bandwidths(kernel, data):
+    X, alpha = data[0][:, :5].double(), data[1].double()
+    narrow, wide = (dataclasses.replace(kernel, bandwidth=L) for L in (1e-300, 1e300))
+    same = (X[:, None] == X).all(-1).double()
+    assert torch.equal(fastagop.kernel_matmul(narrow, X, V=alpha, **KEOPS), same @ alpha)
+    assert not fastagop.gradients(narrow, X, alpha, **KEOPS).any()
+    assert apart(fastagop.kernel_matmul(wide, X, V=alpha, **KEOPS), alpha.sum(0).expand(14, 3)) <= 1e-12
+    assert bool(fastagop.gradients(wide, X, alpha, **KEOPS).isfinite().all())
+
+
+@needs_keops
+def test_keops_says_what_leaves_the_dtype(data):
+    """Sums of float32 points are float64 numbers, which float32 need not hold."""
+    X, alpha = data[0][:, :5], data[1]
+    with pytest.raises(ValueError, match="X is so large that products"):
+        fastagop.kernel_matmul(Polynomial(3, 0.5, 0.2), 1e8 * X, V=alpha, **KEOPS)
+
+
 GRAM = {name: kernel for name, kernel in KERNELS.items() if "gram" in kernel.agop_forms}
 
 
@@ -223,6 +290,66 @@ def test_ties(kernel, tied):
         assert apart(fastagop.gradients(kernel, X, alpha, points), g) <= 1e-13
 
 
+@pytest.fixture
+def with_categories(monkeypatch):
+    """Few points suffice for tables; (X, Z) with two categories as one-hot columns, flags, a constant, numbers."""
+    monkeypatch.setattr(categories, "_POINTS", 1)
+    monkeypatch.setattr(categories, "_PAIRS", 1)
+    generator = torch.Generator().manual_seed(7)
+
+    def drawn(n):
+        codes = torch.randint(12, (n, 2), generator=generator)
+        codes[:12] = torch.arange(12)[:, None]  # each there is
+        flags = torch.randint(2, (n, 2), generator=generator) * 2.0 - 0.5
+        scale = torch.rand(24, generator=torch.Generator().manual_seed(8)) + 0.2  # what a diagonal metric makes of them
+        columns = torch.nn.functional.one_hot(codes, 12).flatten(1) * scale
+        numbers = torch.randn(n, 3, generator=generator)
+        return torch.cat([numbers[:, :1], columns, flags, torch.ones(n, 1), numbers[:, 1:]], 1).double()
+
+    return drawn(40), drawn(30)
+
+
+@pytest.mark.parametrize("kernel", [ProductLaplace(3.0), LpLaplace(1.4, 0.8, 3.0), LpLaplace(0.7, 0.7, 2.0)], ids=repr)
+@dtypes
+@pytest.mark.parametrize("other", [False, True], ids=["X", "Z"])
+def test_categories(kernel, dtype, other, with_categories):
+    """Look-ups are the one-hot columns' differences; equal points are at distance zero to the bit."""
+    X, Z = (t.to(dtype) for t in with_categories)
+    X[27], Z[3] = X[2], X[2]
+    X[29, 1:] = X[2, 1:]  # of the same categories
+    alpha = torch.randn(40, 2, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    Z = Z if other else X
+    found = kernel.pairs(X, Z).categories
+    assert found is not None
+    assert found.columns.tolist() == list(range(1, 25))
+    K, g = truth(kernel, X, alpha, Z)
+    given, close = Z if other else None, 1e-5 if dtype == torch.float32 else 1e-13
+    made = fastagop.kernel_matrix(kernel, X, given)
+    assert apart(made, K) <= close
+    assert float(made[2, 3] if other else made[2, 27]) == 1.0
+    assert apart(fastagop.gradients(kernel, X, alpha, given), g) <= close
+    assert (
+        apart(fastagop.agop(kernel, X, alpha, given, reduction="sum"), torch.einsum("icd,ice->de", g, g)) <= 2 * close
+    )
+    both = kernel * Gaussian(3.0)  # weights of a product go into the sums
+    _, g = truth(both, X, alpha, Z)
+    assert apart(fastagop.gradients(both, X, alpha, given), g) <= close
+
+
+def test_categories_where_they_do_not_pay(with_categories, monkeypatch):
+    X, Z = with_categories
+    flags = torch.randint(2, (40, 8), generator=torch.Generator().manual_seed(10)).double()
+    only = X[:, 1:25].contiguous()  # nothing is left to differences
+    kernel = ProductLaplace(3.0)
+    for points, tables in ((flags, False), (X[:, :4], False), (X[:, [0, 26, 27]], False), (only, True)):
+        assert (kernel.pairs(points, points).categories is not None) == tables
+    alpha = torch.ones(40, 1, dtype=torch.float64)
+    assert apart(fastagop.gradients(kernel, only, alpha), truth(kernel, only, alpha, only)[1]) <= 1e-13
+    monkeypatch.setattr(categories, "_PAIRS", 40 * 30 + 1)
+    assert kernel.pairs(X, Z).categories is None
+    assert kernel.pairs(X, X).categories is not None
+
+
 def test_peers():
     pairwise = pytest.importorskip("sklearn.metrics.pairwise")
     X = torch.randn(20, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
@@ -288,12 +415,37 @@ REFUSED = [  # (a call on points X and targets Y, error, what it says)
     (
         lambda X, Y: fastagop.kernel_matrix(NTK(1), X, backend="triton"),
         fastagop.BackendUnavailable,
-        "radial kernels only",
+        r"no Triton text of NTK\(depth=1\)",
     ),
     (
-        lambda X, Y: fastagop.kernel_matmul(NTK(1), X, V=Y, backend="keops"),
+        lambda X, Y: fastagop.solve(ProductLaplace(1.0), X, Y, backend="triton"),
         fastagop.BackendUnavailable,
-        "radial kernels",
+        "it solves with radial kernels only",
+    ),
+    (
+        lambda X, Y: fastagop.kernel_matmul(NTK(2), X, V=Y, backend="keops"),
+        fastagop.BackendUnavailable,
+        r"no KeOps formula of NTK\(depth=2\)",
+    ),
+    (
+        lambda X, Y: fastagop.gradients(0.5 * NTK(1), X, Y, backend="keops"),
+        fastagop.BackendUnavailable,
+        r"no KeOps formula of 0\.5 \* NTK",
+    ),
+    (
+        lambda X, Y: fastagop.kernel_matrix(NTK(1), X, backend="keops"),
+        fastagop.BackendUnavailable,
+        "KeOps never does",
+    ),
+    (
+        lambda X, Y: fastagop.solve(NTK(1), X, Y, method="cg", backend="keops"),
+        fastagop.BackendUnavailable,
+        r"solve with method 'cg': it solves with radial kernels only",
+    ),
+    (
+        lambda X, Y: fastagop.agop(Polynomial(2), X, Y, method="gram", backend="keops"),
+        fastagop.BackendUnavailable,
+        "KeOps stores nothing",
     ),
     (lambda X, Y: fastagop.agop(ProductLaplace(1.0), X, Y, method="gram"), fastagop.BackendUnavailable, "no gram form"),
     (lambda X, Y: fastagop.agop(NTK(1), X, Y, method="gram", center=True), fastagop.BackendUnavailable, "not centred"),

@@ -68,13 +68,28 @@ def test_every_launch(operation, precision, chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace, fastagop.Matern52])
+@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace(1.0, 0.7), fastagop.Matern52(1.0)])
 @pytest.mark.parametrize(
     ("operation", "precision", "weight"),
     [("matrix", "fp16x3", True), ("matrix", "fp64", False)],  # what holds most registers; what solve starts from
 )
 def test_further_profiles(operation, precision, weight, profile, chip):
     check(compiled(operation, precision, chip, profile=profile, weight=weight), operation, precision)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("operation", "precision", "kernel"),
+    [
+        *((*launch, fastagop.ProductLaplace(1.0)) for launch in launch_config.PLAIN),
+        *((operation, "fp16x3", fastagop.Polynomial(3)) for operation in ("matrix", "matmul")),
+    ],
+)
+def test_kernels_that_are_not_radial(operation, precision, kernel, chip):
+    """l1 distances take no tensor instructions in their inner loops; those of products keep to their table entries."""
+    code = compiled(operation, precision, chip, profile=kernel)
+    check(code, operation, precision)
+    assert bool(code.tensor_loops) == (precision != "fp32")
 
 
 @pytest.mark.parametrize("chip", CHIPS)

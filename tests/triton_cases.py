@@ -15,7 +15,7 @@ from fastagop.kernels import checks, reference
 from fastagop.kernels.gemm import LIBRARY
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.triton_backend import launch as triton_launch
-from fastagop.kernels.triton_backend import launch_config, stored_product
+from fastagop.kernels.triton_backend import launch_config, pair_launch, stored_product
 from fastagop.kernels.triton_backend.backend import TritonBackend, has_products
 from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
@@ -24,7 +24,7 @@ from fastagop.kernels.triton_backend.tiles import tile_of
 
 import fastagop
 from bench import calibrate
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, linalg
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, Polynomial, ProductLaplace, linalg
 from fastagop.solvers import symmetric_blocks, table
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
@@ -177,6 +177,68 @@ def test_further_profiles(kernel, spread):
     truth = reference.kernel_matrix(narrow, X)  # the identity, but for a heavy tail
     off = (fastagop.kernel_matrix(narrow, X, **TRITON).cpu().double() - truth).abs()
     assert bool((off <= 16 * EPS * truth).all())
+
+
+NOT_RADIAL = [ProductLaplace(2.0), Polynomial(3, 0.5, 0.3), Polynomial(1, 0.0)]
+
+
+def truth_of(kernel, X, alpha, Z):
+    """(kernel matrix, gradients (m, K, d)) by automatic differentiation of the definition in float64."""
+    x, z = torch.broadcast_tensors(X.cpu().double()[:, None], Z.cpu().double())
+    z = z.clone().requires_grad_()
+    if isinstance(kernel, ProductLaplace):
+        K = torch.exp(-torch.where(x == z, 0.0, (x - z).abs()).sum(-1) / kernel.bandwidth)
+    else:
+        K = (kernel.scale * (x * z).sum(-1) + kernel.offset) ** kernel.degree
+    (slopes,) = torch.autograd.grad(K.sum(), z)
+    return K.detach(), torch.einsum("jc,jid->icd", alpha.cpu().double(), slopes)
+
+
+@pytest.mark.parametrize("kernel", NOT_RADIAL, ids=repr)
+@pytest.mark.parametrize(("n", "d"), [(40, 9), (5, 35), (1, 1)])  # tails of rows; of features; one pair
+def test_not_radial(kernel, n, d):
+    """Matrix, product, gradients and AGOP: duplicates, ties, more columns than a pass takes."""
+    X, Z, alpha = points(n, d), points(min(n, 35), d, seed=1), normal(n, 2)
+    X[-1], Z[0] = X[0], X[0]
+    Z[-1, : d // 2] = X[0, : d // 2]
+    for where in (None, Z):
+        at = X if where is None else where
+        K, g = truth_of(kernel, X, alpha, at)
+        made = fastagop.kernel_matrix(kernel, X, where, ridge=0.0 if where is not None else 0.5, **TRITON)
+        if where is None:
+            assert torch.equal(made, made.T)
+            assert error(made, K + 0.5 * torch.eye(n)) <= 16 * EPS
+        else:
+            assert error(made, K) <= 16 * EPS
+        V = normal(len(at), 70)
+        assert error(fastagop.kernel_matmul(kernel, X, where, V, **TRITON), K @ V.cpu().double()) <= 16 * EPS
+        if n > 1:  # one point has no gradient of the l1 kernel
+            assert error(fastagop.gradients(kernel, X, alpha, where, **TRITON), g) <= 32 * EPS
+            w = torch.arange(1.0, len(at) + 1, device=DEVICE)
+            M = torch.einsum("i,icd,ice->de", w.cpu().double(), g, g)
+            found = fastagop.agop(kernel, X, alpha, where, reduction="sum", sample_weight=w, **TRITON)
+            assert error(found, M) <= 64 * EPS
+
+
+def test_not_radial_in_blocks_and_what_is_refused():
+    kernel, X, alpha = ProductLaplace(1e-25), points(36, 5), normal(36, 2)
+    X[7] = X[3]
+    same = (X[:, None] == X[None]).all(-1).to(X)
+    assert torch.equal(fastagop.kernel_matrix(kernel, X, **TRITON), same)
+    assert not fastagop.gradients(kernel, X, alpha, **TRITON).any()
+    for kernel in NOT_RADIAL:
+        whole = pair_launch.gradients(Points(kernel, X, X), alpha, 36, "highest")
+        assert error(pair_launch.gradients(Points(kernel, X, X), alpha, 33, "highest"), whole.cpu().double()) <= 4 * EPS
+        wide = torch.zeros(72, 10, device=DEVICE)
+        wide[::2, ::2] = X
+        view = fastagop.gradients(kernel, wide[::2, ::2], alpha.T.contiguous().T, **TRITON)
+        assert error(view, whole.cpu().double()) <= 4 * EPS
+        assert "backend triton, method gradient" in fastagop.explain("agop", kernel, X, alpha, **TRITON)
+        for words, text in (({"method": "gram"}, "gradient form"), ({"center": True}, "lost in float32")):
+            with pytest.raises(fastagop.BackendUnavailable, match=text):
+                fastagop.agop(kernel, X, alpha, **words, **TRITON)
+    with pytest.raises(ValueError, match="X is so large"):
+        fastagop.kernel_matrix(Polynomial(3), 1e15 * X, **TRITON)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

@@ -10,7 +10,36 @@ import torch
 
 from .. import checks
 from ..pair_backend.angle import AngleProfile, Angles
+from ..profile import Formulas
 from .composition import Combining
+
+# In KeOps' words, with c = (the kernel's parameter, 1 / pi). A zero vector adds 1 to both distances of unit vectors,
+# which makes a right angle; angles are those of their ratio.
+_U, _V = "(Rsqrt(SqNorm2(x)) * x)", "(Rsqrt(SqNorm2(z)) * z)"
+_LIVE = "Sign(SqNorm2(x) * SqNorm2(z))"
+_APART = f"(Norm2({_U} - {_V}) + (IntCst(1) - {_LIVE}))"
+_OPPOSITE = f"(Norm2({_U} + {_V}) + (IntCst(1) - {_LIVE}))"
+_SQUARES = f"Inv(Square({_APART}) + Square({_OPPOSITE}))"  # 1 / 4, but for zero vectors
+_SINE = f"(IntCst(2) * {_APART} * {_OPPOSITE} * {_SQUARES})"
+_COSINE = f"((Square({_OPPOSITE}) - Square({_APART})) * {_SQUARES})"
+_PER_PI = "Elem(c, 1)"
+_LEFT = f"({_PER_PI} * IntCst(2) * Atan2({_OPPOSITE}, {_APART}))"  # (pi - theta) / pi
+_OVER_SINE = f"({_PER_PI} * Inv({_SINE} + (IntCst(1) - Sign({_SINE}))))"  # 1 / (pi sine)
+_FIRST = f"({_PER_PI} * {_SINE} + {_LEFT} * {_COSINE})"  # J_1 / pi
+_SECOND = f"({_PER_PI} * IntCst(3) * {_SINE} * {_COSINE} + {_LEFT} * (IntCst(1) + IntCst(2) * Square({_COSINE})))"
+# 1 where the sine exceeds 16 eps, and no vector is zero: elsewhere vectors are parallel to rounding.
+_ACROSS = f"Step({' * '.join(['IntCst(65536)'] * 3)} * {_SINE} - IntCst(1)) * {_LIVE}"
+_LENGTHS = ("", " * Sqrt(SqNorm2(x) * SqNorm2(z))", " * (SqNorm2(x) * SqNorm2(z))")  # by the degree
+_SLOPE_LENGTHS = ("Rsqrt(SqNorm2(z))", "Norm2(x)", "SqNorm2(x) * Norm2(z)")
+
+
+def _formulas(degree: int, height: str, tangent: str) -> Formulas:
+    """||x||^s ||z||^s h, and its gradient ||x||^s ||z||^(s-1) (T (x^ - z^) + (T (1 - cos(theta)) + s h) z^)."""
+    across = f"(({tangent}) * {_ACROSS})"
+    along = f"({across} * IntCst(2) * Square({_APART}) * {_SQUARES}"
+    along += f" + IntCst({degree}) * {height})" if degree else ")"
+    slope = f"({_SLOPE_LENGTHS[degree]}) * ({across} * ({_U} - {_V}) + {along} * {_V})"
+    return Formulas(f"{height}{_LENGTHS[degree]}", slope, (1.0 / math.pi,))
 
 
 @dataclass(frozen=True)
@@ -36,6 +65,12 @@ class ArcCosine(Combining, AngleProfile):
     def degree(self) -> int:
         """The order."""
         return self.order
+
+    @property
+    def keops(self) -> Formulas:
+        """Those of the order."""
+        parts = ((_LEFT, _OVER_SINE), (_FIRST, _LEFT), (_SECOND, f"IntCst(4) * {_FIRST}"))
+        return _formulas(self.order, *parts[self.order])
 
     def height(self, angles: Angles) -> torch.Tensor:
         """J_n / pi."""
@@ -81,6 +116,14 @@ class NTK(Combining, AngleProfile):
     def degree(self) -> int:
         """1."""
         return 1
+
+    @property
+    def keops(self) -> Formulas | None:
+        """Of one hidden layer: KeOps computes the angle wherever it is named, and the next one names it ten times."""
+        if self.depth > 1:
+            return None
+        tangent = f"IntCst(2) * {_LEFT} + {_COSINE} * {_OVER_SINE}"
+        return _formulas(1, f"({_COSINE} * {_LEFT} + {_FIRST})", tangent)
 
     def blocks_alive(self) -> int:
         """Those of a layer and of the next one."""

@@ -8,8 +8,21 @@ from typing import ClassVar
 import torch
 
 from ..pair_backend.coordinates import CoordinateProfile
-from ..profile import Bandwidth, bandwidth_of, multiply_, without_duplicates_
+from ..profile import Bandwidth, Formulas, bandwidth_of, multiply_, without_duplicates_
 from .composition import Combining
+
+_SUM = "Exp(-(Elem(c, 0) * Sum(Abs(x - z))))"  # of ProductLaplace
+
+
+def _log(f: str) -> str:
+    """ln f in KeOps' words, 0 where f = 0, and bounded where f is infinite."""
+    return f"ClampInt(Log({f} + (IntCst(1) - Sign({f}))), -1000, 1000)"
+
+
+# Of LpLaplace, with c = (p, q, 1 / L): rho, and ln (r / L)^q of a logarithm of rho.
+_RHO = "Sum(Exp(Elem(c, 0) * Log(Abs(x - z))))"
+_LOG_POWER = "(Elem(c, 1) * (Log(Elem(c, 2)) + {} * Inv(Elem(c, 0))))"
+_CUT = f"ClampInt({_LOG_POWER.format(_log(_RHO))}, -10000, 80)"  # where exp(-t) is zero, and t finite
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,13 @@ class ProductLaplace(Combining, CoordinateProfile):
     bandwidth: Bandwidth
 
     norm: ClassVar[float | None] = 1.0
+    measure: ClassVar[str] = "l1"
+    triton = """
+value = tl.exp(-l1 * inverse_bandwidth)
+if WEIGHT:
+    value = tl.where(l1 > 0.0, value * inverse_bandwidth, 0.0)
+"""
+    keops = Formulas(_SUM, f"(Elem(c, 0) * {_SUM}) * Sign(x - z)")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
@@ -62,6 +82,12 @@ class LpLaplace(Combining, CoordinateProfile):
     p: float
     q: float
     bandwidth: Bandwidth
+
+    keops = Formulas(
+        f"Exp(-Exp({_LOG_POWER.format(f'Log({_RHO})')}))",
+        f"(Elem(c, 1) * Exp({_CUT} - Exp({_CUT}) - {_log(_RHO)} + (Elem(c, 0) - IntCst(1)) * {_log('Abs(x - z)')}))"
+        " * Sign(x - z)",
+    )
 
     def __post_init__(self) -> None:
         self._positive("p", largest=2.0)

@@ -8,7 +8,16 @@ import torch
 
 from .. import checks
 from ..pair_backend.dot import DotProfile
+from ..profile import Formulas
 from .composition import Combining
+
+
+def _power(base: str, degree: int) -> str:
+    """An integer power in KeOps' words, by squares: its Pow has float32's digits only on CUDA."""
+    if degree < 2:
+        return base if degree else "IntCst(1)"
+    square = f"Square({_power(base, degree // 2)})"
+    return f"({square} * {base})" if degree % 2 else square
 
 
 class DotProduct(Combining, DotProfile):
@@ -35,6 +44,28 @@ class Polynomial(DotProduct):
         object.__setattr__(self, "degree", checks.integer("degree", self.degree, 1))
         object.__setattr__(self, "offset", checks.nonnegative("offset", self.offset))
         self._positive("scale")
+
+    @property
+    def keops(self) -> Formulas:
+        """With the degree written out."""
+        base = "(Elem(c, 2) * (x | z) + Elem(c, 1))"
+        slope = f"(Elem(c, 0) * Elem(c, 2) * {_power(base, self.degree - 1)})"
+        return Formulas(_power(base, self.degree), f"{slope} * x")
+
+    @property
+    def triton(self) -> str:
+        """With the degree written out."""
+        return f"""
+base = scale * dot + offset
+value = tl.full(base.shape, 1.0, base.dtype)
+if WEIGHT:
+    value *= degree * scale
+    for _ in tl.static_range({self.degree - 1}):
+        value *= base
+else:
+    for _ in tl.static_range({self.degree}):
+        value *= base
+"""
 
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite x.z by (scale x.z + offset)^degree."""

@@ -9,9 +9,9 @@ import shutil
 import torch
 
 from ..errors import BackendUnavailable
-from ..plan import Call
+from ..plan import AgopTask, Call
 from ..precision import describe_precision
-from ..profile import Profile, text
+from ..profile import text
 from ..scaling import Points
 from . import reductions
 
@@ -28,7 +28,14 @@ class KeopsBackend:
         if request.operation not in self.operations:
             reason = "it would store the kernel matrix and KeOps never does"
             return reason + ("; method='cg' solves without it" if request.operation == "solve" else "")
-        return missing(request.kernel, request.X)
+        return self.missing(request)
+
+    def missing(self, request) -> str | None:
+        """Why KeOps cannot compute here, and what to change; None where it can."""
+        if importlib.util.find_spec("pykeops") is not None and text(request.kernel, "keops") is None:
+            name = type(request.kernel).__name__
+            return f"{name} has no KeOps formula; give its class one, as those in kernels/radial.py have"
+        return unusable(request.X)
 
     def describe_precision(self, precision: str, X: torch.Tensor) -> str:
         """What a precision means for this tensor, in words."""
@@ -54,21 +61,24 @@ class KeopsBackend:
 
     def agop(self, operator, alpha: torch.Tensor, task) -> Call:
         """The gradient form; coefficients and weights come in their units when it runs."""
+        self.refuse_gram(task)
+        plan = reductions.plan_agop(operator.X, alpha, operator.Z, task.limit, operator.why)
+        return Call(plan, lambda at, alpha, weights: reductions.agop(at, alpha, task.center, plan.block, weights))
+
+    @staticmethod
+    def refuse_gram(task: AgopTask) -> None:
+        """Refuse the form that stores the weights."""
         if task.method == "gram":
             raise BackendUnavailable(
                 "backend 'keops' cannot serve agop with method 'gram': that form stores the weights and KeOps stores "
                 "nothing; use method='gradient' or 'auto' with it, or backend='torch' or 'auto'"
             )
-        plan = reductions.plan_agop(operator.X, alpha, operator.Z, task.limit, operator.why)
-        return Call(plan, lambda at, alpha, weights: reductions.agop(at, alpha, task.center, plan.block, weights))
 
 
-def missing(kernel: Profile, X: torch.Tensor) -> str | None:
-    """Why KeOps cannot compute here, and what to change; None where it can."""
+def unusable(X: torch.Tensor) -> str | None:
+    """Why this machine's KeOps cannot compute with these points; None where it can."""
     if importlib.util.find_spec("pykeops") is None:
         return "pykeops is not installed; pip install 'fastagop[keops]'"
-    if text(type(kernel), "keops") is None:
-        return f"{type(kernel).__name__} has no KeOps formula; give its class one, as those in kernels/radial.py have"
     if X.device.type not in ("cpu", "cuda"):
         return f"X is on {X.device} and it runs on the CPU and on CUDA; move the tensors with .cpu() or .cuda()"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):

@@ -16,7 +16,7 @@ import torch
 from ..errors import BackendUnavailable
 from ..gemm import add_squares_, symmetrise_
 from ..plan import RAISE_LIMIT, Plan, block_rows, budget
-from ..profile import Formulas, Profile, text
+from ..profile import Formulas, Kernel, constants, text
 from ..scaling import Points
 
 log = logging.getLogger("fastagop")
@@ -80,19 +80,18 @@ def _reduction(
     return functools.partial(reduce, backend=mode)
 
 
-def constants(kernel: Profile, like: torch.Tensor) -> torch.Tensor:
-    """1 / L and the further parameters; times a difference of points (below 2^21, in units) 1 / L stays finite."""
-    inverse = min(1.0 / kernel.bandwidth, torch.finfo(like.dtype).max * 2.0**-22)
-    return like.new_tensor([inverse, *kernel.further_parameters])
-
-
-def _formulas(kernel: Profile) -> Formulas:
-    found = text(type(kernel), "keops")
+def _formulas(kernel: Kernel) -> Formulas:
+    found = text(kernel, "keops")
     assert found is not None  # the backend has refused other kernels
     return found
 
 
-def _name(kernel: Profile) -> str:
+def _constants(kernel: Kernel, like: torch.Tensor) -> torch.Tensor:
+    """The formulas' c."""
+    return like.new_tensor([*constants(kernel, like.dtype).values(), *_formulas(kernel).numbers])
+
+
+def _name(kernel: Kernel) -> str:
     return type(kernel).__name__
 
 
@@ -111,12 +110,12 @@ def plan_kernel_matmul(X, Z, V, why: str) -> Plan:
     return Plan("kernel_matmul", "keops", "one pass, K never stored", why, "", n * m * (3.0 * d + 2 * p), peak, n)
 
 
-def kernel_matmul(kernel: Profile, X, Z, V) -> torch.Tensor:
+def kernel_matmul(kernel: Kernel, X, Z, V) -> torch.Tensor:
     """k(X, Z) V, shape (n, p)."""
     if not (len(X) and V.numel()):
         return X.new_zeros(len(X), V.shape[1])
     d, p = X.shape[1], V.shape[1]
-    X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
+    X, Z, c = X.contiguous(), Z.contiguous(), _constants(kernel, X)
     chunks = _chunks(V, _OUTPUTS)
     formula, width = f"{_formulas(kernel).value} * b", chunks[0].shape[1]
     title = f"kernel_matmul for {_name(kernel)}"
@@ -135,12 +134,12 @@ def plan_gradients(X, alpha, Z, why: str) -> Plan:
     return Plan("gradients", "keops", "one pass", why, "", m * n * d * (5.0 + 2 * K), peak, m)
 
 
-def gradients(kernel: Profile, X, alpha, Z) -> torch.Tensor:
+def gradients(kernel: Kernel, X, alpha, Z) -> torch.Tensor:
     """grad f_c(Z[i]), shape (m, K, d), from differences of points."""
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     if not (n and m and K):
         return X.new_zeros(m, K, d)
-    X, Z, c = X.contiguous(), Z.contiguous(), constants(kernel, X)
+    X, Z, c = X.contiguous(), Z.contiguous(), _constants(kernel, X)
     chunks = _chunks(alpha, _OUTPUTS // d)
     formula, width = f"TensorProd(b, {_formulas(kernel).slope})", chunks[0].shape[1]
     reduce = _reduction(f"gradients for {_name(kernel)}", formula, "zx", d, width, len(c), X.dtype, str(X.device))

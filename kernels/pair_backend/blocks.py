@@ -124,11 +124,24 @@ def agop(
     With ``center`` the (weighted) mean gradient is subtracted, every block centred by its own mean first.
     """
     K, d = alpha.shape[1], X.shape[1]
+    blocks = gradient_blocks(kernel, X, alpha, Z, rows) if len(Z) and K else iter(())
+    weights = weights if weights is None else weights.to(dtype_of(kernel, X.dtype))
+    return checked(sum_of_squares(blocks, (K, d), X, center, weights, diagonal), "gradients", X.dtype)
+
+
+def sum_of_squares(
+    blocks: Iterator[tuple[slice, torch.Tensor]],
+    shape: tuple[int, int],
+    X: torch.Tensor,
+    center: bool = False,
+    weights: torch.Tensor | None = None,
+    diagonal: bool = False,
+) -> torch.Tensor:
+    """``agop`` from (rows, their gradients (b, K, d)), used up; ``shape`` is (K, d), weights of their dtype."""
+    K, d = shape
     M = X.new_zeros((d,) if diagonal else (d, d), dtype=torch.float64)
-    if len(Z) == 0 or K == 0:
-        return M
     means = Means(K * d, X) if center else None
-    roots = None if weights is None else weights.to(dtype_of(kernel, X.dtype)).sqrt()
+    roots = None if weights is None else weights.sqrt()
 
     def add(G: torch.Tensor) -> None:
         if diagonal:
@@ -136,11 +149,10 @@ def agop(
         else:
             add_squares_(M, G)
 
-    for row, G in gradient_blocks(kernel, X, alpha, Z, rows):
+    for row, G in blocks:
         if roots is not None:
             G.mul_(roots[row, None, None])
         if means is not None:
             add(means.centre_(G.view(len(G), -1), None if roots is None else roots[row]).view(K, d))
         add(G.view(-1, d))
-    checked(M, "gradients", X.dtype)
     return M if diagonal else symmetrise_(M)

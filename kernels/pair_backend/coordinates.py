@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .categories import Categories
 from .pairs import PairKernel, Pairs
 
 _CACHED = 2**19  # differences that are formed at once
@@ -46,7 +47,7 @@ class CoordinateProfile(PairKernel):
 
     def blocks_alive(self) -> int:
         """Differences take a cache's worth beside these."""
-        return 5
+        return 6
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
         """Blocks of sums over features."""
@@ -59,22 +60,30 @@ class CoordinatePairs(Pairs):
     def __init__(self, kernel: CoordinateProfile, X: torch.Tensor, Z: torch.Tensor):
         super().__init__(X, Z)
         self.kernel = kernel
-        self.columns = X.T.contiguous()
+        self.categories = Categories.of(X, Z, kernel.power)
+        others = slice(None) if self.categories is None else self.categories.others
+        self.x = X[:, others]  # what is left to differences
+        self.z = self.x if self.symmetric else Z[:, others]
+        self.columns = self.x.T.contiguous()
         self.ties: torch.Tensor | None = None  # index of the features that tie, and these features of the centers
         self.tied = self.columns[:0]
 
     def _sums(self, row: slice, width: int | None) -> torch.Tensor:
         """rho of a block: 0 for equal rows."""
-        z, x, p = self.Z[row], self.columns[:, :width], self.kernel.power
-        out = z.new_empty(len(z), x.shape[1])
+        z, x, p = self.z[row], self.columns[:, :width], self.kernel.power
+        out = z.new_zeros(len(z), x.shape[1])
         for here, columns, work in self._steps(len(z), x.shape[1]):
             torch.sub(x[:, columns], z[here, :, None], out=work).abs_()
             torch.sum(work if p == 1.0 else work.pow_(p), 1, out=out[here, columns])
+        if self.categories is not None:
+            self.categories.add_sums(row, out)
         return out
 
     def _steps(self, points: int, width: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(points, centers, what their differences (points, d, centers) may be written to), a cache's worth each."""
-        d = self.X.shape[1]
+        d = len(self.columns)
+        if not d:
+            return
         wide = max(1, min(width, _CACHED // d))
         many = max(1, min(points, _CACHED // (d * wide)))
         work = self.X.new_empty(many * d * wide)
@@ -94,9 +103,18 @@ class CoordinatePairs(Pairs):
         w = self.kernel.weight_(self._sums(row, None))
         if factor is not None:
             w.mul_(factor)
-        z, (n, d), outputs = self.Z[row], self.X.shape, alpha.T.contiguous()
+        if self.categories is None:
+            return self._add_differences(row, w, alpha, out)
+        self.categories.add_gradients(row, w, alpha, out)
+        part = out.new_zeros(len(out), out.shape[1], len(self.columns))
+        self._add_differences(row, w, alpha, part)
+        out.index_add_(2, self.categories.others, part)
+
+    def _add_differences(self, row: slice, w: torch.Tensor, alpha: torch.Tensor, out: torch.Tensor) -> None:
+        """The features that are left, from weights (b, n)."""
+        z, (n, d), outputs = self.z[row], self.x.shape, alpha.T.contiguous()
         if self.kernel.power == 1.0 and self.ties is None:
-            self.ties = tied_features(self.X, None if self.symmetric else self.Z)
+            self.ties = tied_features(self.x, None if self.symmetric else self.z)
             self.tied = self.columns[self.ties]
         few = self.ties is not None and 2 * len(self.ties) < d
         group = max(1, min(_GROUP, _CACHED // max(1, n * len(outputs))))

@@ -18,6 +18,7 @@ class DotProfile(PairKernel):
 
     rotation_invariant = True
     agop_forms: ClassVar[tuple[str, ...]] = ("gradient", "gram")
+    measure: ClassVar[str] = "dot"
 
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite t = x.z by kappa(t)."""

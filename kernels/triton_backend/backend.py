@@ -43,7 +43,18 @@ class TritonBackend:
             return "these products are in float64"
         if request.operation not in self.operations:
             return "this version of fastagop has no triton kernel for it"
-        return _unusable(request.X) or _unserved(request)
+        return self.missing(request) or _unusable(request.X) or _unserved(request)
+
+    def missing(self, request) -> str | None:
+        """Why a kernel is not served; None where it is."""
+        if importlib.util.find_spec("triton") is not None and text(request.kernel, "triton") is None:
+            name = type(request.kernel).__name__
+            return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
+        return None
+
+    def stores_blocks(self, operator, V: torch.Tensor, plan: Plan) -> tuple[Plan, bool]:
+        """(the plan of kernel_matmul, whether row blocks of K are stored)."""
+        return _plan_product(plan, operator, V)
 
     def describe_precision(self, precision: str, X: torch.Tensor) -> str:
         """What a precision means here, in words."""
@@ -61,7 +72,7 @@ class TritonBackend:
     def matmul(self, operator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
-        plan, stored = _plan_product(plan, operator, V)
+        plan, stored = self.stores_blocks(operator, V, plan)
         if stored:
             return Call(plan, lambda at: stored_product.kernel_matmul(at, V, operator.precision, plan.block))
         return Call(plan, lambda at: _launch().kernel_matmul(at, V, operator.precision))
@@ -166,9 +177,6 @@ def _unserved(request) -> str | None:
             f"Triton {_words(version())} does not compile its TF32 kernels for {_chip(request.X.device)}, which "
             "precision='medium' means; use another precision, or Triton 3.8 or newer"
         )
-    if text(type(request.kernel), "triton") is None:
-        name = type(request.kernel).__name__
-        return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
     return None
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..pair_backend.blocks import checked
 from ..plan import WIDE, AgopTask, Plan, wide_rows
-from ..profile import Profile
+from ..profile import Kernel, Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
 from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, squared_norms
@@ -24,7 +25,7 @@ from .launch_config import GROUPS, PRODUCTS, Config, config
 from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
 from .panels import _panel_kernel
-from .profile import constants, device_profile
+from .profile import constants_of, device_profile
 from .split import Operand, operand
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
@@ -89,6 +90,11 @@ class DevicePoints:
         return part
 
 
+def products_of(kernel: Kernel, precision: str) -> str:
+    """The products that a tile of a kernel takes: l1 distances take none, and their points are not split."""
+    return "fp32" if kernel.measure == "l1" else PRODUCTS[precision]
+
+
 def _pair(Z: DevicePoints, X: DevicePoints) -> tuple:
     z, x = Z.operand, X.operand
     return Z.rows, X.rows, z.high, z.low, x.high, x.low, z.scale, x.scale, Z.norms, X.norms
@@ -99,7 +105,7 @@ def _strides(Z: DevicePoints, X: DevicePoints) -> tuple:
 
 
 def fill(
-    kernel: Profile,
+    kernel: Kernel,
     Z: DevicePoints,
     X: DevicePoints,
     out: torch.Tensor,
@@ -120,8 +126,8 @@ def fill(
         with _current(out):
             _matrix_kernel[_grid(c, len(Z), len(X))](
                 *_pair(Z, X), out, len(Z), len(X), X.rows.shape[1], *_strides(Z, X), out.stride(0), near,
-                constants(kernel, out), diagonal, first or 0, PROFILE=device_profile(type(kernel)), WEIGHT=weight,
-                SELF=first is not None, LOWER=lower, PREC=X.prec, **_tile("matrix", c),
+                constants_of(kernel, out), diagonal, first or 0, PROFILE=device_profile(kernel), WEIGHT=weight,
+                OF=kernel.measure, SELF=first is not None, LOWER=lower, PREC=X.prec, **_tile("matrix", c),
             )  # fmt: skip
     return out
 
@@ -131,9 +137,14 @@ def kernel_matrix(at: Points, out, precision: str, ridge: float = 0.0) -> torch.
     kernel, X, Z, _ = at
     result = X.new_empty(len(X), len(Z)) if out is None else out
     target = result if result.stride(1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-    x, symmetric = DevicePoints(X, PRODUCTS[precision]), Z is X
+    x, symmetric = DevicePoints(X, products_of(kernel, precision)), Z is X
     z = x if symmetric else DevicePoints(Z, x.prec)
-    fill(kernel, x, z, target, weight=False, first=0 if symmetric else None, lower=symmetric, ridge=ridge)
+    first = 0 if symmetric and kernel.radial else None
+    fill(kernel, x, z, target, weight=False, first=first, lower=symmetric, ridge=ridge)
+    if symmetric and not kernel.radial:
+        target.diagonal().copy_(kernel.diagonal(X.double()) + ridge)
+    if not kernel.radial:
+        checked(target, "kernel values", target.dtype)
     return result if target is result else result.copy_(target)
 
 
@@ -198,7 +209,7 @@ def _panel(out: torch.Tensor, A: Operand, B: Operand, *, triangle: bool) -> None
 def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
     """k(X, Z) V, shape (n, p): K lives in registers only."""
     kernel, X, Z, _ = at
-    prec, symmetric, V = PRODUCTS[precision], Z is X, _rows(V)
+    prec, symmetric, V = products_of(kernel, precision), Z is X, _rows(V)
     x = DevicePoints(X, prec)
     z = x if symmetric else DevicePoints(Z, prec)
     out, p = X.new_zeros(len(X), V.shape[1]), V.shape[1]
@@ -208,10 +219,11 @@ def kernel_matmul(at: Points, V, precision: str) -> torch.Tensor:
         with _current(out):
             _matmul_kernel[(-(-len(x) // c.rows), -(-p // width))](
                 *_pair(x, z), V, out, len(x), len(z), X.shape[1], p, *_strides(x, z), V.stride(0), out.stride(0),
-                NEAR[torch.float32], constants(kernel, out), PROFILE=device_profile(type(kernel)),
-                SELF=symmetric, PREC=prec, SECOND=INSIDE[prec], BP=width, **_tile("matmul", c),
+                NEAR[torch.float32], constants_of(kernel, out), PROFILE=device_profile(kernel),
+                OF=kernel.measure, SELF=symmetric and kernel.radial, PREC=prec,
+                SECOND=INSIDE[PRODUCTS[precision]], BP=width, **_tile("matmul", c),
             )  # fmt: skip
-    return out
+    return out if kernel.radial else checked(out, "products", out.dtype)
 
 
 def _blocks(kernel: Profile, x: DevicePoints, z: DevicePoints, symmetric: bool, rows: int):
@@ -236,7 +248,7 @@ def inner_kernels(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
 
 
 def _inner_kernels(x: DevicePoints) -> torch_agop.InnerKernels:
-    return torch_agop.InnerKernels(_output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
+    return torch_agop.InnerKernels(output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
 class _Shifted:
@@ -255,12 +267,13 @@ class _Shifted:
         return self.made[2]
 
 
-def _output_gradients(x: DevicePoints):
-    """The row-block step of the gradient form, as ``gradients.output_gradients``."""
+def output_gradients(x: DevicePoints):
+    """The row-block step of the gradient form, as ``gradients.output_gradients``; of W_ij x_j alone without along_z."""
     shifted = _Shifted(x)
 
-    def gradients_of(W, alpha, X, Z, shift, out):
-        o, W, s, At = shifted.of(X, shift).operand, _rows(W), W @ alpha, alpha.T.contiguous()
+    def gradients_of(W, alpha, X, Z, shift, out, along_z=True):
+        o, W, At = shifted.of(X, shift).operand, _rows(W), alpha.T.contiguous()
+        s = W @ alpha if along_z else W.new_zeros(len(W), len(At))
         Z, (b, n), (K, d) = _rows(Z if shift is None else Z - shift), W.shape, out.shape[1:]
         c, wide = config("gradient", x.prec, out.device), _readable(W)
         with _current(out):
@@ -281,7 +294,7 @@ def gradients(at: Points, alpha, rows: int, precision: str) -> torch.Tensor:
     if not out.numel():
         return out
     x, shift = DevicePoints(X, PRODUCTS[precision]), dominant_offset(X)
-    z, step = x if Z is X else DevicePoints(Z, x.prec), _output_gradients(x)
+    z, step = x if Z is X else DevicePoints(Z, x.prec), output_gradients(x)
     for row, W, near in _near_blocks(kernel, x, z, X, Z, shift, rows):
         block_gradients(W, near, alpha, X, Z[row], shift, out[row], step)
     return out

@@ -94,6 +94,12 @@ TABLE = {
         ("update", "tf32"): Config(128, 128, 32, 8, 3),
     },
 }
+# Those of l1 distances, which take no products of matrices, for every chip: chosen by the machine code, too.
+PLAIN = {
+    ("matrix", "fp32"): Config(64, 64, 32, 8, 1, programs=2),
+    ("matmul", "fp32"): Config(64, 32, 32, 4, 1, registers=128, programs=4),
+    ("l1 gradient", "fp32"): Config(32, 64, 1, 4, 1, programs=8),
+}
 # Rows of tiles that are worked on together. A wave of 132 or 264 programs then reads about 12 MB of 1024 features,
 # where in the order of rows it reads 70 MB, more than the second-level cache holds. Of the gradient all outputs of a
 # tile come before the next tile, so that fewer tiles fill a wave.
@@ -127,6 +133,8 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
         return on_trial[2]
     if interpreted():
         return _INTERPRETER
+    if (operation, precision) in PLAIN:
+        return PLAIN[operation, precision]
     if found := measured(device).configs.get(f"{operation} {precision}"):
         return Config(*found)
     major, _ = torch.cuda.get_device_capability(device)
