@@ -110,9 +110,10 @@ _MAKES = {"l1": l1, "convolutions": convolutions, "outputs": outputs}
 
 def _narrow(p: problems.Problem) -> nn.Sequential:
     """The network with the first outputs alone."""
-    last = nn.Linear(_WIDTHS[-1], _SKETCH)
+    last, wide = nn.Linear(_WIDTHS[-1], _SKETCH), p.model[-1]
+    assert isinstance(wide, nn.Linear)
     with torch.no_grad():
-        last.weight.copy_(p.model[-1].weight[:_SKETCH])
+        last.weight.copy_(wide.weight[:_SKETCH])
     return nn.Sequential(*p.model[:-1], last)
 
 

@@ -2,14 +2,14 @@
 
 Every term is a count (operations, bytes, instructions, dependent launches) over a rate, and a rate is the vendor's peak
 times the share of it that such work is taken to reach. ``python -m bench predictions`` writes the table into
-docs/pages/gpu.md. What the code must still learn to do what a term assumes is said in its row.
+docs/pages/gpu.md. Terms are what the code does now, with the solver that the table of solvers takes on these chips.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.checkout import ROOT
@@ -30,7 +30,7 @@ class Chip:
         bandwidth: bytes a second of the memory.
         sms: multiprocessors, of four schedulers each.
         clock: cycles a second.
-        own: share of the peak that the compiled loops of fastagop's kernels are read to reach, low end.
+        capability: whose compiled launches it takes.
     """
 
     name: str
@@ -41,15 +41,22 @@ class Chip:
     bandwidth: float
     sms: int
     clock: float
-    own: float
+    capability: int
 
 
 CHIPS = (
-    Chip("H200", 989e12, 67e12, 34e12, 67e12, 4.8e12, 132, 1.755e9, 0.68),
-    Chip("H100 SXM", 989e12, 67e12, 34e12, 67e12, 3.35e12, 132, 1.755e9, 0.68),
-    Chip("A100 80 GB", 312e12, 19.5e12, 9.7e12, 19.5e12, 2.04e12, 108, 1.41e9, 0.72),
-    Chip("RTX 4090", 165e12, 1.29e12, 1.29e12, 82.6e12, 1.01e12, 128, 2.52e9, 0.72),
+    Chip("H200", 989e12, 67e12, 34e12, 67e12, 4.8e12, 132, 1.755e9, 90),
+    Chip("H100 SXM", 989e12, 67e12, 34e12, 67e12, 3.35e12, 132, 1.755e9, 90),
+    Chip("A100 80 GB", 312e12, 19.5e12, 9.7e12, 19.5e12, 2.04e12, 108, 1.41e9, 80),
+    Chip("RTX 4090", 165e12, 1.29e12, 1.29e12, 82.6e12, 1.01e12, 128, 2.52e9, 80),
 )
+# Share of the tensor cores' peak that compiled loops reach at the least, by the cycles of their instructions: from the
+# page's table of the machine code, as tests compare.
+LOOPS = {
+    ("panel", "fp16x3"): {80: 0.79, 90: 0.82},
+    ("gradient", "fp16x3"): {80: 0.57, 90: 0.52},
+    ("matrix", "fp64"): {80: 0.81, 90: 0.68},
+}
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,30 @@ class Unit:
     why: str
 
 
+def _loop(operation: str, products: str, words: str, peak: Callable[[Chip], float]) -> Unit:
+    """What a compiled loop does."""
+    why = "the least of the table of the machine code"
+    return Unit(words, peak, lambda c: LOOPS[operation, products][c.capability], why)
+
+
+def _split_pays(chip: Chip) -> bool:
+    """Whether a float32 factor's products are the faster ones as three fp16 products, as ``half.products_of`` asks."""
+    return LOOPS["panel", "fp16x3"][chip.capability] * chip.fp16 / 3.0 >= 0.8 * chip.fp32
+
+
 UNITS = {
-    "split": Unit(
-        "flop as three fp16 products",
-        lambda c: c.fp16 / 3.0,
-        lambda c: c.own,
-        "low end of what the compiled loops were read to reach: 225 of 330 (sm_90), 75 of 104 TFLOP/s (sm_80)",
+    "panel": Unit(
+        "flop of panels",
+        lambda c: c.fp16 / 3.0 if _split_pays(c) else c.fp32,
+        lambda c: LOOPS["panel", "fp16x3"][c.capability] if _split_pays(c) else 0.8,
+        "three fp16 products, the least of the table of the machine code; the library's float32 where faster",
     ),
-    "wide": Unit("float64 flop, own kernel", lambda c: c.fp64, lambda c: c.own, "as the split products"),
+    "gradient": _loop("gradient", "fp16x3", "flop of gradients as three fp16 products", lambda c: c.fp16 / 3.0),
+    "wide": _loop("matrix", "fp64", "float64 flop, own kernel", lambda c: c.fp64),
     "library64": Unit("float64 flop, library", lambda c: c.fp64, lambda c: 0.8, "large library products"),
+    "crowd64": Unit("float64 flop, crowds", lambda c: c.fp64, lambda c: 0.7, "library products of a class and a block"),
     "library32": Unit("float32 flop, library", lambda c: c.fp32, lambda c: 0.8, "large library products"),
+    "square32": Unit("float32 flop, 1024 rows at once", lambda c: c.fp32, lambda c: 0.5, "64 tiles for all processors"),
     "instruction64": Unit("float64 instructions", lambda c: c.fp64_vector / 2.0, lambda c: 0.8, "no waits for memory"),
     "instruction": Unit(
         "warp instructions",
@@ -118,7 +139,7 @@ class Term:
         unit: a key of UNITS.
         layers: in which it happens.
         again: whether the readout, which only solves, does it once more.
-        needs: what it rests on; what begins with "after" the code must learn first.
+        needs: what it rests on.
     """
 
     stage: str
@@ -142,12 +163,9 @@ class Term:
         return self.seconds(chip) * (self.layers + self.again)
 
 
-# What terms rest on. What the code does not do yet begins with "after".
+# What terms rest on.
 _ROWS = "rows of a layer sorted by class"
 _BOUND = f"a near bound of 2^-36 for rounded points, {_ROWS}"
-_WIDE = "row blocks of 2048, configurations whose loops do no work twice"
-_HALF = 'after method "auto" takes "cholesky+cg" on this chip'
-_PANELS = "after the factor's products run on fp16 halves (today the library's float32)"
 
 
 def terms(p: Problem) -> list[Term]:
@@ -177,15 +195,30 @@ def _fill(p: Problem) -> list[Term]:
 
 def _solve(p: Problem) -> list[Term]:
     n, each = float(p.n), p.depth
-    steps = _steps(p)
     return [
-        Term("factor", "float32 copy of the half: 6 n²", 6 * n * n, "streamed", each, True, _HALF),
-        Term("factor", "products: n³ / 3", n**3 / 3, "split", each, True, _PANELS),
-        Term("factor", f"panels times an inverse: {BLOCK} n²", BLOCK * n * n, "split", each, True, _PANELS),
+        Term("factor", "float32 copy of the half: 6 n²", 6 * n * n, "streamed", each, True),
+        Term(
+            "factor",
+            f"block rows read twice and split, once a step: 2 n³ / {BLOCK}, and panels: 6 n²",
+            2 * n**3 / BLOCK + 6 * n * n,
+            "streamed",
+            each,
+            True,
+        ),
+        Term("factor", "products: n³ / 3", n**3 / 3, "panel", each, True),
+        Term("factor", f"panels times a triangle: {BLOCK} n² / 2", BLOCK * n * n / 2, "panel", each, True),
         Term("factor", f"inverses of the blocks: {BLOCK}² n", BLOCK**2 * n, "library32", each, True),
         Term("factor", "blocks' own factors: 3 n / 64 launches", 3 * n / 64, "launch", each, True),
-        Term("CG", f"{steps:.1f} steps: 4 n² of K, 2 · 2 n² of L", steps * 8 * n * n, "skinny", each, True, _HALF),
-        Term("CG", f"{steps:.1f} steps: 2 n / 32 in triangular solves", steps * n / 16, "step", each, True, _HALF),
+        *_refinement(p),
+    ]
+
+
+def _refinement(p: Problem) -> list[Term]:
+    n, each, steps = float(p.n), p.depth, _steps(p)
+    passes = f"{steps:.1f} steps: 8 n² of K, and once more; 4 n² of L"
+    return [
+        Term("CG", passes, (8 * (steps + 1) + 4 * steps) * n * n, "skinny", each, True),
+        Term("CG", f"{steps:.1f} steps: 2 n / 32 in triangular solves", steps * n / 16, "step", each, True),
     ]
 
 
@@ -197,23 +230,27 @@ def _steps(p: Problem) -> float:
 
 def _weights(p: Problem) -> list[Term]:
     n, each = float(p.n), p.depth
+    late = max(0, each - NEAR_FROM["float32"] + 1)
     return [
         Term("weights", f"{EPILOGUE} instructions a pair: n² / 2", EPILOGUE * n * n / 2, "instruction64", each),
-        Term("weights", "half a matrix read and written: 8 n²", 8 * n * n, "streamed", each),
-        Term("weights", "rows of float32 from both halves: 12 n²", 12 * n * n, "streamed", each, needs=_WIDE),
-        Term("guard", "three looks at the float32 rows: 12 n²", 12 * n * n, "streamed", each),
+        Term("weights", "logarithm, quotient, factor, zeros: 36 n²", 36 * n * n, "streamed", each),
+        Term("weights", "rows of float32 from both halves: 12 n²", 12 * n * n, "streamed", each),
+        Term("guard", "largest weight of every row: 4 n²", 4 * n * n, "streamed", each),
+        Term("guard", "near pairs found and taken out of the rows: 100 n²", 100 * n * n, "streamed", late, needs=_ROWS),
     ]
 
 
 def _agop(p: Problem) -> list[Term]:
     n, d, K, each = float(p.n), p.d, p.K, p.depth
     late = max(0, each - NEAR_FROM["float32"] + 1)
-    crowds = "float64 product of the pairs of a class: 2 n² d"
+    crowds = "float64 products of the pairs of a class: 2 n² d (1 + 1 / K)"
     return [
-        Term("gradient AGOP", "W (A o X): 2 n² d K", 2 * n * n * d * K, "split", each, needs=_WIDE),
-        Term("gradient AGOP", "G^T G: 2 n K d²", 2 * n * K * d * d, "library32", each),
-        Term("gradient AGOP", "G written and read: 8 n K d", 8 * n * K * d, "streamed", each),
-        Term("gradient AGOP", f"near pairs, {crowds}", 2 * n * n * d, "library64", late, needs=_ROWS),
+        Term("gradient AGOP", "W alpha: 4 n²", 4 * n * n, "skinny", each),
+        Term("gradient AGOP", "W (A o X): 2 n² d K", 2 * n * n * d * K, "gradient", each),
+        Term("gradient AGOP", "G^T G: 2 n K d²", 2 * n * K * d * d, "square32", each),
+        Term("gradient AGOP", "G written, looked at and read: 12 n K d", 12 * n * K * d, "streamed", each),
+        Term("gradient AGOP", f"near pairs, {crowds}", 2 * n * n * d * (1 + 1 / K), "crowd64", late, needs=_ROWS),
+        Term("gradient AGOP", "near pairs, 100 for each 2048 rows", 100 * n / 2048, "launch", late, needs=_ROWS),
     ]
 
 
@@ -236,8 +273,9 @@ def total(chip: Chip, p: Problem | None = None) -> float:
 
 
 def with_library(chip: Chip, p: Problem | None = None) -> float:
-    """The same with the factor's products by the library in float32, as "cholesky+cg" has them."""
-    changed = [_by_library(term) if term.needs == _PANELS else term for term in terms(p or Problem())]
+    """The same with the factor's products by the library in float32, as the torch backend has them."""
+    p = p or Problem()
+    changed = [replace(term, unit="library32") if term.unit == "panel" else term for term in terms(p)]
     return sum(term.total(chip) for term in changed)
 
 
@@ -250,10 +288,6 @@ def with_float64(chip: Chip, p: Problem | None = None) -> float:
     solved = Term("factor", "two triangular solves", 8 * n * n, "skinny", p.depth, True)
     steps = Term("factor", "their steps", n / 16, "step", p.depth, True)
     return sum(term.total(chip) for term in (*kept, factor, solved, steps))
-
-
-def _by_library(term: Term) -> Term:
-    return Term(term.stage, term.what, term.count, "library32", term.layers, term.again)
 
 
 def table(p: Problem | None = None) -> str:

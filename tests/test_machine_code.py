@@ -28,12 +28,12 @@ OLD = [
     (
         ("gram", "fp16x3", 90),
         Config(64, 64, 32, 8, 3),
-        ["redundant work: the inner loop does 1.67 times", "accumulators"],
+        ["redundant work: the inner loop does 1.33 times", "accumulators"],
     ),
     (("gram", "bf16x3", 90), Config(64, 64, 32, 8, 3), ["redundant work: the inner loop does 1.67 ", "accumulators"]),
     (("matmul", "fp16x3", 80), Config(32, 32, 32, 4, 3), ["redundant work: the inner", "redundant work: the outer"]),
     (("matrix", "fp16x3", 80), Config(128, 64, 32, 8, 3, programs=2), ["programs: a multiprocessor holds 1"]),
-    (("matrix", "fp16x3", 80), Config(128, 128, 32, 8, 3), ["spills"]),
+    (("panel", "fp16x3", 80), Config(128, 128, 32, 8, 3), ["spills"]),
 ]
 
 
@@ -107,7 +107,7 @@ def test_panels_times_an_inverse(chip):
     """The loop that ends at the diagonal is the loop of the update."""
     (whole,), (cut,) = (compiled("panel", "fp16x3", chip, triangle=cut).tensor_loops for cut in (False, True))
     assert cut.flop == whole.flop
-    assert cut.size <= 1.05 * whole.size
+    assert cut.size <= 1.1 * whole.size
     check(compiled("panel", "fp16x3", chip, triangle=True), "panel", "fp16x3")
 
 

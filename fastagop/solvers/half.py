@@ -104,11 +104,16 @@ class HalfMatrix:
 
 
 def products_of(problem) -> PanelProducts:
-    """What a float32 factor of half a matrix multiplies by; ranks take the library's products."""
+    """What a float32 factor of half a matrix multiplies by: the backend's products, or the library's where faster.
+
+    Consumer chips' float32 is, and ranks take the library's, too.
+    """
     if problem.shared is not None:
         return LIBRARY
-    operator = problem.operator
-    return operator.backend.factor_kernels(torch.float32, operator.precision).panels
+    operator, device = problem.operator, problem.X.device
+    panels = operator.backend.factor_kernels(torch.float32, operator.precision).panels
+    theirs, library = (calibration.rate("gradient", way.word, device) for way in (panels, LIBRARY))
+    return panels if theirs >= library else LIBRARY
 
 
 # ---- what each takes

@@ -265,7 +265,10 @@ def _by_rates(problem: Problem) -> str:
 
 
 def _refinement_pays(problem: Problem) -> bool:
-    """Whether a float32 factor, refined, is faster than a float64 one on a GPU: consumer chips' float64 is slow."""
+    """Whether a float32 factor, refined, is faster than a float64 one on a GPU.
+
+    Consumer chips' float64 is slow, and split products are faster than float32 elsewhere.
+    """
     if not problem.rated or half.refined_bytes(problem) > problem.room:
         return False
     return half.refined_seconds(problem) < half.in_place_seconds(problem)

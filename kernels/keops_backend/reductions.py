@@ -146,7 +146,7 @@ def gradients(kernel: Kernel, X, alpha, Z) -> torch.Tensor:
     return _joined([reduce(Z, X, chunk, c).view(m, width, d) for chunk in chunks], 1, K)
 
 
-def plan_agop(X, alpha, Z, limit: int | None, why: str) -> Plan:
+def plan_agop(X, alpha, Z, limit: float | None, why: str) -> Plan:
     """The plan of agop: the gradient form; the gram form stores the weights."""
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     row, fixed, room = 3 * K * d * size, 2 * 8 * d * d + 2 * n * K * size, budget(limit, X.device)
