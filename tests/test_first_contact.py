@@ -509,7 +509,7 @@ def test_keops_on_cuda(found, monkeypatch):
     monkeypatch.setattr(keops.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(keops.shutil, "which", lambda name: "/usr/bin/g++")
     X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
-    refusal = keops.missing(fastagop.Laplace(2.0), X)
+    refusal = keops.unusable(X)
     assert refusal is None if found else "pykeops finds no CUDA" in refusal
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda shape, dtype, device: ones(shape, dtype=dtype))

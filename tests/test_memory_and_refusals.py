@@ -68,7 +68,7 @@ def test_weights_that_are_stored_count_for_the_copy(limit, cloud, normal, tensor
 @pytest.mark.parametrize("limit", [9e6, 2e7, 2**33])
 def test_keops_plans_within_the_limit(limit, monkeypatch):
     """4000 points, 50 features, 10 outputs: all gradients at once would be 8 MB, and take three times that."""
-    monkeypatch.setattr(fastagop.kernels.keops_backend.backend, "missing", lambda *_: None)  # nothing runs
+    monkeypatch.setattr(fastagop.kernels.keops_backend.backend, "unusable", lambda X: None)  # nothing runs
     X, alpha = torch.zeros(4000, 50), torch.zeros(4000, 10)
     plan = planned("agop", Laplace(2.0), X, alpha, backend="keops", memory_limit=limit)
     assert 0.5 * min(limit, 2.4e7) <= plan <= 1.001 * limit

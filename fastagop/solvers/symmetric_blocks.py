@@ -196,7 +196,9 @@ class SymmetricBlocks:
         for row, wide in self._streamed(group[0], slice(0, end)):
             panel = wide[:, begin:]
             width = panel.shape[1]  # on the diagonal, rows of the group end before it does
-            products.subtract_(panel, wide[:, :begin], done if width == len(left) else products.ready(left[:width]))
+            right = done if width == len(left) else products.ready(left[:width])
+            alone = len(group) == 1 and row.start == begin
+            products.subtract_(panel, done if alone else wide[:, :begin], right)
             self._write(self.blocks[row.start // self.rows][:, begin : begin + width], panel)
 
     def _factor_columns(self, q: int, begin: int, products: PanelProducts) -> int:

@@ -46,7 +46,9 @@ value = tl.exp(-l1 * inverse_bandwidth)
 if WEIGHT:
     value = tl.where(l1 > 0.0, value * inverse_bandwidth, 0.0)
 """
-    keops = Formulas(_SUM, f"(Elem(c, 0) * {_SUM}) * Sign(x - z)")
+    keops: ClassVar[Formulas] = Formulas(  # pyright: ignore[reportIncompatibleVariableOverride]
+        _SUM, f"(Elem(c, 0) * {_SUM}) * Sign(x - z)"
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
@@ -83,7 +85,7 @@ class LpLaplace(Combining, CoordinateProfile):
     q: float
     bandwidth: Bandwidth
 
-    keops = Formulas(
+    keops: ClassVar[Formulas] = Formulas(  # pyright: ignore[reportIncompatibleVariableOverride]
         f"Exp(-Exp({_LOG_POWER.format(f'Log({_RHO})')}))",
         f"(Elem(c, 1) * Exp({_CUT} - Exp({_CUT}) - {_log(_RHO)} + (Elem(c, 0) - IntCst(1)) * {_log('Abs(x - z)')}))"
         " * Sign(x - z)",
