@@ -12,7 +12,12 @@ offset far larger than the spread is not subtracted.
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "kernels").is_dir():  # a checkout as it lies there: fastagop.kernels is the folder beside this one
+    __path__.append(str(_HERE.parent))
 
 from fastagop import collapse, datasets, distributed, estimators, network, plots
 from fastagop.explain import explain

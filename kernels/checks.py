@@ -14,10 +14,11 @@ from .profile import Kernel, unsettled
 PRECISIONS = ("highest", "high", "medium")
 
 
-def choice(name: str, value, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that is not one of the allowed ones."""
+def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
+    """Refuse a word that is not one of the allowed ones; ``other``: what else the argument may be."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        beside = f", or {other}" if other else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {value!r}")
 
 
 def kernel(value, *, settled: bool = True) -> None:
@@ -138,7 +139,13 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
                 f"got shape {tuple(value.shape)}"
             )
     if not finite(value):
-        raise ValueError(f"{name} holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+        raise ValueError(f"{name} holds NaN or infinity{first_bad(value)}; leave such rows out, or fill them in")
+
+
+def first_bad(value: torch.Tensor) -> str:
+    """Which row holds NaN or infinity first, in words."""
+    bad = value.isfinite().reshape(len(value), -1).all(1).logical_not_().nonzero()
+    return f" in {len(bad)} of {len(value)} rows, of which row {int(bad[0])} is the first"
 
 
 def output(name: str, value, shape: tuple[int, ...], like: torch.Tensor) -> None:

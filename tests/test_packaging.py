@@ -82,6 +82,13 @@ def source(tmp_path_factory):
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "fastagop", ignore=NOT_SOURCE))
 
 
+def test_a_checkout_works_as_it_lies(source):
+    """Whatever is installed: a Python in its folder finds the package there, and the kernels beside it."""
+    code = "import fastagop.kernels.torch_backend.distance; print(fastagop.__file__, fastagop.kernels.__file__)"
+    found = run(sys.executable, "-c", code, cwd=source).split()
+    assert found == [str(source / name / "__init__.py") for name in ("fastagop", "kernels")]
+
+
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")

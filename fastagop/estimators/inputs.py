@@ -100,7 +100,7 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
     validate_data(estimator, X, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
     tensor = tensor if tensor.dtype in DTYPES.values() else tensor.double()
     if not checks.finite(tensor):
-        raise ValueError("X holds NaN or infinity; clean it first, for example with torch.nan_to_num")
+        raise ValueError(f"X holds NaN or infinity{checks.first_bad(tensor)}; leave such rows out, or fill them in")
     return tensor
 
 

@@ -151,7 +151,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         kept = np.arange(len(rows)) if weights is None else np.flatnonzero(weights)
         seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
         if isinstance(self.cv, str):
-            checks.choice("cv", self.cv, ("holdout",))
+            checks.choice("cv", self.cv, ("holdout",), "a number of folds, a splitter, or pairs of indices")
             part = self.validation_fraction
             if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < 1:
                 raise ValueError(f"validation_fraction must be a number between 0 and 1, got {part!r}")
@@ -292,7 +292,7 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
         best_params_: the best setting, with "iterations".
         best_index_, best_score_, best_iteration_: its row, its mean score, and its number of AGOPs.
         best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, which can
-            be saved: ``best_estimator_.save(path)``.
+            be saved: ``best_estimator_.save(path)``; it also has ``M_``, ``feature_importances_`` and ``directions``.
         estimators_: with the best ``average`` settings, the best one first.
         scorer_: what scores were taken by. n_splits_: number of folds.
         stopped_: what ``time_limit`` left out; "" where nothing.

@@ -18,10 +18,8 @@ import torch
 from .pairs import add_combination
 
 _COLUMNS = 4  # of a category, at least: fewer are faster by differences
-_POINTS, _PAIRS = (
-    256,
-    2**20,
-)  # points of either kind and pairs from which looking for categories costs less than it saves
+# Points of either kind, and pairs, from which looking for categories costs less than it saves.
+_POINTS, _PAIRS = 256, 2**20
 
 
 class Categories:
