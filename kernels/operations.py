@@ -66,9 +66,9 @@ def kernel_matrix(
 ) -> torch.Tensor:
     """Kernel matrix k(X, Z).
 
-    Formula: K_ij = phi(||X[i] - Z[j]||_2). With Z omitted half of it is computed and mirrored, and the diagonal
-    is exactly phi(0) + ridge = 1 + ridge. Near pairs are measured by direct differences or around a local centre,
-    so that collapsed classes keep the dtype's accuracy.
+    Formula: K_ij = k(X[i], Z[j]), for radial kernels phi(||X[i] - Z[j]||_2). With Z omitted half of it is computed and
+    mirrored, and the diagonal of a radial kernel is exactly phi(0) + ridge = 1 + ridge. Near pairs are measured by
+    direct differences or around a local centre, so that collapsed classes keep the dtype's accuracy.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
@@ -129,8 +129,8 @@ def gradients(
 ) -> torch.Tensor:
     """Gradients of a kernel predictor f_c(z) = sum_j alpha[j, c] k(z, X[j]) at the points Z.
 
-    Formula: grad f_c(z) = sum_j w(||z - x_j||) alpha_jc (x_j - z) with w(r) = -phi'(r)/r; a pair at distance
-    zero, exact duplicates included, contributes nothing.
+    Formula: grad f_c(z) = sum_j alpha_jc grad_z k(z, x_j), for radial kernels sum_j w(||z - x_j||) alpha_jc (x_j - z)
+    with w(r) = -phi'(r)/r, where a pair at distance zero, exact duplicates included, contributes nothing.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.

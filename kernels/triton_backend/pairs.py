@@ -8,7 +8,7 @@ import torch
 
 from ..errors import BackendUnavailable
 from ..plan import AgopTask, Call, Plan
-from ..profile import text
+from ..profile import constants, text
 from ..scaling import Points
 from ..torch_backend import backend as torch_door
 from ..torch_backend import costs
@@ -34,7 +34,11 @@ class TritonPairBackend(TritonBackend):
 
     def missing(self, request) -> str | None:
         """Why a kernel is not served; None where it is."""
-        return None if text(request.kernel, "triton") else f"there is no Triton text of {request.kernel!r}"
+        if not text(request.kernel, "triton"):
+            return f"there is no Triton text of {request.kernel!r}"
+        largest = torch.finfo(torch.float32).max
+        beyond = any(abs(value) > largest for value in constants(request.kernel, torch.float32).values())
+        return f"a parameter of {request.kernel!r} is beyond float32" if beyond else None
 
     def stores_blocks(self, operator, V: torch.Tensor, plan: Plan) -> tuple[Plan, bool]:
         """Products are fused, always."""
