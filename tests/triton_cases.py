@@ -239,7 +239,7 @@ def test_not_radial_in_blocks_and_what_is_refused():
                 fastagop.agop(kernel, X, alpha, **words, **TRITON)
     with pytest.raises(ValueError, match="X is so large"):
         fastagop.kernel_matrix(Polynomial(3), 1e15 * X, **TRITON)
-    with pytest.raises(fastagop.BackendUnavailable, match="a parameter of .* is beyond float32"):
+    with pytest.raises(fastagop.BackendUnavailable, match=r"a parameter of .* is beyond float32"):
         fastagop.kernel_matrix(Polynomial(2, 1.0, 1e40), X, **TRITON)
 
 
