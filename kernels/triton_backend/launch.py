@@ -252,7 +252,8 @@ def inner_kernels(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
 
 
 def _inner_kernels(x: DevicePoints) -> torch_agop.InnerKernels:
-    return torch_agop.InnerKernels(output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
+    step = output_gradients(x, split_first=x.prec == "fp16x3")
+    return torch_agop.InnerKernels(step, lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
 class _Shifted:
@@ -313,14 +314,18 @@ def _add_products_(out: torch.Tensor, W: torch.Tensor, weighted: _Weighted, some
             subtract_product_(part.view(len(W), -1), left, operand(weighted.points, True, factors))
 
 
-def output_gradients(x: DevicePoints):
-    """The row-block step of the gradient form, as ``gradients.output_gradients``; of W_ij x_j alone without along_z."""
+def output_gradients(x: DevicePoints, *, split_first: bool = False):
+    """The row-block step of the gradient form, as ``gradients.output_gradients``; of W_ij x_j alone without along_z.
+
+    split_first: large blocks of split products may split both factors before. The outputs of a row then share a scale,
+    which an AGOP, their sum, does not see.
+    """
     shifted, weighted = _Shifted(x), _Weighted()
 
     def gradients_of(W, alpha, X, Z, shift, out, along_z=True):
         W, Z = _rows(W), _rows(Z if shift is None else Z - shift)
         s = W @ alpha if along_z else W.new_zeros(len(W), alpha.shape[1])
-        if x.prec == "fp16x3" and along_z and (some := weighted.outputs(len(W), X, shift, alpha)):
+        if split_first and (some := weighted.outputs(len(W), X, shift, alpha)):
             weighted.prepare(X, shift, alpha)
             torch.mul(s.neg_()[:, :, None], Z[:, None], out=out)
             _add_products_(out, W, weighted, some)
