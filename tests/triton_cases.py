@@ -617,7 +617,7 @@ HARD = ["plain", "clusters", "offset", "coefficients", "outputs", "norms", "noth
 
 @pytest.mark.parametrize("case", HARD)
 def test_weights_split_first_lose_no_more(case, monkeypatch):
-    """As accurate as what splits inside the loop, in each row and output; "apart", where outputs share a scale, in rows."""
+    """As accurate as what splits inside the loop: in each row and output; in rows where outputs lie far apart."""
     over = (1, 2) if case == "apart" else 2
     W, alpha, X, shift = hard(case)
     found = []
@@ -668,9 +668,12 @@ def test_whole_calls_by_weights_split_first(splits_first):
         truth = reference.agop(kernel, X, alpha)
         assert error(fastagop.agop(kernel, X, alpha, method="gradient", **TRITON), truth) <= 32 * EPS
         splits_first.clear()
-        G = fastagop.gradients(kernel, X, alpha, X[:45].clone(), **TRITON)
-        assert error(G, reference.gradients(kernel, X, alpha, X[:45])) <= 32 * EPS
+        M = fastagop.agop(kernel, X, alpha, X[:45].clone(), method="gradient", **TRITON)
+        assert error(M, reference.agop(kernel, X, alpha, X[:45])) <= 32 * EPS
         assert (45, 1) in splits_first
+        splits_first.clear()
+        fastagop.gradients(kernel, X[:32], alpha[:32], **TRITON)  # whose outputs may be far apart
+        assert (32, 1) not in splits_first
 
 
 @pytest.mark.parametrize(("room", "groups"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5]), (9, [5]), (0, None)])
