@@ -87,7 +87,7 @@ UNITS = {
         lambda c: LOOPS["panel", "fp16x3"][c.capability] if _split_pays(c) else 0.8,
         "three fp16 products, the least of the table of the machine code; the library's float32 where faster",
     ),
-    "gradient": _loop("gradient", "fp16x3", "flop of gradients as three fp16 products", lambda c: c.fp16 / 3.0),
+    "gradient": _loop("panel", "fp16x3", "flop of gradients as three fp16 products", lambda c: c.fp16 / 3.0),
     "wide": _loop("matrix", "fp64", "float64 flop, own kernel", lambda c: c.fp64),
     "library64": Unit("float64 flop, library", lambda c: c.fp64, lambda c: 0.8, "large library products"),
     "crowd64": Unit("float64 flop, crowds", lambda c: c.fp64, lambda c: 0.7, "library products of a class and a block"),
@@ -116,6 +116,8 @@ EPILOGUE = 60  # float64 instructions of a pair's square root and exponential, o
 # Instructions of a feature in the near path, as read of the loop before it was shortened; rows and warps of a tile.
 NEAR_LOOP, TILE, WARPS = 206, 64, 8
 BLOCK = 4096  # rows of a block of the stored half
+GRADIENT_BLOCK = 2048  # rows of a block of gradients
+SPLIT_BYTES = 12  # of an item that is split: read twice, written as halves
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,19 @@ def _agop(p: Problem) -> list[Term]:
     return [
         Term("gradient AGOP", "W alpha: 4 n²", 4 * n * n, "skinny", each),
         Term("gradient AGOP", "W (A o X): 2 n² d K", 2 * n * n * d * K, "gradient", each),
+        Term(
+            "gradient AGOP",
+            f"W split, and A o X once a block of {GRADIENT_BLOCK} rows: {SPLIT_BYTES} (n² + n K d blocks)",
+            SPLIT_BYTES * (n * n + n * K * d * -(-p.n // GRADIENT_BLOCK)),
+            "streamed",
+            each,
+        ),
         Term("gradient AGOP", "G^T G: 2 n K d²", 2 * n * K * d * d, "square32", each),
-        Term("gradient AGOP", "G written, looked at and read: 12 n K d", 12 * n * K * d, "streamed", each),
+        Term("gradient AGOP", "G written twice, looked at, read twice: 20 n K d", 20 * n * K * d, "streamed", each),
         Term("gradient AGOP", f"near pairs, {crowds}", 2 * n * n * d * (1 + 1 / K), "crowd64", late, needs=_ROWS),
-        Term("gradient AGOP", "near pairs, 100 for each 2048 rows", 100 * n / 2048, "launch", late, needs=_ROWS),
+        Term(
+            "gradient AGOP", "near pairs, 100 for each 2048 rows", 100 * n / GRADIENT_BLOCK, "launch", late, needs=_ROWS
+        ),
     ]
 
 
@@ -264,6 +275,17 @@ def _rest(p: Problem) -> list[Term]:
         Term("NC", "18 passes over the rows: 72 n d", 72 * n * d, "streamed", each),
         Term("syncs", "150 looks of the host", 150.0, "launch", each, True),
     ]
+
+
+def split_first_from(chip: Chip) -> float:
+    """The least b K d / (b + K d) of a block from which splitting before the product of gradients is the faster.
+
+    Splitting b rows of W and K d of A o X takes SPLIT_BYTES n (b + K d) of memory; of 2 b n K d operations each is then
+    done by the loop that splits nothing.
+    """
+    inside, first = (LOOPS[loop, "fp16x3"][chip.capability] for loop in ("gradient", "panel"))
+    won = 2.0 * 3.0 / chip.fp16 * (1.0 / inside - 1.0 / first)
+    return SPLIT_BYTES / (chip.bandwidth * UNITS["streamed"].share(chip)) / won
 
 
 def total(chip: Chip, p: Problem | None = None) -> float:

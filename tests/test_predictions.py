@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastagop.kernels.gemm import PanelProducts
+from fastagop.kernels.torch_backend.gradients import gradient_aim
 
 from bench import predictions
 from bench.__main__ import main
@@ -125,6 +126,29 @@ def test_shares_are_those_of_the_machine_code():
     for (operation, products), shares in predictions.LOOPS.items():
         for chip, share in shares.items():
             assert share == found[operation, products, chip]
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_splitting_first_pays_where_blocks_do_it(chip):
+    """The rule of the Triton backend is on the safe side of every chip's, and the page's blocks are within it."""
+    rule = pytest.importorskip("fastagop.kernels.triton_backend.launch", exc_type=ImportError).SPLIT_FIRST
+    least = predictions.split_first_from(chip)
+    assert 0.5 * rule < least < rule
+    b, p = predictions.GRADIENT_BLOCK, Problem()
+    assert b == gradient_aim(torch.device("cuda"))[0]
+    assert b * p.K * p.d / (b + p.K * p.d) >= rule
+    # At the least both ways take the same time: by hand, for a block with as many features of all outputs as rows.
+    inside, first = (predictions.LOOPS[loop, "fp16x3"][chip.capability] for loop in ("gradient", "panel"))
+    rows, n = 2 * least, 1000.0
+    work, split = 2 * rows * rows * n * 3 / chip.fp16, 12 * n * 2 * rows / (0.9 * chip.bandwidth)
+    assert work / inside == pytest.approx(work / first + split)
+
+
+def test_what_is_split_by_its_blocks():
+    p = Problem()
+    blocks = [min(2048, p.n - start) for start in range(0, p.n, 2048)]
+    split = sum(12 * p.n * (rows + p.K * p.d) for rows in blocks)
+    assert named("gradient AGOP", "W split").count == pytest.approx(split)
 
 
 def test_bytes_of_half_a_matrix():

@@ -575,6 +575,136 @@ def test_an_offset_is_split_once(monkeypatch):
     assert made == [70, 70]
 
 
+def hard(case):
+    """(W, alpha, X, shift) whose terms, or whose rows and columns, are of very different sizes."""
+    X, alpha, shift = points(70, 24), normal(70, 3), None
+    if case == "clusters":  # weights of 1e3 within, of 1e-3 between
+        X = 3.0 * normal(7, 24).repeat_interleave(10, 0) + 1e-3 * points(70, 24, seed=1)
+    if case == "offset":
+        X = X + 100.0
+        shift = X.mean(0)
+    if case == "coefficients":
+        alpha = alpha * 10.0 ** torch.linspace(-4, 4, 70, device=DEVICE)[:, None]
+    if case == "outputs":
+        alpha = alpha * torch.tensor([1e-5, 1.0, 1e4], device=DEVICE)
+    if case == "norms":
+        X = X * 10.0 ** torch.linspace(-2, 2, 70, device=DEVICE)[:, None]
+    if case == "nothing":  # rows of zeros, a point at the origin, one without coefficients
+        X[3], alpha[5] = 0.0, 0.0
+    x = X.double()
+    r = torch.cdist(x, x).fill_diagonal_(1.0)
+    W = (torch.exp(-r / 2.0) / r).float().fill_diagonal_(0.0)
+    if case == "clusters":  # the most that such weights can hide: what is near weighs little in the sum
+        alpha = alpha * torch.where(torch.arange(70, device=DEVICE) % 10 == 0, 1e3, 1e-4)[:, None]
+    if case == "apart":  # each output has coefficients at points that weigh little for most rows of the other outputs
+        alpha = alpha * (torch.arange(70, device=DEVICE)[:, None] % 3 == torch.arange(3, device=DEVICE))
+        W = W * 10.0 ** (-3.0 * ((torch.arange(70)[:, None] + torch.arange(70)) % 3)).to(DEVICE)
+    if case == "nothing":
+        W[7] = 0.0
+    return W, alpha, X, shift
+
+
+def lost(G, W, alpha, X, shift, first=0, over=2):
+    """Error of each row of the step, of and of each output unless ``over`` says (1, 2), relative to its terms."""
+    w, a, x = W.cpu().double(), alpha.cpu().double(), (X if shift is None else X - shift).cpu().double()
+    z = x[first : first + len(w)]
+    truth = torch.einsum("ij,jc,jf->icf", w, a, x) - (w @ a)[:, :, None] * z[:, None]
+    terms = torch.einsum("ij,jc,jf->icf", w, a.abs(), x.abs()) + (w @ a.abs())[:, :, None] * z.abs()[:, None]
+    found = (G.cpu().double() - truth).norm(dim=over) / terms.norm(dim=over).clamp_min(1e-300)
+    return found.max(), found.square().mean().sqrt()
+
+
+HARD = ["plain", "clusters", "offset", "coefficients", "outputs", "norms", "nothing", "apart"]
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_weights_split_first_lose_no_more(case, monkeypatch):
+    """As accurate as what splits inside the loop: in each row and output; in rows where outputs lie far apart."""
+    over = (1, 2) if case == "apart" else 2
+    W, alpha, X, shift = hard(case)
+    found = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(triton_launch, "SPLIT_FIRST", least)
+        step, out = triton_launch.inner_kernels(X, "highest").gradients, X.new_full((70, 3, 24), torch.nan)
+        z = X.clone()
+        found.append(lost(step(W.clone(), alpha, X, z, shift, out), W, alpha, X, shift, over=over))
+    (worst, mean), (worst_inside, mean_inside) = found
+    assert worst <= max(2.0 * worst_inside, EPS)
+    assert mean <= max(2.0 * mean_inside, 0.25 * EPS)
+    assert worst <= 4 * EPS
+
+
+@pytest.fixture
+def splits_first(monkeypatch):
+    """Blocks of any size split first; (rows, weights' rows) of what is split."""
+    made, make = [], triton_launch.operand
+
+    def record(rows, split, weights=None):
+        made.append((len(rows), 0 if weights is None else len(weights)))
+        return make(rows, split, weights)
+
+    monkeypatch.setattr(triton_launch, "SPLIT_FIRST", 0)
+    monkeypatch.setattr(triton_launch, "operand", record)
+    return made
+
+
+@pytest.mark.parametrize("chip", [8, 9])
+def test_tails_of_weights_split_first(chip, splits_first, monkeypatch):
+    """Production tiles: a block of 130 rows and one of 66, 70 features, three outputs, 130 centers."""
+    monkeypatch.setattr(triton_launch, "config", lambda *launch: launch_config.TABLE[chip][launch[:2]])
+    kernel, X, alpha = Laplace(2.0), points(130, 70), normal(130, 3)
+    W = fastagop.kernel_matrix(kernel, X, **TRITON)
+    step = triton_launch.inner_kernels(X, "highest").gradients
+    splits_first.clear()
+    for first, rows in ((0, 130), (64, 66)):
+        part, G = W[first : first + rows], X.new_full((rows, 3, 70), torch.nan)
+        G = step(part, alpha, X, X[first : first + rows], None, G)
+        assert lost(G, part, alpha, X, None, first)[0] <= 4 * EPS
+    assert splits_first == [(130, 1), (70, 3), (66, 1), (70, 3)]
+
+
+def test_whole_calls_by_weights_split_first(splits_first):
+    """With near pairs, an offset and tails; each block splits its weights and, for its room, some outputs."""
+    kernel, alpha = Laplace(2.0), normal(70, 3)
+    for X in (points(), points(spread=1e-2), points() + 100.0):
+        truth = reference.agop(kernel, X, alpha)
+        assert error(fastagop.agop(kernel, X, alpha, method="gradient", **TRITON), truth) <= 32 * EPS
+        splits_first.clear()
+        M = fastagop.agop(kernel, X, alpha, X[:45].clone(), method="gradient", **TRITON)
+        assert error(M, reference.agop(kernel, X, alpha, X[:45])) <= 32 * EPS
+        assert (45, 1) in splits_first
+        splits_first.clear()
+        fastagop.gradients(kernel, X[:32], alpha[:32], **TRITON)  # whose outputs may be far apart
+        assert (32, 1) not in splits_first
+
+
+@pytest.mark.parametrize(("room", "groups"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (5, [5]), (9, [5]), (0, None)])
+def test_outputs_split_first_by_room(room, groups, splits_first, monkeypatch):
+    """As many outputs at once as a plan's bytes hold beside what else is there; without room the loop splits."""
+    X, alpha = points(70, 24), normal(70, 5)
+    W = fastagop.kernel_matrix(Laplace(2.0), X, **TRITON)
+    alive = 4 * (40 * (70 + 128 + 24 + 12) + 70 * (48 + 14)) + 40 * 70
+    more = room * 4 * 24 * 129
+    monkeypatch.setattr(triton_launch, "gradient_bytes", lambda *shape: alive + more)
+    step, shift = triton_launch.inner_kernels(X, "highest").gradients, X[0] + 1.0
+    splits_first.clear()
+    for _ in range(2):  # the second block finds points and coefficients made
+        G = step(W[:40], alpha, X, X[:40], shift, X.new_full((40, 5, 24), torch.nan))
+        assert lost(G, W[:40], alpha, X, shift)[0] <= 4 * EPS
+    expected = [(70, 0)] if groups is None else 2 * [(40, 1), *((24, some) for some in groups)]
+    assert splits_first == expected
+
+
+def test_small_blocks_split_inside():
+    """Blocks of few rows or few features of all outputs; by the rule 2048 rows of ten outputs split first."""
+    X, alpha = torch.empty(50_000, 1024, device="meta"), torch.empty(50_000, 10, device="meta")
+    weighted = triton_launch._Weighted()
+    assert weighted.outputs(2048, X, None, alpha) == 10
+    assert weighted.outputs(1024, X, None, alpha) == 0
+    assert weighted.outputs(2048, X[:, :128], None, alpha) == 0
+    assert 0 < weighted.outputs(2048, X, None, torch.empty(50_000, 100, device="meta")) < 100
+
+
 @pytest.mark.parametrize("chip", [8, 9])
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_tails_of_production_tiles(chip, precision, monkeypatch):

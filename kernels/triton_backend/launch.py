@@ -18,7 +18,7 @@ from ..profile import Kernel, Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
 from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, squared_norms
-from ..torch_backend.gradients import Nearness, block_gradients, dominant_offset
+from ..torch_backend.gradients import Nearness, block_gradients, chunk_of, dominant_offset, gradient_bytes
 from .agop import _gradient_kernel, _gram_kernel
 from .cholesky import _update_kernel
 from .launch_config import GROUPS, PRODUCTS, Config, config
@@ -26,10 +26,14 @@ from .matmul import _matmul_kernel
 from .matrix import _matrix_kernel
 from .panels import _panel_kernel
 from .profile import constants_of, device_profile
-from .split import Operand, operand
+from .split import Operand, operand, padded
 
 # Factors that are made on the fly, or change as columns are factored, are split inside the instruction.
 INSIDE = {"fp16x3": "tf32x3", "bf16x3": "bf16x3", "tf32": "tf32"}
+# A block of gradients splits W and alpha o X before their product where its rows b and the features of all outputs K d
+# have b K d / (b + K d) at least this large: that moves 12 bytes an item of both, and by the rates of
+# bench/predictions.py the product's loop, which then splits nothing, wins more from 650 (H200) to 935 (H100) on.
+SPLIT_FIRST = 1024
 
 
 def _rows(X: torch.Tensor) -> torch.Tensor:
@@ -248,7 +252,8 @@ def inner_kernels(X: torch.Tensor, precision: str) -> torch_agop.InnerKernels:
 
 
 def _inner_kernels(x: DevicePoints) -> torch_agop.InnerKernels:
-    return torch_agop.InnerKernels(output_gradients(x), lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
+    step = output_gradients(x, split_first=x.prec == "fp16x3")
+    return torch_agop.InnerKernels(step, lambda W, alpha: _lower_s(W, alpha, x.prec), x.prec)
 
 
 class _Shifted:
@@ -267,14 +272,65 @@ class _Shifted:
         return self.made[2]
 
 
-def output_gradients(x: DevicePoints):
-    """The row-block step of the gradient form, as ``gradients.output_gradients``; of W_ij x_j alone without along_z."""
-    shifted = _Shifted(x)
+class _Weighted:
+    """The other factor of split weights, alpha_c o x by feature, (K d, n), as many outputs at once as memory has room.
+
+    What column j of W is multiplied with is at most 1 in size, and a power of two of its coefficients and its point
+    multiplies that column instead. A row's scale is then that of its largest term, whatever weighs little or much.
+    """
+
+    def __init__(self):
+        self.of: tuple = ()
+
+    def outputs(self, rows: int, X: torch.Tensor, shift: torch.Tensor | None, alpha: torch.Tensor) -> int:
+        """Outputs whose halves fit into what a block's plan counts beside its other work; 0 where that does not pay."""
+        (n, d), K = X.shape, alpha.shape[1]
+        if not self._is_of(X, shift, alpha) and rows * K * d < SPLIT_FIRST * (rows + K * d):
+            return 0
+        # What near pairs took out of W, and their mask; W's halves; points by feature, once more while they are made.
+        alive = 4 * (rows * (n + padded(n) + d + 2 * K + 2) + n * (2 * d + 2 * K + 4)) + rows * n
+        room = gradient_bytes(rows, n, d, K, 4, chunk_of(X.device)) - alive
+        return min(K, max(0, room) // (4 * d * (padded(n) + 1)))
+
+    def _is_of(self, *of) -> bool:
+        return bool(self.of) and all(a is b for a, b in zip(self.of, of, strict=True))
+
+    def prepare(self, X: torch.Tensor, shift: torch.Tensor | None, alpha: torch.Tensor) -> None:
+        """Make points, coefficients and the powers of two ready, once for all blocks of a call."""
+        if self._is_of(X, shift, alpha):
+            return
+        self.of = X, shift, alpha
+        self.points = (X if shift is None else X - shift).T.contiguous()
+        sizes = alpha.abs().amax(1) * torch.maximum(self.points.amax(0), -self.points.amin(0))
+        powers = torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes.clamp_(2.0**-100, 2.0**100))[1])
+        self.powers, self.factors = powers[None], (alpha.T / powers).neg_().contiguous()
+
+
+def _add_products_(out: torch.Tensor, W: torch.Tensor, weighted: _Weighted, some: int) -> None:
+    """out (b, K, d) += W (alpha_c o X), both factors split first; out's rows are contiguous."""
+    with _current(out):
+        left = operand(W, True, weighted.powers)
+        for factors, part in zip(weighted.factors.split(some), out.split(some, 1), strict=True):
+            subtract_product_(part.view(len(W), -1), left, operand(weighted.points, True, factors))
+
+
+def output_gradients(x: DevicePoints, *, split_first: bool = False):
+    """The row-block step of the gradient form, as ``gradients.output_gradients``; of W_ij x_j alone without along_z.
+
+    split_first: large blocks of split products may split both factors before. The outputs of a row then share a scale,
+    which an AGOP, their sum, does not see.
+    """
+    shifted, weighted = _Shifted(x), _Weighted()
 
     def gradients_of(W, alpha, X, Z, shift, out, along_z=True):
-        o, W, At = shifted.of(X, shift).operand, _rows(W), alpha.T.contiguous()
-        s = W @ alpha if along_z else W.new_zeros(len(W), len(At))
-        Z, (b, n), (K, d) = _rows(Z if shift is None else Z - shift), W.shape, out.shape[1:]
+        W, Z = _rows(W), _rows(Z if shift is None else Z - shift)
+        s = W @ alpha if along_z else W.new_zeros(len(W), alpha.shape[1])
+        if split_first and (some := weighted.outputs(len(W), X, shift, alpha)):
+            weighted.prepare(X, shift, alpha)
+            torch.mul(s.neg_()[:, :, None], Z[:, None], out=out)
+            _add_products_(out, W, weighted, some)
+            return out
+        o, At, (b, n), (K, d) = shifted.of(X, shift).operand, alpha.T.contiguous(), W.shape, out.shape[1:]
         c, wide = config("gradient", x.prec, out.device), _readable(W)
         with _current(out):
             _gradient_kernel[_grid(c, b, d, K)](

@@ -30,17 +30,28 @@ class Operand:
     split: bool
 
 
-def operand(X: torch.Tensor, split: bool) -> Operand:
-    """X (n, d), rows contiguous, as an operand; a split one takes the bytes of one more float32 copy and no other."""
+def operand(X: torch.Tensor, split: bool, weights: torch.Tensor | None = None) -> Operand:
+    """X (n, d), rows contiguous, as an operand; a split one takes the bytes of one more float32 copy and no other.
+
+    With weights (K, d), rows contiguous, its rows are weights_c o x_i, (K n, d), which are never in memory as float32.
+    """
     if not split:
         return Operand(X, X, X, False)
-    n, d = X.shape
-    width = -(-max(d, 1) // _PAD) * _PAD
+    (rows, d), w = X.shape, X if weights is None else weights
+    n, width = rows if weights is None else rows * len(weights), padded(d)
     high, low = (torch.empty(n, width, dtype=torch.float16, device=X.device) for _ in range(2))
     scale = X.new_empty(n)
     if n:
-        _split_kernel[(n,)](X, high, low, scale, d, width, X.stride(0), BLOCK=_COLUMNS, num_warps=4)
+        _split_kernel[(n,)](
+            X, w, high, low, scale, d, width, rows, X.stride(0), w.stride(0), WEIGHTED=weights is not None,
+            BLOCK=_COLUMNS, num_warps=4,
+        )  # fmt: skip
     return Operand(high, low, scale, True)
+
+
+def padded(d: int) -> int:
+    """Columns of the halves of d columns."""
+    return -(-max(d, 1) // _PAD) * _PAD
 
 
 @triton.jit
@@ -62,18 +73,30 @@ def halves(x):
 
 
 @triton.jit
-def _split_kernel(X, high, low, scale, d, width, stride_x, BLOCK: tl.constexpr):
-    """One row into its halves, zeros behind its end."""
+def _items(X, weights, at, d, WEIGHTED: tl.constexpr):
+    """Items of a row, times their weights."""
+    x = tl.load(X + at, mask=at < d, other=0.0)
+    if WEIGHTED:
+        x *= tl.load(weights + at, mask=at < d, other=0.0)
+    return x
+
+
+@triton.jit
+def _split_kernel(
+    X, weights, high, low, scale, d, width, rows, stride_x, stride_w, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row into its halves, zeros behind its end; with WEIGHTED all rows of X times each row of weights."""
     row = tl.program_id(0)
     j = tl.arange(0, BLOCK)
-    X, high, low = origin(X, row, stride_x), origin(high, row, width), origin(low, row, width)
+    X, weights = origin(X, row % rows, stride_x), origin(weights, row // rows, stride_w)
+    high, low = origin(high, row, width), origin(low, row, width)
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, d, BLOCK):
-        largest = tl.maximum(largest, tl.abs(tl.load(X + start + j, mask=start + j < d, other=0.0)))
+        largest = tl.maximum(largest, tl.abs(_items(X, weights, start + j, d, WEIGHTED)))
     power, inverse = power_of_two(tl.max(largest, 0))
     tl.store(scale + row, power)
     for start in range(0, width, BLOCK):
-        h, l = halves(tl.load(X + start + j, mask=start + j < d, other=0.0) * inverse)
+        h, l = halves(_items(X, weights, start + j, d, WEIGHTED) * inverse)
         tl.store(high + start + j, h, mask=start + j < width)
         tl.store(low + start + j, l, mask=start + j < width)
 
