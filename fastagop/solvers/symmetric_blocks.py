@@ -146,7 +146,7 @@ class SymmetricBlocks:
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
         """The matrix times V (n, p), of its dtype: one pass over the blocks for all columns of V.
 
-        V's columns lie as rows: products with few of them take two thirds (float64) to a third of the time then.
+        V's columns lie as rows: a pass for ten of them takes about seven tenths of the time then (n = 20,000).
         """
         V = V.T.contiguous()
         out = torch.zeros_like(V)
