@@ -14,7 +14,6 @@ from fastagop.kernels.torch_backend.gradients import gradient_aim
 from bench import predictions
 from bench.__main__ import main
 from bench.predictions import CHIPS, MARKS, PAGE, STEPS, UNITS, Problem
-from fastagop.solvers import symmetric_blocks
 from fastagop.solvers.symmetric_blocks import ROWS, SymmetricBlocks, half_bytes
 
 H200, H100, A100, CONSUMER = CHIPS
@@ -108,7 +107,6 @@ class Counted(PanelProducts):
 
 def test_counts_of_the_factor_by_running_it(monkeypatch):
     monkeypatch.setattr(predictions, "BLOCK", 16)
-    monkeypatch.setitem(symmetric_blocks.GROUP, "cpu", symmetric_blocks.GROUP["cuda"])
     n, counted = 1024, Counted()
     blocks = SymmetricBlocks(n, torch.float32, rows=16)
     blocks.fill_(lambda out, start: out.zero_())

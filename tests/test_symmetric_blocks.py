@@ -9,7 +9,8 @@ import torch
 
 from fastagop.solvers.symmetric_blocks import ROWS, SymmetricBlocks, default_rows, half_bytes
 
-SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (520, 64), (700, 300)]  # tails, fills
+# Tails, fills, and blocks whose triangles are inverted and whose squares are updated in parts.
+SIZES = [(1, 1), (5, 2), (64, 64), (130, 64), (300, 150), (401, 128), (520, 64), (700, 300), (1000, 450)]
 
 
 def positive(n: int, least: float = 0.5) -> torch.Tensor:
@@ -114,7 +115,7 @@ def test_apply_changes_every_item_once_and_sets_the_diagonal():
 
 def test_rows_of_a_block():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_rows(10**5, cpu) == ROWS["cpu"] == 512
+    assert default_rows(10**5, cpu) == ROWS["cpu"] == 768
     assert default_rows(10**5, cuda) == ROWS["cuda"] == 4096
     assert default_rows(80, cpu) == 10
     assert default_rows(81, cpu) == 11

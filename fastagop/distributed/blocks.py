@@ -72,8 +72,7 @@ class SharedBlocks(SymmetricBlocks):
             block, square = mine[q], mine[q][:, row.start :]
             square.diagonal().copy_(diagonal[row])
             if row.start:
-                done = block[:, : row.start].contiguous()
-                subtract_product_(square, done, done)
+                LIBRARY.subtract_square_(square, LIBRARY.ready(block[:, : row.start]))
             L, info = torch.linalg.cholesky_ex(square)
             square.copy_(L)
             message[:-1].copy_(block)

@@ -24,7 +24,7 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct
 from fastagop.solvers.direct import LinearSystem
 from fastagop.solvers.limits import bound, times
-from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, group_of, half_bytes
+from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes
 
 log = logging.getLogger("fastagop")
 
@@ -33,6 +33,7 @@ _GOOD = 1e-9
 _LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more where they take half of its time at most
 _LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
 _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
+_BESIDE = 2  # block rows that a factorisation holds beside the matrix: copies of a row and of a panel's factor
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
 
 
@@ -124,14 +125,14 @@ def refined_bytes(problem) -> int:
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
-    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + 4 * _beside(problem) * rows * n)
+    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + 4 * _BESIDE * rows * n)
 
 
 def in_place_bytes(problem) -> int:
     """Most bytes of ``in_place``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
-    beside = max(_fill_bytes(problem), 8 * _beside(problem) * rows * n, _points_bytes(problem))
+    beside = max(_fill_bytes(problem), 8 * _BESIDE * rows * n, _points_bytes(problem))
     return _stored(problem, torch.float64) + beside + _vectors(problem)
 
 
@@ -139,13 +140,8 @@ def from_points_bytes(problem) -> int:
     """Most bytes of ``from_points``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
-    beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _beside(problem) * rows * n, _points_bytes(problem))
+    beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _BESIDE * rows * n, _points_bytes(problem))
     return _stored(problem, torch.float32) + beside + _vectors(problem)
-
-
-def _beside(problem) -> int:
-    """Block rows that a factorisation holds beside the matrix: those of the column blocks of a pass, a row's copy."""
-    return group_of(problem.X.device) + 1
 
 
 def _stored(problem, dtype: torch.dtype) -> int:

@@ -18,13 +18,12 @@ import torch
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, matmul_nt
 from fastagop.kernels.plan import empty_matrix
 
-# Rows of a block. On the CPU (two cores of a Zen 5, n = 12,000 to 20,000, float32) 512 rows factor at 334 to 350
-# GFLOP/s and square tiles of 1024 at half of that: the product with a block's own columns is the part that is not one
-# long product, and grows with the rows. A GPU wants larger products and fewer launches.
-ROWS = {"cpu": 512, "cuda": 4096}
-# Column blocks that a pass over the rows below updates at once. On the CPU a product makes a copy of its first factor,
-# rows of a wider matrix, which two blocks share; four gain nothing more and hold four block rows beside the matrix.
-GROUP = {"cpu": 2, "cuda": 1}
+# Rows of a block: products with few rows are slow, and a block's own columns are work beside the one long product. On
+# two cores of a Zen 3 (n = 16,000, float32) 512 to 2048 rows factor at 153 to 158 GFLOP/s, 768 at 158, where products
+# of this size reach 171; a GPU wants larger ones and fewer launches.
+ROWS = {"cpu": 768, "cuda": 4096}
+# Rows of a triangle by whose inverse, half of it zeros, a float32 panel is multiplied; a larger triangle is halved.
+INVERTED = {"cpu": 192, "cuda": 4096}
 FILL = 256  # rows that are filled at once: the work beside a block is a few times as much
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -163,7 +162,7 @@ class SymmetricBlocks:
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
         """Overwrite the matrix A, with another diagonal, by its factor L, A = L L^T.
 
-        Left-looking: some column blocks are updated by all that lies left of them in one product for each block row.
+        Left-looking: a column block is updated by all that lies left of it in one product for each block row.
 
         Args:
             diagonal: of the matrix to factor, a number or (n,).
@@ -176,64 +175,55 @@ class SymmetricBlocks:
         products = products if self.dtype == torch.float32 else LIBRARY
         for row, block in zip(self.slices, self.blocks, strict=True):
             block[:, row].diagonal().copy_(diagonal[row])
-        together = group_of(self.device)
-        for first in range(0, len(self.blocks), together):
-            group = range(first, min(len(self.blocks), first + together))
-            begin = self.slices[first].start
-            if begin:
-                self._update(group, products)
-            for q in group:
-                if failed := self._factor_columns(q, begin, products):
-                    return failed
+        for q in range(len(self.blocks)):
+            if failed := self._factor_columns(q, products):
+                return failed
         return 0
 
-    def _update(self, group: range, products: PanelProducts) -> None:
-        """Subtract from some column blocks what lies left of all of them."""
-        begin, end = self.slices[group[0]].start, self.slices[group[-1]].stop
-        left = [self._on_device(self.blocks[q][:, :begin]) for q in group]
-        left = torch.cat(left) if len(left) > 1 else left[0]
-        done = products.ready(left)
-        for row, wide in self._streamed(group[0], slice(0, end)):
-            panel = wide[:, begin:]
-            width = panel.shape[1]  # on the diagonal, rows of the group end before it does
-            right = done if width == len(left) else products.ready(left[:width])
-            alone = len(group) == 1 and row.start == begin
-            products.subtract_(panel, done if alone else wide[:, :begin], right)
-            self._write(self.blocks[row.start // self.rows][:, begin : begin + width], panel)
-
-    def _factor_columns(self, q: int, begin: int, products: PanelProducts) -> int:
-        """Turn column block q, of which columns before ``begin`` are subtracted, into its part of the factor.
+    def _factor_columns(self, q: int, products: PanelProducts) -> int:
+        """Turn column block q into its part of the factor; all that lies left of it is part of it by now.
 
         Returns:
             0, or the 1-based index of the pivot that failed.
         """
         row = self.slices[q]
-        there = self._on_device(self.blocks[q][:, begin:])
-        square, inside = there[:, row.start - begin :], row.start - begin
-        done = products.ready(there[:, :inside]) if inside else None
-        if inside:
-            products.subtract_(square, done, done)
+        there = self._on_device(self.blocks[q])
+        square, done = there[:, row.start :], None
+        if row.start:
+            done = products.ready(there[:, : row.start])
+            products.subtract_square_(square, done)
         L, info = torch.linalg.cholesky_ex(square)
         if int(info):
             return row.start + int(info)
         square.copy_(L)
-        self._write(self.blocks[q][:, begin:], there)
+        self._write(self.blocks[q][:, row.start :], square)
         divide_ = self._divisor(L, products)
-        for below, wide in self._streamed(q + 1, slice(begin, row.stop)):
-            panel = wide[:, inside:]
-            if inside:
-                products.subtract_(panel, wide[:, :inside], done)
+        for below, wide in self._streamed(q + 1, slice(0, row.stop)):
+            panel = wide[:, row.start :]
+            if row.start:
+                products.subtract_(panel, wide[:, : row.start], done)
             divide_(panel)
             self._write(self.blocks[below.start // self.rows][:, row], panel)
         return 0
 
     def _divisor(self, L: torch.Tensor, products: PanelProducts = LIBRARY) -> Callable[[torch.Tensor], object]:
-        """Panel <- panel L^-T. In float32, where the factor preconditions only, by a product with the inverse."""
+        """Panel <- panel L^-T. In float32, where the factor preconditions only, by products with inverses of parts."""
         if self.dtype == torch.float64:
             return lambda panel: panel.copy_(torch.linalg.solve_triangular(L.mT, panel, upper=True, left=False))
-        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
-        ready = products.ready(inverse)
-        return lambda panel: products.times_triangle_(panel, ready)
+        if len(L) <= INVERTED[self.device.type]:
+            inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False)
+            triangle = products.ready(inverse)
+            return lambda panel: products.times_triangle_(panel, triangle)
+        half = -(-len(L) // 2)
+        first, second = self._divisor(L[:half, :half], products), self._divisor(L[half:, half:], products)
+        between = products.ready(L[half:, :half])
+
+        def divide_(panel: torch.Tensor) -> None:
+            first(panel[:, :half])
+            products.subtract_(panel[:, half:], panel[:, :half], between)
+            second(panel[:, half:])
+
+        return divide_
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """(L L^T)^-1 B for the factor L that the blocks hold; two passes over them for all columns of B."""
@@ -298,11 +288,6 @@ def _divided(L: torch.Tensor, X: torch.Tensor, *, transposed: bool) -> torch.Ten
 def default_rows(n: int, device: torch.device) -> int:
     """Rows of a block: an eighth of a small matrix at most, so that half of it is nearly half of its bytes."""
     return max(1, min(ROWS["cuda" if device.type == "cuda" else "cpu"], -(-n // 8)))
-
-
-def group_of(device: torch.device) -> int:
-    """Column blocks that are updated together."""
-    return GROUP["cuda" if device.type == "cuda" else "cpu"]
 
 
 def half_bytes(n: int, dtype: torch.dtype, rows: int) -> int:
