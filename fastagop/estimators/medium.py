@@ -51,23 +51,26 @@ class MediumFit:
         else:
             return None
         G = G.sub_(mean) if center else G
-        flat = G.view(-1, G.shape[2])
-        M = flat.square().sum(0, dtype=torch.float64) if diagonal else matmul_nt(flat.T, flat.T).double()
-        return M if diagonal else (M + M.T).mul_(0.5)
+        if diagonal:
+            return G.square().sum((0, 1), dtype=torch.float64)
+        flat = G.reshape(-1, G.shape[2])
+        M = matmul_nt(flat.T, flat.T).double()
+        return (M + M.T).mul_(0.5)
 
     def _gradients(self, dtype: torch.dtype) -> torch.Tensor:
         """Those of the outputs at the points (n, K, d), with products in a dtype."""
         W = self.matrices.W
         assert W is not None
+        n, d = self.x.shape
         x, a = self.x.to(dtype), self.solved.alpha.to(dtype)
-        (n, d), right = x.shape, (a[:, :, None] * x[:, None, :]).view(len(x), -1)
+        beside = torch.cat([x, x.new_ones(n, 1)], 1)  # one product for the sums over x and those of the weights
+        right = (a[:, :, None] * beside[:, None, :]).view(n, -1)
         if dtype == torch.float32:
-            G, sums = matmul_nt(W, right.T), torch.mm(W, a)
+            both = matmul_nt(W, right.T)
         else:
-            right = torch.cat([right, a], 1)
             both = torch.cat([torch.mm(part.double(), right) for part in W.split(_ROWS)])
-            G, sums = both[:, : -a.shape[1]].contiguous(), both[:, -a.shape[1] :]
-        return G.view(n, -1, d).addcmul_(sums[:, :, None], x[:, None, :], value=-1.0)
+        both = both.view(n, -1, d + 1)
+        return both[:, :, :d].addcmul_(both[:, :, d:], x[:, None, :], value=-1.0)
 
     def _some(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(some of the points, the gradients there (p, K, d)) in float64, with weights that were not rounded."""

@@ -48,15 +48,14 @@ class Matrices:
         W = empty_matrix(n, n, x, torch.float32) if weights else None
         for start in range(0, n, _ROWS):
             stop = min(n, start + _ROWS)
-            sq = x.new_empty(stop - start, n - start)
+            sq, rounded = K[start:stop, start:], A[start:stop, start:]
             squared_distances(x[start:stop], x[start:], of_x[start:stop], of_x[start:], sq, 0, NEAR_OF_ROUNDED)
             upper = sq[:, : stop - start].triu()  # its diagonal is zero
             torch.add(upper, upper.T, out=sq[:, : stop - start])  # symmetric to the bit, as all that is made of it
-            rounded = sq.float() if weights else None
-            K[start:stop, start:] = kernel.value_(sq)
-            A[start:stop, start:] = sq
-            if W is not None and rounded is not None:
-                block = kernel.weight_beside_(rounded, A[start:stop, start:])
+            block = sq.float() if weights else None
+            rounded.copy_(kernel.value_(sq))
+            if W is not None and block is not None:
+                block = kernel.weight_beside_(block, rounded)
                 W[start:stop, start:] = block
                 W[stop:, start:stop] = block[:, stop - start :].T
         return cls(K, A, W)
