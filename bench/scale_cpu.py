@@ -1,4 +1,7 @@
-"""n against seconds and peak memory on the CPU: a solve's steps, the AGOP, a layer; beside LAPACK and xrfm's solver."""
+"""n against seconds and peak memory on the CPU: a solve's steps, the AGOP, a layer; beside LAPACK and xrfm's solver.
+
+Seconds are those of a second call, whose memory the process already has.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,8 @@ def rates() -> dict[str, float]:
     found = {}
     for dtype in (torch.float32, torch.float64):
         A = torch.randn(_RATE, _RATE, dtype=dtype)
-        taken = [clock.seconds(lambda A=A: matmul_nt(A, A), clock.CPU, 1) for _ in range(3)]
+        out = torch.empty_like(A)
+        taken = [clock.seconds(lambda A=A, out=out: matmul_nt(A, A, out=out), clock.CPU, 1) for _ in range(3)]
         found[str(dtype).removeprefix("torch.")] = 2.0 * _RATE**3 / statistics.median(taken)
     return found
 
@@ -99,16 +103,9 @@ def floors(n: int, d: int, K: int, rate: dict[str, float]) -> dict[str, float]:
     return {"solve": fill + factor, "agop": agop, "layer": fill + factor + agop}
 
 
-def _touch(items: int) -> None:
-    """Use as much memory as a contender will: a virtual machine finds it at its first use, at half a GB a second."""
-    held = [np.ones(2**24) for _ in range(-(-items // 2**24))]
-    del held
-
-
 def main(out: Path, n: int | None = None, d: list[int] | None = None) -> None:
     """Measure every contender at every size that memory holds, each in a process of its own."""
     width = d[0] if d else D
-    _touch(min((n or SIZES[-1]) ** 2, int(0.08 * available_bytes(clock.CPU))))
     rate, rows = rates(), []
     for size in (n,) if n else SIZES:
         for name in CONTENDERS:
@@ -117,7 +114,7 @@ def main(out: Path, n: int | None = None, d: list[int] | None = None) -> None:
                 continue
             place = {"n": size, "contender": name}
             try:
-                row = place | harness.alone("scale_cpu", name, size, width)
+                row = place | harness.alone("scale_cpu", name, size, width, twice=True)
             except ChildProcessError as error:  # some builds of LAPACK crash on large matrices
                 rows.append(place | {"ended": str(error)})
                 print(f"{size} {name}: {error}", flush=True)

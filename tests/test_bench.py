@@ -63,6 +63,9 @@ def test_a_process_of_its_own_measures(tmp_path):
     assert (row["n"], row["rank"], row["stopped"]) == (200, 0, "")
     assert row["seconds"] > 0
     assert "peak_bytes" in row
+    again = harness.alone("cg_cpu", "rank 0", 200, twice=True)
+    assert again["first_seconds"] > 0
+    assert again["seconds"] > 0
     with pytest.raises(ChildProcessError, match="exit code 1"):
         harness.alone("cg_cpu", "no contender", 200)
 
@@ -308,7 +311,8 @@ def test_small_and_scale_write_what_they_measure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scale_cpu, "_RATE", 64)
     rows = {"seconds": 1.0, "peak_bytes": 8000}
 
-    def alone(case, name, n, d):
+    def alone(case, name, n, d, twice):
+        assert twice
         if name == "potrf float64":
             raise ChildProcessError("a process that measures ended with exit code -11")
         return rows | ({"factor seconds": 0.5} if name == "potrf float32" else {})

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastagop.kernels.gemm import rows_of, times_few
 from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
@@ -72,14 +73,14 @@ class Matrices:
 
         V's columns lie as rows: products with few of them take half to three quarters of the time then.
         """
-        V = V.T.contiguous()
-        out = torch.zeros_like(V)
+        R = rows_of(V)
+        out = torch.zeros_like(R)
         for start in range(0, len(self.K), _ROWS):
             rows, stop = slice(start, start + _ROWS), start + _ROWS
-            out[:, rows].addmm_(V[:, start:], self.K[rows, start:].T)
+            out[:, rows] += times_few(self.K[rows, start:], R[:, start:])
             if stop < len(self.K):
-                out[:, stop:].addmm_(V[:, rows], self.K[rows, stop:])
-        return out.T.contiguous()
+                out[:, stop:].addmm_(R[:, rows], self.K[rows, stop:])
+        return out[: V.shape[1]].T.contiguous()
 
     def solve(self, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.CGResult | None:
         """(K + ridge I) alpha = Y to ``TOLERANCE``; None where a float32 factor does not lead there in ``STEPS`` steps.
