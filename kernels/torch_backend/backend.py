@@ -134,7 +134,7 @@ def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: s
     def step(rows: int) -> int:
         return n * K * size + gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
 
-    rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step, gradient_aim(X.device))
+    rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step, gradient_aim(X.device, K * d))
     return Plan(
         "gradients",
         "torch",

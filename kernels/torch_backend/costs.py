@@ -8,7 +8,7 @@ import torch
 
 from ..calibration import rate, source
 from ..gemm import square_bytes
-from ..plan import RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
+from ..plan import AIM, RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from . import gram as torch_gram
 from .distance import tile_bytes
 from .gradients import chunk_of, gradient_aim, gradient_bytes
@@ -73,9 +73,11 @@ def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tupl
     purpose = f"agop, {form} form,"
     if form == "gradient":
         bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
-        return fitting_rows(bytes_of, limit, len(Z), purpose, RAISE_LIMIT, gradient_aim(X.device))
+        aim = gradient_aim(X.device, alpha.shape[1] * X.shape[1])
+        return fitting_rows(bytes_of, limit, len(Z), purpose, RAISE_LIMIT, aim)
     bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
-    return fitting_rows(bytes_of, limit, max(len(Z), len(X)), purpose, RAISE_LIMIT)
+    aim = AIM if X.device.type == "cuda" else gradient_aim(X.device, len(X))  # rows of it are multiplied by n numbers
+    return fitting_rows(bytes_of, limit, max(len(Z), len(X)), purpose, RAISE_LIMIT, aim)
 
 
 def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
