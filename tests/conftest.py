@@ -45,6 +45,8 @@ def _load(name: str):
 
 GRID = _load("grid")
 SLOW, FIRST = _load("slow").SLOW, _load("slow").FIRST
+if GRID.INTERPRETED and importlib.util.find_spec("triton"):
+    _load("interpreter")
 
 
 def pytest_collection_modifyitems(items):
@@ -57,9 +59,10 @@ def pytest_collection_modifyitems(items):
         names = SLOW.get(item.path.name, {})
         if "*" in names or item.name.partition("[")[0] in names:
             item.add_marker(pytest.mark.slow)
-        if WORKER and "keops" in item.nodeid:  # one worker compiles each formula once
-            item.add_marker(pytest.mark.xdist_group("keops"))
-    items.sort(key=lambda item: not item.name.startswith(FIRST))  # a stable order within both parts
+        if WORKER and "keops" in item.nodeid:  # one worker compiles each formula once: one has those of the families
+            item.add_marker(pytest.mark.xdist_group("keops of " + item.path.name.replace("contract", "keops")))
+    # A stable order within what FIRST names alike, and within the rest.
+    items.sort(key=lambda item: next((k for k, name in enumerate(FIRST) if item.name.startswith(name)), len(FIRST)))
 
 
 def pytest_generate_tests(metafunc):

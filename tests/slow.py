@@ -11,8 +11,11 @@ _COMPILES = "KeOps compiles a formula for ten seconds where its cache is cold"
 _PICTURES = "writes whole figures"
 _FULL_DISK = "one run of reproduce after the other"
 
-# Of these, what takes minutes by itself, and so has to start first where two processes share the list.
-FIRST = ("test_all_cases", "test_the_contract", "test_the_site", "test_two_ranks", "test_scikit_learn")
+# Of these, what takes minutes by itself, the longest first: it has to start first where two processes share the list.
+FIRST = (
+    *("test_the_contract", "test_all_cases", "test_a_dry_run_from_a_plain_checkout", "test_the_site", "test_two_ranks"),
+    "test_scikit_learn",
+)
 
 SLOW = {
     "test_network_outputs.py": {

@@ -124,7 +124,8 @@ def test_agop(grid_case, center, problem, relative, gradient_bound):
     kernel, place, X, alpha, others = problem
     words = {"center": center, "backend": place.backend.name}
     own = place.backend.name if place.backend.serves("gradients") else "torch"
-    for kind in ("none", "a copy", "other points"):
+    # Where calls take seconds, what is centred is so at X and at other points.
+    for kind in ("none", "a copy", "other points")[:: 2 if center and place.backend.slow else 1]:
         Z = others[kind]
         true = reference.agop(kernel, X, alpha, Z, center=center)
         if not reference.gradients(kernel, X, alpha, Z).any():
@@ -159,7 +160,8 @@ def test_solve(grid_case, ridge, problem, targets, bounded_solution):
     """Never NaN, never much worse than a plain solve with bounded coefficients, and honest about the residual."""
     skip_unless_served(grid_case, "solve")
     kernel, place, X, _, _ = problem
-    Y = place.tensor(targets(len(X)))
+    columns = K if place.backend.name == "keops" else None  # as the other tests have: another count is a formula more
+    Y = place.tensor(targets(len(X))[:, :columns])
     A, b = reference.kernel_matrix(kernel, X), Y.double().cpu()
     A.diagonal().add_(ridge)
     best = bounded_solution(A, X.cpu(), Y.cpu(), place.dtype)  # at most 0.8: alpha = 0 has 1
