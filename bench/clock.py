@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from fastagop.kernels.gemm import matmul_nt
 
 CPU = torch.device("cpu")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 _KINDS = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}  # others are float32
 
 
@@ -29,15 +31,36 @@ def times(calls: Mapping[str, Callable], device: torch.device, repeats: int, war
     Every round makes all calls, so that the machine's drift meets all of them.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(warm + repeats):
-        for name, run in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            if repeat >= warm:
-                found[name].append(time.perf_counter() - start)
+    with kept_memory():
+        for repeat in range(warm + repeats):
+            for name, run in calls.items():
+                synchronise(device)
+                start = time.perf_counter()
+                run()
+                synchronise(device)
+                if repeat >= warm:
+                    found[name].append(time.perf_counter() - start)
     return found
+
+
+@contextlib.contextmanager
+def kept_memory():
+    """Memory that calls free stays with the process, whoever makes them (glibc; no effect elsewhere).
+
+    A virtual machine may take two seconds to hand out a gigabyte, and take back what is free for as long.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    before = ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 2**17))  # glibc's own
+    for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before:
+            mallopt(name, value)
 
 
 def seconds(run: Callable, device: torch.device, repeats: int = 3, warm: int = 1) -> float:
