@@ -30,5 +30,5 @@ def once(patch):
     return patched
 
 
-if hasattr(interpreter, "_LangPatchScope"):
+if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_patch_lang"):
     interpreter._patch_lang = once(interpreter._patch_lang)
