@@ -101,7 +101,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
 
     def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
-        for name in self._get_param_names():
+        for name in persistence.parameters(type(self)):
             setattr(self, name, arguments[name])
 
     def set_params(self, **params: Any) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -15,6 +16,12 @@ _KIND = "fitted estimator"
 _ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in")
 # Parameters of the process that trained and not of the estimator, which has their defaults when it is loaded.
 _NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
+
+
+@functools.lru_cache(maxsize=64)
+def parameters(kind: type) -> tuple[str, ...]:
+    """Names of a constructor's arguments, for which scikit-learn reads its signature: a fifth of a millisecond."""
+    return tuple(kind._get_param_names())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of_process(name: str, value) -> bool:
