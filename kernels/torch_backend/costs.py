@@ -40,7 +40,8 @@ def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) ->
 def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     """Most memory that the gradient form takes with blocks of that many rows."""
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
-    copied = 0 if alpha.is_contiguous() else n * K
+    # A number that is expanded to the whole stands for coefficients without gaps, in a plan of tensors on meta.
+    copied = 0 if alpha.is_contiguous() or not any(alpha.stride()) else n * K
     held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
     near = gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
