@@ -364,7 +364,7 @@ def _next_color(axis: Axes) -> str:
 def _whole_numbers(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one layer has one number
 
 
 def _axes(ax: Axes | None) -> Axes:
