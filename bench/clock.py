@@ -31,15 +31,14 @@ def times(calls: Mapping[str, Callable], device: torch.device, repeats: int, war
     Every round makes all calls, so that the machine's drift meets all of them.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    with kept_memory():
-        for repeat in range(warm + repeats):
-            for name, run in calls.items():
-                synchronise(device)
-                start = time.perf_counter()
-                run()
-                synchronise(device)
-                if repeat >= warm:
-                    found[name].append(time.perf_counter() - start)
+    for repeat in range(warm + repeats):
+        for name, run in calls.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if repeat >= warm:
+                found[name].append(time.perf_counter() - start)
     return found
 
 
@@ -47,14 +46,14 @@ def times(calls: Mapping[str, Callable], device: torch.device, repeats: int, war
 def kept_memory():
     """Memory that calls free stays with the process, whoever makes them (glibc; no effect elsewhere).
 
-    A virtual machine may take two seconds to hand out a gigabyte, and take back what is free for as long.
+    A virtual machine may take two seconds to hand out a gigabyte, and takes back what was free for as long.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         yield
         return
     before = ((_MMAP_MAX, 65536), (_TRIM_THRESHOLD, 2**17))  # glibc's own
-    for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)):
+    for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
         mallopt(name, value)
     try:
         yield

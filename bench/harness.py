@@ -5,10 +5,10 @@ pytest's benchmarks and ``python -m bench`` both measure by it. A contender is a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -54,7 +54,8 @@ class Harness:
             checked[name] = {"peak_bytes": first["peak_bytes"], "error": error(problem, result)}
             del result
         calls = {name: functools.partial(run, problem) for name, run in contenders.items()}
-        times = self.stopwatch(calls, self.device, self.repeats)
+        with clock.kept_memory():
+            times = self.stopwatch(calls, self.device, self.repeats)
         base = next(iter(times.values()))
         return [
             {
@@ -82,14 +83,13 @@ def alone(case: str, contender: str, *size: int, twice: bool = False) -> dict:
     """Seconds and peak memory of one call in a fresh process, which do not depend on what ran before.
 
     ``bench.<case>`` brings CONTENDERS and problem(*size), and may say by facts(result) what else the row holds.
-    ``twice``: seconds are a second call's, which finds the memory of the first one in the process; those of the first
-    are ``first_seconds``. A virtual machine may take two seconds to hand out a gigabyte.
+    ``twice``: seconds are a second call's, which finds the memory of the first one in the process (``kept_memory``);
+    those of the first are ``first_seconds``.
     """
     code = f"from bench import harness; harness.measure_alone({twice})"
     command = [sys.executable, "-c", code, case, contender, *map(str, size)]
     root = Path(__file__).resolve().parents[1]  # the process finds bench/ there, wherever this one was started
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)} if twice else {}  # glibc's; else no effect
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=root, env=os.environ | kept)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=root)
     if done.returncode or not done.stdout:
         raise ChildProcessError(f"a process that measures ended with exit code {done.returncode}; its error is above")
     return json.loads(done.stdout.splitlines()[-1])
@@ -99,11 +99,12 @@ def measure_alone(twice: bool = False) -> None:
     """What the fresh process does: print the row of sys.argv's case, contender and size."""
     case, contender = importlib.import_module(f"bench.{sys.argv[1]}"), sys.argv[2]
     run, problem = case.CONTENDERS[contender], case.problem(*map(int, sys.argv[3:]))
-    row, result = Harness().once(run, problem)
-    if twice:
-        del result
-        start = time.perf_counter()
-        result = run(problem)
-        row |= {"seconds": time.perf_counter() - start, "first_seconds": row["seconds"]}
+    with clock.kept_memory() if twice else contextlib.nullcontext():
+        row, result = Harness().once(run, problem)
+        if twice:
+            del result
+            start = time.perf_counter()
+            result = run(problem)
+            row |= {"seconds": time.perf_counter() - start, "first_seconds": row["seconds"]}
     facts = case.facts(result) if hasattr(case, "facts") else {}
     print(json.dumps(facts | row))

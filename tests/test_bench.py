@@ -70,6 +70,20 @@ def test_a_process_of_its_own_measures(tmp_path):
         harness.alone("cg_cpu", "no contender", 200)
 
 
+@pytest.mark.skipif(clock.peak_bytes(lambda: None, CPU) is None, reason="needs Linux")
+def test_kept_memory_stays_with_the_process():
+    def left() -> int:
+        before = clock._status("VmRSS")
+        block = torch.ones(2**25)  # 128 MiB, which the system would have back at once
+        block.add_(1.0)
+        del block
+        return clock._status("VmRSS") - before
+
+    assert left() < 2**26
+    with clock.kept_memory():
+        assert left() > 2**26
+
+
 def test_errors_are_seen():
     """What is recorded as error is that of the result: a wrong one stands out in every operation."""
     drawn = problems.draw(40, 5, 3)

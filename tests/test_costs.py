@@ -27,6 +27,20 @@ def own(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 # ---- Blocks
 
 
+@pytest.mark.parametrize(("d", "K", "rows"), [(100, 9, 128), (100, 10, 384), (999, 1, 128), (1000, 1, 384)])
+def test_blocks_have_more_rows_where_a_weight_multiplies_many_numbers(d, K, rows):
+    X, alpha, Z = points(20_000, d), points(20_000, K), points(3000, d)
+    task = AgopTask("sum", False, method="gradient")
+    assert costs.plan(X, alpha, Z, task, "").block == rows
+    assert plan_gradients(X, alpha, Z, "").block == rows
+
+
+@pytest.mark.parametrize(("n", "rows"), [(900, 256), (1000, 384), (8000, 384)])
+def test_blocks_of_the_gram_form_have_more_rows_among_many_points(n, rows):
+    X, task = points(n, 50), AgopTask("sum", False, method="gram")
+    assert costs.plan(X, points(n, 3), X, task, "").block == rows
+
+
 @pytest.mark.parametrize(("size", "copies"), [(4, 4), (8, 2)])
 def test_a_block_of_distances(size, copies):
     """Points in a unit of their own and copies for the product, norms twice, four copies of the block's own points."""

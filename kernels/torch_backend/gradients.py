@@ -34,7 +34,7 @@ _CHUNK, _CUDA_CHUNK = 2**18, 2**24
 # 2048 rows are ten waves and more. Blocks stay near 4 GiB.
 _CUDA_AIM = (2048, 2**32)
 # On the CPU blocks of 128 rows stay near its caches. Where a weight is multiplied by many numbers, products with more
-# rows win more than that: a tenth to a fifth of the time from K d = 1000 on (n = 5000 to 50,000, two cores of a Zen 3).
+# rows win more than that: a tenth to a fifth of the time from 1000 on (n = 5000 to 50,000, two cores of a Zen 3).
 _WIDE, _WIDE_AIM = 1000, (384, 2**28)
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
@@ -218,7 +218,7 @@ def chunk_of(device: torch.device) -> int:
 
 
 def gradient_aim(device: torch.device, width: int = 0) -> tuple[int, int]:
-    """(rows, bytes) that a block of gradients aims at, as of ``plan.fitting_rows``; width: K d, numbers of a row's."""
+    """(rows, bytes) that a block aims at, as of ``plan.fitting_rows``; width: how many numbers a weight multiplies."""
     if device.type == "cuda":
         return _CUDA_AIM
     return _WIDE_AIM if width >= _WIDE else AIM
