@@ -12,8 +12,9 @@ import fastagop
 from fastagop import CholeskyCG, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
-from fastagop.solvers import half, solve, table
+from fastagop.solvers import half, mixed, solve, table
 from fastagop.solvers.solve import SolveOptions, prepare
+from tests.test_checkpoint import stop_after
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
 DTYPES = [torch.float32, torch.float64]
@@ -152,6 +153,74 @@ def test_a_float64_factor_takes_over_where_steps_are_not_enough(problem, monkeyp
     assert "max_iterations = 1 steps were not enough" in solution.fallback
     assert "a float64 factor takes over, in place" in caplog.text
     assert true_residual(Laplace(4.0), X, Y, solution) <= 1e-12
+
+
+class Factors(list):
+    """The dtypes of factorisations of half a matrix, in order."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        factor = half.SymmetricBlocks.cholesky_
+
+        def noted(blocks, *args):
+            self.append(blocks.dtype)
+            return factor(blocks, *args)
+
+        monkeypatch.setattr(half.SymmetricBlocks, "cholesky_", noted)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("solver", ["auto", "cholesky+cg"])
+def test_a_fit_tries_a_float32_factor_until_one_gives_way(solver, problem, monkeypatch, tmp_path):
+    X, Y = problem()
+    factors = Factors(monkeypatch)
+
+    def fitted(**options):
+        factors.clear()
+        how = {"depth": 3, "width": 16, "ridge": 1e-9, "solver": solver, "random_state": 0, **options}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fastagop.DeepRFMRegressor(Gaussian(30.0), **how).fit(X, Y)
+
+    model = fitted()
+    solutions = [layer.solution for layer in model.layers_] + [model.solution_]
+    reasons = [solution.fallback for solution in solutions]
+    assert {(solution.method, solution.dtype) for solution in solutions} == {("cholesky", torch.float64)}
+    assert reasons[0].startswith("pivot ")
+    if solver != "auto":  # asked for by name, it is tried every time
+        assert factors.count(torch.float32) == 4
+        assert all(reason.startswith("pivot ") for reason in reasons)
+        return
+    assert factors.count(torch.float32) == 1
+    assert reasons[1:] == 3 * [f"as before, {reasons[0]}"]
+    with pytest.raises(KeyboardInterrupt):
+        fitted(checkpoint_dir=tmp_path, callbacks=[stop_after(1)])
+    resumed = fitted(checkpoint_dir=tmp_path)
+    assert torch.float32 not in factors
+    assert [layer.solution.fallback for layer in resumed.layers_] == reasons[:3]
+    assert torch.equal(resumed.alphas_[2], model.alphas_[2])
+
+
+@pytest.mark.usefixtures("large")
+def test_iterations_try_a_float32_factor_until_one_gives_way(problem, monkeypatch):
+    X, Y = problem()
+    factors = Factors(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fastagop.RFMRegressor(Gaussian(30.0), iterations=2, ridge=1e-9).fit(X, Y)
+    assert factors.count(torch.float32) == 1
+    assert model.solution_.fallback == f"as before, {model.iterations_[0].solution.fallback}"
+
+
+def test_a_fit_of_some_thousand_points_tries_a_float32_factor_until_one_gives_way(problem, monkeypatch):
+    X, Y = problem(n=700)
+    tried, factor = [], mixed.factor_
+    monkeypatch.setattr(mixed, "factor_", lambda A: tried.append(len(A)) or factor(A))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fastagop.RFMRegressor(Gaussian(30.0), iterations=2, ridge=1e-9).fit(X, Y)
+    assert len(tried) <= 2  # both by the first solve
+    assert model.solution_.fallback.startswith("as before, a float32 factor does not lead to")
 
 
 def test_steps_that_may_be_taken(problem, monkeypatch):

@@ -131,7 +131,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             rows = row_order.by_class(rows, data.classes)  # a bandwidth is that of the order given
             training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
             points = self._train(training, start, reported)
-        self._centers, solved = training.readout(points)
+        self._centers, solved = training.readout(points, self._layers[-1].record.solution)
         self.solution_, self._alpha = solved.solution, solved.alpha
         report(self.solution_, reported)
         return self._publish()
@@ -143,7 +143,8 @@ class _DeepRFM(_Layers, KernelEstimator):
         quiet = not self.verbose or (self.process_group is not None and start.checkpoint is None)
         with Progress("Deep RFM", "layer", depth, done=done, quiet=quiet) as progress:
             for index in range(done, depth):
-                layer, made = training.layer(points, start.seeds[index], rest)
+                before = self._layers[-1].record.solution if self._layers else None
+                layer, made = training.layer(points, start.seeds[index], rest, before)
                 points, rest = made.points, made.rest
                 report(layer.record.solution, reported)
                 self._layers.append(layer)

@@ -232,17 +232,20 @@ class LayerTraining:
     classes: torch.Tensor | None = None
     engine: Local = LOCAL
 
-    def layer(self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None) -> tuple[Layer, Trained]:
+    def layer(
+        self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None, before: Solution | None = None
+    ) -> tuple[Layer, Trained]:
         """A layer on its input, the points X (r, d), and what it makes of them and of ``rest`` (e, d).
 
         Args:
             X: input of the points.
             seed: of the random features.
             rest: input of the rows without weight.
+            before: the solution of the layer before.
         """
         clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
         X = normalise_rows(X)
-        regression, engine = self.settings.regression, self.engine
+        regression, engine = self.settings.regression.after(before), self.engine
         features_of = self.settings.random_features.drawing(X.shape[1], seed, X)
         solved, M, planned = kernel_ridge.fit_and_agop(X, self.Y, regression, engine, rows=rows, mark=clock.mark)
         scale = kernel_ridge.agop_divisor(M, self.settings.agop_scale, rows.total)
@@ -266,10 +269,10 @@ class LayerTraining:
         layer.record = LayerRecord(nc1, nc2, solved.solution, scale, sum(clock.stages.values()), clock.stages, peak)
         return layer, Trained(of_rows["projected"], of_rows["features"], features, unweighted.get("features"))
 
-    def readout(self, X: torch.Tensor) -> tuple[torch.Tensor, Solved]:
+    def readout(self, X: torch.Tensor, before: Solution | None = None) -> tuple[torch.Tensor, Solved]:
         """The kernel machine after the last layer: (its normalised centers (r, width), its solution)."""
-        X = normalise_rows(X)
-        return X, kernel_ridge.solve(X, self.Y, self.settings.regression, self.engine, rows=self.rows)
+        X, regression = normalise_rows(X), self.settings.regression.after(before)
+        return X, kernel_ridge.solve(X, self.Y, regression, self.engine, rows=self.rows)
 
     def _collapse(self, stages: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
         """(NC1, NC2) of all rows by stage, empty where there are no two classes."""

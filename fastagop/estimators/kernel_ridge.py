@@ -19,7 +19,7 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
 from fastagop.solvers import copies, mixed, table
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.solution import Solved
+from fastagop.solvers.solution import Solution, Solved, as_before
 from fastagop.solvers.solve import SolveOptions, scale_targets
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 from fastagop.solvers.table import Advice, Method
@@ -39,7 +39,8 @@ _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled
 class KernelRidge:
     """A kernel regression's kernel and ridge, and how it computes.
 
-    ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take.
+    ``solver``: any ``method`` of ``fastagop.solve``; ``memory_limit``: bytes that a step may take; ``gave_way``: why
+    a float32 factor gave way in an earlier solve of a fit.
     """
 
     kernel: Kernel
@@ -48,12 +49,26 @@ class KernelRidge:
     backend: str
     solver: Method = "auto"
     memory_limit: float | None = None
+    gave_way: str = ""
+
+    def after(self, solution: Solution | None) -> KernelRidge:
+        """The same for the next solve of a fit: where a float32 factor gave way, none is tried again."""
+        if solution is None or not solution.fallback:
+            return self
+        return replace(self, gave_way=as_before(solution.fallback))
 
     @property
     def options(self) -> SolveOptions:
         """How a solve computes; alpha is wanted in float64."""
         return SolveOptions(
-            self.ridge, self.solver, self.precision, self.backend, self.memory_limit, float64_alpha=True, advice=_ADVICE
+            self.ridge,
+            self.solver,
+            self.precision,
+            self.backend,
+            self.memory_limit,
+            float64_alpha=True,
+            advice=_ADVICE,
+            gave_way=self.gave_way,
         )
 
 
@@ -101,7 +116,7 @@ def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.Sm
 
 def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
     """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
-    plain = rows.plain and type(engine) is Local and regression.solver == "auto"
+    plain = rows.plain and type(engine) is Local and regression.solver == "auto" and not regression.gave_way
     usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
         return None

@@ -178,6 +178,7 @@ class Learner:
                 metric.among(coordinates), Y, regression, engine,
                 rows=points.rows, center=rules.center, diagonal=rules.diagonal,
             )  # fmt: skip
+            regression = regression.after(solved.solution)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
             metric, scale = metric.updated(inner, rules.agop_scale, points.rows.total, coordinates, engine)
@@ -189,7 +190,7 @@ class Learner:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
                 break
         if not self._tired(scores):
-            solved = points.solve_at(metric.among(coordinates), self.regression, engine)
+            solved = points.solve_at(metric.among(coordinates), regression, engine)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
         assert kept is not None

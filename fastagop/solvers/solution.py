@@ -12,6 +12,9 @@ from fastagop.solvers.limits import RESIDUAL
 _OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
 
 
+_BEFORE = "as before, "
+
+
 def size_of(tensor: torch.Tensor) -> str:
     """A tensor's shape in a short repr."""
     return " x ".join(map(str, tensor.shape))
@@ -39,7 +42,8 @@ class Solution:
         contradictions: rows whose target differs from the mean target of their copies.
         merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
-        fallback: why the solver that was chosen gave way to the one that ran; "" where it did not.
+        fallback: why a float32 factor gave way to the solver that ran, here or ("as before, ...") in an earlier solve
+            of a fit; "" where none did.
     """
 
     alpha: torch.Tensor
@@ -76,6 +80,11 @@ class Solution:
         parts += [f"fell back: {self.fallback}"] * bool(self.fallback)
         parts += [f"stopped: {self.stopped}"] * bool(self.stopped) + [f"{self.seconds:.2g} s"]
         return f"Solution({', '.join(parts)})"
+
+
+def as_before(fallback: str) -> str:
+    """The words of a fallback for the solves of a fit that come after it."""
+    return fallback if not fallback or fallback.startswith(_BEFORE) else _BEFORE + fallback
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class SolveOptions:
         float64_alpha: the coefficients are wanted in float64.
         advice: for errors of memory.
         shared: who holds half of a matrix together.
+        gave_way: why a float32 factor gave way earlier in a fit, so that "auto" tries none; "" where none did.
     """
 
     ridge: float = 0.0
@@ -46,6 +47,7 @@ class SolveOptions:
     float64_alpha: bool = False
     advice: Advice = ADVICE
     shared: Shared | None = None
+    gave_way: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class PreparedSolve:
         operator = self.problem.operator
         found = few.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
         return None if found is None else found.solved
+
+    @property
+    def _gave_way(self) -> str:
+        """Why a float32 factor was not tried, where the solver would have been another one otherwise."""
+        wide = self.plan.method == "cholesky" and self.solver.dtype == torch.float64
+        return self.problem.gave_way if wide else ""
 
     def seconds(self) -> float:
         """Estimated time."""
@@ -107,7 +115,7 @@ class PreparedSolve:
         rank = found.rank if method == "cg" else found.rank + len(Y) - len(problem.X)
         made = {"jitter": found.jitter, "method": method, "dtype": found.dtype, "rank": rank, "note": note}
         made |= {
-            "fallback": found.fallback,
+            "fallback": found.fallback or self._gave_way,
             "iterations": found.iterations,
             "stopped": found.stopped,
             "tolerance": found.tolerance,
@@ -135,7 +143,8 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         room = budget(limit, X.device)
         check_place(half, X.device)
         wide, advice = options.float64_alpha, options.advice
-        return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared)
+        gave_way = options.gave_way if method == "auto" else ""
+        return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared, gave_way)
 
     pairs.refuse(kernel, method, iteration)
     if method == "cg":

@@ -38,9 +38,8 @@ class Advice:
 
     def iterative(self) -> str:
         """Where not even the vectors of "cg" fit."""
-        return (
-            f"Use fewer points, a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...), or {self.limit}"
-        )
+        smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
+        return f"Use fewer points, {smaller}, or {self.limit}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Problem:
         advice: for errors of memory.
         half: how half of a matrix is stored and refined with.
         shared: who shares it, where it is not this process alone.
+        gave_way: why no float32 factor is tried; "" where one may be.
     """
 
     operator: KernelOperator
@@ -76,6 +76,7 @@ class Problem:
     advice: Advice
     half: CholeskyCG = half.DEFAULT
     shared: Shared | None = None
+    gave_way: str = ""
 
     @property
     def ranks(self) -> int:
@@ -229,12 +230,14 @@ _FROM_POINTS = _Form(
 
 
 def _of_half(problem: Problem) -> str | None:
-    """In place, where the full matrix does not fit and half of it does, or where nothing smaller is asked for."""
-    if problem.fits(torch.float64) or problem.coarse or half.in_place_bytes(problem) > problem.room:
+    """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
+    if problem.coarse or half.in_place_bytes(problem) > problem.room:
         return None
-    if problem.X.dtype == torch.float64 or problem.large or problem.ridge == 0:
-        return f"a full float64 matrix does not fit into {format_bytes(problem.room)}"
-    return None
+    if problem.gave_way and len(problem.X) > SHORT:
+        return f"no float32 factor is tried: {problem.gave_way}"
+    small = problem.X.dtype == torch.float32 and not problem.large and problem.ridge > 0
+    full = problem.fits(torch.float64) or small
+    return None if full else f"a full float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
 def of_mixed(problem: Problem) -> str | None:
@@ -242,7 +245,7 @@ def of_mixed(problem: Problem) -> str | None:
     n, alone = len(problem.X), problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
     fits = problem.half == half.DEFAULT and mixed.bytes_of(problem) <= problem.room
-    if not (alone and fit and fits and mixed.LEAST < n <= SHORT):
+    if problem.gave_way or not (alone and fit and fits and mixed.LEAST < n <= SHORT):
         return None
     return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
 
@@ -265,10 +268,7 @@ def _by_rates(problem: Problem) -> str:
 
 
 def _refinement_pays(problem: Problem) -> bool:
-    """Whether a float32 factor, refined, is faster than a float64 one on a GPU.
-
-    Consumer chips' float64 is slow, and split products are faster than float32 elsewhere.
-    """
+    """Whether a refined float32 factor is faster on a GPU: some chips' float64 is slow, others have split products."""
     if not problem.rated or half.refined_bytes(problem) > problem.room:
         return False
     return half.refined_seconds(problem) < half.in_place_seconds(problem)
@@ -277,7 +277,7 @@ def _refinement_pays(problem: Problem) -> bool:
 def _of_float64(problem: Problem) -> str | None:
     if problem.X.dtype == torch.float64 and (problem.fits(torch.float64) or _of_half(problem) is None):
         return "float64 input"
-    if problem.coarse or not problem.fits(torch.float64):
+    if problem.coarse or not problem.fits(torch.float64) or (problem.gave_way and _of_half(problem)):
         return None
     if problem.large:
         return "one factorisation was asked for, and float64 needs no refinement"
@@ -358,7 +358,7 @@ def order(problem: Problem) -> tuple[str, ...]:
     k(X, X); on a GPU one matrix in full, but for chips on which a float64 factor takes longer than a float32 one and
     its refinement.
     """
-    if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial:
+    if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial or problem.gave_way:
         return "cholesky", "cg"
     if of_mixed(problem) or _refinement_pays(problem):
         return "cholesky+cg", "cholesky", "cg"
