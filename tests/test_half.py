@@ -14,7 +14,6 @@ from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import half, mixed, solve, table
 from fastagop.solvers.solve import SolveOptions, prepare
-from tests.test_checkpoint import stop_after
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
 DTYPES = [torch.float32, torch.float64]
@@ -193,8 +192,13 @@ def test_a_fit_tries_a_float32_factor_until_one_gives_way(solver, problem, monke
         return
     assert factors.count(torch.float32) == 1
     assert reasons[1:] == 3 * [f"as before, {reasons[0]}"]
+
+    def stop(event):
+        if event.layer == 1:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        fitted(checkpoint_dir=tmp_path, callbacks=[stop_after(1)])
+        fitted(checkpoint_dir=tmp_path, callbacks=[stop])
     resumed = fitted(checkpoint_dir=tmp_path)
     assert torch.float32 not in factors
     assert [layer.solution.fallback for layer in resumed.layers_] == reasons[:3]
