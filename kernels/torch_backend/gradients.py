@@ -46,10 +46,13 @@ class Near:
     Attributes:
         rows: index of the block's rows that have near pairs.
         mask: (len(rows), n), True at the near pairs.
+        x2, z2: squared norms of all points (n,) and of the rows, shifted as the product will see them.
     """
 
     rows: torch.Tensor
     mask: torch.Tensor
+    x2: torch.Tensor
+    z2: torch.Tensor
 
 
 class Nearness:
@@ -83,7 +86,7 @@ class Nearness:
             some = mask.any(1)
             if not bool(some.all()):
                 rows, mask = rows[some], mask[some]
-            found = Near(rows, mask) if len(rows) else None
+            found = Near(rows, mask, self.x2, z2[rows]) if len(rows) else None
         if self_pairs is not None:
             self_pairs.zero_()
         return found
@@ -140,7 +143,7 @@ class Nearness:
         mask.logical_and_(w > 0)  # a weight of zero is that of a pair at distance zero
         some = mask.any(1)
         rows, mask = (rows, mask) if bool(some.all()) else (rows[some], mask[some])
-        return Near(rows, mask) if len(rows) else None
+        return Near(rows, mask, self.x2, z2[rows]) if len(rows) else None
 
 
 def _norms_from(X: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
@@ -168,7 +171,7 @@ def block_gradients(
     step = step or output_gradients
     if near is None:
         return step(W, alpha, X, Z, shift, out)
-    taken = _take_(W, near, alpha, X, Z, shift)
+    taken = _take_(W, near, alpha)
     step(W, alpha, X, Z, shift, out)
     if taken is not None:
         rows, weights = taken
@@ -233,7 +236,7 @@ def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _take_(W, near: Near, alpha, X, Z, shift) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _take_(W, near: Near, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(rows, their near pairs' weights, zero elsewhere), taken out of W where they would spoil the product.
 
     A row's near pairs stay in where the rounding that they bring, W |alpha| (|x| + |z|) eps, is below that of all other
@@ -241,7 +244,7 @@ def _take_(W, near: Near, alpha, X, Z, shift) -> tuple[torch.Tensor, torch.Tenso
     """
     rows, mask = near.rows, near.mask
     taken, everything = W[rows].mul_(mask), W[rows]
-    x, z = (_norms_from(points, shift).sqrt_()[:, None] for points in (X, Z[rows]))
+    x, z = near.x2.sqrt()[:, None], near.z2.sqrt()[:, None]
     spoilt = torch.zeros_like(rows, dtype=torch.bool)
     for part in alpha.split(_OUTPUTS, 1):
         size = part.abs()
