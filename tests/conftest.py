@@ -23,6 +23,7 @@ import torch
 from fastagop.kernels import plan, reference
 from fastagop.kernels.torch_backend import distance as torch_distance
 from fastagop.kernels.torch_backend import few as torch_few
+from fastagop.kernels.torch_backend import gradients as torch_gradients
 
 import fastagop
 
@@ -200,6 +201,7 @@ def each_way(request):
         if request.param:
             patch.setattr(torch_few, "_WORK", 0)
             patch.setattr(torch_distance, "_DIRECT", 0)
+            patch.setattr(torch_gradients, "LEAST_ROWS", 1)
         yield
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastagop.kernels import calibration, gemm
 from fastagop.kernels.plan import AgopTask
-from fastagop.kernels.torch_backend import costs, diagonal, distance, gradients, gram, matrix
+from fastagop.kernels.torch_backend import backend, costs, diagonal, distance, gradients, gram, matrix, tiles
 from fastagop.kernels.torch_backend.backend import plan_gradients
 from fastagop.kernels.torch_backend.low_rank import RANK
 
@@ -27,7 +27,7 @@ def own(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 # ---- Blocks
 
 
-@pytest.mark.parametrize(("d", "K", "rows"), [(100, 9, 128), (100, 10, 384), (999, 1, 128), (1000, 1, 384)])
+@pytest.mark.parametrize(("d", "K", "rows"), [(73, 7, 128), (64, 8, 384), (511, 1, 128), (512, 1, 384)])
 def test_blocks_have_more_rows_where_a_weight_multiplies_many_numbers(d, K, rows):
     X, alpha, Z = points(20_000, d), points(20_000, K), points(3000, d)
     task = AgopTask("sum", False, method="gradient")
@@ -35,10 +35,33 @@ def test_blocks_have_more_rows_where_a_weight_multiplies_many_numbers(d, K, rows
     assert plan_gradients(X, alpha, Z, "").block == rows
 
 
-@pytest.mark.parametrize(("n", "rows"), [(900, 256), (1000, 384), (8000, 384)])
+@pytest.mark.parametrize(("n", "rows"), [(511, 256), (512, 384), (8000, 384)])
 def test_blocks_of_the_gram_form_have_more_rows_among_many_points(n, rows):
     X, task = points(n, 50), AgopTask("sum", False, method="gram")
     assert costs.plan(X, points(n, 3), X, task, "").block == rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "K", "columns"),
+    [(128, 50, 10, 510), (128, 51, 10, 0), (300, 299, 4, 1200), (300, 300, 4, 0), (127, 5, 1, 0), (384, 4, 1, 0)],
+)
+def test_columns_at_once(rows, d, K, columns, monkeypatch):
+    """Four for each row; none where memory is short, where every difference is formed, and on a GPU."""
+    n = 20_000
+    assert gradients.columns_at_once(rows, d, K, torch.device("cpu")) == columns
+    assert gradients.columns_at_once(rows, d, K, torch.device("cuda")) == 0
+    X, Z, alpha = points(n, d), points(rows, d), points(n, K)
+
+    def peaks():
+        return plan_gradients(X, alpha, Z, "").peak_bytes, costs.gradient_form_bytes(rows, X, alpha, Z, False)
+
+    counted = peaks()
+    for module in (costs, backend):
+        monkeypatch.setattr(module, "columns_at_once", lambda rows, d, K, device: 0)
+    of_gradients, of_agop = (more - less for more, less in zip(counted, peaks(), strict=True))
+    items = 4 * n * columns
+    assert of_gradients == items
+    assert of_agop == items + items // 16
 
 
 @pytest.mark.parametrize(("size", "copies"), [(4, 4), (8, 2)])
@@ -193,6 +216,16 @@ def test_the_diagonal_makes_a_few_outputs_at_once(K, d, some):
     assert rows == 50
     coefficients_and_points, sums, block = 50 * (K + d) * 4, 8 * d * (1 + 3 * some), (5 * 50 + 3 * some * d) * 4
     assert peak == coefficients_and_points + sums + rows * block
+
+
+def test_the_diagonal_counts_columns_at_once():
+    """As if they grew with the rows: at least what they take, at 128 rows and more."""
+    n, d, K = 20_000, 50, 6
+    rows, peak = diagonal.plan_rows(points(n, d), K, HUGE)
+    assert rows == 128
+    assert gradients.columns_at_once(rows, d, K, torch.device("cpu")) == 306
+    block = ((tiles.BLOCKS_ALIVE + 1 + 3) * n + 3 * K * d) * 4
+    assert peak == n * (K + d) * 4 + 8 * d * (1 + 3 * K) + rows * block
 
 
 # ---- The two forms of the AGOP

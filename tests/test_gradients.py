@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.torch_backend import gradients as torch_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +44,23 @@ def predictor(kernel, X, alpha, z):
         case _:
             k = (1 + math.sqrt(5) * u + 5 / 3 * u.square()) * torch.exp(-math.sqrt(5) * u)
     return k @ alpha[other]
+
+
+# ---- products of all outputs at once
+
+
+@every_kernel
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("K", [1, 3])
+@dtypes
+def test_all_outputs_at_once(kernel, name, K, dtype, cloud, normal, gradient_bound, monkeypatch):
+    """The same gradients, to rounding, as by a few outputs after the others, in blocks of which the last is shorter."""
+    X, alpha = cloud(name, n=300, d=7, dtype=dtype), normal(300, K, dtype=dtype)
+    assert torch_gradients.products_at_once(alpha, X, None, 256) is not torch_gradients.output_gradients
+    found = fastagop.gradients(kernel, X, alpha).double()
+    monkeypatch.setattr(torch_gradients, "LEAST_ROWS", 10**9)
+    apart = fastagop.gradients(kernel, X, alpha).double()
+    assert float((found - apart).norm()) <= 2 * gradient_bound(kernel, X, alpha) * float(apart.norm())
 
 
 # ---- the reference itself

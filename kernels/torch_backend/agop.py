@@ -27,7 +27,7 @@ from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
 from .costs import costs, flops, gradient_form_beside, gram_form_bytes, plan, products_of, wide_bytes
-from .gradients import Near, Nearness, block_gradients, dominant_offset, output_gradients
+from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
 
@@ -59,17 +59,17 @@ class InnerKernels:
     """Where the work of the two forms is done: a backend's version of each inner product.
 
     Attributes:
-        gradients: (W, alpha, X, Z, shift, out) -> out, as ``gradients.output_gradients``.
+        gradients: (W, alpha, X, Z, shift, out) -> out, as ``gradients.output_gradients``; None for the library's.
         lower: as of ``gram.gram_form``, in X's dtype.
         products: what their rates are known by; None for X's dtype.
     """
 
-    gradients: Callable
+    gradients: Callable | None
     lower: Callable
     products: str | None = None
 
 
-TORCH_KERNELS = InnerKernels(output_gradients, torch_gram.lower_s)
+TORCH_KERNELS = InnerKernels(None, torch_gram.lower_s)
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def gradient_form(
         shift: what to subtract from the points, or None.
         center: subtract the mean gradient. Every block is centred by its own mean before it is squared, and what the
             means differ by is added: in one pass, and no digit of M goes along with the mean.
-        step: a backend's product, as in ``block_gradients``.
+        step: a backend's product, as in ``block_gradients``; None for the library's.
         roots: square roots of the points' weights; scaled: the rows of W have been multiplied by them.
     """
     K, d = alpha.shape[1], X.shape[1]
@@ -326,8 +326,9 @@ def gradient_form(
         if roots is not None and not scaled:
             W.mul_(roots[row, None])
         z = Z[row]
-        if buffer is None:
+        if buffer is None:  # the first block is the largest
             buffer = X.new_empty(len(z), K, d)
+            step = step or products_at_once(alpha, X, shift, len(z))
         G = block_gradients(W, near, alpha, X, z, shift, buffer[: len(z)], step)
         if means is not None:
             apart = means.centre_(G.view(len(z), -1), None if roots is None else roots[row]).view(K, d)

@@ -14,7 +14,15 @@ from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, few, matrix
 from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
-from .gradients import block_gradients, chunk_of, dominant_offset, gradient_aim, gradient_bytes
+from .gradients import (
+    block_gradients,
+    chunk_of,
+    columns_at_once,
+    dominant_offset,
+    gradient_aim,
+    gradient_bytes,
+    products_at_once,
+)
 from .tiles import fill_symmetric, fit_rows, weight_tiles
 
 
@@ -132,7 +140,8 @@ def plan_gradients(X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor, why: s
     size = X.element_size()
 
     def step(rows: int) -> int:
-        return n * K * size + gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
+        held = n * (K + columns_at_once(rows, d, K, X.device)) * size
+        return held + gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
 
     rows, peak = fit_rows("gradients", X, Z, m * K * d * size, step, gradient_aim(X.device, K * d))
     return Plan(
@@ -152,6 +161,7 @@ def predictor_gradients(at: Points, alpha: torch.Tensor, rows: int) -> torch.Ten
     kernel, X, Z, _ = at
     result = X.new_empty(len(Z), alpha.shape[1], X.shape[1])
     shift = dominant_offset(X)
+    step = products_at_once(alpha, X, shift, min(rows, len(Z)))
     for row, W, near in weight_tiles(kernel, X, Z, rows, shift):
-        block_gradients(W, near, alpha, X, Z[row], shift, result[row])
+        block_gradients(W, near, alpha, X, Z[row], shift, result[row], step)
     return result

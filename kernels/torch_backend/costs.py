@@ -11,7 +11,7 @@ from ..gemm import square_bytes
 from ..plan import AIM, RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from . import gram as torch_gram
 from .distance import tile_bytes
-from .gradients import chunk_of, gradient_aim, gradient_bytes
+from .gradients import chunk_of, columns_at_once, gradient_aim, gradient_bytes
 from .low_rank import RANK
 
 
@@ -42,6 +42,7 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     # A number that is expanded to the whole stands for coefficients without gaps, in a plan of tensors on meta.
     copied = 0 if alpha.is_contiguous() or not any(alpha.stride()) else n * K
+    copied += n * columns_at_once(rows, d, K, X.device)
     held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
     near = gradient_bytes(rows, n, d, K, size, chunk_of(X.device))

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..plan import RAISE_LIMIT, block_rows
+from ..plan import RAISE_LIMIT, ROWS, block_rows
 from ..profile import Profile
 from .agop import Means
-from .gradients import block_gradients, dominant_offset
+from .gradients import LEAST_ROWS, block_gradients, columns_at_once, dominant_offset, products_at_once
 from .tiles import BLOCKS_ALIVE, weight_tiles
 
 _COLUMNS = 2**16  # entries of one point's gradients that are made at once
@@ -29,7 +29,8 @@ def plan_rows(X: torch.Tensor, K: int, limit: int) -> tuple[int, int]:
     (n, d), size = X.shape, X.element_size()
     some = outputs_at_once(K, d)
     fixed = 8 * d * (1 + 3 * some) + n * (K + d) * size
-    row = ((BLOCKS_ALIVE + 1) * n + 3 * some * d) * size
+    factor = n * -(-columns_at_once(min(ROWS, n), d, some, X.device) // LEAST_ROWS)  # as if it grew with the rows
+    row = ((BLOCKS_ALIVE + 1) * n + factor + 3 * some * d) * size
     rows = block_rows(row, fixed, limit, n, "agop, its diagonal,", RAISE_LIMIT)
     return rows, fixed + rows * row
 
@@ -64,11 +65,12 @@ def agop_diagonal(
     step = outputs_at_once(alpha.shape[1], d)
     for some in alpha.split(step, dim=1) if alpha.shape[1] else ():
         coefficients, means = some.contiguous(), Means(some.shape[1] * d, X) if center else None
+        products = products_at_once(coefficients, X, shift, min(rows, len(Z)))
         for row, W, near in weight_tiles(kernel, X, Z, rows, shift):
             if roots is not None:
                 W.mul_(roots[row, None])
             buffer = X.new_empty(len(W), some.shape[1], d)
-            G = block_gradients(W, near, coefficients, X, Z[row], shift, buffer)
+            G = block_gradients(W, near, coefficients, X, Z[row], shift, buffer, products)
             if means is not None:
                 apart = means.centre_(G.view(len(G), -1), None if roots is None else roots[row])
                 out += apart.view(-1, d).square_().sum(0)
