@@ -8,7 +8,16 @@ DEMO := $(firstword $(wildcard $(STAMP)) $(VENV)/.reproduce)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
 PYTEST := $(RUN) -m pytest --numprocesses 2
 
-.PHONY: demo test test-slow test-all docs pictures lint types format release clean
+.PHONY: help demo test test-slow test-all docs pictures lint types format release clean
+
+help:
+	@echo "make demo       set up .venv, run Deep RFM on digits, write a figure and a table to out/demo"
+	@echo "make test       set up .venv, run the fast tests; test-slow: the others; test-all: both"
+	@echo "make docs       build the site into build/docs/$(VERSION)"
+	@echo "make pictures   draw the committed pictures again from their tables"
+	@echo "make lint       ruff and pyright; format: let ruff write"
+	@echo "make release    build the package and test it in fresh environments"
+	@echo "make clean      remove .venv and everything built"
 
 demo: $(DEMO)
 	$(RUN) -m reproduce demo --out out/demo

@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
     add("--out", type=Path, help="result file; default out/<case>_<device>.json")
     add("--repeats", type=_count, help="default 3")
-    add("--n", type=_count, help="rows; suite: default 50000 on CUDA; agop: one case of n rows; all others too")
+    add("--n", type=_count, help="rows of one case instead of the case's own sizes; suite: default 50000 on CUDA")
     add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops, scale")
     add("--threads", type=_count, help="tables; default all")
     add("--only", nargs="+", choices=tables_contenders.CONTENDERS, metavar="NAME", help=f"tables; of {_NAMES}")

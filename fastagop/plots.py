@@ -2,7 +2,7 @@
 
 Functions of one plot take ``ax`` and return the Axes; those of several take ``figure`` or ``axes`` and return the
 Figure. Without these pyplot makes a new figure. Colours are Okabe and Ito's, and a stage of a layer has the same colour
-and marker everywhere: ``STAGES``, three that stay apart whichever kind of cone an eye lacks. Install matplotlib with
+and marker everywhere: ``STAGES``, three that stay apart for every kind of colour blindness. Install matplotlib with
 ``pip install 'fastagop[plots]'``.
 """
 

@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
     text = "the pictures of a folder once more, small, from its tables; nothing is computed"
     redraw.add_options(_add(commands, "draw", text, partial(redraw.command, FIGURES)))
-    text = "NFA correlation and collapse at every Linear layer of a model of yours"
+    text = "NFA correlation and collapse at every layer of a model of yours"
     nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
     text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
     demo.add_options(_add(commands, "demo", text, demo.demo))
