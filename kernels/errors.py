@@ -18,6 +18,15 @@ class NumericalWarning(UserWarning):
     """A result is usable but something had to be altered, or a residual is larger than the dtype promises."""
 
 
+def restated(error: Exception, text: str) -> Exception:
+    """An error of the same kind with other words; of a plain kind where its class is not made of a text."""
+    try:
+        return type(error)(text)
+    except Exception:
+        plain = next(kind for kind in (MemoryError, TypeError, ValueError, Exception) if isinstance(error, kind))
+        return plain(text)
+
+
 def warn(message: str, category: type[Warning] = NumericalWarning) -> None:
     """Warn at the line of the user's own code that led here, however many calls of the library lie between.
 

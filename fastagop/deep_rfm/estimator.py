@@ -23,7 +23,8 @@ from fastagop.deep_rfm.random_features import NAMES as FEATURES
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs
-from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training, in_full
+from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training
+from fastagop.estimators.calls import in_full, whole
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Seed, Self
 from fastagop.kernels import checks
@@ -97,6 +98,7 @@ class _DeepRFM(_Layers, KernelEstimator):
     alphas_: list[Any]
     solution_: Solution
 
+    @whole
     @in_full
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Train layer by layer (paper, algorithm 1).

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs, persistence
+from fastagop.estimators.calls import in_full
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
@@ -29,8 +28,6 @@ from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import METHODS, OPTIONS, Method
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
@@ -54,20 +51,6 @@ class Training:
     Y: torch.Tensor
     classes: torch.Tensor | None
     weights: torch.Tensor | None
-
-
-def in_full(method: Callable[P, T]) -> Callable[P, T]:
-    """A method without autograd history, and outside autocast, which would round products to bfloat16."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            return method(*args, **kwargs)
-
-    return run
 
 
 class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
@@ -258,10 +241,18 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         backend = backends.serving(self.backend, backends.Request("kernel_matmul", self.kernel_, points))
         return kernel_matmul(self.kernel_, points, centers.double(), alpha.double(), backend=backend)
 
-    def _view(self, outputs: torch.Tensor):
-        """This estimator, whose kernel machine answers everything by these outputs (m, K)."""
+    def _view(self, outputs: torch.Tensor, X, others: Callable[[Any], torch.Tensor] | None = None):
+        """This estimator, whose kernel machine answers for rows X by these outputs (m, K), for other rows by others."""
+
+        def answers(rows) -> torch.Tensor:
+            if rows is X or inputs.alike(rows, X):
+                return outputs.clone()
+            if others is None:
+                raise ValueError("it asks for outputs of other rows than those it is given; only these are known")
+            return others(rows)
+
         view = copy.copy(self)
-        view._outputs = lambda X: outputs.clone()
+        view._outputs = answers
         return view
 
     def _packed_alpha(self) -> dict[str, torch.Tensor]:

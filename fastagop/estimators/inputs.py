@@ -47,6 +47,15 @@ def device(name) -> torch.device:
     return found
 
 
+def alike(rows, X) -> bool:
+    """Whether two arrays or tensors hold the same rows."""
+    if isinstance(rows, torch.Tensor) and isinstance(X, torch.Tensor):
+        return rows.shape == X.shape and rows.device == X.device and bool((rows == X).all())
+    if isinstance(rows, torch.Tensor) or isinstance(X, torch.Tensor):
+        return False
+    return np.shape(rows) == np.shape(X) and bool(np.all(np.asarray(rows) == np.asarray(X)))
+
+
 def random(random_state) -> np.random.RandomState:
     """The generator that a ``random_state`` stands for."""
     try:
@@ -211,10 +220,12 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np
         raise ValueError(f"class_weight must be None, 'balanced' or a dict {{label: weight}}, got {value!r}")
     known = classes.tolist()
     factors = np.ones(len(classes))
-    for label, weight in value.items():
-        if label not in known:
+    for label, given in value.items():
+        weight = checks.nonnegative(f"class_weight[{label!r}]", given)
+        if label in known:
+            factors[known.index(label)] = weight
+        elif not all(one in value for one in known):  # else the rows of some fold lack a class
             raise ValueError(f"class_weight names the label {label!r}, which y does not hold; its labels are {known}")
-        factors[known.index(label)] = checks.nonnegative(f"class_weight[{label!r}]", weight)
     return factors[codes]
 
 

@@ -18,7 +18,7 @@ from fastagop.estimators import inputs
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Device, DType, Rows, Scoring, Seed
 from fastagop.kernels import checks
-from fastagop.kernels.errors import NumericalWarning
+from fastagop.kernels.errors import NumericalWarning, restated
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.probes import reading, scores
@@ -224,7 +224,7 @@ def _named(name: Hashable):
             warnings.simplefilter("always")
             yield
     except (ValueError, TypeError, MemoryError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
+        raise restated(error, f"layer {name!r}: {error}") from error
     for message, category in dict.fromkeys((str(warning.message), warning.category) for warning in caught):
         warnings.warn(f"layer {name!r}: {message}", category, stacklevel=5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ import torch
 
 from fastagop.estimators import inputs
 from fastagop.kernels import checks
+from fastagop.kernels.errors import restated
 
 Layers = dict[Hashable, Any]  # activations (n, d) by layer, arrays or tensors
 Activations: TypeAlias = "Mapping[Any, Any] | Sequence[Any] | np.ndarray | torch.Tensor"  # as they are given
@@ -80,6 +82,8 @@ def _rows(name: str, value):
         )
     elif value.dtype not in inputs.DTYPES.values():
         value = value.float() if value.is_floating_point() else value.double()
+    if isinstance(value, np.ndarray) and not value.flags.writeable:  # of these torch warns
+        value = value.copy()
     tensor = torch.as_tensor(value)
     if not checks.finite(tensor):
         bad = (~tensor.isfinite().all(1)).nonzero()[:, 0]
@@ -140,7 +144,7 @@ def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
     try:
         held = layers(given[0])
     except (ValueError, TypeError) as error:
-        raise type(error)(f"validation: {error}") from error
+        raise restated(error, f"validation: {error}") from error
     if held.keys() != found.keys():
         raise ValueError(f"validation must have the layers {list(found)}, got {list(held)}")
     for name, value in held.items():
@@ -170,7 +174,7 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: a class, or y, has a single row.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
     codes = np.zeros(len(known.y), dtype=int) if known.codes is None else known.codes
     held = []

@@ -96,7 +96,9 @@ class Aggregate:
 
     def score_of(self, activations: Activations, y: Rows) -> float:
         """The score of other rows, by the ``scoring`` of ``fit``."""
-        return float(self._scorer(self.model, self._outputs(activations), reading.answers("y", y)))
+        found, y = reading.layers(activations), reading.answers("y", y)
+        reading.same_rows("y", found, y)
+        return float(self._scorer(self.model, self._outputs(found), y))
 
     def __repr__(self) -> str:
         return f"Aggregate(score {self.score:.4g}, {len(self.weights)} layers)"
@@ -153,6 +155,7 @@ class Probes:
     def score(self, activations: Activations, y: Rows) -> dict[Hashable, float]:
         """{layer: score of other rows}, by the ``scoring`` of ``fit``."""
         y = reading.answers("y", y)
+        reading.same_rows("y", reading.layers(activations), y)
         return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
 
     def __repr__(self) -> str:

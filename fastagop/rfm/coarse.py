@@ -19,7 +19,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.distributed.engine import LOCAL
-from fastagop.estimators.base import in_full
+from fastagop.estimators.calls import in_full
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget, empty_matrix

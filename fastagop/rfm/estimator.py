@@ -185,7 +185,7 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         return y
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(y.reshape(len(y), -1)).to(self._device) - self._intercept
+        return torch.tensor(y.reshape(len(y), -1), device=self._device) - self._intercept
 
     def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
         y = (data.Y[index].double() + self._intercept).cpu().numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.engine import Local
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, persistence
-from fastagop.estimators.base import KernelEstimator, Training, in_full
+from fastagop.estimators.base import KernelEstimator, Training
+from fastagop.estimators.calls import in_full, whole
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
@@ -26,7 +25,7 @@ from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.preparation import SCALES, Preparation
 from fastagop.rfm.splits import Growth, Tree
-from fastagop.rfm.validation import HeldOut
+from fastagop.rfm.validation import HeldOut, Lenient
 from fastagop.solvers import copies
 
 _TEMPERATURES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -89,6 +88,7 @@ class RFMTree(KernelEstimator):
         """Outputs of a leaf's machine as outputs (m, K) of the tree's."""
         raise NotImplementedError
 
+    @whole
     @in_full
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Grow the tree, fit a machine in every leaf, and choose how softly rows are shared between leaves.
@@ -139,7 +139,7 @@ class RFMTree(KernelEstimator):
             return Constant(own[0], data.Y[rows[0]].double())
         changes = {}
         if count > 1:
-            changes["scoring"] = None if self.scoring is None else _Lenient(validation.scorer_of(self, self.scoring))
+            changes["scoring"] = None if self.scoring is None else Lenient(validation.scorer_of(self, self.scoring))
             if self.soft and not self.early_stopping and self.metric_samples is None:
                 changes["metric_samples"] = len(rows) - self._held(len(rows))
         if self.time_limit is not None:
@@ -160,11 +160,12 @@ class RFMTree(KernelEstimator):
         if len(held) == 0:
             return 0.0
         near, index = data.X[held].double(), held.cpu().numpy()
-        rows = self._preparation.original(near).cpu().numpy()
         weights = None if data.weights is None else data.weights[held].cpu().numpy()
-        codes = None if data.classes is None else data.Y[held].double()
-        scorer = validation.scorer_of(self, self.scoring)
-        judge = HeldOut(near, rows, answers[index], codes, weights, scorer)
+        codes, scorer = (
+            None if data.classes is None else data.Y[held].double(),
+            validation.scorer_of(self, self.scoring),
+        )
+        judge = HeldOut(near, self._preparation.original(near).cpu().numpy(), answers[index], codes, weights, scorer)
         scores = [judge.score(self, outputs) for outputs in self._mixed(near, _TEMPERATURES, self._before)]
         return _TEMPERATURES[max(range(len(scores)), key=lambda i: (*scores[i], -i))]
 
@@ -374,25 +375,6 @@ class _Splitter:
         vector = torch.where(spread > 0, vector / torch.where(spread > 0, spread, 1.0), 0.0)
         if bool(vector.any()):
             yield vector / torch.linalg.vector_norm(vector)
-
-
-class _Lenient:
-    """A scorer for the few rows of a leaf: NaN, so that squared errors decide, where it refuses them.
-
-    Rows of one class, or of fewer than the leaf has, are no error here; the score on the rows of all leaves is taken
-    by the scorer itself.
-    """
-
-    def __init__(self, scorer):
-        self.scorer = scorer
-
-    def __call__(self, model, X, y, **options) -> float:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UndefinedMetricWarning)
-            try:
-                return float(self.scorer(model, X, y, **options))
-            except ValueError:
-                return math.nan
 
 
 def _constant(answers: np.ndarray) -> bool:

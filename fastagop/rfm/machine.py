@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,8 @@ from sklearn.utils.validation import check_is_fitted
 from fastagop.distributed.engine import Local, engine_of
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs
-from fastagop.estimators.base import KernelEstimator, Training, in_full
+from fastagop.estimators.base import KernelEstimator, Training
+from fastagop.estimators.calls import in_full, whole
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Rows, Scoring, Seed, Self
@@ -71,6 +73,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Labels or targets of some training rows as they were given."""
         raise NotImplementedError
 
+    @whole
     @in_full
     def fit(
         self, X: Rows, y: Rows, sample_weight: Rows | None = None, X_val: Rows | None = None, y_val: Rows | None = None
@@ -228,7 +231,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
         if self.early_stopping:
             fraction = self.validation_fraction
-            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+            if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
                 raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
         inputs.random(self.random_state)
         patience, seconds = self.n_iter_no_change, self.time_limit
@@ -311,7 +314,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
         had no part in. A loaded estimator has none.
         """
-        views: list[Any] = [self._view(outputs) for outputs in self._staged(X)]
+        views: list[Any] = [self._view(outputs, X) for outputs in self._staged(X)]
         return iter([view.predict(X) for view in views])
 
     @property

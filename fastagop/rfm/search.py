@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn import base
-from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import inputs
-from fastagop.estimators.base import in_full
+from fastagop.estimators.calls import in_full, whole
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
@@ -24,6 +23,7 @@ from fastagop.kernels.errors import warn
 from fastagop.kernels.radial import Laplace, Radial
 from fastagop.rfm import trials, validation
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
+from fastagop.rfm.folds import folds_of
 from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
 from fastagop.solvers.table import Method
@@ -89,6 +89,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         passed = {name: getattr(self, name) for name in (*_PASSED, "class_weight") if hasattr(self, name)}
         return self._Base(iterations=iterations, **parameters_of(self.kernel, setting), **passed)
 
+    @whole
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Score every setting on rows held out, and fit the best one, or the best few, to all rows.
 
@@ -108,13 +109,15 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
             UserWarning: fits failed, or no setting but the first was begun in time.
         """
         random, seconds, patience = self._checked()
+        for refitted in ("estimators_", "best_estimator_"):  # of an earlier fit
+            vars(self).pop(refitted, None)
         rows = inputs.matrix(self, X, reset=True)
         answers = self._read(y)
         inputs.same_length("y", answers, len(rows))
         weights = inputs.weights(sample_weight, len(rows))
         codes = self._codes(answers, weights)
         settings = settings_of(self.space, self.n_settings, self.kernel, random)
-        folds = self._folds(rows, answers, codes, weights, random)
+        folds = folds_of(self.cv, self.validation_fraction, rows, answers, (codes, weights), random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
             model._checked()
@@ -145,36 +148,6 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
         return inputs.random(self.random_state), seconds, patience
-
-    def _folds(self, rows, answers, codes, weights, random) -> list[trials.Fold]:
-        """(rows to train on, rows to score on) of each fold; rows of weight zero are not drawn from."""
-        kept = np.arange(len(rows)) if weights is None else np.flatnonzero(weights)
-        seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
-        if isinstance(self.cv, str):
-            checks.choice("cv", self.cv, ("holdout",), "a number of folds, a splitter, or pairs of indices")
-            part = self.validation_fraction
-            if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 < part < 1:
-                raise ValueError(f"validation_fraction must be a number between 0 and 1, got {part!r}")
-            if len(kept) < 2:
-                raise ValueError(f"cv='holdout' needs at least two rows, got n_samples={len(kept)}; give more rows")
-            held = min(max(1, round(part * len(kept))), len(kept) - 1)
-            drawn = [validation.split(len(kept), codes, held, np.random.RandomState(seed))]
-        elif isinstance(self.cv, (int, np.integer)) and not isinstance(self.cv, bool):
-            number = checks.integer("cv", self.cv, 2)
-            kind = KFold if codes is None else StratifiedKFold
-            drawn = list(kind(number, shuffle=True, random_state=seed).split(kept, codes))
-        else:
-            if not hasattr(self.cv, "split") and (isinstance(self.cv, bool) or not isinstance(self.cv, Iterable)):
-                raise ValueError(
-                    f"cv must be a number of folds, 'holdout', a splitter of scikit-learn or (train, test) pairs, got "
-                    f"{self.cv!r}"
-                )
-            splitter: Any = check_cv(self.cv)  # pyright: ignore[reportArgumentType]
-            drawn = [trials.indices(pair) for pair in splitter.split(rows.cpu().numpy(), answers)]
-            if weights is None:
-                return drawn
-            return [(train[weights[train] > 0], test[weights[test] > 0]) for train, test in drawn]
-        return [(kept[train], kept[test]) for train, test in drawn]
 
     def _run(self, estimators: list, task: Task) -> list[Trial]:
         """The trials that were begun; they are the first ones."""
@@ -223,8 +196,8 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         check_is_fitted(self, "estimators_")
         if len(self.estimators_) == 1:
             return self.best_estimator_
-        outputs = [model._outputs(X) for model in self.estimators_]
-        return self.best_estimator_._view(functools.reduce(torch.add, outputs) / len(outputs))
+        others = functools.partial(_mean_outputs, self.estimators_)
+        return self.best_estimator_._view(others(X), X, others)
 
     @available_if(_refitted)
     def predict(self, X: Rows) -> Any:
@@ -248,6 +221,11 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names."""
         return self.n_features_in_
+
+
+def _mean_outputs(estimators: list, X) -> torch.Tensor:
+    """The mean of some estimators' outputs (m, K) for rows X."""
+    return functools.reduce(torch.add, [model._outputs(X) for model in estimators]) / len(estimators)
 
 
 class RFMClassifierCV(base.ClassifierMixin, _Search):

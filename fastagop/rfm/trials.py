@@ -168,12 +168,6 @@ def _parts(task: Task, train: np.ndarray, test: np.ndarray) -> tuple:
     return rows_of(task.X, train), task.y[train], weights, rows_of(task.X, test), task.y[test], scorer
 
 
-def indices(pair) -> Fold:
-    """A splitter's (train, test) as indices, which may be masks."""
-    train, test = (np.flatnonzero(part) if np.asarray(part).dtype == bool else np.asarray(part) for part in pair)
-    return train, test
-
-
 def rows_of(X, index: np.ndarray):
     """Some rows of an array or a tensor."""
     return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]

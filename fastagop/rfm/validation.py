@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
 
 from fastagop.distributed.engine import Local
+from fastagop.kernels.errors import restated, warn
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class HeldOut:
         codes: targets (m, K) as the kernel machine has them; the squared error decides between equal scores. Or None.
         weights: of the rows (m,), or None.
         scorer: (estimator, X, y) -> a number, the larger the better.
+        told: what has been warned of.
     """
 
     points: torch.Tensor
@@ -33,6 +37,7 @@ class HeldOut:
     codes: torch.Tensor | None
     weights: np.ndarray | None
     scorer: Any
+    told: list[str] = field(default_factory=list)
 
     def score(self, model, outputs: torch.Tensor) -> tuple[float, float]:
         """(score, what decides between equal scores) of outputs (m, K) for the rows.
@@ -43,10 +48,20 @@ class HeldOut:
         """
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
-            score = float(self.scorer(model._view(outputs), self.X, self.y, **options))
+            score = float(self.scorer(model._view(outputs, self.X), self.X, self.y, **options))
         except (ValueError, TypeError) as error:
-            raise type(error)(f"scoring: the validation rows have no score, since {error}") from error
+            if not (missing := self._missing(model)):
+                raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
+            text = f"scoring: no validation row has the label {missing[0]!r}, and the scorer refuses them ({error})"
+            if not self.told:
+                self.told.append(f"{text}; the squared error of the outputs decides")
+                warn(self.told[0], UserWarning)
+            score = math.nan
         return -math.inf if math.isnan(score) else score, self.tie(outputs)
+
+    def _missing(self, model) -> list:
+        """The labels of a classifier that no row has."""
+        return [label for label in getattr(model, "classes_", np.empty(0)).tolist() if not np.any(self.y == label)]
 
     def tie(self, outputs: torch.Tensor) -> float:
         """What decides between equal scores: the (weighted) mean squared error of the outputs, negative."""
@@ -54,6 +69,26 @@ class HeldOut:
             return 0.0
         errors = (outputs - self.codes).square().mean(1).cpu().numpy()
         return -float(np.average(errors, weights=self.weights))
+
+
+class Lenient:
+    """A scorer for the few rows of a leaf: NaN, so that squared errors decide, where it refuses them.
+
+    Rows of one class, or of fewer than the leaf has, are no error here; the score on the rows of all leaves is taken
+    by the scorer itself.
+    """
+
+    def __init__(self, scorer):
+        self.scorer = scorer
+
+    def __call__(self, model, X, y, **options) -> float:
+        """The score of (estimator, X, y), or NaN."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UndefinedMetricWarning)
+            try:
+                return float(self.scorer(model, X, y, **options))
+            except ValueError:
+                return math.nan
 
 
 def accuracy(classes: np.ndarray, outputs: torch.Tensor, y: np.ndarray, weights: np.ndarray | None) -> float:
@@ -80,17 +115,32 @@ def scorer_of(model, scoring):
     try:
         return check_scoring(model, scoring=scoring)
     except (ValueError, TypeError) as error:
-        raise type(error)(
-            f"scoring must be None, the name of a scorer or a function, got {scoring!r}: {error}"
-        ) from None
+        text = f"scoring must be None, the name of a scorer or a function, got {scoring!r}: {error}"
+        raise restated(error, text) from None
 
 
 def split(n: int, codes: np.ndarray | None, held: int, random) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that stay, rows held out) of n, in ascending order; stratified by class where classes are large enough."""
+    """(rows that stay, rows held out) of n, in ascending order.
+
+    Stratified by class where classes are large enough; a class of two rows or more is on both sides where it can be.
+    """
     kinds = 0 if codes is None else len(np.unique(codes))
     even = codes is not None and np.bincount(codes).min() >= 2 and min(held, n - held) >= kinds
     stay, out = train_test_split(np.arange(n), test_size=held, stratify=codes if even else None, random_state=random)
+    if codes is not None:
+        for to, of in ((out, stay), (stay, out)):
+            _complete_(to, of, codes)
     return np.sort(stay), np.sort(out)
+
+
+def _complete_(to: np.ndarray, of: np.ndarray, codes: np.ndarray) -> None:
+    """Exchange rows, so that ``to`` has one of every class of which ``of`` has two, while a class has two to spare."""
+    for lacking in np.setdiff1d(codes[of], codes[to]):
+        counts, there = np.bincount(codes[to]), np.flatnonzero(codes[of] == lacking)
+        if len(there) < 2 or counts.max() < 2:
+            continue
+        here = np.flatnonzero(codes[to] == counts.argmax())[0]
+        to[here], of[there[0]] = of[there[0]], to[here]
 
 
 def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,87 @@
+"""Which rows a search trains on and which it scores on."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import KFold, StratifiedKFold, check_cv
+
+from fastagop.kernels import checks
+from fastagop.rfm import validation
+from fastagop.rfm.trials import Fold
+
+
+def folds_of(
+    cv,
+    fraction,
+    rows: torch.Tensor,
+    answers: np.ndarray,
+    kinds: tuple[np.ndarray | None, np.ndarray | None],
+    random: np.random.RandomState,
+) -> list[Fold]:
+    """(rows to train on, rows to score on) of each fold; rows of weight zero are not drawn from.
+
+    Args:
+        cv: "holdout", a number of folds, a splitter of scikit-learn, or (train, test) pairs.
+        fraction: of the rows, held out by "holdout".
+        rows, answers: of the fit.
+        kinds: class indices (n,), or None in regression; weights (n,), or None.
+        random: the generator.
+
+    Raises:
+        ValueError, TypeError: naming cv or validation_fraction.
+    """
+    codes, weights = kinds
+    kept = np.arange(len(rows)) if weights is None else np.flatnonzero(weights)
+    seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
+    if isinstance(cv, str):
+        checks.choice("cv", cv, ("holdout",), "a number of folds, a splitter, or pairs of indices")
+        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+            raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
+        if len(kept) < 2:
+            raise ValueError(f"cv='holdout' needs at least two rows, got n_samples={len(kept)}; give more rows")
+        held = min(max(1, round(float(fraction) * len(kept))), len(kept) - 1)
+        drawn = [validation.split(len(kept), codes, held, np.random.RandomState(seed))]
+    elif isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
+        number = checks.integer("cv", cv, 2)
+        kind = KFold if codes is None else StratifiedKFold
+        drawn = list(kind(number, shuffle=True, random_state=seed).split(kept, codes))
+    else:
+        drawn = _given(cv, rows, answers)
+        if weights is None:
+            return drawn
+        return [(train[weights[train] > 0], test[weights[test] > 0]) for train, test in drawn]
+    return [(kept[train], kept[test]) for train, test in drawn]
+
+
+def _given(cv, rows: torch.Tensor, answers: np.ndarray) -> list[Fold]:
+    """The folds of a splitter, or of pairs."""
+    if not hasattr(cv, "split") and (isinstance(cv, bool) or not isinstance(cv, Iterable)):
+        raise ValueError(
+            f"cv must be a number of folds, 'holdout', a splitter of scikit-learn or (train, test) pairs, got {cv!r}"
+        )
+    splitter: Any = check_cv(cv)  # pyright: ignore[reportArgumentType]
+    pairs = splitter.split(rows.cpu().numpy(), answers)
+    drawn = [_indices(pair, len(rows), fold) for fold, pair in enumerate(pairs)]
+    if not drawn:
+        raise ValueError("cv gave no folds; of a generator, which gives its folds once, pass the list")
+    return drawn
+
+
+def _indices(pair, n: int, fold: int) -> Fold:
+    """A splitter's (train, test) of n rows as indices, which may be masks."""
+    found = []
+    for name, given in zip(("train", "test"), map(np.asarray, pair), strict=True):
+        part = np.flatnonzero(given) if given.dtype == bool else given
+        if len(part) == 0:
+            raise ValueError(f"cv: fold {fold} has no rows to {name} on")
+        if part.dtype.kind not in "iu":
+            raise TypeError(f"cv must give indices of rows or masks, got {part.dtype} in fold {fold}")
+        if part.min() < -n or part.max() >= n:
+            raise ValueError(f"cv: fold {fold} has rows from {part.min()} to {part.max()}, of {n} rows in all")
+        found.append(part)
+    return found[0], found[1]
