@@ -1,6 +1,7 @@
 """Direct solves by half of a matrix: the same answers as by all of it, in less memory."""
 
 import os
+import types
 import warnings
 
 import pytest
@@ -408,3 +409,11 @@ def test_near_pairs_from_stored_weights(kernel, name, cloud):
     assert bool((found | ~want | ~weighs)[(exact < 0.99 * norms)].all())  # every near pair that weighs something
     if name != "scales":  # where the largest norm is that of few
         assert not bool((found & (exact > 1.6 * norms)).any())  # and few others
+
+
+@pytest.mark.parametrize(("place", "kind", "rows"), [("device", "cuda", 2), ("host", "cuda", 5), ("/tmp", "cpu", 2)])
+def test_block_rows_on_a_device_beside_the_stored_ones(place, kind, rows):
+    """Blocks that are streamed lie on the device, too, while they are worked on."""
+    points = types.SimpleNamespace(device=torch.device(kind))
+    problem = types.SimpleNamespace(half=types.SimpleNamespace(place=place), X=points)
+    assert half._beside(problem) == rows

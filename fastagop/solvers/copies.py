@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastagop.kernels.torch_backend.distance import medians
+
 _ITEMS = 2**16  # of a block of rows, small enough for a cache
 _FEW, _PAIRS = 512, 2**22  # rows, and items of all their differences, up to which all pairs are compared at once
 _DIRECTIONS = 3  # random projections that rows must agree in before they are compared
@@ -318,7 +320,7 @@ def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.nda
     offset may differ by little of their length and still be told apart.
     """
     sample = _wide(U[:: -(-len(U) // _SAMPLE)], exponent)
-    middle = sample.median(0).values
+    middle = medians(sample)
     spread = float(torch.linalg.vector_norm(sample - middle, dim=1).median())
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")

@@ -33,7 +33,9 @@ _GOOD = 1e-9
 _LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more where they take half of its time at most
 _LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
 _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
-_BESIDE = 2  # block rows that a factorisation holds beside the matrix: copies of a row and of a panel's factor
+# Block rows that a factorisation holds beside the matrix: copies of a row and of a panel's factor; on a device to which
+# blocks are streamed also the panel's row, the one that is worked on, and the next.
+_BESIDE, _STREAMED = 2, 5
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
 
 
@@ -125,14 +127,15 @@ def refined_bytes(problem) -> int:
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
-    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + 4 * _BESIDE * rows * n)
+    streamed = 8 * (_beside(problem) - _BESIDE) * rows * n  # of the products' float64 rows
+    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + max(4 * _beside(problem) * rows * n, streamed))
 
 
 def in_place_bytes(problem) -> int:
     """Most bytes of ``in_place``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
-    beside = max(_fill_bytes(problem), 8 * _BESIDE * rows * n, _points_bytes(problem))
+    beside = max(_fill_bytes(problem), 8 * _beside(problem) * rows * n, _points_bytes(problem))
     return _stored(problem, torch.float64) + beside + _vectors(problem)
 
 
@@ -140,7 +143,7 @@ def from_points_bytes(problem) -> int:
     """Most bytes of ``from_points``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
-    beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _BESIDE * rows * n, _points_bytes(problem))
+    beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _beside(problem) * rows * n, _points_bytes(problem))
     return _stored(problem, torch.float32) + beside + _vectors(problem)
 
 
@@ -149,6 +152,11 @@ def _stored(problem, dtype: torch.dtype) -> int:
     n = len(problem.X)
     stored = half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
     return stored // problem.ranks
+
+
+def _beside(problem) -> int:
+    """Block rows beside the stored ones."""
+    return _STREAMED if problem.half.place != "device" and problem.X.device.type == "cuda" else _BESIDE
 
 
 def _fill_bytes(problem) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..checks import readable
 from ..gemm import add_squares_, symmetrise_
 from ..plan import longest_first
 from ..profile import Kernel
@@ -30,8 +31,8 @@ def computed(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> tuple[torch.Te
 
 
 def checked(result: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor:
-    """Refuse a result that has left its dtype, as powers of large points do."""
-    if result.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(result)):
+    """Refuse a result that has left its dtype, as powers of large points do; unread while a CUDA graph is captured."""
+    if result.numel() and readable(result) and not all(bool(end.isfinite()) for end in torch.aminmax(result)):
         wider = "" if dtype == torch.float64 else ", or use float64"
         raise ValueError(f"X is so large that {what} leave {dtype}; divide X by a constant{wider}")
     return result

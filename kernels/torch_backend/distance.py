@@ -47,6 +47,11 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
     return size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
 
 
+def medians(X: torch.Tensor) -> torch.Tensor:
+    """The lower median of each column (d,) of X (n, d); on CUDA by sorting, which deterministic algorithms allow."""
+    return X.sort(0).values[(len(X) - 1) // 2] if X.is_cuda else X.median(0).values
+
+
 def squared_norms(X: torch.Tensor) -> torch.Tensor:
     """Squared row norms, shape (n,)."""
     if X.numel() <= _CHEAP and not X.is_cuda:
@@ -132,7 +137,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
             break
         company = mask[leader].nonzero().squeeze(1)
         # The median is robust: a few far members must not drag the centre off the crowd.
-        centre = X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]].median(0).values
+        centre = medians(X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]])
         reach = _REACH * near * z2[leader]
         cols = ((sq[leader] < reach + _REACH * near * x2) | sq[leader].isinf()).nonzero().squeeze(1)
         rows = (squared_norms(Z - Z[leader]) < reach + _REACH * near * z2).nonzero().squeeze(1)

@@ -17,7 +17,7 @@ import torch
 from ..checks import readable
 from ..gemm import matmul_nt
 from ..plan import AIM
-from .distance import FEW, NEAR, squared_distances, squared_norms
+from .distance import FEW, NEAR, medians, squared_distances, squared_norms
 
 # Around a local centre, in float64, a pair is served when r^2 is at least this share of its squared norms there: the
 # error of its term is then below 2^15 eps of float64, and 2^5 eps for float64 points.
@@ -310,7 +310,7 @@ def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
             return
         company = mask[leader].nonzero().squeeze(1)
         # The median is robust: a few far members must not drag the centre off the crowd.
-        centre = X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]].median(0).values.double()
+        centre = medians(X[company[:: max(1, len(company) // _CENTRE_SAMPLE)]]).double()
         members = mask[:, company].any(1).nonzero().squeeze(1)
         del mask
         x = X[company].double().sub_(centre)
