@@ -85,7 +85,8 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
     for precision, word in PRODUCTS.items():
         steps = triton_launch.inner_kernels(X, precision)
         lower, update = steps.lower(W, alpha), triton_launch.cholesky_update(precision)
-        inside = triton_launch.INSIDE[word]
+        inside, step = triton_launch.INSIDE[word], steps.gradients
+        assert step is not None
 
         def kernel_matrix(precision=precision):
             return fastagop.kernel_matrix(KERNEL, X, backend="triton", precision=precision)
@@ -93,8 +94,8 @@ def launches(device: torch.device, n: int, d: int, K: int) -> dict[tuple[str, st
         def kernel_matmul(precision=precision):
             return fastagop.kernel_matmul(KERNEL, X, None, alpha, backend="triton", precision=precision)
 
-        def gradient(steps=steps):
-            return steps.gradients(W[: len(out)], alpha, X, X[: len(out)], None, out)
+        def gradient(step=step):
+            return step(W[: len(out)], alpha, X, X[: len(out)], None, out)
 
         def gram(lower=lower):
             return lower(s, s.square().sum(1), n - block, n)

@@ -251,7 +251,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
                 raise ValueError("it asks for outputs of other rows than those it is given; only these are known")
             return others(rows)
 
-        view = copy.copy(self)
+        view: Any = copy.copy(self)
         view._outputs = answers
         return view
 

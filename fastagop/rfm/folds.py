@@ -40,7 +40,7 @@ def folds_of(
     seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
     if isinstance(cv, str):
         checks.choice("cv", cv, ("holdout",), "a number of folds, a splitter, or pairs of indices")
-        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < float(fraction) < 1:
             raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
         if len(kept) < 2:
             raise ValueError(f"cv='holdout' needs at least two rows, got n_samples={len(kept)}; give more rows")

@@ -127,9 +127,10 @@ def split(n: int, codes: np.ndarray | None, held: int, random) -> tuple[np.ndarr
     kinds = 0 if codes is None else len(np.unique(codes))
     even = codes is not None and np.bincount(codes).min() >= 2 and min(held, n - held) >= kinds
     stay, out = train_test_split(np.arange(n), test_size=held, stratify=codes if even else None, random_state=random)
+    stay, out = np.asarray(stay), np.asarray(out)
     if codes is not None:
-        for to, of in ((out, stay), (stay, out)):
-            _complete_(to, of, codes)
+        _complete_(out, stay, codes)
+        _complete_(stay, out, codes)
     return np.sort(stay), np.sort(out)
 
 
