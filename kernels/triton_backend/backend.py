@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +17,7 @@ from ..torch_backend import backend as torch_door
 from ..torch_backend import costs, matrix
 from ..torch_backend.agop import InnerKernels
 from . import stored_product
-from .launch_config import PRODUCTS, interpreted
+from .launch_config import PRODUCTS, interpreted, version
 
 _WORDS = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
 
@@ -222,9 +220,3 @@ def _chip(device: torch.device) -> str:
 
 def _words(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
-
-
-@functools.cache
-def version() -> tuple[int, ...]:
-    """The installed Triton's, (major, minor)."""
-    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])

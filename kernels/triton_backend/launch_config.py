@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import importlib.metadata
 import os
 from dataclasses import dataclass, field
 
@@ -139,3 +141,9 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
         return Config(*found)
     major, _ = torch.cuda.get_device_capability(device)
     return TABLE[9 if major in _LARGE else 8][operation, precision]
+
+
+@functools.cache
+def version() -> tuple[int, ...]:
+    """The installed Triton's, (major, minor)."""
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import jit
 
 from ..profile import Kernel, constants, text
-from .backend import version
+from .launch_config import version
 
 
 def device_profile(kernel: Kernel):
