@@ -25,7 +25,8 @@ from fastagop.distributed import operations as shared
 from fastagop.distributed.blocks import SharedBlocks
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import Predictor, Sharded
-from fastagop.estimators import base
+from fastagop.estimators import base, kernel_ridge
+from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import table
 
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
@@ -391,6 +392,24 @@ def test_shared_blocks(size, dtype, together):
         assert (failed, pivot) == (0, 71)
         assert float((product.double() - A @ V.double()).norm()) <= BOUND[dtype] * float((A @ V.double()).norm())
         assert float((B @ solution.double() - V.double()).norm()) <= 10 * BOUND[dtype] * float(V.double().norm())
+
+
+def test_ranks_try_no_float32_factor_after_one_that_gave_way(normal, together, monkeypatch):
+    monkeypatch.setattr(table, "SHORT", 64)
+    X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
+    regression = KernelRidge(Gaussian(30.0), 1e-9, "highest", "auto")
+
+    def call(rank):
+        first = kernel_ridge.solve(X, Y, regression, Sharded(None)).solution
+        return first, kernel_ridge.solve(X, Y, regression.after(first), Sharded(None)).solution
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = together(2, call)
+    for first, second in found:
+        assert first.fallback.startswith("pivot ")
+        assert second.fallback == f"as before, {first.fallback}"
+        assert torch.equal(second.alpha, first.alpha)
 
 
 def test_a_pivot_that_fails_is_told_to_the_solver(normal, together, monkeypatch):
