@@ -68,6 +68,24 @@ def rows_of(text: str) -> int:
     return int(re.search(r"blocks of (\d+) rows", text)[1])
 
 
+# ---- memory of the host
+
+
+@pytest.mark.parametrize(("free", "way"), [(90, "refined"), (60, "from points"), (20, None)])
+def test_pinned_memory_is_planned(on, monkeypatch, free, way):
+    """n = 100,000: 43 GB in float64 and 21 GB in float32."""
+    on("RTX 4090")
+    monkeypatch.setattr(half, "host_bytes", lambda: free * GB)
+    X, Y = cuda(100_000, 64), cuda(100_000, 10)
+    task = {"method": fastagop.CholeskyCG(place="host")}
+    if way is None:
+        with pytest.raises(MemoryError, match=r"place='host' needs .* GB of pinned memory for n = 100000, but 18.0 GB"):
+            prepare(Laplace(30.0), X, Y, SolveOptions(**task))
+        return
+    solver = prepare(Laplace(30.0), X, Y, SolveOptions(**task)).solver
+    assert solver.run is {"refined": half.refined, "from points": half.from_points}[way]
+
+
 # ---- row blocks
 
 

@@ -197,9 +197,13 @@ def test_labels_that_are_new_and_scores_that_are_none():
     X, y = data()
     y = labels(y, "a", "b", "c")
     strange = np.where(np.arange(20) % 5, y[40:], "z")
-    fit = model(RFMClassifier).fit(X[:40], y[:40], X_val=X[40:], y_val=strange)
+    with pytest.warns(UserWarning, match=r"y_val holds labels that y does not, such as 'z': 4 of 20 rows") as told:
+        fit = model(RFMClassifier).fit(X[:40], y[:40], X_val=X[40:], y_val=strange)
+    assert len(told) == 1
     assert fit.validation_score_.max() <= 0.8
-    with pytest.raises(ValueError, match=r"scoring: .*"):
+    with pytest.raises(ValueError, match=r"y_val holds none of y's labels \['a', 'b', 'c'\], but such as 1;"):
+        model(RFMClassifier).fit(X[:40], y[:40], X_val=X[40:], y_val=np.ones(20, dtype=int))
+    with pytest.warns(UserWarning, match="y_val holds"), pytest.raises(ValueError, match=r"scoring: .*"):
         model(RFMClassifier, scoring="neg_log_loss").fit(X[:40], y[:40], X_val=X[40:], y_val=strange)
     none = model(scoring=lambda estimator, X, y: float("nan")).fit(X[:40], X[:40, 0], X_val=X[40:], y_val=X[40:, 0])
     assert np.isneginf(none.validation_score_).all()

@@ -11,6 +11,7 @@ from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, Regressor, Training
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.rfm.machine import RecursiveFeatureMachine
@@ -105,9 +106,27 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
 
     def _answers(self, name: str, y) -> np.ndarray:
         try:
-            return inputs.labels(y)
+            found = inputs.labels(y)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        self._refuse_strangers(name, found)
+        return found
+
+    def _refuse_strangers(self, name: str, y: np.ndarray) -> None:
+        """Raise where no label is one that was learnt, as of another kind; warn where some are not."""
+        strange = ~(y[:, None] == self.classes_).any(1)
+        if not strange.any():
+            return
+        label, known = y[strange][:1].tolist()[0], self.classes_.tolist()
+        known = f"{known}" if len(known) <= 10 else f"{str(known[:10])[:-1]}, ...]"
+        if strange.all():
+            raise ValueError(
+                f"{name} holds none of y's labels {known}, but such as {label!r}; give labels as y has them"
+            )
+        text = (
+            f"{name} holds labels that y does not, such as {label!r}: {strange.sum()} of {len(y)} rows count as wrong"
+        )
+        warn(text, UserWarning)
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.where(y[:, None] == self.classes_, 1.0, -1.0)).to(self._device)

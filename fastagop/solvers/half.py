@@ -13,18 +13,20 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts
-from fastagop.kernels.plan import Plan
+from fastagop.kernels.memory import host_bytes
+from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.torch_backend.distance import tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
-from fastagop.solvers import cg, direct
+from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
 from fastagop.solvers.limits import bound, times
-from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes
+from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes, shapes_of
 
 log = logging.getLogger("fastagop")
 
@@ -152,6 +154,14 @@ def _stored(problem, dtype: torch.dtype) -> int:
     n = len(problem.X)
     stored = half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
     return stored // problem.ranks
+
+
+def _pinned_bytes(problem, dtypes: tuple[torch.dtype, ...]) -> int:
+    """Bytes of the host's pinned memory that halves of those dtypes take beside each other."""
+    if problem.half.place != "host":
+        return 0
+    shapes = shapes_of(len(problem.X), default_rows(len(problem.X), problem.X.device))
+    return sum(pinned.bytes_of(shapes, dtype) for dtype in dtypes)
 
 
 def _beside(problem) -> int:
@@ -311,3 +321,70 @@ def filler_of(operator) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
         return blocks.fill_(rows if blocks.dtype == torch.float64 else rounded)
 
     return fill
+
+
+# ---- the ways
+
+
+class Form(NamedTuple):
+    """A way to solve with half of a matrix; ``problem`` is a ``table.Problem``.
+
+    Attributes:
+        stores: what lies in memory, in words.
+        dtypes: of the halves that lie there beside each other.
+        memory: problem -> most bytes.
+        seconds: problem -> estimated time.
+        precision: what it says of its precision.
+        run: (problem, plan, targets, ridges, dtype of alpha) -> what was found.
+    """
+
+    stores: str
+    dtypes: tuple[torch.dtype, ...]
+    memory: Callable[[Any], int]
+    seconds: Callable[[Any], float]
+    precision: str
+    run: Callable[..., direct.Found | cg.Found]
+
+    def fits(self, problem) -> bool:
+        """Whether device and host have the memory."""
+        return self.memory(problem) <= problem.room and _pinned_bytes(problem, self.dtypes) <= _of_host()
+
+    def check_host(self, problem) -> None:
+        """MemoryError where the host has not."""
+        if (needed := _pinned_bytes(problem, self.dtypes)) > (free := _of_host()):
+            raise MemoryError(
+                f"place='host' needs {format_bytes(needed)} of pinned memory for n = {len(problem.X)}, but "
+                f"{format_bytes(free)} of the host's may be used; give a folder as place, or fewer points"
+            )
+
+
+def _of_host() -> int:
+    """Bytes of the host's memory that may be taken."""
+    return int(0.9 * host_bytes())
+
+
+REFINED = Form(
+    "half of a float64 matrix and of its float32 factor",
+    (torch.float64, torch.float32),
+    refined_bytes,
+    refined_seconds,
+    "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
+    "where these take too long",
+    refined,
+)
+IN_PLACE = Form(
+    "half of a float64 matrix",
+    (torch.float64,),
+    in_place_bytes,
+    in_place_seconds,
+    "float64 factorisation of half a matrix, in place",
+    in_place,
+)
+FROM_POINTS = Form(
+    "half of a float32 factor",
+    (torch.float32,),
+    from_points_bytes,
+    from_points_seconds,
+    "float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
+    from_points,
+)

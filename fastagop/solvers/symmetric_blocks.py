@@ -8,6 +8,7 @@ host memory beside it, or in a file of which nothing is left whatever ends the p
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
 from fastagop.kernels.plan import empty_matrix
+from fastagop.solvers import pinned
 
 # Rows of a block: products with few rows are slow, and a block's own columns are work beside the one long product. On
 # two cores of a Zen 3 (n = 16,000, float32) 512 to 2048 rows factor at 153 to 158 GFLOP/s, 768 at 158, where products
@@ -68,7 +70,7 @@ class SymmetricBlocks:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             return [empty_matrix(*shape, like) for shape in shapes]
         if self.place == "host":
-            return [torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=True) for shape in shapes]
+            return pinned.matrices(shapes, self.dtype)
         sizes = [rows * columns for rows, columns in shapes]
         with tempfile.TemporaryFile(dir=self.place, prefix="fastagop-") as file:  # unlinked before it is written
             flat = np.memmap(file, _NUMPY[self.dtype], "w+", shape=(max(1, sum(sizes)),))
@@ -249,6 +251,11 @@ class SymmetricBlocks:
         if block.data_ptr() != there.data_ptr():
             block.copy_(there)
 
+    @functools.cached_property
+    def _side(self) -> torch.cuda.Stream:
+        """The stream on which blocks come: one, since a stream's memory is of no use to another one."""
+        return torch.cuda.Stream(self.device)
+
     def _streamed(
         self, first: int = 0, columns: slice = slice(None), backwards: bool = False
     ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -260,7 +267,7 @@ class SymmetricBlocks:
             for i in order:
                 yield self.slices[i], self._on_device(self.blocks[i][:, columns])
             return
-        side = torch.cuda.Stream(self.device)
+        side = self._side
         ahead: list[torch.Tensor] = []
 
         def fetch(i: int) -> None:
@@ -290,6 +297,11 @@ def default_rows(n: int, device: torch.device) -> int:
     return max(1, min(ROWS["cuda" if device.type == "cuda" else "cpu"], -(-n // 8)))
 
 
+def shapes_of(n: int, rows: int) -> list[tuple[int, int]]:
+    """(rows, columns) of the blocks of an n x n matrix."""
+    return [(min(n, i + rows) - i, min(n, i + rows)) for i in range(0, n, max(1, rows))]
+
+
 def half_bytes(n: int, dtype: torch.dtype, rows: int) -> int:
     """Bytes of the blocks of an n x n matrix."""
-    return dtype.itemsize * sum((min(n, i + rows) - i) * min(n, i + rows) for i in range(0, n, max(1, rows)))
+    return dtype.itemsize * sum(rows * columns for rows, columns in shapes_of(n, rows))

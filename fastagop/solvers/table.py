@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -169,13 +169,14 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
     return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
 
 
-def _half(name: str, dtype: torch.dtype, form: _Form, reason: Callable[[Problem], str | None]) -> Solver:
+def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Problem], str | None]) -> Solver:
     """A row of ``half``; ``dtype`` is its factor's."""
 
     def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
         peak = form.memory(problem)
         if peak > problem.room:
             raise _too_large(problem, dtype, peak)
+        form.check_host(problem)
         return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
 
     def seconds(problem: Problem, plan: Plan) -> float:
@@ -195,43 +196,9 @@ def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError
     )
 
 
-class _Form(NamedTuple):
-    """One of ``half``'s ways: what it stores, its most bytes, seconds, what it says of its precision, how it runs."""
-
-    stores: str
-    memory: Callable[[Problem], int]
-    seconds: Callable[[Problem], float]
-    precision: str
-    run: Callable[..., Found | cg.Found]
-
-
-_REFINED = _Form(
-    "half of a float64 matrix and of its float32 factor",
-    half.refined_bytes,
-    half.refined_seconds,
-    "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
-    "where these take too long",
-    half.refined,
-)
-_IN_PLACE = _Form(
-    "half of a float64 matrix",
-    half.in_place_bytes,
-    half.in_place_seconds,
-    "float64 factorisation of half a matrix, in place",
-    half.in_place,
-)
-_FROM_POINTS = _Form(
-    "half of a float32 factor",
-    half.from_points_bytes,
-    half.from_points_seconds,
-    "float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
-    half.from_points,
-)
-
-
 def _of_half(problem: Problem) -> str | None:
     """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
-    if problem.coarse or half.in_place_bytes(problem) > problem.room:
+    if problem.coarse or not half.IN_PLACE.fits(problem):
         return None
     if problem.gave_way and len(problem.X) > SHORT:
         return f"no float32 factor is tried: {problem.gave_way}"
@@ -251,7 +218,7 @@ def of_mixed(problem: Problem) -> str | None:
 
 
 def _of_refined(problem: Problem) -> str | None:
-    if half.refined_bytes(problem) > problem.room:
+    if not half.REFINED.fits(problem):
         return None
     return f"k(X, X) is read once a step for all outputs{_by_rates(problem)}"
 
@@ -269,7 +236,7 @@ def _by_rates(problem: Problem) -> str:
 
 def _refinement_pays(problem: Problem) -> bool:
     """Whether a refined float32 factor is faster on a GPU: some chips' float64 is slow, others have split products."""
-    if not problem.rated or half.refined_bytes(problem) > problem.room:
+    if not problem.rated or not half.REFINED.fits(problem):
         return False
     return half.refined_seconds(problem) < half.in_place_seconds(problem)
 
@@ -318,10 +285,10 @@ TABLE = (
         mixed.run,
         keeps=True,
     ),
-    _half("cholesky+cg", torch.float32, _REFINED, _of_refined),
-    _half("cholesky+cg", torch.float32, _FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
+    _half("cholesky+cg", torch.float32, half.REFINED, _of_refined),
+    _half("cholesky+cg", torch.float32, half.FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
-    _half("cholesky", torch.float64, _IN_PLACE, _of_half),
+    _half("cholesky", torch.float64, half.IN_PLACE, _of_half),
     _direct("cholesky", torch.float32, _of_float32),
     _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64"),
     Solver(
