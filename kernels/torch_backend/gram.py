@@ -1,6 +1,6 @@
 """Torch backend: the AGOP in its gram form, from stored weights.
 
-With W = E + P Q^T (``smooth``), A = alpha, s = W A and u_rc = sum_j Q_jr A_jc x_j, the gradient of output c at z_i is
+With W = E + P Q^T (``LowRank``), A = alpha, s = W A and u_rc = sum_j Q_jr A_jc x_j, the gradient of output c at z_i is
 
     g_ic = h_ic + sum_r P_ir u_rc,    h_ic = sum_j E_ij A_jc x_j - s_ic z_i,
 
@@ -121,13 +121,14 @@ def gram_form(
 
     Args:
         W, X, alpha, Z: of one dtype, that of the products.
-        smooth: what to take out of W.
+        low_rank: what to take out of W.
         center: subtract the mean gradient of each output.
         rows: of a block of S.
         lower: (E, alpha) -> the step (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved; default
             torch's.
         starts: first rows of the blocks of S to add up, for Z = X; default all.
-        all_else: add what is not in blocks of S; of several callers with starts of their own, one does.
+        all_else: also add the terms that are not blocks of S; exactly one of the ranks that share the blocks passes
+            True.
         roots: square roots of the points' weights, by which the rows of W have been multiplied; needs Z other than X.
     """
     symmetric = Z is X
