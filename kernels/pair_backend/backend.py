@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 
 from ..calibration import rate
-from ..errors import BackendUnavailable, warn
+from ..errors import BackendUnavailable
 from ..plan import RAISE_LIMIT, AgopTask, Call, Plan, budget, fitting_rows
 from ..profile import Kernel
 from ..scaling import Points
 from ..torch_backend.backend import FactorKernels, TorchBackend
+from ..torch_backend.gram import warn_of_loss
 from . import blocks
 from .composite import diagonal_of, pairs_of
 from .gram import gram, gram_bytes
@@ -35,7 +36,7 @@ class PairBackend(TorchBackend):
     def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
         """K(X, Z), with the ridge on the diagonal where Z is X."""
         (n, d), m, kernel, X = operator.X.shape, len(operator.Z), operator.kernel, operator.X
-        symmetric = operator.Z is X
+        symmetric = operator.symmetric
         held = (0 if out is not None else n * m * X.element_size()) + _copies(operator)
         plan = self._plan(
             "kernel_matrix",
@@ -58,7 +59,7 @@ class PairBackend(TorchBackend):
     def matmul(self, operator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         (n, d), (m, p), size = operator.X.shape, V.shape, V.element_size()
-        half = 1.0 if operator.Z is operator.X else 2.0
+        half = 1.0 if operator.symmetric else 2.0
         held = (n + m) * p * (8 + size) + _copies(operator)
         plan = self._plan(
             "kernel_matmul",
@@ -201,10 +202,7 @@ def _agop(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None, task: A
         if loss <= _LOSS:
             return M
         if task.method == "gram":
-            warn(
-                f"agop: the gram form loses about {loss:.0e} of M on these points; the gradient form ran instead, as "
-                "with method='auto'"
-            )
+            warn_of_loss(loss)
     return blocks.agop(kernel, X, alpha, Z, plan.block, center=task.center, weights=weights)
 
 

@@ -77,9 +77,9 @@ class TorchBackend:
     def agop(self, operator, alpha: torch.Tensor, task) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
         # Rows of W that are scaled by weights are not symmetric: the gram form treats weighted points as other points.
-        Z = operator.Z if task.weights is None else operator.Z[:]
-        plan = costs.plan(operator.X, alpha, Z, task, operator.why)
-        if plan.method != "gradient" or not few.serves(operator.X, Z, alpha.shape[1], plan.peak_bytes):
+        symmetric = operator.symmetric and task.weights is None
+        plan = costs.plan(operator.X, alpha, operator.Z, task, operator.why, symmetric=symmetric)
+        if plan.method != "gradient" or not few.serves(operator.X, operator.Z, alpha.shape[1], plan.peak_bytes):
             return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
 
         def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -82,8 +82,8 @@ class TritonBackend:
 
     def agop(self, operator, alpha: torch.Tensor, task) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
-        Z = operator.Z if task.weights is None else operator.Z[:]
-        plan = costs.plan(operator.X, alpha, Z, task, operator.why, PRODUCTS[operator.precision])
+        symmetric, products = operator.symmetric and task.weights is None, PRODUCTS[operator.precision]
+        plan = costs.plan(operator.X, alpha, operator.Z, task, operator.why, products, symmetric=symmetric)
         return Call(plan, lambda at, alpha, weights: _launch().agop(at, alpha, task, plan, operator.precision, weights))
 
     def inner_kernels(self, X: torch.Tensor, precision: str) -> InnerKernels:

@@ -63,7 +63,8 @@ class TritonPairBackend(TritonBackend):
             reason = "center=True: what centring leaves may be lost in float32; use backend='torch' or 'auto'"
         if reason:
             raise BackendUnavailable(f"backend 'triton' cannot serve agop of {operator.kernel!r} with {reason}")
-        plan = costs.plan(operator.X, alpha, operator.Z[:], replace(task, method="gradient"), operator.why)
+        gradient = replace(task, method="gradient")
+        plan = costs.plan(operator.X, alpha, operator.Z, gradient, operator.why, symmetric=False)
 
         def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
             return _launch().agop(at, alpha, plan.block, operator.precision, weights)
