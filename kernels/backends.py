@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 
@@ -18,6 +18,9 @@ from .torch_backend.agop import InnerKernels
 from .torch_backend.backend import FactorKernels, TorchBackend
 from .triton_backend.backend import TritonBackend
 from .triton_backend.pairs import TritonPairBackend
+
+if TYPE_CHECKING:
+    from .kernel_operator import KernelOperator
 
 
 class Request(NamedTuple):
@@ -75,11 +78,11 @@ class Serving(Backend, Protocol):
     nothing leaves the dtype.
     """
 
-    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+    def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """k(X, Z) + ridge I, a ridge only where Z is X; ``run(points)`` gives (n, m), in ``out`` if there is one."""
         ...
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """k(X, Z) V; ``run(points)`` gives (n, p)."""
         ...
 
@@ -87,11 +90,11 @@ class Serving(Backend, Protocol):
         """For "solve with method 'cg'": k(X, Z) V of scaled float64 points, in blocks of that many rows."""
         ...
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """The predictor's gradients at Z; ``run(points, alpha)`` gives (m, K, d)."""
         ...
 
-    def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The summed AGOP; ``run(points, alpha, weights)`` gives float64 (d, d)."""
         ...
 
