@@ -150,10 +150,6 @@ class PairBackend(TorchBackend):
         rows, _ = fitting_rows(lambda rows: held + rows * each, limit, n, "agop, its diagonal,", RAISE_LIMIT)
         return blocks.agop(kernel, X, alpha, X, rows, center=task.center, weights=task.weights, diagonal=True)
 
-    def stored_product(self, kernel: Kernel, X: torch.Tensor, rows: int) -> PairProduct:
-        """k(X, X) of float64 points as a solver sees it."""
-        return PairProduct(kernel, X.double(), rows)
-
     def factor_kernels(self, dtype: torch.dtype, precision: str) -> FactorKernels:
         """How a stored k(X, X) is filled: in full, by ``fill``; half of one is not offered."""
         return PairFactor()
