@@ -144,7 +144,9 @@ def test_blocks_of_stored_weights(kind, monkeypatch, cloud, normal, relative):
     monkeypatch.setattr(costs, "gradient_aim", lambda device, width=0: (500, 2**32) if kind == "cuda" else (256, 2**25))
     monkeypatch.setattr(torch_agop, "_larger", lambda X: kind == "cuda")
     W = torch_agop.weights(Laplace(2.0), X, X, 100)
-    torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), rows=100)
+    torch_agop.agop_from_weights_(
+        W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), symmetric=True, rows=100
+    )
     assert seen == ([500, 100] if kind == "cuda" else [100] * 6)
 
 
@@ -224,9 +226,9 @@ def test_no_estimate_where_the_gradient_form_wins_whatever_it_says(on, no_estima
     on(chip)
     X, alpha = cuda(50_000, 1024), cuda(50_000, 10)
     W = cuda(50_000, 50_000)
-    cost = costs.costs(X, X, 10, costs.products_of(X, X, products))
+    cost = costs.costs(X, X, 10, costs.products_of(X, products, symmetric=True), symmetric=True)
     assert 1 < cost["gram"] / cost["gradient"] < 4
-    assert torch_agop.choose_form(W, X, alpha, X, AgopTask("sum"), products=products).form == "gradient"
+    assert torch_agop.choose_form(W, X, alpha, X, AgopTask("sum"), symmetric=True, products=products).form == "gradient"
 
 
 @pytest.mark.parametrize("K", [10, 200])
@@ -235,7 +237,7 @@ def test_the_estimate_where_it_decides(on, no_estimate, method, K):
     on("H200")
     X, alpha = cuda(5000, 1024), cuda(5000, K)
     with pytest.raises(Estimated):
-        torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method))
+        torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method), symmetric=True)
 
 
 # ---- rates and solvers

@@ -140,7 +140,7 @@ def test_a_float64_matrix_becomes_the_weights_of_the_agop(solver, monkeypatch):
     step = fit_plans.step_of(given.X, given.Y, how, 1, TASK)
     solve = prepare(Gaussian(2.0), given.X, given.Y, how.options)
     if solver == "cholesky":
-        works = costs.costs(given.X, given.X, K, costs.products_of(given.X, given.X, None))
+        works = costs.costs(given.X, given.X, K, costs.products_of(given.X, None, symmetric=True), symmetric=True)
         assert step.seconds["agop"] == min(works.values())
         assert step.peak_bytes == solve.plan.peak_bytes
     else:

@@ -224,7 +224,8 @@ def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
 
     The half is given back before products in X's dtype take a copy of as many bytes.
     """
-    seconds, needed = costs.costs(X, X, outputs, costs.products_of(X, X, None)), _FULL * len(X) ** 2
+    products, needed = costs.products_of(X, None, symmetric=True), _FULL * len(X) ** 2
+    seconds = costs.costs(X, X, outputs, products, symmetric=True)
     return needed if seconds["gram"] < seconds["gradient"] and needed <= budget(limit, X.device) else 0
 
 

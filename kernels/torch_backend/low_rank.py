@@ -3,7 +3,7 @@
 The gram form squares W, and what it squares cancels later: float32 loses digits as (W / scale of the gradients)^2. Most
 of W is smooth: in high dimension all distances are alike and W is nearly constant; once classes collapse it is nearly
 constant by pairs of classes. W = E + P Q^T with few columns leaves a small E to square, and P Q^T needs no squares:
-what it adds to the gradients has rank one in the points for every column and output (``torch_gram``).
+what it adds to the gradients has rank one in the points for every column and output (``gram.gram_form``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LowRank:
     Attributes:
         P: (m, r), of W's dtype.
         Q: (n, r).
-        own: evaluation points are the centers; P Q^T is then symmetric.
+        symmetric: evaluation points are the centers; P Q^T is then symmetric.
     """
 
     P: torch.Tensor
