@@ -336,6 +336,7 @@ class Form(NamedTuple):
         seconds: problem -> estimated time.
         precision: what it says of its precision.
         run: (problem, plan, targets, ridges, dtype of alpha) -> what was found.
+        keeps: whether k(X, X) is left in float64 when it has run.
     """
 
     stores: str
@@ -344,6 +345,7 @@ class Form(NamedTuple):
     seconds: Callable[[Any], float]
     precision: str
     run: Callable[..., direct.Found | cg.Found]
+    keeps: bool = False
 
     def fits(self, problem) -> bool:
         """Whether device and host have the memory."""
@@ -371,6 +373,7 @@ REFINED = Form(
     "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
     "where these take too long",
     refined,
+    keeps=True,
 )
 IN_PLACE = Form(
     "half of a float64 matrix",

@@ -129,7 +129,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
     checks.kernel(kernel)
     asked = options.method
     method: str = table.OPTIONS.get(type(asked), asked)  # pyright: ignore[reportAssignmentType] (checked next)
-    checks.choice("method", method, table.METHODS)
+    checks.choice("method", method, table.methods())
     iteration = asked if isinstance(asked, ConjugateGradients) else ConjugateGradients()
     half = asked if isinstance(asked, CholeskyCG) else CholeskyCG()
     checks.choice("precision", options.precision, checks.PRECISIONS)

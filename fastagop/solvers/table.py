@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastagop.kernels import calibration
+from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.solvers import cg, direct, half, mixed, pairs
@@ -126,9 +127,10 @@ class Solver:
         seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
+        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
         keeps: whether k(X, X) is left in float64 when it has run.
         halves: whether half of a matrix is stored.
-        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
+        offered_with_reason_only: whether ``offers`` leaves it out where it has no reason to be taken.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Solver:
     run: Callable[..., Found | cg.Found]
     keeps: bool = False
     halves: bool = False
+    offered_with_reason_only: bool = False
 
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
@@ -182,8 +185,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def seconds(problem: Problem, plan: Plan) -> float:
         return form.seconds(problem)
 
-    keeps = form.run is half.refined
-    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, keeps, halves=True)
+    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, form.keeps, halves=True)
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -273,34 +275,38 @@ def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
     return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
+MIXED = Solver(
+    "cholesky+cg",
+    "a float64 matrix and its float32 factor",
+    torch.float32,
+    mixed.bytes_of,
+    lambda problem, plan: half.refined_seconds(problem),
+    of_mixed,
+    _plan_mixed,
+    mixed.run,
+    keeps=True,
+    offered_with_reason_only=True,
+)
+EIGH = _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64")
+CG = Solver(
+    "cg",
+    "no matrix",
+    torch.float64,
+    cg.least_bytes,
+    lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
+    lambda problem: "cg asked for",
+    cg.plan,
+    cg.solve,
+)
 TABLE = (
-    Solver(
-        "cholesky+cg",
-        "a float64 matrix and its float32 factor",
-        torch.float32,
-        mixed.bytes_of,
-        lambda problem, plan: half.refined_seconds(problem),
-        of_mixed,
-        _plan_mixed,
-        mixed.run,
-        keeps=True,
-    ),
+    MIXED,
     _half("cholesky+cg", torch.float32, half.REFINED, _of_refined),
     _half("cholesky+cg", torch.float32, half.FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
     _half("cholesky", torch.float64, half.IN_PLACE, _of_half),
     _direct("cholesky", torch.float32, _of_float32),
-    _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64"),
-    Solver(
-        "cg",
-        "no matrix",
-        torch.float64,
-        cg.least_bytes,
-        lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
-        lambda problem: "cg asked for",
-        cg.plan,
-        cg.solve,
-    ),
+    EIGH,
+    CG,
 )
 # For kernels that are not radial: no row above is made for a diagonal that is not 1, or for values of either sign.
 PAIRS = (
@@ -309,12 +315,16 @@ PAIRS = (
         run=pairs.cholesky,
         keeps=False,
     ),
-    replace(_direct("eigh", torch.float64, TABLE[-2].reason), run=pairs.eigh, keeps=False),
-    replace(TABLE[-1], run=pairs.conjugate_gradients),
+    replace(EIGH, run=pairs.eigh, keeps=False),
+    replace(CG, run=pairs.conjugate_gradients),
 )
 Method = str | ConjugateGradients | CholeskyCG
 OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
-METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
+
+
+def methods() -> tuple[str, ...]:
+    """The words that ``method=`` takes, "auto" and the plain factorisation before the table's other names."""
+    return tuple(dict.fromkeys(("auto", "cholesky", *(solver.name for solver in TABLE))))
 
 
 def order(problem: Problem) -> tuple[str, ...]:
@@ -348,7 +358,7 @@ def offers(problem: Problem) -> list[str]:
     for solver in _rows(problem):
         if solver.name == "eigh" or not (stores or solver.name == "cg"):
             continue
-        if solver.run is mixed.run and solver.reason(problem) is None:
+        if solver.offered_with_reason_only and solver.reason(problem) is None:
             continue
         try:
             plan, settled = solver.plan(problem, "")
@@ -364,4 +374,8 @@ def choose(problem: Problem, method: str) -> tuple[Solver, str]:
     for solver in _rows(problem):
         if solver.name == method and (reason := solver.reason(problem)) is not None:
             return solver, reason
-    raise AssertionError(method)  # the last row of every name always has one
+    assert not problem.operator.kernel.radial, method  # the table's last row of every name always has a reason
+    names = ", ".join(f"'{solver.name}'" for solver in PAIRS)
+    raise BackendUnavailable(
+        f"method={method!r} cannot serve {problem.operator.kernel!r}, it is for radial kernels; use one of {names}"
+    )
