@@ -117,7 +117,8 @@ def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.Sm
 def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
     """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and not regression.gave_way
-    usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
+    usual = plain and regression.kernel.radial and regression.backend in ("auto", "torch")
+    usual = usual and regression.ridge > 0 and Y.shape[1] > 0
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
         return None
     needed, limit = medium.bytes_of(X, Y), regression.memory_limit
