@@ -19,6 +19,7 @@ import fastagop
 from fastagop import Laplace
 from fastagop.network import model_access
 from fastagop.solvers import pairs, table
+from fastagop.solvers.problem import Advice, Problem
 from fastagop.solvers.solution import Solution, report
 
 MATRIX = {"out": None, "ridge": 0.0, "precision": "highest", "backend": "auto"}
@@ -118,7 +119,7 @@ def test_known_mirror_images_cost_no_time(normal):
 def test_a_solver_plans_within_the_memory_that_the_table_says(solver, normal):
     X = normal(300, 6, dtype=torch.float32)
     operator = KernelOperator("solve", Laplace(2.0), X)
-    problem = table.Problem(operator, 4, 1e-3, 0, fastagop.ConjugateGradients(), False, table.Advice())
+    problem = Problem(operator, 4, 1e-3, 0, fastagop.ConjugateGradients(), False, Advice())
     needed = solver.memory(problem)
     plan, _ = solver.plan(dataclasses.replace(problem, room=needed), "asked for")
     assert plan.method == solver.name

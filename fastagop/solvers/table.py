@@ -7,112 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
-from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.solvers import cg, direct, half, mixed, pairs
-from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.direct import Found, needed_bytes
-from fastagop.solvers.half import CholeskyCG
+from fastagop.solvers.direct import Found
+from fastagop.solvers.options import CholeskyCG, ConjugateGradients
+from fastagop.solvers.problem import Problem, needed_bytes
 
-# Rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one.
-SHORT = 4096
-FEW = 128  # and where alpha is rounded to float32 at the end
+# Rows up to which a float64 factorisation on the CPU takes about as long as a float32 one and its refinement, where
+# alpha is rounded to float32 at the end. Where alpha stays float64, that holds up to ``problem.FULL_MATRIX_ROWS``.
+FLOAT64_ROWS = 128
 _SAMPLE, _PASSES = 2048, 5  # rows whose residual is measured in float64; passes of refinement at ridge 0
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What a caller's user can change where memory is short: the words of its error."""
-
-    method: str = "method"
-    limit: str = "raise memory_limit where memory is free"
-
-    def direct(self) -> str:
-        """Where no matrix fits."""
-        return f"Use fewer points, {self.method}='cg', or {self.limit}"
-
-    def iterative(self) -> str:
-        """Where not even the vectors of "cg" fit."""
-        smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
-        return f"Use fewer points, {smaller}, or {self.limit}"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Processes that hold half of a matrix together: how many, and (n, dtype) -> blocks that ask them."""
-
-    size: int
-    blocks: Callable[[int, torch.dtype], Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
-
-    Attributes:
-        operator: of its kernel and points, by the backend that serves it.
-        outputs: columns of Y.
-        ridge: mu >= 0.
-        room: bytes that may be taken.
-        options: of conjugate gradients.
-        float64_alpha: the coefficients are wanted in float64.
-        advice: for errors of memory.
-        half: how half of a matrix is stored and refined with.
-        shared: who shares it, where it is not this process alone.
-        gave_way: why no float32 factor is tried; "" where one may be.
-    """
-
-    operator: KernelOperator
-    outputs: int
-    ridge: float
-    room: int
-    options: ConjugateGradients
-    float64_alpha: bool
-    advice: Advice
-    half: CholeskyCG = half.DEFAULT
-    shared: Shared | None = None
-    gave_way: str = ""
-
-    @property
-    def ranks(self) -> int:
-        """Processes that share the matrix."""
-        return self.shared.size if self.shared else 1
-
-    @property
-    def X(self) -> torch.Tensor:
-        """The points (n, d)."""
-        return self.operator.X
-
-    @property
-    def coarse(self) -> bool:
-        """Products below float32's accuracy were asked for, so that a factor is a preconditioner anyway."""
-        return self.operator.backend.factor_kernels(torch.float32, self.operator.precision).coarse
-
-    @property
-    def large(self) -> bool:
-        """More points, on the CPU or over ranks, than are solved fastest by one matrix stored in full."""
-        alone = self.X.device.type == "cpu" or self.shared is not None
-        return len(self.X) > SHORT and alone and not self.coarse
-
-    @property
-    def rated(self) -> bool:
-        """Whether the device's rates decide between a float64 factor and a refined float32 one: as ``large``, on a GPU.
-
-        On the CPU the refined one is always the faster.
-        """
-        alone = self.X.device.type == "cuda" and self.shared is None
-        return len(self.X) > SHORT and alone and not self.coarse and self.X.dtype == torch.float32
-
-    def fits(self, dtype: torch.dtype) -> bool:
-        """Whether a Cholesky factorisation in a dtype fits into memory."""
-        shared = self.shared is not None and self.large  # in full it is one process's alone
-        return not shared and needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
 
 
 @dataclass(frozen=True)
@@ -202,7 +111,7 @@ def _of_half(problem: Problem) -> str | None:
     """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
     if problem.coarse or not half.IN_PLACE.fits(problem):
         return None
-    if problem.gave_way and len(problem.X) > SHORT:
+    if problem.gave_way and problem.many_rows:
         return f"no float32 factor is tried: {problem.gave_way}"
     small = problem.X.dtype == torch.float32 and not problem.large and problem.ridge > 0
     full = problem.fits(torch.float64) or small
@@ -211,10 +120,10 @@ def _of_half(problem: Problem) -> str | None:
 
 def of_mixed(problem: Problem) -> str | None:
     """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
-    n, alone = len(problem.X), problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
+    alone = problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
-    fits = problem.half == half.DEFAULT and mixed.bytes_of(problem) <= problem.room
-    if problem.gave_way or not (alone and fit and fits and mixed.LEAST < n <= SHORT):
+    fits = problem.half == CholeskyCG() and mixed.bytes_of(problem) <= problem.room
+    if problem.gave_way or not (alone and fit and fits and len(problem.X) > mixed.LEAST) or problem.many_rows:
         return None
     return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
 
@@ -253,8 +162,8 @@ def _of_float64(problem: Problem) -> str | None:
     if problem.ridge == 0:
         needed = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
         return f"{needed}{_by_rates(problem)}"
-    few = SHORT if problem.float64_alpha else FEW
-    if len(problem.X) <= few and problem.X.device.type == "cpu":
+    few = not problem.many_rows if problem.float64_alpha else len(problem.X) <= FLOAT64_ROWS
+    if few and problem.X.device.type == "cpu":
         return "few rows: float64 takes about as long as float32 and its refinement"
     return None
 
