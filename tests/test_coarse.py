@@ -8,7 +8,7 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import GeneralisedLaplace, Laplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
+from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
 from fastagop.estimators import kernel_ridge, medium
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
@@ -173,3 +173,13 @@ def test_what_explain_says_is_what_runs():
     model = RFMRegressor(Laplace(2.0), 1, device="cpu")
     assert "cholesky+cg" in str(fastagop.explain(model, X, Y))
     assert model.fit(X, Y).iterations_[0].solution.method == "cholesky+cg"
+
+
+@pytest.mark.parametrize("kernel", [ProductLaplace(3.0), 2.0 * Laplace(3.0)], ids=repr)
+def test_some_thousand_rows_of_a_kernel_that_is_not_radial(kernel):
+    """They have no profile to evaluate in place: the usual solver answers, as for fewer rows."""
+    X = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    Y = torch.sin(X[:, :1])
+    fit = RFMRegressor(kernel, iterations=1, ridge=1e-3).fit(X, Y)
+    assert fit.score(X, Y) > 0.99
+    assert (fit.solution_.method, fit.solution_.dtype) == ("cholesky", torch.float64)

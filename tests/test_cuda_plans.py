@@ -19,7 +19,8 @@ from fastagop.kernels.triton_backend import stored_product
 import fastagop
 from bench import problems
 from fastagop import Laplace, linalg
-from fastagop.solvers import direct, half, table
+from fastagop.solvers import direct, half
+from fastagop.solvers.problem import FULL_MATRIX_ROWS
 from fastagop.solvers.solve import SolveOptions, prepare
 from fastagop.solvers.symmetric_blocks import default_rows
 
@@ -346,7 +347,7 @@ def test_measured_rates_decide(on, monkeypatch):
 def test_small_systems_take_one_matrix(on, n):
     on("RTX 4090")
     text = fastagop.explain("solve", Laplace(30.0), cuda(n, 64), cuda(n, 10))
-    assert ("method cholesky+cg\n" in text) == (n > table.SHORT)
+    assert ("method cholesky+cg\n" in text) == (n > FULL_MATRIX_ROWS)
 
 
 def test_coarse_products_keep_their_own_factor(on):

@@ -21,6 +21,7 @@ from fastagop.estimators import fit_plans
 from fastagop.estimators.fit_plans import Data, Step
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import direct, table
+from fastagop.solvers.problem import Problem
 from fastagop.solvers.solve import prepare
 
 CPU = torch.device("cpu")
@@ -133,9 +134,10 @@ def test_ranks_share_the_agop_and_the_passes_of_cg(solver):
 @pytest.mark.parametrize("solver", ["cholesky", "cg", "float32"])
 def test_a_float64_matrix_becomes_the_weights_of_the_agop(solver, monkeypatch):
     """Its AGOP takes the cheaper form's seconds and no more memory; any other one is planned as a call is."""
-    for name, rows in (("SHORT", 4096), ("FEW", 128)):
-        monkeypatch.setattr(table, name, 0 if solver == "float32" else rows)
-    monkeypatch.setattr(table.Problem, "large", False)
+    if solver == "float32":
+        monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 0)
+        monkeypatch.setattr(table, "FLOAT64_ROWS", 0)
+    monkeypatch.setattr(Problem, "large", False)
     given, how = data(), regression(solver="cg" if solver == "cg" else "cholesky")
     step = fit_plans.step_of(given.X, given.Y, how, 1, TASK)
     solve = prepare(Gaussian(2.0), given.X, given.Y, how.options)

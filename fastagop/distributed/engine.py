@@ -32,9 +32,9 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import filler_of
+from fastagop.solvers.problem import Shared
 from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
-from fastagop.solvers.table import Shared
 
 _UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
 

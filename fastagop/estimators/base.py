@@ -26,7 +26,7 @@ from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.profile import Kernel, median_factor
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
-from fastagop.solvers.table import METHODS, OPTIONS, Method
+from fastagop.solvers.table import OPTIONS, Method, methods
 
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
@@ -153,7 +153,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         checks.choice("backend", self.backend, backends.names())
         ridge = checks.nonnegative("ridge", self.ridge)
         if type(self.solver) not in OPTIONS:
-            checks.choice("solver", self.solver, METHODS)
+            checks.choice("solver", self.solver, methods())
         checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)
         for operation in ("kernel_matrix", "solve"):  # a layer stores its kernel matrix
