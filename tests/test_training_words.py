@@ -39,12 +39,12 @@ def test_records_in_words():
 
 
 def test_layers_in_words():
-    cos = FeatureMap(torch.zeros(8, 3), torch.zeros(8))
+    cos = FeatureMap("cos", torch.zeros(8, 3), torch.zeros(8))
     layer = deep.Layer(torch.eye(3), torch.eye(3), cos, RECORD)
     assert repr(layer) == f"Layer(agop 3 x 3, cos features 8, {RECORD})"
     assert repr(layer.copy()) == "Layer(agop 3 x 3, cos features 8)"
     assert layer.copy().bias is not layer.bias
-    relu = deep.Layer(torch.eye(3), torch.eye(3), FeatureMap(torch.zeros(8, 3)))
+    relu = deep.Layer(torch.eye(3), torch.eye(3), FeatureMap("relu", torch.zeros(8, 3)))
     assert repr(relu) == "Layer(agop 3 x 3, relu features 8)"
     assert relu.copy().bias is None
 

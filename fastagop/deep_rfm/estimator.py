@@ -19,7 +19,7 @@ from fastagop.deep_rfm.checkpoint import Checkpoint
 from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerRecord, LayerTraining, Settings, normalise_rows
 from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.deep_rfm.module import DeepRFMModule, Readout
-from fastagop.deep_rfm.random_features import NAMES as FEATURES
+from fastagop.deep_rfm.random_features import FEATURES
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs
@@ -240,12 +240,12 @@ class _DeepRFM(_Layers, KernelEstimator):
         """The parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         regression = self._machine()
         depth, width = checks.integer("depth", self.depth, 1), checks.integer("width", self.width, 1)
-        checks.choice("features", self.features, FEATURES)
-        scale = self.feature_scale
-        if scale is not None and (self.features != "cos" or not checks.nonnegative("feature_scale", scale)):
+        checks.choice("features", self.features, tuple(FEATURES))
+        scale, scaled = self.feature_scale, [name for name, kind in FEATURES.items() if kind.default_scale is not None]
+        if scale is not None and (self.features not in scaled or not checks.nonnegative("feature_scale", scale)):
             raise ValueError(
-                f"feature_scale is the positive scale of features='cos' and None otherwise, got {scale!r} with "
-                f"features={self.features!r}"
+                f"feature_scale is the positive scale of features={' or '.join(map(repr, scaled))} and None otherwise, "
+                f"got {scale!r} with features={self.features!r}"
             )
         return Settings(
             self.kernel,
