@@ -137,7 +137,7 @@ def test_equal_scores_are_decided_by_squared_errors_and_then_by_the_first():
     assert none.best_iteration_ == 0
     outputs, codes = torch.tensor([[1.0], [0.0]]), torch.zeros(2, 1)
     held = validation.HeldOut(codes, None, weights[:2], codes, np.array([3.0, 1.0]), lambda estimator, X, y: 1.0)
-    assert held.score(types.SimpleNamespace(_view=lambda outputs, X: None), outputs) == (1.0, -0.75)
+    assert held.score(types.SimpleNamespace(_with_outputs=lambda outputs, X: None), outputs) == (1.0, -0.75)
 
 
 def test_iterations_end_where_scores_do_not_grow():

@@ -152,8 +152,8 @@ def fit_and_agop(
     """
     rows = rows or copies.alone(X)
     if mirrored(Y):
-        how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
-        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
+        keywords = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
+        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **keywords)
         return _both(solved), M.mul_(2.0), planned
     fitted = _small(X, Y, regression, engine, rows)
     if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:

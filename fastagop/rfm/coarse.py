@@ -19,7 +19,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.distributed.engine import LOCAL
-from fastagop.estimators.calls import in_full
+from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget, empty_matrix
@@ -112,17 +112,17 @@ class Fold:
         scorer: (estimator, X, y) -> number.
     """
 
-    @in_full
+    @without_autograd_or_autocast
     def __init__(self, estimator, train: tuple, test: tuple, scorer):
         self.model: Any = clone(estimator)
         self.model.set_params(scoring=scorer)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             regression, _ = self.model._checked()
             data = self.model._training(*train)
             held = self.model._held(data, *test, None, LOCAL)[0]
         assert held is not None
-        self.notes = [str(warning.message) for warning in said]
+        self.notes = [str(warning.message) for warning in caught]
         self.held: HeldOut = held
         self.points = Points.of(data.X, data.Y, data.weights)
         rows = self.points.rows
@@ -177,14 +177,14 @@ class Fold:
             if step < rules.iterations and (state := self._next(machine, rules, state, *found[1:])) is None:
                 return
 
-    @in_full
+    @without_autograd_or_autocast
     def _first(self, diagonal: bool) -> State:
         if diagonal not in self._rooms:
             self._rooms[diagonal] = Room.of(self.points.X, self.held.points, diagonal, self.model.kernel)
         room = self._rooms[diagonal]
         return State(room.metric, room.x, room.first)
 
-    @in_full
+    @without_autograd_or_autocast
     def _step(self, machine: _Machine, view, state: State):
         """((score, tie), alpha, K + ridge) of a kernel machine; None where a fit has to tell."""
         if (solved := machine.solve(state.squares.inner)) is None:
@@ -193,7 +193,7 @@ class Fold:
         outputs = torch.cat([-outputs, outputs], 1) if self._mirrored else outputs
         return (self._score(view, outputs), *solved) if bool(outputs.isfinite().all()) else None
 
-    @in_full
+    @without_autograd_or_autocast
     def _next(self, machine: _Machine, rules: Rules, state: State, alpha: torch.Tensor, K: torch.Tensor):
         """The state in the metric of the AGOP; None where a fit has to tell."""
         room = self._rooms[rules.diagonal]

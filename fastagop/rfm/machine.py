@@ -17,7 +17,7 @@ from fastagop.distributed.engine import Local, engine_of
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs
 from fastagop.estimators.base import KernelEstimator, Training
-from fastagop.estimators.calls import in_full, whole
+from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Rows, Scoring, Seed, Self
@@ -73,8 +73,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Labels or targets of some training rows as they were given."""
         raise NotImplementedError
 
-    @whole
-    @in_full
+    @all_or_nothing
+    @without_autograd_or_autocast
     def fit(
         self, X: Rows, y: Rows, sample_weight: Rows | None = None, X_val: Rows | None = None, y_val: Rows | None = None
     ) -> Self:
@@ -111,7 +111,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         self._part = learn  # the rows that M is made of, None for all
         part = data if learn is None else _rows_of(data, learn)
         points, reported = Points.of(part.X, part.Y, part.weights), set()
-        regression = self._settled(regression, points.X)
+        regression = self._with_bandwidth(regression, points.X)
         points = points.by_class(part.X, part.classes)
         learnt = self._learn(points, regression, rules, held, reported)
         self.iterations_, self.best_iteration_ = learnt.records, learnt.best
@@ -246,9 +246,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
         M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
-        return self._kept(self._preparation.reported(M))
+        return self._like_fit_input(self._preparation.reported(M))
 
-    @in_full
+    @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype.
 
@@ -258,9 +258,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         rows = self._samples(X)
         if self._preparation.unit is not None:
             rows = self._preparation.near(rows)
-        return self._answer(self._metric.transformed(rows), X)
+        return self._like_input(self._metric.transformed(rows), X)
 
-    @in_full
+    @without_autograd_or_autocast
     def gradients(self, X: Rows) -> Any:
         """Gradients of the outputs at rows X, in the units of the data: (m, K, d), of X's kind and dtype.
 
@@ -273,9 +273,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         points = self._metric.points(near)
         g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
         g = self._metric.pulled_back(g)
-        return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
+        return self._like_input(g if self._preparation.unit is None else g / self._preparation.unit, X)
 
-    @in_full
+    @without_autograd_or_autocast
     def directions(self, k: int | None = None) -> Directions:
         """The k directions that the metric stretches most, largest first, with signs: ``Directions``.
 
@@ -295,7 +295,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         if self._preparation.unit is not None:
             vectors = vectors / (self._preparation.unit / self._preparation.unit.min())
             vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values, correlations.abs())))
+        found = (value.to(self._dtype) for value in (vectors, values, correlations.abs()))
+        return Directions(*map(self._like_fit_input, found))
 
     def _staged(self, X) -> Iterator[torch.Tensor]:
         """Outputs (m, K) of the kernel machines after 0, 1, ... AGOPs."""
@@ -307,14 +308,14 @@ class RecursiveFeatureMachine(KernelEstimator):
         for stage in stages:
             yield self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
 
-    @in_full
+    @without_autograd_or_autocast
     def staged_predict(self, X: Rows) -> Iterator[Any]:
         """Predictions after 0, 1, ... AGOPs, up to the last that was taken: an iterator of what ``predict`` returns.
 
         They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
         had no part in. A loaded estimator has none.
         """
-        views: list[Any] = [self._view(outputs, X) for outputs in self._staged(X)]
+        views: list[Any] = [self._with_outputs(outputs, X) for outputs in self._staged(X)]
         return iter([view.predict(X) for view in views])
 
     @property
@@ -325,18 +326,18 @@ class RecursiveFeatureMachine(KernelEstimator):
         """
         check_is_fitted(self)
         spread = self._metric.spread(self.n_features_in_, self._centers)
-        return self._kept((spread / spread.sum()).to(torch.float64))
+        return self._like_fit_input((spread / spread.sum()).to(torch.float64))
 
     @property
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names."""
         return self.n_features_in_
 
-    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
         return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._metric.points(self._preparation.near(X))
 
     def _packed(self):
@@ -350,12 +351,12 @@ class RecursiveFeatureMachine(KernelEstimator):
         records = []
         for index, record in enumerate(self.iterations_):
             solution = storage.pack_solution(record.solution)
-            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _written(record.score)}
+            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _pack_score(record.score)}
             records.append({"solution": solution, **numbers})
             alpha = record.solution.alpha  # the best iteration's is the last solve's; a file holds it twice
             tensors[f"{index}.alpha"] = alpha.clone() if alpha is self.solution_.alpha else alpha
         scores = getattr(self, "validation_score_", None)
-        scores = None if scores is None else [_written(score) for score in scores.tolist()]
+        scores = None if scores is None else [_pack_score(score) for score in scores.tolist()]
         return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -369,11 +370,11 @@ class RecursiveFeatureMachine(KernelEstimator):
         self._seen = Targets(means, tensors.get("target_weights"), spread)
         for index, record in enumerate(metadata["iterations"]):
             solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
-            score = _read(record.get("score"))
+            score = _unpack_score(record.get("score"))
             self.iterations_.append(IterationRecord(**{**record, "solution": solution, "score": score}))
         self.best_iteration_ = metadata.get("best_iteration", len(self.iterations_))
         if metadata.get("scores") is not None:
-            self.validation_score_ = np.array([_read(score) for score in metadata["scores"]])
+            self.validation_score_ = np.array([_unpack_score(score) for score in metadata["scores"]])
 
 
 def _rows_of(data: Training, index: torch.Tensor) -> Training:
@@ -382,11 +383,11 @@ def _rows_of(data: Training, index: torch.Tensor) -> Training:
     return Training(data.X[index], data.Y[index], classes, weights)
 
 
-def _written(score: float | None) -> float | str | None:
+def _pack_score(score: float | None) -> float | str | None:
     """A score for a file's JSON, which has no infinity."""
     return str(score) if score is not None and not math.isfinite(score) else score
 
 
-def _read(score: float | str | None) -> float | None:
-    """A score that ``_written`` wrote."""
+def _unpack_score(score: float | str | None) -> float | None:
+    """A score that ``_pack_score`` wrote."""
     return None if score is None else float(score)

@@ -48,7 +48,7 @@ class HeldOut:
         """
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
-            score = float(self.scorer(model._view(outputs, self.X), self.X, self.y, **options))
+            score = float(self.scorer(model._with_outputs(outputs, self.X), self.X, self.y, **options))
         except (ValueError, TypeError) as error:
             if not (missing := self._missing(model)):
                 raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
