@@ -238,7 +238,7 @@ class _DeepRFM(_Layers, KernelEstimator):
 
     def _settings(self) -> Settings:
         """The parameters, checked; scikit-learn asks for this in fit, not in __init__."""
-        regression = self._machine()
+        regression = self._regression()
         depth, width = checks.integer("depth", self.depth, 1), checks.integer("width", self.width, 1)
         checks.choice("features", self.features, tuple(FEATURES))
         scale, scaled = self.feature_scale, [name for name, kind in FEATURES.items() if kind.default_scale is not None]

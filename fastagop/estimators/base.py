@@ -57,8 +57,8 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
-    ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_machine`` first, then ``_with_bandwidth``, and sets
-    ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their coefficients) and
+    ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then ``_with_bandwidth``, and
+    sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their coefficients) and
     ``solution_`` (with a coefficient for every row).
     """
 
@@ -145,7 +145,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     def _dtype(self) -> torch.dtype:
         return inputs.dtype(self.dtype)
 
-    def _machine(self) -> KernelRidge:
+    def _regression(self) -> KernelRidge:
         """The shared parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         checks.kernel(self.kernel, settled=False)
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
@@ -161,7 +161,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
             if self.backend not in backends.names(operation):
                 points = torch.empty(0, 0, dtype=self._dtype, device=self._device)
                 backends.choose(self.backend, backends.Request(operation, self.kernel, points, self.precision))
-        self._checked_process()
+        self._check_process()
         return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
     def _with_bandwidth(self, parameters, points: torch.Tensor):
@@ -180,7 +180,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         self.kernel_ = kernel
         return replace(parameters, kernel=kernel)
 
-    def _checked_process(self) -> None:
+    def _check_process(self) -> None:
         """Refuse callbacks, a verbosity or a process group that are none."""
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):

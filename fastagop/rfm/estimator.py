@@ -184,9 +184,9 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
 
     fit_intercept: bool
 
-    def _checked(self):
+    def _regression_and_rules(self):
         checks.flag("fit_intercept", self.fit_intercept)
-        return super()._checked()
+        return super()._regression_and_rules()
 
     @property
     def _centred(self) -> bool:

@@ -108,7 +108,7 @@ class RFMTree(KernelEstimator):
             NumericalWarning: per solve whose result had to be altered.
         """
         begin = time.perf_counter()
-        self._checked()
+        self._check_parameters()
         data = self._training(X, y, sample_weight)
         answers, random = self._answers(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)
@@ -141,17 +141,13 @@ class RFMTree(KernelEstimator):
         if count > 1:
             changes["scoring"] = None if self.scoring is None else Lenient(validation.scorer_of(self, self.scoring))
             if self.soft and not self.early_stopping and self.metric_samples is None:
-                changes["metric_samples"] = len(rows) - self._held(len(rows))
+                changes["metric_samples"] = len(rows) - validation.held_out_count(self.validation_fraction, len(rows))
         if self.time_limit is not None:
             left = begin + float(self.time_limit) - time.perf_counter()
             changes["time_limit"] = max(0.0, left / (count - len(self.leaves_)))
         weights = None if data.weights is None else data.weights[rows].cpu().numpy()
         leaf_rows = self._like_fit_input(data.X[rows])
         return self._machine_of(**changes).fit(leaf_rows, leaf_answers, sample_weight=weights)
-
-    def _held(self, n: int) -> int:
-        """How many of a leaf's n rows are held out."""
-        return min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
 
     def _tempered(self, data: Training, answers: np.ndarray, members: list[torch.Tensor], random) -> float:
         """The temperature with the best score on the rows that no leaf's metric and coefficients have seen."""
@@ -176,7 +172,7 @@ class RFMTree(KernelEstimator):
             return rows[:0]
         out = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         out[leaf._part] = False
-        out, limit = rows[out], self._held(len(rows))
+        out, limit = rows[out], validation.held_out_count(self.validation_fraction, len(rows))
         if len(out) <= limit:
             return out
         return out[torch.from_numpy(random.permutation(len(out))[:limit]).to(out.device)]
@@ -305,22 +301,22 @@ class RFMTree(KernelEstimator):
         if not len(self.leaves_) == len(self.tree_.leaves) == len(self._shares):
             raise ValueError(f"{len(self.leaves_)} leaves and the tree do not belong together")
 
-    def _checked(self) -> None:
+    def _check_parameters(self) -> None:
         """Refuse parameters that a fit could not use."""
-        self._machine()
+        self._regression()
         if self.scale not in SCALES:
             raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
-        self._machine_of()._checked()
+        self._machine_of()._regression_and_rules()
         checks.integer("leaf_size", self.leaf_size, 2)
         checks.integer("split_samples", self.split_samples, 2)
         checks.flag("soft", self.soft)
         if self.soft:
-            self._machine_of(early_stopping=True)._checked()  # of the rows to hold out
+            self._machine_of(early_stopping=True)._regression_and_rules()  # of the rows to hold out
         validation.scorer_of(self, self.scoring)
 
     def _planned_fit(self):
         """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
-        self._checked()
+        self._check_parameters()
         return self._steps
 
     def _steps(self, data, share: int):
@@ -329,12 +325,12 @@ class RFMTree(KernelEstimator):
 
         (n, d), task = data.X.shape, AgopTask("sum", self.center)
         depth = math.ceil(math.log2(max(1.0, n / self.leaf_size)))
-        machine, many, rows = self._machine(), 2**depth, math.ceil(n / 2**depth)
+        regression, many, rows = self._regression(), 2**depth, math.ceil(n / 2**depth)
         steps, sizes = [], [] if depth == 0 else [("split", many - 1, min(int(self.split_samples), n), 2)]
         held = 0
         for name, often, size, iterations in [*sizes, ("leaf", many, rows, int(self.iterations))]:
             part = replace(data, X=data.X[:size], Y=data.Y[:size])
-            found, held = iteration_steps(part, machine, share, task, (iterations, self.diagonal))
+            found, held = iteration_steps(part, regression, share, task, (iterations, self.diagonal))
             steps += [(f"{many if name == 'leaf' else many - 1} x {name} of {size} rows, {label}", often * times, step)
                       for label, times, step in found]  # fmt: skip
         return steps, many * held + n * d * data.X.element_size()

@@ -26,7 +26,7 @@ from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.directions import Targets, leading
-from fastagop.rfm.learning import Learner, Learnt, Points, Rules, Stage
+from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
 from fastagop.rfm.records import Directions, IterationEvent, IterationRecord
@@ -101,16 +101,16 @@ class RecursiveFeatureMachine(KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        regression, rules = self._checked()
+        regression, rules = self._regression_and_rules()
         if (X_val is None) != (y_val is None):
             raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
         data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
         random = inputs.random(self.random_state)
-        held, learn = self._held(data, X_val, y_val, random, engine)
+        held, learn = self._held_out(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
         self._part = learn  # the rows that M is made of, None for all
         part = data if learn is None else _rows_of(data, learn)
-        points, reported = Points.of(part.X, part.Y, part.weights), set()
+        points, reported = MergedPoints.of(part.X, part.Y, part.weights), set()
         regression = self._with_bandwidth(regression, points.X)
         points = points.by_class(part.X, part.classes)
         learnt = self._learn(points, regression, rules, held, reported)
@@ -120,7 +120,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         if learn is None:
             self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
-            points = Points.of(data.X, data.Y, data.weights).by_class(data.X, data.classes)
+            points = MergedPoints.of(data.X, data.Y, data.weights).by_class(data.X, data.classes)
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
@@ -141,7 +141,7 @@ class RecursiveFeatureMachine(KernelEstimator):
                 setattr(self, name, np.array(values))
 
     def _learn(
-        self, points: Points, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
+        self, points: MergedPoints, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
     ) -> Learnt:
         """Run the iterations; records are reported and callbacks called as they come."""
         with Progress("RFM", "iteration", rules.iterations, quiet=not self.verbose) as progress:
@@ -162,8 +162,8 @@ class RecursiveFeatureMachine(KernelEstimator):
             scored = None if held is None else score
             return Learner(points, regression, rules, engine_of(self.process_group), scored, after).run()
 
-    def _held(self, data: Training, X_val, y_val, random, engine: Local) -> tuple[HeldOut | None, torch.Tensor | None]:
-        """(validation rows or None, the rows that remain, None for all)."""
+    def _held_out(self, data: Training, X_val, y_val, random, engine: Local):
+        """(validation rows: ``HeldOut`` or None, the rows that remain: their places, None for all)."""
         if X_val is None and not self.early_stopping:
             return None, None
         scorer = validation.scorer_of(self, self.scoring)
@@ -171,7 +171,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             points, y = self._given(X_val, y_val)
             return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
         n = len(data.X)
-        held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        held = validation.held_out_count(self.validation_fraction, n)
         if held < 1:
             raise ValueError(
                 f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
@@ -208,7 +208,7 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _planned_fit(self):
         """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
-        return functools.partial(self._steps, self._checked()[0])
+        return functools.partial(self._steps, self._regression_and_rules()[0])
 
     def _steps(self, regression: KernelRidge, data, share: int):
         """([(name, how often, step)], bytes that the fit keeps)."""
@@ -217,14 +217,15 @@ class RecursiveFeatureMachine(KernelEstimator):
         task = AgopTask("sum", self.center)
         n, held = len(data.X), 0
         if self.early_stopping:
-            held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+            held = validation.held_out_count(self.validation_fraction, n)
         learn = n - held
         if self.metric_samples is not None:
             learn = validation.count_of("metric_samples", self.metric_samples, learn)
         return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal), (learn, held))
 
-    def _checked(self) -> tuple[KernelRidge, Rules]:
-        regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
+    def _regression_and_rules(self) -> tuple[KernelRidge, Rules]:
+        """The kernel regression of every iteration and what ends them, of parameters that are checked now."""
+        regression, iterations = self._regression(), checks.integer("iterations", self.iterations, 0)
         for name in ("diagonal", "center", "early_stopping"):
             checks.flag(name, getattr(self, name))
         if self.scale not in SCALES:

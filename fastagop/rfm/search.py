@@ -108,7 +108,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         Warns:
             UserWarning: fits failed, or no setting but the first was begun in time.
         """
-        random, seconds, patience = self._checked()
+        random, seconds, patience = self._generator_and_limits()
         for refitted in ("estimators_", "best_estimator_"):  # of an earlier fit
             vars(self).pop(refitted, None)
         rows = inputs.matrix(self, X, reset=True)
@@ -120,7 +120,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         folds = folds_of(self.cv, self.validation_fraction, rows, answers, (codes, weights), random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
-            model._checked()
+            model._regression_and_rules()
         self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
         numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
         deadline = None if seconds is None else time.time() + seconds
@@ -136,7 +136,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
             self.best_estimator_ = self.estimators_[0]
         return self
 
-    def _checked(self) -> tuple[np.random.RandomState, float | None, int | None]:
+    def _generator_and_limits(self) -> tuple[np.random.RandomState, float | None, int | None]:
         """(the generator, seconds, patience), with all parameters checked that no estimator checks."""
         for name, least in (("n_settings", 1), ("average", 1), ("iterations", 0)):
             checks.integer(name, getattr(self, name), least)

@@ -17,7 +17,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.rfm import validation
-from fastagop.rfm.coarse import Fold as CoarseFold
+from fastagop.rfm.coarse import CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]

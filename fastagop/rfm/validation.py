@@ -149,6 +149,11 @@ def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.dev
     return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
 
 
+def held_out_count(fraction, n: int) -> int:
+    """How many of n rows a ``validation_fraction`` holds out: at least one, but never all."""
+    return min(count_of("validation_fraction", float(fraction), n), n - 1)
+
+
 def count_of(name: str, value, n: int) -> int:
     """How many of n rows a whole number, or a fraction of them, asks for: one at least and n at most.
 
