@@ -234,7 +234,11 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     def _outputs(self, X) -> torch.Tensor:
         """The kernel machine's f(X), shape (m, K), float64."""
         check_is_fitted(self)
-        return self._product(self._kernel_inputs(self._samples(X)), self._centers, self._alpha)
+        return self._outputs_at(self._samples(X))
+
+    def _outputs_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) at rows (m, d) that are checked and on the device already, float64."""
+        return self._product(self._kernel_inputs(rows), self._centers, self._alpha)
 
     def _product(self, points: torch.Tensor, centers: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """k(points, centers) alpha, shape (m, K), for float64 points (m, d)."""

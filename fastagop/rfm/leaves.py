@@ -170,9 +170,7 @@ class RFMTree(KernelEstimator):
         """Some of a leaf's rows, of which its iterations were not made; at most the share to hold out."""
         if isinstance(leaf, Constant):
             return rows[:0]
-        out = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        out[leaf._part] = False
-        out, limit = rows[out], validation.held_out_count(self.validation_fraction, len(rows))
+        out, limit = rows[leaf._unseen_rows], validation.held_out_count(self.validation_fraction, len(rows))
         if len(out) <= limit:
             return out
         return out[torch.from_numpy(random.permutation(len(out))[:limit]).to(out.device)]
@@ -181,16 +179,13 @@ class RFMTree(KernelEstimator):
         """Outputs (m, K) of a leaf before its last solve, which takes all of its rows."""
         if isinstance(leaf, Constant):
             return leaf.outputs.expand(len(near), -1)
-        stages, coordinates = leaf._learnt
-        stage = stages[leaf.best_iteration_]
-        points = stage.metric.points(leaf._preparation.near(near))
-        return self._widened(leaf, leaf._product(points, stage.centers(coordinates), stage.alpha))
+        return self._widened(leaf, leaf._outputs_before_last_solve(near))
 
     def _after(self, leaf, near: torch.Tensor) -> torch.Tensor:
         """Outputs (m, K) of a fitted leaf."""
         if isinstance(leaf, Constant):
             return leaf.outputs.expand(len(near), -1)
-        return self._widened(leaf, leaf._product(leaf._kernel_inputs(near), leaf._centers, leaf._alpha))
+        return self._widened(leaf, leaf._outputs_at(near))
 
     def _mixed(self, near: torch.Tensor, temperatures: tuple[float, ...], answer: Callable) -> list[torch.Tensor]:
         """Weighted means (m, K) of the leaves' answers for rows as the kernel sees them, for each temperature."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.engine import Local, engine_of
-from fastagop.estimators import files as storage
 from fastagop.estimators import inputs
 from fastagop.estimators.base import KernelEstimator, Training
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
@@ -29,7 +27,7 @@ from fastagop.rfm.directions import Targets, leading
 from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
-from fastagop.rfm.records import Directions, IterationEvent, IterationRecord
+from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pack_record, pack_score, unpack_record
 from fastagop.rfm.validation import HeldOut
 from fastagop.solvers.solution import Solution, report
 
@@ -37,7 +35,9 @@ from fastagop.solvers.solution import Solution, report
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
-    Hooks: ``_answers``, ``_codes``, ``_original``.
+    Hooks: ``_answers``, ``_codes``, ``_original``. What trees, searches and probes use beside public methods: before a
+    fit ``_regression_and_rules``, ``_training`` and ``_held_out``; of a fitted machine ``_outputs_at``,
+    ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
     """
 
     iterations: int
@@ -56,6 +56,8 @@ class RecursiveFeatureMachine(KernelEstimator):
     best_iteration_: int
     validation_score_: np.ndarray
     solution_: Solution
+    _unseen_rows: torch.Tensor  # places of the training rows that M is not made of; a loaded machine has none
+    _validation_ties: np.ndarray  # what decides between equal scores in validation_score_
     _learnt: tuple[list[Stage], torch.Tensor] | None
     _metric: Metric
     _preparation: Preparation
@@ -108,7 +110,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         random = inputs.random(self.random_state)
         held, learn = self._held_out(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
-        self._part = learn  # the rows that M is made of, None for all
+        self._unseen_rows = validation.others(len(data.X), learn, data.X.device)
         part = data if learn is None else _rows_of(data, learn)
         points, reported = MergedPoints.of(part.X, part.Y, part.weights), set()
         regression = self._with_bandwidth(regression, points.X)
@@ -135,7 +137,7 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _scored(self, learnt: Learnt, held: HeldOut | None) -> None:
         """Report scores; those of an earlier fit go where there are none."""
-        for name, values in (("validation_score_", learnt.scores), ("_ties", learnt.ties)):
+        for name, values in (("validation_score_", learnt.scores), ("_validation_ties", learnt.ties)):
             self.__dict__.pop(name, None)
             if held is not None:
                 setattr(self, name, np.array(values))
@@ -156,14 +158,15 @@ class RecursiveFeatureMachine(KernelEstimator):
 
             def score(stage: Stage, coordinates: torch.Tensor) -> tuple[float, float]:
                 assert held is not None
-                outputs = self._product(stage.metric.points(held.points), stage.centers(coordinates), stage.alpha)
-                return held.score(self, outputs)
+                return held.score(self, self._stage_outputs(stage, coordinates, held.points))
 
             scored = None if held is None else score
             return Learner(points, regression, rules, engine_of(self.process_group), scored, after).run()
 
-    def _held_out(self, data: Training, X_val, y_val, random, engine: Local):
-        """(validation rows: ``HeldOut`` or None, the rows that remain: their places, None for all)."""
+    def _held_out(
+        self, data: Training, X_val, y_val, random, engine: Local
+    ) -> tuple[HeldOut | None, torch.Tensor | None]:
+        """(validation rows or None, the rows that remain, None for all)."""
         if X_val is None and not self.early_stopping:
             return None, None
         scorer = validation.scorer_of(self, self.scoring)
@@ -307,7 +310,17 @@ class RecursiveFeatureMachine(KernelEstimator):
         stages, coordinates = self._learnt
         near = self._preparation.near(self._samples(X))
         for stage in stages:
-            yield self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
+            yield self._stage_outputs(stage, coordinates, near)
+
+    def _stage_outputs(self, stage: Stage, coordinates: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) of an iteration's kernel machine at rows (m, d) as the kernel sees them before a metric."""
+        return self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
+
+    def _outputs_before_last_solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """``_outputs_at`` of the best iteration's kernel machine, which ``_unseen_rows`` had no part in."""
+        assert self._learnt is not None
+        stages, coordinates = self._learnt
+        return self._stage_outputs(stages[self.best_iteration_], coordinates, self._preparation.near(rows))
 
     @without_autograd_or_autocast
     def staged_predict(self, X: Rows) -> Iterator[Any]:
@@ -351,13 +364,11 @@ class RecursiveFeatureMachine(KernelEstimator):
         tensors |= {name: value for name, value in optional.items() if value is not None}
         records = []
         for index, record in enumerate(self.iterations_):
-            solution = storage.pack_solution(record.solution)
-            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _pack_score(record.score)}
-            records.append({"solution": solution, **numbers})
+            records.append(pack_record(record))
             alpha = record.solution.alpha  # the best iteration's is the last solve's; a file holds it twice
             tensors[f"{index}.alpha"] = alpha.clone() if alpha is self.solution_.alpha else alpha
         scores = getattr(self, "validation_score_", None)
-        scores = None if scores is None else [_pack_score(score) for score in scores.tolist()]
+        scores = None if scores is None else [pack_score(score) for score in scores.tolist()]
         return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -370,25 +381,13 @@ class RecursiveFeatureMachine(KernelEstimator):
         means, spread = tensors.get("targets", none), tensors.get("spread", none.new_zeros(none.shape[1]))
         self._seen = Targets(means, tensors.get("target_weights"), spread)
         for index, record in enumerate(metadata["iterations"]):
-            solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
-            score = _unpack_score(record.get("score"))
-            self.iterations_.append(IterationRecord(**{**record, "solution": solution, "score": score}))
+            self.iterations_.append(unpack_record(record, tensors[f"{index}.alpha"]))
         self.best_iteration_ = metadata.get("best_iteration", len(self.iterations_))
         if metadata.get("scores") is not None:
-            self.validation_score_ = np.array([_unpack_score(score) for score in metadata["scores"]])
+            self.validation_score_ = np.array([float(score) for score in metadata["scores"]])
 
 
 def _rows_of(data: Training, index: torch.Tensor) -> Training:
     """Some rows of the training data."""
     classes, weights = (value if value is None else value[index] for value in (data.classes, data.weights))
     return Training(data.X[index], data.Y[index], classes, weights)
-
-
-def _pack_score(score: float | None) -> float | str | None:
-    """A score for a file's JSON, which has no infinity."""
-    return str(score) if score is not None and not math.isfinite(score) else score
-
-
-def _unpack_score(score: float | str | None) -> float | None:
-    """A score that ``_pack_score`` wrote."""
-    return None if score is None else float(score)

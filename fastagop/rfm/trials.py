@@ -147,7 +147,7 @@ def _stages(estimator, task: Task, index: int, shared: dict[int, CoarseFold], no
     if done <= estimator.iterations:
         full.append(index)
         model = _fitted(estimator, task, *task.folds[index])
-        yield from list(zip(model.validation_score_, model._ties, strict=True))[done:]
+        yield from list(zip(model.validation_score_, model._validation_ties, strict=True))[done:]
 
 
 def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):

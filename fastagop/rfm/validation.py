@@ -149,6 +149,13 @@ def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.dev
     return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
 
 
+def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Places of those of n rows that a part of them leaves out, ascending; a part of None is all rows."""
+    outside = torch.ones(n, dtype=torch.bool, device=device)
+    outside[slice(None) if part is None else part] = False
+    return outside.nonzero()[:, 0]
+
+
 def held_out_count(fraction, n: int) -> int:
     """How many of n rows a ``validation_fraction`` holds out: at least one, but never all."""
     return min(count_of("validation_fraction", float(fraction), n), n - 1)
