@@ -57,7 +57,7 @@ def test_a_seed_for_each_layer():
 
 def test_stages_of_a_layer_add_up_to_its_seconds(normal):
     X, Y = normal(30, 3), normal(30, 2)
-    settings = deep.Settings(Laplace(2.0), 1, "relu", 8, None, 1e-3, "max", "highest", "auto")
+    settings = deep.Settings(kernel=Laplace(2.0), depth=1, features="relu", width=8, ridge=1e-3)
     classes = torch.arange(30) % 2
     layer, made = deep.train_layer(X, Y, settings, 0, classes)
     stages = layer.record.stages

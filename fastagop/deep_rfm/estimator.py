@@ -248,17 +248,17 @@ class _DeepRFM(_Layers, KernelEstimator):
                 f"got {scale!r} with features={self.features!r}"
             )
         return Settings(
-            self.kernel,
-            depth,
-            self.features,
-            width,
-            None if scale is None else float(scale),
-            regression.ridge,
-            self.agop_scale,
-            self.precision,
-            self.backend,
-            self.solver,
-            self.memory_limit,
+            kernel=self.kernel,
+            depth=depth,
+            features=self.features,
+            width=width,
+            feature_scale=None if scale is None else float(scale),
+            ridge=regression.ridge,
+            agop_scale=self.agop_scale,
+            precision=self.precision,
+            backend=self.backend,
+            solver=self.solver,
+            memory_limit=self.memory_limit,
         )
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:

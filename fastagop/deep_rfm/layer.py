@@ -25,26 +25,29 @@ from fastagop.solvers.table import Method
 STAGES = ("input", "projected", "features")  # These are the places in a layer where collapse is measured.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a layer needs to know; the estimators' parameters, checked."""
+    """What a layer needs to know; the estimators' parameters, checked. Checkpoints go by these names."""
 
     kernel: Radial
     depth: int
     features: str
     width: int
-    feature_scale: float | None
-    ridge: float
-    agop_scale: str
-    precision: str
-    backend: str
+    feature_scale: float | None = None
+    ridge: float = 0.0
+    agop_scale: str = "max"
+    precision: str = "highest"
+    backend: str = "auto"
     solver: Method = "auto"
     memory_limit: float | None = None
 
     @property
     def regression(self) -> KernelRidge:
         """The kernel regression of every layer."""
-        return KernelRidge(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
+        return KernelRidge(
+            self.kernel, ridge=self.ridge, precision=self.precision, backend=self.backend,
+            solver=self.solver, memory_limit=self.memory_limit,
+        )  # fmt: skip
 
     @property
     def random_features(self) -> RandomFeatures:

@@ -61,11 +61,11 @@ class KernelRidge:
     def options(self) -> SolveOptions:
         """How a solve computes; alpha is wanted in float64."""
         return SolveOptions(
-            self.ridge,
-            self.solver,
-            self.precision,
-            self.backend,
-            self.memory_limit,
+            ridge=self.ridge,
+            method=self.solver,
+            precision=self.precision,
+            backend=self.backend,
+            memory_limit=self.memory_limit,
             float64_alpha=True,
             advice=_ADVICE,
             gave_way=self.gave_way,
