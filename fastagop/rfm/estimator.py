@@ -182,8 +182,6 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
     ):
         self._store(locals())
 
-    fit_intercept: bool
-
     def _regression_and_rules(self):
         checks.flag("fit_intercept", self.fit_intercept)
         return super()._regression_and_rules()
