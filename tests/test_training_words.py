@@ -151,7 +151,7 @@ def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, 
     plain = kernel_ridge.Predictor
     monkeypatch.setattr(kernel_ridge, "Predictor", lambda *args: made.append(args) or plain(*args))
     monkeypatch.setattr(kernel_ridge, "_rounding_costs", lambda *args: wide)
-    monkeypatch.setattr(kernel_ridge.small, "fit", lambda *args: None)
+    monkeypatch.setattr(kernel_ridge.float64_fit, "fit", lambda *args: None)
     how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", backend)
     kernel_ridge.fit_and_agop(normal(20, 3, dtype=dtype), normal(20, 2, dtype=dtype), how)
     widened = wide and dtype == F32
