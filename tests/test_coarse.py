@@ -9,7 +9,7 @@ from fastagop.kernels import reference
 
 import fastagop
 from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
-from fastagop.estimators import kernel_ridge, medium
+from fastagop.estimators import kernel_ridge, mixed_fit
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
 from fastagop.solvers import mixed
@@ -150,10 +150,10 @@ def test_a_fit_of_more_rows_is_that_of_float64(case, diagonal, center):
 def test_gradients_that_float32_would_spoil_go_on_in_float64():
     """With a loss that float32 cannot keep to, the other ways take over, and M is as exact."""
     X, Y = _points(600, "crowded")
-    fit = medium.fit(Laplace(2.0), X, Y, 1e-2, weights=True)
+    fit = mixed_fit.fit(Laplace(2.0), X, Y, 1e-2, weights=True)
     assert fit is not None
     index, exact = fit._some()
-    losses = [medium._loss(fit._gradients(dtype)[index], exact) for dtype in (torch.float32, torch.float64)]
+    losses = [mixed_fit._loss(fit._gradients(dtype)[index], exact) for dtype in (torch.float32, torch.float64)]
     assert losses[1] < 0.2 * losses[0]
 
 

@@ -259,7 +259,7 @@ def test_one_process_has_no_ranks():
     text = fastagop.explain(RFMRegressor(), X, y)
     assert "ranks" not in text
     given = data(30, 4, 1)
-    planned = fit_plans.iteration_steps(given, RFMRegressor()._machine(), 1, TASK, (5, False))
+    planned = fit_plans.iteration_steps(given, RFMRegressor()._regression(), 1, TASK, (5, False))
     assert f"about {planned[0][0][2].total:.2g} s each" in text
 
 

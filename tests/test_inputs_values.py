@@ -111,7 +111,7 @@ def test_class_weights_in_numbers():
     ],
 )
 def test_answers_have_the_dtype_of_the_rows(X, dtype, wide):
-    found = RFMRegressor()._answer(torch.ones(2, dtype=F64), X, wide)
+    found = RFMRegressor()._like_input(torch.ones(2, dtype=F64), X, wide)
     assert found.dtype == ((F64 if isinstance(X, torch.Tensor) else np.float64) if wide else dtype)
 
 

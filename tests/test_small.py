@@ -8,7 +8,7 @@ from fastagop.kernels import reference
 
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.distributed.engine import Local
-from fastagop.estimators import kernel_ridge, small
+from fastagop.estimators import float64_fit, kernel_ridge
 from fastagop.solvers import copies
 
 KERNELS = [Laplace(3.0), Gaussian(3.0), GeneralisedLaplace(3.0, 0.7), Matern52(3.0)]
@@ -34,7 +34,7 @@ def long_way(monkeypatch):
 
     def call(*args, **how):
         with monkeypatch.context() as patch:
-            patch.setattr(small, "fit", lambda *_: None)
+            patch.setattr(float64_fit, "fit", lambda *_: None)
             return kernel_ridge.fit_and_agop(*args, **how)
 
     return call
@@ -87,7 +87,7 @@ def test_points_and_targets_stay_what_they_are(normal):
 
 
 def taken(X, Y, kernel=KERNELS[0], ridge=1e-3):
-    return small.fit(kernel, X, Y, ridge) is not None
+    return float64_fit.fit(kernel, X, Y, ridge) is not None
 
 
 def test_what_is_out_of_the_ordinary_is_left_to_the_long_way(normal):
@@ -112,7 +112,7 @@ def test_what_is_out_of_the_ordinary_is_left_to_the_long_way(normal):
 @pytest.mark.parametrize("changes", [{"memory_limit": 8e4}, {"solver": "cholesky"}], ids=str)
 def test_wishes_are_for_the_long_way(changes, normal, monkeypatch):
     X, Y = problem(normal)
-    monkeypatch.setattr(small, "fit", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(float64_fit, "fit", lambda *_: pytest.fail("taken"))
     kernel_ridge.solve(X, Y, regression(**changes))
 
 
@@ -122,7 +122,7 @@ def test_weights_copies_and_other_engines_are_for_the_long_way(normal, monkeypat
     class Other(Local):
         pass
 
-    monkeypatch.setattr(small, "fit", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(float64_fit, "fit", lambda *_: pytest.fail("taken"))
     kernel_ridge.solve(X, Y, regression(), Other())
     for rows in (copies.find(X, torch.linspace(1, 2, 60, dtype=torch.float64)), copies.find(torch.cat([X, X[:3]]))):
         points = rows.take(X)
@@ -131,7 +131,7 @@ def test_weights_copies_and_other_engines_are_for_the_long_way(normal, monkeypat
 
 def test_an_agop_beyond_float64_is_for_the_long_way(normal):
     X, Y = problem(normal)
-    fitted = small.fit(Laplace(3.0), X, Y, 1e-3)
+    fitted = float64_fit.fit(Laplace(3.0), X, Y, 1e-3)
     assert fitted is not None
     fitted.solved.alpha.mul_(1e200)
     assert fitted.agop(False, False) is None

@@ -86,8 +86,8 @@ def _data(estimator, X, y, sample_weight) -> Data:
             K = _CLASSES
             assumed.append(f"labels on meta hold no classes: {_CLASSES} are taken for granted")
     else:
-        read = estimator._read(y)
-        K = len(np.unique(read)) if read.ndim == 1 else read.shape[1]
+        targets = estimator._validated_targets(y)
+        K = len(np.unique(targets)) if targets.ndim == 1 else targets.shape[1]
     inputs.same_length("y", y, n)
     weights = None if on_meta(sample_weight) else inputs.weights(sample_weight, n)
     n = n if weights is None else int((weights > 0).sum())

@@ -27,7 +27,7 @@ _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 
 @dataclass(frozen=True)
-class MediumFit:
+class MixedFit:
     """A solved problem of points x (n, d), centred; ``solved`` and ``K`` are as ``Local.solve`` returns them."""
 
     kernel: Profile
@@ -97,7 +97,7 @@ def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
     return 24 * n * n + 20 * n * d * (K + 1)
 
 
-def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MediumFit | None:
+def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MixedFit | None:
     """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K); None where anything is unusual.
 
     The caller has seen that ``table.of_mixed`` holds; ``weights``: an AGOP is wanted.
@@ -119,4 +119,4 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
         time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,
     )  # fmt: skip
-    return MediumFit(kernel, x, matrices, Solved(solution, found.alpha))
+    return MixedFit(kernel, x, matrices, Solved(solution, found.alpha))
