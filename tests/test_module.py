@@ -129,7 +129,9 @@ def test_derivatives_at_centers(case, normal, relative):
         rest = copy.deepcopy(module)
         if not case.smooth_at_zero:
             rest.readout.alpha[index] = 0
-        J, H = jacobian(case, rest, z), hessian(case, rest, z)
+        J = jacobian(case, rest, z)
+        # Where phi has no third derivative, the error of differences is proportional to their step.
+        H = 2 * hessian(case, rest, z, step=5e-5) - hessian(case, rest, z, step=1e-4)
         for way, f in first.items():
             assert relative(f(z[None])[0], J) <= 1e-7, way
         for way, f in second.items():
