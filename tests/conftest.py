@@ -1,7 +1,7 @@
 """Data that hurts, and what the tests measure with.
 
-The tests import nothing from each other (pytest's importlib mode), so what they share comes as fixtures; these
-hold functions without state, and live for the whole session so that hypothesis may use them.
+The tests import nothing from each other but the kernels of kernel_cases.py, so what they share comes as fixtures;
+these hold functions without state, and live for the whole session so that hypothesis may use them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import kernel_cases
 import numpy as np
 import pytest
 import torch
@@ -221,9 +222,7 @@ def gradient_bound():
         z = x if Z is None else Z.double().cpu()
         difference = x[None] - z[:, None]
         r = difference.square().sum(-1).sqrt()
-        u = r / kernel.bandwidth
-        power = getattr(kernel, "exponent", 2.0 if isinstance(kernel, fastagop.Gaussian) else 1.0)
-        t = math.sqrt(5.0) * u if isinstance(kernel, fastagop.Matern52) else u**power
+        t = kernel_cases.case_of(kernel).exponent(kernel, r)
         slope = torch.from_numpy(reference.profile(kernel, r.numpy())[1])
         w = torch.where(r > 0, -slope / torch.where(r > 0, r, 1.0), 0.0)
         true = torch.einsum("ij,jc,ijk->ick", w, a, difference)

@@ -1,4 +1,6 @@
-"""What the contract suite (test_contract.py) runs over. A new kernel, cloud or backend is one line in a list here.
+"""What the contract suite (test_contract.py) runs over. A new cloud or backend is one line in a list here.
+
+Kernels come from kernel_cases.py.
 
 The tests cannot import this file (pytest's importlib mode): conftest.py loads it and turns ``CASES`` and ``PLACES``
 into the parameters ``grid_case`` and ``grid_place`` of every test that asks for them.
@@ -13,17 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kernel_cases import CONTRACT, cases
 
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
-
-KERNELS = [
-    Laplace(2.0),  # the paper's kernel, singular at distance zero
-    Gaussian(1.0),  # the paper's other kernel, smooth at distance zero
-    Laplace(0.05),  # narrow: far pairs underflow, within-class distances decide
-    GeneralisedLaplace(2.0, 0.5),  # a stronger singularity at distance zero
-    GeneralisedLaplace(1.0, 1.5),  # between Laplace and Gaussian
-    Matern52(2.0),  # a polynomial times an exponential
-]
+KERNELS = [case.kernel for case in cases(CONTRACT)]  # the paper's two come first
 WELL_SPREAD = ["spread", "collapsed 1", "offset", "zero-rows"]  # conftest.py says what each cloud is
 NEAR = ["collapsed 1e-2", "collapsed 1e-3", "collapsed 1e-4", "nested", "scales", "line", "pairs"]
 CLOUDS = [*WELL_SPREAD, *NEAR, "identical"]
@@ -133,7 +127,7 @@ PLACES = [_parameter(place, slow=place.backend.slow) for place in _PLACES]
 CASES = [
     _parameter(Case(kernel, cloud, place), slow=place.backend.slow or (cloud in FURTHER and kernel not in KERNELS[:2]))
     for place in _PLACES
-    for kernel in KERNELS
+    for kernel in (case.kernel for case in cases(CONTRACT, place.backend.name))
     for cloud in place.backend.holds(kernel)
 ]
 PARAMETERS = {"grid_case": CASES, "grid_place": PLACES}

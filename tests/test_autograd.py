@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import MODULE, cases
 
 import fastagop
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, autograd
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, autograd
 
-KERNELS = [Laplace(1.3), Gaussian(1.1), GeneralisedLaplace(1.2, 1.4), Matern52(1.5)]
+KERNELS = [case.at(1.2).kernel for case in cases(MODULE)]
 NAMES = ["kernel_matrix", "kernel_matmul", "gradients", "agop"]
 
 
@@ -46,7 +47,7 @@ def plain(name, kernel, X, Z, alpha, V, bandwidth):
     return slopes if name == "gradients" else torch.einsum("ica,icb->ab", slopes, slopes) / len(Z)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_are_the_operations(name, kernel):
     X, Z, alpha, V = made()
@@ -56,7 +57,7 @@ def test_numbers_are_the_operations(name, kernel):
     assert found.requires_grad
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("alone", [False, True], ids=["Z", "Z is X"])
 def test_finite_differences(name, kernel, alone):
@@ -72,7 +73,7 @@ def test_finite_differences(name, kernel, alone):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("name", ["kernel_matrix", "kernel_matmul", "gradients"])
 def test_finite_differences_twice(name, kernel):
     if name == "gradients" and not isinstance(kernel, (Gaussian, GeneralisedLaplace)):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import reference
+from kernel_cases import CASES, one_of_each_class
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop import DeepRFMClassifier, DeepRFMRegressor
 
 SMALL = {"depth": 2, "width": 64, "random_state": 0}
 # scikit-learn's checks feed duplicated, one-dimensional and constant data: singular on purpose.
@@ -41,7 +42,7 @@ def plain_deep_rfm(X, Y, kernel, maps):
 
 
 # Matern52 has no closed form of the weight in the value: a layer measures its pairs a second time
-@pytest.mark.parametrize("kernel", [Laplace(2.0), Gaussian(1.0), GeneralisedLaplace(2.0, 0.7), Matern52(1.0)], ids=repr)
+@pytest.mark.parametrize("kernel", [case.at(1.0).kernel for case in one_of_each_class(CASES)], ids=repr)
 @pytest.mark.parametrize("features", ["relu", "cos"])
 def test_equals_algorithm_one(kernel, features):
     X, y = blobs()

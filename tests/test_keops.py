@@ -6,7 +6,6 @@ cache is cold: all cases share D features and K outputs.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -18,9 +17,10 @@ import torch
 from fastagop.kernels import reference
 from fastagop.kernels.keops_backend import reductions
 from fastagop.kernels.radial import Radial
+from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases
 
 import fastagop
-from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, Laplace
 
 D, K = 5, 3
 KEOPS = {"backend": "keops"}
@@ -68,16 +68,16 @@ def test_against_the_reference(kernel, dtype, name, cloud, normal):
 
 
 @needs_keops
-@pytest.mark.parametrize("kernel", [GeneralisedLaplace(2.0, 0.7), Matern52(1.0)], ids=repr)
-def test_further_kernels(kernel, cloud, normal):
+@pytest.mark.parametrize("case", [case for case in cases(DEVICES, "keops") if case not in (LAPLACE, GAUSSIAN)], ids=str)
+def test_further_kernels(case, cloud, normal):
     """In float64 only, where a constant that KeOps keeps in float32 shows: all else is the same for every kernel."""
-    alpha = normal(60, K)
+    kernel, alpha = case.kernel, normal(60, K)
     for name in ("collapsed 1e-4", "identical"):
         X = cloud(name, n=60, d=D)
         agrees(fastagop.kernel_matmul(kernel, X, None, alpha, **KEOPS), reference.kernel_matmul(kernel, X, X, alpha))
         agrees(fastagop.gradients(kernel, X, alpha, **KEOPS), reference.gradients(kernel, X, alpha))
         agrees(fastagop.agop(kernel, X, alpha, **KEOPS), reference.agop(kernel, X, alpha))
-    X, narrow = cloud("spread", n=60, d=D), dataclasses.replace(kernel, bandwidth=1e-300)
+    X, narrow = cloud("spread", n=60, d=D), case.at(1e-300).kernel
     assert torch.equal(fastagop.kernel_matmul(narrow, X, None, alpha, **KEOPS), alpha)
     # zero, but for a heavy tail
     assert float(fastagop.gradients(narrow, X, alpha, **KEOPS).abs().max()) <= 1e-280

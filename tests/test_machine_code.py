@@ -8,6 +8,7 @@ import torch
 from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.backend import has_products, input_precisions
 from fastagop.kernels.triton_backend.launch_config import Config
+from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases, one_of_each_class
 
 import fastagop
 from bench import machine_code
@@ -21,6 +22,8 @@ CHOSEN_WITH = (3, 6)
 NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= CHOSEN_WITH
 QUICK = [("update", "tf32", 80), ("matrix", "fp64", 90)]
 ENTRIES = [(*launch, chip) for launch in sorted(launch_config.TABLE[8]) for chip in CHIPS]
+# Test_every_launch has the Laplace kernel's; parameters are loaded, so one kernel of a class has the code of all.
+FURTHER = [case for case in one_of_each_class(cases(DEVICES, "triton")) if case not in (LAPLACE, GAUSSIAN)]
 
 # Configurations that the table once had, and what was wrong with their machine code.
 OLD = [
@@ -68,13 +71,13 @@ def test_every_launch(operation, precision, chip):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("profile", [fastagop.GeneralisedLaplace(1.0, 0.7), fastagop.Matern52(1.0)])
+@pytest.mark.parametrize("case", FURTHER, ids=str)
 @pytest.mark.parametrize(
     ("operation", "precision", "weight"),
     [("matrix", "fp16x3", True), ("matrix", "fp64", False)],  # what holds most registers; what solve starts from
 )
-def test_further_profiles(operation, precision, weight, profile, chip):
-    check(compiled(operation, precision, chip, profile=profile, weight=weight), operation, precision)
+def test_further_profiles(operation, precision, weight, case, chip):
+    check(compiled(operation, precision, chip, profile=case.kernel, weight=weight), operation, precision)
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels.radial import Radial
+from kernel_cases import CASES, one_of_each_class
 from scipy.spatial.distance import pdist
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
@@ -21,7 +22,6 @@ import fastagop
 from fastagop import (
     DeepRFMClassifier,
     DeepRFMRegressor,
-    Gaussian,
     GeneralisedLaplace,
     Laplace,
     Matern52,
@@ -46,7 +46,7 @@ class Users(Radial):
         return self.value_(sq).mul_(2 * self.power / self.bandwidth**2).masked_fill_(zero, 0.0)
 
 
-CLASSES = {Laplace: (), Gaussian: (), GeneralisedLaplace: (0.7,), Matern52: (), Users: (2.0,)}
+CLASSES = {type(case.kernel): case.further for case in one_of_each_class(CASES)} | {Users: (2.0,)}
 classes = pytest.mark.parametrize("cls", CLASSES)
 SMALL = {
     RFMClassifier: {"iterations": 1},

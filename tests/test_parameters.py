@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import backends
+from kernel_cases import CASES, one_of_each_class
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -23,12 +24,11 @@ from fastagop import (
     Gaussian,
     GeneralisedLaplace,
     Laplace,
-    Matern52,
     RFMClassifier,
     RFMRegressor,
 )
 
-KERNELS = [Laplace(2.0), Gaussian(3.0), Matern52(1.5), GeneralisedLaplace(2.0, 0.7)]
+KERNELS = [case.kernel for case in one_of_each_class(CASES)]
 SMALL = {
     RFMClassifier: {"iterations": 1},
     RFMRegressor: {"iterations": 1},

@@ -13,62 +13,39 @@ import pytest
 import torch
 from fastagop.kernels.radial import Radial
 from fastagop.kernels.torch_backend.tiles import weights_from_upper_
+from kernel_cases import PROFILE, case_of, cases, one_of_each_class
 
 import fastagop
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop import Gaussian, GeneralisedLaplace, Laplace
 
 DTYPES = [torch.float32, torch.float64]
-KERNELS = [
-    *(Laplace(2.0), Laplace(0.3), Gaussian(1.0), Gaussian(5.0)),  # bandwidths on both sides of 1
-    GeneralisedLaplace(2.0, 0.5),  # a gradient that grows without bound at distance zero
-    GeneralisedLaplace(0.7, 1.4),  # between Laplace and Gaussian
-    *(Matern52(1.0), Matern52(5.0)),
-]
-# Classes that decay like a power of the distance: far values are small, not zero.
-HEAVY_TAILED: tuple[type, ...] = ()
-FALLING = [kernel for kernel in KERNELS if not isinstance(kernel, HEAVY_TAILED)]
+CASES = cases(PROFILE)
+WIDTHS = [made for case in CASES for made in (case, case.at(0.3), case.at(5.0))]  # bandwidths on both sides of 1
 # Those whose weights are known from their values, and the others, as the kernels say themselves.
 CLOSED, OPEN = [], []
-for _kernel in (*KERNELS, GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(3.0, 2), GeneralisedLaplace(2.0, 1.99)):
+for _kernel in (*(case.kernel for case in WIDTHS), GeneralisedLaplace(1.0, 0.1), GeneralisedLaplace(2.0, 1.99)):
     (OPEN if _kernel.weight_from_value_(torch.rand(1)) is None else CLOSED).append(_kernel)
-CLASSES = {Laplace: (), Gaussian: (), GeneralisedLaplace: (0.7,), Matern52: ()}  # with their further parameters
-classes = pytest.mark.parametrize("cls", CLASSES)
+widths = pytest.mark.parametrize("kernel", [case.kernel for case in WIDTHS], ids=repr)
+falling = pytest.mark.parametrize("kernel", [case.kernel for case in WIDTHS if not case.heavy_tailed], ids=repr)
+classes = pytest.mark.parametrize("case", one_of_each_class(CASES), ids=lambda case: type(case.kernel).__name__)
 
 
 def phi(kernel, r: float) -> float:
-    u = r / kernel.bandwidth
-    match kernel:
-        case Laplace():
-            return math.exp(-u)
-        case Gaussian():
-            return math.exp(-(u**2) / 2)
-        case GeneralisedLaplace():
-            return math.exp(-(u**kernel.exponent))
-    return (1 + math.sqrt(5) * u + 5 * u**2 / 3) * math.exp(-math.sqrt(5) * u)
+    return float(case_of(kernel).profile(kernel, np.float64(r)))
 
 
 def weight(kernel, r: float) -> float:
-    """-phi'(r) / r."""
-    L, u = kernel.bandwidth, r / kernel.bandwidth
-    match kernel:
-        case Laplace():
-            return phi(kernel, r) / (L * r)
-        case Gaussian():
-            return phi(kernel, r) / L**2
-        case GeneralisedLaplace():
-            return kernel.exponent * u ** (kernel.exponent - 2) * phi(kernel, r) / L**2
-    return 5 * (1 + math.sqrt(5) * u) * math.exp(-math.sqrt(5) * u) / (3 * L**2)
+    return float(case_of(kernel).weight(kernel, np.float64(r)))
 
 
 def close(got, wanted, kernel, radii):
     """Within the roundings of the exponent t, which exp multiplies by t, and a few of the rest."""
-    eps = torch.finfo(got.dtype).eps
+    eps, tiny = torch.finfo(got.dtype).eps, torch.finfo(got.dtype).tiny
     for g, w, r in zip(got.tolist(), wanted, radii, strict=True):
-        s = r / kernel.bandwidth * (math.sqrt(5) if isinstance(kernel, Matern52) else 1.0)
-        assert abs(g - w) <= 4 * eps * (1 + max(s, s**2)) * w, (r, g, w)
+        assert abs(g - w) <= 4 * eps * (1 + case_of(kernel).exponent(kernel, r)) * w + tiny, (r, g, w)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@widths
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_and_weight(kernel, dtype):
     radii = [1e-9, 1e-3, 0.5, 1.0, 2.0, 3.0]  # from collapsed to far, short of underflow
@@ -78,7 +55,7 @@ def test_value_and_weight(kernel, dtype):
     close(kernel.weight_(sq.clone()), [weight(kernel, r) for r in exact], kernel, exact)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@widths
 def test_weight_is_minus_the_derivative_over_r(kernel):
     r = torch.linspace(0.1, 4.0, 40, dtype=torch.float64)
     h = 1e-5  # central differences: error h^2 / 6 of the third derivative, up to 1/L^3 = 40 (100 for exponent 0.5)
@@ -86,7 +63,7 @@ def test_weight_is_minus_the_derivative_over_r(kernel):
     assert torch.allclose(kernel.weight_(r.square()), -slope / r, rtol=0.0, atol=1e-7)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@widths
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_distance(kernel, dtype):
     zero = torch.zeros(3, dtype=dtype)
@@ -94,7 +71,7 @@ def test_zero_distance(kernel, dtype):
     assert kernel.weight_(zero.clone()).tolist() == [0.0] * 3  # products would make w (x - x) of it, in rounded parts
 
 
-@pytest.mark.parametrize("kernel", FALLING, ids=repr)
+@falling
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_underflow_is_zero(kernel, dtype):
     far = torch.tensor([1e7, 1.8e19], dtype=dtype).square()  # nearly the last squares that float32 holds
@@ -104,10 +81,10 @@ def test_underflow_is_zero(kernel, dtype):
     assert rebuilt is None or rebuilt.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kernel", FALLING, ids=repr)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.heavy_tailed], ids=str)
 @pytest.mark.parametrize("bandwidth", [1e-20, 1e-40, 1e-200])  # 1 / L^2, or 1 / L, is no float32 number; or no float64
-def test_narrow(kernel, bandwidth):
-    kernel, sq = dataclasses.replace(kernel, bandwidth=bandwidth), torch.tensor([0.0, 1e-6, 1.0])
+def test_narrow(case, bandwidth):
+    kernel, sq = case.at(bandwidth).kernel, torch.tensor([0.0, 1e-6, 1.0])
     assert kernel.value_(sq.clone()).tolist() == [1.0, 0.0, 0.0]
     assert kernel.weight_(sq.clone()).tolist() == [0.0, 0.0, 0.0]
     X = torch.eye(4)
@@ -115,7 +92,7 @@ def test_narrow(kernel, bandwidth):
     assert not fastagop.gradients(kernel, X, X, X.clone()).any()
 
 
-EXTREME = [*KERNELS, GeneralisedLaplace(1.0, 2.0), GeneralisedLaplace(1.0, 0.01)]
+EXTREME = [*(case.kernel for case in CASES), GeneralisedLaplace(1.0, 0.01)]
 
 
 @pytest.mark.parametrize("kernel", EXTREME, ids=repr)
@@ -143,13 +120,13 @@ def test_weight_from_value(kernel, dtype):
     k = kernel.value_(r.square())
     rebuilt = kernel.weight_from_value_(k.clone())
     assert rebuilt is not None
-    # ln k of a rounded k is off by eps: relative to t that is eps / t, and t is at least (0.05 / 5)^2 / 2
-    eps = torch.finfo(dtype).eps
-    t = -torch.log(k.double())
-    power = {Laplace: 1.0, Gaussian: 0.0}.get(type(kernel)) or 2.0 / getattr(kernel, "exponent", 2.0) - 1.0
-    allowed = 4 * eps * (1 + t + power / t)
-    wanted = torch.tensor([weight(kernel, x) for x in r.double().tolist()], dtype=torch.float64)
-    assert bool(((rebuilt.double() - wanted).abs() <= allowed * wanted).all())
+    # k has a rounding, and t of its exponent's; d ln w / d ln k times as much of it enters the weight
+    radii, case = r.double().numpy(), case_of(kernel)
+    up, down = ([np.log(f(kernel, s * radii)) for f in (case.weight, case.profile)] for s in (1 + 1e-5, 1 - 1e-5))
+    slope = np.abs((up[0] - down[0]) / (up[1] - down[1]))
+    wanted = case.weight(kernel, radii)
+    allowed = 4 * torch.finfo(dtype).eps * (case.exponent(kernel, radii) + slope)
+    assert (np.abs(rebuilt.double().numpy() - wanted) <= allowed * wanted + torch.finfo(dtype).tiny).all()
     assert bool(kernel.weight_from_value_(torch.ones(2, dtype=dtype)).isfinite().all())
 
 
@@ -172,6 +149,7 @@ def test_weights_beside_values(kernel, bandwidth, dtype):
 def test_which_weights_are_known_from_values():
     assert {Laplace, Gaussian, GeneralisedLaplace} <= {type(kernel) for kernel in CLOSED}
     assert {kernel.exponent for kernel in CLOSED if isinstance(kernel, GeneralisedLaplace)} == {0.1, 0.5, 2.0}
+    assert {kernel.exponent for kernel in OPEN if isinstance(kernel, GeneralisedLaplace)} == {1.5, 1.99}
     assert not {Laplace, Gaussian} & {type(kernel) for kernel in OPEN}
 
 
@@ -199,7 +177,7 @@ def test_kernels_that_are_the_same(kernel, twin, dtype):
     torch.testing.assert_close(kernel.weight_from_value_(k.clone()), twin.weight_from_value_(k.clone()), **close)
 
 
-@pytest.mark.parametrize("kernel", [kernel for kernel in CLOSED if kernel in KERNELS], ids=repr)
+@pytest.mark.parametrize("kernel", [case.kernel for case in WIDTHS if case.kernel in CLOSED], ids=repr)
 @pytest.mark.parametrize("rows", [1, 7, 30, 256])  # single rows, a short last block, one block, more than there is
 def test_weights_of_a_stored_matrix(kernel, rows, cloud):
     """From kernel values above the diagonal, over whatever a factorisation left below: weights, zero for self."""
@@ -219,7 +197,7 @@ def test_weights_of_a_stored_matrix(kernel, rows, cloud):
     assert bool(W.isfinite().all())
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@widths
 @pytest.mark.parametrize("method", ["value_", "weight_", "weight_from_value_"])
 def test_profiles_work_in_place(kernel, method):
     block = torch.rand(4, 6)[:, 1:4]  # strided, as a block of a larger matrix is
@@ -227,7 +205,7 @@ def test_profiles_work_in_place(kernel, method):
     assert method == "weight_from_value_" if result is None else result.data_ptr() == block.data_ptr()
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@widths
 def test_call_is_kernel_matrix(kernel, cloud):
     X, Z = cloud("collapsed 1e-2", n=30), cloud("spread", n=20)
     assert torch.equal(kernel(X, Z), fastagop.kernel_matrix(kernel, X, Z))
@@ -235,8 +213,8 @@ def test_call_is_kernel_matrix(kernel, cloud):
 
 
 @classes
-def test_kernels_are_values(cls):
-    further = CLASSES[cls]
+def test_kernels_are_values(case):
+    cls, further = type(case.kernel), case.further
     kernel = cls(2, *further)
     assert kernel == cls(2.0, *further)
     assert hash(kernel) == hash(cls(2.0, *further))
@@ -283,9 +261,9 @@ def test_bad_exponent(value, error):
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_any_number_is_a_bandwidth(cls, value):
-    kernel = cls(value, *CLASSES[cls])
-    assert kernel == cls(0.5, *CLASSES[cls])
+def test_any_number_is_a_bandwidth(case, value):
+    kernel = type(case.kernel)(value, *case.further)
+    assert kernel == case.at(0.5).kernel
     assert type(kernel.bandwidth) is float
     assert pickle.loads(pickle.dumps(kernel)) == kernel
 
@@ -308,9 +286,9 @@ def test_any_number_is_a_bandwidth(cls, value):
         ("wide", TypeError),
     ],
 )
-def test_bad_bandwidth(cls, value, error):
+def test_bad_bandwidth(case, value, error):
     with pytest.raises(error, match="bandwidth"):
-        cls(value, *CLASSES[cls])
+        type(case.kernel)(value, *case.further)
 
 
 @pytest.mark.parametrize("method", ["value_", "weight_"])

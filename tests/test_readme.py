@@ -21,8 +21,12 @@ def test_example_runs(capsys):
 def test_the_kernel_that_docs_add(python):
     """In a process of its own: a kernel class stays known by its name."""
     page = (ROOT / "docs/pages/add_a_kernel.md").read_text()
-    (block,) = re.findall(r"```\{\.python \.not-run\}\n(.*?)```", page, re.DOTALL)
+    block, entry = re.findall(r"```\{\.python \.not-run\}\n(.*?)```", page, re.DOTALL)
+    read = "def KernelCase(kernel, **facts):\n    return facts\n(case,) = " + entry
     check = """
+r = torch.tensor([0.1, 1.0, 3.0, 1e4], dtype=torch.float64)
+for method, formula in ((kernel.value_, case["profile"]), (kernel.weight_, case["weight"])):  # of tests/kernel_cases.py
+    assert torch.allclose(method(r.square()), formula(kernel, r), rtol=1e-12, atol=0.0)
 X, alpha = X.double(), solution.alpha.double()
 Z, step = torch.randn(5, 8).double(), 1e-4 * torch.randn(5, 8).double()
 fall = (kernel(Z + step, X) - kernel(Z - step, X)) @ alpha
@@ -34,7 +38,7 @@ for L, value, weight in ((1e-25, 1e-25, 1e-25), (1e30, 1.0, 0.0)):  # 1 / L^2, o
         found = method(torch.tensor([0.0, 1.0, float("inf")]))
         assert torch.allclose(found, torch.tensor(true), rtol=1e-5, atol=0.0), (L, found)
 """
-    error, *rest = python(block + check).split(" ", 1)
+    error, *rest = python(block + read + check).split(" ", 1)
     assert float(error) <= 1e-5  # of a central difference
     assert rest == ["(8, 8) 0.0 RationalQuadratic(bandwidth=2.0, shape=1.5)\n"]
 

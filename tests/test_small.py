@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from fastagop.kernels import reference
+from kernel_cases import CASES, one_of_each_class
 
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop import Gaussian, Laplace
 from fastagop.distributed.engine import Local
 from fastagop.estimators import float64_fit, kernel_ridge
 from fastagop.solvers import copies
 
-KERNELS = [Laplace(3.0), Gaussian(3.0), GeneralisedLaplace(3.0, 0.7), Matern52(3.0)]
+KERNELS = [case.at(3.0).kernel for case in one_of_each_class(CASES)]
 
 
 def problem(normal, name="spread", n=60, d=7, K=3):

@@ -7,11 +7,11 @@ import torch
 from fastagop.kernels import reference
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import backend, few
+from kernel_cases import CASES, one_of_each_class
 
 import fastagop
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
 
-KERNELS = [Laplace(3.0), Gaussian(3.0), GeneralisedLaplace(3.0, 0.7), Matern52(3.0)]
+KERNELS = [case.at(3.0).kernel for case in one_of_each_class(CASES)]
 EPS = torch.finfo(torch.float32).eps
 # Results are rounded to float32 once; what float64 loses of a term, 2e-9 at most, is below that.
 TOLERANCE = 2 * EPS

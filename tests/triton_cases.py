@@ -5,7 +5,6 @@ Blocks are 32 x 32 x 32 there and 64 rows or more on a GPU: N points and 37 feat
 """
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -21,10 +20,11 @@ from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
 from fastagop.kernels.triton_backend.split import operand
 from fastagop.kernels.triton_backend.tiles import tile_of
+from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases
 
 import fastagop
 from bench import calibrate
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52, Polynomial, ProductLaplace, linalg
+from fastagop import Gaussian, Laplace, Polynomial, ProductLaplace, linalg
 from fastagop.solvers import symmetric_blocks, table
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
@@ -148,10 +148,10 @@ def test_float64_kernel_matrix(kernel, spread):
         assert bool((((distance[0] - distance[1]) / distance[1]).abs() <= 1e-9 + lost).all())
 
 
-@pytest.mark.parametrize("kernel", [Laplace(1.0), Gaussian(1.0), GeneralisedLaplace(1.0, 1.5), Matern52(1.0)], ids=repr)
+@pytest.mark.parametrize("case", [case for case in cases(DEVICES, "triton") if not case.heavy_tailed], ids=str)
 @pytest.mark.parametrize("bandwidth", [1e-25, 1e-40])  # 1 / L^2, and 1 / L, is no float32 number
-def test_narrow_kernels_and_duplicates(kernel, bandwidth):
-    narrow, X, alpha = dataclasses.replace(kernel, bandwidth=bandwidth), points(20), normal(20, 2)
+def test_narrow_kernels_and_duplicates(case, bandwidth):
+    narrow, X, alpha = case.at(bandwidth).kernel, points(20), normal(20, 2)
     X[7] = X[3]
     same = (X[:, None] == X[None]).all(-1)
     assert torch.equal(fastagop.kernel_matrix(narrow, X, **TRITON), same.to(X))
@@ -159,23 +159,25 @@ def test_narrow_kernels_and_duplicates(kernel, bandwidth):
     assert torch.equal(fastagop.kernel_matmul(narrow, X, X, alpha, **TRITON), same.to(X) @ alpha)
 
 
-@pytest.mark.parametrize("kernel", [GeneralisedLaplace(1.7, 0.7), GeneralisedLaplace(1.7, 2), Matern52(1.7)], ids=repr)
+@pytest.mark.parametrize(
+    "case", [case for case in cases(DEVICES, "triton") if case not in (LAPLACE, GAUSSIAN)], ids=str
+)
 @pytest.mark.parametrize("spread", [None, 1e-3])
-def test_further_profiles(kernel, spread):
+def test_further_profiles(case, spread):
     """Value and weight, in float32 and the value in float64; all else is the same for every kernel."""
-    X, alpha = points(40, 21, spread=spread), normal(40, 2)
+    kernel, X, alpha = case.at(1.7).kernel, points(40, 21, spread=spread), normal(40, 2)
     truth = reference.kernel_matrix(kernel, X)
     K = fastagop.kernel_matrix(kernel, X, **TRITON)
     assert error(K, truth) <= 16 * EPS
     assert float(K.max()) == 1.0
     product = fastagop.kernel_matmul(kernel, X, X[:35], alpha[:35], **TRITON)
     assert error(product, truth[:, :35] @ alpha[:35].cpu().double()) <= 16 * EPS
-    limit = 32 * EPS if spread is None or kernel != GeneralisedLaplace(1.7, 0.7) else 1e-3  # singular at distance 0
+    limit = 32 * EPS if spread is None or case.smooth_at_zero else 1e-3
     assert error(fastagop.gradients(kernel, X, alpha, **TRITON), reference.gradients(kernel, X, alpha)) <= limit
     if has_products(torch.float64):
         wide = triton_launch.fill_symmetric(torch.empty(40, 40, dtype=torch.float64, device=DEVICE), kernel, X)
         assert error(wide, truth) <= (1e-14 if spread is None else 1e-12)  # near pairs' distances are rounded as above
-    narrow = dataclasses.replace(kernel, bandwidth=1e-25)  # exponents whose squares overflow
+    narrow = case.at(1e-25).kernel  # exponents whose squares overflow
     truth = reference.kernel_matrix(narrow, X)  # the identity, but for a heavy tail
     off = (fastagop.kernel_matrix(narrow, X, **TRITON).cpu().double() - truth).abs()
     assert bool((off <= 16 * EPS * truth).all())
