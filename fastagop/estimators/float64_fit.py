@@ -12,7 +12,7 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.profile import Profile
-from fastagop.kernels.torch_backend import few as few_gradients
+from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.solvers import few
 from fastagop.solvers.solution import Solved
 
@@ -35,7 +35,7 @@ class Float64Fit:
         """The AGOP (d, d), or its diagonal (d,), summed over the points; None where it leaves float64."""
         x = self.found.x
         W = self.kernel.weight_beside_(self.found.sq.clone(), self.found.A)  # A's ridge is where r = 0, and w with it
-        M = few_gradients.squares(few_gradients.sums(W, self.solved.alpha, x, x), center, diagonal=diagonal)
+        M = outer_products(differences_product(W, self.solved.alpha, x, x), center, diagonal=diagonal)
         return M if checks.finite(M) else None
 
 

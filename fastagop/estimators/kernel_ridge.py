@@ -276,6 +276,7 @@ def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center
         return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])
     both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
+    # This is ``products.differences_product`` by output: the weights of a pair are rounded apart from its coefficients.
     for exact, rounded in zip(both[0].T, both[1].T, strict=True):
         terms = W * exact
         apart = (W.to(X.dtype).double() * rounded).sub_(terms)

@@ -21,10 +21,10 @@ from sklearn.base import clone
 from fastagop.distributed.engine import LOCAL
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
-from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.radial import GeneralisedLaplace
+from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.rfm.learning import MergedPoints, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
@@ -271,13 +271,5 @@ class _CoarseRegression:
     def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
         W, z = self._weights_(sq, K), x.float()
-        n, r = z.shape
-        G = matmul_nt(W, (alpha[:, :, None] * z[:, None, :]).view(n, -1).T).view(n, -1, r)
-        G.addcmul_(torch.mm(W, alpha)[:, :, None], z[:, None, :], value=-1.0)
-        if rules.center:
-            share = torch.ones(n) if self.weights is None else self.weights
-            G -= (share @ G.view(n, -1)).div_(share.sum()).view(1, -1, r)
-        if self.weights is not None:
-            G.mul_(self.weights.sqrt()[:, None, None])
-        flat = G.view(-1, r)
-        return flat.double().square().sum(0) if rules.diagonal else matmul_nt(flat.T, flat.T).double()
+        G = differences_product(W, alpha, z, z)
+        return outer_products(G, rules.center, self.weights, rules.diagonal)

@@ -317,7 +317,7 @@ def gradient_form(
     roots: torch.Tensor | None = None,
     scaled: bool = False,
 ) -> torch.Tensor:
-    """sum_c G_c^T G_c; float64 (d, d).
+    """sum_c G_c^T G_c; float64 (d, d): ``products.outer_products`` of gradients that exist in blocks only.
 
     Args:
         blocks: (rows of Z, weights, near pairs), as ``weight_tiles`` gives them.

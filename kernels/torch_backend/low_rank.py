@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gemm import matmul_nt
+from ..gemm import matmul_nt, symmetrise_
 
 RANK = 16  # columns of the leading part
 _ROWS = 256  # rows of W looked at once
@@ -118,6 +118,6 @@ def leading_part(W: torch.Tensor, symmetric: bool, rank: int = RANK) -> LowRank:
 
     Q = torch.linalg.qr(apply(torch.linalg.qr(apply(signs)).Q)).Q
     inner = (Q.T @ apply(Q)).double()
-    values, vectors = torch.linalg.eigh(inner.add_(inner.T.clone()).mul_(0.5))
+    values, vectors = torch.linalg.eigh(symmetrise_(inner))
     Q = Q @ (vectors * values.abs().sqrt()).to(Q.dtype)
     return LowRank(Q * values.sign().to(Q.dtype), Q, symmetric)
