@@ -14,6 +14,7 @@ import torch
 from fastagop.kernels import calibration
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, format_bytes
+from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg, direct, half, mixed, pairs
 from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.direct import Found, needed_bytes
@@ -165,7 +166,7 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
     def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
         return direct.solve(problem, made, Y, ridge, (dtype, out))
 
-    stores = f"{str(dtype).removeprefix('torch.')} matrix"
+    stores = f"{dtype_name(dtype)} matrix"
     return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
 
 
