@@ -6,6 +6,7 @@ import torch
 
 from fastagop.kernels import calibration
 from fastagop.kernels.plan import available_bytes, format_bytes
+from fastagop.kernels.precision import dtype_name
 
 
 def of_eigh(d: int, device: torch.device) -> float:
@@ -15,7 +16,7 @@ def of_eigh(d: int, device: torch.device) -> float:
 
 def of_products(flops: float, X: torch.Tensor) -> float:
     """Products of matrices in X's dtype."""
-    return calibration.seconds(flops, 0.0, X.device, "gram", str(X.dtype).removeprefix("torch."))
+    return calibration.seconds(flops, 0.0, X.device, "gram", dtype_name(X.dtype))
 
 
 def default_device() -> torch.device:

@@ -12,6 +12,7 @@ import torch
 
 from fastagop import linalg
 from fastagop.kernels import checks
+from fastagop.kernels.precision import dtype_name
 
 Matrix = torch.Tensor | np.ndarray
 _WRONG = 1e-3  # relative asymmetry or negative eigenvalue that no rounding explains
@@ -63,7 +64,7 @@ class Spectrum:
         shown = ", ".join(f"{float(value):.3g}" for value in self.values[:4]) + (", ..." if k > 4 else "")
         text = f"Spectrum({k} of {d} eigenvalues: {shown}; participation ratio {self.participation_ratio:.3g}, "
         text += f"effective rank {self.effective_rank:.3g}"
-        rounding = d * np.finfo(str(self.values.dtype).removeprefix("torch.")).eps * float(self.values[0])
+        rounding = d * np.finfo(dtype_name(self.values.dtype)).eps * float(self.values[0])
         text += f", clipped -{self.clipped:.1e}" if self.clipped > rounding else ""
         return text + (f"; {self.confidence:.0%} intervals of {self.draws} draws)" if self.draws else ")")
 

@@ -16,7 +16,7 @@ from .errors import warn
 from .pair_backend.backend import PairProduct
 from .pair_backend.blocks import mean_gradient as pair_mean_gradient
 from .plan import AgopTask, Call, Plan
-from .precision import matmul_precision
+from .precision import dtype_name, matmul_precision
 from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
@@ -86,8 +86,10 @@ class KernelOperator:
 
         dtype: of its large products, default that of the points. passes: over all pairs.
         """
-        wide = dtype is not None and dtype != self.X.dtype
-        products = str(dtype).removeprefix("torch.") if wide else self.backend.products(self.precision, self.X)
+        if dtype is None or dtype == self.X.dtype:
+            products = self.backend.products(self.precision, self.X)
+        else:
+            products = dtype_name(dtype)
         form = "gram" if plan.method in ("gram", "cholesky", "eigh") else "gradient"
         # The mirror image of half of the pairs is known.
         halves = self.symmetric and plan.op != "gradients" and plan.method != "gradient"

@@ -163,6 +163,11 @@ _OLDER = Switch(
 )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without its package: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_precision(precision: str, X: torch.Tensor, tf32: bool = False) -> str:
     """What a precision means where float32 products are full ones, or TF32 with "medium" where there are such."""
     if X.dtype == torch.float64:

@@ -19,6 +19,7 @@ from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.estimators import files as storage
 from fastagop.estimators.base import Training
 from fastagop.kernels import atomic_files
+from fastagop.kernels.precision import dtype_name
 from fastagop.locks import Lock
 
 _LAYER, _FEATURES = "Deep RFM layer", "Deep RFM layer's features"
@@ -53,7 +54,7 @@ class Checkpoint:
             "task": "regression" if data.classes is None else "classification",
             "settings": _identity(settings),
             "data": storage.fingerprint(tensors),
-            "dtype": str(data.X.dtype).removeprefix("torch."),
+            "dtype": dtype_name(data.X.dtype),
         }
         if seeds is not None:
             identity["seeds"] = seeds

@@ -23,6 +23,7 @@ from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
+from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.profile import Kernel, median_factor
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
@@ -353,7 +354,7 @@ class Regressor(base.RegressorMixin, KernelEstimator):
 
     def _validated_targets(self, y) -> np.ndarray:
         kind = getattr(y, "dtype", None)
-        name = getattr(kind, "name", str(kind).removeprefix("torch."))
+        name = dtype_name(kind) if isinstance(kind, torch.dtype) else getattr(kind, "name", str(kind))
         self._wide = name not in _HELD  # Predictions are then float64, as the targets were.
         y = inputs.targets(y)
         self._flat = y.ndim == 1

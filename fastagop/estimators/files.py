@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from fastagop.estimators.tensor_files import LONGEST_TEXT, parse_object, read_tensors, regular_size
 from fastagop.kernels import atomic_files
+from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import named
 from fastagop.solvers.solution import Solution
@@ -173,7 +174,7 @@ def pack_value(value):
     if isinstance(value, dict):  # Keys are labels here, which need not be strings as JSON's keys are.
         return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
     if isinstance(value, (torch.dtype, np.dtype, type)):
-        return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else np.dtype(value).name
+        return dtype_name(value) if isinstance(value, torch.dtype) else np.dtype(value).name
     return str(value) if isinstance(value, torch.device) else value
 
 
@@ -203,7 +204,7 @@ def pack_solution(solution: Solution) -> dict:
     """A Solution without its alpha."""
     metadata = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
     del metadata["alpha"]
-    return {**metadata, "dtype": str(solution.dtype).removeprefix("torch.")}
+    return {**metadata, "dtype": dtype_name(solution.dtype)}
 
 
 def unpack_solution(metadata: dict, alpha: torch.Tensor) -> Solution:

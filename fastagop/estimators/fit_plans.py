@@ -18,6 +18,7 @@ from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
+from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.profile import Kernel, unsettled
 from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
@@ -179,7 +180,7 @@ def _agop_diagonal(X, Y, regression: KernelRidge) -> tuple[float, int]:
     limit = budget(checks.memory_limit(regression.memory_limit), X.device)
     _, peak = torch_diagonal.plan_rows(X, K, limit)
     flops = costs.flops(n, n, d, K, True)["gradient"] - 2.0 * n * K * d * d
-    return calibration.seconds(flops, float(n) * n, X.device, "gradient", _word(X)), peak
+    return calibration.seconds(flops, float(n) * n, X.device, "gradient", dtype_name(X.dtype)), peak
 
 
 def _agop(X, Y, regression: KernelRidge, task: AgopTask, solver: Solver) -> tuple[float, int]:
@@ -200,10 +201,6 @@ def root_seconds(n: int, d: int, device: torch.device) -> float:
     return estimates.of_eigh(r, device) + calibration.seconds(6.0 * d * d * r, 0.0, device, "gram", "float64")
 
 
-def _word(X: torch.Tensor) -> str:
-    return str(X.dtype).removeprefix("torch.")
-
-
 def memory_rate(device: torch.device) -> float:
     """Bytes a second that elementwise work reads and writes, roughly."""
     return 1e12 if device.type == "cuda" else 4e9
@@ -215,7 +212,7 @@ def _solver(plan: Plan) -> str:
 
 def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, share: int) -> str:
     (n, d), K, device = data.X.shape, data.Y.shape[1], data.X.device
-    lines = [f"{name}.fit: {n} rows, {d} features, {K} output(s), {_word(data.X)} on {device}"]
+    lines = [f"{name}.fit: {n} rows, {d} features, {K} output(s), {dtype_name(data.X.dtype)} on {device}"]
     for label, times, step in steps:
         parts = ", ".join(f"{part} {seconds:.2g}" for part, seconds in step.seconds.items() if seconds)
         each = " each" if times > 1 else ""

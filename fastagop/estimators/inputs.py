@@ -17,6 +17,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
 from fastagop.kernels import checks
+from fastagop.kernels.precision import dtype_name
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
@@ -27,7 +28,7 @@ def dtype(value) -> torch.dtype:
     """float32 or float64, given by name, as a torch dtype or as NumPy's."""
     name = value
     if isinstance(value, torch.dtype):
-        name = str(value).removeprefix("torch.")
+        name = dtype_name(value)
     elif isinstance(value, (np.dtype, type)):
         name = np.dtype(value).name
     if not isinstance(name, str) or name not in DTYPES:

@@ -13,6 +13,7 @@ import torch
 from fastagop import linalg
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
+from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relative, times
 from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes
@@ -193,7 +194,7 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     extra = 0 if X.dtype == dtype else X.numel() * size
     rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3, _SMALL), n, "solve")
     work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
-    precision = f"{str(dtype).removeprefix('torch.')} factorisation"
+    precision = f"{dtype_name(dtype)} factorisation"
     if dtype == X.dtype == torch.float32:
         described = operator.backend.describe_precision(operator.precision, X)
         precision = f"{described} factorisation, float64 refinement"

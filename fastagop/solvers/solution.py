@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels.errors import warn
+from fastagop.kernels.precision import dtype_name
 from fastagop.solvers.limits import RESIDUAL
 
 _OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
@@ -65,11 +66,11 @@ class Solution:
     fallback: str = ""
 
     def __repr__(self) -> str:
-        header = f"{self.method} in {str(self.dtype).removeprefix('torch.')}, ridge {self.ridge:g}"
+        header = f"{self.method} in {dtype_name(self.dtype)}, ridge {self.ridge:g}"
         header += f", jitter {self.jitter:.1e}" if self.jitter else ""
         rows = f" on {self.residual_rows} rows" if 0 < self.residual_rows < len(self.alpha) else ""
         parts = [
-            f"alpha {size_of(self.alpha)} {str(self.alpha.dtype).removeprefix('torch.')}",
+            f"alpha {size_of(self.alpha)} {dtype_name(self.alpha.dtype)}",
             header,
             f"residual {self.residual:.1e}{rows}",
         ]

@@ -13,6 +13,7 @@ import torch
 from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
+from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg, direct, half, mixed, pairs
 from fastagop.solvers.direct import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
@@ -77,7 +78,7 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
     def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
         return direct.solve(problem, made, Y, ridge, (dtype, out))
 
-    stores = f"{str(dtype).removeprefix('torch.')} matrix"
+    stores = f"{dtype_name(dtype)} matrix"
     return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
 
 

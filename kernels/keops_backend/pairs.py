@@ -9,6 +9,7 @@ import torch
 
 from ..pair_backend.blocks import checked, computed, dtype_of
 from ..plan import AgopTask, Call, Plan
+from ..precision import dtype_name
 from ..profile import text
 from ..scaling import Points
 from . import reductions
@@ -91,5 +92,5 @@ def _said(plan: Plan, operator: KernelOperator, wide: bool = False) -> Plan:
     """A plan with the dtype of the sums, and what copies of points and operands in it take."""
     dtype = _dtype(operator, wide)
     numbers = (len(operator.X) + len(operator.Z)) * operator.X.shape[1] if dtype != operator.X.dtype else 0
-    words = str(dtype).removeprefix("torch.")
+    words = dtype_name(dtype)
     return replace(plan, precision=words, peak_bytes=plan.peak_bytes + dtype.itemsize * numbers)

@@ -16,6 +16,7 @@ import torch
 from ..errors import BackendUnavailable
 from ..gemm import add_squares_, symmetrise_
 from ..plan import RAISE_LIMIT, Plan, block_rows, budget
+from ..precision import dtype_name
 from ..profile import Formulas, Kernel, constants, text
 from ..scaling import Points
 
@@ -62,7 +63,7 @@ def _reduction(
 
     ``pair`` names rows and columns, (., d) both, as the formula does; b (columns, width); c (parameters,).
     """
-    title = f"{title}, {d} features, {width} columns, {str(dtype).removeprefix('torch.')}, {device}"
+    title = f"{title}, {d} features, {width} columns, {dtype_name(dtype)}, {device}"
     aliases = [f"{pair[0]}=Vi(0,{d})", f"{pair[1]}=Vj(1,{d})", f"b=Vj(2,{width})", f"c=Pm(3,{parameters})"]
     tiny = [torch.ones(shape, dtype=dtype, device=device) for shape in ((1, d), (1, d), (1, width), (parameters,))]
     mode = "GPU_1D" if device.startswith("cuda") else "CPU"

@@ -10,6 +10,7 @@ import torch
 from ..calibration import rate
 from ..errors import BackendUnavailable
 from ..plan import RAISE_LIMIT, AgopTask, Call, Plan, budget, fitting_rows
+from ..precision import dtype_name
 from ..profile import Kernel
 from ..scaling import Points
 from ..torch_backend.backend import FactorKernels, TorchBackend
@@ -36,7 +37,7 @@ class PairBackend(TorchBackend):
         limit, kernel = budget(how.get("limit"), operator.X.device), operator.kernel
         rows, peak = fitting_rows(bytes_of, limit, how["most"], op, *how.get("advice", ()))
         why = f"{operator.why}; {how.get('why') or _why(kernel)}"
-        precision = str(blocks.dtype_of(kernel, operator.X.dtype)).removeprefix("torch.")
+        precision = dtype_name(blocks.dtype_of(kernel, operator.X.dtype))
         return Plan(op, self.name, method, why, precision, work, peak, rows)
 
     def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
@@ -109,7 +110,7 @@ class PairBackend(TorchBackend):
         alive = _alive(kernel)
         least = gram_bytes(n, m, d, K, 1, alive)
         if method == "auto":
-            form = str(blocks.dtype_of(kernel, operator.X.dtype)).removeprefix("torch.")
+            form = dtype_name(blocks.dtype_of(kernel, operator.X.dtype))
             seconds = {name: flop / rate(name, form, operator.X.device) for name, flop in work.items()}
             allowed = "gram" in kernel.agop_forms and not task.center and least <= limit
             method = "gram" if allowed and seconds["gram"] < seconds["gradient"] else "gradient"

@@ -9,7 +9,7 @@ import torch
 
 from ..gemm import LIBRARY, PanelProducts
 from ..plan import AgopTask, Call, Plan
-from ..precision import describe_precision
+from ..precision import describe_precision, dtype_name
 from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
@@ -50,7 +50,7 @@ class TorchBackend:
         """The word that the rate of its products with these points is known by."""
         if X.dtype == torch.float32 and X.device.type == "cuda" and precision == "medium":
             return "tf32"
-        return str(X.dtype).removeprefix("torch.")
+        return dtype_name(X.dtype)
 
     def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """K(X, Z), with the ridge on the diagonal where Z is X."""

@@ -9,6 +9,7 @@ import torch
 from ..calibration import rate, source
 from ..gemm import square_bytes
 from ..plan import AIM, RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
+from ..precision import dtype_name
 from . import gram as torch_gram
 from .distance import tile_bytes
 from .gradients import chunk_of, columns_at_once, gradient_aim, gradient_bytes
@@ -30,7 +31,7 @@ def products_of(X: torch.Tensor, device: str | None, *, symmetric: bool) -> dict
 
     symmetric: evaluation points are the centers, and none has a weight; the gram form of device steps is for these.
     """
-    own = str(X.dtype).removeprefix("torch.")
+    own = dtype_name(X.dtype)
     return {"gradient": device or own, "gram": device if device and symmetric else own}
 
 
