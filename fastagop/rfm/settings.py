@@ -113,6 +113,7 @@ def parameters_of(kernel: Radial, setting: Setting) -> dict[str, Any]:
 
 
 def _default(name: str, kernel: Radial):
+    """The value that the default setting has for a name."""
     return (
         DEFAULTS[name]
         if name in DEFAULTS
@@ -127,6 +128,7 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _drawn(space: Mapping, count: int, kernel: Radial, random: np.random.RandomState) -> list[Setting]:
+    """The default setting and at most ``count`` - 1 that are drawn from a space, all different."""
     streams = {name: _stream(name, values, index, random) for index, (name, values) in enumerate(space.items())}
     found = [{name: _default(name, kernel) for name in space}]
     for _ in range(count - 1):
