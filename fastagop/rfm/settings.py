@@ -113,7 +113,6 @@ def parameters_of(kernel: Radial, setting: Setting) -> dict[str, Any]:
 
 
 def _default(name: str, kernel: Radial):
-    """The value that the default setting has for a name."""
     return (
         DEFAULTS[name]
         if name in DEFAULTS
