@@ -128,6 +128,7 @@ class Checkpoint:
         self._forget(newest)
 
     def _file(self, stem: str, index: int) -> Path:
+        """The path of a layer's file of a kind, "layer" or "features"."""
         return self.folder / f"{stem}-{index:03d}.safetensors"
 
     def _forget(self, newest: Path) -> None:
@@ -166,6 +167,7 @@ class Checkpoint:
             raise OSError(error.errno, reason, str(path)) from error
 
     def _refuse_other(self, identity: dict) -> None:
+        """Raise an error that names what differs where the folder's manifest is that of another fit."""
         for key, value in identity.items():
             found = self._manifest.get(key)
             if found == value:

@@ -262,6 +262,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         )
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
+        """The features that enter a layer, from those that enter the first one."""
         for step in self._layers[:layer]:
             features = step(features)
         return features

@@ -213,6 +213,7 @@ class _Clock:
     last: float = field(default_factory=time.perf_counter)
 
     def mark(self, stage: str) -> None:
+        """Note the seconds since the last mark as those of a stage."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -295,6 +296,7 @@ def train_layer(
 
 
 def _reset_peak(device: torch.device) -> int | None:
+    """Count the peak of memory anew; returns the bytes in use, None where nothing counts them (the CPU)."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

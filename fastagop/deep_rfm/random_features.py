@@ -43,7 +43,7 @@ def _draw_cos(rng: np.random.Generator, width: int, d: int) -> tuple[np.ndarray,
 
 
 def _relu_(projections: torch.Tensor) -> torch.Tensor:
-    """ReLU(W x)."""
+    """ReLU of the projections W x."""
     return projections.relu_()
 
 

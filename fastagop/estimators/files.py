@@ -201,7 +201,7 @@ def _unpack_array(entries: list, name: str) -> np.ndarray:
 
 
 def pack_solution(solution: Solution) -> dict:
-    """A Solution without its alpha."""
+    """A Solution as JSON, without its alpha, which is a tensor of the file."""
     metadata = {field.name: getattr(solution, field.name) for field in dataclasses.fields(solution)}
     del metadata["alpha"]
     return {**metadata, "dtype": dtype_name(solution.dtype)}

@@ -39,7 +39,7 @@ class Data:
     assumed: tuple[str, ...]
 
     def of_width(self, width: int) -> torch.Tensor:
-        """Points with so many features."""
+        """The rows of X with another number of features (n, width), which take no memory."""
         return self.X[:1, :1].expand(len(self.X), width)
 
 
@@ -54,7 +54,7 @@ class Step:
 
     @property
     def total(self) -> float:
-        """Seconds of all parts."""
+        """Seconds of the step, the sum over its parts."""
         return sum(self.seconds.values())
 
 
@@ -207,10 +207,12 @@ def memory_rate(device: torch.device) -> float:
 
 
 def _solver(plan: Plan) -> str:
+    """What a plan of a solve says of method, backend and precision, and why."""
     return f"{plan.method} on {plan.backend}, {plan.precision}: {plan.why}"
 
 
 def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, share: int) -> str:
+    """The plan of a fit in words: a line for each step, totals, and what does not fit."""
     (n, d), K, device = data.X.shape, data.Y.shape[1], data.X.device
     lines = [f"{name}.fit: {n} rows, {d} features, {K} output(s), {dtype_name(data.X.dtype)} on {device}"]
     for label, times, step in steps:

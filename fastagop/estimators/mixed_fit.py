@@ -36,7 +36,7 @@ class MixedFit:
 
     @property
     def K(self) -> torch.Tensor:
-        """k(X, X) in full."""
+        """k(X, X) as a full matrix, from which the AGOP of larger problems goes on."""
         return self.matrices.full()
 
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:

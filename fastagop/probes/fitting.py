@@ -52,7 +52,7 @@ class Settings:
     common: dict[str, Any]
 
     def machine(self, bandwidth, center: bool, iterations: int) -> Any:
-        """The estimator of a setting."""
+        """An estimator, not fitted, with the parameters of a setting."""
         kind = RFMRegressor if self.regression else RFMClassifier
         return kind(_kernel(self.kernel, bandwidth), iterations=iterations, center=center, **self.common)
 
@@ -65,7 +65,7 @@ class Part:
     y: np.ndarray
 
     def of(self, rows):
-        """These rows of a layer."""
+        """The part's rows of a layer's activations."""
         return rows if self.index is None else take(rows, self.index)
 
 
@@ -208,7 +208,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
 
 
 def _kernel(kernel, bandwidth):
-    """The kernel with a bandwidth."""
+    """The kernel, or one of the class, with a bandwidth; refuses kernels that have none."""
     made = kernel(bandwidth) if isinstance(kernel, type) else kernel
     checks.kernel(made, settled=False)
     if not made.norm:

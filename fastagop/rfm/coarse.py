@@ -138,6 +138,7 @@ class CoarseFold:
 
     @functools.cached_property
     def _median(self) -> float:
+        """The bandwidth that is the median distance of the points."""
         return settled_at(replace(self.model.kernel, bandwidth="median"), self.points.X).bandwidth
 
     def usual(self, folds: int) -> bool:
@@ -179,6 +180,7 @@ class CoarseFold:
 
     @without_autograd_or_autocast
     def _first(self, diagonal: bool) -> State:
+        """The state before anything was learnt, M = I."""
         if diagonal not in self._coordinates:
             args = self.points.X, self.held.points, diagonal, self.model.kernel
             self._coordinates[diagonal] = Coordinates.of(*args)

@@ -131,7 +131,7 @@ class Learnt:
 
     @property
     def stage(self) -> Stage:
-        """The one that predicts."""
+        """The stage that predicts, the best one."""
         return self.stages[self.best]
 
 

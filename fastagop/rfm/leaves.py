@@ -133,7 +133,7 @@ class RFMTree(KernelEstimator):
         return self._MACHINE(**{**shared, **fixed, **changes})
 
     def _leaf(self, data: Training, answers: np.ndarray, rows: torch.Tensor, count: int, begin: float):
-        """A fitted leaf of ``count``, for some rows."""
+        """One of ``count`` leaves, fitted to some rows: a machine, or a constant where they all have one answer."""
         leaf_answers = answers[rows.cpu().numpy()]
         if _constant(leaf_answers) and count > 1:
             return Constant(leaf_answers[0], data.Y[rows[0]].double())

@@ -85,7 +85,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         return None
 
     def _estimator(self, setting: Setting, iterations: int):
-        """The estimator of a setting."""
+        """An estimator, not fitted, with the parameters of a setting."""
         passed = {name: getattr(self, name) for name in (*_PASSED, "class_weight") if hasattr(self, name)}
         return self._Base(iterations=iterations, **parameters_of(self.kernel, setting), **passed)
 

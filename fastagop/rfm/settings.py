@@ -127,6 +127,7 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _drawn(space: Mapping, count: int, kernel: Radial, random: np.random.RandomState) -> list[Setting]:
+    """The default setting and at most ``count`` - 1 that are drawn from a space, all different."""
     streams = {name: _stream(name, values, index, random) for index, (name, values) in enumerate(space.items())}
     found = [{name: _default(name, kernel) for name in space}]
     for _ in range(count - 1):

@@ -61,12 +61,12 @@ class Tree:
 
     @property
     def leaves(self) -> list[Leaf]:
-        """The leaves from the left."""
+        """The leaves in the order of their numbers, from the left."""
         return sorted((node for node in self.nodes if isinstance(node, Leaf)), key=lambda leaf: leaf.number)
 
     @property
     def depth(self) -> int:
-        """Splits on the longest path."""
+        """The number of splits on the longest path from the root to a leaf."""
         return max(level for level, _ in self._walk())
 
     def route(self, points: torch.Tensor, temperature: float) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -150,7 +150,7 @@ class Tree:
 
 
 def _named(direction: torch.Tensor) -> str:
-    """The largest terms of a projection."""
+    """The largest terms of a projection on a direction in words, such as +0.80 x3 -0.60 x7."""
     largest = direction.abs().topk(min(_SHOWN, len(direction))).indices.tolist()
     terms = " ".join(f"{float(direction[i]):+.2f} x{i}" for i in largest if direction[i] != 0)
     return terms + (" ..." if int((direction != 0).sum()) > _SHOWN else "")
