@@ -11,10 +11,11 @@ from typing import Protocol
 import torch
 
 from fastagop import linalg
+from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.solvers import cg
-from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 
 log = logging.getLogger("fastagop")
 
