@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.plan import on_gpu
 
 COS_SCALE = 0.05  # This is the scale of the paper, appendix C.
 NAMES = ("relu", "cos")
@@ -80,7 +81,7 @@ class RandomFeatures:
 
     def drawing(self, d: int, seed: int, like: torch.Tensor) -> Callable[[], FeatureMap]:
         """What returns the map of ``draw``, called when it is needed; beside a GPU a thread draws it until then."""
-        if not _beside(like.device):
+        if not on_gpu(like.device):  # only beside a GPU has the host nothing else to do
             return functools.partial(self.draw, d, seed, like)
         pool = ThreadPoolExecutor(1)
         drawn = pool.submit(self._drawn, d, seed, like.dtype)
@@ -95,8 +96,3 @@ class RandomFeatures:
         weight = rng.standard_cauchy((self.width, d)) * (COS_SCALE if self.scale is None else self.scale)
         bias = rng.uniform(0.0, 2.0 * math.pi, self.width)
         return FeatureMap(torch.from_numpy(weight).to(dtype), torch.from_numpy(bias).to(dtype))
-
-
-def _beside(device: torch.device) -> bool:
-    """Whether the host has nothing else to do while the device works."""
-    return device.type == "cuda"

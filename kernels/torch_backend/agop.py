@@ -22,7 +22,7 @@ from ..calibration import rate
 from ..checks import largest, readable
 from ..errors import warn
 from ..gemm import add_squares_, random_signs, symmetrise_
-from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix
+from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix, on_gpu
 from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
@@ -120,7 +120,8 @@ def agop_from_weights_(
         shift = dominant_offset(X)
         room = _room(W, task.limit) - W.numel() * W.element_size()
         beside, _ = gradient_form_beside(X, alpha, Z, task.center, room)
-        rows = beside if _larger(X) else min(rows, beside)
+        # On a GPU the gradient form's blocks are larger than those of the gram form.
+        rows = beside if on_gpu(X.device) else min(rows, beside)
         blocks = stored_tiles(W, X, Z, rows, shift, lambda sq: scaled_(kernel.weight_(sq), exponent), roots)
         return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
     wide, x = decision.dtype, X.to(decision.dtype)
@@ -150,11 +151,6 @@ def agop_from_tiles(
     tiles = ((row, W, nearness.among_stored(W, row, kernel.weight_)) for row, W in blocks)
     M = gradient_form(tiles, alpha, X, X, shift, center, step, roots_of(row_weights))
     return scaled_(M, 2 * exponent)
-
-
-def _larger(X: torch.Tensor) -> bool:
-    """Whether blocks of the gradient form are larger than those of the gram form, as on CUDA."""
-    return X.is_cuda
 
 
 def exponent_of(W: torch.Tensor) -> int:
