@@ -198,11 +198,13 @@ def finite(value: torch.Tensor) -> bool:
     """Whether every item is finite (taken for granted in a capture); the extremes say it without a mask."""
     for axis, stride in enumerate(value.stride()):  # an expanded axis repeats its items
         value = value.narrow(axis, 0, min(1, value.shape[axis])) if stride == 0 else value
-    return value.numel() == 0 or not readable(value) or math.isfinite(largest(value))
+    return not readable(value) or math.isfinite(largest(value))
 
 
 def largest(value: torch.Tensor) -> float:
-    """The size of the largest item of a tensor that has items, NaN where one is NaN."""
+    """The size of the largest item of a tensor, 0 where it has none, NaN where one is NaN."""
+    if not value.numel():
+        return 0.0
     low, high = torch.aminmax(value)
     return max(abs(low.item()), abs(high.item()))
 

@@ -96,7 +96,7 @@ _PANEL = 2**20  # items of a panel of a (d, d) product, and of the rows that are
 
 def add_squares_(M: torch.Tensor, G: torch.Tensor) -> None:
     """Add G^T G to float64 M; G (rows, d) is scaled by a power of two where squares would leave its dtype."""
-    size = largest(G) if G.numel() and readable(G) else 1.0
+    size = largest(G) if readable(G) else 1.0
     exponent = math.frexp(size)[1] if math.isfinite(size) and size > 0 else 0
     if abs(exponent) <= (40 if G.dtype == torch.float32 else 400):
         exponent = 0
@@ -128,6 +128,12 @@ def symmetrise_(M: torch.Tensor, rows: int = 256) -> torch.Tensor:
         panel.copy_(mean)
         mirror.copy_(mean.T)
     return M
+
+
+def random_signs(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """A matrix of 1 and -1, of a tensor's dtype and device; the same numbers everywhere and in every call."""
+    drawn = torch.randint(0, 2, (rows, columns), generator=torch.Generator().manual_seed(0), device="cpu")
+    return drawn.to(like).mul_(2).sub_(1)
 
 
 def _dense(B: torch.Tensor) -> torch.Tensor:

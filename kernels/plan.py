@@ -78,6 +78,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether a device is a GPU, which works while the host goes on."""
+    return device.type == "cuda"
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

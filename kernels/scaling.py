@@ -11,7 +11,7 @@ import torch
 from . import checks
 from .profile import Kernel, Profile
 
-_EXPONENT = 20  # points larger than 2^20 or smaller than 2^-20 are scaled before they are squared
+_EXPONENT = 20  # numbers larger than 2^20 or smaller than 2^-20 are scaled before they are squared
 # Bandwidths, in the points' unit, from which a kernel may be homogeneous at every distance.
 _WIDE = {torch.float32: (30, 40, 60, 80), torch.float64: (60, 100, 200, 400)}
 # Slopes of ln w over ln r at small and at large distances agree to that much: weights then do to 14 times as much.
@@ -30,8 +30,9 @@ def scaled_(values: torch.Tensor, exponent: int) -> torch.Tensor:
     return values
 
 
-def _largest(*tensors: torch.Tensor) -> float:
-    return max((checks.largest(t) for t in tensors if t.numel()), default=0.0)
+def is_usual(size: float) -> bool:
+    """Whether numbers of that size, from 2^-20 to 2^20, need no unit of their own before they are squared."""
+    return 2.0**-_EXPONENT <= size <= 2.0**_EXPONENT
 
 
 class Points(NamedTuple):
@@ -51,8 +52,8 @@ def scale_points(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> Points:
     """
     if not isinstance(kernel, Profile) or not checks.readable(X):
         return Points(kernel, X, Z)
-    largest = _largest(X) if Z is X else _largest(X, Z)
-    if largest == 0 or 2.0**-_EXPONENT <= largest <= 2.0**_EXPONENT:
+    largest = checks.largest(X) if Z is X else max(checks.largest(X), checks.largest(Z))
+    if largest == 0 or is_usual(largest):
         return Points(kernel, X, Z)
     exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
     if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
@@ -105,7 +106,7 @@ def in_range(
         return kernel, alpha, Amplitude(1.0, exponent)
     kernel, factor, more = _narrower(kernel, X) if kernel.radial else (kernel, 1.0, 0)
     exponent += more
-    largest, bound = _largest(alpha), _COEFFICIENTS[X.dtype]
+    largest, bound = checks.largest(alpha), _COEFFICIENTS[X.dtype]
     if largest > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once
         size = math.frexp(largest)[1]
         more = max(-bound, min(bound, size + exponent)) - size
@@ -119,7 +120,7 @@ def _narrower(kernel: Profile, X: torch.Tensor) -> tuple[Profile, float, int]:
 
     w(r) = L^-2 omega(r / L), and where omega(u) goes by u^q at all distances of the points, w goes by L^-(2 + q).
     """
-    size = _largest(X)
+    size = checks.largest(X)
     if not 0 < size * math.ldexp(1.0, _WIDE[X.dtype][0]) < kernel.bandwidth:
         return kernel, 1.0, 0
     reach = 4.0 * size * X.shape[1] ** 0.5  # more than any distance

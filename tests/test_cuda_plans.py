@@ -143,7 +143,7 @@ def test_blocks_of_stored_weights(kind, monkeypatch, cloud, normal, relative):
 
     monkeypatch.setattr(torch_agop, "gradient_form", gradient_form)
     monkeypatch.setattr(costs, "gradient_aim", lambda device, width=0: (500, 2**32) if kind == "cuda" else (256, 2**25))
-    monkeypatch.setattr(torch_agop, "_larger", lambda X: kind == "cuda")
+    monkeypatch.setattr(torch_agop, "on_gpu", lambda device: kind == "cuda")
     W = torch_agop.weights(Laplace(2.0), X, X, 100)
     torch_agop.agop_from_weights_(
         W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), symmetric=True, rows=100

@@ -68,7 +68,7 @@ def test_drawn_beside_a_gpu(name, dtype, beside, monkeypatch):
         return drawn(self, *args)
 
     monkeypatch.setattr(RandomFeatures, "_drawn", noted)
-    monkeypatch.setattr(random_features, "_beside", lambda device: beside)
+    monkeypatch.setattr(random_features, "on_gpu", lambda device: beside)
     features, like = RandomFeatures(name, 11), LIKE.to(dtype)
     ahead = features.drawing(7, 3, like)
     assert started.wait(10.0 if beside else 0.0) == beside
@@ -86,7 +86,7 @@ def test_an_error_of_the_thread_is_the_callers(monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr(RandomFeatures, "_drawn", refuse)
-    monkeypatch.setattr(random_features, "_beside", lambda device: True)
+    monkeypatch.setattr(random_features, "on_gpu", lambda device: True)
     with pytest.raises(MemoryError, match="no room"):
         RandomFeatures("relu", 11).drawing(7, 3, LIKE)()
 
@@ -95,7 +95,7 @@ def test_layers_are_the_same_to_the_bit(normal, monkeypatch):
     X, y = normal(60, 6), torch.arange(60) % 3
     made = []
     for beside in (False, True):
-        monkeypatch.setattr(random_features, "_beside", lambda device, beside=beside: beside)
+        monkeypatch.setattr(random_features, "on_gpu", lambda device, beside=beside: beside)
         made.append(fastagop.DeepRFMClassifier(depth=2, width=16, random_state=0).fit(X, y).decision_function(X))
     assert torch.equal(*made)
 

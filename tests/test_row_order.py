@@ -32,7 +32,7 @@ def sorting(monkeypatch):
 
     def turn(on: bool) -> list:
         used.clear()
-        monkeypatch.setattr(row_order, "_pays", lambda device: on)
+        monkeypatch.setattr(row_order, "on_gpu", lambda device: on)
         monkeypatch.setattr(row_order, "ordered", lambda rows, order: used.append(order) or ordered(rows, order))
         return used
 

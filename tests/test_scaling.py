@@ -25,6 +25,22 @@ def test_powers_of_two_in_steps_that_stay_within_the_dtype(dtype, share):
     assert torch.equal(values, wanted)  # in place
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_size_of_the_largest_item(dtype):
+    A = torch.tensor([[1.0, -3.0], [2.0, 0.0]], dtype=dtype)
+    assert checks.largest(A) == checks.largest(A.T) == checks.largest(-A) == 3.0
+    assert checks.largest(A[:0]) == checks.largest(A[:, :0]) == 0.0
+    assert math.isnan(checks.largest(A * float("nan")))
+    assert checks.largest(A - math.inf) == math.inf
+
+
+def test_random_signs_are_the_same_in_every_dtype():
+    signs = gemm.random_signs(50, 4, torch.zeros(1))
+    assert signs.abs().eq(1.0).all()
+    assert 0.2 < float(signs.gt(0).double().mean()) < 0.8
+    assert torch.equal(gemm.random_signs(50, 4, torch.zeros(1, dtype=torch.float64)), signs.double())
+
+
 def test_points_of_a_capture_are_not_looked_at(monkeypatch):
     monkeypatch.setattr(checks, "readable", lambda value: False)
     X = torch.tensor([[1e30, 0.0]])

@@ -382,3 +382,16 @@ def test_coefficients_beyond_what_a_dtype_bears(size, solves, out):
 def test_the_residual_that_counts_as_solved(dtype, least):
     assert limits.RESIDUAL[dtype] == least
     assert limits.MAX_JITTER == 1.0
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("place", [(0, 1), (0, 30), (2, 1)])  # among the values looked at first, and elsewhere
+def test_one_value_between_0_and_1_tells_points_apart(place, dtype):
+    eps = torch.finfo(dtype).eps
+    values = torch.eye(40, dtype=dtype)
+    values[1, 2] = 1.0 - 2.0 * eps
+    values[2, 1] = eps
+    assert not limits.tells_points_apart(values, eps)
+    for between in (2.0 * eps, 0.5, 1.0 - 8.0 * eps):
+        values[place] = between
+        assert limits.tells_points_apart(values, eps)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.plan import on_gpu
 
 COS_SCALE = 0.05  # This is the scale of the paper, appendix C.
 
@@ -110,7 +111,7 @@ class RandomFeatures:
 
     def drawing(self, d: int, seed: int, like: torch.Tensor) -> Callable[[], FeatureMap]:
         """What returns the map of ``draw``, called when it is needed; beside a GPU a thread draws it until then."""
-        if not _beside(like.device):
+        if not on_gpu(like.device):  # only beside a GPU has the host nothing else to do
             return functools.partial(self.draw, d, seed, like)
         pool = ThreadPoolExecutor(1)
         drawn = pool.submit(self._drawn, d, seed, like.dtype)
@@ -125,8 +126,3 @@ class RandomFeatures:
             weight *= scale
         on_host = torch.from_numpy(weight).to(dtype), None if bias is None else torch.from_numpy(bias).to(dtype)
         return FeatureMap(self.kind, *on_host)
-
-
-def _beside(device: torch.device) -> bool:
-    """Whether the host has nothing else to do while the device works."""
-    return device.type == "cuda"

@@ -119,7 +119,7 @@ def narrowed(name: str, value: torch.Tensor, to: torch.dtype) -> torch.Tensor:
     if value.dtype == to:
         return value
     found = value.to(to)
-    largest = float(value.abs().max()) if value.numel() else 0.0
+    largest = checks.largest(value)
     if not checks.finite(found) or 0 < largest < torch.finfo(to).tiny:
         size, remedy = ("large", "divide") if largest > 1 else ("small", "multiply")
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from fastagop.distributed.engine import LOCAL, Local, Predictor
 from fastagop.estimators import float64_fit, mixed_fit
 from fastagop.kernels import checks
+from fastagop.kernels.gemm import random_signs
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask, budget
@@ -264,10 +265,7 @@ def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center
         return False
     size = alpha.abs().amax(1) * (1.0 if weights is None else weights.sqrt())
     index = torch.cat([torch.arange(points, device=X.device) * n // points, size.topk(points)[1]])
-    signs = (
-        torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1).to(alpha)
-    )
-    signs = signs if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
+    signs = random_signs(K, 2, alpha) if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
     x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
     if not isinstance(kernel, Profile):
         pair = (gradients(kernel, x, a @ signs, x[index]) for a in (alpha, alpha.to(X.dtype).double()))

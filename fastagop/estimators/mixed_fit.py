@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
+from fastagop.kernels.checks import largest
 from fastagop.kernels.profile import Profile
+from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import tiles
 from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.solvers import mixed
-from fastagop.solvers.limits import largest
+from fastagop.solvers.limits import tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
 _POINTS = 32  # with the largest coefficients, and as many others
-_USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 
@@ -89,14 +90,14 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
     """
     start = time.perf_counter()
     y, n = Y.double(), len(X)
-    if X.shape[1] == 0 or not all(1.0 / _USUAL <= largest(part) <= _USUAL for part in (X, y)):
+    if X.shape[1] == 0 or not all(is_usual(largest(part)) for part in (X, y)):
         return None
     x = X.double()
     x -= x.mean(0)
     matrices = mixed.Matrices.of(kernel, x, weights)
     some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
-    if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
-        return None  # these values are 0 or 1
+    if not tells_points_apart(some, eps):
+        return None
     found = matrices.solve(y, ridge, torch.float64)
     if found is None or found.left is None:
         return None

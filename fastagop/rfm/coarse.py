@@ -21,20 +21,21 @@ from sklearn.base import clone
 from fastagop.distributed.engine import LOCAL
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
+from fastagop.kernels.checks import largest
 from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.radial import GeneralisedLaplace
+from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.rfm.learning import MergedPoints, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
-from fastagop.solvers.limits import largest, relative
+from fastagop.solvers.limits import relative, tells_points_apart
 from fastagop.solvers.mixed import by_factor, factor_
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
-_USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 _SETTING = ("kernel", "ridge", "diagonal", "center", "agop_scale")
 
@@ -148,7 +149,7 @@ class CoarseFold:
         ours = ours and model.kernel.radial
         if not (ours and X.dtype == torch.float32 and X.device.type == "cpu" and Y.numel() and X.shape[1]):
             return False
-        sizes = all(1.0 / _USUAL <= largest(part) <= _USUAL for part in (X, Y))
+        sizes = all(is_usual(largest(part)) for part in (X, Y))
         return len(X) > 1 and sizes and folds * self._bytes() <= self._memory
 
     def _bytes(self) -> int:
@@ -243,8 +244,7 @@ class _CoarseRegression:
         """(alpha (n, K) with a residual of at most ``RESIDUAL``, K + ridge), or None."""
         K = self.kernel.value_(sq.clone())
         step, eps = max(1, len(K) // _FEW), torch.finfo(K.dtype).eps
-        some = K[::step, ::step]
-        if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
+        if not tells_points_apart(K[::step, ::step], eps):
             return None
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
         if (L := factor_(empty_matrix(len(K), len(K), K).copy_(K))) is None:

@@ -14,6 +14,7 @@ from fastagop.kernels.profile import Kernel, median_factor, unsettled
 from fastagop.kernels.scaling import Points, scale_points
 from fastagop.kernels.torch_backend import tiles
 from fastagop.solvers import copies
+from fastagop.solvers.limits import zero_and_one
 
 _SAMPLE = 1024  # points whose pairs stand for all in a median distance
 _GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
@@ -124,6 +125,6 @@ def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
 
 def _counts(values: torch.Tensor) -> tuple[int, int, int]:
     """(values of 0, values of 1, others) to rounding."""
-    eps = torch.finfo(values.dtype).eps
-    zeros, ones = int((values <= eps).sum()), int((values >= 1.0 - 4 * eps).sum())
+    zero, one = zero_and_one(torch.finfo(values.dtype).eps)
+    zeros, ones = int((values <= zero).sum()), int((values >= one).sum())
     return zeros, ones, values.numel() - zeros - ones

@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 
 from fastagop import linalg
+from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg
-from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes
 
 log = logging.getLogger("fastagop")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 
+from fastagop.kernels.checks import largest
 from fastagop.kernels.profile import Profile
+from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import few
-from fastagop.solvers.limits import bound, largest, relative
+from fastagop.solvers.limits import bound, relative, tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
 POINTS = 512  # at most
-_SEEN = 16  # values of a row, nearly always enough to see that some are neither 0 nor 1
-_USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def solve(
     if not 1 < n <= POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
         return None
     x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
-    if not (_usual(largest(x)) and _usual(largest(y))):
+    if not (is_usual(largest(x)) and is_usual(largest(y))):
         return None
     if rounded and X.dtype == torch.float32:
         x = x - x.mean(0)
@@ -59,8 +59,8 @@ def solve(
     else:  # by differences, so that near pairs keep their digits
         sq = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()
     A = kernel.value_(sq.clone())
-    if not (any(eps < value < 1.0 - 4.0 * eps for value in A[0, :_SEEN].tolist()) or _between(A, eps)):
-        return None  # every value is 0 or 1
+    if not tells_points_apart(A, eps):
+        return None
     A.diagonal().add_(ridge)
     L, info = torch.linalg.cholesky_ex(A)
     if int(info):
@@ -73,12 +73,3 @@ def solve(
     seconds = time.perf_counter() - start
     found = Solution(alpha, residual, ridge, 0.0, "cholesky", torch.float64, 0, n, seconds, residual_rows=n)
     return Few(Solved(found, alpha), x, sq, A)
-
-
-def _between(values: torch.Tensor, eps: float) -> bool:
-    """Whether some kernel value is neither 0 nor 1."""
-    return bool(values.gt(eps).logical_and_(values.lt(1.0 - 4.0 * eps)).any())
-
-
-def _usual(size: float) -> bool:
-    return 1.0 / _USUAL <= size <= _USUAL

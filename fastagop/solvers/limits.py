@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fastagop.kernels.checks import largest
+
 # A residual above this is worth a warning: it is what each dtype can promise on a solvable problem.
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
+_SEEN = 16  # values of a row
 MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge, and nothing sensible is left to try
 
 
@@ -19,12 +22,23 @@ def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     return V * (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal)
 
 
-def largest(A: torch.Tensor) -> float:
-    """The largest absolute item, 0 where there is none."""
-    return float(A.abs().max()) if A.numel() else 0.0
-
-
 def relative(R: torch.Tensor, Y: torch.Tensor) -> float:
     """||R|| / ||Y|| (Frobenius); 0 where Y is."""
     size = float(torch.linalg.vector_norm(Y))
     return float(torch.linalg.vector_norm(R)) / size if size > 0 else 0.0
+
+
+def zero_and_one(eps: float) -> tuple[float, float]:
+    """Kernel values up to the first are 0 to rounding, and those from the second on 1."""
+    return eps, 1.0 - 4.0 * eps
+
+
+def tells_points_apart(values: torch.Tensor, eps: float) -> bool:
+    """Whether some kernel value of a matrix is neither 0 nor 1; elsewhere its bandwidth says nothing about the points.
+
+    The first values of a row nearly always show it.
+    """
+    zero, one = zero_and_one(eps)
+    if any(zero < value < one for value in values[0, :_SEEN].tolist()):
+        return True
+    return bool(values.gt(zero).logical_and_(values.lt(one)).any())

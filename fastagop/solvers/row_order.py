@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fastagop.kernels.plan import on_gpu
 from fastagop.solvers.copies import Rows
 
 
@@ -20,16 +21,12 @@ def by_class(rows: Rows, classes: torch.Tensor | None) -> Rows:
         rows: how rows became points.
         classes: class indices of the rows (n,), or None.
     """
-    if classes is None or not _pays(rows.kept.device):
+    if classes is None or not on_gpu(rows.kept.device):  # only a GPU's kernels measure pairs again by tiles
         return rows
     of_points = classes[rows.kept]
     if bool((of_points[1:] >= of_points[:-1]).all()):
         return rows
     return ordered(rows, torch.argsort(of_points, stable=True))
-
-
-def _pays(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def ordered(rows: Rows, order: torch.Tensor) -> Rows:

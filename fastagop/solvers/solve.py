@@ -19,7 +19,7 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, few, pairs, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import check_place
-from fastagop.solvers.limits import bound, largest, relative, times
+from fastagop.solvers.limits import bound, relative, times
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Advice, Problem, Shared
 from fastagop.solvers.solution import Solution, Solved, report
@@ -328,7 +328,7 @@ class _Answer:
 
 def scale_targets(Y: torch.Tensor, reach: float = 2.0**60) -> tuple[torch.Tensor, float]:
     """(Y / unit, unit), the unit a power of two: 1 where the largest item is within 1 / reach and reach."""
-    size = largest(Y)
+    size = checks.largest(Y)
     if size == 0 or 1.0 / reach <= size <= reach:
         return Y, 1.0
     unit = math.ldexp(1.0, max(-1000, min(1000, math.frexp(size)[1])))

@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..calibration import rate
-from ..checks import readable
-from ..gemm import add_squares_, symmetrise_
-from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix
+from ..checks import largest, readable
+from ..gemm import add_squares_, random_signs, symmetrise_
+from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix, on_gpu
 from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
@@ -133,7 +133,8 @@ def agop_from_weights_(
         shift = dominant_offset(X)
         room = _room(W, task.limit) - W.numel() * W.element_size()
         beside, _ = gradient_form_beside(X, alpha, Z, task.center, room)
-        rows = beside if _larger(X) else min(rows, beside)
+        # On a GPU the gradient form's blocks are larger than those of the gram form.
+        rows = beside if on_gpu(X.device) else min(rows, beside)
         blocks = stored_tiles(W, X, Z, rows, shift, lambda sq: scaled_(kernel.weight_(sq), exponent), roots)
         return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
     wide, x = decision.dtype, X.to(decision.dtype)
@@ -165,15 +166,10 @@ def agop_from_tiles(
     return scaled_(M, 2 * exponent)
 
 
-def _larger(X: torch.Tensor) -> bool:
-    """Whether blocks of the gradient form are larger than those of the gram form, as on CUDA."""
-    return X.is_cuda
-
-
 def exponent_of(W: torch.Tensor) -> int:
     """The power of two of a tensor's largest entry, 0 where that is within 2^-20 .. 2^20."""
-    largest = max((float(end.abs()) for end in torch.aminmax(W)), default=0.0) if W.numel() else 0.0
-    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    size = largest(W)
+    exponent = math.frexp(size)[1] if math.isfinite(size) else 0
     return exponent if abs(exponent) > _WEIGHTS else 0
 
 
@@ -265,8 +261,8 @@ def centring_cancels(at: Points, alpha, row_weights=None) -> bool:
     if X.dtype != torch.float32 or m < 2 or K == 0 or not readable(X):
         return False
     index = torch.arange(0, m, max(1, m // _POINTS), device=X.device)
-    signs = torch.randint(0, 2, (K, 2), generator=torch.Generator().manual_seed(0), device="cpu").mul_(2).sub_(1)
-    mixed, origin, z = alpha.double() @ signs.to(alpha.device).double(), X.mean(0).double(), Z[index].double()
+    wide, origin, z = alpha.double(), X.mean(0).double(), Z[index].double()
+    mixed = wide @ random_signs(K, 2, wide)
     g = X.new_zeros(len(index), 2, X.shape[1], dtype=torch.float64)
     for row in range(0, len(X), ROWS):
         x = X[row : row + ROWS].double()

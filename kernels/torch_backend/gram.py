@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..errors import warn
-from ..gemm import add_product_, matmul_nt, symmetrise_
+from ..gemm import add_product_, matmul_nt, random_signs, symmetrise_
 from ..plan import ROWS, longest_first
 from .distance import squared_norms
 from .low_rank import LowRank
@@ -52,10 +52,7 @@ class CancellationEstimate:
     def _estimate(self, X, Z, center: bool, roots) -> float:
         W, alpha, m = self.W, self.alpha, self.m
         index = torch.arange(0, m, max(1, m // _PROBES), device=X.device)
-        signs = torch.randint(
-            0, 2, (alpha.shape[1], len(index)), generator=torch.Generator().manual_seed(0), device="cpu"
-        )
-        signs = signs.to(alpha).mul_(2).sub_(1)
+        signs = random_signs(alpha.shape[1], len(index), alpha)
         mean = self._mean
         rows, zs = W[index], Z[index] - mean
         s = (self._s[index] * signs.T).sum(1, keepdim=True) * zs

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gemm import matmul_nt, symmetrise_
+from ..gemm import matmul_nt, random_signs, symmetrise_
 
 RANK = 16  # columns of the leading part
 _ROWS = 256  # rows of W looked at once
@@ -104,9 +104,7 @@ def leading_part(W: torch.Tensor, symmetric: bool, rank: int = RANK) -> LowRank:
     means. It need not converge: whatever it finds is taken out exactly.
     """
     n = W.shape[1]
-    signs = (
-        torch.randint(0, 2, (n, rank), generator=torch.Generator().manual_seed(0), device="cpu").to(W).mul_(2).sub_(1)
-    )
+    signs = random_signs(n, rank, W)
     signs[:, 0] = 1.0
     if not symmetric:
         Q = torch.linalg.qr(W.T @ torch.linalg.qr(W @ signs).Q).Q

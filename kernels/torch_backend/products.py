@@ -18,14 +18,14 @@ def differences_product(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z
     The points lie around zero: what differences of near pairs lose grows with |x|. W (m, n) may be of a narrower dtype.
     """
     (n, d), K = X.shape, alpha.shape[1]
-    right = torch.cat([(alpha[:, :, None] * X[:, None]).reshape(n, K * d), alpha], 1)  # s comes along
+    right = torch.cat([(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha], 1)  # s comes along
     if W.dtype == right.dtype:
         found = matmul_nt(W, right.T)
     else:
         found = torch.cat([torch.mm(part.to(right.dtype), right) for part in W.split(_ROWS)])
     del right
     G, s = found[:, : K * d].view(-1, K, d), found[:, K * d :]
-    return torch.addcmul(G, s[:, :, None], Z[:, None], value=-1.0)
+    return torch.addcmul(G, s.unsqueeze(2), Z.unsqueeze(1), value=-1.0)
 
 
 def outer_products(
@@ -39,7 +39,7 @@ def outer_products(
         G -= G.mean(0) if weights is None else torch.tensordot(weights / weights.sum(), G, 1)
     if weights is not None:
         G *= weights.sqrt()[:, None, None]
-    flat = G.view(-1, G.shape[2])
+    columns = G.view(-1, G.shape[2]).T
     if diagonal:
-        return flat.square_().sum(0, dtype=torch.float64)
-    return symmetrise_(matmul_nt(flat.T, flat.T).double())
+        return columns.square_().sum(1, dtype=torch.float64)
+    return symmetrise_(matmul_nt(columns, columns).double())
