@@ -143,7 +143,10 @@ def _kermac(problem: Problem):
 def _layer(problem: Problem, backend: str, precision: str = "highest") -> torch.Tensor:
     """A layer as the estimators train it, collapse measures included; M divided by its largest entry."""
     width = min(1024, problem.d)
-    options = layer_module.Settings(problem.kernel, 1, "relu", width, None, problem.ridge, "max", precision, backend)
+    options = layer_module.Settings(
+        kernel=problem.kernel, depth=1, features="relu", width=width,
+        ridge=problem.ridge, precision=precision, backend=backend,
+    )  # fmt: skip
     Y = 2.0 * torch.nn.functional.one_hot(problem.y).to(problem.X) - 1.0
     return layer_module.train_layer(problem.X, Y, options, 0, problem.y)[0].agop
 

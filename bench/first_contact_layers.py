@@ -24,7 +24,7 @@ from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 def settings(run: Run, depth: int, backend: str, solver: Any = "auto") -> Settings:
     """Of a Deep RFM with ReLU features as many as there are features, no ridge, as in the paper."""
     d = run.sizes.d
-    return Settings(LAPLACE, depth, "relu", d, None, 0.0, "max", "highest", backend, solver)
+    return Settings(kernel=LAPLACE, depth=depth, features="relu", width=d, backend=backend, solver=solver)
 
 
 def deep_rfm(run: Run) -> None:

@@ -44,7 +44,7 @@ def agop(problem: problems.Problem) -> torch.Tensor:
 
 def layer(problem: problems.Problem) -> Any:
     """A layer of Deep RFM as wide as its input, ReLU features."""
-    settings = Settings(problem.kernel, 1, "relu", problem.d, None, problem.ridge, "max", "highest", "auto")
+    settings = Settings(kernel=problem.kernel, depth=1, features="relu", width=problem.d, ridge=problem.ridge)
     return train_layer(problem.X, problem.alpha, settings, 0, problem.y)[0]
 
 

@@ -28,8 +28,7 @@ from fastagop.kernels.families.dot_product import Polynomial
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix
 from fastagop.kernels.radial import Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.solvers.bandwidth import settled
-from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.half import CholeskyCG
+from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.solve import solve
 from fastagop.spectra import Spectrum, spectrum

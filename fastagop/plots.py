@@ -9,7 +9,7 @@ and marker everywhere: ``STAGES``, three that stay apart for every kind of colou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,8 @@ def spectrum(
         ax: Axes to draw on.
     """
     axis = _axes(ax)
+    if not isinstance(found, Spectrum) and np.ndim(found) == 2:
+        raise ValueError("found must be a Spectrum or eigenvalues (k,), got a matrix; fastagop.spectrum(M) has both")
     values = _array("found", found.values if isinstance(found, Spectrum) else found, 1)
     at = np.arange(1, len(values) + 1)
     if log:
@@ -264,6 +266,8 @@ def gram_strip(
             drawn then; ``cosine_bar`` adds one.
         figure: a matplotlib Figure or SubFigure to draw into.
     """
+    if not isinstance(panels, Mapping):
+        raise TypeError(f"panels must be a dictionary {{layer: Gram matrix}}, got {type(panels).__name__}")
     if not panels:
         raise ValueError("panels must hold at least one Gram matrix, got none")
     matrices = {key: _array(f"panels[{key!r}]", matrix, 2) for key, matrix in panels.items()}
@@ -316,7 +320,7 @@ def _stages(values: Any, measure: str) -> dict[str, np.ndarray]:
     """{stage: (seeds, layers)} of whatever ``collapse_curves`` takes."""
     records = getattr(values, "layers_", values)
     if not isinstance(records, Mapping):
-        records = list(records)
+        records = list(records) if isinstance(records, Iterable) else []
         found = [getattr(record, measure, None) for record in records]
         if not found or not all(isinstance(each, Mapping) and each for each in found):
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 
@@ -18,6 +18,9 @@ from .torch_backend.agop import InnerKernels
 from .torch_backend.backend import FactorKernels, TorchBackend
 from .triton_backend.backend import TritonBackend
 from .triton_backend.pairs import TritonPairBackend
+
+if TYPE_CHECKING:
+    from .kernel_operator import KernelOperator
 
 
 class Request(NamedTuple):
@@ -75,11 +78,11 @@ class Serving(Backend, Protocol):
     nothing leaves the dtype.
     """
 
-    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+    def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """k(X, Z) + ridge I, a ridge only where Z is X; ``run(points)`` gives (n, m), in ``out`` if there is one."""
         ...
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """k(X, Z) V; ``run(points)`` gives (n, p)."""
         ...
 
@@ -87,11 +90,11 @@ class Serving(Backend, Protocol):
         """For "solve with method 'cg'": k(X, Z) V of scaled float64 points, in blocks of that many rows."""
         ...
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """The predictor's gradients at Z; ``run(points, alpha)`` gives (m, K, d)."""
         ...
 
-    def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The summed AGOP; ``run(points, alpha, weights)`` gives float64 (d, d)."""
         ...
 
@@ -104,35 +107,38 @@ class Serving(Backend, Protocol):
         ...
 
 
-_TABLE: dict[str, Backend] = {}
+KINDS = ("radial", "pairs")  # of kernels: radial ones, and those that are not, which give blocks of pairs
+_TABLE: dict[tuple[str, str], Backend] = {}  # by name and kind of kernels
 _RESERVED: tuple[str, ...] = ()
-# What serves the kernels that are not radial, under the names of those that serve the others.
-_PAIRS: dict[str, Backend] = {
-    "torch": PairBackend(),
-    "triton": TritonPairBackend(),
-    "keops": KeopsPairBackend(),
-}
 
 
-def register(backend: Backend) -> None:
+def register(backend: Backend, *, kernels: str = "radial") -> None:
     """Add a backend to the table, or put it in the place of an earlier one; those of the package stay.
 
+    Args:
+        backend: the backend.
+        kernels: those that it is asked for, "radial" or "pairs" (the others). A name may have a backend for each.
+
     Raises:
-        ValueError: the name is "auto" or that of a backend of the package.
+        ValueError: the name is "auto" or that of a backend of the package, or there are no such kernels.
     """
+    choice("kernels", kernels, KINDS)
     if backend.name in _RESERVED:
         raise ValueError(f"name must be none of {', '.join(map(repr, _RESERVED))}, got {backend.name!r}; take another")
-    _TABLE[backend.name] = backend
+    _TABLE[backend.name, kernels] = backend
 
 
 for _backend in (TorchBackend(), TritonBackend(), KeopsBackend()):
     register(_backend)
-_RESERVED = ("auto", *_TABLE)
+for _backend in (PairBackend(), TritonPairBackend(), KeopsPairBackend()):
+    register(_backend, kernels="pairs")
+_RESERVED = ("auto", *dict.fromkeys(name for name, _ in _TABLE))
 
 
 def names(operation: str | None = None) -> tuple[str, ...]:
-    """What the argument ``backend`` may be; of backends that have an operation, where one is named."""
-    return ("auto", *(name for name, backend in _TABLE.items() if operation is None or operation in backend.operations))
+    """What the argument ``backend`` may be; of backends that have an operation for some kernels, where one is named."""
+    found = (name for (name, _), backend in _TABLE.items() if operation is None or operation in backend.operations)
+    return ("auto", *dict.fromkeys(found))
 
 
 def choose(backend: str, request: Request) -> tuple[Serving, str]:
@@ -142,16 +148,15 @@ def choose(backend: str, request: Request) -> tuple[Serving, str]:
     measured on a GPU.
     """
     choice("backend", backend, names())
-    table = _TABLE if request.kernel.radial else _PAIRS
     if backend == "auto":
-        return cast(Serving, table["torch"]), "the torch backend serves every device"
+        return cast(Serving, _entry("torch", request.kernel)), "the torch backend serves every device"
     reason = _refusal(backend, request)
     if reason is not None:
         raise BackendUnavailable(
             f"backend {backend!r} cannot serve {request.operation}: {reason}; use backend='torch' or 'auto' to compute "
             "without it"
         )
-    return cast(Serving, table[backend]), "asked for"
+    return cast(Serving, _entry(backend, request.kernel)), "asked for"
 
 
 def serving(backend: str, request: Request) -> str:
@@ -161,8 +166,19 @@ def serving(backend: str, request: Request) -> str:
 
 def _refusal(backend: str, request: Request) -> str | None:
     """Why a backend does not serve a call."""
-    if request.kernel.radial:
-        return _TABLE[backend].refusal(request)
-    if backend not in _PAIRS:
-        return f"it has radial kernels only, and {request.kernel!r} is none"
-    return _PAIRS[backend].refusal(request)
+    found = _entry(backend, request.kernel)
+    if found is not None:
+        return found.refusal(request)
+    words = "no radial kernels, and {0!r} is one" if request.kernel.radial else "radial kernels only, and {0!r} is none"
+    more = f"backends.register(..., kernels={_kind(request.kernel)!r}) adds one for such kernels"
+    return f"it has {words.format(request.kernel)}; {more}"
+
+
+def _entry(backend: str, kernel: Kernel) -> Backend | None:
+    """The backend of a name for a kernel; None where it is registered for other kernels only."""
+    return _TABLE.get((backend, _kind(kernel)))
+
+
+def _kind(kernel: Kernel) -> str:
+    """Which of KINDS a kernel is of."""
+    return "radial" if kernel.radial else "pairs"

@@ -44,6 +44,7 @@ class KernelOperator:
 
     Attributes:
         kernel, X, Z, precision: as given, Z being X where they are the same.
+        symmetric: whether they are the same.
         backend: the ``Backend`` chosen.
         why: the reason, in words.
     """
@@ -54,6 +55,7 @@ class KernelOperator:
         checks.choice("backend", backend, backends.names())
         self.kernel, self.X, self.precision = kernel, X, precision
         self.Z = checks.points(X, Z)
+        self.symmetric: bool = self.Z is X
         self.backend, self.why = backends.choose(backend, backends.Request(operation, kernel, X, precision))
 
     @functools.cached_property
@@ -88,7 +90,7 @@ class KernelOperator:
         products = str(dtype).removeprefix("torch.") if wide else self.backend.products(self.precision, self.X)
         form = "gram" if plan.method in ("gram", "cholesky", "eigh") else "gradient"
         # The mirror image of half of the pairs is known.
-        halves = self.Z is self.X and plan.op != "gradients" and plan.method != "gradient"
+        halves = self.symmetric and plan.op != "gradients" and plan.method != "gradient"
         pairs = float(len(self.X)) * len(self.Z) * (0.5 if halves else 1.0) * passes
         return calibration.seconds(plan.flops, pairs, self.X.device, form, products)
 
@@ -109,7 +111,7 @@ class KernelOperator:
         """k(X, Z), shape (n, m); + ridge I where Z is X."""
         X, Z = self.X, self.Z
         ridge = checks.ridge(ridge, X.dtype)
-        if ridge and Z is not X:
+        if ridge and not self.symmetric:
             raise ValueError(
                 f"ridge belongs on the diagonal of k(X, X), got ridge {ridge!r} with other points Z; omit one"
             )
@@ -190,7 +192,7 @@ class KernelOperator:
         with self.products():
             inner = self.backend.inner_kernels(X, self.precision)
             task = AgopTask("sum", center)
-            how = {"rows": _ROWS, "kernels": inner, "row_weights": weights}
+            how = {"symmetric": True, "rows": _ROWS, "kernels": inner, "row_weights": weights}
             return torch_agop.agop_from_weights_(W, self.points.kernel, X, alpha, X, task, **how)
 
     def agop_from_tiles(

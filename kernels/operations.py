@@ -178,8 +178,10 @@ def agop(
         center: subtract the mean gradient of each output first (the weighted mean where there are weights).
         method: "gradient" (2 m n K d products, no n x n memory), "gram" (n^2 m products for any number of
             outputs, stores the (m, n) weights), or "auto", the cheaper one that fits into memory. Near collapse
-            float32 cannot hold the gram form's cancellation; it is measured beforehand, and its products then
-            run in float64, or, with "auto", the gradient form may run (logged at INFO to "fastagop").
+            float32 cannot hold the gram form's cancellation, which is therefore measured: its products run in
+            float64, or, with "auto", the gradient form runs (logged at INFO to "fastagop"). With "gram", where it
+            would lose more than 4e-6 of M (float32 by precision "highest") or 1e-7 (float64, and kernels that are
+            not radial), the gradient form runs instead, with a ``NumericalWarning``.
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
         sample_weight: weights (m,) >= 0 of the evaluation points, of X's dtype and device; default 1 each. A weight of
@@ -191,6 +193,10 @@ def agop(
     Raises:
         TypeError, ValueError: naming the argument. MemoryError: a single block exceeds memory_limit.
         BackendUnavailable: the backend cannot serve the call.
+
+    Warns:
+        NumericalWarning: ``method="gram"`` gave way to the gradient form; or, with ``center=True``, the gradients of
+            a radial kernel nearly agree in float32, and the float64 weights that this needs do not fit into memory.
     """
     task = AgopTask(reduction, center, method, memory_limit, sample_weight)
     return _agop(kernel, X, alpha, Z, task, precision=precision, backend=backend).run()

@@ -119,7 +119,9 @@ def budget(limit: float | None, device: torch.device) -> int:
 
 RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one
 ROWS = 256  # of a block, at most
-AIM = (ROWS, 2**25)  # rows of a block, and bytes that so many may take: elementwise work stays near the caches
+_LEAST_ROWS = 128  # that a block aims at, at least, however many bytes they take
+_CACHED = 2**25  # bytes of a block: elementwise work stays near the caches
+AIM = (ROWS, _CACHED)  # rows of a block, and bytes that so many may take
 
 
 USE_LESS = "use fewer points, or free memory"  # advice of the others
@@ -128,20 +130,8 @@ USE_LESS = "use fewer points, or free memory"  # advice of the others
 def block_rows(
     row_bytes: int, fixed_bytes: int, limit: int, max_rows: int, purpose: str, advice: str = USE_LESS
 ) -> int:
-    """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit.
-
-    ``advice``: what the caller of ``purpose`` can do where not even one row fits.
-
-    Blocks aim at 32 MB, so that elementwise work on a block stays near the caches, and at 128 to 256 rows.
-    """
-    room = (limit - fixed_bytes) // max(1, row_bytes)
-    if room < 1:
-        raise MemoryError(
-            f"{purpose} needs {format_bytes(fixed_bytes + row_bytes)} for a single row block, but "
-            f"{format_bytes(limit)} may be used; {advice}"
-        )
-    wish = max(128, min(ROWS, 2**25 // max(1, row_bytes)))
-    return int(max(1, min(room, wish, max_rows)))
+    """Rows of a block such that fixed_bytes + rows * row_bytes stays within the limit; as ``fitting_rows``."""
+    return fitting_rows(lambda rows: fixed_bytes + rows * row_bytes, limit, max_rows, purpose, advice)[0]
 
 
 def fitting_rows(
@@ -154,10 +144,10 @@ def fitting_rows(
 ) -> tuple[int, int]:
     """(rows of a block, bytes) such that bytes_of(rows), which grows with them, stays within the limit.
 
-    Blocks aim at no more rows and bytes than ``aim`` says, and at 128 rows at least; ``advice`` is what the caller can
-    do, as in ``block_rows``.
+    Blocks aim at no more rows and bytes than ``aim`` says, and at 128 rows at least. ``advice``: what the caller of
+    ``purpose`` can do where not even one row fits.
     """
-    if max_rows <= 128 and (most := bytes_of(max(1, max_rows))) <= limit:  # all rows are wished for, and fit
+    if max_rows <= _LEAST_ROWS and (most := bytes_of(max(1, max_rows))) <= limit:  # all rows are wished for, and fit
         return max(1, max_rows), most
     least = bytes_of(1)
     if least > limit:
@@ -166,7 +156,7 @@ def fitting_rows(
             f"{format_bytes(limit)} may be used; {advice}"
         )
     each = max(1, (bytes_of(aim[0]) - least) // max(1, aim[0] - 1))
-    low, high = 1, int(max(1, min(max(128, min(aim[0], aim[1] // each)), max_rows)))
+    low, high = 1, int(max(1, min(max(_LEAST_ROWS, min(aim[0], aim[1] // each)), max_rows)))
     if (most := bytes_of(high)) <= limit:
         return high, most
     while low < high:

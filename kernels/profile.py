@@ -199,11 +199,6 @@ class Profile(Kernel):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bandwidth", bandwidth_of(self.bandwidth))
 
-    @property
-    def further_parameters(self) -> tuple[float, ...]:
-        """What a kernel has beyond its bandwidth, in the order of its fields; devices get them in this order."""
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "bandwidth")
-
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by phi(r)."""
         raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")

@@ -32,8 +32,8 @@ from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFM
 from fastagop.distributed import communicator
 from fastagop.distributed.blocks import SharedBlocks
 from fastagop.distributed.communicator import Communicator
-from fastagop.estimators import small
-from fastagop.solvers import table
+from fastagop.estimators import float64_fit
+from fastagop.solvers import problem
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -238,7 +238,7 @@ def solving(_):
 def shared_factors(_):
     """Half of a matrix dealt out to the ranks: one process's answer, and every rank holds its share only."""
     X, Y = normal(333, 6), normal(333, 3, seed=1)
-    held, table.SHORT, work, small._WORK = [], 64, small._WORK, 0.0  # nothing is small
+    held, problem.FULL_MATRIX_ROWS, work, float64_fit._WORK = [], 64, float64_fit._WORK, 0.0  # nothing is small
     try:
         for points, how in (
             (X.float(), {"method": "auto"}),  # float64 values and a float32 factor
@@ -275,7 +275,7 @@ def shared_factors(_):
         assert many.layers_[0].solution.method == one.layers_[0].solution.method == "cholesky+cg"
         assert error(many.agops_[0], one.agops_[0]) < 1e-5  # later ones see labels that are noise
     finally:
-        table.SHORT, small._WORK = 4096, work
+        problem.FULL_MATRIX_ROWS, float64_fit._WORK = 4096, work
 
 
 def stop_after_two(event):

@@ -247,7 +247,7 @@ def test_stored_weights_of_crowds(crowded):
     r = np.sqrt(((long(X)[:, None] - long(X)) ** 2).sum(-1))
     for W in (torch.from_numpy(weights(kernel, r)[0].astype(float)), torch_agop.weights(kernel, X, X, 64)):
         task = AgopTask("sum", method="gradient")
-        M = torch_agop.agop_from_weights_(W.clone(), kernel, X, alpha, X, task, rows=64)
+        M = torch_agop.agop_from_weights_(W.clone(), kernel, X, alpha, X, task, symmetric=True, rows=64)
         assert relative(M, squares(g)) <= 2e-6
         operator = KernelOperator("agop", kernel, X)
         assert relative(operator.agop_from_weights_(W, alpha, center=False), squares(g)) <= 1e-5
@@ -259,7 +259,7 @@ def test_stored_weights_of_crowds_that_count_otherwise(crowded, exponent):
     kernel, X, alpha, g, _ = crowded
     w = torch.linspace(0.5, 2.0, len(X)) * 2.0**exponent
     W, task = torch_agop.weights(kernel, X, X, 64), AgopTask("sum", method="gradient")
-    M = torch_agop.agop_from_weights_(W, kernel, X, alpha, X, task, rows=64, row_weights=w)
+    M = torch_agop.agop_from_weights_(W, kernel, X, alpha, X, task, symmetric=True, rows=64, row_weights=w)
     assert relative(M, squares(g, long(w))) <= 2e-6
 
 

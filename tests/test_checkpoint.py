@@ -2,12 +2,15 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace
+from fastagop import CholeskyCG, DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace
+from fastagop.deep_rfm.checkpoint import _identity
+from fastagop.deep_rfm.layer import Settings
 from fastagop.estimators import files as storage
 from tests.test_estimators import blobs
 
@@ -144,6 +147,29 @@ def test_manifest_says_what_was_run(tmp_path):
     assert manifest["settings"]["kernel"] == "Laplace(bandwidth=2.0)"
     assert {"fastagop", "torch", "numpy", "python"} == set(manifest["versions"])
     assert len(manifest["layers"]) == 4
+
+
+def test_settings_that_tell_fits_apart():
+    """These names and values are in the manifests of checkpoints that were written already: others refuse them all."""
+    settings = Settings(kernel=Gaussian(1.5), depth=3, features="relu", width=8, ridge=1e-3, memory_limit=1e9)
+    plain = {
+        "kernel": "Gaussian(bandwidth=1.5)",
+        "depth": 3,
+        "features": "relu",
+        "width": 8,
+        "feature_scale": None,
+        "ridge": 1e-3,
+        "agop_scale": "max",
+        "precision": "highest",
+        "backend": "auto",
+        "solver": "auto",
+    }
+    assert list(_identity(settings).items()) == list(plain.items())  # an error names differences in this order
+    changed = {"feature_scale": 0.5, "agop_scale": "sum", "precision": "high", "backend": "torch", "features": "cos"}
+    changed |= {"ridge": 0.0}
+    by_options = {"tolerance": 1e-9, "place": "device"}
+    other = replace(settings, **changed, solver=CholeskyCG(**by_options))
+    assert _identity(other) == {**plain, **changed, "solver": by_options}
 
 
 def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):

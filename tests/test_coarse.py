@@ -8,8 +8,8 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import GeneralisedLaplace, Laplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
-from fastagop.estimators import kernel_ridge, medium
+from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
+from fastagop.estimators import kernel_ridge, mixed_fit
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
 from fastagop.solvers import mixed
@@ -150,10 +150,10 @@ def test_a_fit_of_more_rows_is_that_of_float64(case, diagonal, center):
 def test_gradients_that_float32_would_spoil_go_on_in_float64():
     """With a loss that float32 cannot keep to, the other ways take over, and M is as exact."""
     X, Y = _points(600, "crowded")
-    fit = medium.fit(Laplace(2.0), X, Y, 1e-2, weights=True)
+    fit = mixed_fit.fit(Laplace(2.0), X, Y, 1e-2, weights=True)
     assert fit is not None
     index, exact = fit._some()
-    losses = [medium._loss(fit._gradients(dtype)[index], exact) for dtype in (torch.float32, torch.float64)]
+    losses = [mixed_fit._loss(fit._gradients(dtype)[index], exact) for dtype in (torch.float32, torch.float64)]
     assert losses[1] < 0.2 * losses[0]
 
 
@@ -173,3 +173,13 @@ def test_what_explain_says_is_what_runs():
     model = RFMRegressor(Laplace(2.0), 1, device="cpu")
     assert "cholesky+cg" in str(fastagop.explain(model, X, Y))
     assert model.fit(X, Y).iterations_[0].solution.method == "cholesky+cg"
+
+
+@pytest.mark.parametrize("kernel", [ProductLaplace(3.0), 2.0 * Laplace(3.0)], ids=repr)
+def test_some_thousand_rows_of_a_kernel_that_is_not_radial(kernel):
+    """They have no profile to evaluate in place: the usual solver answers, as for fewer rows."""
+    X = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
+    Y = torch.sin(X[:, :1])
+    fit = RFMRegressor(kernel, iterations=1, ridge=1e-3).fit(X, Y)
+    assert fit.score(X, Y) > 0.99
+    assert (fit.solution_.method, fit.solution_.dtype) == ("cholesky", torch.float64)

@@ -325,3 +325,27 @@ REFUSED = {
 def test_refuses(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_model_makes_features_in_evaluation_mode():
+    """Batch statistics would be those of each batch, and the model's own would move."""
+    X, y = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    inner = torch.nn.Dropout(0.5).eval()
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), inner).train()
+    inner.eval()
+    before = copy.deepcopy(model.state_dict())
+    batches = DataLoader(TensorDataset(X, y), batch_size=7)
+    found = collapse.Accumulator().extend(batches, features=model)
+    assert model.training
+    assert not inner.training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    with torch.no_grad():
+        features = model.eval()(X)
+    assert found.nc1() == pytest.approx(collapse.nc1(features, y), rel=1e-5)
+
+
+def test_the_mode_comes_back_where_a_model_fails():
+    model = torch.nn.Linear(4, 6).train()
+    with pytest.raises(RuntimeError):
+        collapse.Accumulator().extend([(torch.ones(3, 5), torch.arange(3))], features=model)
+    assert model.training

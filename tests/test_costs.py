@@ -31,14 +31,14 @@ def own(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_blocks_have_more_rows_where_a_weight_multiplies_many_numbers(d, K, rows):
     X, alpha, Z = points(20_000, d), points(20_000, K), points(3000, d)
     task = AgopTask("sum", False, method="gradient")
-    assert costs.plan(X, alpha, Z, task, "").block == rows
+    assert costs.plan(X, alpha, Z, task, "", symmetric=False).block == rows
     assert plan_gradients(X, alpha, Z, "").block == rows
 
 
 @pytest.mark.parametrize(("n", "rows"), [(511, 256), (512, 384), (8000, 384)])
 def test_blocks_of_the_gram_form_have_more_rows_among_many_points(n, rows):
     X, task = points(n, 50), AgopTask("sum", False, method="gram")
-    assert costs.plan(X, points(n, 3), X, task, "").block == rows
+    assert costs.plan(X, points(n, 3), X, task, "", symmetric=True).block == rows
 
 
 @pytest.mark.parametrize(
@@ -244,16 +244,16 @@ def test_operations_of_both_forms():
 
 def test_words_of_products():
     X = own(3, 2)
-    assert costs.products_of(X, X, None) == {"gradient": "float32", "gram": "float32"}
-    assert costs.products_of(X, X, "tf32") == {"gradient": "tf32", "gram": "tf32"}
-    assert costs.products_of(X, X.clone(), "tf32") == {"gradient": "tf32", "gram": "float32"}
+    assert costs.products_of(X, None, symmetric=True) == {"gradient": "float32", "gram": "float32"}
+    assert costs.products_of(X, "tf32", symmetric=True) == {"gradient": "tf32", "gram": "tf32"}
+    assert costs.products_of(X, "tf32", symmetric=False) == {"gradient": "tf32", "gram": "float32"}
 
 
 def test_seconds_of_both_forms():
     X, K = own(20, 5, dtype=torch.float64), 3
-    work, words = costs.flops(20, 20, 5, K, True), costs.products_of(X, X, None)
+    work, words = costs.flops(20, 20, 5, K, True), costs.products_of(X, None, symmetric=True)
     expected = {form: work[form] / calibration.rate(form, "float64", CPU) for form in ("gradient", "gram")}
-    assert costs.costs(X, X, K, words) == pytest.approx(expected)
+    assert costs.costs(X, X, K, words, symmetric=True) == pytest.approx(expected)
 
 
 def gradient_form(rows, n, m, d, K, size, *, copied=0, centred=False):
@@ -313,7 +313,7 @@ def test_the_gram_form(dtype, m, K, rank, worst):
         held, moments = gram_form(rows, n, len(Z), m, d, K, size, wide=wide, rank=rank)
         assert max(moments, key=lambda name: moments[name]) == worst
         result = 4 * d * d if dtype == torch.float32 else 0
-        taken = costs.gram_form_bytes(rows, X, alpha, Z, wide, rank)
+        taken = costs.gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=m == 0)
         assert taken == held + held // 16 + moments[worst] + result
 
 
@@ -328,9 +328,9 @@ def test_a_gram_plan_counts_what_values_may_ask_for(dtype, other):
     n, d, K = 70, 11, 9
     X, alpha = own(n, d, dtype=dtype), own(n, K, dtype=dtype)
     Z = own(40, d, dtype=dtype) if other else X
-    plan = costs.plan(X, alpha, Z, task("gram"), "why")
+    plan = costs.plan(X, alpha, Z, task("gram"), "why", symmetric=not other)
     assert plan.block == n
-    wide = costs.gram_form_bytes(n, X, alpha, Z, dtype == torch.float32, RANK)
+    wide = costs.gram_form_bytes(n, X, alpha, Z, dtype == torch.float32, RANK, symmetric=not other)
     beside = n * len(Z) * dtype.itemsize + costs.gradient_form_beside(X, alpha, Z, False, HUGE)[1]
     assert plan.peak_bytes == max(wide + 4 * 8 * d * d, beside)
     assert plan.flops == costs.flops(len(Z), n, d, K, not other)["gram"]
@@ -339,7 +339,7 @@ def test_a_gram_plan_counts_what_values_may_ask_for(dtype, other):
 def test_a_gram_plan_counts_the_gradient_form_where_that_is_larger():
     """Many outputs of a few points; the gradient form has them all at once."""
     X, alpha = own(40, 60, dtype=torch.float64), own(40, 400, dtype=torch.float64)
-    plan = costs.plan(X, alpha, X, task("gram"), "why")
+    plan = costs.plan(X, alpha, X, task("gram"), "why", symmetric=True)
     beside = 40 * 40 * 8 + costs.gradient_form_bytes(40, X, alpha, X, False)
     assert plan.peak_bytes >= beside
 
@@ -351,19 +351,19 @@ def test_a_centred_plan_counts_float64(method, other):
     n, d, K = 70, 11, 9
     X, alpha = own(n, d), own(n, K)
     Z = own(90, d) if other else X
-    plan = costs.plan(X, alpha, Z, task(method, center=True), "why")
+    plan = costs.plan(X, alpha, Z, task(method, center=True), "why", symmetric=not other)
     x, a = X.double(), alpha.double()
     z = Z.double() if other else x
     rows = len(Z)
     copies = 8 * (n * d + n * K + (90 * d if other else 0))
-    assert costs.wide_bytes(X, alpha, Z) == copies
+    assert costs.wide_bytes(X, alpha, Z, symmetric=not other) == copies
     if method == "gradient":
         assert plan.peak_bytes == copies + costs.gradient_form_bytes(rows, x, a, z, True)
     else:
-        wide = costs.gram_form_bytes(rows, X, alpha, Z, True, RANK) + 4 * 8 * d * d
+        wide = costs.gram_form_bytes(rows, X, alpha, Z, True, RANK, symmetric=not other) + 4 * 8 * d * d
         beside = n * len(Z) * 4 + costs.gradient_form_beside(X, alpha, Z, True, HUGE)[1]
-        assert plan.peak_bytes == max(copies + costs.gram_form_bytes(rows, x, a, z), wide, beside)
-    alone = costs.plan(X, alpha, Z, task(method), "why")
+        assert plan.peak_bytes == max(copies + costs.gram_form_bytes(rows, x, a, z, symmetric=not other), wide, beside)
+    alone = costs.plan(X, alpha, Z, task(method), "why", symmetric=not other)
     assert alone.peak_bytes < plan.peak_bytes
     assert ("computed in float64" in plan.why, "computed in float64" in alone.why) == (True, False)
 
@@ -373,8 +373,8 @@ def test_a_plan_promises_no_more_than_the_limit(method):
     """What values may ask for beyond it is not taken; what the form itself needs, and no less, must fit."""
     X, alpha = own(70, 11), own(70, 9)
     form = costs.gradient_form_bytes if method == "gradient" else costs.gram_form_bytes
-    least = form(1, X, alpha, X, True) if method == "gradient" else form(1, X, alpha, X)
-    plan = costs.plan(X, alpha, X, task(method, center=True, limit=least), "why")
+    least = form(1, X, alpha, X, True) if method == "gradient" else form(1, X, alpha, X, symmetric=True)
+    plan = costs.plan(X, alpha, X, task(method, center=True, limit=least), "why", symmetric=True)
     assert (plan.block, plan.peak_bytes) == (1, least)
     with pytest.raises(MemoryError, match=f"agop, {method} form, needs .* raise memory_limit, or free memory"):
-        costs.plan(X, alpha, X, task(method, center=True, limit=least - 1), "why")
+        costs.plan(X, alpha, X, task(method, center=True, limit=least - 1), "why", symmetric=True)

@@ -19,7 +19,8 @@ from fastagop.kernels.triton_backend import stored_product
 import fastagop
 from bench import problems
 from fastagop import Laplace, linalg
-from fastagop.solvers import direct, half, table
+from fastagop.solvers import direct, half
+from fastagop.solvers.problem import FULL_MATRIX_ROWS
 from fastagop.solvers.solve import SolveOptions, prepare
 from fastagop.solvers.symmetric_blocks import default_rows
 
@@ -161,7 +162,7 @@ def test_blocks_of_stored_weights(kind, beside, blocks, monkeypatch, cloud, norm
     if beside is not None:
         limit = W.numel() * W.element_size() + costs.gradient_form_bytes(beside, X, alpha, X, False)
     task = AgopTask("sum", method="gradient", limit=limit)
-    M = torch_agop.agop_from_weights_(W, Laplace(2.0), at, alpha, at, task, rows=100)
+    M = torch_agop.agop_from_weights_(W, Laplace(2.0), at, alpha, at, task, symmetric=True, rows=100)
     assert seen == blocks
     assert relative(M, reference.agop(Laplace(2.0), X, alpha, reduction="sum")) <= 1e-12
 
@@ -242,9 +243,9 @@ def test_no_estimate_where_the_gradient_form_wins_whatever_it_says(on, no_estima
     on(chip)
     X, alpha = cuda(50_000, 1024), cuda(50_000, 10)
     W = cuda(50_000, 50_000)
-    cost = costs.costs(X, X, 10, costs.products_of(X, X, products))
+    cost = costs.costs(X, X, 10, costs.products_of(X, products, symmetric=True), symmetric=True)
     assert 1 < cost["gram"] / cost["gradient"] < 4
-    assert torch_agop.choose_form(W, X, alpha, X, AgopTask("sum"), products=products).form == "gradient"
+    assert torch_agop.choose_form(W, X, alpha, X, AgopTask("sum"), symmetric=True, products=products).form == "gradient"
 
 
 @pytest.mark.parametrize("K", [10, 200])
@@ -253,7 +254,7 @@ def test_the_estimate_where_it_decides(on, no_estimate, method, K):
     on("H200")
     X, alpha = cuda(5000, 1024), cuda(5000, K)
     with pytest.raises(Estimated):
-        torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method))
+        torch_agop.choose_form(cuda(5000, 5000), X, alpha, X, AgopTask("sum", method=method), symmetric=True)
 
 
 # ---- rates and solvers
@@ -362,7 +363,7 @@ def test_measured_rates_decide(on, monkeypatch):
 def test_small_systems_take_one_matrix(on, n):
     on("RTX 4090")
     text = fastagop.explain("solve", Laplace(30.0), cuda(n, 64), cuda(n, 10))
-    assert ("method cholesky+cg\n" in text) == (n > table.SHORT)
+    assert ("method cholesky+cg\n" in text) == (n > FULL_MATRIX_ROWS)
 
 
 def test_coarse_products_keep_their_own_factor(on):

@@ -271,12 +271,12 @@ def test_records_of_layers_in_words():
 
 
 def test_layers_in_words():
-    cos = FeatureMap(torch.zeros(8, 3), torch.zeros(8))
+    cos = FeatureMap("cos", torch.zeros(8, 3), torch.zeros(8))
     layer = deep.Layer(torch.eye(3), torch.eye(3), cos, RECORD)
     assert repr(layer) == f"Layer(agop 3 x 3, cos features 8, {RECORD})"
     assert repr(layer.copy()) == "Layer(agop 3 x 3, cos features 8)"
     assert layer.copy().bias is not layer.bias
-    relu = deep.Layer(torch.eye(3), torch.eye(3), FeatureMap(torch.zeros(8, 3)))
+    relu = deep.Layer(torch.eye(3), torch.eye(3), FeatureMap("relu", torch.zeros(8, 3)))
     assert repr(relu) == "Layer(agop 3 x 3, relu features 8)"
     assert relu.copy().bias is None
 
@@ -289,7 +289,7 @@ def test_a_seed_for_each_layer():
 
 def test_stages_of_a_layer_add_up_to_its_seconds(normal):
     X, Y = normal(30, 3), normal(30, 2)
-    settings = deep.Settings(Laplace(2.0), 1, "relu", 8, None, 1e-3, "max", "highest", "auto")
+    settings = deep.Settings(kernel=Laplace(2.0), depth=1, features="relu", width=8, ridge=1e-3)
     classes = torch.arange(30) % 2
     layer, made = deep.train_layer(X, Y, settings, 0, classes)
     stages = layer.record.stages

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import fastagop
+from fastagop.deep_rfm import layer as deep
 from fastagop.deep_rfm import random_features
-from fastagop.deep_rfm.random_features import RandomFeatures
+from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
+from fastagop.deep_rfm.random_features import FeatureKind, RandomFeatures
 
 LIKE = torch.empty(0, dtype=torch.float64)
 
@@ -96,3 +98,58 @@ def test_layers_are_the_same_to_the_bit(normal, monkeypatch):
         monkeypatch.setattr(random_features, "_beside", lambda device, beside=beside: beside)
         made.append(fastagop.DeepRFMClassifier(depth=2, width=16, random_state=0).fit(X, y).decision_function(X))
     assert torch.equal(*made)
+
+
+@pytest.fixture
+def tanh(monkeypatch):
+    """A kind that is registered by one entry of the table: tanh(W x + b), W and b Gaussian, W scaled."""
+
+    def draw(rng, width, d):
+        return rng.standard_normal((width, d)), rng.standard_normal(width)
+
+    monkeypatch.setitem(random_features.FEATURES, "tanh", FeatureKind(draw, torch.tanh_, 2.0))
+    return {"features": "tanh", "depth": 2, "width": 16, "dtype": "float64", "random_state": 0}
+
+
+def test_a_kind_is_one_entry_of_the_table(tanh, normal, tmp_path):
+    """It fits, maps new rows, is saved, loaded and resumed, and becomes a module."""
+    X, y = normal(60, 6), torch.arange(60) % 3
+    model = fastagop.DeepRFMClassifier(**tanh, checkpoint_dir=tmp_path / "layers").fit(X, y)
+    first = model._layers[0]
+    projected = deep.normalise_rows(X.double()) @ first.root
+    torch.testing.assert_close(
+        model.transform(X.double(), layer=1), torch.tanh(projected @ first.weight.T + first.bias)
+    )
+    rng = np.random.default_rng(deep.seeds(np.random.RandomState(0), 2)[0])
+    assert np.array_equal(first.weight.numpy(), 2.0 * rng.standard_normal((16, 6)))
+    model.save(tmp_path / "model")
+    again, answer = fastagop.load(tmp_path / "model"), model.decision_function(X)
+    assert repr(again._layers[1]) == repr(model._layers[1])
+    assert "tanh features 16" in repr(again._layers[1])
+    resumed = fastagop.DeepRFMClassifier(**tanh, checkpoint_dir=tmp_path / "layers").fit(X, y)
+    for other in (again, resumed):
+        assert torch.equal(other.decision_function(X), answer)
+    module = model.to_module()
+    torch.testing.assert_close(module(X), answer)
+    torch.testing.assert_close(torch.export.export(module, (X,)).module()(X), answer)
+
+
+def test_a_kind_that_is_not_there(tanh, normal, tmp_path, monkeypatch):
+    X = normal(20, 3)
+    fastagop.DeepRFMRegressor(**tanh, feature_scale=0.5).fit(X, X[:, 0]).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"the positive scale of features='cos' or 'tanh' and None otherwise, got 0.5"):
+        fastagop.DeepRFMRegressor(feature_scale=0.5).fit(X, X[:, 0])
+    monkeypatch.delitem(random_features.FEATURES, "tanh")
+    with pytest.raises(ValueError, match="model: its layers have features 'tanh', which this version"):
+        fastagop.load(tmp_path / "model")
+    with pytest.raises(ValueError, match="features must be one of 'relu', 'cos', got 'tanh'"):
+        fastagop.DeepRFMRegressor(**tanh).fit(X, X[:, 0])
+
+
+@pytest.mark.parametrize("name", ["relu", "cos"])
+def test_layers_of_files_that_name_no_kind(name, normal):
+    X = normal(20, 3)
+    model = fastagop.DeepRFMRegressor(depth=1, width=8, features=name, random_state=0).fit(X, X[:, 0])
+    tensors, metadata = pack_layer(model._layers[0])
+    assert metadata.pop("map") == name
+    assert unpack_layer(tensors, metadata, X.device).kind == name

@@ -21,6 +21,7 @@ from fastagop.estimators import fit_plans
 from fastagop.estimators.fit_plans import Data, Step
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import direct, table
+from fastagop.solvers.problem import Problem
 from fastagop.solvers.solve import prepare
 
 CPU = torch.device("cpu")
@@ -133,14 +134,15 @@ def test_ranks_share_the_agop_and_the_passes_of_cg(solver):
 @pytest.mark.parametrize("solver", ["cholesky", "cg", "float32"])
 def test_a_float64_matrix_becomes_the_weights_of_the_agop(solver, monkeypatch):
     """Its AGOP takes the cheaper form's seconds and no more memory; any other one is planned as a call is."""
-    for name, rows in (("SHORT", 4096), ("FEW", 128)):
-        monkeypatch.setattr(table, name, 0 if solver == "float32" else rows)
-    monkeypatch.setattr(table.Problem, "large", False)
+    if solver == "float32":
+        monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 0)
+        monkeypatch.setattr(table, "FLOAT64_ROWS", 0)
+    monkeypatch.setattr(Problem, "large", False)
     given, how = data(), regression(solver="cg" if solver == "cg" else "cholesky")
     step = fit_plans.step_of(given.X, given.Y, how, 1, TASK)
     solve = prepare(Gaussian(2.0), given.X, given.Y, how.options)
     if solver == "cholesky":
-        works = costs.costs(given.X, given.X, K, costs.products_of(given.X, given.X, None))
+        works = costs.costs(given.X, given.X, K, costs.products_of(given.X, None, symmetric=True), symmetric=True)
         assert step.seconds["agop"] == min(works.values())
         assert step.peak_bytes == solve.plan.peak_bytes
     else:
@@ -257,7 +259,7 @@ def test_one_process_has_no_ranks():
     text = fastagop.explain(RFMRegressor(), X, y)
     assert "ranks" not in text
     given = data(30, 4, 1)
-    planned = fit_plans.iteration_steps(given, RFMRegressor()._machine(), 1, TASK, (5, False))
+    planned = fit_plans.iteration_steps(given, RFMRegressor()._regression(), 1, TASK, (5, False))
     assert f"about {planned[0][0][2].total:.2g} s each" in text
 
 

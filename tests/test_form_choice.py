@@ -93,7 +93,9 @@ def test_units_of_stored_weights(method, a, b, normal, relative):
     W = torch_agop.weights(Laplace(2.0), X, X, 16)
     given, task = alpha.clone(), AgopTask("sum", method=method)
     plain, scaled = (
-        torch_agop.agop_from_weights_(W * 2.0**i, Laplace(2.0), X, alpha * 2.0**j, X, task, rows=16, exponent=i)
+        torch_agop.agop_from_weights_(
+            W * 2.0**i, Laplace(2.0), X, alpha * 2.0**j, X, task, symmetric=True, rows=16, exponent=i
+        )
         for i, j in ((0, 0), (a, b))
     )
     assert relative(scaled / 2.0 ** (2 * (a + b)), plain) <= 1e-5
@@ -123,7 +125,9 @@ def test_room_beside_stored_weights(little_memory):
 
 def decide(name, cloud, normal, n=300, **how):
     X, alpha = cloud(name, n=n, d=100, dtype=torch.float32), normal(n, 4, dtype=torch.float32)
-    return torch_agop.choose_form(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, AgopTask(**how))
+    return torch_agop.choose_form(
+        torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, AgopTask(**how), symmetric=True
+    )
 
 
 @pytest.fixture
@@ -181,8 +185,8 @@ def test_the_loss_goes_by_the_digits_of_the_products(products, rounding, monkeyp
         monkeypatch.setattr(module, "rate", lambda form, products, device: 1e9)
     X, alpha = cloud("spread", n=60, d=100, dtype=torch.float32), normal(60, 4, dtype=torch.float32)
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
-    found = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"), products=products)
-    plain = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"))
+    found = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"), symmetric=True, products=products)
+    plain = torch_agop.choose_form(W, X, alpha, X, AgopTask(method="gram"), symmetric=True)
     assert found.loss == pytest.approx(plain.loss * rounding / EPS)
 
 
@@ -201,7 +205,7 @@ def test_what_the_gram_form_may_lose(method, products, allowed, share, safe, mon
         monkeypatch.setattr(module, "rate", lambda form, products, device: 1.0 if form == "gradient" else 1e9)
     X, alpha = cloud("spread", n=60, d=30, dtype=torch.float32), normal(60, 4, dtype=torch.float32)
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
-    decision = torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), products=products)
+    decision = torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), symmetric=True, products=products)
     assert (decision.form, decision.dtype) == ("gram", torch.float32 if safe else torch.float64)
 
 
@@ -223,7 +227,7 @@ def test_eigenvalues_are_looked_at_where_digits_were_lost(loss, room, looked_at,
     monkeypatch.setattr(torch_agop, "choose_form", lambda *_, **__: decision)
     monkeypatch.setattr(gram, "nonnegative", lambda M, eps: seen.append(eps) or M)
     task = AgopTask("sum", limit=gram.nonnegative_bytes(6) - room)
-    torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, task, rows=16)
+    torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, task, symmetric=True, rows=16)
     assert seen == [EPS] * looked_at
 
 
@@ -323,3 +327,16 @@ def test_words_of_a_precision(kind, dtype, precision):
     text = torch_backend.describe_precision(precision, X)
     assert text.startswith("float64" if wide else "float32, medium (TF32)" if coarse else "float32, highest")
     assert ("asked for" in text) == (not wide and not coarse and precision != "highest")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("method", ["gradient", "gram"])
+def test_the_same_points_are_said_to_be_and_not_recognised(method, weighted, normal):
+    """A view of the centers, and the centers themselves: what stored weights come to is the same to the bit."""
+    X, alpha = normal(60, 6, dtype=torch.float32), normal(60, 3, dtype=torch.float32)
+    W, w = torch_agop.weights(Laplace(2.0), X, X, 16), torch.linspace(0.5, 1.0, 60) if weighted else None
+    task, how = AgopTask("sum", method=method), {"symmetric": True, "rows": 16, "row_weights": w}
+    M, other = (
+        torch_agop.agop_from_weights_(W.clone(), Laplace(2.0), X, alpha, Z, task, **how) for Z in (X, X.clone())
+    )
+    assert torch.equal(M, other)

@@ -189,7 +189,9 @@ def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
 ])  # fmt: skip
 def test_the_decisions(name, form, dtype, rank, cloud, normal):
     X, alpha = cloud(name, n=300, d=100, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
-    decision = torch_agop.choose_form(torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, AgopTask())
+    decision = torch_agop.choose_form(
+        torch_agop.weights(Laplace(2.0), X, X, 64), X, alpha, X, AgopTask(), symmetric=True
+    )
     assert (decision.form, decision.dtype, decision.low_rank and decision.low_rank.rank) == (form, dtype, rank)
 
 
@@ -199,7 +201,7 @@ def test_coarse_products_lose_more(cloud, normal, monkeypatch):
     W = torch_agop.weights(Laplace(2.0), X, X, 64)
 
     def decision(method, products):
-        return torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), products=products)
+        return torch_agop.choose_form(W, X, alpha, X, AgopTask(method=method), symmetric=True, products=products)
 
     for module in (torch_agop, costs):
         monkeypatch.setattr(module, "rate", lambda form, products, device: 1e9 if products == "float64" else 3e11)

@@ -13,7 +13,7 @@ import fastagop
 from fastagop import CholeskyCG, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
-from fastagop.solvers import half, mixed, solve, table
+from fastagop.solvers import half, mixed, solve
 from fastagop.solvers.solve import SolveOptions, prepare
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
@@ -34,7 +34,7 @@ def problem(cloud, normal):
 @pytest.fixture
 def large(monkeypatch):
     """The rules of large problems, and blocks that are small beside them, for a few hundred points."""
-    monkeypatch.setattr(table, "SHORT", 64)
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
     monkeypatch.setattr(half, "_POINTS_ROWS", 32)
 
 
@@ -62,7 +62,7 @@ def test_it_reaches_its_tolerance_in_few_steps(kernel, ridge, problem):
     assert true_residual(kernel, X, Y, solution, ridge) <= 1e-10 * 3**0.5  # of every output by itself
     assert abs(solution.residual - true_residual(kernel, X, Y, solution, ridge)) <= 1e-11
     assert solution.jitter == 0
-    assert solution.tolerance == half.TOLERANCE == 1e-10
+    assert solution.tolerance == fastagop.CholeskyCG().tolerance == 1e-10
     assert 1 <= solution.iterations <= 12
     assert solution.rank == solution.residual_rows == N
 

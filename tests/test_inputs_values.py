@@ -111,7 +111,7 @@ def test_class_weights_in_numbers():
     ],
 )
 def test_answers_have_the_dtype_of_the_rows(X, dtype, wide):
-    found = RFMRegressor()._answer(torch.ones(2, dtype=F64), X, wide)
+    found = RFMRegressor()._like_input(torch.ones(2, dtype=F64), X, wide)
     assert found.dtype == ((F64 if isinstance(X, torch.Tensor) else np.float64) if wide else dtype)
 
 
@@ -162,7 +162,7 @@ def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, 
     plain = kernel_ridge.Predictor
     monkeypatch.setattr(kernel_ridge, "Predictor", lambda *args: made.append(args) or plain(*args))
     monkeypatch.setattr(kernel_ridge, "_rounding_costs", lambda *args: wide)
-    monkeypatch.setattr(kernel_ridge.small, "fit", lambda *args: None)
+    monkeypatch.setattr(kernel_ridge.float64_fit, "fit", lambda *args: None)
     how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", backend)
     kernel_ridge.fit_and_agop(normal(20, 3, dtype=dtype), normal(20, 2, dtype=dtype), how)
     widened = wide and dtype == F32

@@ -153,3 +153,83 @@ def test_samples_that_change_each_others_rounding_are_not_refused(normal, X):
             pytest.skip("this processor rounds both batches alike")
     for measure in measures(model, X):
         measure()
+
+
+class Named(nn.Module):
+    """A model that returns a dictionary, as transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(D, 3)
+
+    def forward(self, X):
+        return {"logits": self.layer(X)}
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "options", "text"),
+    [
+        (
+            nn.Linear(D, 2),
+            (torch.ones(N, D), torch.ones(N)),
+            {},
+            r"\[\(inputs, labels\)\] is one batch with its labels",
+        ),
+        (
+            nn.Linear(D, 2),
+            torch.ones(N, D).double(),
+            {},
+            r"X must have the dtype of the model's parameters, torch.float32",
+        ),
+        (nn.Linear(D, 2), [{"ids": torch.ones(N, D)}], {}, "a model of several inputs is measured inside a module"),
+        (nn.Linear(D, 2), torch.ones(N, D), {"layers": ["", 3]}, r"layers must be names or patterns .* got \['', 3\]"),
+        (nn.Linear(D, 2), torch.ones(N, D), {"layers": 3}, "layers must be names or patterns"),
+        (
+            nn.Linear(D, 2),
+            [(torch.ones(N, D), ["a"] * N)],
+            {"outputs": lambda out, y: out[:, 0] * y},
+            r"the labels of a batch must be a tensor or numbers, got \['a'",
+        ),
+        (Named(), torch.ones(N, D), {}, r"got dict; outputs=lambda out: \.\.\. of agop takes a tensor out of it"),
+    ],
+)
+def test_what_is_no_batch_or_layer_is_told(model, batches, options, text):
+    with pytest.raises(TypeError, match=text):
+        network.agop(model, batches, **options)
+
+
+def test_outputs_take_a_tensor_out_of_what_a_model_returns(X):
+    model = Named()
+    found = network.agop(model, X, outputs=lambda out: out["logits"])["layer"]
+    assert torch.allclose(found, model.layer.weight.T @ model.layer.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8, 0.0)),
+            "'1' .TransformerEncoderLayer.|self_attn",
+        ),
+        (nn.Sequential(nn.MultiheadAttention(4, 2)), "MultiheadAttention"),
+        (nn.LSTM(4, 3), "LSTM"),
+    ],
+    ids=["encoder", "attention", "lstm"],
+)
+def test_modules_that_take_the_batch_second_are_named(model, where, normal):
+    """Samples of time steps would be measured if ``batch_size=1`` were followed."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(4, 4), model
+
+        def forward(self, X):
+            X = self.first(X)
+            if isinstance(model, nn.LSTM):
+                return self.inner(X)[0][-1]
+            return self.inner[0](X, X, X)[0] if isinstance(self.inner[0], nn.MultiheadAttention) else self.inner(X)
+
+    with pytest.raises(ValueError, match=r"takes \(sequence, batch, d\); build it with batch_first=True") as error:
+        network.agop(Model(), normal(5, 30 * 4, dtype=torch.float32).view(5, 30, 4))
+    assert "batch_size" not in str(error.value)

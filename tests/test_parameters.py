@@ -55,7 +55,7 @@ class Products:
 
 @every
 def test_a_backend_says_itself_why_it_cannot_fit(make, monkeypatch):
-    monkeypatch.setitem(backends._TABLE, "products", Products())
+    monkeypatch.setitem(backends._TABLE, ("products", "radial"), Products())
     for backend, reason in (
         ("products", "backend 'products' cannot serve solve: it stores no factor; use backend='torch' or 'auto'"),
         ("keops", "backend 'keops' cannot serve kernel_matrix: it would store the kernel matrix and KeOps never does;"),

@@ -176,6 +176,8 @@ REFUSED = {
         "values.'input'. must have shape",
         lambda: plots.collapse_curves({"input": np.ones((2, 2, 2))}),
     ),
+    "a class": ("values must be a fitted Deep RFM", lambda: plots.collapse_curves(fastagop.DeepRFMClassifier)),
+    "a matrix": (r"got a matrix; fastagop.spectrum\(M\) has both", lambda: plots.spectrum(M)),
     "floor": ("floor must be one of", lambda: plots.collapse_curves({"input": [1.0]}, floor="float16")),
     "names": ("names must be of the 4 features", lambda: plots.diagonal(M, ["a"])),
     "M": ("M must be", lambda: plots.diagonal(np.ones((2, 3)))),

@@ -27,7 +27,6 @@ from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import Predictor, Sharded
 from fastagop.estimators import base, kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
-from fastagop.solvers import table
 
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
 
@@ -353,7 +352,7 @@ def test_solve(dtype, method, kind, normal, together, relative):
     ],
 )
 def test_half_of_a_matrix_is_shared(size, method, ridge, dtype, normal, together, relative, monkeypatch):
-    monkeypatch.setattr(table, "SHORT", 64)
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
     X, Y = normal(150, 5, dtype=dtype), normal(150, 2, seed=1, dtype=dtype)
     how = {"method": method, "ridge": ridge}
     plain = fastagop.solve(Laplace(2.0), X, Y, **how)
@@ -395,7 +394,7 @@ def test_shared_blocks(size, dtype, together):
 
 
 def test_ranks_try_no_float32_factor_after_one_that_gave_way(normal, together, monkeypatch):
-    monkeypatch.setattr(table, "SHORT", 64)
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
     X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
     regression = KernelRidge(Gaussian(30.0), 1e-9, "highest", "auto")
 
@@ -414,7 +413,7 @@ def test_ranks_try_no_float32_factor_after_one_that_gave_way(normal, together, m
 
 def test_a_pivot_that_fails_is_told_to_the_solver(normal, together, monkeypatch):
     """The float64 factor takes over on all ranks, with jitter where it needs it."""
-    monkeypatch.setattr(table, "SHORT", 64)
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
     X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

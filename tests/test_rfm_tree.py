@@ -237,10 +237,10 @@ def test_temperature_is_chosen_on_rows_held_out(problem):
             leaf_size=100, iterations=1, early_stopping=early, validation_fraction=0.2, random_state=0
         )
         model.fit(X, X[:, 0])
-        assert [len(leaf._part) for leaf in model.leaves_] == [80] * 4  # and the last solve has all
+        assert [len(leaf._unseen_rows) for leaf in model.leaves_] == [20] * 4  # and the last solve has all
         assert [len(leaf.solution_.alpha) for leaf in model.leaves_] == [100] * 4
     hard = RFMTreeRegressor(leaf_size=100, iterations=1, early_stopping=False, soft=False).fit(X, X[:, 0])
-    assert [leaf._part for leaf in hard.leaves_] == [None] * 4
+    assert [len(leaf._unseen_rows) for leaf in hard.leaves_] == [0] * 4
 
 
 def test_scores_that_rows_of_a_leaf_have_none_of(problem):

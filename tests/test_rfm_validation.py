@@ -132,12 +132,12 @@ def test_equal_scores_are_decided_by_squared_errors_and_then_by_the_first():
             outputs = plain.predict(X[40:]) if make is RFMRegressor else plain.decision_function(X[40:])
             errors.append(((outputs - targets) ** 2).mean())
         assert fit.best_iteration_ == np.argmin(errors)
-        assert np.allclose(fit._ties, -np.array(errors), rtol=1e-9)
+        assert np.allclose(fit._validation_ties, -np.array(errors), rtol=1e-9)
     none = model().fit(X[:40], np.zeros(40), X_val=X[40:], y_val=np.zeros(20))
     assert none.best_iteration_ == 0
     outputs, codes = torch.tensor([[1.0], [0.0]]), torch.zeros(2, 1)
     held = validation.HeldOut(codes, None, weights[:2], codes, np.array([3.0, 1.0]), lambda estimator, X, y: 1.0)
-    assert held.score(types.SimpleNamespace(_view=lambda outputs, X: None), outputs) == (1.0, -0.75)
+    assert held.score(types.SimpleNamespace(_with_outputs=lambda outputs, X: None), outputs) == (1.0, -0.75)
 
 
 def test_iterations_end_where_scores_do_not_grow():

@@ -9,7 +9,7 @@ from kernel_cases import CASES, one_of_each_class
 
 from fastagop import Gaussian, Laplace
 from fastagop.distributed.engine import Local
-from fastagop.estimators import kernel_ridge, small
+from fastagop.estimators import float64_fit, kernel_ridge
 from fastagop.solvers import copies
 
 KERNELS = [case.at(3.0).kernel for case in one_of_each_class(CASES)]
@@ -35,7 +35,7 @@ def long_way(monkeypatch):
 
     def call(*args, **how):
         with monkeypatch.context() as patch:
-            patch.setattr(small, "fit", lambda *_: None)
+            patch.setattr(float64_fit, "fit", lambda *_: None)
             return kernel_ridge.fit_and_agop(*args, **how)
 
     return call
@@ -88,7 +88,7 @@ def test_points_and_targets_stay_what_they_are(normal):
 
 
 def taken(X, Y, kernel=KERNELS[0], ridge=1e-3):
-    return small.fit(kernel, X, Y, ridge) is not None
+    return float64_fit.fit(kernel, X, Y, ridge) is not None
 
 
 def test_what_is_out_of_the_ordinary_is_left_to_the_long_way(normal):
@@ -113,7 +113,7 @@ def test_what_is_out_of_the_ordinary_is_left_to_the_long_way(normal):
 @pytest.mark.parametrize("changes", [{"memory_limit": 8e4}, {"solver": "cholesky"}], ids=str)
 def test_wishes_are_for_the_long_way(changes, normal, monkeypatch):
     X, Y = problem(normal)
-    monkeypatch.setattr(small, "fit", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(float64_fit, "fit", lambda *_: pytest.fail("taken"))
     kernel_ridge.solve(X, Y, regression(**changes))
 
 
@@ -123,7 +123,7 @@ def test_weights_copies_and_other_engines_are_for_the_long_way(normal, monkeypat
     class Other(Local):
         pass
 
-    monkeypatch.setattr(small, "fit", lambda *_: pytest.fail("taken"))
+    monkeypatch.setattr(float64_fit, "fit", lambda *_: pytest.fail("taken"))
     kernel_ridge.solve(X, Y, regression(), Other())
     for rows in (copies.find(X, torch.linspace(1, 2, 60, dtype=torch.float64)), copies.find(torch.cat([X, X[:3]]))):
         points = rows.take(X)
@@ -132,7 +132,7 @@ def test_weights_copies_and_other_engines_are_for_the_long_way(normal, monkeypat
 
 def test_an_agop_beyond_float64_is_for_the_long_way(normal):
     X, Y = problem(normal)
-    fitted = small.fit(Laplace(3.0), X, Y, 1e-3)
+    fitted = float64_fit.fit(Laplace(3.0), X, Y, 1e-3)
     assert fitted is not None
     fitted.solved.alpha.mul_(1e200)
     assert fitted.agop(False, False) is None

@@ -12,7 +12,7 @@ from fastagop.kernels import kernel_operator, reference
 
 import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, GeneralisedLaplace, Laplace, Matern52, RFMClassifier, RFMRegressor
-from fastagop.solvers import direct, table
+from fastagop.solvers import direct
 
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +63,7 @@ def test_a_fit_in_float32_solves_its_system(kernel, ridge, road, monkeypatch):
     """A float32 kernel matrix would leave 1e-5 to 1e-2 of the targets: alpha is then taken from float64 values."""
     X, Y = smooth_problem(300)
     if road != "float64 at once":
-        monkeypatch.setattr(table, "SHORT", 0)
+        monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 0)
         monkeypatch.setattr(direct, "_PASSES", 1000 if road == "float64 after all" else 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # ill-conditioned, but solved

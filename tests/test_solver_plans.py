@@ -15,6 +15,7 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 import fastagop
 from fastagop import ConjugateGradients, Gaussian, Laplace, Matern52
 from fastagop.solvers import cg, direct, limits, preconditioner, table
+from fastagop.solvers.problem import Advice, Problem
 from fastagop.solvers.solve import SolveOptions, prepare
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ DEFAULTS = ConjugateGradients()
 def problem(n=N, d=D, ridge=1e-3, room=10**12, dtype=F32, options=DEFAULTS, float64_alpha=False):
     X = torch.zeros(1, 1, dtype=dtype).expand(n, d)
     operator = KernelOperator("solve", Laplace(2.0), X)
-    return table.Problem(operator, K, ridge, room, options, float64_alpha, table.Advice())
+    return Problem(operator, K, ridge, room, options, float64_alpha, Advice())
 
 
 def row_of(name, dtype):
@@ -80,7 +81,7 @@ def test_float64_is_taken_where_it_fits(ridge, beyond):
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
 def test_coarse_products_make_a_preconditioner(ridge, monkeypatch):
-    monkeypatch.setattr(table.Problem, "coarse", True)
+    monkeypatch.setattr(Problem, "coarse", True)
     solver, why = table.choose(problem(ridge=ridge, float64_alpha=True), "cholesky")
     assert (solver.dtype, why) == (F32, "the precision asked for makes the factor a preconditioner")
     assert table.choose(problem(ridge=ridge, dtype=F64), "cholesky")[0].dtype == F64

@@ -18,7 +18,8 @@ from fastagop.kernels.torch_backend import costs, diagonal, distance, gradients,
 import fastagop
 from fastagop import Laplace
 from fastagop.network import model_access
-from fastagop.solvers import table
+from fastagop.solvers import pairs, table
+from fastagop.solvers.problem import Advice, Problem
 from fastagop.solvers.solution import Solution, report
 
 MATRIX = {"out": None, "ridge": 0.0, "precision": "highest", "backend": "auto"}
@@ -130,7 +131,7 @@ def test_known_mirror_images_cost_no_time(normal):
 def test_a_solver_plans_within_the_memory_that_the_table_says(solver, normal):
     X = normal(300, 6, dtype=torch.float32)
     operator = KernelOperator("solve", Laplace(2.0), X)
-    problem = table.Problem(operator, 4, 1e-3, 0, fastagop.ConjugateGradients(), False, table.Advice())
+    problem = Problem(operator, 4, 1e-3, 0, fastagop.ConjugateGradients(), False, Advice())
     needed = solver.memory(problem)
     plan, _ = solver.plan(dataclasses.replace(problem, room=needed), "asked for")
     assert plan.method == solver.name
@@ -138,8 +139,34 @@ def test_a_solver_plans_within_the_memory_that_the_table_says(solver, normal):
         solver.plan(dataclasses.replace(problem, room=needed - 1), "asked for")
 
 
+def test_a_row_of_the_table_is_a_method(monkeypatch, normal):
+    """The new row is last; "eigh" and "cg" of kernels that are not radial stay what they are."""
+    twin = table._direct("twin", torch.float64, lambda problem: "twin asked for")
+    X, Y = normal(40, 3), normal(40, 2)
+    l1 = fastagop.ProductLaplace(2.0)
+    before = [fastagop.solve(l1, X, Y, ridge=0.1, method=method).alpha for method in ("eigh", "cg")]
+    with pytest.raises(ValueError, match="method must be one of"):
+        fastagop.solve(Laplace(2.0), X, Y, method="twin")
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE, twin))
+    solution = fastagop.solve(Laplace(2.0), X, Y, ridge=0.1, method="twin")
+    assert solution.method == "twin"
+    torch.testing.assert_close(solution.alpha, fastagop.solve(Laplace(2.0), X, Y, ridge=0.1, method="cholesky").alpha)
+    text = fastagop.explain("solve", Laplace(2.0), X, Y, method="twin")
+    assert "twin asked for" in text
+    assert "twin, float64 matrix: about" in text
+    fastagop.RFMRegressor(solver="twin", iterations=1).fit(X, Y)
+    assert [(row.name, row.run) for row in table.PAIRS[1:]] == [
+        ("eigh", pairs.eigh),
+        ("cg", pairs.conjugate_gradients),
+    ]
+    for method, alpha in zip(("eigh", "cg"), before, strict=True):
+        assert torch.equal(fastagop.solve(l1, X, Y, ridge=0.1, method=method).alpha, alpha)
+    with pytest.raises(fastagop.BackendUnavailable, match=r"method='twin' cannot serve .*; use one of 'cholesky',"):
+        fastagop.solve(l1, X, Y, method="twin")
+
+
 def test_estimators_take_the_solvers_of_the_table():
-    assert table.METHODS == ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
+    assert table.methods() == ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
     names = re.escape("'auto', 'cholesky', 'cholesky+cg', 'eigh', 'cg'")
     with pytest.raises(ValueError, match=f"solver must be one of {names}, got 'lu'"):
         fastagop.RFMRegressor(solver="lu").fit(torch.randn(9, 2), torch.randn(9))

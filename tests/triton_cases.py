@@ -366,7 +366,7 @@ def test_a_refined_solve(precision, monkeypatch):
 @kernels
 @pytest.mark.parametrize("ridge", [0.0, 0.1])  # float64 and float32 factorisation
 def test_solve(kernel, ridge, monkeypatch):
-    monkeypatch.setattr(table, "FEW", 0)  # on the CPU, where this is interpreted, few rows take float64
+    monkeypatch.setattr(table, "FLOAT64_ROWS", 0)  # on the CPU, where this is interpreted, few rows take float64
     X, Y = points(), normal(N, 3)
     solution = fastagop.solve(kernel, X, Y, ridge=ridge, **TRITON)
     assert solution.dtype == (torch.float32 if ridge else torch.float64)

@@ -131,8 +131,9 @@ class Accumulator:
 
         Args:
             batches: tuples or lists of which the first two items are X and y.
-            features: what makes features (n, d) of X, such as a model without its last layer, in evaluation mode; it
-                runs without gradients. Default X itself.
+            features: what makes features (n, d) of X, such as a model without its last layer; it runs without
+                gradients, a torch.nn.Module in evaluation mode, and is left in the mode that it was in. Default X
+                itself.
         """
         for X, y in _pairs(batches, features):
             self.update(X, y)
@@ -296,7 +297,16 @@ def _host(row: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
-    return X if features is None else features(X)
+    if features is None:
+        return X
+    modes = [(part, part.training) for part in features.modules()] if isinstance(features, torch.nn.Module) else []
+    try:
+        for part, _ in modes:
+            part.training = False
+        return features(X)
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _pairs(batches: Iterable[Any], features: Callable[[Any], Any] | None) -> Iterable[tuple[Any, Any]]:

@@ -19,12 +19,12 @@ from fastagop.deep_rfm.checkpoint import Checkpoint
 from fastagop.deep_rfm.layer import Layer, LayerEvent, LayerRecord, LayerTraining, Settings, normalise_rows
 from fastagop.deep_rfm.layer_files import pack_layer, unpack_layer
 from fastagop.deep_rfm.module import DeepRFMModule, Readout
-from fastagop.deep_rfm.random_features import NAMES as FEATURES
+from fastagop.deep_rfm.random_features import FEATURES
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training
-from fastagop.estimators.calls import in_full, whole
+from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Seed, Self
 from fastagop.kernels import checks
@@ -60,7 +60,7 @@ class _Layers:
     A class of its own, since scikit-learn would wrap the method of an estimator and name all layers' columns alike.
     """
 
-    @in_full
+    @without_autograd_or_autocast
     def transform(self: Any, X: Rows, layer: int | None = None) -> Any:
         """Features entering a layer.
 
@@ -74,7 +74,7 @@ class _Layers:
         check_is_fitted(self)
         depth = len(self._layers)
         layer = depth if layer is None else checks.integer("layer", layer, 0, depth)
-        answer = self._answer(self._through(self._samples(X), layer), X)
+        answer = self._like_input(self._through(self._samples(X), layer), X)
         columns = SimpleNamespace(
             get_feature_names_out=self.get_feature_names_out if layer else lambda: _check_feature_names_in(self),
             _sklearn_output_config=getattr(self, "_sklearn_output_config", {}),
@@ -98,8 +98,8 @@ class _DeepRFM(_Layers, KernelEstimator):
     alphas_: list[Any]
     solution_: Solution
 
-    @whole
-    @in_full
+    @all_or_nothing
+    @without_autograd_or_autocast
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Train layer by layer (paper, algorithm 1).
 
@@ -129,7 +129,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         start, reported = begin(settings, data, seeds), set()
         self._layers = start.layers
         with start.checkpoint or contextlib.nullcontext():
-            settings = self._settled(settings, normalise_rows(rows.take(data.X)))
+            settings = self._with_bandwidth(settings, normalise_rows(rows.take(data.X)))
             rows = row_order.by_class(rows, data.classes)  # a bandwidth is that of the order given
             training = LayerTraining(data.Y, settings, rows, data.classes, engine_of(self.process_group))
             points = self._train(training, start, reported)
@@ -197,8 +197,8 @@ class _DeepRFM(_Layers, KernelEstimator):
     def _publish(self) -> Self:
         """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
-        self.agops_ = [self._kept(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._kept(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
+        self.agops_ = [self._like_fit_input(layer.agop) for layer in self._layers]
+        self.alphas_ = [self._like_fit_input(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
         return self
 
     def _planned_fit(self):
@@ -238,27 +238,27 @@ class _DeepRFM(_Layers, KernelEstimator):
 
     def _settings(self) -> Settings:
         """The parameters, checked; scikit-learn asks for this in fit, not in __init__."""
-        regression = self._machine()
+        regression = self._regression()
         depth, width = checks.integer("depth", self.depth, 1), checks.integer("width", self.width, 1)
-        checks.choice("features", self.features, FEATURES)
-        scale = self.feature_scale
-        if scale is not None and (self.features != "cos" or not checks.nonnegative("feature_scale", scale)):
+        checks.choice("features", self.features, tuple(FEATURES))
+        scale, scaled = self.feature_scale, [name for name, kind in FEATURES.items() if kind.default_scale is not None]
+        if scale is not None and (self.features not in scaled or not checks.nonnegative("feature_scale", scale)):
             raise ValueError(
-                f"feature_scale is the positive scale of features='cos' and None otherwise, got {scale!r} with "
-                f"features={self.features!r}"
+                f"feature_scale is the positive scale of features={' or '.join(map(repr, scaled))} and None otherwise, "
+                f"got {scale!r} with features={self.features!r}"
             )
         return Settings(
-            self.kernel,
-            depth,
-            self.features,
-            width,
-            None if scale is None else float(scale),
-            regression.ridge,
-            self.agop_scale,
-            self.precision,
-            self.backend,
-            self.solver,
-            self.memory_limit,
+            kernel=self.kernel,
+            depth=depth,
+            features=self.features,
+            width=width,
+            feature_scale=None if scale is None else float(scale),
+            ridge=regression.ridge,
+            agop_scale=self.agop_scale,
+            precision=self.precision,
+            backend=self.backend,
+            solver=self.solver,
+            memory_limit=self.memory_limit,
         )
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:
@@ -266,11 +266,11 @@ class _DeepRFM(_Layers, KernelEstimator):
             features = step(features)
         return features
 
-    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Rows wider than the estimator's dtype are normalised, as the first layer would, before they are rounded."""
         return X if X.dtype == self._dtype else normalise_rows(X.double()).to(self._dtype)
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return normalise_rows(self._through(X, len(self._layers)))
 
 

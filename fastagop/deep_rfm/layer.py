@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastagop import collapse, linalg
-from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, mapped
+from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, apply_map
 from fastagop.distributed.engine import LOCAL, Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
@@ -25,26 +25,29 @@ from fastagop.solvers.table import Method
 STAGES = ("input", "projected", "features")  # These are the places in a layer where collapse is measured.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a layer needs to know; the estimators' parameters, checked."""
+    """What a layer needs to know; the estimators' parameters, checked. Checkpoints go by these names."""
 
     kernel: Radial
     depth: int
     features: str
     width: int
-    feature_scale: float | None
-    ridge: float
-    agop_scale: str
-    precision: str
-    backend: str
+    feature_scale: float | None = None
+    ridge: float = 0.0
+    agop_scale: str = "max"
+    precision: str = "highest"
+    backend: str = "auto"
     solver: Method = "auto"
     memory_limit: float | None = None
 
     @property
     def regression(self) -> KernelRidge:
         """The kernel regression of every layer."""
-        return KernelRidge(self.kernel, self.ridge, self.precision, self.backend, self.solver, self.memory_limit)
+        return KernelRidge(
+            self.kernel, ridge=self.ridge, precision=self.precision, backend=self.backend,
+            solver=self.solver, memory_limit=self.memory_limit,
+        )  # fmt: skip
 
     @property
     def random_features(self) -> RandomFeatures:
@@ -132,7 +135,8 @@ class Layer(FixedPrecision):
     Args:
         agop: M, scaled (d, d).
         root: M^(1/2) (d, d).
-        features: Phi, whose weight (width, d) and bias, (width,) or None, become buffers.
+        features: Phi, whose weight (width, d) and bias, (width,) or None, become buffers; its kind, a word, is kept
+            beside them.
         record: what happened when the layer was trained, which is kept beside the buffers.
     """
 
@@ -140,10 +144,12 @@ class Layer(FixedPrecision):
     root: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    kind: str
     record: LayerRecord
 
     def __init__(self, agop: torch.Tensor, root: torch.Tensor, features: FeatureMap, record: LayerRecord | None = None):
         super().__init__()
+        self.kind = features.kind
         self.record = record  # pyright: ignore[reportAttributeAccessIssue] (only a network's copy has none)
         self.register_buffer("agop", agop)
         self.register_buffer("root", root)
@@ -153,7 +159,7 @@ class Layer(FixedPrecision):
     @property
     def map(self) -> FeatureMap:
         """Phi, the random features."""
-        return FeatureMap(self.weight, self.bias)
+        return FeatureMap(self.kind, self.weight, self.bias)
 
     def forward(self, X: torch.Tensor) -> torch.Tensor:
         """The features (n, width) of rows X (n, d)."""
@@ -170,16 +176,16 @@ class Layer(FixedPrecision):
         """
         projected = product(X, self.root.to(X.dtype))
         bias = None if self.bias is None else self.bias.to(X.dtype)
-        return projected, mapped(projected, self.weight.to(X.dtype), bias)
+        return projected, apply_map(self.kind, projected, self.weight.to(X.dtype), bias)
 
     def copy(self) -> Layer:
         """The same layer with tensors of its own and without its record."""
         bias = None if self.bias is None else self.bias.clone()
-        return Layer(self.agop.clone(), self.root.clone(), FeatureMap(self.weight.clone(), bias))
+        return Layer(self.agop.clone(), self.root.clone(), FeatureMap(self.kind, self.weight.clone(), bias))
 
     def __repr__(self) -> str:
         record = "" if self.record is None else f", {self.record}"
-        return f"Layer(agop {size_of(self.agop)}, {self.map.name} features {len(self.weight)}{record})"
+        return f"Layer(agop {size_of(self.agop)}, {self.kind} features {len(self.weight)}{record})"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastagop.deep_rfm.layer import Layer, LayerRecord
-from fastagop.deep_rfm.random_features import FeatureMap
+from fastagop.deep_rfm.random_features import FEATURES, FeatureMap
 from fastagop.estimators import files
 
 
@@ -19,12 +19,20 @@ def pack_layer(layer: Layer) -> tuple[dict[str, torch.Tensor], dict]:
     record = layer.record
     metadata = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
     metadata["solution"] = files.pack_solution(record.solution)
-    return {**layer.state_dict(), "alpha": record.solution.alpha}, {"map": layer.map.name, "record": metadata}
+    return {**layer.state_dict(), "alpha": record.solution.alpha}, {"map": layer.kind, "record": metadata}
 
 
 def unpack_layer(tensors: dict[str, torch.Tensor], metadata: dict, device: torch.device) -> Layer:
-    """The layer of ``pack_layer`` on a device."""
+    """The layer of ``pack_layer`` on a device.
+
+    Raises:
+        ValueError: its features are of a kind that this process does not know.
+    """
     tensors = {name: value.to(device) for name, value in tensors.items()}
     record = metadata["record"]
     record = LayerRecord(**{**record, "solution": files.unpack_solution(record["solution"], tensors["alpha"])})
-    return Layer(tensors["agop"], tensors["root"], FeatureMap(tensors["weight"], tensors.get("bias")), record)
+    kind = metadata.get("map", "cos" if "bias" in tensors else "relu")  # a file may be older than the word
+    if kind not in FEATURES:
+        raise ValueError(f"its layers have features {kind!r}, which this version of fastagop does not have")
+    features = FeatureMap(kind, tensors["weight"], tensors.get("bias"))
+    return Layer(tensors["agop"], tensors["root"], features, record)

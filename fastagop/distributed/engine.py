@@ -32,9 +32,9 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import filler_of
+from fastagop.solvers.problem import Shared
 from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
-from fastagop.solvers.table import Shared
 
 _UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
 
@@ -310,7 +310,7 @@ def _stored_weights(at: Points, alpha: torch.Tensor, task: AgopTask, size: int) 
     if at.Z is not at.X or task.method == "gradient":
         return None
     try:
-        plan = costs.plan(at.X, alpha, at.X, AgopTask(method="gram", limit=task.limit), "")
+        plan = costs.plan(at.X, alpha, at.X, AgopTask(method="gram", limit=task.limit), "", symmetric=True)
     except MemoryError:
         if task.method == "gram":
             raise
@@ -326,7 +326,7 @@ def _rows_of_gram(predictor: Predictor, task: AgopTask, max_rows: int, ranks: Co
     kernel, X, alpha, _, _ = predictor
     W = torch_agop.weights(kernel, X, X, max_rows)
     dtypes = [X.dtype, torch.float64]
-    here = torch_agop.choose_form(W, X, predictor.rounded, X, task)
+    here = torch_agop.choose_form(W, X, predictor.rounded, X, task, symmetric=True)
     rank = here.low_rank.rank if here.low_rank else 0
     rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(here.dtype))[0], 2)  # the first rank decides
     if rank == 0:
@@ -362,7 +362,8 @@ def _rows_of_points(predictor: Predictor, Z, weights, task: AgopTask, ranks: Com
         size = float(len(share) if part is None else part.sum(dtype=torch.float64))
         mean = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
         if size > 0:
-            rows = costs.plan(X, alpha, share, AgopTask(method="gradient", limit=task.limit), "").block
+            gradient = AgopTask(method="gradient", limit=task.limit)
+            rows = costs.plan(X, alpha, share, gradient, "", symmetric=False).block
             mean += operator.mean_gradient(alpha, part, rows)
         both = ranks.total(torch.cat([(size * mean).flatten(), mean.new_tensor([size])]))
         if both[-1] > 0:

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs, persistence
-from fastagop.estimators.calls import in_full
+from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
@@ -26,7 +26,7 @@ from fastagop.kernels.operations import kernel_matmul
 from fastagop.kernels.profile import Kernel, median_factor
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
-from fastagop.solvers.table import METHODS, OPTIONS, Method
+from fastagop.solvers.table import OPTIONS, Method, methods
 
 _KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
@@ -56,9 +56,10 @@ class Training:
 class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
-    Hooks: ``_read`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_entering``, ``_mapped``, ``_packed``,
-    ``_restore``. ``fit`` calls ``_machine`` first, then ``_settled``, and sets ``_centers`` and ``_alpha`` (the points
-    of the kernel machine, copies merged, and their coefficients) and ``solution_`` (with a coefficient for every row).
+    Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
+    ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then ``_with_bandwidth``, and
+    sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their coefficients) and
+    ``solution_`` (with a coefficient for every row).
     """
 
     # These are the parameters of every subclass.
@@ -116,19 +117,19 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         tags.target_tags.required = True
         return tags
 
-    def _read(self, y) -> np.ndarray:
+    def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""
         raise TypeError(f"{type(self).__name__} is neither a classifier nor a regressor")
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
-        """(targets (n, K) in float64, class indices or None, weights) of the targets that ``_read`` returned."""
+        """(targets (n, K) in float64, class indices or None, weights) of what ``_validated_targets`` returned."""
         raise NotImplementedError
 
-    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Training points (n, d) as the first kernel machine takes them, in the estimator's dtype."""
         raise NotImplementedError
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         """New rows as the kernel machine sees them, float64."""
         raise NotImplementedError
 
@@ -144,7 +145,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     def _dtype(self) -> torch.dtype:
         return inputs.dtype(self.dtype)
 
-    def _machine(self) -> KernelRidge:
+    def _regression(self) -> KernelRidge:
         """The shared parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         checks.kernel(self.kernel, settled=False)
         checks.choice("agop_scale", self.agop_scale, AGOP_SCALES)
@@ -153,17 +154,17 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         checks.choice("backend", self.backend, backends.names())
         ridge = checks.nonnegative("ridge", self.ridge)
         if type(self.solver) not in OPTIONS:
-            checks.choice("solver", self.solver, METHODS)
+            checks.choice("solver", self.solver, methods())
         checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)
         for operation in ("kernel_matrix", "solve"):  # a layer stores its kernel matrix
             if self.backend not in backends.names(operation):
                 points = torch.empty(0, 0, dtype=self._dtype, device=self._device)
                 backends.choose(self.backend, backends.Request(operation, self.kernel, points, self.precision))
-        self._checked_process()
+        self._check_process()
         return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
 
-    def _settled(self, parameters, points: torch.Tensor):
+    def _with_bandwidth(self, parameters, points: torch.Tensor):
         """The parameters of a fit with a number for their kernel's bandwidth, which becomes ``kernel_``.
 
         Args:
@@ -179,7 +180,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         self.kernel_ = kernel
         return replace(parameters, kernel=kernel)
 
-    def _checked_process(self) -> None:
+    def _check_process(self) -> None:
         """Refuse callbacks, a verbosity or a process group that are none."""
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
@@ -211,7 +212,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """The arguments of fit, checked, on the estimator's device; rows of weight zero are left out."""
         self._torch_in = isinstance(X, torch.Tensor)
         rows = inputs.matrix(self, X, reset=True)
-        y = self._read(y)
+        y = self._validated_targets(y)
         inputs.same_length("y", y, len(rows))
         weights = inputs.weights(sample_weight, len(rows))
         rows, y, weights = inputs.weighted_rows(weights, rows, y)
@@ -219,7 +220,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         rows, Y, codes, weights = inputs.weighted_rows(weights, rows, Y, codes)
         of_rows = None if weights is None else torch.from_numpy(weights).to(self._device)
         return Training(
-            self._entering(rows.to(self._device), of_rows),
+            self._training_points(rows.to(self._device), of_rows),
             inputs.narrowed("y", torch.from_numpy(Y).to(self._device), self._dtype),
             None if codes is None else torch.from_numpy(codes).to(self._device),
             of_rows,
@@ -229,11 +230,15 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """New rows, checked and moved. They are computed in float64, so that an answer does not depend on the batch."""
         return inputs.matrix(self, X, reset=False).to(self._device, torch.float64)
 
-    @in_full
+    @without_autograd_or_autocast
     def _outputs(self, X) -> torch.Tensor:
         """The kernel machine's f(X), shape (m, K), float64."""
         check_is_fitted(self)
-        return self._product(self._mapped(self._samples(X)), self._centers, self._alpha)
+        return self._outputs_at(self._samples(X))
+
+    def _outputs_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) at rows (m, d) that are checked and on the device already, float64."""
+        return self._product(self._kernel_inputs(rows), self._centers, self._alpha)
 
     def _product(self, points: torch.Tensor, centers: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         """k(points, centers) alpha, shape (m, K), for float64 points (m, d)."""
@@ -241,7 +246,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         backend = backends.serving(self.backend, backends.Request("kernel_matmul", self.kernel_, points))
         return kernel_matmul(self.kernel_, points, centers.double(), alpha.double(), backend=backend)
 
-    def _view(self, outputs: torch.Tensor, X, others: Callable[[Any], torch.Tensor] | None = None):
+    def _with_outputs(self, outputs: torch.Tensor, X, others: Callable[[Any], torch.Tensor] | None = None):
         """This estimator, whose kernel machine answers for rows X by these outputs (m, K), for other rows by others."""
 
         def answers(rows) -> torch.Tensor:
@@ -259,7 +264,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """The points' coefficients for a file, where they are not those of the rows."""
         return {} if self._alpha is self.solution_.alpha else {"readout": self._alpha}
 
-    def _answer(self, value: torch.Tensor, X, wide: bool = False):
+    def _like_input(self, value: torch.Tensor, X, wide: bool = False):
         """A float64 result as X's kind, device and floating dtype; ``wide``: in float64 in any case."""
         if isinstance(X, torch.Tensor):
             keep = wide or not X.is_floating_point()
@@ -267,7 +272,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         keep = wide or getattr(X, "dtype", None) != np.float32
         return value.cpu().numpy().astype(np.float64 if keep else np.float32)
 
-    def _kept(self, value: torch.Tensor):
+    def _like_fit_input(self, value: torch.Tensor):
         """A trained tensor as the kind that fit was given."""
         return value if self._torch_in else value.cpu().numpy()
 
@@ -278,7 +283,7 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
     class_weight: ClassWeight
     classes_: np.ndarray
 
-    def _read(self, y) -> np.ndarray:
+    def _validated_targets(self, y) -> np.ndarray:
         return inputs.labels(y)
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
@@ -296,9 +301,9 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
     def decision_function(self, X: Rows) -> Any:
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         outputs = self._outputs(X)
-        return self._answer(outputs[:, 1] if len(self.classes_) == 2 else outputs, X)
+        return self._like_input(outputs[:, 1] if len(self.classes_) == 2 else outputs, X)
 
-    @in_full
+    @without_autograd_or_autocast
     def predict_proba(self, X: Rows) -> Any:
         """Probabilities of the classes, shape (m, K), in the order of ``classes_``; every row sums to 1.
 
@@ -308,7 +313,7 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
         """
         outputs = self._outputs(X)
         p = ((outputs + 1.0) / 2.0).clamp_(min(_LEAST, _LEAST_SUM / outputs.shape[1]), 1.0)
-        p = torch.as_tensor(self._answer(p / p.sum(1, keepdim=True), X))
+        p = torch.as_tensor(self._like_input(p / p.sum(1, keepdim=True), X))
         # Rounding and the cut make ties, which the class of predict wins.
         best = outputs.argmax(1, keepdim=True).to(p.device)
         largest = p.amax(1, keepdim=True)
@@ -346,7 +351,7 @@ class Regressor(base.RegressorMixin, KernelEstimator):
         """Whether the mean of the targets is subtracted whatever their spread."""
         return False
 
-    def _read(self, y) -> np.ndarray:
+    def _validated_targets(self, y) -> np.ndarray:
         kind = getattr(y, "dtype", None)
         name = getattr(kind, "name", str(kind).removeprefix("torch."))
         self._wide = name not in _HELD  # Predictions are then float64, as the targets were.
@@ -370,12 +375,12 @@ class Regressor(base.RegressorMixin, KernelEstimator):
         A number, or (K,).
         """
         check_is_fitted(self)
-        return float(self._intercept) if self._flat else self._kept(self._intercept)
+        return float(self._intercept) if self._flat else self._like_fit_input(self._intercept)
 
     def predict(self, X: Rows) -> Any:
         """Predicted targets, shape (m,) or (m, K) as y was in fit; in float64 where X or y was."""
         outputs = self._outputs(X).add_(self._intercept)
-        return self._answer(outputs[:, 0] if self._flat else outputs, X, self._wide)
+        return self._like_input(outputs[:, 0] if self._flat else outputs, X, self._wide)
 
     def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:
         """R^2 of predict(X) against y."""

@@ -13,7 +13,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def in_full(method: Callable[P, T]) -> Callable[P, T]:
+def without_autograd_or_autocast(method: Callable[P, T]) -> Callable[P, T]:
     """A method without autograd history, and outside autocast, which would round products to bfloat16."""
 
     @functools.wraps(method)
@@ -27,7 +27,7 @@ def in_full(method: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def whole(fit: Callable[P, T]) -> Callable[P, T]:
+def all_or_nothing(fit: Callable[P, T]) -> Callable[P, T]:
     """A method ``fit`` that leaves the estimator as it was where it ends in an error, or is interrupted.
 
     Half of a new fit beside half of the one before would answer without a word: the old machine in new units.

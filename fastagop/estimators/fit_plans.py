@@ -86,8 +86,8 @@ def _data(estimator, X, y, sample_weight) -> Data:
             K = _CLASSES
             assumed.append(f"labels on meta hold no classes: {_CLASSES} are taken for granted")
     else:
-        read = estimator._read(y)
-        K = len(np.unique(read)) if read.ndim == 1 else read.shape[1]
+        targets = estimator._validated_targets(y)
+        K = len(np.unique(targets)) if targets.ndim == 1 else targets.shape[1]
     inputs.same_length("y", y, n)
     weights = None if on_meta(sample_weight) else inputs.weights(sample_weight, n)
     n = n if weights is None else int((weights > 0).sum())
@@ -185,7 +185,8 @@ def _agop_diagonal(X, Y, regression: KernelRidge) -> tuple[float, int]:
 def _agop(X, Y, regression: KernelRidge, task: AgopTask, solver: Solver) -> tuple[float, int]:
     """(seconds, peak bytes) of the AGOP; the weights that a solver keeps were counted there."""
     if solver.keeps:
-        seconds = min(costs.costs(X, X, Y.shape[1], costs.products_of(X, X, None)).values())
+        products = costs.products_of(X, None, symmetric=True)
+        seconds = min(costs.costs(X, X, Y.shape[1], products, symmetric=True).values())
         return seconds, full_bytes(X, Y.shape[1], regression.memory_limit) if solver.halves else 0
     served = {"precision": regression.precision, "backend": regression.backend}
     task = dataclasses.replace(task, limit=regression.memory_limit)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.distributed.engine import LOCAL, Local, Predictor
-from fastagop.estimators import medium, small
+from fastagop.estimators import float64_fit, mixed_fit
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import gradients
@@ -17,12 +17,13 @@ from fastagop.kernels.plan import AgopTask, budget
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
-from fastagop.solvers import copies, mixed, table
+from fastagop.solvers import copies, mixed, problem
 from fastagop.solvers.copies import Rows
+from fastagop.solvers.problem import Advice
 from fastagop.solvers.solution import Solution, Solved, as_before
 from fastagop.solvers.solve import SolveOptions, scale_targets
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
-from fastagop.solvers.table import Advice, Method
+from fastagop.solvers.table import Method
 
 log = logging.getLogger("fastagop")
 
@@ -61,11 +62,11 @@ class KernelRidge:
     def options(self) -> SolveOptions:
         """How a solve computes; alpha is wanted in float64."""
         return SolveOptions(
-            self.ridge,
-            self.solver,
-            self.precision,
-            self.backend,
-            self.memory_limit,
+            ridge=self.ridge,
+            method=self.solver,
+            precision=self.precision,
+            backend=self.backend,
+            memory_limit=self.memory_limit,
             float64_alpha=True,
             advice=_ADVICE,
             gave_way=self.gave_way,
@@ -87,9 +88,9 @@ def solve(
     rows = rows or copies.alone(X)
     if mirrored(Y):
         return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
-    if (fitted := _small(X, Y, regression, engine, rows)) is not None:
+    if (fitted := _fit_float64(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
-    if (found := _medium(X, Y, regression, engine, rows, weights=False)) is not None:
+    if (found := _fit_mixed(X, Y, regression, engine, rows, weights=False)) is not None:
         return found.solved
     return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
 
@@ -105,25 +106,28 @@ def _both(solved: Solved) -> Solved:
     return Solved(replace(solved.solution, alpha=alpha), points)
 
 
-def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.SmallFit | None:
+def _fit_float64(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> float64_fit.Float64Fit | None:
     """The solution of a small problem without copies, weights or wishes; None of any other."""
     limit = regression.memory_limit
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and regression.kernel.radial
-    if not plain or regression.backend not in ("auto", "torch") or (limit is not None and limit < small.bytes_of(X, Y)):
+    usual = plain and regression.backend in ("auto", "torch")
+    if not usual or (limit is not None and limit < float64_fit.bytes_of(X, Y)):
         return None
-    return small.fit(regression.kernel, X, Y, float(regression.ridge))
+    return float64_fit.fit(regression.kernel, X, Y, float(regression.ridge))
 
 
-def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
+def _fit_mixed(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> mixed_fit.MixedFit | None:
     """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and not regression.gave_way
-    usual = plain and regression.backend in ("auto", "torch") and regression.ridge > 0 and Y.shape[1] > 0
-    if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and mixed.LEAST < len(X) <= table.SHORT):
+    usual = plain and regression.kernel.radial and regression.backend in ("auto", "torch")
+    usual = usual and regression.ridge > 0 and Y.shape[1] > 0
+    few_thousand = mixed.LEAST < len(X) <= problem.FULL_MATRIX_ROWS
+    if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and few_thousand):
         return None
-    needed, limit = medium.bytes_of(X, Y), regression.memory_limit
+    needed, limit = mixed_fit.bytes_of(X, Y), regression.memory_limit
     if (limit is not None or needed > _READ) and needed > budget(limit, X.device):
         return None
-    return medium.fit(regression.kernel, X, Y, float(regression.ridge), weights)
+    return mixed_fit.fit(regression.kernel, X, Y, float(regression.ridge), weights)
 
 
 def fit_and_agop(
@@ -152,20 +156,20 @@ def fit_and_agop(
     """
     rows = rows or copies.alone(X)
     if mirrored(Y):
-        how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
-        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
+        keywords = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
+        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **keywords)
         return _both(solved), M.mul_(2.0), planned
-    fitted = _small(X, Y, regression, engine, rows)
+    fitted = _fit_float64(X, Y, regression, engine, rows)
     if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:
         mark("solve")
         mark("agop")
-        return fitted.solved, M, small.bytes_of(X, Y)
-    if (found := _medium(X, Y, regression, engine, rows, weights=True)) is not None:
+        return fitted.solved, M, float64_fit.bytes_of(X, Y)
+    if (found := _fit_mixed(X, Y, regression, engine, rows, weights=True)) is not None:
         mark("solve")
         if (M := found.agop(center, diagonal)) is not None:
             mark("agop")
-            return found.solved, M, medium.bytes_of(X, Y)
-        solved, matrix, planned = found.solved, found.K, medium.bytes_of(X, Y)
+            return found.solved, M, mixed_fit.bytes_of(X, Y)
+        solved, matrix, planned = found.solved, found.K, mixed_fit.bytes_of(X, Y)
         del found
     else:
         solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
@@ -224,7 +228,8 @@ def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
 
     The half is given back before products in X's dtype take a copy of as many bytes.
     """
-    seconds, needed = costs.costs(X, X, outputs, costs.products_of(X, X, None)), _FULL * len(X) ** 2
+    products, needed = costs.products_of(X, None, symmetric=True), _FULL * len(X) ** 2
+    seconds = costs.costs(X, X, outputs, products, symmetric=True)
     return needed if seconds["gram"] < seconds["gradient"] and needed <= budget(limit, X.device) else 0
 
 
@@ -271,6 +276,7 @@ def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center
         return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])
     both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
+    # This is ``products.differences_product`` by output: the weights of a pair are rounded apart from its coefficients.
     for exact, rounded in zip(both[0].T, both[1].T, strict=True):
         terms = W * exact
         apart = (W.to(X.dtype).double() * rounded).sub_(terms)

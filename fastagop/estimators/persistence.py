@@ -83,7 +83,7 @@ def assembled(tensors: dict, metadata: dict, device=None):
     if device is not None:
         parameters["device"] = str(device)
     model = _class(metadata["estimator"])(**parameters)
-    model._machine()
+    model._regression()
     if "solution" in metadata:
         model.kernel_ = storage.unpack_kernel(metadata["kernel"])
         _check_shapes(tensors, metadata)

@@ -29,7 +29,7 @@ class Chosen:
         every = dict(model.named_modules(remove_duplicate=not self.named))
         self.sites = _in(every)
         if self.named:
-            self.sites = self._matching([layers] if isinstance(layers, str) else list(layers or ()), every, kinds)
+            self.sites = self._matching(model_access.named(() if layers is None else layers), every, kinds)
         if not self.sites:
             raise ValueError(f"model must have a layer to measure ({SERVED}), this {type(model).__name__} has none")
         for name, site in list(self.sites.items()):

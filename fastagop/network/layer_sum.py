@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.gemm import matmul_nt, symmetrise_
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network.sites import Kind
 
@@ -154,7 +154,7 @@ def _between(W: torch.Tensor, total: torch.Tensor, dtype: torch.dtype, divisor: 
         block = slice(start, start + _BLOCK)
         part = matmul_nt(half[block], columns[: block.stop])
         part = (part if narrow else part.double()).mul_(factor)
-        part[:, start:] = (part[:, start:] + part[:, start:].T).mul_(0.5)
+        symmetrise_(part[:, start:])
         found[block, : block.stop] = part
         found[:start, block] = part[:, :start].T
     return found

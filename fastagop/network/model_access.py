@@ -26,7 +26,7 @@ def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
     if not linear:
         raise ValueError(f"model must have a torch.nn.Linear layer to measure, this {type(model).__name__} has none")
     if patterns is not None:
-        linear = _matching(linear, [patterns] if isinstance(patterns, str) else list(patterns), every)
+        linear = _matching(linear, named(patterns), every)
     for name, layer in linear.items():
         if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
             others = listed(other for other in linear if other != name)
@@ -35,6 +35,14 @@ def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
                 f"leave it out, layers=[{others}]"
             )
     return linear
+
+
+def named(layers: str | Iterable[str]) -> list[str]:
+    """The names and patterns of layers that a caller gave."""
+    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"layers must be names or patterns of layers, as model.named_modules() has them, got {found}")
+    return [str(pattern) for pattern in found]
 
 
 def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]) -> dict[str, nn.Linear]:
@@ -121,6 +129,11 @@ def _check_source(X, batch_size) -> None:
             raise ValueError("X must have samples along its first dimension, got a scalar")
     elif not isinstance(X, Iterable) or isinstance(X, (str, bytes, Mapping)) or hasattr(X, "__array__"):
         raise TypeError(f"X must be a torch.Tensor or an iterable of batches, got {type(X).__name__}")
+    elif isinstance(X, tuple) and X and all(isinstance(part, torch.Tensor) for part in X):
+        raise TypeError(
+            "X must be a tensor or an iterable of batches, got a tuple of tensors: [(inputs, labels)] is one batch "
+            "with its labels, [X1, X2] are two batches"
+        )
     elif batch_size is not None:
         raise ValueError("batch_size must be None for an iterable X, which brings batches of its own")
     if batch_size is not None:
@@ -132,20 +145,51 @@ def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     pair = tuple(batch[:2]) if isinstance(batch, (tuple, list)) else (batch,)
     if not pair or not isinstance(pair[0], torch.Tensor) or pair[0].ndim == 0:
         got = type(pair[0]).__name__ if pair else "an empty tuple"
-        raise TypeError(f"X must give batches of tensors or of (inputs, labels), got {got}")
+        raise TypeError(
+            f"X must give batches of tensors or of (inputs, labels), got {got}; a model of several inputs is measured "
+            "inside a module that makes them of one tensor"
+        )
     return pair[0], pair[1] if len(pair) == 2 else None
 
 
 def outputs(model: Callable, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
     """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
-    return rows("model", model(inputs), len(inputs), finite)
+    out = called(model, inputs)
+    if isinstance(out, torch.Tensor) and out.shape[:1] != inputs.shape[:1] and (hint := sequence_first(model)):
+        raise ValueError(f"model returns shape {tuple(out.shape)} for {len(inputs)} samples: {hint}")
+    return rows("model", out, len(inputs), finite)
+
+
+def called(model: Callable, inputs: torch.Tensor) -> Any:
+    """What a model returns; where it fails and X has another dtype than its parameters, the error says so."""
+    try:
+        return model(inputs)
+    except RuntimeError as error:
+        parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+        held = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)
+        if not inputs.is_floating_point() or inputs.dtype == held:
+            raise
+        text = (
+            f"X must have the dtype of the model's parameters, {held}, got {inputs.dtype}; use X.to({held}) ({error})"
+        )
+        raise TypeError(text) from error
+
+
+def sequence_first(model: Callable, within: str = "") -> str:
+    """What to do about modules of a model, or of one of its modules, that take the batch second; "" where none does."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        related = f"{name}.".startswith(f"{within}.") or f"{within}.".startswith(f"{name}.") or not within
+        if related and getattr(module, "batch_first", True) is False:
+            return f"{name!r} ({type(module).__name__}) takes (sequence, batch, d); build it with batch_first=True"
+    return ""
 
 
 def rows(name: str, out, n: int, finite: bool = True) -> torch.Tensor:
     """What ``name`` returned for n samples as (n, K)."""
     if not isinstance(out, torch.Tensor) or not out.is_floating_point():
         kind = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
-        hint = "wrap it in a module that does" if name == "model" else "one row for each sample"
+        within = "outputs=lambda out: ... of agop takes a tensor out of it, as does a module around the model"
+        hint = within if name == "model" else "one row for each sample"
         raise TypeError(f"{name} must return one floating tensor, got {kind}; {hint}")
     if out.ndim == 0 or len(out) != n:
         shape = tuple(out.shape)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
 from fastagop.network.gradient_hooks import ManyGradientsError, Run, tapped
 from fastagop.network.lending import Here
@@ -94,6 +95,8 @@ def refuse_neighbours(model: nn.Module, inputs: torch.Tensor) -> None:
     mixers = (a[0] for a, b in calls if a[1] and not _differ(a[1], b[1]) and _differ(a[2], b[2]))
     name = next(mixers, "")
     kind = type(model.get_submodule(name)).__name__
+    if hint := model_access.sequence_first(model, name):
+        raise ValueError(f"model: the samples of a batch are mixed: {hint}")
     raise ValueError(
         f"model: {f'module {name!r} ({kind})' if name else kind} mixes the samples of a batch, or is random: what it "
         "returns for one sample changes with the others. Take it out (batch normalisation needs running statistics), "
@@ -116,7 +119,7 @@ def _trace(model: nn.Module, pair: torch.Tensor) -> list[Call]:
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
         with torch.enable_grad():  # Some checkpoints warn where no input requires gradients.
-            model(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
+            model_access.called(model, pair.requires_grad_().clone() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
             handle.remove()

@@ -27,20 +27,19 @@ class Target:
         elif outputs is not None:
             self._columns = outputs if isinstance(outputs, slice) else _indices(outputs)
 
-    def runs(self, labels: torch.Tensor | None) -> Callable[..., Run]:
+    def runs(self, labels: Any) -> Callable[..., Run]:
         """runs(index) is the function of these samples of a batch, runs() of the whole batch."""
 
         def bind(index: list[int] | None = None, finite: bool = True) -> Run:
-            some = labels if index is None or labels is None else labels[index]
-            return lambda inputs: self._of(inputs, some, finite)
+            return lambda inputs: self._of(inputs, labels, index, finite)
 
         return bind
 
-    def _of(self, inputs: torch.Tensor, labels: torch.Tensor | None, finite: bool) -> torch.Tensor:
+    def _of(self, inputs: torch.Tensor, labels: Any, index: list[int] | None, finite: bool) -> torch.Tensor:
         if self._head is None:
             out = model_access.outputs(self._model, inputs, finite)
             return out if self._columns is None else _take(out, self._columns)
-        raw = self._model(inputs)
+        raw = model_access.called(self._model, inputs)
         if not self._labelled:
             return model_access.rows(self._name, self._head(raw), len(inputs), finite)
         if labels is None:
@@ -48,7 +47,11 @@ class Target:
                 f"{self._name} takes labels as its second argument, but the batches of X bring none; give X as batches "
                 "of (inputs, labels)"
             )
-        labels = torch.as_tensor(labels).to(inputs.device)
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"X: the labels of a batch must be a tensor or numbers, got {labels!r:.80}") from error
+        labels = (labels if index is None else labels[index]).to(inputs.device)
         return model_access.rows(self._name, self._head(raw, labels), len(inputs), finite)
 
 

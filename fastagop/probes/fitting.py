@@ -247,7 +247,7 @@ def _search(X, y, X_val, y_val, settings: Settings) -> tuple[Any, Any, dict]:
                 machine.fit(X, y, X_val=X_val, y_val=y_val)
                 tried[bandwidth, center] = machine.validation_score_
                 place = machine.best_iteration_
-                rank = machine.validation_score_[place], machine._ties[place]
+                rank = machine.validation_score_[place], machine._validation_ties[place]
                 if best is None or rank > best[0]:
                     best, chosen = (rank, machine), (bandwidth, center)
     assert best is not None

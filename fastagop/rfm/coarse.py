@@ -19,12 +19,12 @@ import torch
 from sklearn.base import clone
 
 from fastagop.distributed.engine import LOCAL
-from fastagop.estimators.calls import in_full
+from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
-from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
-from fastagop.rfm.learning import Points, Rules
+from fastagop.kernels.torch_backend.products import differences_product, outer_products
+from fastagop.rfm.learning import MergedPoints, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
@@ -61,8 +61,8 @@ def _squares(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Room:
-    """Coordinates in which a metric is learnt, float64.
+class Coordinates:
+    """Points and validation rows in the coordinates in which a metric is learnt, float64.
 
     Attributes:
         metric: before anything was learnt.
@@ -77,7 +77,7 @@ class Room:
     beyond: torch.Tensor | None
 
     @classmethod
-    def of(cls, points: torch.Tensor, rows: torch.Tensor, diagonal: bool, kernel: Kernel) -> Room:
+    def of(cls, points: torch.Tensor, rows: torch.Tensor, diagonal: bool, kernel: Kernel) -> Coordinates:
         """Those of points (n, d) and validation rows (m, d), for a radial kernel."""
         metric = Metric.before(points, diagonal, LOCAL, kernel)
         if metric.span is None:
@@ -101,7 +101,7 @@ class State(NamedTuple):
     squares: Squares
 
 
-class Fold:
+class CoarseFold:
     """Rows of a fold as the fits of all settings see them.
 
     Args:
@@ -111,26 +111,26 @@ class Fold:
         scorer: (estimator, X, y) -> number.
     """
 
-    @in_full
+    @without_autograd_or_autocast
     def __init__(self, estimator, train: tuple, test: tuple, scorer):
         self.model: Any = clone(estimator)
         self.model.set_params(scoring=scorer)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            regression, _ = self.model._checked()
+            regression, _ = self.model._regression_and_rules()
             data = self.model._training(*train)
-            held = self.model._held(data, *test, None, LOCAL)[0]
+            held = self.model._held_out(data, *test, None, LOCAL)[0]
         assert held is not None
-        self.notes = [str(warning.message) for warning in said]
+        self.notes = [str(warning.message) for warning in caught]
         self.held: HeldOut = held
-        self.points = Points.of(data.X, data.Y, data.weights)
+        self.points = MergedPoints.of(data.X, data.Y, data.weights)
         rows = self.points.rows
         self._mirrored = mirrored(self.points.Y)
         Y = rows.means(self.points.Y)
         self._Y = Y[:, 1:] if self._mirrored else Y
         self._weights = None if rows.weights is None else rows.weights.float()
-        self._rooms: dict[bool, Room] = {}
-        self._room = budget(regression.memory_limit, data.X.device)
+        self._coordinates: dict[bool, Coordinates] = {}  # by whether a metric is diagonal
+        self._memory = budget(regression.memory_limit, data.X.device)
         plain = scorer.func if isinstance(scorer, functools.partial) else scorer
         self._default = hasattr(plain, "_estimator")  # scikit-learn's stand-in for the estimator's own score
         self._counted = scorer.keywords.get("sample_weight") if isinstance(scorer, functools.partial) else None
@@ -147,7 +147,7 @@ class Fold:
         if not (ours and X.dtype == torch.float32 and X.device.type == "cpu" and Y.numel() and X.shape[1]):
             return False
         sizes = all(1.0 / _USUAL <= largest(part) <= _USUAL for part in (X, Y))
-        return len(X) > 1 and sizes and folds * self._bytes() <= self._room
+        return len(X) > 1 and sizes and folds * self._bytes() <= self._memory
 
     def _bytes(self) -> int:
         """What a coarse fit takes at most, with the squared distances that all share."""
@@ -156,7 +156,7 @@ class Fold:
 
     def scores(self, estimator) -> Iterator[tuple[float, float]]:
         """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator, up to where a fit has to tell."""
-        regression, rules = estimator._checked()
+        regression, rules = estimator._regression_and_rules()
         if regression.ridge == 0 or not regression.kernel.radial:
             return
         kernel, factor = regression.kernel, median_factor(regression.kernel)
@@ -166,45 +166,46 @@ class Fold:
         for name in _SETTING:
             setattr(view, name, getattr(estimator, name))
         view.kernel_ = kernel
-        machine = _Machine(kernel, regression.ridge, self._Y, self._weights)
+        coarse = _CoarseRegression(kernel, regression.ridge, self._Y, self._weights)
         state = self._first(rules.diagonal)
         for step in range(rules.iterations + 1):
-            found = self._step(machine, view, state)
+            found = self._step(coarse, view, state)
             if found is None:
                 return
             yield found[0]
-            if step < rules.iterations and (state := self._next(machine, rules, state, *found[1:])) is None:
+            if step < rules.iterations and (state := self._next(coarse, rules, state, *found[1:])) is None:
                 return
 
-    @in_full
+    @without_autograd_or_autocast
     def _first(self, diagonal: bool) -> State:
-        if diagonal not in self._rooms:
-            self._rooms[diagonal] = Room.of(self.points.X, self.held.points, diagonal, self.model.kernel)
-        room = self._rooms[diagonal]
-        return State(room.metric, room.x, room.first)
+        if diagonal not in self._coordinates:
+            args = self.points.X, self.held.points, diagonal, self.model.kernel
+            self._coordinates[diagonal] = Coordinates.of(*args)
+        coordinates = self._coordinates[diagonal]
+        return State(coordinates.metric, coordinates.x, coordinates.first)
 
-    @in_full
-    def _step(self, machine: _Machine, view, state: State):
+    @without_autograd_or_autocast
+    def _step(self, coarse: _CoarseRegression, view, state: State):
         """((score, tie), alpha, K + ridge) of a kernel machine; None where a fit has to tell."""
-        if (solved := machine.solve(state.squares.inner)) is None:
+        if (solved := coarse.solve(state.squares.inner)) is None:
             return None
-        outputs = machine.outputs(state.squares.cross, solved[0])
+        outputs = coarse.outputs(state.squares.cross, solved[0])
         outputs = torch.cat([-outputs, outputs], 1) if self._mirrored else outputs
         return (self._score(view, outputs), *solved) if bool(outputs.isfinite().all()) else None
 
-    @in_full
-    def _next(self, machine: _Machine, rules: Rules, state: State, alpha: torch.Tensor, K: torch.Tensor):
+    @without_autograd_or_autocast
+    def _next(self, coarse: _CoarseRegression, rules: Rules, state: State, alpha: torch.Tensor, K: torch.Tensor):
         """The state in the metric of the AGOP; None where a fit has to tell."""
-        room = self._rooms[rules.diagonal]
-        M = machine.agop(state.squares.inner, K, state.x, alpha, rules)
+        coordinates = self._coordinates[rules.diagonal]
+        M = coarse.agop(state.squares.inner, K, state.x, alpha, rules)
         if not bool(M.isfinite().all()):
             return None
         inner = M.mul_(2.0) if self._mirrored else M
-        metric, _ = state.metric.updated(inner, rules.agop_scale, self.points.rows.total, room.x, LOCAL)
+        metric, _ = state.metric.updated(inner, rules.agop_scale, self.points.rows.total, coordinates.x, LOCAL)
         if metric.root is None:
             return state
-        x = metric.among(room.x)
-        return State(metric, x, Squares.of(x, metric.among(room.v)))
+        x = metric.among(coordinates.x)
+        return State(metric, x, Squares.of(x, metric.among(coordinates.v)))
 
     def _score(self, view, outputs: torch.Tensor) -> tuple[float, float]:
         """(score, tie) of outputs; the default scores are taken here, which saves half of a small fit's time."""
@@ -221,7 +222,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class _Machine:
+class _CoarseRegression:
     """Kernel ridge regression in float32 for given squared distances.
 
     Attributes:
@@ -259,13 +260,5 @@ class _Machine:
     def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
         W, z = self.kernel.rough_weight(sq, K), x.float()  # the diagonal of K holds the ridge, that of sq is zero
-        n, r = z.shape
-        G = matmul_nt(W, (alpha[:, :, None] * z[:, None, :]).view(n, -1).T).view(n, -1, r)
-        G.addcmul_(torch.mm(W, alpha)[:, :, None], z[:, None, :], value=-1.0)
-        if rules.center:
-            share = torch.ones(n) if self.weights is None else self.weights
-            G -= (share @ G.view(n, -1)).div_(share.sum()).view(1, -1, r)
-        if self.weights is not None:
-            G.mul_(self.weights.sqrt()[:, None, None])
-        flat = G.view(-1, r)
-        return flat.double().square().sum(0) if rules.diagonal else matmul_nt(flat.T, flat.T).double()
+        G = differences_product(W, alpha, z, z)
+        return outer_products(G, rules.center, self.weights, rules.diagonal)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop import linalg
-from fastagop.rfm.learning import Points
+from fastagop.rfm.learning import MergedPoints
 from fastagop.rfm.metric import Metric
 
 
@@ -26,7 +26,7 @@ class Targets:
     spread: torch.Tensor
 
     @classmethod
-    def of(cls, points: Points) -> Targets:
+    def of(cls, points: MergedPoints) -> Targets:
         """The targets of some points."""
         wide, rows = points.Y.double(), points.rows
         share = (rows.each / rows.each.sum()).to(wide)

@@ -182,11 +182,9 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
     ):
         self._store(locals())
 
-    fit_intercept: bool
-
-    def _checked(self):
+    def _regression_and_rules(self):
         checks.flag("fit_intercept", self.fit_intercept)
-        return super()._checked()
+        return super()._regression_and_rules()
 
     @property
     def _centred(self) -> bool:

@@ -23,7 +23,7 @@ log = logging.getLogger("fastagop")
 
 
 @dataclass(frozen=True)
-class Points:
+class MergedPoints:
     """Rows of which a kernel machine is made, copies merged.
 
     Attributes:
@@ -37,12 +37,12 @@ class Points:
     rows: Rows
 
     @classmethod
-    def of(cls, X: torch.Tensor, Y: torch.Tensor, weights: torch.Tensor | None) -> Points:
+    def of(cls, X: torch.Tensor, Y: torch.Tensor, weights: torch.Tensor | None) -> MergedPoints:
         """The points of rows X (n, d)."""
         rows = copies.find(X, weights)
         return cls(rows.take(X), Y, rows)
 
-    def by_class(self, X: torch.Tensor, classes: torch.Tensor | None) -> Points:
+    def by_class(self, X: torch.Tensor, classes: torch.Tensor | None) -> MergedPoints:
         """The same points of rows X (n, d) in the order of ``row_order.by_class``."""
         rows = row_order.by_class(self.rows, classes)
         return self if rows is self.rows else replace(self, X=rows.take(X), rows=rows)
@@ -152,7 +152,7 @@ class Learner:
 
     def __init__(
         self,
-        points: Points,
+        points: MergedPoints,
         regression: KernelRidge,
         rules: Rules,
         engine: Local,

@@ -17,7 +17,7 @@ from fastagop.distributed.engine import Local
 from fastagop.estimators import files as storage
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.base import KernelEstimator, Training
-from fastagop.estimators.calls import in_full, whole
+from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
@@ -88,8 +88,8 @@ class RFMTree(KernelEstimator):
         """Outputs of a leaf's machine as outputs (m, K) of the tree's."""
         raise NotImplementedError
 
-    @whole
-    @in_full
+    @all_or_nothing
+    @without_autograd_or_autocast
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Grow the tree, fit a machine in every leaf, and choose how softly rows are shared between leaves.
 
@@ -108,7 +108,7 @@ class RFMTree(KernelEstimator):
             NumericalWarning: per solve whose result had to be altered.
         """
         begin = time.perf_counter()
-        self._checked()
+        self._check_parameters()
         data = self._training(X, y, sample_weight)
         answers, random = self._answers(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)
@@ -129,28 +129,25 @@ class RFMTree(KernelEstimator):
         """A recursive feature machine with the tree's parameters, which are in the tree's units."""
         names = self._MACHINE._get_param_names()
         shared = {name: getattr(self, name) for name in self._get_param_names() if name in names}
-        own = {"scale": None, "verbose": 0, **({"class_weight": None} if "class_weight" in names else {})}
-        return self._MACHINE(**{**shared, **own, **changes})
+        fixed = {"scale": None, "verbose": 0, **({"class_weight": None} if "class_weight" in names else {})}
+        return self._MACHINE(**{**shared, **fixed, **changes})
 
     def _leaf(self, data: Training, answers: np.ndarray, rows: torch.Tensor, count: int, begin: float):
         """A fitted leaf of ``count``, for some rows."""
-        own = answers[rows.cpu().numpy()]
-        if _constant(own) and count > 1:
-            return Constant(own[0], data.Y[rows[0]].double())
+        leaf_answers = answers[rows.cpu().numpy()]
+        if _constant(leaf_answers) and count > 1:
+            return Constant(leaf_answers[0], data.Y[rows[0]].double())
         changes = {}
         if count > 1:
             changes["scoring"] = None if self.scoring is None else Lenient(validation.scorer_of(self, self.scoring))
             if self.soft and not self.early_stopping and self.metric_samples is None:
-                changes["metric_samples"] = len(rows) - self._held(len(rows))
+                changes["metric_samples"] = len(rows) - validation.held_out_count(self.validation_fraction, len(rows))
         if self.time_limit is not None:
             left = begin + float(self.time_limit) - time.perf_counter()
             changes["time_limit"] = max(0.0, left / (count - len(self.leaves_)))
         weights = None if data.weights is None else data.weights[rows].cpu().numpy()
-        return self._machine_of(**changes).fit(self._kept(data.X[rows]), own, sample_weight=weights)
-
-    def _held(self, n: int) -> int:
-        """How many of a leaf's n rows are held out."""
-        return min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        leaf_rows = self._like_fit_input(data.X[rows])
+        return self._machine_of(**changes).fit(leaf_rows, leaf_answers, sample_weight=weights)
 
     def _tempered(self, data: Training, answers: np.ndarray, members: list[torch.Tensor], random) -> float:
         """The temperature with the best score on the rows that no leaf's metric and coefficients have seen."""
@@ -173,27 +170,22 @@ class RFMTree(KernelEstimator):
         """Some of a leaf's rows, of which its iterations were not made; at most the share to hold out."""
         if isinstance(leaf, Constant):
             return rows[:0]
-        out = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        out[leaf._part] = False
-        out, most = rows[out], self._held(len(rows))
-        if len(out) <= most:
+        out, limit = rows[leaf._unseen_rows], validation.held_out_count(self.validation_fraction, len(rows))
+        if len(out) <= limit:
             return out
-        return out[torch.from_numpy(random.permutation(len(out))[:most]).to(out.device)]
+        return out[torch.from_numpy(random.permutation(len(out))[:limit]).to(out.device)]
 
     def _before(self, leaf, near: torch.Tensor) -> torch.Tensor:
         """Outputs (m, K) of a leaf before its last solve, which takes all of its rows."""
         if isinstance(leaf, Constant):
             return leaf.outputs.expand(len(near), -1)
-        stages, coordinates = leaf._learnt
-        stage = stages[leaf.best_iteration_]
-        points = stage.metric.points(leaf._preparation.near(near))
-        return self._widened(leaf, leaf._product(points, stage.centers(coordinates), stage.alpha))
+        return self._widened(leaf, leaf._outputs_before_last_solve(near))
 
     def _after(self, leaf, near: torch.Tensor) -> torch.Tensor:
         """Outputs (m, K) of a fitted leaf."""
         if isinstance(leaf, Constant):
             return leaf.outputs.expand(len(near), -1)
-        return self._widened(leaf, leaf._product(leaf._mapped(near), leaf._centers, leaf._alpha))
+        return self._widened(leaf, leaf._outputs_at(near))
 
     def _mixed(self, near: torch.Tensor, temperatures: tuple[float, ...], answer: Callable) -> list[torch.Tensor]:
         """Weighted means (m, K) of the leaves' answers for rows as the kernel sees them, for each temperature."""
@@ -215,26 +207,26 @@ class RFMTree(KernelEstimator):
                 totals[place].index_add_(0, rows, weights)
         return [sums[place].div_(totals[place][:, None]) for place in range(len(temperatures))]
 
-    @in_full
+    @without_autograd_or_autocast
     def _outputs(self, X) -> torch.Tensor:
         check_is_fitted(self)
-        return self._mixed(self._mapped(self._samples(X)), (self.temperature_,), self._after)[0]
+        return self._mixed(self._kernel_inputs(self._samples(X)), (self.temperature_,), self._after)[0]
 
-    @in_full
+    @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """Weights of the leaves, which sum to 1 for every row: shape (m, number of leaves), of X's kind and dtype."""
         check_is_fitted(self)
-        near = self._mapped(self._samples(X))
+        near = self._kernel_inputs(self._samples(X))
         weights = near.new_zeros(len(near), len(self.leaves_))
         for leaf, rows, part in self.tree_.route(near.to(self._dtype), self.temperature_):
             weights[rows, leaf] = part
-        return self._answer(weights.div_(weights.sum(1, keepdim=True)), X)
+        return self._like_input(weights.div_(weights.sum(1, keepdim=True)), X)
 
-    @in_full
+    @without_autograd_or_autocast
     def apply(self, X: Rows) -> Any:
         """The number of the leaf that hard routing gives each row, by its place in ``leaves_``: (m,) integers."""
         check_is_fitted(self)
-        near = self._mapped(self._samples(X))
+        near = self._kernel_inputs(self._samples(X))
         found = torch.empty(len(near), dtype=torch.int64, device=near.device)
         for leaf, rows, _ in self.tree_.route(near.to(self._dtype), 0.0):
             found[rows] = leaf
@@ -253,17 +245,17 @@ class RFMTree(KernelEstimator):
             if found is not None and bool(torch.isfinite(found).all()):
                 total += share * found
         known = float(total.sum())
-        return self._kept(total / known if known > 0 else torch.full_like(total, 1.0 / len(total)))
+        return self._like_fit_input(total / known if known > 0 else torch.full_like(total, 1.0 / len(total)))
 
     @property
     def _n_features_out(self) -> int:
         return len(self.leaves_)
 
-    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
         return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._preparation.near(X)
 
     def _packed(self):
@@ -275,10 +267,11 @@ class RFMTree(KernelEstimator):
         leaves = []
         for place, leaf in enumerate(self.leaves_):
             if isinstance(leaf, Constant):
-                own, text = {"outputs": leaf.outputs}, {"answer": storage.pack_value(np.asarray([leaf.answer]))}
+                leaf_tensors = {"outputs": leaf.outputs}
+                text = {"answer": storage.pack_value(np.asarray([leaf.answer]))}
             else:
-                own, text = persistence.described(leaf)
-            tensors |= {f"{place}/{name}": value for name, value in own.items()}
+                leaf_tensors, text = persistence.described(leaf)
+            tensors |= {f"{place}/{name}": value for name, value in leaf_tensors.items()}
             leaves.append(text)
         return tensors, {"nodes": nodes, "leaves": leaves, "temperature": self.temperature_}
 
@@ -288,37 +281,37 @@ class RFMTree(KernelEstimator):
         self._shares, self.temperature_ = tensors["shares"].cpu().numpy(), float(metadata["temperature"])
         parts: dict[str, dict] = {}
         for name, value in tensors.items():
-            place, _, own = name.partition("/")
-            if own:
-                parts.setdefault(place, {})[own] = value
+            place, _, leaf_name = name.partition("/")
+            if leaf_name:
+                parts.setdefault(place, {})[leaf_name] = value
         self.leaves_ = []
         for place, text in enumerate(metadata["leaves"]):
-            own = parts[str(place)]
+            leaf_tensors = parts[str(place)]
             if "answer" in text:
-                self.leaves_.append(Constant(storage.unpack_value(text["answer"])[0], own["outputs"]))
+                self.leaves_.append(Constant(storage.unpack_value(text["answer"])[0], leaf_tensors["outputs"]))
             elif text["estimator"] == self._MACHINE.__name__:
-                self.leaves_.append(persistence.assembled(own, text, self.device))
+                self.leaves_.append(persistence.assembled(leaf_tensors, text, self.device))
             else:
                 raise ValueError(f"a leaf is a {text['estimator']}, not a {self._MACHINE.__name__}")
         if not len(self.leaves_) == len(self.tree_.leaves) == len(self._shares):
             raise ValueError(f"{len(self.leaves_)} leaves and the tree do not belong together")
 
-    def _checked(self) -> None:
+    def _check_parameters(self) -> None:
         """Refuse parameters that a fit could not use."""
-        self._machine()
+        self._regression()
         if self.scale not in SCALES:
             raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
-        self._machine_of()._checked()
+        self._machine_of()._regression_and_rules()
         checks.integer("leaf_size", self.leaf_size, 2)
         checks.integer("split_samples", self.split_samples, 2)
         checks.flag("soft", self.soft)
         if self.soft:
-            self._machine_of(early_stopping=True)._checked()  # of the rows to hold out
+            self._machine_of(early_stopping=True)._regression_and_rules()  # of the rows to hold out
         validation.scorer_of(self, self.scoring)
 
     def _planned_fit(self):
         """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
-        self._checked()
+        self._check_parameters()
         return self._steps
 
     def _steps(self, data, share: int):
@@ -327,12 +320,12 @@ class RFMTree(KernelEstimator):
 
         (n, d), task = data.X.shape, AgopTask("sum", self.center)
         depth = math.ceil(math.log2(max(1.0, n / self.leaf_size)))
-        machine, many, rows = self._machine(), 2**depth, math.ceil(n / 2**depth)
+        regression, many, rows = self._regression(), 2**depth, math.ceil(n / 2**depth)
         steps, sizes = [], [] if depth == 0 else [("split", many - 1, min(int(self.split_samples), n), 2)]
         held = 0
         for name, often, size, iterations in [*sizes, ("leaf", many, rows, int(self.iterations))]:
             part = replace(data, X=data.X[:size], Y=data.Y[:size])
-            found, held = iteration_steps(part, machine, share, task, (iterations, self.diagonal))
+            found, held = iteration_steps(part, regression, share, task, (iterations, self.diagonal))
             steps += [(f"{many if name == 'leaf' else many - 1} x {name} of {size} rows, {label}", often * times, step)
                       for label, times, step in found]  # fmt: skip
         return steps, many * held + n * d * data.X.element_size()
@@ -363,10 +356,10 @@ class _Splitter:
             codes = None if codes is None else np.unique(codes, return_inverse=True)[1]
             part = validation.split(len(rows), codes, len(rows) - count, self.random)
             sample = rows[validation.chosen(part, Local(), rows.device)[0]]
-        own = self.answers[sample.cpu().numpy()]
-        if not _constant(own):
+        sample_answers = self.answers[sample.cpu().numpy()]
+        if not _constant(sample_answers):
             weights = None if data.weights is None else data.weights[sample].cpu().numpy()
-            model = self.tree._machine_of(**_SPLIT).fit(data.X[sample], own, sample_weight=weights)
+            model = self.tree._machine_of(**_SPLIT).fit(data.X[sample], sample_answers, sample_weight=weights)
             found = model.directions()
             for vector in found.vectors[:_DIRECTIONS].double():
                 yield vector * torch.sign(vector[vector.abs().argmax()])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.engine import Local, engine_of
-from fastagop.estimators import files as storage
 from fastagop.estimators import inputs
 from fastagop.estimators.base import KernelEstimator, Training
-from fastagop.estimators.calls import in_full, whole
+from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Rows, Scoring, Seed, Self
@@ -26,10 +24,10 @@ from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.directions import Targets, leading
-from fastagop.rfm.learning import Learner, Learnt, Points, Rules, Stage
+from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
-from fastagop.rfm.records import Directions, IterationEvent, IterationRecord
+from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pack_record, pack_score, unpack_record
 from fastagop.rfm.validation import HeldOut
 from fastagop.solvers.solution import Solution, report
 
@@ -37,7 +35,9 @@ from fastagop.solvers.solution import Solution, report
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
-    Hooks: ``_answers``, ``_codes``, ``_original``.
+    Hooks: ``_answers``, ``_codes``, ``_original``. What trees, searches and probes use beside public methods: before a
+    fit ``_regression_and_rules``, ``_training`` and ``_held_out``; of a fitted machine ``_outputs_at``,
+    ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
     """
 
     iterations: int
@@ -56,6 +56,8 @@ class RecursiveFeatureMachine(KernelEstimator):
     best_iteration_: int
     validation_score_: np.ndarray
     solution_: Solution
+    _unseen_rows: torch.Tensor  # places of the training rows that M is not made of; a loaded machine has none
+    _validation_ties: np.ndarray  # what decides between equal scores in validation_score_
     _learnt: tuple[list[Stage], torch.Tensor] | None
     _metric: Metric
     _preparation: Preparation
@@ -73,8 +75,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Labels or targets of some training rows as they were given."""
         raise NotImplementedError
 
-    @whole
-    @in_full
+    @all_or_nothing
+    @without_autograd_or_autocast
     def fit(
         self, X: Rows, y: Rows, sample_weight: Rows | None = None, X_val: Rows | None = None, y_val: Rows | None = None
     ) -> Self:
@@ -101,17 +103,17 @@ class RecursiveFeatureMachine(KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        regression, rules = self._checked()
+        regression, rules = self._regression_and_rules()
         if (X_val is None) != (y_val is None):
             raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
         data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
         random = inputs.random(self.random_state)
-        held, learn = self._held(data, X_val, y_val, random, engine)
+        held, learn = self._held_out(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
-        self._part = learn  # the rows that M is made of, None for all
+        self._unseen_rows = validation.others(len(data.X), learn, data.X.device)
         part = data if learn is None else _rows_of(data, learn)
-        points, reported = Points.of(part.X, part.Y, part.weights), set()
-        regression = self._settled(regression, points.X)
+        points, reported = MergedPoints.of(part.X, part.Y, part.weights), set()
+        regression = self._with_bandwidth(regression, points.X)
         points = points.by_class(part.X, part.classes)
         learnt = self._learn(points, regression, rules, held, reported)
         self.iterations_, self.best_iteration_ = learnt.records, learnt.best
@@ -120,7 +122,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         if learn is None:
             self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
-            points = Points.of(data.X, data.Y, data.weights).by_class(data.X, data.classes)
+            points = MergedPoints.of(data.X, data.Y, data.weights).by_class(data.X, data.classes)
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
@@ -135,13 +137,13 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _scored(self, learnt: Learnt, held: HeldOut | None) -> None:
         """Report scores; those of an earlier fit go where there are none."""
-        for name, values in (("validation_score_", learnt.scores), ("_ties", learnt.ties)):
+        for name, values in (("validation_score_", learnt.scores), ("_validation_ties", learnt.ties)):
             self.__dict__.pop(name, None)
             if held is not None:
                 setattr(self, name, np.array(values))
 
     def _learn(
-        self, points: Points, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
+        self, points: MergedPoints, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
     ) -> Learnt:
         """Run the iterations; records are reported and callbacks called as they come."""
         with Progress("RFM", "iteration", rules.iterations, quiet=not self.verbose) as progress:
@@ -156,13 +158,14 @@ class RecursiveFeatureMachine(KernelEstimator):
 
             def score(stage: Stage, coordinates: torch.Tensor) -> tuple[float, float]:
                 assert held is not None
-                outputs = self._product(stage.metric.points(held.points), stage.centers(coordinates), stage.alpha)
-                return held.score(self, outputs)
+                return held.score(self, self._stage_outputs(stage, coordinates, held.points))
 
             scored = None if held is None else score
             return Learner(points, regression, rules, engine_of(self.process_group), scored, after).run()
 
-    def _held(self, data: Training, X_val, y_val, random, engine: Local) -> tuple[HeldOut | None, torch.Tensor | None]:
+    def _held_out(
+        self, data: Training, X_val, y_val, random, engine: Local
+    ) -> tuple[HeldOut | None, torch.Tensor | None]:
         """(validation rows or None, the rows that remain, None for all)."""
         if X_val is None and not self.early_stopping:
             return None, None
@@ -171,7 +174,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             points, y = self._given(X_val, y_val)
             return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
         n = len(data.X)
-        held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+        held = validation.held_out_count(self.validation_fraction, n)
         if held < 1:
             raise ValueError(
                 f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
@@ -208,7 +211,7 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _planned_fit(self):
         """For ``fastagop.explain``: (data, ranks) -> the steps of a fit, of parameters that are checked now."""
-        return functools.partial(self._steps, self._checked()[0])
+        return functools.partial(self._steps, self._regression_and_rules()[0])
 
     def _steps(self, regression: KernelRidge, data, share: int):
         """([(name, how often, step)], bytes that the fit keeps)."""
@@ -217,14 +220,15 @@ class RecursiveFeatureMachine(KernelEstimator):
         task = AgopTask("sum", self.center)
         n, held = len(data.X), 0
         if self.early_stopping:
-            held = min(validation.count_of("validation_fraction", float(self.validation_fraction), n), n - 1)
+            held = validation.held_out_count(self.validation_fraction, n)
         learn = n - held
         if self.metric_samples is not None:
             learn = validation.count_of("metric_samples", self.metric_samples, learn)
         return iteration_steps(data, regression, share, task, (int(self.iterations), self.diagonal), (learn, held))
 
-    def _checked(self) -> tuple[KernelRidge, Rules]:
-        regression, iterations = self._machine(), checks.integer("iterations", self.iterations, 0)
+    def _regression_and_rules(self) -> tuple[KernelRidge, Rules]:
+        """The kernel regression of every iteration and what ends them, of parameters that are checked now."""
+        regression, iterations = self._regression(), checks.integer("iterations", self.iterations, 0)
         for name in ("diagonal", "center", "early_stopping"):
             checks.flag(name, getattr(self, name))
         if self.scale not in SCALES:
@@ -246,9 +250,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
         M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
-        return self._kept(self._preparation.reported(M))
+        return self._like_fit_input(self._preparation.reported(M))
 
-    @in_full
+    @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """X M^(1/2), the points in the learned metric: shape (m, d), of X's kind and dtype.
 
@@ -258,9 +262,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         rows = self._samples(X)
         if self._preparation.unit is not None:
             rows = self._preparation.near(rows)
-        return self._answer(self._metric.transformed(rows), X)
+        return self._like_input(self._metric.transformed(rows), X)
 
-    @in_full
+    @without_autograd_or_autocast
     def gradients(self, X: Rows) -> Any:
         """Gradients of the outputs at rows X, in the units of the data: (m, K, d), of X's kind and dtype.
 
@@ -273,9 +277,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         points = self._metric.points(near)
         g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
         g = self._metric.pulled_back(g)
-        return self._answer(g if self._preparation.unit is None else g / self._preparation.unit, X)
+        return self._like_input(g if self._preparation.unit is None else g / self._preparation.unit, X)
 
-    @in_full
+    @without_autograd_or_autocast
     def directions(self, k: int | None = None) -> Directions:
         """The k directions that the metric stretches most, largest first, with signs: ``Directions``.
 
@@ -295,7 +299,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         if self._preparation.unit is not None:
             vectors = vectors / (self._preparation.unit / self._preparation.unit.min())
             vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        return Directions(*(self._kept(value.to(self._dtype)) for value in (vectors, values, correlations.abs())))
+        found = (value.to(self._dtype) for value in (vectors, values, correlations.abs()))
+        return Directions(*map(self._like_fit_input, found))
 
     def _staged(self, X) -> Iterator[torch.Tensor]:
         """Outputs (m, K) of the kernel machines after 0, 1, ... AGOPs."""
@@ -305,16 +310,26 @@ class RecursiveFeatureMachine(KernelEstimator):
         stages, coordinates = self._learnt
         near = self._preparation.near(self._samples(X))
         for stage in stages:
-            yield self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
+            yield self._stage_outputs(stage, coordinates, near)
 
-    @in_full
+    def _stage_outputs(self, stage: Stage, coordinates: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+        """Outputs (m, K) of an iteration's kernel machine at rows (m, d) as the kernel sees them before a metric."""
+        return self._product(stage.metric.points(near), stage.centers(coordinates), stage.alpha)
+
+    def _outputs_before_last_solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """``_outputs_at`` of the best iteration's kernel machine, which ``_unseen_rows`` had no part in."""
+        assert self._learnt is not None
+        stages, coordinates = self._learnt
+        return self._stage_outputs(stages[self.best_iteration_], coordinates, self._preparation.near(rows))
+
+    @without_autograd_or_autocast
     def staged_predict(self, X: Rows) -> Iterator[Any]:
         """Predictions after 0, 1, ... AGOPs, up to the last that was taken: an iterator of what ``predict`` returns.
 
         They are those of the kernel machines of the iterations, which rows held out or left out by ``metric_samples``
         had no part in. A loaded estimator has none.
         """
-        views: list[Any] = [self._view(outputs, X) for outputs in self._staged(X)]
+        views: list[Any] = [self._with_outputs(outputs, X) for outputs in self._staged(X)]
         return iter([view.predict(X) for view in views])
 
     @property
@@ -325,18 +340,18 @@ class RecursiveFeatureMachine(KernelEstimator):
         """
         check_is_fitted(self)
         spread = self._metric.spread(self.n_features_in_, self._centers)
-        return self._kept((spread / spread.sum()).to(torch.float64))
+        return self._like_fit_input((spread / spread.sum()).to(torch.float64))
 
     @property
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names."""
         return self.n_features_in_
 
-    def _entering(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
         return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
 
-    def _mapped(self, X: torch.Tensor) -> torch.Tensor:
+    def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._metric.points(self._preparation.near(X))
 
     def _packed(self):
@@ -349,13 +364,11 @@ class RecursiveFeatureMachine(KernelEstimator):
         tensors |= {name: value for name, value in optional.items() if value is not None}
         records = []
         for index, record in enumerate(self.iterations_):
-            solution = storage.pack_solution(record.solution)
-            numbers = {"agop_scale": record.agop_scale, "seconds": record.seconds, "score": _written(record.score)}
-            records.append({"solution": solution, **numbers})
+            records.append(pack_record(record))
             alpha = record.solution.alpha  # the best iteration's is the last solve's; a file holds it twice
             tensors[f"{index}.alpha"] = alpha.clone() if alpha is self.solution_.alpha else alpha
         scores = getattr(self, "validation_score_", None)
-        scores = None if scores is None else [_written(score) for score in scores.tolist()]
+        scores = None if scores is None else [pack_score(score) for score in scores.tolist()]
         return tensors, {"iterations": records, "best_iteration": self.best_iteration_, "scores": scores}
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
@@ -368,25 +381,13 @@ class RecursiveFeatureMachine(KernelEstimator):
         means, spread = tensors.get("targets", none), tensors.get("spread", none.new_zeros(none.shape[1]))
         self._seen = Targets(means, tensors.get("target_weights"), spread)
         for index, record in enumerate(metadata["iterations"]):
-            solution = storage.unpack_solution(record["solution"], tensors[f"{index}.alpha"])
-            score = _read(record.get("score"))
-            self.iterations_.append(IterationRecord(**{**record, "solution": solution, "score": score}))
+            self.iterations_.append(unpack_record(record, tensors[f"{index}.alpha"]))
         self.best_iteration_ = metadata.get("best_iteration", len(self.iterations_))
         if metadata.get("scores") is not None:
-            self.validation_score_ = np.array([_read(score) for score in metadata["scores"]])
+            self.validation_score_ = np.array([float(score) for score in metadata["scores"]])
 
 
 def _rows_of(data: Training, index: torch.Tensor) -> Training:
     """Some rows of the training data."""
     classes, weights = (value if value is None else value[index] for value in (data.classes, data.weights))
     return Training(data.X[index], data.Y[index], classes, weights)
-
-
-def _written(score: float | None) -> float | str | None:
-    """A score for a file's JSON, which has no infinity."""
-    return str(score) if score is not None and not math.isfinite(score) else score
-
-
-def _read(score: float | str | None) -> float | None:
-    """A score that ``_written`` wrote."""
-    return None if score is None else float(score)

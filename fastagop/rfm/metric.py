@@ -14,6 +14,7 @@ import torch
 from fastagop import linalg
 from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
+from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.profile import Kernel
 
 
@@ -52,8 +53,7 @@ class Span:
 
     def lifted(self, M: torch.Tensor) -> torch.Tensor:
         """Q M Q^T (d, d), symmetric to the bit, float64."""
-        M = self.basis @ M.double() @ self.basis.T
-        return (M + M.T).mul_(0.5)
+        return symmetrise_(self.basis @ M.double() @ self.basis.T)
 
     def diagonal(self, M: torch.Tensor) -> torch.Tensor:
         """The diagonal of Q M Q^T (d,), float64."""
@@ -176,5 +176,4 @@ def pulled_back(M: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
         return M
     if M.ndim == 1:
         return M * root.double().square()
-    M = root.double() @ M @ root.double()
-    return (M + M.T).mul_(0.5)
+    return symmetrise_(root.double() @ M @ root.double())

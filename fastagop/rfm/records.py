@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from fastagop.estimators import files as storage
 from fastagop.solvers.solution import Solution, size_of
 
 
@@ -30,6 +32,24 @@ class IterationRecord:
     def __repr__(self) -> str:
         score = "" if self.score is None else f"score {self.score:.4g}, "
         return f"IterationRecord({score}agop_scale {self.agop_scale:.2g}, {self.seconds:.2g} s, {self.solution})"
+
+
+def pack_record(record: IterationRecord) -> dict:
+    """An iteration's record without its alpha, for a file's JSON."""
+    solution = storage.pack_solution(record.solution)
+    score = None if record.score is None else pack_score(record.score)
+    return {"solution": solution, "agop_scale": record.agop_scale, "seconds": record.seconds, "score": score}
+
+
+def unpack_record(metadata: dict, alpha: torch.Tensor) -> IterationRecord:
+    """The record of ``pack_record`` with its alpha."""
+    solution, score = storage.unpack_solution(metadata["solution"], alpha), metadata.get("score")
+    return IterationRecord(**{**metadata, "solution": solution, "score": None if score is None else float(score)})
+
+
+def pack_score(score: float) -> float | str:
+    """A score for a file's JSON, which has no infinity; ``float`` reads it."""
+    return score if math.isfinite(score) else str(score)
 
 
 @dataclass(frozen=True)

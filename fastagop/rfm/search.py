@@ -15,7 +15,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import inputs
-from fastagop.estimators.calls import in_full, whole
+from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
@@ -76,7 +76,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         tags.target_tags.required = True
         return tags
 
-    def _read(self, y) -> np.ndarray:
+    def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         passed = {name: getattr(self, name) for name in (*_PASSED, "class_weight") if hasattr(self, name)}
         return self._Base(iterations=iterations, **parameters_of(self.kernel, setting), **passed)
 
-    @whole
+    @all_or_nothing
     def fit(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> Self:
         """Score every setting on rows held out, and fit the best one, or the best few, to all rows.
 
@@ -108,11 +108,11 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         Warns:
             UserWarning: fits failed, or no setting but the first was begun in time.
         """
-        random, seconds, patience = self._checked()
+        random, seconds, patience = self._generator_and_limits()
         for refitted in ("estimators_", "best_estimator_"):  # of an earlier fit
             vars(self).pop(refitted, None)
         rows = inputs.matrix(self, X, reset=True)
-        answers = self._read(y)
+        answers = self._validated_targets(y)
         inputs.same_length("y", answers, len(rows))
         weights = inputs.weights(sample_weight, len(rows))
         codes = self._codes(answers, weights)
@@ -120,13 +120,13 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         folds = folds_of(self.cv, self.validation_fraction, rows, answers, (codes, weights), random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
-            model._checked()
+            model._regression_and_rules()
         self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
         numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
         deadline = None if seconds is None else time.time() + seconds
         task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline, patience)
         found = self._run(estimators, task)
-        self._told(found, len(settings))
+        self._report_failures(found, len(settings))
         settings = settings[: len(found)]
         self.cv_results_, self.n_splits_ = trials.table(settings, found), len(folds)
         self._choose(settings, found)
@@ -136,7 +136,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
             self.best_estimator_ = self.estimators_[0]
         return self
 
-    def _checked(self) -> tuple[np.random.RandomState, float | None, int | None]:
+    def _generator_and_limits(self) -> tuple[np.random.RandomState, float | None, int | None]:
         """(the generator, seconds, patience), with all parameters checked that no estimator checks."""
         for name, least in (("n_settings", 1), ("average", 1), ("iterations", 0)):
             checks.integer(name, getattr(self, name), least)
@@ -160,8 +160,8 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
                     progress.step(**({"best": f"{max(known):.4g}"} if known else {}))
         return found
 
-    def _told(self, found: list[Trial], count: int) -> None:
-        """Say what failed and what was left out."""
+    def _report_failures(self, found: list[Trial], count: int) -> None:
+        """Say what failed and what was left out: an error where all settings failed, else warnings and ``stopped_``."""
         failed, left = [trial.error for trial in found if trial.error], count - len(found)
         if len(failed) == len(found):
             raise ValueError(f"every setting failed, the first with {failed[0]}")
@@ -197,7 +197,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         if len(self.estimators_) == 1:
             return self.best_estimator_
         others = functools.partial(_mean_outputs, self.estimators_)
-        return self.best_estimator_._view(others(X), X, others)
+        return self.best_estimator_._with_outputs(others(X), X, others)
 
     @available_if(_refitted)
     def predict(self, X: Rows) -> Any:
@@ -205,7 +205,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         return self._best(X).predict(X)
 
     @available_if(_refitted)
-    @in_full
+    @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """``best_estimator_.transform(X)``: the points in the learned metric."""
         check_is_fitted(self, "estimators_")
@@ -306,7 +306,7 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
     ):
         self._store(locals())
 
-    def _read(self, y):
+    def _validated_targets(self, y):
         return inputs.labels(y)
 
     def _codes(self, y, weights):
@@ -370,7 +370,7 @@ class RFMRegressorCV(base.RegressorMixin, _Search):
         tags.target_tags.multi_output = True
         return tags
 
-    def _read(self, y):
+    def _validated_targets(self, y):
         return inputs.targets(y)
 
     def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:

@@ -17,7 +17,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.rfm import validation
-from fastagop.rfm.coarse import Fold as CoarseFold
+from fastagop.rfm.coarse import CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
@@ -98,7 +98,7 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
     scores, ties, seconds = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[0])
     errors, notes, full = [], [], []
     sources: list[Iterator | None] = [_stages(estimator, task, i, shared, notes, full) for i in range(len(task.folds))]
-    with _alone(task.alone) as said:
+    with _alone(task.alone) as caught:
         for step in range(estimator.iterations + 1):
             for index, source in enumerate(sources):
                 begin = time.perf_counter()
@@ -112,7 +112,7 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
             steps = step + 1
             if not errors and _tired(scores[:, :steps].mean(0), ties[:, :steps].mean(0), task.patience):
                 break
-    notes += [str(warning.message) for warning in said]
+    notes += [str(warning.message) for warning in caught]
     error, note = ("; ".join(dict.fromkeys(found)) for found in (errors, notes))
     return Trial(scores[:, :steps], ties[:, :steps], seconds, error, note, not full)
 
@@ -147,7 +147,7 @@ def _stages(estimator, task: Task, index: int, shared: dict[int, CoarseFold], no
     if done <= estimator.iterations:
         full.append(index)
         model = _fitted(estimator, task, *task.folds[index])
-        yield from list(zip(model.validation_score_, model._ties, strict=True))[done:]
+        yield from list(zip(model.validation_score_, model._validation_ties, strict=True))[done:]
 
 
 def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
@@ -179,12 +179,12 @@ def _alone(fewer: bool) -> Iterator[list[warnings.WarningMessage]]:
 
     Both are settings of the whole process: trials that joblib runs in threads of it take turns.
     """
-    with _TURN, warnings.catch_warnings(record=True) as said:
+    with _TURN, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = torch.get_num_threads()
         torch.set_num_threads(1 if fewer else before)
         try:
-            yield said
+            yield caught
         finally:
             torch.set_num_threads(before)
 

@@ -48,7 +48,7 @@ class HeldOut:
         """
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
-            score = float(self.scorer(model._view(outputs, self.X), self.X, self.y, **options))
+            score = float(self.scorer(model._with_outputs(outputs, self.X), self.X, self.y, **options))
         except (ValueError, TypeError) as error:
             if not (missing := self._missing(model)):
                 raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
@@ -147,6 +147,18 @@ def _complete_(to: np.ndarray, of: np.ndarray, codes: np.ndarray) -> None:
 def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Rows that the first rank has drawn, on every rank."""
     return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
+
+
+def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Places of those of n rows that a part of them leaves out, ascending; a part of None is all rows."""
+    outside = torch.ones(n, dtype=torch.bool, device=device)
+    outside[slice(None) if part is None else part] = False
+    return outside.nonzero()[:, 0]
+
+
+def held_out_count(fraction, n: int) -> int:
+    """How many of n rows a ``validation_fraction`` holds out: at least one, but never all."""
+    return min(count_of("validation_fraction", float(fraction), n), n - 1)
 
 
 def count_of(name: str, value, n: int) -> int:

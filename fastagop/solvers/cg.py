@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import PointsProduct
 from fastagop.kernels.pair_backend.backend import PairProduct
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
+from fastagop.solvers.options import ConjugateGradients
 from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
+from fastagop.solvers.problem import Problem
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks, default_rows, half_bytes
 
 log = logging.getLogger("fastagop")
@@ -30,39 +31,8 @@ STEPS = 50  # that a plan counts with: the number is known afterwards
 _VECTORS = 10  # (n, K) matrices alive at once
 
 
-@dataclass(frozen=True)
-class ConjugateGradients:
-    """How ``solve(..., method=ConjugateGradients(...))`` iterates; ``method="cg"`` takes the defaults.
-
-    Args:
-        tolerance: relative residual ||(k + ridge I) alpha - Y|| / ||Y|| to reach, of every output by itself.
-        rank: pivots of the preconditioner, 0 for none; default a sixteenth of the points, at most 2000, less where
-            memory is short. It takes 8 n rank bytes.
-        max_iterations: steps at most; each is one pass over all pairs of points.
-        progress: show a tqdm bar. Steps are logged at INFO to "fastagop" either way.
-        seed: of the pivots' draw.
-        store: keep half of the kernel matrix in float64, 4 n^2 bytes: a step then costs n^2 K, and not n^2 d.
-    """
-
-    tolerance: float = 1e-6
-    rank: int | None = None
-    max_iterations: int = 1000
-    progress: bool = False
-    seed: int = 0
-    store: bool = False
-
-    def __post_init__(self) -> None:
-        if not checks.nonnegative("tolerance", self.tolerance):
-            raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
-        for name, least in (("rank", 0), ("max_iterations", 1), ("seed", 0)):
-            if name != "rank" or self.rank is not None:
-                checks.integer(name, getattr(self, name), least)
-        checks.flag("progress", self.progress)
-        checks.flag("store", self.store)
-
-
-def least_bytes(problem) -> int:
-    """Bytes without a preconditioner, where none is asked for by its rank; ``problem`` is a ``table.Problem``."""
+def least_bytes(problem: Problem) -> int:
+    """Bytes without a preconditioner, where none is asked for by its rank."""
     n = len(problem.X)
     rank = min(problem.options.rank or 0, n)
     return (
@@ -73,7 +43,7 @@ def least_bytes(problem) -> int:
     )
 
 
-def _fixed_bytes(problem) -> int:
+def _fixed_bytes(problem: Problem) -> int:
     """Vectors, the points in float64, and half of the matrix where that is stored."""
     (n, d), K = problem.X.shape, problem.outputs
     stored = half_bytes(n, torch.float64, default_rows(n, problem.X.device)) if problem.options.store else 0
@@ -89,7 +59,7 @@ def _draw_bytes(n: int, rank: int) -> int:
     return 8 * 3 * n * min(PROPOSALS, rank)
 
 
-def plan(problem, reason: str):
+def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
     """(plan of method "cg", problem with the preconditioner's rank settled), or MemoryError.
 
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
@@ -150,14 +120,16 @@ class Found:
         return torch.arange(len(Y), device=Y.device), R
 
 
-def solve(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=lambda product: product) -> Found:
+def solve(
+    problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=lambda product: product
+) -> Found:
     """Solve by conjugate gradients with the least jitter, by tens, that has a bounded solution.
 
     Products run in float64 whatever X's dtype is: in float32 the residual ends at 3e-5 (Laplace) to 1e-3 (Gaussian)
     at n = 4000 already, and at more for more points.
 
     Args:
-        problem: a ``table.Problem``.
+        problem: the system, without its targets.
         plan: made of it.
         Y: float64 targets.
         ridge: a number, or one for each point.
@@ -214,7 +186,7 @@ class StoredProduct:
     points: PointsProduct
 
     @classmethod
-    def of(cls, problem, points: PointsProduct) -> StoredProduct:
+    def of(cls, problem: Problem, points: PointsProduct) -> StoredProduct:
         """The half matrix filled."""
         operator = problem.operator
         rows = operator.backend.factor_kernels(torch.float64, operator.precision).rows

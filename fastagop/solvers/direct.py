@@ -15,10 +15,10 @@ from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.solvers import cg
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, largest, relative, times
+from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes
 
 log = logging.getLogger("fastagop")
 
-WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
 STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by the products of the factor
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
@@ -185,13 +185,8 @@ class Found:
         return self.system.unmet(alpha, Y)
 
 
-def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
-    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
-    return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
-
-
-def plan(problem, method: str, dtype: torch.dtype, why: str) -> Plan:
-    """The plan with one n x n matrix in a dtype; ``problem`` is a ``table.Problem``."""
+def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
+    """The plan with one n x n matrix in a dtype."""
     X, operator, (n, d), size = problem.X, problem.operator, problem.X.shape, dtype.itemsize
     kernels = operator.backend.factor_kernels(dtype, operator.precision)
     copies = 3.0 if method == "eigh" else 1.0 + WORKSPACE
@@ -207,7 +202,7 @@ def plan(problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
 
 
-def _with_second_try(plan: Plan, problem) -> Plan:
+def _with_second_try(plan: Plan, problem: Problem) -> Plan:
     """The plan of a float32 matrix with what a float64 one takes, where that fits: it may turn out to be needed."""
     if not problem.fits(torch.float64):
         return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
@@ -216,11 +211,11 @@ def _with_second_try(plan: Plan, problem) -> Plan:
     return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
 
 
-def solve(problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype, torch.dtype]) -> Found:
+def solve(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[torch.dtype, torch.dtype]) -> Found:
     """Solve with the plan's method in a dtype; with a float64 matrix after all where a float32 one is found too coarse.
 
     Args:
-        problem: a ``table.Problem``.
+        problem: the system, without its targets.
         plan: made of it.
         Y: float64 targets.
         ridge: a number, or one for each point.

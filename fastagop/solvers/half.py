@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fastagop.kernels import calibration, checks
+from fastagop.kernels import calibration
 from fastagop.kernels.gemm import LIBRARY, PanelProducts
 from fastagop.kernels.memory import host_bytes
 from fastagop.kernels.plan import Plan, format_bytes
@@ -26,12 +25,13 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
 from fastagop.solvers.limits import bound, times
+from fastagop.solvers.options import CholeskyCG
+from fastagop.solvers.problem import Problem
 from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes, shapes_of
 
 log = logging.getLogger("fastagop")
 
-TOLERANCE = 1e-10  # of the refined solution's residual, and what rounding may leave of it
-_GOOD = 1e-9
+_GOOD = 1e-9  # residual with which a refined solution is taken though its steps ended before the tolerance
 _LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more where they take half of its time at most
 _LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
 _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
@@ -39,33 +39,6 @@ _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product 
 # blocks are streamed also the panel's row, the one that is worked on, and the next.
 _BESIDE, _STREAMED = 2, 5
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
-
-
-@dataclass(frozen=True)
-class CholeskyCG:
-    """How ``solve(..., method=CholeskyCG(...))`` computes; ``method="cholesky+cg"`` takes the defaults.
-
-    Args:
-        tolerance: relative residual ||(k + ridge I) alpha - Y|| / ||Y|| to reach, of every output by itself.
-        place: where the kernel matrix and its factor lie: "device", in the memory of the device of X; "host", pinned
-            memory beside a CUDA device, from which blocks are streamed; or a folder, in which a memory-mapped file
-            without a name holds them: nothing of it is left when the process ends, however that comes about.
-    """
-
-    tolerance: float = TOLERANCE
-    place: str = "device"
-
-    def __post_init__(self) -> None:
-        if not checks.nonnegative("tolerance", self.tolerance):
-            raise ValueError("tolerance must be above 0, got 0; residuals end at rounding, about 1e-12")
-        if not isinstance(self.place, (str, os.PathLike)):
-            raise TypeError(f"place must be 'device', 'host' or a folder, got {type(self.place).__name__}")
-        object.__setattr__(self, "place", os.fspath(self.place))
-        if self.place not in {"device", "host"} and not os.path.isdir(self.place):
-            raise ValueError(f"place must be 'device', 'host' or a folder that exists, got {self.place!r}")
-
-
-DEFAULT = CholeskyCG()
 
 
 def check_place(options: CholeskyCG, device: torch.device) -> None:
@@ -108,7 +81,7 @@ class HalfMatrix:
         return self.blocks.solve(B)
 
 
-def products_of(problem) -> PanelProducts:
+def products_of(problem: Problem) -> PanelProducts:
     """What a float32 factor of half a matrix multiplies by: the backend's products, or the library's where faster.
 
     Consumer chips' float32 is, and ranks take the library's, too.
@@ -124,8 +97,8 @@ def products_of(problem) -> PanelProducts:
 # ---- what each takes
 
 
-def refined_bytes(problem) -> int:
-    """Most bytes of ``refined``; ``problem`` is a ``table.Problem``."""
+def refined_bytes(problem: Problem) -> int:
+    """Most bytes of ``refined``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
@@ -133,7 +106,7 @@ def refined_bytes(problem) -> int:
     return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + max(4 * _beside(problem) * rows * n, streamed))
 
 
-def in_place_bytes(problem) -> int:
+def in_place_bytes(problem: Problem) -> int:
     """Most bytes of ``in_place``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
@@ -141,7 +114,7 @@ def in_place_bytes(problem) -> int:
     return _stored(problem, torch.float64) + beside + _vectors(problem)
 
 
-def from_points_bytes(problem) -> int:
+def from_points_bytes(problem: Problem) -> int:
     """Most bytes of ``from_points``."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
@@ -149,14 +122,14 @@ def from_points_bytes(problem) -> int:
     return _stored(problem, torch.float32) + beside + _vectors(problem)
 
 
-def _stored(problem, dtype: torch.dtype) -> int:
+def _stored(problem: Problem, dtype: torch.dtype) -> int:
     """Bytes of half a matrix in the device's memory: those in a file are the system's to keep or to drop."""
     n = len(problem.X)
     stored = half_bytes(n, dtype, default_rows(n, problem.X.device)) if problem.half.place == "device" else 0
     return stored // problem.ranks
 
 
-def _pinned_bytes(problem, dtypes: tuple[torch.dtype, ...]) -> int:
+def _pinned_bytes(problem: Problem, dtypes: tuple[torch.dtype, ...]) -> int:
     """Bytes of the host's pinned memory that halves of those dtypes take beside each other."""
     if problem.half.place != "host":
         return 0
@@ -164,56 +137,56 @@ def _pinned_bytes(problem, dtypes: tuple[torch.dtype, ...]) -> int:
     return sum(pinned.bytes_of(shapes, dtype) for dtype in dtypes)
 
 
-def _beside(problem) -> int:
+def _beside(problem: Problem) -> int:
     """Block rows beside the stored ones."""
     return _STREAMED if problem.half.place != "device" and problem.X.device.type == "cuda" else _BESIDE
 
 
-def _fill_bytes(problem) -> int:
+def _fill_bytes(problem: Problem) -> int:
     n, d = problem.X.shape
     return 8 * n * d + tile_bytes(FILL, n, n, d, 8)
 
 
-def _points_bytes(problem) -> int:
+def _points_bytes(problem: Problem) -> int:
     n, d = problem.X.shape
     return 8 * n * d + 8 * BLOCKS_ALIVE * _POINTS_ROWS * n
 
 
-def _vectors(problem) -> int:
+def _vectors(problem: Problem) -> int:
     return 8 * 10 * len(problem.X) * problem.outputs
 
 
-def refined_seconds(problem) -> float:
+def refined_seconds(problem: Problem) -> float:
     """Estimated time of ``refined`` where it needs few steps."""
     factor = _factor_seconds(problem, products_of(problem).word)
     return _fill_seconds(problem) + factor + _LIKELY_STEPS * _step_seconds(problem)
 
 
-def in_place_seconds(problem) -> float:
+def in_place_seconds(problem: Problem) -> float:
     """Estimated time of ``in_place``."""
     return _fill_seconds(problem) + _factor_seconds(problem, "float64")
 
 
-def from_points_seconds(problem) -> float:
+def from_points_seconds(problem: Problem) -> float:
     """Estimated time of ``from_points``."""
     fill = _fill_seconds(problem)
     return fill + _factor_seconds(problem, products_of(problem).word) + (_LIKELY_STEPS + 1) * fill
 
 
-def _fill_seconds(problem) -> float:
+def _fill_seconds(problem: Problem) -> float:
     n, d = problem.X.shape
     share = 1.0 / problem.ranks
     return calibration.seconds(float(n) * n * d * share, 0.5 * n * n * share, problem.X.device, "gradient", "float64")
 
 
-def _factor_seconds(problem, products: str) -> float:
+def _factor_seconds(problem: Problem, products: str) -> float:
     """Of a factor by products of a kind. A GPU's large blocks of a float32 one are multiplied by an inverse besides."""
     n, device = len(problem.X), problem.X.device
     inverted = default_rows(n, device) * n**2 if device.type == "cuda" and products != "float64" else 0
     return calibration.seconds((n**3 / 3.0 + inverted) / problem.ranks, 0.0, device, "gradient", products)
 
 
-def _step_seconds(problem) -> float:
+def _step_seconds(problem: Problem) -> float:
     """Of a step of refinement: K is read once, the factor twice."""
     n, kind = len(problem.X), "cuda" if problem.X.device.type == "cuda" else "cpu"
     return 8.0 * n * n / _READ[kind] / problem.ranks
@@ -222,7 +195,7 @@ def _step_seconds(problem) -> float:
 # ---- what each does
 
 
-def plan(problem, method: str, why: str, precision: str, peak: int) -> Plan:
+def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> Plan:
     """The plan of one of them."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
@@ -231,7 +204,7 @@ def plan(problem, method: str, why: str, precision: str, peak: int) -> Plan:
     return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
 
 
-def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
     """Solve with K in float64, its factor in float32, and conjugate gradients; by ``in_place`` where that is no good.
 
     Arguments as of ``cg.solve``.
@@ -259,7 +232,7 @@ def refined(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg
     return replace(_in_place(problem, K, fill, Y, ridge, out), method="cholesky", fallback=reason)
 
 
-def _most_steps(problem) -> int:
+def _most_steps(problem: Problem) -> int:
     return max(_LEAST_STEPS, int(0.5 * _factor_seconds(problem, "float64") / _step_seconds(problem)))
 
 
@@ -267,20 +240,20 @@ def _by_factor(factor: SymmetricBlocks, R: torch.Tensor) -> torch.Tensor:
     return factor.solve(R.to(factor.dtype)).double()
 
 
-def in_place(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
     """Solve with a float64 factor in the only matrix there is; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     return _in_place(problem, K, fill, Y, ridge, out)
 
 
-def _in_place(problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
     found = direct.cholesky(_system(problem, HalfMatrix(K, fill, products_of(problem)), ridge, out), Y)
     assert found is not None
     return found
 
 
-def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def from_points(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
     """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     blocks = fill(_blocks(problem, torch.float32))
@@ -289,13 +262,13 @@ def from_points(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -
     return found
 
 
-def _blocks(problem, dtype: torch.dtype) -> SymmetricBlocks:
+def _blocks(problem: Problem, dtype: torch.dtype) -> SymmetricBlocks:
     if problem.shared is not None:
         return problem.shared.blocks(len(problem.X), dtype)
     return SymmetricBlocks(len(problem.X), dtype, problem.X.device, place=problem.half.place)
 
 
-def _system(problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> LinearSystem:
+def _system(problem: Problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> LinearSystem:
     """The system whose products are made of the points, block by block."""
     points = functools.cache(functools.partial(problem.operator.float64_product, _POINTS_ROWS))
 
@@ -327,7 +300,7 @@ def filler_of(operator) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
 
 
 class Form(NamedTuple):
-    """A way to solve with half of a matrix; ``problem`` is a ``table.Problem``.
+    """A way to solve with half of a matrix.
 
     Attributes:
         stores: what lies in memory, in words.
@@ -336,20 +309,22 @@ class Form(NamedTuple):
         seconds: problem -> estimated time.
         precision: what it says of its precision.
         run: (problem, plan, targets, ridges, dtype of alpha) -> what was found.
+        keeps: whether k(X, X) is left in float64 when it has run.
     """
 
     stores: str
     dtypes: tuple[torch.dtype, ...]
-    memory: Callable[[Any], int]
-    seconds: Callable[[Any], float]
+    memory: Callable[[Problem], int]
+    seconds: Callable[[Problem], float]
     precision: str
     run: Callable[..., direct.Found | cg.Found]
+    keeps: bool = False
 
-    def fits(self, problem) -> bool:
+    def fits(self, problem: Problem) -> bool:
         """Whether device and host have the memory."""
         return self.memory(problem) <= problem.room and _pinned_bytes(problem, self.dtypes) <= _of_host()
 
-    def check_host(self, problem) -> None:
+    def check_host(self, problem: Problem) -> None:
         """MemoryError where the host has not."""
         if (needed := _pinned_bytes(problem, self.dtypes)) > (free := _of_host()):
             raise MemoryError(
@@ -371,6 +346,7 @@ REFINED = Form(
     "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
     "where these take too long",
     refined,
+    keeps=True,
 )
 IN_PLACE = Form(
     "half of a float64 matrix",

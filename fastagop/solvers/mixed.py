@@ -17,6 +17,7 @@ from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from fastagop.solvers import cg, direct, few
 from fastagop.solvers.limits import bound, times
+from fastagop.solvers.problem import Problem
 
 log = logging.getLogger("fastagop")
 
@@ -122,13 +123,13 @@ def by_factor(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, R, upper=False), upper=True)
 
 
-def bytes_of(problem) -> int:
-    """Most bytes; ``problem`` is a ``table.Problem``."""
+def bytes_of(problem: Problem) -> int:
+    """Most bytes that the solver takes."""
     (n, d), wide = problem.X.shape, direct.needed_bytes(len(problem.X), problem.X.shape[1], torch.float64)
     return max(wide, _ITEM * n * n + 8 * n * (d + 10 * problem.outputs))
 
 
-def plan(problem, why: str) -> Plan:
+def plan(problem: Problem, why: str) -> Plan:
     """The plan with both matrices."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
@@ -137,7 +138,7 @@ def plan(problem, why: str) -> Plan:
     return Plan("solve", name, "cholesky+cg", why, precision, work, bytes_of(problem), rows)
 
 
-def run(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
     """Solve with both matrices, or with a float64 factor where that is no good; arguments as of ``cg.solve``."""
     if (found := _found(problem, Y, ridge, out)) is not None:
         return found
@@ -148,7 +149,7 @@ def run(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Fou
     return replace(wide, method="cholesky", fallback=reason)
 
 
-def _found(problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:
+def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:
     points = problem.operator.points
     matrices = Matrices.of(points.kernel, points.X.double(), weights=False)
     if (found := matrices.solve(Y, ridge, out)) is None:

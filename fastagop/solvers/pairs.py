@@ -21,6 +21,7 @@ from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Kernel
 from fastagop.solvers import cg, direct
 from fastagop.solvers.limits import times
+from fastagop.solvers.problem import Problem
 
 
 def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
@@ -80,7 +81,7 @@ class Unscaled:
         return self.found.unmet(alpha * self.unit, Y)
 
 
-def _scaled(problem, ridge) -> tuple[Any, Any, float]:
+def _scaled(problem: Problem, ridge) -> tuple[Problem, Any, float]:
     """(the problem of the kernel over a power of two, its ridge, that number)."""
     operator = problem.operator
     X = operator.X.double()
@@ -92,7 +93,7 @@ def _scaled(problem, ridge) -> tuple[Any, Any, float]:
     return replace(problem, operator=made, ridge=problem.ridge / unit), ridge / unit, unit
 
 
-def _system(problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem:
+def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem:
     operator = problem.operator
     X = operator.X.double()
     K = empty_matrix(len(X), len(X), X, torch.float64)
@@ -109,7 +110,7 @@ def _system(problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem
     return direct.LinearSystem(matrix, ridge, matmul, matmul, lambda V: (every, product(V)), 0, out)
 
 
-def cholesky(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
+def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
     """By one float64 factorisation, with the least jitter that has bounded coefficients."""
     problem, ridge, unit = _scaled(problem, ridge)
     found = direct.cholesky(_system(problem, plan, ridge, out), Y)
@@ -117,7 +118,7 @@ def cholesky(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> A
     return Unscaled(found, unit)
 
 
-def eigh(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
+def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
     """By the eigendecomposition, without the eigenvalues that rounding made up."""
     problem, ridge, unit = _scaled(problem, ridge)
     system = _system(problem, plan, ridge, out)
@@ -125,7 +126,7 @@ def eigh(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
     return Unscaled(direct.Found(system, alpha, 0.0, 0, rank), unit)
 
 
-def conjugate_gradients(problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Any:
+def conjugate_gradients(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Any:
     """By conjugate gradients with products from the points."""
     problem, ridge, unit = _scaled(problem, ridge)
     return Unscaled(cg.solve(problem, plan, Y, ridge, out, **shared), unit)

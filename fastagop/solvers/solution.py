@@ -102,7 +102,7 @@ class Solved:
 def report(solution: Solution, reported: set[str] | None = None) -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
-    ``said``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
+    ``reported``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
     """
     found, about, repeated = _altered(solution), _problem(solution), set() if reported is None else reported
     if found:

@@ -17,12 +17,13 @@ from fastagop.kernels.plan import Plan, budget, format_bytes
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, few, pairs, table
-from fastagop.solvers.cg import ConjugateGradients
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.half import CholeskyCG, check_place
+from fastagop.solvers.half import check_place
 from fastagop.solvers.limits import bound, largest, relative, times
+from fastagop.solvers.options import CholeskyCG, ConjugateGradients
+from fastagop.solvers.problem import Advice, Problem, Shared
 from fastagop.solvers.solution import Solution, Solved, report
-from fastagop.solvers.table import Advice, Method, Problem, Shared, Solver
+from fastagop.solvers.table import Method, Solver
 
 ADVICE = Advice()
 
@@ -129,7 +130,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
     checks.kernel(kernel)
     asked = options.method
     method: str = table.OPTIONS.get(type(asked), asked)  # pyright: ignore[reportAssignmentType] (checked next)
-    checks.choice("method", method, table.METHODS)
+    checks.choice("method", method, table.methods())
     iteration = asked if isinstance(asked, ConjugateGradients) else ConjugateGradients()
     half = asked if isinstance(asked, CholeskyCG) else CholeskyCG()
     checks.choice("precision", options.precision, checks.PRECISIONS)

@@ -7,111 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from fastagop.kernels import calibration
-from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.solvers import cg, direct, half, mixed, pairs
-from fastagop.solvers.cg import ConjugateGradients
-from fastagop.solvers.direct import Found, needed_bytes
-from fastagop.solvers.half import CholeskyCG
+from fastagop.solvers.direct import Found
+from fastagop.solvers.options import CholeskyCG, ConjugateGradients
+from fastagop.solvers.problem import Problem, needed_bytes
 
-# Rows up to which a float64 factorisation on the CPU takes about as long as a refined float32 one.
-SHORT = 4096
-FEW = 128  # and where alpha is rounded to float32 at the end
+# Rows up to which a float64 factorisation on the CPU takes about as long as a float32 one and its refinement, where
+# alpha is rounded to float32 at the end. Where alpha stays float64, that holds up to ``problem.FULL_MATRIX_ROWS``.
+FLOAT64_ROWS = 128
 _SAMPLE, _PASSES = 2048, 5  # rows whose residual is measured in float64; passes of refinement at ridge 0
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What a caller's user can change where memory is short: the words of its error."""
-
-    method: str = "method"
-    limit: str = "raise memory_limit where memory is free"
-
-    def direct(self) -> str:
-        """Where no matrix fits."""
-        return f"Use fewer points, {self.method}='cg', or {self.limit}"
-
-    def iterative(self) -> str:
-        """Where not even the vectors of "cg" fit."""
-        smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
-        return f"Use fewer points, {smaller}, or {self.limit}"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Processes that hold half of a matrix together: how many, and (n, dtype) -> blocks that ask them."""
-
-    size: int
-    blocks: Callable[[int, torch.dtype], Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
-
-    Attributes:
-        operator: of its kernel and points, by the backend that serves it.
-        outputs: columns of Y.
-        ridge: mu >= 0.
-        room: bytes that may be taken.
-        options: of conjugate gradients.
-        float64_alpha: the coefficients are wanted in float64.
-        advice: for errors of memory.
-        half: how half of a matrix is stored and refined with.
-        shared: who shares it, where it is not this process alone.
-        gave_way: why no float32 factor is tried; "" where one may be.
-    """
-
-    operator: KernelOperator
-    outputs: int
-    ridge: float
-    room: int
-    options: ConjugateGradients
-    float64_alpha: bool
-    advice: Advice
-    half: CholeskyCG = half.DEFAULT
-    shared: Shared | None = None
-    gave_way: str = ""
-
-    @property
-    def ranks(self) -> int:
-        """Processes that share the matrix."""
-        return self.shared.size if self.shared else 1
-
-    @property
-    def X(self) -> torch.Tensor:
-        """The points (n, d)."""
-        return self.operator.X
-
-    @property
-    def coarse(self) -> bool:
-        """Products below float32's accuracy were asked for, so that a factor is a preconditioner anyway."""
-        return self.operator.backend.factor_kernels(torch.float32, self.operator.precision).coarse
-
-    @property
-    def large(self) -> bool:
-        """More points, on the CPU or over ranks, than are solved fastest by one matrix stored in full."""
-        alone = self.X.device.type == "cpu" or self.shared is not None
-        return len(self.X) > SHORT and alone and not self.coarse
-
-    @property
-    def rated(self) -> bool:
-        """Whether the device's rates decide between a float64 factor and a refined float32 one: as ``large``, on a GPU.
-
-        On the CPU the refined one is always the faster.
-        """
-        alone = self.X.device.type == "cuda" and self.shared is None
-        return len(self.X) > SHORT and alone and not self.coarse and self.X.dtype == torch.float32
-
-    def fits(self, dtype: torch.dtype) -> bool:
-        """Whether a Cholesky factorisation in a dtype fits into memory."""
-        shared = self.shared is not None and self.large  # in full it is one process's alone
-        return not shared and needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
 
 
 @dataclass(frozen=True)
@@ -126,9 +36,10 @@ class Solver:
         seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
+        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
         keeps: whether k(X, X) is left in float64 when it has run.
         halves: whether half of a matrix is stored.
-        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
+        offered_with_reason_only: whether ``offers`` leaves it out where it has no reason to be taken.
     """
 
     name: str
@@ -141,6 +52,7 @@ class Solver:
     run: Callable[..., Found | cg.Found]
     keeps: bool = False
     halves: bool = False
+    offered_with_reason_only: bool = False
 
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
@@ -182,8 +94,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def seconds(problem: Problem, plan: Plan) -> float:
         return form.seconds(problem)
 
-    keeps = form.run is half.refined
-    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, keeps, halves=True)
+    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, form.keeps, halves=True)
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -200,7 +111,7 @@ def _of_half(problem: Problem) -> str | None:
     """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
     if problem.coarse or not half.IN_PLACE.fits(problem):
         return None
-    if problem.gave_way and len(problem.X) > SHORT:
+    if problem.gave_way and problem.many_rows:
         return f"no float32 factor is tried: {problem.gave_way}"
     small = problem.X.dtype == torch.float32 and not problem.large and problem.ridge > 0
     full = problem.fits(torch.float64) or small
@@ -209,10 +120,10 @@ def _of_half(problem: Problem) -> str | None:
 
 def of_mixed(problem: Problem) -> str | None:
     """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
-    n, alone = len(problem.X), problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
+    alone = problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
-    fits = problem.half == half.DEFAULT and mixed.bytes_of(problem) <= problem.room
-    if problem.gave_way or not (alone and fit and fits and mixed.LEAST < n <= SHORT):
+    fits = problem.half == CholeskyCG() and mixed.bytes_of(problem) <= problem.room
+    if problem.gave_way or not (alone and fit and fits and len(problem.X) > mixed.LEAST) or problem.many_rows:
         return None
     return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
 
@@ -251,8 +162,8 @@ def _of_float64(problem: Problem) -> str | None:
     if problem.ridge == 0:
         needed = "ridge 0 needs float64: near collapse the smallest eigenvalue is below float32 rounding"
         return f"{needed}{_by_rates(problem)}"
-    few = SHORT if problem.float64_alpha else FEW
-    if len(problem.X) <= few and problem.X.device.type == "cpu":
+    few = not problem.many_rows if problem.float64_alpha else len(problem.X) <= FLOAT64_ROWS
+    if few and problem.X.device.type == "cpu":
         return "few rows: float64 takes about as long as float32 and its refinement"
     return None
 
@@ -273,34 +184,38 @@ def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
     return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
+MIXED = Solver(
+    "cholesky+cg",
+    "a float64 matrix and its float32 factor",
+    torch.float32,
+    mixed.bytes_of,
+    lambda problem, plan: half.refined_seconds(problem),
+    of_mixed,
+    _plan_mixed,
+    mixed.run,
+    keeps=True,
+    offered_with_reason_only=True,
+)
+EIGH = _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64")
+CG = Solver(
+    "cg",
+    "no matrix",
+    torch.float64,
+    cg.least_bytes,
+    lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
+    lambda problem: "cg asked for",
+    cg.plan,
+    cg.solve,
+)
 TABLE = (
-    Solver(
-        "cholesky+cg",
-        "a float64 matrix and its float32 factor",
-        torch.float32,
-        mixed.bytes_of,
-        lambda problem, plan: half.refined_seconds(problem),
-        of_mixed,
-        _plan_mixed,
-        mixed.run,
-        keeps=True,
-    ),
+    MIXED,
     _half("cholesky+cg", torch.float32, half.REFINED, _of_refined),
     _half("cholesky+cg", torch.float32, half.FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
     _half("cholesky", torch.float64, half.IN_PLACE, _of_half),
     _direct("cholesky", torch.float32, _of_float32),
-    _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64"),
-    Solver(
-        "cg",
-        "no matrix",
-        torch.float64,
-        cg.least_bytes,
-        lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
-        lambda problem: "cg asked for",
-        cg.plan,
-        cg.solve,
-    ),
+    EIGH,
+    CG,
 )
 # For kernels that are not radial: no row above is made for a diagonal that is not 1, or for values of either sign.
 PAIRS = (
@@ -309,12 +224,16 @@ PAIRS = (
         run=pairs.cholesky,
         keeps=False,
     ),
-    replace(_direct("eigh", torch.float64, TABLE[-2].reason), run=pairs.eigh, keeps=False),
-    replace(TABLE[-1], run=pairs.conjugate_gradients),
+    replace(EIGH, run=pairs.eigh, keeps=False),
+    replace(CG, run=pairs.conjugate_gradients),
 )
 Method = str | ConjugateGradients | CholeskyCG
 OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
-METHODS = ("auto", "cholesky", "cholesky+cg", "eigh", "cg")
+
+
+def methods() -> tuple[str, ...]:
+    """The words that ``method=`` takes, "auto" and the plain factorisation before the table's other names."""
+    return tuple(dict.fromkeys(("auto", "cholesky", *(solver.name for solver in TABLE))))
 
 
 def order(problem: Problem) -> tuple[str, ...]:
@@ -348,7 +267,7 @@ def offers(problem: Problem) -> list[str]:
     for solver in _rows(problem):
         if solver.name == "eigh" or not (stores or solver.name == "cg"):
             continue
-        if solver.run is mixed.run and solver.reason(problem) is None:
+        if solver.offered_with_reason_only and solver.reason(problem) is None:
             continue
         try:
             plan, settled = solver.plan(problem, "")
@@ -364,4 +283,8 @@ def choose(problem: Problem, method: str) -> tuple[Solver, str]:
     for solver in _rows(problem):
         if solver.name == method and (reason := solver.reason(problem)) is not None:
             return solver, reason
-    raise AssertionError(method)  # the last row of every name always has one
+    assert not problem.operator.kernel.radial, method  # the table's last row of every name always has a reason
+    names = ", ".join(f"'{solver.name}'" for solver in PAIRS)
+    raise BackendUnavailable(
+        f"method={method!r} cannot serve {problem.operator.kernel!r}, it is for radial kernels; use one of {names}"
+    )

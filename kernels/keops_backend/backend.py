@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,10 @@ from ..profile import text
 from ..scaling import Points
 from . import reductions
 
+if TYPE_CHECKING:
+    from ..backends import Request
+    from ..kernel_operator import KernelOperator
+
 
 class KeopsBackend:
     """Products, gradients and the gradient form of the AGOP, without a block of the kernel matrix."""
@@ -23,14 +28,14 @@ class KeopsBackend:
     operations = ("kernel_matmul", "gradients", "agop", "solve with method 'cg'")
     shares_triangle = False
 
-    def refusal(self, request) -> str | None:
+    def refusal(self, request: Request) -> str | None:
         """Why it cannot serve a call, and what to change; None where it can."""
         if request.operation not in self.operations:
             reason = "it would store the kernel matrix and KeOps never does"
             return reason + ("; method='cg' solves without it" if request.operation == "solve" else "")
         return self.missing(request)
 
-    def missing(self, request) -> str | None:
+    def missing(self, request: Request) -> str | None:
         """Why KeOps cannot compute here, and what to change; None where it can."""
         if importlib.util.find_spec("pykeops") is not None and text(request.kernel, "keops") is None:
             name = type(request.kernel).__name__
@@ -45,7 +50,7 @@ class KeopsBackend:
         """The word that the rate of its sums is known by."""
         return "keops"
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         plan = reductions.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         return Call(plan, lambda at: self.product(at, V, plan.block))
@@ -54,12 +59,12 @@ class KeopsBackend:
         """K(X, Z) V of scaled points; the rows of a block mean nothing here."""
         return reductions.kernel_matmul(at.kernel, at.X, at.Z, V)
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
         plan = reductions.plan_gradients(operator.X, alpha, operator.Z, operator.why)
         return Call(plan, lambda at, alpha: reductions.gradients(at.kernel, at.X, alpha, at.Z))
 
-    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The gradient form; coefficients and weights come in their units when it runs."""
         self.refuse_gram(task)
         plan = reductions.plan_agop(operator.X, alpha, operator.Z, task.limit, operator.why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,25 +14,29 @@ from ..scaling import Points
 from . import reductions
 from .backend import KeopsBackend, unusable
 
+if TYPE_CHECKING:
+    from ..backends import Request
+    from ..kernel_operator import KernelOperator
+
 
 class KeopsPairBackend(KeopsBackend):
     """Operations, but for solving, for kernels that are not radial; users know it as "keops"."""
 
     operations = ("kernel_matmul", "gradients", "agop")
 
-    def refusal(self, request) -> str | None:
+    def refusal(self, request: Request) -> str | None:
         """Why it cannot serve a call, and what to change; None where it can."""
         if request.operation.startswith("solve"):
             return f"it solves with radial kernels only, and {request.kernel!r} is none"
         return super().refusal(request)
 
-    def missing(self, request) -> str | None:
+    def missing(self, request: Request) -> str | None:
         """Why KeOps cannot compute here, and what to change; None where it can."""
         if text(request.kernel, "keops") is None:
             return f"there is no KeOps formula of {request.kernel!r}"
         return unusable(request.X)
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         X, Z = _sized(operator.X, operator), _sized(operator.Z, operator)
         plan = reductions.plan_kernel_matmul(X, Z, _sized(V, operator), operator.why)
@@ -44,7 +49,7 @@ class KeopsPairBackend(KeopsBackend):
         x, z = computed(at.kernel, at.X, at.Z)
         return reductions.kernel_matmul(at.kernel, x, z, V.to(x.dtype))
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
         X, Z = _sized(operator.X, operator), _sized(operator.Z, operator)
         plan = reductions.plan_gradients(X, alpha, Z, operator.why)
@@ -56,7 +61,7 @@ class KeopsPairBackend(KeopsBackend):
 
         return Call(_said(plan, operator), run)
 
-    def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The gradient form, in float64 where gradients are centred, as what that leaves of them may be small."""
         self.refuse_gram(task)
         X, Z = _sized(operator.X, operator, task.center), _sized(operator.Z, operator, task.center)
@@ -73,16 +78,16 @@ class KeopsPairBackend(KeopsBackend):
         return Call(_said(plan, operator, task.center), run)
 
 
-def _dtype(operator, wide: bool) -> torch.dtype:
+def _dtype(operator: KernelOperator, wide: bool) -> torch.dtype:
     return torch.float64 if wide else dtype_of(operator.kernel, operator.X.dtype)
 
 
-def _sized(X: torch.Tensor, operator, wide: bool = False) -> torch.Tensor:
+def _sized(X: torch.Tensor, operator: KernelOperator, wide: bool = False) -> torch.Tensor:
     """A matrix of that shape in the dtype of the sums, of which one number exists: plans ask for its size."""
     return X.new_empty((1, 1), dtype=_dtype(operator, wide)).expand(X.shape)
 
 
-def _said(plan: Plan, operator, wide: bool = False) -> Plan:
+def _said(plan: Plan, operator: KernelOperator, wide: bool = False) -> Plan:
     """A plan with the dtype of the sums, and what copies of points and operands in it take."""
     dtype = _dtype(operator, wide)
     numbers = (len(operator.X) + len(operator.Z)) * operator.X.shape[1] if dtype != operator.X.dtype else 0

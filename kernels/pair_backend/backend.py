@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..calibration import rate
-from ..errors import BackendUnavailable, warn
+from ..errors import BackendUnavailable
 from ..plan import RAISE_LIMIT, AgopTask, Call, Plan, budget, fitting_rows
 from ..profile import Kernel
 from ..scaling import Points
 from ..torch_backend.backend import FactorKernels, TorchBackend
+from ..torch_backend.gram import warn_of_loss
 from . import blocks
 from .composite import diagonal_of, pairs_of
 from .gram import gram, gram_bytes
 from .pairs import PairKernel
+
+if TYPE_CHECKING:
+    from ..kernel_operator import KernelOperator
 
 _LOSS = 1e-7  # of M, in the gram form: beyond it the gradient form runs
 
@@ -25,17 +30,19 @@ class PairBackend(TorchBackend):
 
     shares_triangle = False
 
-    def _plan(self, op: str, method: str, operator, work: float, bytes_of: Callable[[int], int], **how) -> Plan:
+    def _plan(
+        self, op: str, method: str, operator: KernelOperator, work: float, bytes_of: Callable[[int], int], **how
+    ) -> Plan:
         limit, kernel = budget(how.get("limit"), operator.X.device), operator.kernel
         rows, peak = fitting_rows(bytes_of, limit, how["most"], op, *how.get("advice", ()))
         why = f"{operator.why}; {how.get('why') or _why(kernel)}"
         precision = str(blocks.dtype_of(kernel, operator.X.dtype)).removeprefix("torch.")
         return Plan(op, self.name, method, why, precision, work, peak, rows)
 
-    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+    def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """K(X, Z), with the ridge on the diagonal where Z is X."""
         (n, d), m, kernel, X = operator.X.shape, len(operator.Z), operator.kernel, operator.X
-        symmetric = operator.Z is X
+        symmetric = operator.symmetric
         held = (0 if out is not None else n * m * X.element_size()) + _copies(operator)
         plan = self._plan(
             "kernel_matrix",
@@ -55,10 +62,10 @@ class PairBackend(TorchBackend):
 
         return Call(plan, run)
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         (n, d), (m, p), size = operator.X.shape, V.shape, V.element_size()
-        half = 1.0 if operator.Z is operator.X else 2.0
+        half = 1.0 if operator.symmetric else 2.0
         held = (n + m) * p * (8 + size) + _copies(operator)
         plan = self._plan(
             "kernel_matmul",
@@ -74,7 +81,7 @@ class PairBackend(TorchBackend):
         """K(X, Z) V in blocks of that many rows."""
         return blocks.kernel_matmul(at.kernel, at.X, at.Z, V, rows)
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
         (n, d), K, m = operator.X.shape, alpha.shape[1], len(operator.Z)
         held = m * K * d * operator.X.element_size() + 8 * n * K + _copies(operator)
@@ -88,7 +95,7 @@ class PairBackend(TorchBackend):
         )
         return Call(plan, lambda at, alpha: blocks.gradients(at.kernel, at.X, alpha, at.Z, plan.block))
 
-    def agop(self, operator, alpha: torch.Tensor, task: AgopTask) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
         kernel, K, d = operator.kernel, alpha.shape[1], operator.X.shape[1]
         (n, _), m = operator.X.shape, len(operator.Z)
@@ -142,10 +149,6 @@ class PairBackend(TorchBackend):
         limit = budget(task.limit, X.device)
         rows, _ = fitting_rows(lambda rows: held + rows * each, limit, n, "agop, its diagonal,", RAISE_LIMIT)
         return blocks.agop(kernel, X, alpha, X, rows, center=task.center, weights=task.weights, diagonal=True)
-
-    def stored_product(self, kernel: Kernel, X: torch.Tensor, rows: int) -> PairProduct:
-        """k(X, X) of float64 points as a solver sees it."""
-        return PairProduct(kernel, X.double(), rows)
 
     def factor_kernels(self, dtype: torch.dtype, precision: str) -> FactorKernels:
         """How a stored k(X, X) is filled: in full, by ``fill``; half of one is not offered."""
@@ -201,10 +204,7 @@ def _agop(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None, task: A
         if loss <= _LOSS:
             return M
         if task.method == "gram":
-            warn(
-                f"agop: the gram form loses about {loss:.0e} of M on these points; the gradient form ran instead, as "
-                "with method='auto'"
-            )
+            warn_of_loss(loss)
     return blocks.agop(kernel, X, alpha, Z, plan.block, center=task.center, weights=weights)
 
 
@@ -224,16 +224,16 @@ def _alive(kernel: Kernel) -> int:
     return kernel.blocks_alive() if isinstance(kernel, PairKernel) else 8
 
 
-def _copies(operator) -> int:
+def _copies(operator: KernelOperator) -> int:
     """Bytes of the points as the kernel has them: in its dtype, as unit vectors, transposed."""
     return 3 * 8 * (len(operator.X) + len(operator.Z)) * (operator.X.shape[1] + 2) * _depth(operator.kernel)
 
 
-def _block_bytes(operator, rows: int, width: int) -> int:
+def _block_bytes(operator: KernelOperator, rows: int, width: int) -> int:
     kernel, size = operator.kernel, blocks.dtype_of(operator.kernel, operator.X.dtype).itemsize
     return size * (_alive(kernel) * rows * width + rows * operator.X.shape[1]) + 2**23
 
 
-def _gradient_bytes(operator, rows: int, K: int) -> int:
+def _gradient_bytes(operator: KernelOperator, rows: int, K: int) -> int:
     (n, d), size = operator.X.shape, blocks.dtype_of(operator.kernel, operator.X.dtype).itemsize
     return _block_bytes(operator, rows, n) + size * (5 * rows * K * d + max(n, rows) * d)

@@ -138,7 +138,10 @@ def sum_of_squares(
     weights: torch.Tensor | None = None,
     diagonal: bool = False,
 ) -> torch.Tensor:
-    """``agop`` from (rows, their gradients (b, K, d)), used up; ``shape`` is (K, d), weights of their dtype."""
+    """``agop`` from (rows, their gradients (b, K, d)), used up; ``shape`` is (K, d), weights of their dtype.
+
+    It is ``torch_backend.products.outer_products`` of gradients that exist in blocks only.
+    """
     K, d = shape
     M = X.new_zeros((d,) if diagonal else (d, d), dtype=torch.float64)
     means = Means(K * d, X) if center else None

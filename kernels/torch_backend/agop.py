@@ -20,7 +20,6 @@ import torch
 
 from ..calibration import rate
 from ..checks import readable
-from ..errors import warn
 from ..gemm import add_squares_, symmetrise_
 from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix
 from ..profile import Profile
@@ -92,30 +91,44 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, row_weights=None) -> tor
         shift = dominant_offset(X)
         blocks = weight_tiles(kernel, X, Z, plan.block, shift)
         return gradient_form(blocks, alpha, X, Z, shift, task.center, roots=roots_of(row_weights))
-    W = weights(kernel, X, Z, plan.block)
-    return agop_from_weights_(W, kernel, X, alpha, Z, task, rows=plan.block, row_weights=row_weights)
+    W, how = weights(kernel, X, Z, plan.block), {"rows": plan.block, "row_weights": row_weights}
+    return agop_from_weights_(W, kernel, X, alpha, Z, task, symmetric=Z is X, **how)
 
 
 def agop_from_weights_(
-    W, kernel: Profile, X, alpha, Z, task: AgopTask, *, rows: int, kernels=TORCH_KERNELS, row_weights=None, exponent=0
+    W,
+    kernel: Profile,
+    X,
+    alpha,
+    Z,
+    task: AgopTask,
+    *,
+    symmetric: bool,
+    rows: int,
+    kernels=TORCH_KERNELS,
+    row_weights=None,
+    exponent=0,
 ) -> torch.Tensor:
-    """The same in float64 from stored weights W (m, n), zero diagonal where Z is X; W is overwritten.
+    """The same in float64 from stored weights W (m, n); W is overwritten.
 
-    W is 2^exponent times the kernel's weights. W and alpha may be wider than X. With row_weights w, everything in the
-    AGOP is linear in the rows of W: row i times sqrt(w_i) gives g_ic times sqrt(w_i), and Z no longer counts as X, as
-    W is no longer symmetric.
+    W is 2^exponent times the kernel's weights; where evaluation points are the centers (symmetric), its diagonal is
+    zero. W and alpha may be wider than X. With row_weights w, everything in the AGOP is linear in the rows of W: row i
+    times sqrt(w_i) gives g_ic times sqrt(w_i), and the points are then treated as any others, as W is no longer
+    symmetric.
     """
     exponents = exponent_of(W), exponent_of(alpha)
     if any(exponents):  # squares would leave their dtype
         W, alpha = scaled_(W, -exponents[0]), scaled_(alpha.clone(), -exponents[1])
-        how = {"rows": rows, "kernels": kernels, "row_weights": row_weights, "exponent": exponent - exponents[0]}
+        how = {"symmetric": symmetric, "rows": rows, "kernels": kernels, "row_weights": row_weights}
+        how["exponent"] = exponent - exponents[0]
         return scaled_(agop_from_weights_(W, kernel, X, alpha, Z, task, **how), 2 * sum(exponents))
     roots = roots_of(row_weights)
     if roots is not None:
         W.mul_(roots.to(W.dtype)[:, None])
-        Z = Z[:]  # another object
+        symmetric = False
     narrow = alpha.to(X.dtype)
-    decision = choose_form(W, X, narrow, Z, task, products=kernels.products, roots=roots, rows=rows)
+    how = {"symmetric": symmetric, "products": kernels.products, "roots": roots, "rows": rows}
+    decision = choose_form(W, X, narrow, Z, task, **how)
     if decision.low_rank is None:
         shift = dominant_offset(X)
         room = _room(W, task.limit) - W.numel() * W.element_size()
@@ -124,7 +137,7 @@ def agop_from_weights_(
         blocks = stored_tiles(W, X, Z, rows, shift, lambda sq: scaled_(kernel.weight_(sq), exponent), roots)
         return gradient_form(blocks, narrow, X, Z, shift, task.center, kernels.gradients, roots, scaled=True)
     wide, x = decision.dtype, X.to(decision.dtype)
-    z = x if Z is X else Z.to(wide)
+    z = x if symmetric else Z.to(wide)
     lower = kernels.lower if wide == X.dtype else torch_gram.lower_s
     if W.dtype != wide:
         W = empty_matrix(len(W), W.shape[1], W, wide).copy_(W)
@@ -179,24 +192,27 @@ def weights(kernel: Profile, X, Z, rows: int) -> torch.Tensor:
     return W
 
 
-def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, roots=None, rows=ROWS) -> GramDecision:
+def choose_form(
+    W, X, alpha, Z, task: AgopTask, *, symmetric: bool, products: str | None = None, roots=None, rows=ROWS
+) -> GramDecision:
     """The cheapest form that loses no digits of M and fits into memory, in blocks of that many rows.
 
-    alpha is of X's dtype; roots: square roots of the points' weights, by which the rows of W have been multiplied.
+    alpha is of X's dtype; symmetric: evaluation points are the centers, and none has a weight; roots: square roots of
+    the points' weights, by which the rows of W have been multiplied.
     """
     if task.method == "gradient":
         return GramDecision("gradient", X.dtype)
-    (m, n), d, K, symmetric, explicit = W.shape, X.shape[1], alpha.shape[1], Z is X, task.method != "auto"
-    word = products_of(X, Z, products)
+    (m, n), d, K, explicit = W.shape, X.shape[1], alpha.shape[1], task.method != "auto"
+    word = products_of(X, products, symmetric=symmetric)
     eps, allowed = PRODUCT_ROUNDING.get(word["gram"], (torch.finfo(X.dtype).eps, GRAM_LIMIT[X.dtype]))
     allowed = max(allowed, EXPLICIT_LOSS_FACTOR * eps, GRAM_WARN_LOSS) if explicit else allowed
-    cost, room = costs(X, Z, K, word), _room(W, task.limit)
+    cost, room = costs(X, Z, K, word, symmetric=symmetric), _room(W, task.limit)
     float64_rate = rate("gram", "float64", X.device)
     more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
     def fits(dtype: torch.dtype, rank: int) -> bool:
         wide = W.dtype != dtype
-        return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank) <= room
+        return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=symmetric) <= room
 
     if not explicit and cost["gram"] > cost["gradient"]:
         wide = X.dtype != torch.float64 and fits(torch.float64, 1)
@@ -211,7 +227,7 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
         plain > LOW_RANK_THRESHOLD * allowed
         and (explicit or price + more < cost["gradient"])
         and n > 4 * RANK
-        and gram_form_bytes(rows, X, alpha, Z, False, RANK) <= room
+        and gram_form_bytes(rows, X, alpha, Z, False, RANK, symmetric=symmetric) <= room
     ):
         better = leading_part(W, symmetric)
         if (less := LOSS_PER_EPS * estimate.amplification(better)) < growth:
@@ -224,7 +240,7 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
     if not explicit:
         safe.append((cost["gradient"] * (1.0 if narrow else FLOAT64_PREFERENCE), GramDecision("gradient", X.dtype)))
     elif not safe:
-        _warn_of(growth * torch.finfo(torch.float64 if fits(torch.float64, part.rank) else X.dtype).eps)
+        torch_gram.warn_of_loss(growth * torch.finfo(torch.float64 if fits(torch.float64, part.rank) else X.dtype).eps)
         return GramDecision("gradient", X.dtype)
     _, decision = min(safe, key=lambda option: option[0])
     if plain > allowed:
@@ -237,14 +253,6 @@ def choose_form(W, X, alpha, Z, task: AgopTask, *, products: str | None = None, 
 def _room(W: torch.Tensor, limit: float | None) -> int:
     """Bytes a call may take, its stored weights included: of what is free now these are no part."""
     return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
-
-
-def _warn_of(loss: float) -> None:
-    """The gram form was asked for where it loses digits."""
-    warn(
-        f"agop: the gram form loses about {loss:.0e} of M on these points; the gradient form ran instead, as with "
-        "method='auto'"
-    )
 
 
 def centring_cancels(at: Points, alpha, row_weights=None) -> bool:
@@ -275,12 +283,13 @@ def centring_cancels(at: Points, alpha, row_weights=None) -> bool:
 def agop_in_float64(at: Points, alpha, task: AgopTask, row_weights=None) -> torch.Tensor | None:
     """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
     kernel, X, Z, unit = at
-    room, x, a = budget(task.limit, X.device) - wide_bytes(X, alpha, Z), X.double(), alpha.double()
-    z = x if Z is X else Z.double()
+    symmetric, x, a = Z is X, X.double(), alpha.double()
+    room = budget(task.limit, X.device) - wide_bytes(X, alpha, Z, symmetric=symmetric)
+    z = x if symmetric else Z.double()
     weights = None if row_weights is None else row_weights.double()
     task = replace(task, limit=room, weights=weights)
     try:
-        made = plan(x, a, z, task, "")
+        made = plan(x, a, z, task, "", symmetric=symmetric)
     except MemoryError:
         return None
     return agop(Points(kernel, x, z, unit), a, task, made, weights)
@@ -308,7 +317,7 @@ def gradient_form(
     roots: torch.Tensor | None = None,
     scaled: bool = False,
 ) -> torch.Tensor:
-    """sum_c G_c^T G_c; float64 (d, d).
+    """sum_c G_c^T G_c; float64 (d, d): ``products.outer_products`` of gradients that exist in blocks only.
 
     Args:
         blocks: (rows of Z, weights, near pairs), as ``weight_tiles`` gives them.

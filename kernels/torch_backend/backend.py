@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..gemm import LIBRARY, PanelProducts
-from ..plan import Call, Plan
+from ..plan import AgopTask, Call, Plan
 from ..precision import describe_precision
 from ..profile import Profile
 from ..scaling import Points
@@ -25,6 +26,10 @@ from .gradients import (
 )
 from .tiles import fill_symmetric, fit_rows, weight_tiles
 
+if TYPE_CHECKING:
+    from ..backends import Request
+    from ..kernel_operator import KernelOperator
+
 
 class TorchBackend:
     """Every operation, on every device that torch has in float64, too."""
@@ -33,7 +38,7 @@ class TorchBackend:
     operations = ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve", "solve with method 'cg'")
     shares_triangle = True
 
-    def refusal(self, request) -> str | None:
+    def refusal(self, request: Request) -> str | None:
         """It serves every call."""
         return None
 
@@ -47,12 +52,12 @@ class TorchBackend:
             return "tf32"
         return str(X.dtype).removeprefix("torch.")
 
-    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+    def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """K(X, Z), with the ridge on the diagonal where Z is X."""
         plan = matrix.plan_kernel_matrix(operator.X, operator.Z, out, operator.why)
         return Call(plan, lambda at: matrix.kernel_matrix(at.kernel, at.X, at.Z, out, plan.block, ridge))
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         return Call(plan, lambda at: self.product(at, V, plan.block))
@@ -61,7 +66,7 @@ class TorchBackend:
         """K(X, Z) V of scaled points, in blocks of that many rows."""
         return matrix.kernel_matmul(at.kernel, at.X, at.Z, V, rows)
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
         X, Z = operator.X, operator.Z
         plan = plan_gradients(X, alpha, Z, operator.why)
@@ -74,12 +79,12 @@ class TorchBackend:
 
         return Call(few.noted(plan), run)
 
-    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
         # Rows of W that are scaled by weights are not symmetric: the gram form treats weighted points as other points.
-        Z = operator.Z if task.weights is None else operator.Z[:]
-        plan = costs.plan(operator.X, alpha, Z, task, operator.why)
-        if plan.method != "gradient" or not few.serves(operator.X, Z, alpha.shape[1], plan.peak_bytes):
+        symmetric = operator.symmetric and task.weights is None
+        plan = costs.plan(operator.X, alpha, operator.Z, task, operator.why, symmetric=symmetric)
+        if plan.method != "gradient" or not few.serves(operator.X, operator.Z, alpha.shape[1], plan.peak_bytes):
             return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
 
         def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

@@ -25,15 +25,18 @@ def flops(m: int, n: int, d: int, K: int, symmetric: bool) -> dict[str, float]:
     return {"gradient": gradient, "gram": gram}
 
 
-def products_of(X: torch.Tensor, Z: torch.Tensor, device: str | None) -> dict[str, str]:
-    """The word for each form's products: the dtype's own, or those of device steps, whose gram form is for Z = X."""
-    symmetric = str(X.dtype).removeprefix("torch.")
-    return {"gradient": device or symmetric, "gram": device if device and Z is X else symmetric}
+def products_of(X: torch.Tensor, device: str | None, *, symmetric: bool) -> dict[str, str]:
+    """The word for each form's products: the dtype's own, or those of device steps.
+
+    symmetric: evaluation points are the centers, and none has a weight; the gram form of device steps is for these.
+    """
+    own = str(X.dtype).removeprefix("torch.")
+    return {"gradient": device or own, "gram": device if device and symmetric else own}
 
 
-def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str]) -> dict[str, float]:
-    """Estimated seconds of each form: its operations at its rate."""
-    work = flops(len(Z), len(X), X.shape[1], K, Z is X)
+def costs(X: torch.Tensor, Z: torch.Tensor, K: int, products: dict[str, str], *, symmetric: bool) -> dict[str, float]:
+    """Estimated seconds of each form: its operations at its rate; symmetric: as of ``products_of``."""
+    work = flops(len(Z), len(X), X.shape[1], K, symmetric)
     return {form: work[form] / rate(form, products[form], X.device) for form in work}
 
 
@@ -51,13 +54,14 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     return held + held // 16 + work + (4 if size == 4 else 0) * d * d
 
 
-def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -> int:
+def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *, symmetric: bool) -> int:
     """Most memory that the gram form takes with blocks of that many rows.
 
-    wide: float32 weights are copied for products in float64. rank: columns of the low-rank part.
+    wide: float32 weights are copied for products in float64. rank: columns of the low-rank part. symmetric: as of
+    ``products_of``.
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
-    others = 0 if Z is X else m
+    others = 0 if symmetric else m
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
     tile = tile_bytes(rows, n, m, d, size) + rows * n * size
     size = 8 if wide else size
@@ -70,63 +74,78 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1) -
     return held + held // 16 + max(tile, points + low_rank + step) + narrow
 
 
-def _plan_form(form: str, X, alpha, Z, limit: int, center: bool = False) -> tuple[int, int]:
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool, symmetric: bool) -> tuple[int, int]:
     """(block rows, peak bytes) of a form, or MemoryError."""
-    purpose = f"agop, {form} form,"
-    if form == "gradient":
-        bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
-        aim = gradient_aim(X.device, alpha.shape[1] * X.shape[1])
-        return fitting_rows(bytes_of, limit, len(Z), purpose, RAISE_LIMIT, aim)
-    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z)
+    return (
+        _plan_gradient_form(X, alpha, Z, limit, center)
+        if form == "gradient"
+        else _plan_gram_form(X, alpha, Z, limit, symmetric)
+    )
+
+
+def _plan_gradient_form(X, alpha, Z, limit: int, center: bool) -> tuple[int, int]:
+    bytes_of = functools.partial(gradient_form_bytes, X=X, alpha=alpha, Z=Z, center=center)
+    aim = gradient_aim(X.device, alpha.shape[1] * X.shape[1])
+    return fitting_rows(bytes_of, limit, len(Z), "agop, gradient form,", RAISE_LIMIT, aim)
+
+
+def _plan_gram_form(X, alpha, Z, limit: int, symmetric: bool) -> tuple[int, int]:
+    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z, symmetric=symmetric)
     aim = AIM if X.device.type == "cuda" else gradient_aim(X.device, len(X))  # rows of it are multiplied by n numbers
-    return fitting_rows(bytes_of, limit, max(len(Z), len(X)), purpose, RAISE_LIMIT, aim)
+    return fitting_rows(bytes_of, limit, max(len(Z), len(X)), "agop, gram form,", RAISE_LIMIT, aim)
 
 
 def gradient_form_beside(X, alpha, Z, center: bool, room: int) -> tuple[int, int]:
     """(block rows, bytes) of the gradient form from stored weights; single rows where even these do not fit."""
     try:
-        return _plan_form("gradient", X, alpha, Z, room, center)
+        return _plan_gradient_form(X, alpha, Z, room, center)
     except MemoryError:
         return 1, gradient_form_bytes(1, X, alpha, Z, center)
 
 
-def _highest_peak(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool) -> int:
+def _highest_peak(form: str, rows: int, peak: int, X, alpha, Z, limit: int, center: bool, symmetric: bool) -> int:
     """Peak bytes where values ask for more than the form's least: float64 products, a larger low-rank part."""
     highest = peak
     if form == "gram":
         stored = len(X) * len(Z) * X.element_size()
         beside = stored + gradient_form_beside(X, alpha, Z, center, limit - stored)[1]
         clipped = torch_gram.nonnegative_bytes(X.shape[1])
-        highest = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, X.dtype == torch.float32, RANK))
+        wide = X.dtype == torch.float32
+        highest = max(beside, clipped + gram_form_bytes(rows, X, alpha, Z, wide, RANK, symmetric=symmetric))
     if center and X.dtype == torch.float32:
         x, a = (t.new_empty(t.shape, dtype=torch.float64, device="meta") for t in (X, alpha))
-        z = x if Z is X else x.new_empty(Z.shape)
-        bytes_of = gram_form_bytes if form == "gram" else functools.partial(gradient_form_bytes, center=True)
-        highest = max(highest, wide_bytes(X, alpha, Z) + bytes_of(min(ROWS, max(len(X), len(Z))), x, a, z))
+        z, largest = x.new_empty(Z.shape), min(ROWS, max(len(X), len(Z)))
+        form_bytes = (
+            gram_form_bytes(largest, x, a, z, symmetric=symmetric)
+            if form == "gram"
+            else gradient_form_bytes(largest, x, a, z, center=True)
+        )
+        highest = max(highest, wide_bytes(X, alpha, Z, symmetric=symmetric) + form_bytes)
     return max(peak, min(highest, limit))
 
 
-def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> Plan:
+def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None, *, symmetric: bool) -> Plan:
     """The plan of an agop: the cheaper form that fits into memory.
 
-    products: the word that the rates of a device's own inner kernels are known by; None for torch's.
+    products: the word that the rates of a device's own inner kernels are known by; None for torch's. symmetric: as of
+    ``products_of``.
     """
     method, center = task.method, task.center
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
-    work, room = flops(m, n, d, K, Z is X), budget(task.limit, X.device)
+    work, room = flops(m, n, d, K, symmetric), budget(task.limit, X.device)
     reason, fitted = f"{why}; method asked for", None
     if method == "auto":
-        cost = costs(X, Z, K, products_of(X, Z, products))
+        cost = costs(X, Z, K, products_of(X, products, symmetric=symmetric), symmetric=symmetric)
         method = min(cost, key=lambda form: cost[form])
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            fitted = _plan_form(method, X, alpha, Z, room, center)
+            fitted = _plan_form(method, X, alpha, Z, room, center, symmetric)
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
-    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center)
-    peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center)
+    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center, symmetric)
+    peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center, symmetric)
     if X.dtype == torch.float32 and method == "gram":
         reason += (
             "; float32 is guarded: near collapse a low-rank part of the weights is split off, or its products run in "
@@ -137,6 +156,6 @@ def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None) -> 
     return Plan("agop", "torch", method, reason, "", work[method], peak, rows)
 
 
-def wide_bytes(X, alpha, Z) -> int:
-    """Bytes of float64 copies of the points and the coefficients."""
-    return 8 * (X.numel() + alpha.numel() + (0 if Z is X else Z.numel()))
+def wide_bytes(X, alpha, Z, *, symmetric: bool) -> int:
+    """Bytes of float64 copies of the points, one copy where these are the same, and of the coefficients."""
+    return 8 * (X.numel() + alpha.numel() + (0 if symmetric else Z.numel()))

@@ -1,7 +1,7 @@
 """Torch backend: the diagonal of the AGOP, sum_ic w_i g_ic[k]^2, without any d x d matrix.
 
 Gradients are made block by block, as in the AGOP's gradient form, for a few outputs at a time: 2 n^2 K d products, and
-O(n K + d + block) memory.
+O(n K + d + block) memory. Those that fit into memory in one piece have ``products.outer_products``.
 """
 
 from __future__ import annotations

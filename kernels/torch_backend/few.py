@@ -13,11 +13,11 @@ from dataclasses import replace
 import torch
 
 from ..checks import largest
-from ..gemm import symmetrise_
 from ..plan import Plan
 from ..profile import Profile
 from ..scaling import Points
 from .distance import FEW, measured_directly, squared_distances, squared_norms
+from .products import differences_product, outer_products
 
 _WORK = 2**20  # multiplications of the largest product at most: float64's speed does not count below
 _NEAR = 2.0**-22  # share of the squared norms above which a float64 product keeps 1e-9 of r^2
@@ -65,15 +65,6 @@ def _least(sq: torch.Tensor, same: bool) -> float:
     return least if least > 0 else sq.masked_fill(sq == 0, math.inf).amin().item()
 
 
-def sums(W: torch.Tensor, alpha: torch.Tensor, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """sum_j W_ij alpha_jc (x_j - z_i), (m, K, d), of float64 numbers; the points lie around zero."""
-    (n, d), K = x.shape, alpha.shape[1]
-    right = torch.cat([(alpha[:, :, None] * x[:, None]).reshape(n, K * d), alpha], 1)  # s comes along
-    found = torch.mm(W, right)
-    G, s = found[:, : K * d].view(-1, K, d), found[:, K * d :]
-    return torch.addcmul(G, s[:, :, None], z[:, None], value=-1.0)
-
-
 def gradients(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor) -> torch.Tensor | None:
     """grad f_c(Z[i]), (m, K, d), float64; None where two points are nearer than float64 can tell from others' size."""
     x, same = X.double(), Z is X
@@ -84,25 +75,10 @@ def gradients(kernel: Profile, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Te
     size = largest(x) if same else max(largest(x), largest(z))
     if not _least(sq, same) >= x.shape[1] * (_NEAREST * size) ** 2:
         return None
-    return sums(kernel.weight_(sq), alpha.double(), x, z)
-
-
-def squares(G: torch.Tensor, center: bool, weights: torch.Tensor | None = None, diagonal: bool = False) -> torch.Tensor:
-    """sum_i w_i sum_c g_ic g_ic^T (d, d), or its diagonal, of float64 gradients G (m, K, d), which are changed.
-
-    center: subtract the mean gradient of each output.
-    """
-    if center:
-        G -= G.mean(0) if weights is None else torch.tensordot(weights / weights.sum(), G, 1)
-    if weights is not None:
-        G *= weights.sqrt()[:, None, None]
-    flat = G.view(-1, G.shape[2])
-    if diagonal:
-        return flat.square_().sum(0)
-    return symmetrise_(torch.mm(flat.T, flat))
+    return differences_product(kernel.weight_(sq), alpha.double(), x, z)
 
 
 def agop(at: Points, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None) -> torch.Tensor | None:
     """The AGOP summed over points and outputs, (d, d), float64, or None as above."""
     G = gradients(at.kernel, at.X, alpha, at.Z)
-    return None if G is None else squares(G, center, None if weights is None else weights.double())
+    return None if G is None else outer_products(G, center, None if weights is None else weights.double())

@@ -188,7 +188,10 @@ def block_gradients(
 def output_gradients(
     W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, shift, out: torch.Tensor
 ) -> torch.Tensor:
-    """W (alpha_c o X) - s_c o Z with s = W alpha, for one row block, into out (b, K, d)."""
+    """W (alpha_c o X) - s_c o Z with s = W alpha, for one row block, into out (b, K, d).
+
+    ``products.differences_product`` is the same formula where one product of all outputs fits into memory.
+    """
     if shift is not None:  # a gradient sees differences of points only
         X, Z = X - shift, Z - shift
     s, d, K = W @ alpha, X.shape[1], alpha.shape[1]

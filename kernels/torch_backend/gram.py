@@ -1,6 +1,6 @@
 """Torch backend: the AGOP in its gram form, from stored weights.
 
-With W = E + P Q^T (``smooth``), A = alpha, s = W A and u_rc = sum_j Q_jr A_jc x_j, the gradient of output c at z_i is
+With W = E + P Q^T (``LowRank``), A = alpha, s = W A and u_rc = sum_j Q_jr A_jc x_j, the gradient of output c at z_i is
 
     g_ic = h_ic + sum_r P_ir u_rc,    h_ic = sum_j E_ij A_jc x_j - s_ic z_i,
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ..errors import warn
 from ..gemm import add_product_, matmul_nt, symmetrise_
 from ..plan import ROWS, longest_first
 from .distance import squared_norms
@@ -121,16 +122,18 @@ def gram_form(
 
     Args:
         W, X, alpha, Z: of one dtype, that of the products.
-        smooth: what to take out of W.
+        low_rank: what to take out of W; it says whether evaluation points are the centers (``symmetric``).
         center: subtract the mean gradient of each output.
         rows: of a block of S.
         lower: (E, alpha) -> the step (s, weight, start, stop) -> S[start:stop, :stop], diagonal halved; default
             torch's.
         starts: first rows of the blocks of S to add up, for Z = X; default all.
-        all_else: add what is not in blocks of S; of several callers with starts of their own, one does.
-        roots: square roots of the points' weights, by which the rows of W have been multiplied; needs Z other than X.
+        all_else: also add the terms that are not blocks of S; exactly one of the ranks that share the blocks passes
+            True.
+        roots: square roots of the points' weights, by which the rows of W have been multiplied; W is then not
+            symmetric.
     """
-    symmetric = Z is X
+    symmetric = low_rank.symmetric
     mean = X.mean(0)
     X = X - mean  # a gradient sees differences of points only
     Z = X if symmetric else Z - mean
@@ -157,15 +160,15 @@ def gram_form(
     if all_else:
         _add_low_rank(half, E, X, alpha, Z, s, low_rank, rows, along)
         if along is not None:  # of h alone: b's part was centred before it was squared
-            total = _total(along, E, X, alpha, Z, s, rows)
+            total = _total(along, E, X, alpha, None if symmetric else Z, s, rows)
             half.addmm_(total.T, total, alpha=-0.5)
     return symmetrise_(half).mul_(2.0)
 
 
 def _total(along, E, X, alpha, Z, s, rows: int) -> torch.Tensor:
-    """sum_i v_i h_ic for v = along, float64 (K, d)."""
+    """sum_i v_i h_ic for v = along, float64 (K, d); Z is None where evaluation points are the centers."""
     columns, alpha, s = (along @ E).double(), alpha.double(), s.double() * along.double()[:, None]
-    if Z is X:
+    if Z is None:
         return _moments(lambda row: alpha[row] * columns[row, None] - s[row], X, rows)
     of_centers = _moments(lambda row: alpha[row] * columns[row, None], X, rows)
     return of_centers - _moments(lambda row: s[row], Z, rows)
@@ -184,11 +187,11 @@ def _add_low_rank(half, E, X, alpha, Z, s, low_rank: LowRank, rows: int, along) 
     alpha, s, d = alpha.double(), s.double(), X.shape[1]
 
     def of_centers(row: slice) -> torch.Tensor:
-        h = _outer(against, alpha, row) - (_outer(P, s, row) if Z is X else 0.0)
+        h = _outer(against, alpha, row) - (_outer(P, s, row) if low_rank.symmetric else 0.0)
         return torch.cat([_outer(Q, alpha, row), h], 1)
 
     u, h = _moments(of_centers, X, rows).chunk(2)
-    if Z is not X:
+    if not low_rank.symmetric:
         h = h - _moments(lambda row: _outer(P, s, row), Z, rows)
     u = u.reshape(low_rank.rank, -1)
     h = h + 0.5 * ((P.T @ P) @ u).view(-1, d)  # h was sum_i P_ir h_ic
@@ -207,6 +210,14 @@ def _moments(coefficients: Callable, X: torch.Tensor, rows: int) -> torch.Tensor
         row = slice(start, start + rows)
         total.addmm_(coefficients(row).T, X[row].double())
     return total
+
+
+def warn_of_loss(loss: float) -> None:
+    """Warn that the gram form was asked for where it loses digits, so that the gradient form runs."""
+    warn(
+        f"agop: the gram form loses about {loss:.0e} of M on these points; the gradient form ran instead, as with "
+        "method='auto'"
+    )
 
 
 def nonnegative(M: torch.Tensor, eps: float) -> torch.Tensor:

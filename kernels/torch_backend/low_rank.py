@@ -3,7 +3,7 @@
 The gram form squares W, and what it squares cancels later: float32 loses digits as (W / scale of the gradients)^2. Most
 of W is smooth: in high dimension all distances are alike and W is nearly constant; once classes collapse it is nearly
 constant by pairs of classes. W = E + P Q^T with few columns leaves a small E to square, and P Q^T needs no squares:
-what it adds to the gradients has rank one in the points for every column and output (``torch_gram``).
+what it adds to the gradients has rank one in the points for every column and output (``gram.gram_form``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gemm import matmul_nt
+from ..gemm import matmul_nt, symmetrise_
 
 RANK = 16  # columns of the leading part
 _ROWS = 256  # rows of W looked at once
@@ -29,7 +29,7 @@ class LowRank:
     Attributes:
         P: (m, r), of W's dtype.
         Q: (n, r).
-        own: evaluation points are the centers; P Q^T is then symmetric.
+        symmetric: evaluation points are the centers; P Q^T is then symmetric.
     """
 
     P: torch.Tensor
@@ -118,6 +118,6 @@ def leading_part(W: torch.Tensor, symmetric: bool, rank: int = RANK) -> LowRank:
 
     Q = torch.linalg.qr(apply(torch.linalg.qr(apply(signs)).Q)).Q
     inner = (Q.T @ apply(Q)).double()
-    values, vectors = torch.linalg.eigh(inner.add_(inner.T.clone()).mul_(0.5))
+    values, vectors = torch.linalg.eigh(symmetrise_(inner))
     Q = Q @ (vectors * values.abs().sqrt()).to(Q.dtype)
     return LowRank(Q * values.sign().to(Q.dtype), Q, symmetric)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..calibration import source
 from ..gemm import LIBRARY, PanelProducts
-from ..plan import Call, Plan
+from ..plan import AgopTask, Call, Plan
 from ..profile import Profile, text
 from ..torch_backend import backend as torch_door
 from ..torch_backend import costs, matrix
 from ..torch_backend.agop import InnerKernels
 from . import stored_product
 from .launch_config import PRODUCTS, interpreted, version
+
+if TYPE_CHECKING:
+    from ..backends import Request
+    from ..kernel_operator import KernelOperator
 
 _WORDS = {"highest": "three fp16 products", "high": "three bf16 products", "medium": "TF32"}
 
@@ -35,7 +39,7 @@ class TritonBackend:
     operations = ("kernel_matrix", "kernel_matmul", "gradients", "agop", "solve")
     shares_triangle = False
 
-    def refusal(self, request) -> str | None:
+    def refusal(self, request: Request) -> str | None:
         """Why it cannot serve a call, and what to change; None where it can."""
         if request.operation == "solve with method 'cg'":
             return "these products are in float64"
@@ -43,14 +47,14 @@ class TritonBackend:
             return "this version of fastagop has no triton kernel for it"
         return self.missing(request) or _unusable(request.X) or _unserved(request)
 
-    def missing(self, request) -> str | None:
+    def missing(self, request: Request) -> str | None:
         """Why a kernel is not served; None where it is."""
         if importlib.util.find_spec("triton") is not None and text(request.kernel, "triton") is None:
             name = type(request.kernel).__name__
             return f"{name} has no Triton text; give its class one, as those in kernels/radial.py have"
         return None
 
-    def stores_blocks(self, operator, V: torch.Tensor, plan: Plan) -> tuple[Plan, bool]:
+    def stores_blocks(self, operator: KernelOperator, V: torch.Tensor, plan: Plan) -> tuple[Plan, bool]:
         """(the plan of kernel_matmul, whether row blocks of K are stored)."""
         return _plan_product(plan, operator, V)
 
@@ -62,12 +66,12 @@ class TritonBackend:
         """The word that the rate of its products is known by."""
         return PRODUCTS[precision]
 
-    def matrix(self, operator, out: torch.Tensor | None, ridge: float) -> Call:
+    def matrix(self, operator: KernelOperator, out: torch.Tensor | None, ridge: float) -> Call:
         """K(X, Z), with the ridge on the diagonal where Z is X."""
         plan = matrix.plan_kernel_matrix(operator.X, operator.Z, out, operator.why)
         return Call(plan, lambda at: _launch().kernel_matrix(at, out, operator.precision, ridge))
 
-    def matmul(self, operator, V: torch.Tensor) -> Call:
+    def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """K(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         plan, stored = self.stores_blocks(operator, V, plan)
@@ -75,15 +79,15 @@ class TritonBackend:
             return Call(plan, lambda at: stored_product.kernel_matmul(at, V, operator.precision, plan.block))
         return Call(plan, lambda at: _launch().kernel_matmul(at, V, operator.precision))
 
-    def gradients(self, operator, alpha: torch.Tensor) -> Call:
+    def gradients(self, operator: KernelOperator, alpha: torch.Tensor) -> Call:
         """Grad f_c(Z[i]); the coefficients come in their unit when it runs."""
         plan = torch_door.plan_gradients(operator.X, alpha, operator.Z, operator.why)
         return Call(plan, lambda at, alpha: _launch().gradients(at, alpha, plan.block, operator.precision))
 
-    def agop(self, operator, alpha: torch.Tensor, task) -> Call:
+    def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """Sum_i w_i sum_c g_ic g_ic^T; coefficients and weights come in their units when it runs."""
-        Z = operator.Z if task.weights is None else operator.Z[:]
-        plan = costs.plan(operator.X, alpha, Z, task, operator.why, PRODUCTS[operator.precision])
+        symmetric, products = operator.symmetric and task.weights is None, PRODUCTS[operator.precision]
+        plan = costs.plan(operator.X, alpha, operator.Z, task, operator.why, products, symmetric=symmetric)
         return Call(plan, lambda at, alpha, weights: _launch().agop(at, alpha, task, plan, operator.precision, weights))
 
     def inner_kernels(self, X: torch.Tensor, precision: str) -> InnerKernels:
@@ -100,7 +104,7 @@ class TritonBackend:
         return _FactorKernels(dtype, precision)
 
 
-def _plan_product(plan: Plan, operator, V: torch.Tensor) -> tuple[Plan, bool]:
+def _plan_product(plan: Plan, operator: KernelOperator, V: torch.Tensor) -> tuple[Plan, bool]:
     """(the plan of kernel_matmul, whether row blocks of K are stored): what is the faster by the device's rates."""
     (n, d), products = operator.X.shape, PRODUCTS[operator.precision]
     if operator.X.device.type != "cuda":  # interpreted: nothing there is fast
@@ -165,7 +169,7 @@ def _unusable(X: torch.Tensor) -> str | None:
     return None
 
 
-def _unserved(request) -> str | None:
+def _unserved(request: Request) -> str | None:
     if request.precision == "high" and "bf16x3" not in input_precisions():
         return (
             "its Triton has no bf16x3 products, which precision='high' means; use another precision or a newer triton"

@@ -388,5 +388,5 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, precision: str, row_weig
         return torch_agop.gradient_form(blocks, alpha, X, Z, shift, task.center, inner.gradients, roots)
     W = wide_rows(len(Z), len(X), X)
     fill(kernel, z, x, W, weight=True, first=0 if symmetric else None, lower=symmetric)
-    how = {"rows": plan.block, "kernels": inner, "row_weights": row_weights}
+    how = {"symmetric": symmetric, "rows": plan.block, "kernels": inner, "row_weights": row_weights}
     return torch_agop.agop_from_weights_(W, kernel, X, alpha, Z, task, **how)

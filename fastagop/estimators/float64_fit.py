@@ -12,7 +12,7 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.profile import Profile
-from fastagop.kernels.torch_backend import few as few_gradients
+from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.solvers import few
 from fastagop.solvers.solution import Solved
 
@@ -20,7 +20,7 @@ _WORK = 3e8  # operations at most: a few milliseconds
 
 
 @dataclass(frozen=True)
-class SmallFit:
+class Float64Fit:
     """A solved problem of a kernel; ``solved`` is what ``kernel_ridge.solve`` returns."""
 
     kernel: Profile
@@ -35,7 +35,7 @@ class SmallFit:
         """The AGOP (d, d), or its diagonal (d,), summed over the points; None where it leaves float64."""
         x = self.found.x
         W = self.kernel.weight_beside_(self.found.sq.clone(), self.found.A)  # A's ridge is where r = 0, and w with it
-        M = few_gradients.squares(few_gradients.sums(W, self.solved.alpha, x, x), center, diagonal=diagonal)
+        M = outer_products(differences_product(W, self.solved.alpha, x, x), center, diagonal=diagonal)
         return M if checks.finite(M) else None
 
 
@@ -45,10 +45,10 @@ def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
     return 8 * (6 * n * n + 3 * n * d * K + 2 * n * d + d * d)
 
 
-def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float) -> SmallFit | None:
+def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float) -> Float64Fit | None:
     """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K); None where it is not a small problem."""
     (n, d), K = X.shape, Y.shape[1]
     if X.dtype != torch.float32 or 2.0 * n * n * d * (K + 1) + n**3 + 2.0 * n * K * d * d > _WORK:
         return None
     found = few.solve(kernel, X, Y, ridge, torch.float64, rounded=True)
-    return None if found is None else SmallFit(kernel, found)
+    return None if found is None else Float64Fit(kernel, found)

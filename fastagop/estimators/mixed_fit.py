@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend import tiles
+from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.solvers import mixed
 from fastagop.solvers.limits import largest
 from fastagop.solvers.solution import Solution, Solved
@@ -22,12 +22,11 @@ from fastagop.solvers.solution import Solution, Solved
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
 _POINTS = 32  # with the largest coefficients, and as many others
 _USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
-_ROWS = 256  # of a block of float64 weights
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 
 @dataclass(frozen=True)
-class MediumFit:
+class MixedFit:
     """A solved problem of points x (n, d), centred; ``solved`` and ``K`` are as ``Local.solve`` returns them."""
 
     kernel: Profile
@@ -50,27 +49,14 @@ class MediumFit:
                 break
         else:
             return None
-        G = G.sub_(mean) if center else G
-        if diagonal:
-            return G.square().sum((0, 1), dtype=torch.float64)
-        flat = G.reshape(-1, G.shape[2])
-        M = matmul_nt(flat.T, flat.T).double()
-        return (M + M.T).mul_(0.5)
+        return outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
 
     def _gradients(self, dtype: torch.dtype) -> torch.Tensor:
         """Those of the outputs at the points (n, K, d), with products in a dtype."""
         W = self.matrices.W
         assert W is not None
-        n, d = self.x.shape
-        x, a = self.x.to(dtype), self.solved.alpha.to(dtype)
-        beside = torch.cat([x, x.new_ones(n, 1)], 1)  # one product for the sums over x and those of the weights
-        right = (a[:, :, None] * beside[:, None, :]).view(n, -1)
-        if dtype == torch.float32:
-            both = matmul_nt(W, right.T)
-        else:
-            both = torch.cat([torch.mm(part.double(), right) for part in W.split(_ROWS)])
-        both = both.view(n, -1, d + 1)
-        return both[:, :, :d].addcmul_(both[:, :, d:], x[:, None, :], value=-1.0)
+        x = self.x.to(dtype)
+        return differences_product(W, self.solved.alpha.to(dtype), x, x)
 
     def _some(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(some of the points, the gradients there (p, K, d)) in float64, with weights that were not rounded."""
@@ -79,8 +65,7 @@ class MediumFit:
         index = torch.cat([torch.arange(count) * n // count, alpha.abs().amax(1).topk(count)[1]])
         z = x[index]
         W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, 2 * count)])
-        G = (W @ (alpha[:, :, None] * x[:, None, :]).view(n, -1)).view(len(z), -1, x.shape[1])
-        return index, G.sub_((W @ alpha)[:, :, None] * z[:, None, :])
+        return index, differences_product(W, alpha, x, z)
 
 
 def _loss(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -97,7 +82,7 @@ def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
     return 24 * n * n + 20 * n * d * (K + 1)
 
 
-def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MediumFit | None:
+def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MixedFit | None:
     """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K); None where anything is unusual.
 
     The caller has seen that ``table.of_mixed`` holds; ``weights``: an AGOP is wanted.
@@ -119,4 +104,4 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
         time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,
     )  # fmt: skip
-    return MediumFit(kernel, x, matrices, Solved(solution, found.alpha))
+    return MixedFit(kernel, x, matrices, Solved(solution, found.alpha))

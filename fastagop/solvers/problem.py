@@ -1,0 +1,114 @@
+"""A system as far as the choice of its solver goes: what every solver plans from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.solvers.options import CholeskyCG, ConjugateGradients
+
+FULL_MATRIX_ROWS = 4096  # up to which one matrix stored in full is the fastest
+WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a caller's user can change where memory is short: the words of its error."""
+
+    method: str = "method"
+    limit: str = "raise memory_limit where memory is free"
+
+    def direct(self) -> str:
+        """Where no matrix fits."""
+        return f"Use fewer points, {self.method}='cg', or {self.limit}"
+
+    def iterative(self) -> str:
+        """Where not even the vectors of "cg" fit."""
+        smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
+        return f"Use fewer points, {smaller}, or {self.limit}"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Processes that hold half of a matrix together: how many, and (n, dtype) -> blocks that ask them."""
+
+    size: int
+    blocks: Callable[[int, torch.dtype], Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
+
+    Attributes:
+        operator: of its kernel and points, by the backend that serves it.
+        outputs: columns of Y.
+        ridge: mu >= 0.
+        room: bytes that may be taken.
+        options: of conjugate gradients.
+        float64_alpha: the coefficients are wanted in float64.
+        advice: for errors of memory.
+        half: how half of a matrix is stored and refined with.
+        shared: who shares it, where it is not this process alone.
+        gave_way: why no float32 factor is tried; "" where one may be.
+    """
+
+    operator: KernelOperator
+    outputs: int
+    ridge: float
+    room: int
+    options: ConjugateGradients
+    float64_alpha: bool
+    advice: Advice
+    half: CholeskyCG = field(default_factory=CholeskyCG)
+    shared: Shared | None = None
+    gave_way: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share the matrix."""
+        return self.shared.size if self.shared else 1
+
+    @property
+    def X(self) -> torch.Tensor:
+        """The points (n, d)."""
+        return self.operator.X
+
+    @property
+    def many_rows(self) -> bool:
+        """Whether there are more points than one matrix stored in full is the fastest for."""
+        return len(self.X) > FULL_MATRIX_ROWS
+
+    @property
+    def coarse(self) -> bool:
+        """Products below float32's accuracy were asked for, so that a factor is a preconditioner anyway."""
+        return self.operator.backend.factor_kernels(torch.float32, self.operator.precision).coarse
+
+    @property
+    def large(self) -> bool:
+        """More points, on the CPU or over ranks, than are solved fastest by one matrix stored in full."""
+        alone = self.X.device.type == "cpu" or self.shared is not None
+        return self.many_rows and alone and not self.coarse
+
+    @property
+    def rated(self) -> bool:
+        """Whether the device's rates decide between a float64 factor and a refined float32 one: as ``large``, on a GPU.
+
+        On the CPU the refined one is always the faster.
+        """
+        alone = self.X.device.type == "cuda" and self.shared is None
+        return self.many_rows and alone and not self.coarse and self.X.dtype == torch.float32
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether a Cholesky factorisation in a dtype fits into memory."""
+        shared = self.shared is not None and self.large  # in full it is one process's alone
+        return not shared and needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
+
+
+def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
+    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
+    return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
