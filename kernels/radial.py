@@ -147,7 +147,7 @@ if WEIGHT:
 
     @property
     def _weight_at_zero(self) -> float:
-        """1 / L^2."""
+        """The limit of the weight at r = 0: 1 / L^2."""
         return 1.0 / self.bandwidth**2
 
 
@@ -185,7 +185,7 @@ if WEIGHT:
 
     @property
     def family_exponent(self) -> float:
-        """The exponent p."""
+        """The kernel's own exponent p."""
         return self.exponent
 
     def with_exponent(self, exponent: float) -> Laplace | GeneralisedLaplace:
@@ -283,7 +283,7 @@ else:
 
     @property
     def _weight_at_zero(self) -> float:
-        """5 / (3 L^2)."""
+        """The limit of the weight at r = 0: 5 / (3 L^2)."""
         return 5.0 / 3.0 / self.bandwidth**2
 
 
