@@ -43,7 +43,7 @@ class Measured:
 
 
 def name(device: torch.device) -> str:
-    """The chip's name."""
+    """Name of the chip, by which measured rates are stored."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpuinfo().get("model name") or platform.processor() or platform.machine()

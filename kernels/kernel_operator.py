@@ -250,11 +250,11 @@ class PointsProduct:
         return len(self.at.X)
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """k(X, X) V."""
+        """The product k(X, X) V, made from the points."""
         return self.backend.product(self.at, V, self.rows)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """k(X, X[index])."""
+        """The columns k(X, X[index])."""
         return matrix.kernel_matrix(self.at.kernel, self.at.X, self.at.X[index], None, self.rows)
 
     def sampled(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,7 +70,7 @@ class Call:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes as text, such as "1.5 MB"."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -116,6 +116,15 @@ class Kernel:
     measure: ClassVar[str] = ""
 
     @property
+    def family_exponent(self) -> float | None:
+        """Where the kernel stands in a family of exponents, which ``with_exponent`` goes through; None without one."""
+        return None
+
+    def with_exponent(self, exponent: float) -> Any:
+        """The kernel of the same family and bandwidth with another exponent."""
+        raise TypeError(f"kernel {self!r} has no exponent")
+
+    @property
     def parts(self) -> tuple[Kernel, ...]:
         """None but for sums and products."""
         return ()
@@ -204,6 +213,13 @@ class Profile(Kernel):
         Where w is made of k and r, a class saves the exponential.
         """
         return self.weight_(sq)
+
+    def rough_weight(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The weights for a search that needs three digits of them, from r^2 and k of the same pairs; both stay.
+
+        Where r = 0 the value may be any number; the weight there is zero.
+        """
+        return self.weight_(sq.clone())
 
     def _weight_slope(self, sq: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """dw/dt at t = r^2 > 0, from t and the weights there; differentiable in both."""

@@ -62,6 +62,15 @@ if WEIGHT:
         f"({_INVERSE} * Exp(-{_RADIUS})) * (Rsqrt(SqDist(x, z)) * (x - z))",  # KeOps defines Rsqrt(0) = 0
     )
 
+    @property
+    def family_exponent(self) -> float:
+        """The exponent of the generalised Laplace kernel that this is: 1."""
+        return 1.0
+
+    def with_exponent(self, exponent: float) -> Laplace | GeneralisedLaplace:
+        """The generalised Laplace kernel of the same bandwidth; ``Laplace`` for the exponent 1."""
+        return Laplace(self.bandwidth) if exponent == 1.0 else GeneralisedLaplace(self.bandwidth, exponent)
+
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L)."""
         return multiply_(sq.sqrt_(), -1.0 / self.bandwidth).exp_()
@@ -138,7 +147,7 @@ if WEIGHT:
 
     @property
     def _weight_at_zero(self) -> float:
-        """1 / L^2."""
+        """The limit of the weight at r = 0: 1 / L^2."""
         return 1.0 / self.bandwidth**2
 
 
@@ -174,6 +183,15 @@ if WEIGHT:
         super().__post_init__()
         self._positive("exponent", largest=2.0)
 
+    @property
+    def family_exponent(self) -> float:
+        """The kernel's own exponent p."""
+        return self.exponent
+
+    def with_exponent(self, exponent: float) -> Laplace | GeneralisedLaplace:
+        """The kernel of the same bandwidth with another exponent; ``Laplace`` for the exponent 1."""
+        return Laplace(self.bandwidth) if exponent == 1.0 else GeneralisedLaplace(self.bandwidth, exponent)
+
     def _power_(self, r: torch.Tensor) -> torch.Tensor:
         """Overwrite r by (r / L)^p."""
         if abs(math.log2(self.bandwidth)) < 0.25 * math.log2(torch.finfo(r.dtype).max):
@@ -190,6 +208,11 @@ if WEIGHT:
         t = self._power_(sq.sqrt())
         torch.div(torch.exp(-t).mul_(t).mul_(self.exponent), sq, out=sq)
         return torch.nan_to_num_(sq, nan=0.0, posinf=0.0)  # only r = 0 makes 0 / 0
+
+    def rough_weight(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """p t k / r^2 with t = -ln k: a logarithm, where powers take longest. It has t's error, eps / t of t."""
+        weight = torch.log(value).mul_(value).mul_(-self.exponent).div_(sq)
+        return torch.nan_to_num_(weight, nan=0.0, posinf=0.0, neginf=0.0)  # k that underflows, and r = 0
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
         """Overwrite k by p k t^(1 - 2/p) / L^2 with t = -ln k, zero where k = 1; None for 1 < p < 2.
@@ -260,7 +283,7 @@ else:
 
     @property
     def _weight_at_zero(self) -> float:
-        """5 / (3 L^2)."""
+        """The limit of the weight at r = 0: 5 / (3 L^2)."""
         return 5.0 / 3.0 / self.bandwidth**2
 
 

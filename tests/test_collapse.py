@@ -210,3 +210,22 @@ def test_the_gpu_agrees():
     X, y = torch.from_numpy(features()), torch.from_numpy(LABELS)
     assert collapse.nc1(X.cuda(), y.cuda()) == pytest.approx(collapse.nc1(X, y), rel=slack(X.numpy()))
     assert collapse.gram(X.cuda(), y).device.type == "cuda"
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1e140, True), (1.01e140, False)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_features(size, fits, sign):
+    X = torch.tensor([[0.0], [0.1], [1.0], [0.9]], dtype=torch.float64) * size * sign
+    y = torch.tensor([0, 0, 1, 1])
+    if fits:
+        assert collapse.nc1(X, y) == pytest.approx(0.0025 / 0.2025)
+    else:
+        with pytest.raises(ValueError, match=r"X must be finite and within \+-1e\+140"):
+            collapse.nc1(X, y)
+
+
+def test_the_gram_matrix_is_made_in_blocks(normal, monkeypatch):
+    X, y = normal(50, 4), torch.arange(50) % 3
+    whole = collapse.gram(X, y)
+    monkeypatch.setattr("fastagop.collapse.measures._ROWS", 7)
+    torch.testing.assert_close(collapse.gram(X, y), whole, rtol=1e-13, atol=1e-13)

@@ -284,3 +284,51 @@ def test_every_solver_in_a_fit(solver, normal, relative):
     assert other.solution_.method == {"auto": "cholesky"}.get(solver, solver)
     assert relative(other.M_, plain.M_) <= 1e-4
     assert relative(other.predict(X), plain.predict(X)) <= 1e-4
+
+
+@pytest.mark.parametrize(("roundings", "differ"), [(7, False), (20, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_of_copies_differ_by_more_than_rounding(roundings, differ, dtype, normal):
+    """Eight roundings of the largest target, each way from the mean of two."""
+    X, Y = normal(10, 3, dtype=dtype), torch.full((10, 1), 0.5, dtype=dtype)
+    X[9], Y[0] = X[8], -1.0
+    Y[9] += roundings * torch.finfo(dtype).eps
+    rows = copies.find(X)
+    assert rows.merged == 1
+    assert rows.contradictions(Y, rows.means(Y)) == (2 if differ else 0)
+    assert rows.contradictions(Y[:, :0], rows.means(Y)[:, :0]) == 0
+
+
+@pytest.mark.parametrize(("bound", "apart"), [(5.1, True), (4.9, False)])
+def test_copies_have_coefficients_of_their_own_where_these_are_bearable(bound, apart, normal):
+    """w (y - mean) / ridge beyond a row's share."""
+    X = normal(6, 3)
+    X[5] = X[4]
+    Y = torch.zeros(6, 1, dtype=torch.float64)
+    Y[4], Y[5] = 1.0, 2.0  # half from their mean, 5 at a ridge of 0.1
+    rows = copies.find(X)
+    given = rows.given(Y, rows.means(Y), 0.1, bound)
+    assert (given.beyond is not None) == apart
+    if apart:
+        assert given.beyond.flatten().tolist() == pytest.approx([0.0, 0.0, 0.0, 0.0, -5.0, 5.0])
+    assert rows.given(Y, rows.means(Y), 0.0, 1e9).beyond is None
+    assert copies.alone(X).given(Y, Y, 0.1, 1e9) is None
+    assert given.share.tolist() == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
+    assert given.ridges.flatten().tolist() == pytest.approx([0.1] * 6)
+    assert given.size == pytest.approx(5**0.5)
+
+
+def test_rows_and_their_weights(normal):
+    X, w = normal(5, 2), torch.tensor([2.0, 0.0, 1.0, 1.0, 0.5], dtype=torch.float64)
+    X[3] = X[2]
+    rows = copies.find(X, w)
+    assert (rows.merged, rows.total, rows.plain, rows.exact) == (1, 4.5, False, True)
+    assert rows.left.tolist() == [1]
+    assert sorted(rows.weight.tolist()) == [0.5, 2.0, 2.0]
+    assert rows.rest(X).tolist() == X[1:2].tolist()
+    back = rows.all(rows.take(X), rows.rest(X))
+    assert torch.equal(back, X)
+    assert rows.shared(torch.ones(3, 1, dtype=torch.float64)).flatten().tolist() == [1.0, 0.0, 0.5, 0.5, 1.0]
+    plain = copies.find(X[:3])
+    assert (plain.plain, plain.weights, plain.rest(X), plain.total) == (True, None, None, 3.0)
+    assert plain.take(X) is X

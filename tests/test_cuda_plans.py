@@ -131,24 +131,34 @@ def test_blocks_on_the_cpu_stay_near_its_caches(block_of):
     assert block_of("agop", Laplace(30.0), X, X[:, :7], method="gradient") == 128
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_blocks_of_stored_weights(kind, monkeypatch, cloud, normal, relative):
-    """What a fit's AGOP takes: the gradient form's own blocks on CUDA, those asked for on the CPU."""
-    seen = []
+@pytest.mark.parametrize(
+    ("kind", "beside", "blocks"),
+    [
+        ("cpu", None, [100] * 6),
+        ("cuda", None, [256, 256, 88]),  # the aim here is that of the CPU
+        ("cpu", 90, [90] * 6 + [60]),
+        ("cuda", 90, [90] * 6 + [60]),
+    ],
+)
+def test_blocks_of_stored_weights(kind, beside, blocks, monkeypatch, cloud, normal, relative):
+    """A fit's AGOP: blocks as asked for on the CPU, the gradient form's own on CUDA, fewer rows where memory ends."""
+    seen, gradient_form = [], torch_agop.gradient_form
+
+    def watched(blocks, *args, **kwargs):
+        return gradient_form(((seen.append(len(W)), (row, W, near))[1] for row, W, near in blocks), *args, **kwargs)
+
+    monkeypatch.setattr(torch_agop, "gradient_form", watched)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     X, alpha = cloud("spread", n=600), normal(600, 3)
-
-    def gradient_form(blocks, *args, **kwargs):
-        seen.extend(row.stop - row.start for row, _, _ in blocks)
-        return X.new_zeros(12, 12)
-
-    monkeypatch.setattr(torch_agop, "gradient_form", gradient_form)
-    monkeypatch.setattr(costs, "gradient_aim", lambda device, width=0: (500, 2**32) if kind == "cuda" else (256, 2**25))
     monkeypatch.setattr(torch_agop, "on_gpu", lambda device: kind == "cuda")
     W = torch_agop.weights(Laplace(2.0), X, X, 100)
-    torch_agop.agop_from_weights_(
-        W, Laplace(2.0), X, alpha, X, AgopTask("sum", method="gradient"), symmetric=True, rows=100
-    )
-    assert seen == ([500, 100] if kind == "cuda" else [100] * 6)
+    limit = None
+    if beside is not None:
+        limit = W.numel() * W.element_size() + costs.gradient_form_bytes(beside, X, alpha, X, False)
+    task = AgopTask("sum", method="gradient", limit=limit)
+    M = torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, task, symmetric=True, rows=100)
+    assert seen == blocks
+    assert relative(M, reference.agop(Laplace(2.0), X, alpha, reduction="sum")) <= 1e-12
 
 
 @pytest.mark.parametrize(("chunk", "most"), [(2**12, 40), (2**18, 150), (2**24, 150)])

@@ -1,5 +1,7 @@
 """Deep RFM as estimators: scikit-learn's rules, the contract, and the algorithm itself written out plainly."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,16 @@ from kernel_cases import CASES, one_of_each_class
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
-from fastagop import DeepRFMClassifier, DeepRFMRegressor
+from fastagop import DeepRFMClassifier, DeepRFMRegressor, Laplace
+from fastagop.deep_rfm import layer as deep
+from fastagop.deep_rfm.random_features import FeatureMap
+from fastagop.solvers.solution import Solution
 
 SMALL = {"depth": 2, "width": 64, "random_state": 0}
 # scikit-learn's checks feed duplicated, one-dimensional and constant data: singular on purpose.
 singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
+SOLUTION = Solution(torch.zeros(4, 2, dtype=torch.float64), 1e-12, 0.0, 0.0, "cholesky", torch.float64, 0, 4, 0.5)
+RECORD = deep.LayerRecord({"projected": 0.25}, {}, SOLUTION, 3.0, 1.5, {}, 7)
 
 
 @singular
@@ -250,3 +257,47 @@ def test_the_size_of_targets_does_not_matter(exponent):
         np.testing.assert_allclose(scaled.predict(X) / 2.0**exponent, plain.predict(X), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="y is so large that the AGOP"):
         DeepRFMRegressor(dtype="float64", **SMALL).fit(X, X[:, 0] * 1e200)
+
+
+# ---- layers
+
+
+def test_records_of_layers_in_words():
+    assert repr(RECORD) == f"LayerRecord(NC1 2.5e-01, agop_scale 3, 1.5 s, {SOLUTION})"
+    plain = dataclasses.replace(RECORD, nc1={})
+    assert repr(plain) == f"LayerRecord(agop_scale 3, 1.5 s, {SOLUTION})"
+    event = deep.LayerEvent(1, 5, plain, torch.zeros(4, 3), torch.zeros(4, 8), None)
+    assert repr(event) == f"LayerEvent(layer 1 of 5, projected 4 x 3, features 4 x 8, {plain})"
+
+
+def test_layers_in_words():
+    cos = FeatureMap("cos", torch.zeros(8, 3), torch.zeros(8))
+    layer = deep.Layer(torch.eye(3), torch.eye(3), cos, RECORD)
+    assert repr(layer) == f"Layer(agop 3 x 3, cos features 8, {RECORD})"
+    assert repr(layer.copy()) == "Layer(agop 3 x 3, cos features 8)"
+    assert layer.copy().bias is not layer.bias
+    relu = deep.Layer(torch.eye(3), torch.eye(3), FeatureMap("relu", torch.zeros(8, 3)))
+    assert repr(relu) == "Layer(agop 3 x 3, relu features 8)"
+    assert relu.copy().bias is None
+
+
+def test_a_seed_for_each_layer():
+    drawn = deep.seeds(np.random.RandomState(3), 4)
+    assert drawn == np.random.RandomState(3).randint(0, 2**31 - 1, size=4).tolist()
+    assert all(type(seed) is int for seed in drawn)
+
+
+def test_stages_of_a_layer_add_up_to_its_seconds(normal):
+    X, Y = normal(30, 3), normal(30, 2)
+    settings = deep.Settings(kernel=Laplace(2.0), depth=1, features="relu", width=8, ridge=1e-3)
+    classes = torch.arange(30) % 2
+    layer, made = deep.train_layer(X, Y, settings, 0, classes)
+    stages = layer.record.stages
+    assert list(stages) == ["solve", "agop", "root", "features", "measures"]
+    assert layer.record.seconds == pytest.approx(sum(stages.values()))
+    assert all(seconds > 0 for seconds in stages.values())
+    assert list(layer.record.nc1) == list(layer.record.nc2) == ["input", "projected", "features"]
+    assert made.rest is None
+    assert torch.equal(made.points, made.features)
+    for none in (None, torch.zeros(30, dtype=torch.int64)):
+        assert deep.train_layer(X, Y, settings, 0, none)[0].record.nc1 == {}

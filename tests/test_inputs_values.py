@@ -153,6 +153,23 @@ def test_what_rounding_costs_the_gradients(K, weighted, center, normal, monkeypa
     assert not kernel_ridge._rounding_costs(Gaussian(2.0), X, alpha[:, :0], center, w)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("wide", [True, False])
+def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, monkeypatch):
+    """Float64 points stay with it; float32 ones that are computed in float64 go to whoever serves them."""
+    made = []
+    plain = kernel_ridge.Predictor
+    monkeypatch.setattr(kernel_ridge, "Predictor", lambda *args: made.append(args) or plain(*args))
+    monkeypatch.setattr(kernel_ridge, "_rounding_costs", lambda *args: wide)
+    monkeypatch.setattr(kernel_ridge.float64_fit, "fit", lambda *args: None)
+    how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", backend)
+    kernel_ridge.fit_and_agop(normal(20, 3, dtype=dtype), normal(20, 2, dtype=dtype), how)
+    widened = wide and dtype == F32
+    assert made[0][1].dtype == (F64 if widened else dtype)
+    assert made[0][4] == ("auto" if widened else backend)
+
+
 def test_gradients_are_promised_to_five_digits():
     assert kernel_ridge._ROUNDING == 2e-6
 

@@ -246,3 +246,50 @@ def test_races(python, cases, printed):
     folder = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {folder!r}); sys.argv[1:] = {list(cases)}\n"
     assert printed in python(code + "import race_cases; race_cases.main()")
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux lists them")
+def test_locks_leave_no_file_open(tmp_path):
+    Lock(tmp_path).close()
+    gc.collect()
+    before = open_files()
+    with Lock(tmp_path):
+        assert open_files() == before + 1
+        for _ in range(3):
+            with pytest.raises(FolderInUse):
+                Lock(tmp_path)
+        assert open_files() == before + 1
+    assert open_files() == before
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_file_that_names_nobody(tmp_path):
+    assert locks._read(tmp_path / "none") is None
+    path = tmp_path / ".lock"
+    for text in ("", "[]", "{}", '{"pid": "x"}', '{"pid": 1, "host": "h", "since": "s"}'):
+        path.write_text(text)
+        assert locks._read(path) is None
+    entry = '{"pid": 1, "host": "h", "since": "s", "token": "t"}'
+    path.write_text(entry + " " * (4096 - len(entry)) + "x")  # at most 4096 bytes are read
+    assert locks._read(path) == locks.Holder(1, "h", "s", "t")
+    path.write_text(" " * (4097 - len(entry)) + entry)
+    assert locks._read(path) is None
+
+
+def test_what_a_lock_says_of_its_holder(tmp_path, monkeypatch):
+    with Lock(tmp_path):
+        holder = locks._read(tmp_path / ".lock")
+    assert holder.pid == os.getpid()
+    start = f"process {holder.pid} on {holder.host} (since {holder.since}"
+    for state, words in (
+        (locks.atomic_files.STOPPED, f", which is stopped: `kill -CONT {holder.pid}` continues it"),
+        (locks.atomic_files.ENDED, ", which has ended, but left a process behind that holds the lock"),
+        (locks.atomic_files.ELSEWHERE, ", which cannot be asked from here"),
+        ("any other", ""),
+    ):
+        monkeypatch.setattr(locks.atomic_files, "process_state", lambda token, state=state: state)
+        assert str(holder) == f"{start}{words})"

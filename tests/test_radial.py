@@ -146,6 +146,33 @@ def test_weights_beside_values(kernel, bandwidth, dtype):
     assert torch.equal(k, before)
 
 
+@widths
+def test_rough_weights(kernel):
+    """Three digits and zeros at duplicates, from r^2 and k, which stay, in float32; k of a pair itself may be wrong."""
+    r = torch.tensor([0.0, 1e-2, 0.3, 1.0, 3.0, 1e4])
+    sq, k = r.square(), kernel.value_(r.square())
+    k[0] = 1.5  # a ridge was added
+    # t = -ln k has the rounding of k, eps / t of it
+    sure = torch.where(r > 0, -torch.log(k.double()), math.inf) >= 1e-4
+    before = sq.clone(), k.clone()
+    rough, exact = kernel.rough_weight(sq, k), kernel.weight_(sq.clone())
+    torch.testing.assert_close(rough[sure], exact[sure], rtol=1e-3, atol=1e-30)
+    assert rough[0] == 0.0
+    assert bool(rough.isfinite().all())
+    assert torch.equal(sq, before[0])
+    assert torch.equal(k, before[1])
+
+
+def test_families_of_exponents():
+    assert [kernel.family_exponent for kernel in (Laplace(2.0), GeneralisedLaplace(2.0, 1.5))] == [1.0, 1.5]
+    assert Laplace("median").with_exponent(1.5) == GeneralisedLaplace("median", 1.5)
+    assert GeneralisedLaplace(2.0, 1.5).with_exponent(0.5) == GeneralisedLaplace(2.0, 0.5)
+    assert GeneralisedLaplace(2.0, 1.5).with_exponent(1) == Laplace(2.0)
+    assert Gaussian(2.0).family_exponent is None
+    with pytest.raises(TypeError, match="has no exponent"):
+        Gaussian(2.0).with_exponent(1.5)
+
+
 def test_which_weights_are_known_from_values():
     assert {Laplace, Gaussian, GeneralisedLaplace} <= {type(kernel) for kernel in CLOSED}
     assert {kernel.exponent for kernel in CLOSED if isinstance(kernel, GeneralisedLaplace)} == {0.1, 0.5, 2.0}

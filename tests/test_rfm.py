@@ -12,6 +12,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
 from fastagop import Gaussian, Laplace, Matern52, RFMClassifier, RFMRegressor
+from fastagop.rfm import IterationEvent, IterationRecord
+from fastagop.solvers.solution import Solution
 
 # scikit-learn's checks feed duplicated, one-dimensional and constant data: singular on purpose.
 singular = pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")
@@ -263,3 +265,11 @@ def test_centers_are_not_the_callers(normal):
     before = model.predict(Z)
     X += 1
     assert torch.equal(model.predict(Z), before)
+
+
+def test_records_in_words():
+    solution = Solution(torch.zeros(4, 2, dtype=torch.float64), 1e-12, 0.0, 0.0, "cholesky", torch.float64, 0, 4, 0.5)
+    record = IterationRecord(solution, 3.0, 1.5)
+    assert repr(record) == f"IterationRecord(agop_scale 3, 1.5 s, {solution})"
+    event = IterationEvent(0, 2, record, torch.zeros(3))
+    assert repr(event) == f"IterationEvent(iteration 0 of 2, M 3, {record})"

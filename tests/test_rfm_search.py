@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from fastagop.kernels.radial import Radial
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.metrics import accuracy_score, log_loss, make_scorer
@@ -152,6 +154,25 @@ def test_a_space_of_lists_ends_where_it_is_tried():
 )
 def test_kernels_of_settings(kernel, setting, expected):
     assert settings.kernel_of(kernel, setting) == expected
+
+
+def test_a_family_with_an_exponent_says_so_itself():
+    @dataclass(frozen=True)
+    class Family(Radial):
+        power: float
+
+        @property
+        def family_exponent(self):
+            return self.power
+
+        def with_exponent(self, exponent):
+            return Family(self.bandwidth, exponent)
+
+    kernel = Family("median", 3.0)
+    assert "exponent" in settings.default_space(kernel)
+    (first,) = settings.settings_of({"exponent": [2.0]}, 1, kernel, np.random.RandomState(0))
+    assert first == {"exponent": 3.0}
+    assert settings.kernel_of(kernel, {"exponent": 2.0, "bandwidth": 0.5}) == Family(("median", 0.5), 2.0)
 
 
 def test_kernels_without_an_exponent(flowers):

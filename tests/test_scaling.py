@@ -1,4 +1,4 @@
-"""Units of length and of coefficients, against whole-number arithmetic of powers of two."""
+"""Units of length, of targets and of coefficients, against whole-number arithmetic of powers of two."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastagop.kernels import checks, gemm, scaling
 from fastagop.kernels.scaling import Amplitude, in_range, scale_points
 
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
+from fastagop.solvers.solve import scale_targets, unscale_coefficients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -191,3 +192,23 @@ def test_products_are_added_panel_by_panel(normal, relative):
     M = torch.ones(300, 20_000, dtype=torch.float64)
     gemm.add_product_(M, A, B, -0.5)
     assert relative(M, 1 - 0.5 * A @ B.T) <= 1e-14
+
+
+@pytest.mark.parametrize(
+    ("size", "unit"),
+    [(2.0**60, 1.0), (2.0**-60, 1.0), (1.5 * 2.0**60, 2.0**61), (0.75 * 2.0**-60, 2.0**-60), (0.0, 1.0), (3.0, 1.0)],
+)
+def test_targets_get_a_unit_where_they_are_far_from_one(size, unit):
+    Y = size * torch.tensor([[1.0], [-0.5]], dtype=torch.float64)
+    scaled, found = scale_targets(Y)
+    assert found == unit
+    assert torch.equal(scaled, Y / unit)
+    assert torch.equal(unscale_coefficients(scaled, found), Y)
+
+
+@pytest.mark.parametrize("size", [1e308, 5e-324])
+def test_a_unit_stays_in_range(size):
+    scaled, unit = scale_targets(torch.tensor([[size]], dtype=torch.float64))
+    assert 2.0**-1000 <= unit <= 2.0**1000
+    assert float(scaled) * unit == size
+    assert 0 < abs(float(scaled)) < 2.0**100

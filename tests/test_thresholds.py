@@ -13,7 +13,7 @@ from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import prepared
 from fastagop.kernels.precision import _products_by_backend, _switched
 from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import costs, diagonal, gradients
+from fastagop.kernels.torch_backend import costs, diagonal, distance, gradients, tiles
 
 import fastagop
 from fastagop import Laplace
@@ -62,18 +62,30 @@ def test_single_rows_where_not_even_these_fit(normal):
     assert taken <= 10 * needed
 
 
-@pytest.mark.parametrize("K", [1, 100])
-def test_a_block_counts_its_near_pairs_and_outputs(K):
-    """Index, weight and difference of a pair take 48 bytes; outputs are made in float64 beside the dtype's."""
-    rows, n, d, size = 64, 4000, 64, 4
-    pairs = min(rows * n, 2**18)
-    outputs = min(rows * K * d, 2**18)
-    assert gradients.gradient_bytes(rows, n, d, K, size) >= 48 * pairs + (16 + size) * outputs + size * 5 * rows * n
+@pytest.mark.parametrize(
+    ("rows", "n", "d", "K", "dtype"),
+    [
+        (200, 1000, 20, 1, torch.float32),
+        (64, 4000, 20, 16, torch.float32),  # beside these, the factor of the outputs of one step
+        (64, 200, 64, 100, torch.float64),  # outputs beyond a chunk of work
+    ],
+)
+@pytest.mark.parametrize("crowd", [None, 15])  # every pair is near; too few for a product of their own
+def test_a_block_of_near_pairs_takes_what_is_planned(rows, n, d, K, dtype, crowd, normal, tensor_memory):
+    """Not more, and a third of it at least, of which one part left out would be missed.
 
-
-def test_a_block_counts_every_output_up_to_a_chunk():
-    few, many = (gradients.gradient_bytes(64, 4000, 64, K, 4) for K in (16, 100))
-    assert many - few >= (16 + 4) * (2**18 - 64 * 16 * 64)
+    Direct differences of pairs are within what measuring distances took before, which plans compare with.
+    """
+    centers = normal(1, d).expand(n, d) if crowd is None else normal(n, d)[torch.arange(n) // crowd]
+    X, alpha = (centers + 1e-3 * normal(n, d, seed=3)).to(dtype), normal(n, K, dtype=dtype)
+    row, W, near = next(iter(tiles.weight_tiles(Laplace(2.0), X, X, rows, None)))
+    out, Z = X.new_empty(rows, K, d), X[row]
+    _, taken = tensor_memory(lambda: gradients.block_gradients(W, near, alpha, X, Z, None, out))
+    planned = gradients.gradient_bytes(rows, n, d, K, X.element_size())
+    if crowd is None:
+        assert planned / 3 <= taken <= planned
+    else:
+        assert taken <= max(planned, distance.tile_bytes(rows, n, n, d, X.element_size()))
 
 
 def test_the_diagonal_counts_copies_of_points_and_coefficients(normal):

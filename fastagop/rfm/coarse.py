@@ -24,7 +24,6 @@ from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.kernels.checks import largest
 from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
-from fastagop.kernels.radial import GeneralisedLaplace
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend.products import differences_product, outer_products
 from fastagop.rfm.learning import MergedPoints, Rules
@@ -260,18 +259,8 @@ class _CoarseRegression:
         """Outputs for rows (m, K), float64."""
         return torch.mm(self.kernel.value_(cross.clone()), alpha).double()
 
-    def _weights_(self, sq: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
-        """Gradient weights from squared distances and, where powers would take longest, from the values, which go.
-
-        With t = (r / L)^p = -ln k the weight p t k / r^2 has t's error, eps / t of it: enough here.
-        """
-        if not isinstance(self.kernel, GeneralisedLaplace):
-            return self.kernel.weight_(sq.clone())
-        W = torch.log(K).mul_(K).mul_(-self.kernel.exponent).div_(sq)
-        return torch.nan_to_num_(W, nan=0.0, posinf=0.0, neginf=0.0).fill_diagonal_(0.0)  # underflow, copies, itself
-
     def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
-        W, z = self._weights_(sq, K), x.float()
+        W, z = self.kernel.rough_weight(sq, K), x.float()  # the diagonal of K holds the ridge, that of sq is zero
         G = differences_product(W, alpha, z, z)
         return outer_products(G, rules.center, self.weights, rules.diagonal)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastagop.kernels import checks
 from fastagop.kernels.profile import median_factor
-from fastagop.kernels.radial import GeneralisedLaplace, Laplace, Radial
+from fastagop.kernels.radial import Radial
 
 # What a setting that leaves a name out has; the exponent is then the kernel's own.
 DEFAULTS = {"bandwidth": 1.0, "ridge": 1e-3, "diagonal": False, "center": False, "agop_scale": "max"}
@@ -49,7 +49,7 @@ def default_space(kernel: Radial) -> dict[str, Any]:
         "diagonal": [True, False],
         "center": [False, True],
     }
-    return space | ({"exponent": [0.7, 1.0, 1.4]} if isinstance(kernel, (Laplace, GeneralisedLaplace)) else {})
+    return space | ({"exponent": [0.7, 1.0, 1.4]} if kernel.family_exponent is not None else {})
 
 
 def settings_of(space, count: int, kernel: Radial, random: np.random.RandomState) -> list[Setting]:
@@ -88,11 +88,9 @@ def kernel_of(kernel: Radial, setting: Setting) -> Radial:
         ValueError: an exponent for a kernel that has none.
     """
     if "exponent" in setting and setting["exponent"] is not None:
-        if not isinstance(kernel, (Laplace, GeneralisedLaplace)):
+        if kernel.family_exponent is None:
             raise ValueError(f"exponent is a setting of Laplace and GeneralisedLaplace, got kernel={kernel!r}")
-        exponent = setting["exponent"]
-        plain = exponent == 1.0
-        kernel = Laplace(kernel.bandwidth) if plain else GeneralisedLaplace(kernel.bandwidth, exponent)
+        kernel = kernel.with_exponent(setting["exponent"])
     if not kernel.norm:
         raise ValueError(
             f"a search multiplies the kernel's bandwidth, and {kernel!r} has none; fit RFMClassifier or RFMRegressor, "
@@ -113,11 +111,7 @@ def parameters_of(kernel: Radial, setting: Setting) -> dict[str, Any]:
 
 
 def _default(name: str, kernel: Radial):
-    return (
-        DEFAULTS[name]
-        if name in DEFAULTS
-        else getattr(kernel, "exponent", 1.0 if isinstance(kernel, Laplace) else None)
-    )
+    return DEFAULTS.get(name, kernel.family_exponent)
 
 
 def _check_names(names: Iterable[str]) -> None:

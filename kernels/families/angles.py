@@ -63,7 +63,7 @@ class ArcCosine(Combining, AngleProfile):
 
     @property
     def degree(self) -> int:
-        """The order."""
+        """Power of the norms ||x|| ||z||: the order."""
         return self.order
 
     @property
@@ -73,7 +73,7 @@ class ArcCosine(Combining, AngleProfile):
         return _formulas(self.order, *parts[self.order])
 
     def height(self, angles: Angles) -> torch.Tensor:
-        """J_n / pi."""
+        """J_n(theta) / pi, a value of the kernel for points of length 1."""
         left = (math.pi - angles.theta).div_(math.pi)
         if self.order == 0:
             return left
@@ -114,7 +114,7 @@ class NTK(Combining, AngleProfile):
 
     @property
     def degree(self) -> int:
-        """1."""
+        """Power of the norms ||x|| ||z||: 1 at every depth."""
         return 1
 
     @property
@@ -144,7 +144,7 @@ class NTK(Combining, AngleProfile):
             sine = 2.0 * (half * (1.0 - half)).sqrt()
 
     def height(self, angles: Angles) -> torch.Tensor:
-        """Theta."""
+        """The tangent kernel Theta(theta) for points of length 1, by a recursion over the layers."""
         total = angles.cosine
         for linear, _, value, before in self._layers(angles):
             total = before * linear + value

@@ -20,7 +20,7 @@ class Combining:
         return kernel_matrix(self, X, Z)  # pyright: ignore[reportArgumentType]
 
     def __add__(self, other: Kernel) -> Sum:
-        """k1 + k2."""
+        """The kernel k1 + k2."""
         return Sum(self, other) if isinstance(other, Kernel) else NotImplemented  # pyright: ignore
 
     def __mul__(self, other: Kernel | float) -> Product | Multiple:
@@ -88,15 +88,15 @@ class Sum(_Combined):
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
-        """Both."""
+        """The two terms of the sum."""
         return self.left, self.right
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
-        """Pairs of both."""
+        """Blocks of values and gradients of k1 + k2."""
         return SumPairs(pairs_of(self.left, X, Z), pairs_of(self.right, X, Z))
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
-        """The sum."""
+        """k1(x, x) + k2(x, x) of every row."""
         return diagonal_of(self.left, X) + diagonal_of(self.right, X)
 
     def __repr__(self) -> str:
@@ -117,7 +117,7 @@ class Product(_Combined):
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
-        """Both."""
+        """The two factors of the product."""
         return self.left, self.right
 
     @property
@@ -126,11 +126,11 @@ class Product(_Combined):
         return self._all("unit_diagonal")
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
-        """Pairs of both."""
+        """Blocks of values and gradients of k1 k2."""
         return ProductPairs(pairs_of(self.left, X, Z), pairs_of(self.right, X, Z))
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
-        """The product."""
+        """k1(x, x) k2(x, x) of every row."""
         return diagonal_of(self.left, X) * diagonal_of(self.right, X)
 
     def __repr__(self) -> str:
@@ -157,7 +157,7 @@ class Multiple(_Combined):
 
     @property
     def parts(self) -> tuple[Kernel, ...]:
-        """The one kernel."""
+        """The kernel that is multiplied, alone."""
         return (self.kernel,)
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
@@ -165,7 +165,7 @@ class Multiple(_Combined):
         return MultiplePairs(self.factor, pairs_of(self.kernel, X, Z))
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
-        """The multiple."""
+        """factor k(x, x) of every row."""
         return self.factor * diagonal_of(self.kernel, X)
 
     def __repr__(self) -> str:

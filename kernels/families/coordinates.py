@@ -55,7 +55,7 @@ if WEIGHT:
 
     @property
     def power(self) -> float:
-        """1."""
+        """Power of the differences that are summed: 1."""
         return 1.0
 
     def value_(self, rho: torch.Tensor) -> torch.Tensor:
@@ -98,12 +98,12 @@ class LpLaplace(Combining, CoordinateProfile):
 
     @property
     def norm(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """p."""
+        """p of the distance, which a bandwidth of "median" refers to."""
         return self.p
 
     @property
     def power(self) -> float:
-        """p."""
+        """Power of the differences that are summed: p."""
         return self.p
 
     def _power_(self, rho: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class KeopsBackend:
         return "keops"
 
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
-        """K(X, Z) V."""
+        """The call that computes k(X, Z) V."""
         plan = reductions.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         return Call(plan, lambda at: self.product(at, V, plan.block))
 

@@ -38,7 +38,7 @@ class KeopsPairBackend(KeopsBackend):
         return unusable(request.X)
 
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
-        """K(X, Z) V."""
+        """The call that computes k(X, Z) V."""
         X, Z = _sized(operator.X, operator), _sized(operator.Z, operator)
         plan = reductions.plan_kernel_matmul(X, Z, _sized(V, operator), operator.why)
         return Call(

@@ -88,7 +88,7 @@ def _formulas(kernel: Kernel) -> Formulas:
 
 
 def _constants(kernel: Kernel, like: torch.Tensor) -> torch.Tensor:
-    """The formulas' c."""
+    """Numbers that the formulas know as c, a tensor like ``like``."""
     return like.new_tensor([*constants(kernel, like.dtype).values(), *_formulas(kernel).numbers])
 
 

@@ -36,7 +36,7 @@ class Angles:
 
     @property
     def cosine(self) -> torch.Tensor:
-        """Cosines."""
+        """Cosines of the angles."""
         return 1.0 - 0.5 * self.sq
 
 
@@ -68,7 +68,7 @@ class AngleProfile(PairKernel):
         return AnglePairs(self, X, Z)
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
-        """||x||^(2 s) h(0)."""
+        """k(x, x) = ||x||^(2 s) h(0) of every row."""
         zero, live = X.new_zeros(len(X)), (X != 0).any(1)
         right = Angles(*(torch.where(live, zero, number) for number in (0.5 * math.pi, 1.0, 2.0)))
         return self.height(right).mul_(lengths(X).pow_(2 * self.degree))
@@ -112,7 +112,7 @@ class AnglePairs(Pairs):
         return Angles(theta, sine, sq)
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
-        """||z||^s h ||x||^s."""
+        """Kernel values ||z||^s h(theta) ||x||^s of a block."""
         h = self.kernel.height(self._angles(row, self._squares(row, width)))
         s = self.kernel.degree
         return h.mul_(self.nz[row, None] ** s).mul_(self.nx[:width] ** s) if s else h

@@ -64,7 +64,7 @@ class PairBackend(TorchBackend):
         return Call(plan, run)
 
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
-        """K(X, Z) V."""
+        """The call that computes k(X, Z) V."""
         (n, d), (m, p), size = operator.X.shape, V.shape, V.element_size()
         half = 1.0 if operator.symmetric else 2.0
         held = (n + m) * p * (8 + size) + _copies(operator)
@@ -179,11 +179,11 @@ class PairProduct:
         return len(self.X)
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """k(X, X) V."""
+        """The product k(X, X) V, made from the points."""
         return blocks.kernel_matmul(self.kernel, self.X, self.X, V, self.rows)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """k(X, X[index])."""
+        """The columns k(X, X[index])."""
         return pairs_of(self.kernel, self.X, self.X[index]).values(slice(0, len(index))).T.contiguous()
 
     def sampled(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -56,42 +56,42 @@ class RadialPairs(Pairs):
         add_differences(w, near, alpha, self.X, self.Z[row], out, factor is not None, self.shift)
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(w, -w)."""
+        """(w, -w): the gradient is w (x - z)."""
         w = self.kernel.weight_(self._squares(row, None))
         return w, w.neg()
 
 
 class SumPairs(Pairs):
-    """k1 + k2."""
+    """Blocks of a sum k1 + k2."""
 
     def __init__(self, left: Pairs, right: Pairs):
         super().__init__(left.X, left.Z)
         self.left, self.right = left, right
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
-        """The sum."""
+        """Values of a block: the sum of both kernels' values."""
         return self.left.values(row, width).add_(self.right.values(row, width))
 
     def add_gradients(self, row: slice, factor: torch.Tensor | None, alpha: torch.Tensor, out: torch.Tensor) -> None:
-        """Both gradients."""
+        """Add the gradients of both kernels."""
         self.left.add_gradients(row, factor, alpha, out)
         self.right.add_gradients(row, factor, alpha, out)
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The sums of both."""
+        """The sum of both kernels' combinations."""
         (u, v), (other, more) = self.left.combination(row), self.right.combination(row)
         return u.add_(other), v if more is None else more if v is None else v.add_(more)
 
 
 class ProductPairs(Pairs):
-    """k1 k2."""
+    """Blocks of a product k1 k2."""
 
     def __init__(self, left: Pairs, right: Pairs):
         super().__init__(left.X, left.Z)
         self.left, self.right = left, right
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
-        """The product."""
+        """Values of a block: the product of both kernels' values."""
         return self.left.values(row, width).mul_(self.right.values(row, width))
 
     def add_gradients(self, row: slice, factor: torch.Tensor | None, alpha: torch.Tensor, out: torch.Tensor) -> None:
@@ -114,14 +114,14 @@ class ProductPairs(Pairs):
 
 
 class MultiplePairs(Pairs):
-    """c k."""
+    """Blocks of a multiple c k."""
 
     def __init__(self, factor: float, inner: Pairs):
         super().__init__(inner.X, inner.Z)
         self.factor, self.inner = factor, inner
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
-        """The multiple."""
+        """Values of a block: c times the kernel's values."""
         return self.inner.values(row, width).mul_(self.factor)
 
     def add_gradients(self, row: slice, factor: torch.Tensor | None, alpha: torch.Tensor, out: torch.Tensor) -> None:
@@ -129,6 +129,6 @@ class MultiplePairs(Pairs):
         self.inner.add_gradients(row, factor, alpha * self.factor, out)
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Multiples of both."""
+        """The kernel's combination, times c."""
         u, v = self.inner.combination(row)
         return u.mul_(self.factor), v if v is None else v.mul_(self.factor)

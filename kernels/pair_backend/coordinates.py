@@ -34,7 +34,7 @@ class CoordinateProfile(PairKernel):
 
     @property
     def power(self) -> float:
-        """p."""
+        """Power p of the differences |x_k - z_k| that are summed."""
         raise TypeError(f"{type(self).__name__} defines no power; use a subclass such as ProductLaplace")
 
     def value_(self, rho: torch.Tensor) -> torch.Tensor:

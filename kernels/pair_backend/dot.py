@@ -33,7 +33,7 @@ class DotProfile(PairKernel):
         return DotPairs(self, X, Z)
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
-        """kappa(||x||^2)."""
+        """k(x, x) = kappa(||x||^2) of every row."""
         return self.value_((X * X).sum(1))
 
 
@@ -54,5 +54,5 @@ class DotPairs(Pairs):
         add_combination(u if factor is None else u.mul_(factor), None, alpha, self.X, self.Z[row], out)
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(kappa', None)."""
+        """(kappa', None): the gradient is kappa'(x.z) x."""
         return self.kernel.slope_(matmul_nt(self.Z[row], self.X)), None

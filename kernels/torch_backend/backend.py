@@ -58,7 +58,7 @@ class TorchBackend:
         return Call(plan, lambda at: matrix.kernel_matrix(at.kernel, at.X, at.Z, out, plan.block, ridge))
 
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
-        """K(X, Z) V."""
+        """The call that computes k(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         return Call(plan, lambda at: self.product(at, V, plan.block))
 

@@ -50,7 +50,7 @@ class LowRank:
         return (self.P * self.Q).sum(1, keepdim=True)
 
     def subtract_(self, W: torch.Tensor) -> torch.Tensor:
-        """Overwrite W by E."""
+        """Overwrite W by E = W - P Q^T, the part that is left."""
         Q = self.Q if self._constant else self.Q.double()
         for row, block in _blocks(W):
             if self._constant:

@@ -72,7 +72,7 @@ class TritonBackend:
         return Call(plan, lambda at: _launch().kernel_matrix(at, out, operator.precision, ridge))
 
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
-        """K(X, Z) V."""
+        """The call that computes k(X, Z) V."""
         plan = matrix.plan_kernel_matmul(operator.X, operator.Z, V, operator.why)
         plan, stored = self.stores_blocks(operator, V, plan)
         if stored:
@@ -143,7 +143,7 @@ class _SplitPanels(PanelProducts):
     note = " by three fp16 products"
 
     def ready(self, A: torch.Tensor) -> Any:
-        """A's halves."""
+        """The rows of A, split into halves for products of fp16 numbers."""
         return _launch().split_rows(A)
 
     def subtract_(self, C: torch.Tensor, A: Any, B: Any) -> None:

@@ -14,7 +14,7 @@ def along(rows, stride):
 
 @triton.jit
 def origin(pointer, row, stride):
-    """Pointer to a row."""
+    """Pointer to the first number of a row."""
     return pointer + along(row, stride)
 
 
