@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -151,18 +153,65 @@ def test_gradients_that_float32_would_spoil_go_on_in_float64():
     """With a loss that float32 cannot keep to, the other ways take over, and M is as exact."""
     X, Y = _points(600, "crowded")
     fit = mixed_fit.fit(Laplace(2.0), X, Y, 1e-2, weights=True)
-    assert fit is not None
-    index, exact = fit._some()
-    losses = [mixed_fit._loss(fit._gradients(dtype)[index], exact) for dtype in (torch.float32, torch.float64)]
+    assert isinstance(fit, mixed_fit.MixedFit)
+    found = [fit._gradients(dtype) for dtype in (torch.float32, torch.float64)]
+    index = fit._telling(found[0][1])
+    losses = [mixed_fit._loss(G[index], fit._exact(index)) for G, _ in found]
     assert losses[1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("center", [False, True])
+def test_a_small_crowd_among_others_spoils_no_metric(spread, center):
+    """Its coefficients are small, since they share a label, so that large ones do not tell of it."""
+    rng = np.random.default_rng(0)
+    X, y = 2 * rng.normal(size=(600, 8)), rng.choice([-1.0, 1.0], 600)
+    X[1:14], y[1:14] = X[1] + spread * rng.normal(size=(13, 8)), 1.0
+    X = X.astype(np.float32)
+    options = {"kernel": Laplace(3.0), "iterations": 1, "ridge": 1e-2, "center": center, "device": "cpu"}
+    found, exact = (RFMRegressor(dtype=dtype, **options).fit(X, y).M_ for dtype in ("float32", "float64"))
+    assert np.linalg.norm(found - exact) < 1e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("far", [1e2, 1e4, 1e5])
+def test_two_small_groups_far_away_spoil_no_metric(far):
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(700, 8, generator=g) * 3
+    for start, sign in ((1, 1), (301, -1)):  # between the rows that are looked at wherever they lie
+        X[start : start + 20] = torch.randn(20, 8, generator=g) * 0.3 + sign * far
+    Y = torch.randint(0, 2, (700, 1), generator=g).float() * 2 - 1
+    Y[1:21], Y[301:321] = 1, -1
+    _, M, _ = kernel_ridge.fit_and_agop(X, Y, KernelRidge(Laplace(1.0), 1e-3, "highest", "auto"))
+    K = reference.kernel_matrix(Laplace(1.0), X)
+    alpha = torch.linalg.solve(K + 1e-3 * torch.eye(700, dtype=torch.float64), Y.double())
+    G = reference.gradients(Laplace(1.0), X, alpha)
+    exact = torch.einsum("icd,ice->de", G, G)
+    assert torch.linalg.norm(M - exact) < 1e-5 * torch.linalg.norm(exact)
+
+
+def test_a_second_try_in_float64_stays_within_the_plan(tensor_memory):
+    """Many outputs of many features, crowded so that float32 will not do."""
+    g = torch.Generator().manual_seed(0)
+    X, Y = torch.randn(600, 500, generator=g), torch.randn(600, 20, generator=g)
+    X[300:] = X[:300] + 1e-4 * torch.randn(300, 500, generator=g)
+    model = RFMRegressor(Laplace(60.0), 1, diagonal=True, device="cpu")
+    _, peak = tensor_memory(lambda: model.fit(X, Y))
+    planned = mixed_fit.bytes_of(X, Y)
+    assert 0.5 * planned < peak < 1.1 * planned
+    told = float(re.search(r"memory +([\d.]+) MB", str(fastagop.explain(model, X, Y)))[1])
+    assert planned / 1e6 <= told < 1.1 * planned / 1e6
 
 
 def test_a_float32_factor_that_fails_gives_way(monkeypatch):
     X, Y = _points(600, "plain")
     model = RFMRegressor(GeneralisedLaplace(2.0, 1.4), 1, device="cpu")
     expected = model.fit(X, Y).predict(X)
-    monkeypatch.setattr(mixed, "factor_", lambda A: None)
+    tries = []
+    monkeypatch.setattr(mixed, "factor_", lambda A: tries.append(len(A)))
     solution = model.fit(X, Y).solution_
+    assert tries == [600]  # and never again in the fit
+    assert solution.fallback.startswith("as before, ")
+    assert model.iterations_[0].solution.fallback == mixed.GAVE_WAY
     assert (solution.method, solution.dtype) == ("cholesky", torch.float64)
     assert "float32 factor" in solution.fallback
     assert torch.allclose(model.predict(X), expected, rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
-from fastagop import Gaussian, Laplace, Matern52, RFMClassifier, RFMRegressor
+from fastagop import Gaussian, Laplace, Matern52, ProductLaplace, RFMClassifier, RFMRegressor
 from fastagop.rfm import IterationEvent, IterationRecord
 from fastagop.solvers.solution import Solution
 
@@ -273,3 +273,24 @@ def test_records_in_words():
     assert repr(record) == f"IterationRecord(agop_scale 3, 1.5 s, {solution})"
     event = IterationEvent(0, 2, record, torch.zeros(3))
     assert repr(event) == f"IterationEvent(iteration 0 of 2, M 3, {record})"
+
+
+@pytest.mark.parametrize("where", ["spread", "offset", "units", "more features than rows"])
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"diagonal": True}, {"iterations": 0}, {"scale": "standard"}, {"kernel": ProductLaplace("median")}],
+    ids=str,
+)
+@pytest.mark.parametrize("given", [np.float32, np.float64])
+def test_gradients_at_training_rows_of_a_float32_fit(where, parameters, given):
+    """A center is its row rounded to float32, and its kink would add a vector of any direction."""
+    n, d = (40, 90) if where == "more features than rows" else (150, 8)
+    X = np.random.default_rng(0).normal(size=(n, d)) + (1e3 if where == "offset" else 0.0)
+    X = (X * np.logspace(-1, 1, d) if where == "units" else X).astype(given)
+    y = (X - X.mean(0))[:, 1] * (X - X.mean(0))[:, 2]
+    options = {"kernel": Laplace("median"), "iterations": 2, "device": "cpu"} | parameters
+    found, exact = (
+        RFMRegressor(dtype=dtype, **options).fit(X, y / y.std()).gradients(X) for dtype in ("float32", "float64")
+    )
+    rotated = "kernel" in parameters and d > n  # where features of the metric meet in many pairs, each a kink
+    assert np.linalg.norm(found - exact) <= (0.1 if rotated else 1e-4) * np.linalg.norm(exact)

@@ -232,6 +232,9 @@ def test_what_is_held_out(flowers):
     seen.clear()
     RFMClassifierCV(**{**SMALL, "cv": folds}, scoring=score, refit=False).fit(X, y)
     assert set(seen) == {15}
+    pairs = [(np.arange(20), np.arange(20, 60)), (np.arange(20, 60), np.arange(20))]
+    with pytest.raises(ValueError, match="cv: fold 0 has no rows to train on whose sample_weight is above 0"):
+        RFMClassifierCV(**{**SMALL, "cv": pairs}).fit(X, y, weights)
     by_splitter = RFMClassifierCV(**{**SMALL, "cv": StratifiedKFold(2)}, random_state=0).fit(X, y)
     by_pairs = RFMClassifierCV(**{**SMALL, "cv": list(StratifiedKFold(2).split(X, y))}, random_state=0).fit(X, y)
     assert np.array_equal(by_splitter.cv_results_["split1_test_score"], by_pairs.cv_results_["split1_test_score"])

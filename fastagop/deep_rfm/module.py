@@ -7,8 +7,9 @@ import torch
 from fastagop.deep_rfm.layer import FixedPrecision, Layer, normalise_rows
 from fastagop.kernels.profile import Profile, weight_at_zero, weight_slope
 
-# Rows have length 1: below this squared distance two of them are one point, computed in two orders of summation.
-_SAME = (256 * torch.finfo(torch.float64).eps) ** 2
+# Rows have length 1: up to so many eps of a fit's dtype apart two of them are one point. A training row is computed in
+# float64 here, and its center was computed in that dtype: in float32 six layers put 1.6e-5 between them.
+_SAME = 256
 
 
 class _SquaredDistances(torch.autograd.Function):
@@ -51,20 +52,23 @@ class _SquaredDistances(torch.autograd.Function):
 
 
 class _OfDistances(torch.autograd.Function):
-    """A function of squared distances and the kernel; its derivatives are taken in the distances."""
+    """A function of squared distances, the kernel, and the square up to which a pair is one point.
+
+    Its derivatives are taken in the distances.
+    """
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0])
         ctx.save_for_forward(inputs[0])
-        ctx.kernel = inputs[1]
+        ctx.kernel, ctx.same = inputs[1:]
 
 
 class _Profile(_OfDistances):
     """phi of squared distances; its derivative in r^2 is -w / 2, w the gradient weight."""
 
     @staticmethod
-    def forward(sq: torch.Tensor, kernel: Profile) -> torch.Tensor:
+    def forward(sq: torch.Tensor, kernel: Profile, same: float) -> torch.Tensor:
         return kernel.value_(sq.clone())
 
     @staticmethod
@@ -73,19 +77,19 @@ class _Profile(_OfDistances):
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel)), None
+        return grads[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel, ctx.same)), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return tangents[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel))
+        return tangents[0] * (-0.5 * _Weight.apply(ctx.saved_tensors[0], ctx.kernel, ctx.same))
 
 
 class _Weight(_OfDistances):
-    """The gradient weight w of squared distances; at distance zero its limit, or zero where the kernel has a kink."""
+    """The gradient weight w of squared distances; of one point its limit at 0, or zero where the kernel has a kink."""
 
     @staticmethod
-    def forward(sq: torch.Tensor, kernel: Profile) -> torch.Tensor:
-        return torch.where(sq > _SAME, kernel.weight_(sq.clone()), weight_at_zero(kernel))
+    def forward(sq: torch.Tensor, kernel: Profile, same: float) -> torch.Tensor:
+        return torch.where(sq > same, kernel.weight_(sq.clone()), weight_at_zero(kernel))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -94,13 +98,13 @@ class _Weight(_OfDistances):
     @staticmethod
     def _slope(ctx) -> torch.Tensor:
         (sq,) = ctx.saved_tensors
-        apart = sq > _SAME
-        slope = weight_slope(ctx.kernel, torch.where(apart, sq, 1.0), _Weight.apply(sq, ctx.kernel))
+        apart = sq > ctx.same
+        slope = weight_slope(ctx.kernel, torch.where(apart, sq, 1.0), _Weight.apply(sq, ctx.kernel, ctx.same))
         return torch.where(apart, slope, 0.0)
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0] * _Weight._slope(ctx), None
+        return grads[0] * _Weight._slope(ctx), None, None
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -131,7 +135,7 @@ class Readout(FixedPrecision):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs (m, K) of rows x (m, width)."""
         sq = _SquaredDistances.apply(normalise_rows(x), self.centers.to(x.dtype))
-        f = _Profile.apply(sq, self.kernel) @ self.alpha.to(x.dtype)
+        f = _Profile.apply(sq, self.kernel, (_SAME * torch.finfo(self.centers.dtype).eps) ** 2) @ self.alpha.to(x.dtype)
         return f if self.offset is None else f + self.offset.to(x.dtype)
 
 

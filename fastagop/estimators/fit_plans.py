@@ -13,8 +13,8 @@ from sklearn.base import clone
 from fastagop import estimates
 from fastagop.distributed.communicator import Communicator
 from fastagop.estimates import assumption, on_meta, stand_in
-from fastagop.estimators import inputs
-from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes
+from fastagop.estimators import inputs, mixed_fit
+from fastagop.estimators.kernel_ridge import KernelRidge, full_bytes, takes_mixed
 from fastagop.kernels import calibration, checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask, Plan, available_bytes, budget, format_bytes
@@ -171,6 +171,8 @@ def step_of(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal:
     except MemoryError as error:
         return Step({"solve": apart}, plan.peak_bytes, _solver(plan), str(error))
     peak = max(_solve_peak(prepared), peak)
+    if share == 1 and takes_mixed(X, Y, regression):
+        peak = max(peak, mixed_fit.bytes_of(X, Y))
     return Step({"solve": apart, "agop": seconds / share}, peak, _solver(plan))
 
 

@@ -227,6 +227,10 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np
             factors[known.index(label)] = weight
         elif not all(one in value for one in known):  # else the rows of some fold lack a class
             raise ValueError(f"class_weight names the label {label!r}, which y does not hold; its labels are {known}")
+    if (left := int((factors > 0).sum())) < 2:
+        raise ValueError(
+            f"class_weight must leave two of the labels {known} a weight above 0, got {value!r}: {left} left"
+        )
     return factors[codes]
 
 

@@ -91,9 +91,17 @@ def solve(
         return _both(solve(X, Y[:, 1:], regression, engine, rows=rows))
     if (fitted := _fit_float64(X, Y, regression, engine, rows)) is not None:
         return fitted.solved
-    if (found := _fit_mixed(X, Y, regression, engine, rows, weights=False)) is not None:
+    if isinstance(found := _fit_mixed(X, Y, regression, engine, rows, weights=False), mixed_fit.MixedFit):
         return found.solved
-    return engine.solve(regression.kernel, X, Y, regression.options, rows).solved
+    return engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows).solved
+
+
+def _after(gave_way: str, regression: KernelRidge) -> KernelRidge:
+    """The regression where a float32 factor gave way in this very solve, if it did."""
+    if not gave_way:
+        return regression
+    log.info("solve: %s; a float64 factor takes over", gave_way)
+    return replace(regression, gave_way=gave_way)
 
 
 def mirrored(Y: torch.Tensor) -> bool:
@@ -117,18 +125,22 @@ def _fit_float64(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> fl
     return float64_fit.fit(regression.kernel, X, Y, float(regression.ridge))
 
 
-def _fit_mixed(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> mixed_fit.MixedFit | None:
-    """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
-    plain = rows.plain and type(engine) is Local and regression.solver == "auto" and not regression.gave_way
-    usual = plain and regression.kernel.radial and regression.backend in ("auto", "torch")
-    usual = usual and regression.ridge > 0 and Y.shape[1] > 0
+def _fit_mixed(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> mixed_fit.MixedFit | str:
+    """The solution of a usual problem of some thousand points; of any other why a float32 factor gave way, or ""."""
+    if not (rows.plain and type(engine) is Local and takes_mixed(X, Y, regression)):
+        return ""
+    return mixed_fit.fit(regression.kernel, X, Y, float(regression.ridge), weights)
+
+
+def takes_mixed(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> bool:
+    """Whether rows without copies, of one process, are solved by ``mixed_fit``, as ``table.of_mixed`` says."""
+    usual = regression.solver == "auto" and not regression.gave_way and regression.backend in ("auto", "torch")
+    usual = usual and regression.kernel.radial and regression.ridge > 0 and Y.shape[1] > 0
     few_thousand = mixed.LEAST < len(X) <= problem.FULL_MATRIX_ROWS
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and few_thousand):
-        return None
+        return False
     needed, limit = mixed_fit.bytes_of(X, Y), regression.memory_limit
-    if (limit is not None or needed > _READ) and needed > budget(limit, X.device):
-        return None
-    return mixed_fit.fit(regression.kernel, X, Y, float(regression.ridge), weights)
+    return (limit is None and needed <= _READ) or needed <= budget(limit, X.device)
 
 
 def fit_and_agop(
@@ -165,7 +177,7 @@ def fit_and_agop(
         mark("solve")
         mark("agop")
         return fitted.solved, M, float64_fit.bytes_of(X, Y)
-    if (found := _fit_mixed(X, Y, regression, engine, rows, weights=True)) is not None:
+    if isinstance(found := _fit_mixed(X, Y, regression, engine, rows, weights=True), mixed_fit.MixedFit):
         mark("solve")
         if (M := found.agop(center, diagonal)) is not None:
             mark("agop")
@@ -173,7 +185,7 @@ def fit_and_agop(
         solved, matrix, planned = found.solved, found.K, mixed_fit.bytes_of(X, Y)
         del found
     else:
-        solved, matrix, planned = engine.solve(regression.kernel, X, Y, regression.options, rows)
+        solved, matrix, planned = engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows)
         mark("solve")
     alpha, size = scale_targets(solved.alpha, _SQUARABLE)
     kernel, X, _, unit = scale_points(regression.kernel, X, X)

@@ -1,8 +1,8 @@
 """Kernel regression and AGOP of some thousand float32 points on the CPU: ``solvers.mixed``, and gradients in float32.
 
 The weights are made with k(X, X), of distances that float64 has. Products with them lose digits where points are near
-each other or coefficients large: gradients at a few points in float64 tell what that costs M, and where it is more than
-``_LOSS`` the AGOP of larger problems takes over, with k(X, X) as it is.
+each other or coefficients large: gradients at a few points in float64, those among them that may have lost most, tell
+what that costs M, and where it is more than ``_LOSS`` the AGOP of larger problems takes over, with k(X, X) as it is.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from fastagop.kernels.checks import largest
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import tiles
-from fastagop.kernels.torch_backend.products import differences_product, outer_products
+from fastagop.kernels.torch_backend.products import (
+    differences_and_losses,
+    differences_at_few,
+    differences_product,
+    outer_products,
+)
 from fastagop.solvers import mixed
 from fastagop.solvers.limits import tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
-_POINTS = 32  # with the largest coefficients, and as many others
+_POINTS = (
+    24  # with the largest coefficients, as many with the largest bounds of what roundings cost, and as many others
+)
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 
@@ -42,9 +49,13 @@ class MixedFit:
 
     def agop(self, center: bool, diagonal: bool) -> torch.Tensor | None:
         """The AGOP (d, d), or its diagonal (d,), float64, summed over the points; None where float32 loses too much."""
-        index, exact = self._some()
+        G, losses = self._gradients(torch.float32)
+        index = self._telling(losses)
+        exact = self._exact(index)
         for dtype in (torch.float32, torch.float64):
-            G = self._gradients(dtype)
+            if dtype != G.dtype:
+                del G
+                G, _ = self._gradients(dtype)
             mean = G.mean(0) if center else G.new_zeros(G.shape[1:])
             if _loss(G[index] - mean, exact - mean.double()) <= _LOSS:
                 break
@@ -52,21 +63,26 @@ class MixedFit:
             return None
         return outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
 
-    def _gradients(self, dtype: torch.dtype) -> torch.Tensor:
-        """Those of the outputs at the points (n, K, d), with products in a dtype."""
+    def _gradients(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the outputs at the points (n, K, d), with products in a dtype, and what these may lose (n,)."""
         W = self.matrices.W
         assert W is not None
         x = self.x.to(dtype)
-        return differences_product(W, self.solved.alpha.to(dtype), x, x)
+        return differences_and_losses(W, self.solved.alpha.to(dtype), x, x)
 
-    def _some(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(some of the points, the gradients there (p, K, d)) in float64, with weights that were not rounded."""
-        x, alpha = self.x, self.solved.alpha
-        n, count = len(x), min(len(x), _POINTS)
-        index = torch.cat([torch.arange(count) * n // count, alpha.abs().amax(1).topk(count)[1]])
-        z = x[index]
-        W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, 2 * count)])
-        return index, differences_product(W, alpha, x, z)
+    def _telling(self, losses: torch.Tensor) -> torch.Tensor:
+        """Numbers of the points whose gradients tell what float32 costs, given bounds of it at each (n,)."""
+        n = len(self.x)
+        count = min(n, _POINTS)
+        largest = [values.topk(count)[1] for values in (self.solved.alpha.abs().amax(1), losses)]
+        return torch.cat([torch.arange(count) * n // count, *largest])
+
+    def _exact(self, index: torch.Tensor) -> torch.Tensor:
+        """The gradients at some of the points (p, K, d) in float64, with weights that were not rounded."""
+        x, z = self.x, self.x[index]
+        W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, len(index))])
+        product = differences_at_few if len(index) < x.shape[1] else differences_product
+        return product(W, self.solved.alpha, x, z)
 
 
 def _loss(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -78,29 +94,31 @@ def _loss(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
-    """What such a problem takes beyond the points, roughly."""
+    """Most bytes beyond the points: three matrices and their fill, then gradients that are taken again in float64."""
     (n, d), K = X.shape, Y.shape[1]
-    return 24 * n * n + 20 * n * d * (K + 1)
+    return 16 * n * n + max(8 * n * n, 16 * n * (K * (d + 1) + 2)) + 20 * n * (d + K + 8)
 
 
-def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MixedFit | None:
-    """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K); None where anything is unusual.
+def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MixedFit | str:
+    """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K).
+
+    Where anything is unusual, "", or the words in which a float32 factor gave way.
 
     The caller has seen that ``table.of_mixed`` holds; ``weights``: an AGOP is wanted.
     """
     start = time.perf_counter()
     y, n = Y.double(), len(X)
     if X.shape[1] == 0 or not all(is_usual(largest(part)) for part in (X, y)):
-        return None
+        return ""
     x = X.double()
     x -= x.mean(0)
     matrices = mixed.Matrices.of(kernel, x, weights)
     some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
     if not tells_points_apart(some, eps):
-        return None
+        return ""
     found = matrices.solve(y, ridge, torch.float64)
     if found is None or found.left is None:
-        return None
+        return mixed.GAVE_WAY
     solution = Solution(
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
         time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,

@@ -54,7 +54,7 @@ def folds_of(
         drawn = _given(cv, rows, answers)
         if weights is None:
             return drawn
-        return [(train[weights[train] > 0], test[weights[test] > 0]) for train, test in drawn]
+        return [_weighing(fold, number, weights) for number, fold in enumerate(drawn)]
     return [(kept[train], kept[test]) for train, test in drawn]
 
 
@@ -70,6 +70,15 @@ def _given(cv, rows: torch.Tensor, answers: np.ndarray) -> list[Fold]:
     if not drawn:
         raise ValueError("cv gave no folds; of a generator, which gives its folds once, pass the list")
     return drawn
+
+
+def _weighing(fold: Fold, number: int, weights: np.ndarray) -> Fold:
+    """The rows of a fold whose weight is above 0."""
+    train, test = (part[weights[part] > 0] for part in fold)
+    for name, part in (("train", train), ("test", test)):
+        if len(part) == 0:
+            raise ValueError(f"cv: fold {number} has no rows to {name} on whose sample_weight is above 0")
+    return train, test
 
 
 def _indices(pair, n: int, fold: int) -> Fold:

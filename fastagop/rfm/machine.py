@@ -274,8 +274,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         """
         check_is_fitted(self)
         near = self._preparation.near(self._samples(X))
-        points = self._metric.points(near)
-        g = gradients(self.kernel_, self._centers.double(), self._alpha.double(), points)
+        centers = self._centers.double()
+        points = self._metric.points_onto(centers, near, torch.finfo(self._dtype).eps)
+        g = gradients(self.kernel_, centers, self._alpha.double(), points)
         g = self._metric.pulled_back(g)
         return self._like_input(g if self._preparation.unit is None else g / self._preparation.unit, X)
 

@@ -16,6 +16,10 @@ from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
 from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.profile import Kernel
+from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
+
+_ROWS = 256  # of a block of distances
+_ROUNDINGS = 4.0  # of a row and of its product with R
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,22 @@ class Metric:
             return self.span.with_distance(X)
         return project(self.span.coordinates(X), self.root)
 
+    def points_onto(self, centers: torch.Tensor, X: torch.Tensor, eps: float) -> torch.Tensor:
+        """``points(X)`` in float64, those that rounding may have parted from a center (n, r) moved onto the nearest.
+
+        Centers are training rows, rounded to a dtype of that eps. Where the kernel has a kink, a training row that lies
+        off its own center by so little would see a gradient of it, of any direction.
+        """
+        X = X.double()
+        return _onto(centers, self.points(X), _ROUNDINGS * eps * self._magnitude(X))
+
+    def _magnitude(self, X: torch.Tensor) -> torch.Tensor:
+        """Length of |x| |R| for rows X (m, d), (m,): what one eps of x and of the sums of x R comes to at most."""
+        X = X.abs()
+        if self.span is not None:
+            X = (X + self.span.centre.abs()) @ self.span.basis.abs()
+        return torch.linalg.vector_norm(project(X, None if self.root is None else self.root.to(X).abs()), dim=1)
+
     def transformed(self, X: torch.Tensor) -> torch.Tensor:
         """X M^(1/2) with the symmetric root of M, shape (m, d)."""
         if self.root is None:
@@ -177,3 +197,16 @@ def pulled_back(M: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
     if M.ndim == 1:
         return M * root.double().square()
     return symmetrise_(root.double() @ M @ root.double())
+
+
+def _onto(centers: torch.Tensor, points: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
+    """Points (m, d), those that are within reach (m,) of centers (n, d) moved onto the nearest one; all float64."""
+    found, of_centers = points.clone(), squared_norms(centers)
+    for start in range(0, len(points), _ROWS):
+        part = found[start : start + _ROWS]
+        sq = part.new_empty(len(part), len(centers))
+        squared_distances(part, centers, squared_norms(part), of_centers, sq, near=NEAR_OF_ROUNDED)
+        least, nearest = sq.min(1)
+        close = least <= reach[start : start + _ROWS].square()
+        part[close] = centers[nearest[close]]
+    return found

@@ -23,6 +23,7 @@ log = logging.getLogger("fastagop")
 
 TOLERANCE = 1e-9  # of the residual of every output
 STEPS = 12  # after which a float64 factor is the faster way
+GAVE_WAY = f"a float32 factor does not lead to {TOLERANCE:.0e} in {STEPS} steps"
 LEAST = few.POINTS  # rows up to which a float64 factor is the faster way
 _ITEM = 20  # bytes an item: k(X, X), a float32 copy that becomes its factor, weights, and a copy that a product makes
 _ROWS = 256  # of a block, whose distances, values and weights are made while they are in cache
@@ -142,11 +143,10 @@ def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) 
     """Solve with both matrices, or with a float64 factor where that is no good; arguments as of ``cg.solve``."""
     if (found := _found(problem, Y, ridge, out)) is not None:
         return found
-    reason = f"a float32 factor does not lead to {TOLERANCE:.0e} in {STEPS} steps"
-    log.info("solve: %s; a float64 factor takes over", reason)
+    log.info("solve: %s; a float64 factor takes over", GAVE_WAY)
     wide = direct.cholesky(direct.system(problem.operator, ridge, plan, out, torch.float64), Y)
     assert wide is not None
-    return replace(wide, method="cholesky", fallback=reason)
+    return replace(wide, method="cholesky", fallback=GAVE_WAY)
 
 
 def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:

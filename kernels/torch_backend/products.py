@@ -17,15 +17,41 @@ def differences_product(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z
 
     The points lie around zero: what differences of near pairs lose grows with |x|. W (m, n) may be of a narrower dtype.
     """
+    return _differences(W, alpha, X, Z, None)[0]
+
+
+def differences_and_losses(
+    W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``differences_product``, and what of it a rounding may cost at each row of Z, in units of eps: (m,).
+
+    These are sum_j W_ij a_j (|x_j| + |z_i|) with a_j the largest |alpha_jc|: two more columns of the same product.
+    """
+    sizes, largest = torch.linalg.vector_norm(X, dim=1), alpha.abs().amax(1)
+    G, sums = _differences(W, alpha, X, Z, torch.stack([largest * sizes, largest], 1))
+    return G, sums[:, 0] + torch.linalg.vector_norm(Z, dim=1) * sums[:, 1]
+
+
+def differences_at_few(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
+    """``differences_product`` for fewer rows than features: W is weighted for every output, which takes less memory."""
+    sums = torch.stack([torch.mm(W * weights, X) for weights in alpha.T], 1)
+    return torch.addcmul(sums, (W @ alpha).unsqueeze(2), Z.unsqueeze(1), value=-1.0)
+
+
+def _differences(W, alpha, X, Z, beside: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the differences' product, W times the columns beside it)."""
     (n, d), K = X.shape, alpha.shape[1]
-    right = torch.cat([(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha], 1)  # s comes along
+    further = () if beside is None else (beside,)
+    right = torch.cat([(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha, *further], 1)  # s comes along
     if W.dtype == right.dtype:
         found = matmul_nt(W, right.T)
     else:
-        found = torch.cat([torch.mm(part.to(right.dtype), right) for part in W.split(_ROWS)])
+        found = right.new_empty(len(W), right.shape[1])
+        for part, out in zip(W.split(_ROWS), found.split(_ROWS), strict=True):
+            torch.mm(part.to(right.dtype), right, out=out)
     del right
-    G, s = found[:, : K * d].view(-1, K, d), found[:, K * d :]
-    return torch.addcmul(G, s.unsqueeze(2), Z.unsqueeze(1), value=-1.0)
+    G, s = found[:, : K * d].view(-1, K, d), found[:, K * d : K * (d + 1)]
+    return torch.addcmul(G, s.unsqueeze(2), Z.unsqueeze(1), value=-1.0), found[:, K * (d + 1) :]
 
 
 def outer_products(
