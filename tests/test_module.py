@@ -150,7 +150,7 @@ def test_gradients_at_training_points_do_not_see_rounding(relative):
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_gradients_at_training_points_of_a_float32_fit(depth, relative):
-    """A center lies off its own row there by what float32 layers round; its kink would add a vector of any direction."""
+    """A center lies off its own row there by what float32 layers round; its kink would add a vector."""
     X = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     y = (X[:, 0] * X[:, 1] > 0).long()
     found = []
