@@ -244,7 +244,7 @@ class SharedProduct:
     Attributes:
         request: (V, rows) -> the sum of what every rank makes.
         rows: of a block.
-        local: the columns come from it.
+        local: the columns and the diagonal come from it.
     """
 
     request: Callable[[torch.Tensor, int], torch.Tensor]
@@ -261,6 +261,10 @@ class SharedProduct:
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """k(X, X[index])."""
         return self.local.columns(index)
+
+    def diagonal(self) -> torch.Tensor:
+        """k(x, x) of each point (n,)."""
+        return self.local.diagonal()
 
 
 def _part_of_product(product: PointsProduct, V: torch.Tensor, rows: int, ranks: Communicator) -> torch.Tensor:

@@ -113,7 +113,7 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
     if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
         return None  # these values are 0 or 1
     found = matrices.solve(y, ridge, torch.float64)
-    if found is None or found.left is None:
+    if found is None:
         return None
     solution = Solution(
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,

@@ -24,6 +24,7 @@ from fastagop.kernels.torch_backend.distance import tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
+from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.options import CholeskyCG
 from fastagop.solvers.problem import Problem
@@ -204,7 +205,7 @@ def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> 
     return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
 
 
-def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with K in float64, its factor in float32, and conjugate gradients; by ``in_place`` where that is no good.
 
     Arguments as of ``cg.solve``.
@@ -224,8 +225,17 @@ def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dty
 
         result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
         if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
-            found = cg.Found(result.alpha, 0.0, result.iterations, len(K), "", tolerance, matmul, K)
-            return replace(found, dtype=torch.float32, left=result.left, K=K if problem.shared is None else None)
+            return Found(
+                result.alpha,
+                0.0,
+                result.iterations,
+                len(K),
+                torch.float32,
+                measure_all(matmul),
+                result.measured,
+                K=K if problem.shared is None else None,
+                tolerance=tolerance,
+            )
         reason = f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
     log.info("solve: %s; a float64 factor takes over, in place", reason)
     factor.drop()
@@ -240,20 +250,20 @@ def _by_factor(factor: SymmetricBlocks, R: torch.Tensor) -> torch.Tensor:
     return factor.solve(R.to(factor.dtype)).double()
 
 
-def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with a float64 factor in the only matrix there is; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     return _in_place(problem, K, fill, Y, ridge, out)
 
 
-def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     found = direct.cholesky(_system(problem, HalfMatrix(K, fill, products_of(problem)), ridge, out), Y)
     assert found is not None
     return found
 
 
-def from_points(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def from_points(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     blocks = fill(_blocks(problem, torch.float32))
@@ -317,7 +327,7 @@ class Form(NamedTuple):
     memory: Callable[[Problem], int]
     seconds: Callable[[Problem], float]
     precision: str
-    run: Callable[..., direct.Found | cg.Found]
+    run: Callable[..., Found]
     keeps: bool = False
 
     def fits(self, problem: Problem) -> bool:

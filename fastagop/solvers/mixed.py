@@ -16,6 +16,7 @@ from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from fastagop.solvers import cg, direct, few
+from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.problem import Problem
 
@@ -138,7 +139,7 @@ def plan(problem: Problem, why: str) -> Plan:
     return Plan("solve", name, "cholesky+cg", why, precision, work, bytes_of(problem), rows)
 
 
-def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with both matrices, or with a float64 factor where that is no good; arguments as of ``cg.solve``."""
     if (found := _found(problem, Y, ridge, out)) is not None:
         return found
@@ -149,15 +150,23 @@ def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) 
     return replace(wide, method="cholesky", fallback=reason)
 
 
-def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:
+def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> Found | None:
     points = problem.operator.points
     matrices = Matrices.of(points.kernel, points.X.double(), weights=False)
-    if (found := matrices.solve(Y, ridge, out)) is None:
+    if (result := matrices.solve(Y, ridge, out)) is None:
         return None
 
     def matmul(V: torch.Tensor) -> torch.Tensor:
         return matrices.matmul(V).add_(times(ridge, V))
 
-    K = matrices.full()
-    made = cg.Found(found.alpha, 0.0, found.iterations, len(K), "", TOLERANCE, matmul, K)
-    return replace(made, dtype=torch.float32, left=found.left)
+    return Found(
+        result.alpha,
+        0.0,
+        result.iterations,
+        len(points.X),
+        torch.float32,
+        measure_all(matmul),
+        result.measured,
+        K=matrices.full(),
+        tolerance=TOLERANCE,
+    )

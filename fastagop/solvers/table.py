@@ -14,7 +14,7 @@ from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.solvers import cg, direct, half, mixed, pairs
-from fastagop.solvers.direct import Found
+from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Problem, needed_bytes
 
@@ -36,7 +36,7 @@ class Solver:
         seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
-        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
+        run: (problem, plan, targets, ridges, dtype of alpha) -> ``Found``.
         keeps: whether k(X, X) is left in float64 when it has run.
         halves: whether half of a matrix is stored.
         offered_with_reason_only: whether ``offers`` leaves it out where it has no reason to be taken.
@@ -49,7 +49,7 @@ class Solver:
     seconds: Callable[[Problem, Plan], float]
     reason: Callable[[Problem], str | None]
     plan: Callable[[Problem, str], tuple[Plan, Problem]]
-    run: Callable[..., Found | cg.Found]
+    run: Callable[..., Found]
     keeps: bool = False
     halves: bool = False
     offered_with_reason_only: bool = False
