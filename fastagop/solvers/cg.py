@@ -89,7 +89,7 @@ def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
     work = STEPS * step + 4.0 * n * rank**2 + (1.0 * n * n * d if options.store else 0.0)
     peak = max(needed, fixed + 8 * n * rank + rows * row)
     backend = problem.operator.backend.name
-    made = Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows)
+    made = Plan("solve", backend, "cg", why, precision="float64 passes", flops=work, peak_bytes=peak, block=rows)
     return made, replace(problem, options=replace(options, rank=rank))
 
 
@@ -163,9 +163,9 @@ def solve(
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
     if plain is not None and left < math.inf and (not jitter or left <= unmet(result)):
         result, jitter = plain, 0.0
-    rank = low_rank.rank if low_rank else 0
-    found = Found(result.alpha, jitter, iterations, rank, torch.float64, measure_all(matmul))
-    return replace(found, stopped=result.stopped, tolerance=options.tolerance)
+    how = {"jitter": jitter, "iterations": iterations, "rank": low_rank.rank if low_rank else 0}
+    how |= {"stopped": result.stopped, "tolerance": options.tolerance}
+    return Found(result.alpha, dtype=torch.float64, measure=measure_all(matmul), **how)
 
 
 @dataclass(frozen=True)

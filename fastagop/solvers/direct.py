@@ -149,7 +149,13 @@ class LinearSystem:
         """What a solver found for this system."""
         n, matrix = len(self.matrix), self.matrix
         return Found(
-            alpha, jitter, iterations, n if rank is None else rank, matrix.dtype, measure=self.unmet, K=matrix.K
+            alpha=alpha,
+            jitter=jitter,
+            iterations=iterations,
+            rank=n if rank is None else rank,
+            dtype=matrix.dtype,
+            measure=self.unmet,
+            K=matrix.K,
         )
 
 
@@ -166,7 +172,9 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
         described = operator.backend.describe_precision(operator.precision, X)
         precision = f"{described} factorisation, float64 refinement"
     peak = int(copies * n * n * size) + extra
-    made = Plan("solve", operator.backend.name, method, why, precision + kernels.note, work, peak, rows)
+    precision += kernels.note
+    backend = operator.backend.name
+    made = Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
     return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
 
 
@@ -248,9 +256,15 @@ def system(operator: KernelOperator, ridge, plan: Plan, out: torch.dtype, dtype:
         return (every, linalg.upper_matmul(K, 1.0, V)) if dtype == torch.float64 else points().sampled(V)
 
     exact = dtype == torch.float32 and _is_zero(ridge)
-    update, steps = kernels.update, STEPS[kernels.precision]
-    matrix = FullMatrix(K, update)
-    return LinearSystem(matrix, ridge, from_points if exact else stored, from_points, sampled, steps, out)
+    return LinearSystem(
+        matrix=FullMatrix(K, kernels.update),
+        ridge=ridge,
+        matmul=from_points if exact else stored,
+        from_points=from_points,
+        check=sampled,
+        steps=STEPS[kernels.precision],
+        out=out,
+    )
 
 
 def _coarse(system: LinearSystem, found: Found, Y: torch.Tensor) -> tuple[float, Found]:

@@ -71,7 +71,18 @@ def solve(
     alpha = wide.to(out)
     residual = relative(torch.mm(alpha.double().T, A).T.sub_(y), y)  # A is symmetric: its rows are read once
     seconds = time.perf_counter() - start
-    found = Solution(alpha, residual, ridge, 0.0, "cholesky", torch.float64, 0, n, seconds, residual_rows=n)
+    found = Solution(
+        alpha=alpha,
+        residual=residual,
+        ridge=ridge,
+        jitter=0.0,
+        method="cholesky",
+        dtype=torch.float64,
+        iterations=0,
+        rank=n,
+        seconds=seconds,
+        residual_rows=n,
+    )
     return Few(Solved(found, alpha), x, sq, A)
 
 

@@ -202,7 +202,8 @@ def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> 
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     rows = default_rows(n, problem.X.device)
     precision = precision.replace("float32 factor", f"float32 factor{products_of(problem).note}")
-    return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
+    backend = problem.operator.backend.name
+    return Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
 
 
 def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
@@ -226,13 +227,13 @@ def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dty
         result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
         if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
             return Found(
-                result.alpha,
-                0.0,
-                result.iterations,
-                len(K),
-                torch.float32,
-                measure_all(matmul),
-                result.measured,
+                alpha=result.alpha,
+                jitter=0.0,
+                iterations=result.iterations,
+                rank=len(K),
+                dtype=torch.float32,
+                measure=measure_all(matmul),
+                measured=result.measured,
                 K=K if problem.shared is None else None,
                 tolerance=tolerance,
             )
@@ -288,7 +289,15 @@ def _system(problem: Problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> Li
     def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return points().sampled(V)
 
-    return LinearSystem(matrix, ridge, matmul, matmul, sampled, direct.STEPS["highest"], out)
+    return LinearSystem(
+        matrix=matrix,
+        ridge=ridge,
+        matmul=matmul,
+        from_points=matmul,
+        check=sampled,
+        steps=direct.STEPS["highest"],
+        out=out,
+    )
 
 
 def filler_of(operator) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
@@ -349,28 +358,28 @@ def _of_host() -> int:
 
 
 REFINED = Form(
-    "half of a float64 matrix and of its float32 factor",
-    (torch.float64, torch.float32),
-    refined_bytes,
-    refined_seconds,
-    "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
-    "where these take too long",
-    refined,
+    stores="half of a float64 matrix and of its float32 factor",
+    dtypes=(torch.float64, torch.float32),
+    memory=refined_bytes,
+    seconds=refined_seconds,
+    precision="half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in "
+    "its place where these take too long",
+    run=refined,
     keeps=True,
 )
 IN_PLACE = Form(
-    "half of a float64 matrix",
-    (torch.float64,),
-    in_place_bytes,
-    in_place_seconds,
-    "float64 factorisation of half a matrix, in place",
-    in_place,
+    stores="half of a float64 matrix",
+    dtypes=(torch.float64,),
+    memory=in_place_bytes,
+    seconds=in_place_seconds,
+    precision="float64 factorisation of half a matrix, in place",
+    run=in_place,
 )
 FROM_POINTS = Form(
-    "half of a float32 factor",
-    (torch.float32,),
-    from_points_bytes,
-    from_points_seconds,
-    "float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
-    from_points,
+    stores="half of a float32 factor",
+    dtypes=(torch.float32,),
+    memory=from_points_bytes,
+    seconds=from_points_seconds,
+    precision="float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
+    run=from_points,
 )

@@ -136,7 +136,8 @@ def plan(problem: Problem, why: str) -> Plan:
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     precision = "k(X, X) in float64, a float32 factor, float64 conjugate gradients on it"
     name, rows = problem.operator.backend.name, min(n, _ROWS)
-    return Plan("solve", name, "cholesky+cg", why, precision, work, bytes_of(problem), rows)
+    peak = bytes_of(problem)
+    return Plan("solve", name, "cholesky+cg", why, precision=precision, flops=work, peak_bytes=peak, block=rows)
 
 
 def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
@@ -160,13 +161,13 @@ def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> Found 
         return matrices.matmul(V).add_(times(ridge, V))
 
     return Found(
-        result.alpha,
-        0.0,
-        result.iterations,
-        len(points.X),
-        torch.float32,
-        measure_all(matmul),
-        result.measured,
+        alpha=result.alpha,
+        jitter=0.0,
+        iterations=result.iterations,
+        rank=len(points.X),
+        dtype=torch.float32,
+        measure=measure_all(matmul),
+        measured=result.measured,
         K=matrices.full(),
         tolerance=TOLERANCE,
     )

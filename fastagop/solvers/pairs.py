@@ -90,8 +90,15 @@ def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.Lin
     def matmul(V: torch.Tensor) -> torch.Tensor:
         return product(V).add_(times(ridge, V))
 
-    matrix = FullMatrixWithDiagonal(K, diagonal=diagonal)
-    return direct.LinearSystem(matrix, ridge, matmul, matmul, lambda V: (every, product(V)), 0, out)
+    return direct.LinearSystem(
+        matrix=FullMatrixWithDiagonal(K, diagonal=diagonal),
+        ridge=ridge,
+        matmul=matmul,
+        from_points=matmul,
+        check=lambda V: (every, product(V)),
+        steps=0,
+        out=out,
+    )
 
 
 def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:

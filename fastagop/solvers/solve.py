@@ -143,9 +143,18 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         checks.sample_weight(sample_weight, X, "mean")
         room = budget(limit, X.device)
         check_place(half, X.device)
-        wide, advice = options.float64_alpha, options.advice
-        gave_way = options.gave_way if method == "auto" else ""
-        return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared, gave_way)
+        return Problem(
+            operator=operator,
+            outputs=Y.shape[1],
+            ridge=ridge,
+            room=room,
+            options=iteration,
+            float64_alpha=options.float64_alpha,
+            advice=options.advice,
+            half=half,
+            shared=options.shared,
+            gave_way=options.gave_way if method == "auto" else "",
+        )
 
     pairs.refuse(kernel, method, iteration)
     if method == "cg":
@@ -227,7 +236,7 @@ def solve(
             residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or every kernel
             value is 0 or 1.
     """
-    options = SolveOptions(ridge, method, precision, backend, memory_limit)
+    options = SolveOptions(ridge=ridge, method=method, precision=precision, backend=backend, memory_limit=memory_limit)
     prepared = prepare(kernel, X, Y, options, sample_weight)
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
@@ -279,7 +288,15 @@ class _Task:
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
         copied = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
-        return cls(target, ridges, unit, copied, rows, rows.contradictions(y, target), out)
+        return cls(
+            target=target,
+            ridge=ridges,
+            unit=unit,
+            copied=copied,
+            rows=rows,
+            contradictions=rows.contradictions(y, target),
+            out=out,
+        )
 
     def answer(self, alpha: torch.Tensor) -> _Answer:
         """The coefficients that are returned, from those found for the points."""

@@ -77,8 +77,17 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
     def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
         return direct.solve(problem, made, Y, ridge, (dtype, out))
 
-    stores = f"{str(dtype).removeprefix('torch.')} matrix"
-    return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
+    return Solver(
+        name=name,
+        stores=f"{str(dtype).removeprefix('torch.')} matrix",
+        dtype=dtype,
+        memory=memory,
+        seconds=seconds,
+        reason=reason,
+        plan=plan,
+        run=run,
+        keeps=dtype == torch.float64,
+    )
 
 
 def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Problem], str | None]) -> Solver:
@@ -94,7 +103,18 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def seconds(problem: Problem, plan: Plan) -> float:
         return form.seconds(problem)
 
-    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, form.keeps, halves=True)
+    return Solver(
+        name=name,
+        stores=form.stores,
+        dtype=dtype,
+        memory=form.memory,
+        seconds=seconds,
+        reason=reason,
+        plan=plan,
+        run=form.run,
+        keeps=form.keeps,
+        halves=True,
+    )
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -185,27 +205,27 @@ def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
 
 
 MIXED = Solver(
-    "cholesky+cg",
-    "a float64 matrix and its float32 factor",
-    torch.float32,
-    mixed.bytes_of,
-    lambda problem, plan: half.refined_seconds(problem),
-    of_mixed,
-    _plan_mixed,
-    mixed.run,
+    name="cholesky+cg",
+    stores="a float64 matrix and its float32 factor",
+    dtype=torch.float32,
+    memory=mixed.bytes_of,
+    seconds=lambda problem, plan: half.refined_seconds(problem),
+    reason=of_mixed,
+    plan=_plan_mixed,
+    run=mixed.run,
     keeps=True,
     offered_with_reason_only=True,
 )
 EIGH = _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64")
 CG = Solver(
-    "cg",
-    "no matrix",
-    torch.float64,
-    cg.least_bytes,
-    lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
-    lambda problem: "cg asked for",
-    cg.plan,
-    cg.solve,
+    name="cg",
+    stores="no matrix",
+    dtype=torch.float64,
+    memory=cg.least_bytes,
+    seconds=lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
+    reason=lambda problem: "cg asked for",
+    plan=cg.plan,
+    run=cg.solve,
 )
 TABLE = (
     MIXED,
