@@ -12,7 +12,7 @@ from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierC
 from fastagop.estimators import kernel_ridge, medium
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
-from fastagop.solvers import mixed
+from fastagop.solvers import full_refined
 
 SPACE = [
     {"bandwidth": 1.0, "ridge": 1e-3},
@@ -161,7 +161,7 @@ def test_a_float32_factor_that_fails_gives_way(monkeypatch):
     X, Y = _points(600, "plain")
     model = RFMRegressor(GeneralisedLaplace(2.0, 1.4), 1, device="cpu")
     expected = model.fit(X, Y).predict(X)
-    monkeypatch.setattr(mixed, "factor_", lambda A: None)
+    monkeypatch.setattr(full_refined, "factor_", lambda A: None)
     solution = model.fit(X, Y).solution_
     assert (solution.method, solution.dtype) == ("cholesky", torch.float64)
     assert "float32 factor" in solution.fallback

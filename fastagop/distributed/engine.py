@@ -223,8 +223,8 @@ class Sharded(Local):
             least = room if options.memory_limit is None else options.memory_limit
             mine = replace(options, shared=asked if ranks.size > 1 else None, memory_limit=least)
             prepared = prepare(kernel, X, rows.take(Y), mine)
-            if found is not None and (short := prepared.short(Y, rows, out)) is not None:
-                return short.to(torch.device("cpu")), prepared.plan.peak_bytes
+            if found is not None and (small := prepared.solve_small_in_float64(Y, rows, out)) is not None:
+                return small.to(torch.device("cpu")), prepared.plan.peak_bytes
             shared = {}
             if prepared.plan.method == "cg":
                 shared["share"] = functools.partial(SharedProduct, request, product().rows)

@@ -17,7 +17,7 @@ from fastagop.kernels.plan import AgopTask, budget
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
-from fastagop.solvers import copies, mixed, problem
+from fastagop.solvers import copies, full_refined, problem
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.problem import Advice
 from fastagop.solvers.solution import Solution, Solved, as_before
@@ -116,11 +116,11 @@ def _small(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> small.Sm
 
 
 def _medium(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weights: bool) -> medium.MediumFit | None:
-    """The solution of a usual problem of some thousand points, as ``table.of_mixed`` says; None of any other."""
+    """The solution of a usual problem of some thousand points, as ``table.of_full_refined`` says; None of any other."""
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and not regression.gave_way
     usual = plain and regression.kernel.radial and regression.backend in ("auto", "torch")
     usual = usual and regression.ridge > 0 and Y.shape[1] > 0
-    few_thousand = mixed.LEAST < len(X) <= problem.FULL_MATRIX_ROWS
+    few_thousand = full_refined.FLOAT64_ROWS < len(X) <= problem.FULL_MATRIX_ROWS
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and few_thousand):
         return None
     needed, limit = medium.bytes_of(X, Y), regression.memory_limit

@@ -1,4 +1,4 @@
-"""Kernel regression and AGOP of some thousand float32 points on the CPU: ``solvers.mixed``, and gradients in float32.
+"""Kernel regression and AGOP of some thousand float32 points on the CPU: ``full_refined``, and gradients in float32.
 
 The weights are made with k(X, X), of distances that float64 has. Products with them lose digits where points are near
 each other or coefficients large: gradients at a few points in float64 tell what that costs M, and where it is more than
@@ -15,7 +15,7 @@ import torch
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend import tiles
-from fastagop.solvers import mixed
+from fastagop.solvers import full_refined
 from fastagop.solvers.limits import largest
 from fastagop.solvers.solution import Solution, Solved
 
@@ -32,7 +32,7 @@ class MediumFit:
 
     kernel: Profile
     x: torch.Tensor
-    matrices: mixed.Matrices
+    matrices: full_refined.Matrices
     solved: Solved
 
     @property
@@ -100,7 +100,7 @@ def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
 def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MediumFit | None:
     """(k(X, X) + ridge I) alpha = Y for points X (n, d) and targets Y (n, K); None where anything is unusual.
 
-    The caller has seen that ``table.of_mixed`` holds; ``weights``: an AGOP is wanted.
+    The caller has seen that ``table.of_full_refined`` holds; ``weights``: an AGOP is wanted.
     """
     start = time.perf_counter()
     y, n = Y.double(), len(X)
@@ -108,7 +108,7 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         return None
     x = X.double()
     x -= x.mean(0)
-    matrices = mixed.Matrices.of(kernel, x, weights)
+    matrices = full_refined.Matrices.of(kernel, x, weights)
     some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
     if not bool((some.gt(eps) & some.lt(1.0 - 4.0 * eps)).any()):
         return None  # these values are 0 or 1
@@ -117,6 +117,6 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         return None
     solution = Solution(
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
-        time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,
+        time.perf_counter() - start, tolerance=full_refined.TOLERANCE, residual_rows=n,
     )  # fmt: skip
     return MediumFit(kernel, x, matrices, Solved(solution, found.alpha))

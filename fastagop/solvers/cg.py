@@ -141,9 +141,9 @@ def solve(
     def matmul(V: torch.Tensor, jitter: float = 0.0) -> torch.Tensor:
         return product.matmul(V).add_(times(ridge + jitter, V))
 
-    def steps(jitter: float, most: float) -> CGResult:
+    def steps(jitter: float, largest: float) -> CGResult:
         low = low_rank.shifted(jitter) if low_rank else None
-        return conjugate_gradients(functools.partial(matmul, jitter=jitter), Y, low, options, most)
+        return conjugate_gradients(functools.partial(matmul, jitter=jitter), Y, low, options, largest)
 
     def unmet(result: CGResult) -> float:
         return relative(matmul(result.alpha.to(out).double()).sub_(Y), Y)
@@ -163,9 +163,9 @@ def solve(
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
     if plain is not None and left < math.inf and (not jitter or left <= unmet(result)):
         result, jitter = plain, 0.0
-    how = {"jitter": jitter, "iterations": iterations, "rank": low_rank.rank if low_rank else 0}
-    how |= {"stopped": result.stopped, "tolerance": options.tolerance}
-    return Found(result.alpha, dtype=torch.float64, measure=measure_all(matmul), **how)
+    fields = {"jitter": jitter, "iterations": iterations, "rank": low_rank.rank if low_rank else 0}
+    fields |= {"stopped": result.stopped, "tolerance": options.tolerance}
+    return Found(result.alpha, dtype=torch.float64, measure=measure_all(matmul), **fields)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ def _scaled(problem: Problem, ridge) -> tuple[Problem, Any, float]:
     unit = math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
     kernel = Multiple(1.0 / unit, operator.kernel)
     # The products of every method are float64.
-    made = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
-    return replace(problem, operator=made, ridge=problem.ridge / unit), ridge / unit, unit
+    scaled = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
+    return replace(problem, operator=scaled, ridge=problem.ridge / unit), ridge / unit, unit
 
 
 def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem:

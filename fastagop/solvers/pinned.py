@@ -37,9 +37,9 @@ def _power(size: int) -> int:
 def _pieces(shapes: Shapes) -> list[list[int]]:
     """Which matrices share a piece: the largest first, each in the first piece that has room for it."""
     sizes = [rows * columns for rows, columns in shapes]
-    most, pieces, used = _power(max(sizes, default=0)), [], []
+    piece_size, pieces, used = _power(max(sizes, default=0)), [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = next((p for p, count in enumerate(used) if count + sizes[i] <= most), len(pieces))
+        place = next((p for p, count in enumerate(used) if count + sizes[i] <= piece_size), len(pieces))
         if place == len(pieces):
             pieces.append([])
             used.append(0)

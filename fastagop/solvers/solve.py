@@ -16,13 +16,13 @@ from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
 from fastagop.kernels.plan import Plan, budget, format_bytes
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
-from fastagop.solvers import bandwidth, copies, few, pairs, table
+from fastagop.solvers import bandwidth, copies, float64_small, pairs, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import check_place
 from fastagop.solvers.limits import bound, largest, relative, times
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Advice, Problem, Shared
-from fastagop.solvers.solution import Solution, Solved, report
+from fastagop.solvers.solution import Solution, Solved, warn_about
 from fastagop.solvers.table import Method, Solver
 
 ADVICE = Advice()
@@ -65,7 +65,7 @@ class PreparedSolve:
     solver: Solver
     plan: Plan
 
-    def short(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
+    def solve_small_in_float64(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
         """The same for a few hundred points without copies and weights, where one float64 matrix is factored, or None.
 
         Arguments as of ``run``.
@@ -74,7 +74,7 @@ class PreparedSolve:
         if not (float64 and rows.plain and self.problem.operator.kernel.radial):
             return None
         operator = self.problem.operator
-        found = few.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
+        found = float64_small.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
         return None if found is None else found.solved
 
     @property
@@ -241,10 +241,10 @@ def solve(
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    elif (short := prepared.short(Y, rows, X.dtype)) is not None:
-        return short.solution
+    elif (small := prepared.solve_small_in_float64(Y, rows, X.dtype)) is not None:
+        return small.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
-    report(solution)
+    warn_about(solution)
     return solution
 
 

@@ -13,7 +13,7 @@ import torch
 from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.solvers import cg, direct, half, mixed, pairs
+from fastagop.solvers import cg, direct, full_refined, half, pairs
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Problem, needed_bytes
@@ -74,8 +74,8 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
             raise _too_large(problem, dtype, memory(problem))
         return direct.plan(problem, name, dtype, f"{problem.operator.why}; {why}"), problem
 
-    def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
-        return direct.solve(problem, made, Y, ridge, (dtype, out))
+    def run(problem: Problem, planned: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
+        return direct.solve(problem, planned, Y, ridge, (dtype, out))
 
     return Solver(
         name=name,
@@ -138,12 +138,13 @@ def _of_half(problem: Problem) -> str | None:
     return None if full else f"a full float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
-def of_mixed(problem: Problem) -> str | None:
+def of_full_refined(problem: Problem) -> str | None:
     """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
     alone = problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
-    fits = problem.half == CholeskyCG() and mixed.bytes_of(problem) <= problem.room
-    if problem.gave_way or not (alone and fit and fits and len(problem.X) > mixed.LEAST) or problem.many_rows:
+    fits = problem.half == CholeskyCG() and full_refined.bytes_of(problem) <= problem.room
+    few_thousand = len(problem.X) > full_refined.FLOAT64_ROWS and not problem.many_rows
+    if problem.gave_way or not (alone and fit and fits and few_thousand):
         return None
     return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
 
@@ -198,21 +199,21 @@ def _of_float32(problem: Problem) -> str | None:
     return f"a float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
-def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
-    if mixed.bytes_of(problem) > problem.room:
-        raise _too_large(problem, torch.float32, mixed.bytes_of(problem))
-    return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
+def _plan_full_refined(problem: Problem, why: str) -> tuple[Plan, Problem]:
+    if full_refined.bytes_of(problem) > problem.room:
+        raise _too_large(problem, torch.float32, full_refined.bytes_of(problem))
+    return full_refined.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
-MIXED = Solver(
+FULL_REFINED = Solver(
     name="cholesky+cg",
     stores="a float64 matrix and its float32 factor",
     dtype=torch.float32,
-    memory=mixed.bytes_of,
+    memory=full_refined.bytes_of,
     seconds=lambda problem, plan: half.refined_seconds(problem),
-    reason=of_mixed,
-    plan=_plan_mixed,
-    run=mixed.run,
+    reason=of_full_refined,
+    plan=_plan_full_refined,
+    run=full_refined.run,
     keeps=True,
     offered_with_reason_only=True,
 )
@@ -228,7 +229,7 @@ CG = Solver(
     run=cg.solve,
 )
 TABLE = (
-    MIXED,
+    FULL_REFINED,
     _half("cholesky+cg", torch.float32, half.REFINED, _of_refined),
     _half("cholesky+cg", torch.float32, half.FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
@@ -266,7 +267,7 @@ def order(problem: Problem) -> tuple[str, ...]:
     """
     if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial or problem.gave_way:
         return "cholesky", "cg"
-    if of_mixed(problem) or _refinement_pays(problem):
+    if of_full_refined(problem) or _refinement_pays(problem):
         return "cholesky+cg", "cholesky", "cg"
     if not problem.large:
         return "cholesky", "cholesky+cg", "cg"

@@ -17,13 +17,13 @@ from fastagop.kernels.torch_backend import few
 from fastagop.solvers.limits import bound, largest, relative
 from fastagop.solvers.solution import Solution, Solved
 
-POINTS = 512  # at most
+MAX_POINTS = 512
 _SEEN = 16  # values of a row, nearly always enough to see that some are neither 0 nor 1
 _USUAL = 2.0**20  # sizes of points and targets within this and its inverse need no unit of their own
 
 
 @dataclass(frozen=True)
-class Few:
+class SmallSolve:
     """A solved problem, in float64 but for what a solve returns.
 
     Attributes:
@@ -41,14 +41,14 @@ class Few:
 
 def solve(
     kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype, rounded: bool = False
-) -> Few | None:
+) -> SmallSolve | None:
     """alpha, in dtype ``out``, for points X (n, d) and targets Y (n, K); None where it takes more than these steps.
 
     ``rounded``: distances need no more digits than the rounding of float32 points has left them, as in a fit, whose
     metric is one of many; they then come from a product.
     """
     start, n = time.perf_counter(), len(X)
-    if not 1 < n <= POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
+    if not 1 < n <= MAX_POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
         return None
     x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
     if not (_usual(largest(x)) and _usual(largest(y))):
@@ -83,7 +83,7 @@ def solve(
         seconds=seconds,
         residual_rows=n,
     )
-    return Few(Solved(found, alpha), x, sq, A)
+    return SmallSolve(Solved(found, alpha), x, sq, A)
 
 
 def _between(values: torch.Tensor, eps: float) -> bool:

@@ -15,7 +15,7 @@ from fastagop.kernels.gemm import rows_of, times_few
 from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
-from fastagop.solvers import cg, direct, few
+from fastagop.solvers import cg, direct, float64_small
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.problem import Problem
@@ -24,7 +24,7 @@ log = logging.getLogger("fastagop")
 
 TOLERANCE = 1e-9  # of the residual of every output
 STEPS = 12  # after which a float64 factor is the faster way
-LEAST = few.POINTS  # rows up to which a float64 factor is the faster way
+FLOAT64_ROWS = float64_small.MAX_POINTS  # up to which a float64 factor is the faster way
 _ITEM = 20  # bytes an item: k(X, X), a float32 copy that becomes its factor, weights, and a copy that a product makes
 _ROWS = 256  # of a block, whose distances, values and weights are made while they are in cache
 
