@@ -99,15 +99,15 @@ class KernelProduct(Protocol):
     def __len__(self) -> int: ...
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """k(X, X) V, float64."""
+        """The product k(X, X) V, float64."""
         ...
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """k(X, X[index])."""
+        """The columns k(X, X[index]), float64."""
         ...
 
     def diagonal(self) -> torch.Tensor:
-        """k(x, x) of each point (n,), float64."""
+        """The diagonal k(x, x) of each point (n,), float64."""
         ...
 
 
@@ -182,7 +182,7 @@ class StoredProduct:
 
     @classmethod
     def of(cls, problem: Problem, points: KernelProduct) -> StoredProduct:
-        """The half matrix filled."""
+        """The product whose half of k(X, X) is computed and stored."""
         operator = problem.operator
         rows = operator.backend.factor_kernels(torch.float64, operator.precision).rows
         blocks = SymmetricBlocks(len(points), torch.float64, problem.X.device)
@@ -192,15 +192,15 @@ class StoredProduct:
         return len(self.blocks)
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """k(X, X) V."""
+        """The product k(X, X) V, float64."""
         return self.blocks.matmul(V)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """k(X, X[index])."""
+        """The columns k(X, X[index]), float64."""
         return self.points.columns(index)
 
     def diagonal(self) -> torch.Tensor:
-        """k(x, x) of each point (n,)."""
+        """The diagonal k(x, x) of each point (n,), float64."""
         return self.points.diagonal()
 
 
@@ -236,14 +236,14 @@ class ProgressReporter:
             self.bar = tqdm(desc="solve", unit="step")
 
     def step(self, count: int, error: float) -> None:
-        """After a step."""
+        """Log a step and its largest relative residual, and move the bar."""
         log.info("solve: step %d, largest relative residual %.1e", count, error)
         if self.bar is not None:
             self.bar.set_postfix_str(f"residual {error:.1e}", refresh=False)
             self.bar.update()
 
     def close(self) -> None:
-        """At the end, whatever it is."""
+        """Close the bar; called also where the iteration raised."""
         if self.bar is not None:
             self.bar.close()
 

@@ -45,11 +45,11 @@ class FullMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         return self.K.dtype
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         return linalg.largest_row_sum(self.K)
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -61,7 +61,7 @@ class FullMatrix:
         linalg.restore_lower_(self.K)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         return linalg.cholesky_solve(self.K, B)
 
 
@@ -75,13 +75,13 @@ class Matrix(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         ...
 
     def __len__(self) -> int: ...
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         ...
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -89,11 +89,11 @@ class Matrix(Protocol):
         ...
 
     def restore(self) -> None:
-        """What it was before ``factor``."""
+        """Make K what it was before ``factor``."""
         ...
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         ...
 
 
@@ -121,7 +121,7 @@ class LinearSystem:
 
     @property
     def full(self) -> torch.Tensor:
-        """The matrix where it is stored in full."""
+        """The matrix (n, n) of a system whose matrix is stored in full."""
         assert self.matrix.K is not None
         return self.matrix.K
 

@@ -31,7 +31,7 @@ _ROWS = 256  # of a block, whose distances, values and weights are made while th
 
 @dataclass(frozen=True)
 class Matrices:
-    """Of n points: k(X, X) in float64 and in float32 and, where asked for, the gradient weights in float32.
+    """k(X, X) of n points in float64 and in float32 and, where asked for, the gradient weights in float32.
 
     Attributes:
         K: (n, n), on and above the diagonal, and of the blocks on the diagonal all; see ``full``.
@@ -64,7 +64,7 @@ class Matrices:
         return cls(K, A, W)
 
     def full(self) -> torch.Tensor:
-        """K with its lower triangle, in place."""
+        """K after its lower triangle has been filled, in place."""
         for start in range(0, len(self.K), _ROWS):
             rows, below = slice(start, start + _ROWS), slice(start + _ROWS, None)
             self.K[below, rows] = self.K[rows, below].T
@@ -131,7 +131,7 @@ def bytes_of(problem: Problem) -> int:
 
 
 def plan(problem: Problem, why: str) -> Plan:
-    """The plan with both matrices."""
+    """The plan of a solve with k(X, X) and its float32 factor stored in full."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     precision = "k(X, X) in float64, a float32 factor, float64 conjugate gradients on it"

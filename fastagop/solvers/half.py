@@ -43,7 +43,7 @@ _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
 
 
 def check_place(options: CholeskyCG, device: torch.device) -> None:
-    """Refuse a place that a device has not."""
+    """Refuse a place that does not exist for a device."""
     if options.place == "host" and device.type != "cuda":
         raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
 
@@ -62,11 +62,11 @@ class HalfMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         return self.blocks.dtype
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         return self.blocks.largest_row_sum()
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -74,11 +74,11 @@ class HalfMatrix:
         return self.blocks.cholesky_(diagonal, self.products)
 
     def restore(self) -> None:
-        """Make K again."""
+        """Fill the blocks with K again, which the factor has overwritten."""
         self.fill(self.blocks)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         return self.blocks.solve(B)
 
 
@@ -99,7 +99,7 @@ def products_of(problem: Problem) -> PanelProducts:
 
 
 def refined_bytes(problem: Problem) -> int:
-    """Most bytes of ``refined``."""
+    """The most bytes that ``refined`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
@@ -108,7 +108,7 @@ def refined_bytes(problem: Problem) -> int:
 
 
 def in_place_bytes(problem: Problem) -> int:
-    """Most bytes of ``in_place``."""
+    """The most bytes that ``in_place`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     beside = max(_fill_bytes(problem), 8 * _beside(problem) * rows * n, _points_bytes(problem))
@@ -116,7 +116,7 @@ def in_place_bytes(problem: Problem) -> int:
 
 
 def from_points_bytes(problem: Problem) -> int:
-    """Most bytes of ``from_points``."""
+    """The most bytes that ``from_points`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _beside(problem) * rows * n, _points_bytes(problem))
@@ -139,7 +139,7 @@ def _pinned_bytes(problem: Problem, dtypes: tuple[torch.dtype, ...]) -> int:
 
 
 def _beside(problem: Problem) -> int:
-    """Block rows beside the stored ones."""
+    """How many block rows a factorisation holds beside the stored ones."""
     return _STREAMED if problem.half.place != "device" and problem.X.device.type == "cuda" else _BESIDE
 
 
@@ -181,14 +181,14 @@ def _fill_seconds(problem: Problem) -> float:
 
 
 def _factor_seconds(problem: Problem, products: str) -> float:
-    """Of a factor by products of a kind. A GPU's large blocks of a float32 one are multiplied by an inverse besides."""
+    """Estimated time of a factor. A GPU multiplies large blocks of a float32 factor by an inverse besides."""
     n, device = len(problem.X), problem.X.device
     inverted = default_rows(n, device) * n**2 if device.type == "cuda" and products != "float64" else 0
     return calibration.seconds((n**3 / 3.0 + inverted) / problem.ranks, 0.0, device, "gradient", products)
 
 
 def _step_seconds(problem: Problem) -> float:
-    """Of a step of refinement: K is read once, the factor twice."""
+    """Estimated time of a step of refinement: K is read once, the factor twice."""
     n, kind = len(problem.X), "cuda" if problem.X.device.type == "cuda" else "cpu"
     return 8.0 * n * n / _READ[kind] / problem.ranks
 
@@ -197,7 +197,7 @@ def _step_seconds(problem: Problem) -> float:
 
 
 def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> Plan:
-    """The plan of one of them."""
+    """The plan of one of the three forms."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     rows = default_rows(n, problem.X.device)
@@ -340,11 +340,11 @@ class Form(NamedTuple):
     keeps: bool = False
 
     def fits(self, problem: Problem) -> bool:
-        """Whether device and host have the memory."""
+        """Whether the device and the host have the memory that the form takes."""
         return self.memory(problem) <= problem.room and _pinned_bytes(problem, self.dtypes) <= _of_host()
 
     def check_host(self, problem: Problem) -> None:
-        """MemoryError where the host has not."""
+        """Raise MemoryError where the host lacks the pinned memory that the form takes."""
         if (needed := _pinned_bytes(problem, self.dtypes)) > (free := _of_host()):
             raise MemoryError(
                 f"place='host' needs {format_bytes(needed)} of pinned memory for n = {len(problem.X)}, but "

@@ -44,7 +44,7 @@ class FullMatrixWithDiagonal(direct.FullMatrix):
     diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j |K_ij|."""
+        """The largest sum of absolute values of a row of K."""
         return max(float(row.abs().sum(1).max()) for row in self.K.split(256))
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -102,7 +102,7 @@ def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.Lin
 
 
 def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
-    """By one float64 factorisation, with the least jitter that has bounded coefficients."""
+    """Solve by one float64 factorisation, with the least jitter that has bounded coefficients."""
     problem, ridge, unit = _scaled(problem, ridge)
     found = direct.cholesky(_system(problem, plan, ridge, out), Y)
     assert found is not None
@@ -110,7 +110,7 @@ def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dt
 
 
 def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
-    """By the eigendecomposition, without the eigenvalues that rounding made up."""
+    """Solve by the eigendecomposition, without the eigenvalues that rounding made up."""
     problem, ridge, unit = _scaled(problem, ridge)
     system = _system(problem, plan, ridge, out)
     alpha, rank = direct.eigh(system, system.full, Y)
@@ -118,6 +118,6 @@ def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype)
 
 
 def conjugate_gradients(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Found:
-    """By conjugate gradients with products from the points."""
+    """Solve by conjugate gradients with products made of the points."""
     problem, ridge, unit = _scaled(problem, ridge)
     return _unscaled(cg.solve(problem, plan, Y, ridge, out, **shared), unit)

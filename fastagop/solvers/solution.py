@@ -95,7 +95,7 @@ class Solved:
     alpha: torch.Tensor
 
     def to(self, device: torch.device) -> Solved:
-        """The same with its tensors on a device."""
+        """A copy whose tensors lie on a device."""
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 

@@ -66,7 +66,7 @@ class PreparedSolve:
     plan: Plan
 
     def solve_small_in_float64(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
-        """The same for a few hundred points without copies and weights, where one float64 matrix is factored, or None.
+        """The solution of a few hundred points without copies and weights by one float64 matrix; None of others.
 
         Arguments as of ``run``.
         """
@@ -84,7 +84,7 @@ class PreparedSolve:
         return self.problem.gave_way if wide else ""
 
     def seconds(self) -> float:
-        """Estimated time."""
+        """Estimated time of the solve in seconds."""
         return self.solver.seconds(self.problem, self.plan)
 
     def offers(self) -> list[str]:

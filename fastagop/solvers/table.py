@@ -128,7 +128,7 @@ def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError
 
 
 def _of_half(problem: Problem) -> str | None:
-    """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
+    """Why half of a float64 matrix is factored in place: no full one fits, or a float32 factor gave way. Or None."""
     if problem.coarse or not half.IN_PLACE.fits(problem):
         return None
     if problem.gave_way and problem.many_rows:
