@@ -257,6 +257,10 @@ class PointsProduct:
         """The columns k(X, X[index])."""
         return matrix.kernel_matrix(self.at.kernel, self.at.X, self.at.X[index], None, self.rows)
 
+    def diagonal(self) -> torch.Tensor:
+        """k(x, x) of each point (n,): 1 for every radial kernel."""
+        return self.at.X.new_ones(len(self))
+
     def sampled(self, V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, those rows of k(X, X) V): all rows of few, a sample of many."""
         (kernel, X, _, _), n = self.at, len(self)

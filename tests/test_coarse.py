@@ -14,7 +14,7 @@ from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierC
 from fastagop.estimators import kernel_ridge, mixed_fit
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
-from fastagop.solvers import mixed
+from fastagop.solvers import full_refined
 
 SPACE = [
     {"bandwidth": 1.0, "ridge": 1e-3},
@@ -207,11 +207,11 @@ def test_a_float32_factor_that_fails_gives_way(monkeypatch):
     model = RFMRegressor(GeneralisedLaplace(2.0, 1.4), 1, device="cpu")
     expected = model.fit(X, Y).predict(X)
     tries = []
-    monkeypatch.setattr(mixed, "factor_", lambda A: tries.append(len(A)))
+    monkeypatch.setattr(full_refined, "factor_", lambda A: tries.append(len(A)))
     solution = model.fit(X, Y).solution_
     assert tries == [600]  # and never again in the fit
     assert solution.fallback.startswith("as before, ")
-    assert model.iterations_[0].solution.fallback == mixed.GAVE_WAY
+    assert model.iterations_[0].solution.fallback == full_refined.GAVE_WAY
     assert (solution.method, solution.dtype) == ("cholesky", torch.float64)
     assert "float32 factor" in solution.fallback
     assert torch.allclose(model.predict(X), expected, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ import fastagop
 from fastagop import CholeskyCG, ConjugateGradients, Gaussian, GeneralisedLaplace, Laplace, Matern52
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
-from fastagop.solvers import half, mixed, solve
+from fastagop.solvers import full_refined, half, solve
 from fastagop.solvers.solve import SolveOptions, prepare
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
@@ -219,8 +219,8 @@ def test_iterations_try_a_float32_factor_until_one_gives_way(problem, monkeypatc
 
 def test_a_fit_of_some_thousand_points_tries_a_float32_factor_until_one_gives_way(problem, monkeypatch):
     X, Y = problem(n=700)
-    tried, factor = [], mixed.factor_
-    monkeypatch.setattr(mixed, "factor_", lambda A: tried.append(len(A)) or factor(A))
+    tried, factor = [], full_refined.factor_
+    monkeypatch.setattr(full_refined, "factor_", lambda A: tried.append(len(A)) or factor(A))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = fastagop.RFMRegressor(Gaussian(30.0), iterations=2, ridge=1e-9).fit(X, Y)

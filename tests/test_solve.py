@@ -15,7 +15,7 @@ from fastagop.kernels import reference
 
 import fastagop
 from fastagop import Gaussian, Laplace
-from fastagop.solvers.solve import report
+from fastagop.solvers.solve import warn_about
 
 DTYPES = [torch.float32, torch.float64]
 METHODS = ["auto", "cholesky", "cholesky+cg", "eigh"]
@@ -195,10 +195,10 @@ def test_a_large_residual_alone_is_said(dtype, cloud, normal):
     solution, _ = quietly(Laplace(2.0), cloud("spread", dtype=dtype), normal(120, 2, dtype=dtype))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report(dataclasses.replace(solution, residual=0.9 * LIMIT[dtype]))
+        warn_about(dataclasses.replace(solution, residual=0.9 * LIMIT[dtype]))
     for large in (1.1 * LIMIT[dtype], math.nan):
         with pytest.warns(fastagop.NumericalWarning, match="the relative residual is"):
-            report(dataclasses.replace(solution, residual=large))
+            warn_about(dataclasses.replace(solution, residual=large))
 
 
 # ---- duplicates

@@ -289,9 +289,9 @@ def test_refined_from_the_points_while_six_passes_cost_less_than_a_matrix(d, out
     Y = torch.sin(2 * X[:, :1]).repeat(1, outputs)
     called, refine = [], direct._refined_from_points
 
-    def spy(found, Y, steps):
+    def spy(system, found, Y, steps):
         called.append(steps)
-        return refine(found, Y, steps)
+        return refine(system, found, Y, steps)
 
     monkeypatch.setattr(direct, "_refined_from_points", spy)
     solution = fastagop.solve(Matern52(10.0), X, Y, ridge=1e-2)
@@ -329,17 +329,16 @@ def test_the_residual_that_another_try_is_worth(n, residual, coarse):
     every, Y = torch.arange(n), torch.ones(n, 2, dtype=F64)
     blank = direct.FullMatrix(torch.zeros(n, 1))
     identity = direct.LinearSystem(blank, 0.0, None, None, lambda V: (every, V.clone()), 25, F64)
-    found = direct.Found(identity, Y * (1 + residual), 0.0, 0, n)
-    error, checked = direct._coarse(found, Y)
+    error, checked = direct._coarse(identity, identity.found(Y * (1 + residual)), Y)
     assert error == (pytest.approx(residual, rel=1e-3) if coarse else 0.0)
-    assert torch.equal(checked.checked[0], every)
-    assert torch.allclose(checked.checked[1], torch.full_like(Y, residual), rtol=1e-6)
+    assert torch.equal(checked.measured[1][0], every)
+    assert torch.allclose(checked.measured[1][1], torch.full_like(Y, residual), rtol=1e-6)
 
 
 def test_a_sample_of_rows_is_scaled_to_all():
     A, Y = torch.eye(100, dtype=F64), torch.ones(100, 1, dtype=F64)
-    found = direct.Found(system(A, rows=torch.arange(0, 100, 4)), 1.01 * Y, 0.0, 0, 100)
-    assert direct._coarse(found, Y)[0] == pytest.approx(0.01)
+    sampled = system(A, rows=torch.arange(0, 100, 4))
+    assert direct._coarse(sampled, sampled.found(1.01 * Y), Y)[0] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("beyond", "coarse"), [(3.5, False), (4.5, True)])
@@ -349,18 +348,20 @@ def test_what_rounding_coefficients_costs_is_not_the_matrix_fault(beyond, coarse
     alpha = torch.tensor([[1.0], [1.0 + 2.0**-25]], dtype=F64)
     floor = float((A @ (alpha - alpha.float().double())).norm())
     Y = A @ alpha - beyond * floor / 2**0.5
-    error, checked = direct._coarse(direct.Found(system(A, out=F32), alpha, 0.0, 0, 2), Y)
+    rounded = system(A, out=F32)
+    error, checked = direct._coarse(rounded, rounded.found(alpha), Y)
     assert (error > 0) == coarse
     # the residual that is said is that of the rounded coefficients
-    torch.testing.assert_close(checked.checked[1], A @ alpha.float().double() - Y, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(checked.measured[1][1], A @ alpha.float().double() - Y, rtol=1e-9, atol=1e-12)
 
 
 def test_a_coarse_matrix_is_judged_with_the_jitter_it_took():
     A, alpha = torch.eye(3, dtype=F64), torch.ones(3, 1, dtype=F64)
-    with_jitter = direct.Found(system(A, ridge=0.5), alpha, 0.25, 0, 3)
-    assert direct._coarse(with_jitter, 1.75 * alpha)[0] == 0
-    assert direct._coarse(with_jitter, 1.5 * alpha)[0] == pytest.approx(0.25 / 1.5)
-    assert direct._coarse(with_jitter, 0 * alpha)[0] == 0
+    under_ridge = system(A, ridge=0.5)
+    with_jitter = under_ridge.found(alpha, jitter=0.25)
+    assert direct._coarse(under_ridge, with_jitter, 1.75 * alpha)[0] == 0
+    assert direct._coarse(under_ridge, with_jitter, 1.5 * alpha)[0] == pytest.approx(0.25 / 1.5)
+    assert direct._coarse(under_ridge, with_jitter, 0 * alpha)[0] == 0
 
 
 @pytest.mark.parametrize("out", [F32, F64])

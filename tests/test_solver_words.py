@@ -12,7 +12,7 @@ from fastagop.kernels.scaling import scale_points
 
 from fastagop import Laplace
 from fastagop.solvers import bandwidth
-from fastagop.solvers.solution import Solution, report
+from fastagop.solvers.solution import Solution, warn_about
 
 F32, F64 = torch.float32, torch.float64
 
@@ -26,7 +26,7 @@ def solution(n=4, **changes):
 def said(*args):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report(*args)
+        warn_about(*args)
     return [str(warning.message) for warning in caught]
 
 

@@ -20,7 +20,7 @@ from fastagop import Laplace
 from fastagop.network import model_access
 from fastagop.solvers import pairs, table
 from fastagop.solvers.problem import Advice, Problem
-from fastagop.solvers.solution import Solution, report
+from fastagop.solvers.solution import Solution, warn_about
 
 MATRIX = {"out": None, "ridge": 0.0, "precision": "highest", "backend": "auto"}
 
@@ -49,7 +49,7 @@ def test_a_float32_matrix_promises_a_residual_to_float64_coefficients(residual, 
     solution = Solution(alpha, residual, 1e-3, 0.0, "cholesky", torch.float32, 3, 3, 0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report(solution)
+        warn_about(solution)
     assert [w.category for w in caught] == [fastagop.NumericalWarning] * warns
 
 

@@ -31,7 +31,7 @@ from fastagop.kernels import checks
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.solvers import copies, row_order
-from fastagop.solvers.solution import Solution, report
+from fastagop.solvers.solution import Solution, warn_about
 from fastagop.solvers.table import Method
 
 _LAPLACE = Laplace(2.0)
@@ -135,7 +135,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             points = self._train(training, start, reported)
         self._centers, solved = training.readout(points, self._layers[-1].record.solution)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        report(self.solution_, reported)
+        warn_about(self.solution_, reported)
         return self._publish()
 
     def _train(self, training: LayerTraining, start: _Start, reported: set) -> torch.Tensor:
@@ -148,7 +148,7 @@ class _DeepRFM(_Layers, KernelEstimator):
                 before = self._layers[-1].record.solution if self._layers else None
                 layer, made = training.layer(points, start.seeds[index], rest, before)
                 points, rest = made.points, made.rest
-                report(layer.record.solution, reported)
+                warn_about(layer.record.solution, reported)
                 self._layers.append(layer)
                 if start.checkpoint is not None:
                     start.checkpoint.save(index, layer, made.features)

@@ -223,8 +223,8 @@ class Sharded(Local):
             least = room if options.memory_limit is None else options.memory_limit
             mine = replace(options, shared=asked if ranks.size > 1 else None, memory_limit=least)
             prepared = prepare(kernel, X, rows.take(Y), mine)
-            if found is not None and (short := prepared.short(Y, rows, out)) is not None:
-                return short.to(torch.device("cpu")), prepared.plan.peak_bytes
+            if found is not None and (small := prepared.solve_small_in_float64(Y, rows, out)) is not None:
+                return small.to(torch.device("cpu")), prepared.plan.peak_bytes
             shared = {}
             if prepared.plan.method == "cg":
                 shared["share"] = functools.partial(SharedProduct, request, product().rows)
@@ -244,7 +244,7 @@ class SharedProduct:
     Attributes:
         request: (V, rows) -> the sum of what every rank makes.
         rows: of a block.
-        local: the columns come from it.
+        local: the columns and the diagonal come from it.
     """
 
     request: Callable[[torch.Tensor, int], torch.Tensor]
@@ -261,6 +261,10 @@ class SharedProduct:
     def columns(self, index: torch.Tensor) -> torch.Tensor:
         """k(X, X[index])."""
         return self.local.columns(index)
+
+    def diagonal(self) -> torch.Tensor:
+        """k(x, x) of each point (n,)."""
+        return self.local.diagonal()
 
 
 def _part_of_product(product: PointsProduct, V: torch.Tensor, rows: int, ranks: Communicator) -> torch.Tensor:

@@ -11,7 +11,7 @@ from fastagop.kernels import operations
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.profile import Kernel
-from fastagop.solvers.solve import Solution, SolveOptions, report
+from fastagop.solvers.solve import Solution, SolveOptions, warn_about
 from fastagop.solvers.table import Method
 
 
@@ -165,5 +165,5 @@ def solve(
     options = SolveOptions(ridge, method, precision, backend, memory_limit)
     dtype = X.dtype if isinstance(X, torch.Tensor) else torch.float64
     solved = Sharded(group).solve(kernel, X, Y, options, sample_weight=sample_weight, out=dtype).solved
-    report(solved.solution)
+    warn_about(solved.solution)
     return solved.solution

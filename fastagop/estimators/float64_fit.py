@@ -13,7 +13,7 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.products import differences_product, outer_products
-from fastagop.solvers import few
+from fastagop.solvers import float64_small
 from fastagop.solvers.solution import Solved
 
 _WORK = 3e8  # operations at most: a few milliseconds
@@ -24,7 +24,7 @@ class Float64Fit:
     """A solved problem of a kernel; ``solved`` is what ``kernel_ridge.solve`` returns."""
 
     kernel: Profile
-    found: few.Few
+    found: float64_small.SmallSolve
 
     @property
     def solved(self) -> Solved:
@@ -50,5 +50,5 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float) -> Floa
     (n, d), K = X.shape, Y.shape[1]
     if X.dtype != torch.float32 or 2.0 * n * n * d * (K + 1) + n**3 + 2.0 * n * K * d * d > _WORK:
         return None
-    found = few.solve(kernel, X, Y, ridge, torch.float64, rounded=True)
+    found = float64_small.solve(kernel, X, Y, ridge, torch.float64, rounded=True)
     return None if found is None else Float64Fit(kernel, found)

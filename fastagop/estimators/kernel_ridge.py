@@ -18,7 +18,7 @@ from fastagop.kernels.plan import AgopTask, budget
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
-from fastagop.solvers import copies, mixed, problem
+from fastagop.solvers import copies, full_refined, problem
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.problem import Advice
 from fastagop.solvers.solution import Solution, Solved, as_before
@@ -133,10 +133,10 @@ def _fit_mixed(X, Y, regression: KernelRidge, engine: Local, rows: Rows, *, weig
 
 
 def takes_mixed(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> bool:
-    """Whether rows without copies, of one process, are solved by ``mixed_fit``, as ``table.of_mixed`` says."""
+    """Whether rows without copies, of one process, are solved by ``mixed_fit``, as ``table.of_full_refined`` says."""
     usual = regression.solver == "auto" and not regression.gave_way and regression.backend in ("auto", "torch")
     usual = usual and regression.kernel.radial and regression.ridge > 0 and Y.shape[1] > 0
-    few_thousand = mixed.LEAST < len(X) <= problem.FULL_MATRIX_ROWS
+    few_thousand = full_refined.FLOAT64_ROWS < len(X) <= problem.FULL_MATRIX_ROWS
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and few_thousand):
         return False
     needed, limit = mixed_fit.bytes_of(X, Y), regression.memory_limit

@@ -1,4 +1,4 @@
-"""Kernel regression and AGOP of some thousand float32 points on the CPU: ``solvers.mixed``, and gradients in float32.
+"""Kernel regression and AGOP of some thousand float32 points on the CPU: ``full_refined``, and gradients in float32.
 
 The weights are made with k(X, X), of distances that float64 has. Products with them lose digits where points are near
 each other or coefficients large: gradients at a few points in float64, those among them that may have lost most, tell
@@ -22,7 +22,7 @@ from fastagop.kernels.torch_backend.products import (
     differences_product,
     outer_products,
 )
-from fastagop.solvers import mixed
+from fastagop.solvers import full_refined
 from fastagop.solvers.limits import tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
@@ -39,7 +39,7 @@ class MixedFit:
 
     kernel: Profile
     x: torch.Tensor
-    matrices: mixed.Matrices
+    matrices: full_refined.Matrices
     solved: Solved
 
     @property
@@ -104,7 +104,7 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
 
     Where anything is unusual, "", or the words in which a float32 factor gave way.
 
-    The caller has seen that ``table.of_mixed`` holds; ``weights``: an AGOP is wanted.
+    The caller has seen that ``table.of_full_refined`` holds; ``weights``: an AGOP is wanted.
     """
     start = time.perf_counter()
     y, n = Y.double(), len(X)
@@ -112,15 +112,15 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         return ""
     x = X.double()
     x -= x.mean(0)
-    matrices = mixed.Matrices.of(kernel, x, weights)
+    matrices = full_refined.Matrices.of(kernel, x, weights)
     some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
     if not tells_points_apart(some, eps):
         return ""
     found = matrices.solve(y, ridge, torch.float64)
-    if found is None or found.left is None:
-        return mixed.GAVE_WAY
+    if found is None:
+        return full_refined.GAVE_WAY
     solution = Solution(
         found.alpha, found.residual, ridge, 0.0, "cholesky+cg", torch.float32, found.iterations, n,
-        time.perf_counter() - start, tolerance=mixed.TOLERANCE, residual_rows=n,
+        time.perf_counter() - start, tolerance=full_refined.TOLERANCE, residual_rows=n,
     )  # fmt: skip
     return MixedFit(kernel, x, matrices, Solved(solution, found.alpha))

@@ -30,8 +30,8 @@ from fastagop.rfm.learning import MergedPoints, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
+from fastagop.solvers.full_refined import by_factor, factor_
 from fastagop.solvers.limits import relative, tells_points_apart
-from fastagop.solvers.mixed import by_factor, factor_
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined

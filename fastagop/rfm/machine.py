@@ -29,7 +29,7 @@ from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import SCALES, Preparation
 from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pack_record, pack_score, unpack_record
 from fastagop.rfm.validation import HeldOut
-from fastagop.solvers.solution import Solution, report
+from fastagop.solvers.solution import Solution, warn_about
 
 
 class RecursiveFeatureMachine(KernelEstimator):
@@ -126,7 +126,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        report(self.solution_, reported)
+        warn_about(self.solution_, reported)
         return self
 
     def _owned(self, data: Training, X) -> Training:
@@ -149,7 +149,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         with Progress("RFM", "iteration", rules.iterations, quiet=not self.verbose) as progress:
 
             def after(index: int, record: IterationRecord, metric: Metric) -> None:
-                report(record.solution, reported)
+                warn_about(record.solution, reported)
                 if self.callbacks:
                     M = metric.matrix(points.X.shape[1], self.diagonal, points.X, points.X.dtype)
                     for callback in self.callbacks:

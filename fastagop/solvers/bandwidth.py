@@ -102,7 +102,7 @@ def note(points: Points, given: Any, block: int = 256) -> str:
 
 
 def _note_of_pairs(kernel: Any, X: torch.Tensor) -> str:
-    """The same of a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
+    """As ``note`` for a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
     few = X[_places(len(X)).to(X.device)].double()
     i, j = torch.triu_indices(len(few), len(few), 1)
     zeros, ones, others = _counts(kernel(few)[i, j].to(X.dtype))
@@ -110,7 +110,7 @@ def _note_of_pairs(kernel: Any, X: torch.Tensor) -> str:
 
 
 def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
-    """In words."""
+    """The warning text for kernel values that are all 0 or 1."""
     if ones and zeros:
         finding = "0 or 1 to rounding: points are equal to it or have nothing in common"
     elif zeros:

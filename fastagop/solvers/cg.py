@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from fastagop.kernels.kernel_operator import PointsProduct
-from fastagop.kernels.pair_backend.backend import PairProduct
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
+from fastagop.solvers.found import Found, RowsAndResidual, measure_all
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.options import ConjugateGradients
 from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
@@ -88,40 +89,35 @@ def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
     work = STEPS * step + 4.0 * n * rank**2 + (1.0 * n * n * d if options.store else 0.0)
     peak = max(needed, fixed + 8 * n * rank + rows * row)
     backend = problem.operator.backend.name
-    made = Plan("solve", backend, "cg", why, "float64 passes", work, peak, rows)
+    made = Plan("solve", backend, "cg", why, precision="float64 passes", flops=work, peak_bytes=peak, block=rows)
     return made, replace(problem, options=replace(options, rank=rank))
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a solve came to; as ``direct.Found``, which has the same attributes.
+class KernelProduct(Protocol):
+    """k(X, X) as conjugate gradients see it: made of the points, stored, or shared by processes."""
 
-    ``K`` is k(X, X), or half of it, where it is stored; ``left``: Y - (k + ridge) alpha of that alpha, where known.
-    """
+    def __len__(self) -> int: ...
 
-    alpha: torch.Tensor
-    jitter: float
-    iterations: int
-    rank: int
-    stopped: str
-    tolerance: float
-    matmul: Matmul
-    K: SymmetricBlocks | torch.Tensor | None = None
-    dropped: int = 0
-    dtype: torch.dtype = torch.float64
-    left: torch.Tensor | None = None
-    method: str = ""
-    fallback: str = ""
+    def matmul(self, V: torch.Tensor) -> torch.Tensor:
+        """The product k(X, X) V, float64."""
+        ...
 
-    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, (k + ridge) alpha - Y of them), of all rows."""
-        known = self.left is not None and torch.equal(alpha, self.alpha)
-        R = self.left.neg() if known else self.matmul(alpha).sub_(Y)  # pyright: ignore[reportOptionalMemberAccess]
-        return torch.arange(len(Y), device=Y.device), R
+    def columns(self, index: torch.Tensor) -> torch.Tensor:
+        """The columns k(X, X[index]), float64."""
+        ...
+
+    def diagonal(self) -> torch.Tensor:
+        """The diagonal k(x, x) of each point (n,), float64."""
+        ...
 
 
 def solve(
-    problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, share=lambda product: product
+    problem: Problem,
+    plan: Plan,
+    Y: torch.Tensor,
+    ridge,
+    out: torch.dtype,
+    share: Callable[..., KernelProduct] = lambda product: product,
 ) -> Found:
     """Solve by conjugate gradients with the least jitter, by tens, that has a bounded solution.
 
@@ -136,20 +132,18 @@ def solve(
         out: the dtype in which alpha is wanted.
         share: makes of the product with k(X, X) one that other processes take part in.
     """
-    product, options = problem.operator.float64_product(plan.block), problem.options
-    product = StoredProduct.of(problem, product) if options.store else share(product)
-    # Every radial profile has phi(0) = 1.
-    diagonal = product.diagonal() if isinstance(product, PairProduct) else Y.new_ones(len(product))
-    low_rank = preconditioner_of(product.columns, diagonal, ridge, options)
+    of_points, options = problem.operator.float64_product(plan.block), problem.options
+    product = StoredProduct.of(problem, of_points) if options.store else share(of_points)
+    low_rank = preconditioner_of(product.columns, product.diagonal(), ridge, options)
     scale = low_rank.largest if low_rank else float(len(Y))
     jitter, iterations = 0.0, 0
 
     def matmul(V: torch.Tensor, jitter: float = 0.0) -> torch.Tensor:
         return product.matmul(V).add_(times(ridge + jitter, V))
 
-    def steps(jitter: float, most: float) -> CGResult:
+    def steps(jitter: float, largest: float) -> CGResult:
         low = low_rank.shifted(jitter) if low_rank else None
-        return conjugate_gradients(functools.partial(matmul, jitter=jitter), Y, low, options, most)
+        return conjugate_gradients(functools.partial(matmul, jitter=jitter), Y, low, options, largest)
 
     def unmet(result: CGResult) -> float:
         return relative(matmul(result.alpha.to(out).double()).sub_(Y), Y)
@@ -169,8 +163,9 @@ def solve(
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
     if plain is not None and left < math.inf and (not jitter or left <= unmet(result)):
         result, jitter = plain, 0.0
-    rank = low_rank.rank if low_rank else 0
-    return Found(result.alpha, jitter, iterations, rank, result.stopped, options.tolerance, matmul)
+    fields = {"jitter": jitter, "iterations": iterations, "rank": low_rank.rank if low_rank else 0}
+    fields |= {"stopped": result.stopped, "tolerance": options.tolerance}
+    return Found(result.alpha, dtype=torch.float64, measure=measure_all(matmul), **fields)
 
 
 @dataclass(frozen=True)
@@ -179,15 +174,15 @@ class StoredProduct:
 
     Attributes:
         blocks: the half.
-        points: columns come from it.
+        points: columns and the diagonal come from it.
     """
 
     blocks: SymmetricBlocks
-    points: PointsProduct
+    points: KernelProduct
 
     @classmethod
-    def of(cls, problem: Problem, points: PointsProduct) -> StoredProduct:
-        """The half matrix filled."""
+    def of(cls, problem: Problem, points: KernelProduct) -> StoredProduct:
+        """The product whose half of k(X, X) is computed and stored."""
         operator = problem.operator
         rows = operator.backend.factor_kernels(torch.float64, operator.precision).rows
         blocks = SymmetricBlocks(len(points), torch.float64, problem.X.device)
@@ -197,12 +192,16 @@ class StoredProduct:
         return len(self.blocks)
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
-        """k(X, X) V."""
+        """The product k(X, X) V, float64."""
         return self.blocks.matmul(V)
 
     def columns(self, index: torch.Tensor) -> torch.Tensor:
-        """k(X, X[index])."""
+        """The columns k(X, X[index]), float64."""
         return self.points.columns(index)
+
+    def diagonal(self) -> torch.Tensor:
+        """The diagonal k(x, x) of each point (n,), float64."""
+        return self.points.diagonal()
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,13 @@ class CGResult:
     residual: float
     iterations: int
     stopped: str
+    left: torch.Tensor
     singular: bool = False
-    left: torch.Tensor | None = None
+
+    @property
+    def measured(self) -> tuple[torch.Tensor, RowsAndResidual]:
+        """``Found.measured`` where A is the system's own matrix, without jitter."""
+        return self.alpha, (torch.arange(len(self.left), device=self.left.device), self.left.neg())
 
 
 class ProgressReporter:
@@ -232,14 +236,14 @@ class ProgressReporter:
             self.bar = tqdm(desc="solve", unit="step")
 
     def step(self, count: int, error: float) -> None:
-        """After a step."""
+        """Log a step and its largest relative residual, and move the bar."""
         log.info("solve: step %d, largest relative residual %.1e", count, error)
         if self.bar is not None:
             self.bar.set_postfix_str(f"residual {error:.1e}", refresh=False)
             self.bar.update()
 
     def close(self) -> None:
-        """At the end, whatever it is."""
+        """Close the bar; called also where the iteration raised."""
         if self.bar is not None:
             self.bar.close()
 
@@ -282,7 +286,7 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
             R = Y - matmul(alpha)
             error = _largest(R, size)
             if error <= options.tolerance:
-                return CGResult(alpha, relative(R, Y), step, "", left=R)
+                return CGResult(alpha, relative(R, Y), step, "", R)
             if error > 0.5 * verified:
                 stopped = "rounding keeps the residual above the tolerance"
             best, best_error, verified = (alpha, error, error) if error < verified else (best, best_error, verified)
@@ -311,7 +315,7 @@ def _iterate(matmul: Matmul, Y, precondition: Matmul, options: ConjugateGradient
         elif error < best_error:
             best, best_error, since = alpha, error, 0
     left = Y - matmul(best)
-    return CGResult(best, relative(left, Y), step, stopped, singular, left)
+    return CGResult(best, relative(left, Y), step, stopped, left, singular)
 
 
 def _largest(R: torch.Tensor, size: torch.Tensor) -> float:

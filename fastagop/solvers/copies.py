@@ -93,7 +93,7 @@ class Rows:
 
     @property
     def live(self) -> torch.Tensor:
-        """Whether a row has a weight (n,)."""
+        """Whether each row has a weight above 0 (n,)."""
         return self.each > 0
 
     @property
@@ -103,17 +103,17 @@ class Rows:
 
     @property
     def merged(self) -> int:
-        """Rows merged away."""
+        """How many rows were merged into another one."""
         return len(self.group) - len(self.left) - len(self.kept)
 
     @property
     def weights(self) -> torch.Tensor | None:
-        """Weights of the points, None where all are 1."""
+        """Weights of the points (r,), None where all are 1."""
         return None if self.plain or bool((self.weight == 1).all()) else self.weight
 
     @property
     def total(self) -> float:
-        """The weight of all rows."""
+        """The sum of the weights of all rows."""
         return float(self.weight.sum())
 
     def take(self, A: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,14 @@ class Rows:
         beyond = torch.where(self.equal[group, None], apart, 0.0) * w / -ridge if ridge > 0 else None
         if beyond is not None and not (beyond.numel() and float(beyond.abs().max()) <= bound):
             beyond = None
-        return Given(group, self.share, ridge / w, apart, beyond, float(torch.linalg.vector_norm(Y.double()[live])))
+        return Given(
+            group=group,
+            share=self.share,
+            ridges=ridge / w,
+            apart=apart,
+            beyond=beyond,
+            size=float(torch.linalg.vector_norm(Y.double()[live])),
+        )
 
     def contradictions(self, Y: torch.Tensor, mean: torch.Tensor) -> int:
         """Rows whose target differs from their point's mean target by more than rounding."""
@@ -215,7 +222,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     group[left] = len(first) + torch.arange(len(left), device=device)
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
-    return Rows(live[first], left, group, weight, w, equal, plain)
+    return Rows(kept=live[first], left=left, group=group, weight=weight, each=w, equal=equal, plain=plain)
 
 
 def _all_apart(X: torch.Tensor) -> bool:
@@ -237,7 +244,7 @@ def _tolerance(X: torch.Tensor) -> float:
 def alone(X: torch.Tensor) -> Rows:
     """Every row of X a point of its own, of weight 1."""
     every, ones = torch.arange(len(X), device=X.device), torch.ones(len(X), dtype=torch.float64, device=X.device)
-    return Rows(every, every[:0], every, ones, ones, ones > 0, True)
+    return Rows(kept=every, left=every[:0], group=every, weight=ones, each=ones, equal=ones > 0, plain=True)
 
 
 def _sums(point: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

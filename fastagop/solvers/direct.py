@@ -16,6 +16,7 @@ from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg
+from fastagop.solvers.found import Found
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes
 
@@ -46,11 +47,11 @@ class FullMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         return self.K.dtype
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         return linalg.largest_row_sum(self.K)
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -62,7 +63,7 @@ class FullMatrix:
         linalg.restore_lower_(self.K)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         return linalg.cholesky_solve(self.K, B)
 
 
@@ -76,13 +77,13 @@ class Matrix(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         ...
 
     def __len__(self) -> int: ...
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         ...
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -90,11 +91,11 @@ class Matrix(Protocol):
         ...
 
     def restore(self) -> None:
-        """What it was before ``factor``."""
+        """Make K what it was before ``factor``."""
         ...
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         ...
 
 
@@ -122,7 +123,7 @@ class LinearSystem:
 
     @property
     def full(self) -> torch.Tensor:
-        """The matrix where it is stored in full."""
+        """The matrix (n, n) of a system whose matrix is stored in full."""
         assert self.matrix.K is not None
         return self.matrix.K
 
@@ -146,45 +147,18 @@ class LinearSystem:
         fine = excess <= 1 or self.residual(alpha.to(self.out), Y) <= RESIDUAL[self.out]
         return 0.0 if fine else excess
 
-
-@dataclass(frozen=True)
-class Found:
-    """What a direct solve came to: alpha in float64, and how.
-
-    ``checked``: (rows, residuals of alpha rounded to ``system.out``) where they have been measured on the way.
-    """
-
-    system: LinearSystem
-    alpha: torch.Tensor
-    jitter: float
-    iterations: int
-    rank: int
-    checked: tuple[torch.Tensor, torch.Tensor] | None = None
-    stopped: str = ""
-    tolerance: float = 0.0
-    method: str = ""  # where it is not the plan's
-    fallback: str = ""  # why it is not
-
-    @property
-    def K(self) -> torch.Tensor | None:
-        """The matrix with k(X, X) in its strict upper triangle, where there is one."""
-        return self.system.matrix.K
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
-        return self.system.matrix.dtype
-
-    @property
-    def dropped(self) -> int:
-        """Eigenvalues that were left out."""
-        return len(self.system.matrix) - self.rank
-
-    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, (k + ridge) alpha - Y of them) with k(X, X) in float64, of the alpha that is returned."""
-        if self.checked is not None and torch.equal(alpha, self.alpha.to(self.system.out).double()):
-            return self.checked
-        return self.system.unmet(alpha, Y)
+    def found(self, alpha: torch.Tensor, jitter: float = 0.0, iterations: int = 0, rank: int | None = None) -> Found:
+        """What a solver found for this system."""
+        n, matrix = len(self.matrix), self.matrix
+        return Found(
+            alpha=alpha,
+            jitter=jitter,
+            iterations=iterations,
+            rank=n if rank is None else rank,
+            dtype=matrix.dtype,
+            measure=self.unmet,
+            K=matrix.K,
+        )
 
 
 def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
@@ -200,7 +174,9 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
         described = operator.backend.describe_precision(operator.precision, X)
         precision = f"{described} factorisation, float64 refinement"
     peak = int(copies * n * n * size) + extra
-    made = Plan("solve", operator.backend.name, method, why, precision + kernels.note, work, peak, rows)
+    precision += kernels.note
+    backend = operator.backend.name
+    made = Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
     return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
 
 
@@ -226,28 +202,34 @@ def solve(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[to
     dtype, out = dtypes
     build = functools.partial(system, problem.operator, ridge, plan, out)
     if plan.method == "eigh":
-        found = build(dtype)
-        alpha, rank = eigh(found, found.full, Y)
-        return Found(found, alpha, 0.0, 0, rank)
-    wide, (n, d) = problem.fits(torch.float64), problem.X.shape
-    found = cholesky(build(dtype), Y, wide)
-    if found is not None and (dtype == torch.float64 or _is_zero(ridge)):
-        return found
-    if found is not None:
-        coarse, found = _coarse(found, Y)
-        if not coarse:
+        eigen = build(dtype)
+        alpha, rank = eigh(eigen, eigen.full, Y)
+        return eigen.found(alpha, rank=rank)
+    if dtype == torch.float32 and not _is_zero(ridge):
+        if (found := _by_float32(problem, build(dtype), Y)) is not None:
             return found
-        log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
-        if not wide or _PASSES * (d + 2 * Y.shape[1]) < n / 3:
-            steps = found.system.steps if not wide else _PASSES
-            refined, met = _refined_from_points(found, Y, steps)
-            if met or not wide:
-                return refined
-    log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * n**2))
-    found = None  # the float32 matrix is given back first
-    found = cholesky(build(torch.float64), Y)
+        log.info("solve: solving again with a float64 matrix of %s", format_bytes(8 * len(Y) ** 2))
+        dtype = torch.float64
+    found = cholesky(build(dtype), Y)
     assert found is not None
     return found
+
+
+def _by_float32(problem: Problem, system: LinearSystem, Y: torch.Tensor) -> Found | None:
+    """The solution by a float32 matrix, refined from the points where it is coarse; None where float64 is due."""
+    wide, (n, d) = problem.fits(torch.float64), problem.X.shape
+    found = cholesky(system, Y, wide)
+    if found is None:
+        return None
+    coarse, found = _coarse(system, found, Y)
+    if not coarse:
+        return found
+    log.info("solve: a float32 kernel matrix leaves a residual of %.1e", coarse)
+    if not wide or _PASSES * (d + 2 * Y.shape[1]) < n / 3:
+        refined, met = _refined_from_points(system, found, Y, system.steps if not wide else _PASSES)
+        if met or not wide:
+            return refined
+    return None
 
 
 def _is_zero(ridge) -> bool:
@@ -276,20 +258,27 @@ def system(operator: KernelOperator, ridge, plan: Plan, out: torch.dtype, dtype:
         return (every, linalg.upper_matmul(K, 1.0, V)) if dtype == torch.float64 else points().sampled(V)
 
     exact = dtype == torch.float32 and _is_zero(ridge)
-    update, steps = kernels.update, STEPS[kernels.precision]
-    matrix = FullMatrix(K, update)
-    return LinearSystem(matrix, ridge, from_points if exact else stored, from_points, sampled, steps, out)
+    return LinearSystem(
+        matrix=FullMatrix(K, kernels.update),
+        ridge=ridge,
+        matmul=from_points if exact else stored,
+        from_points=from_points,
+        check=sampled,
+        steps=STEPS[kernels.precision],
+        out=out,
+    )
 
 
-def _coarse(found: Found, Y: torch.Tensor) -> tuple[float, Found]:
-    """(residual with float64 kernel values where a float32 matrix is to blame for it, else 0; found, checked)."""
-    system, alpha, K = found.system, found.alpha, Y.shape[1]
-    lost = alpha - alpha.to(system.out).double()
+def _coarse(system: LinearSystem, found: Found, Y: torch.Tensor) -> tuple[float, Found]:
+    """(residual with float64 kernel values where a float32 matrix is to blame for it, else 0; found, measured)."""
+    alpha, K = found.alpha, Y.shape[1]
+    returned = alpha.to(system.out).double()
+    lost = alpha - returned
     rounded = system.out != torch.float64
     rows, both = system.check(torch.cat([alpha, lost], 1) if rounded else alpha)
     R = both[:, :K] + times(system.ridge, alpha)[rows] - Y[rows]
     change = both[:, K:] + times(system.ridge, lost)[rows] if rounded else torch.zeros_like(R)
-    found = replace(found, checked=(rows, R - change))
+    found = replace(found, measured=(returned, (rows, R - change)))
     size = float(torch.linalg.vector_norm(Y)) * (len(rows) / len(Y)) ** 0.5
     if size == 0:
         return 0.0, found
@@ -305,14 +294,14 @@ def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False) -> Found
     ones.
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
-    matrix, n = system.matrix, len(system.matrix)
+    matrix = system.matrix
     scale = matrix.largest_row_sum() + float(torch.as_tensor(system.ridge).min())
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     jitter, plain = _factor(system, 0.0, scale, hopeful), None
     while jitter is not None:
         alpha, iterations, singular = _refined(system, Y, jitter)
         excess = 1.0 if singular else system.excess(alpha, Y)
-        found = Found(system, alpha, jitter, iterations, n)
+        found = system.found(alpha, jitter, iterations)
         if not excess or jitter >= MAX_JITTER * scale:
             if plain is None:
                 return found
@@ -352,21 +341,20 @@ def _refined(system: LinearSystem, Y: torch.Tensor, jitter: float) -> tuple[torc
     return outcome.alpha, outcome.iterations, outcome.singular
 
 
-def _refined_from_points(found: Found, Y: torch.Tensor, steps: int) -> tuple[Found, bool]:
+def _refined_from_points(system: LinearSystem, found: Found, Y: torch.Tensor, steps: int) -> tuple[Found, bool]:
     """(alpha refined with float64 kernel values from the points, whether that was enough): one pass a step."""
-    old = found.system
 
     def matmul(V: torch.Tensor) -> torch.Tensor:
-        return old.from_points(V).add_(V * found.jitter)
+        return system.from_points(V).add_(V * found.jitter)
 
     def by_factor(R: torch.Tensor) -> torch.Tensor:
-        return old.matrix.solve(R.to(old.matrix.dtype)).double()
+        return system.matrix.solve(R.to(system.matrix.dtype)).double()
 
     left = Y - matmul(found.alpha)
     reach = ENOUGH_OF_FEW * 0.1 * float(torch.linalg.vector_norm(Y) / torch.linalg.vector_norm(left))
     options = cg.ConjugateGradients(tolerance=min(0.5, reach), max_iterations=steps)
     outcome = cg.conjugate_gradients(matmul, left, by_factor, options)
-    better = replace(found, alpha=found.alpha + outcome.alpha, checked=None)
+    better = replace(found, alpha=found.alpha + outcome.alpha, measured=None)
     return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
 
 

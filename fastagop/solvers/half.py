@@ -24,6 +24,7 @@ from fastagop.kernels.torch_backend.distance import tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
+from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.options import CholeskyCG
 from fastagop.solvers.problem import Problem
@@ -42,7 +43,7 @@ _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
 
 
 def check_place(options: CholeskyCG, device: torch.device) -> None:
-    """Refuse a place that a device has not."""
+    """Refuse a place that does not exist for a device."""
     if options.place == "host" and device.type != "cuda":
         raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
 
@@ -61,11 +62,11 @@ class HalfMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factorisation."""
+        """The dtype of the factorisation."""
         return self.blocks.dtype
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j K_ij."""
+        """The largest sum of a row of K."""
         return self.blocks.largest_row_sum()
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -73,11 +74,11 @@ class HalfMatrix:
         return self.blocks.cholesky_(diagonal, self.products)
 
     def restore(self) -> None:
-        """Make K again."""
+        """Fill the blocks with K again, which the factor has overwritten."""
         self.fill(self.blocks)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
-        """(L L^T)^-1 B."""
+        """The solution of L L^T X = B by the factor L."""
         return self.blocks.solve(B)
 
 
@@ -98,7 +99,7 @@ def products_of(problem: Problem) -> PanelProducts:
 
 
 def refined_bytes(problem: Problem) -> int:
-    """Most bytes of ``refined``."""
+    """The most bytes that ``refined`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
@@ -107,7 +108,7 @@ def refined_bytes(problem: Problem) -> int:
 
 
 def in_place_bytes(problem: Problem) -> int:
-    """Most bytes of ``in_place``."""
+    """The most bytes that ``in_place`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     beside = max(_fill_bytes(problem), 8 * _beside(problem) * rows * n, _points_bytes(problem))
@@ -115,7 +116,7 @@ def in_place_bytes(problem: Problem) -> int:
 
 
 def from_points_bytes(problem: Problem) -> int:
-    """Most bytes of ``from_points``."""
+    """The most bytes that ``from_points`` takes at once."""
     n = len(problem.X)
     rows = default_rows(n, problem.X.device)
     beside = max(_fill_bytes(problem) + 8 * FILL * n, 4 * _beside(problem) * rows * n, _points_bytes(problem))
@@ -138,7 +139,7 @@ def _pinned_bytes(problem: Problem, dtypes: tuple[torch.dtype, ...]) -> int:
 
 
 def _beside(problem: Problem) -> int:
-    """Block rows beside the stored ones."""
+    """How many block rows a factorisation holds beside the stored ones."""
     return _STREAMED if problem.half.place != "device" and problem.X.device.type == "cuda" else _BESIDE
 
 
@@ -180,14 +181,14 @@ def _fill_seconds(problem: Problem) -> float:
 
 
 def _factor_seconds(problem: Problem, products: str) -> float:
-    """Of a factor by products of a kind. A GPU's large blocks of a float32 one are multiplied by an inverse besides."""
+    """Estimated time of a factor. A GPU multiplies large blocks of a float32 factor by an inverse besides."""
     n, device = len(problem.X), problem.X.device
     inverted = default_rows(n, device) * n**2 if device.type == "cuda" and products != "float64" else 0
     return calibration.seconds((n**3 / 3.0 + inverted) / problem.ranks, 0.0, device, "gradient", products)
 
 
 def _step_seconds(problem: Problem) -> float:
-    """Of a step of refinement: K is read once, the factor twice."""
+    """Estimated time of a step of refinement: K is read once, the factor twice."""
     n, kind = len(problem.X), "cuda" if problem.X.device.type == "cuda" else "cpu"
     return 8.0 * n * n / _READ[kind] / problem.ranks
 
@@ -196,15 +197,16 @@ def _step_seconds(problem: Problem) -> float:
 
 
 def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> Plan:
-    """The plan of one of them."""
+    """The plan of one of the three forms."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     rows = default_rows(n, problem.X.device)
     precision = precision.replace("float32 factor", f"float32 factor{products_of(problem).note}")
-    return Plan("solve", problem.operator.backend.name, method, why, precision, work, peak, rows)
+    backend = problem.operator.backend.name
+    return Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
 
 
-def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with K in float64, its factor in float32, and conjugate gradients; by ``in_place`` where that is no good.
 
     Arguments as of ``cg.solve``.
@@ -224,8 +226,17 @@ def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dty
 
         result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
         if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
-            found = cg.Found(result.alpha, 0.0, result.iterations, len(K), "", tolerance, matmul, K)
-            return replace(found, dtype=torch.float32, left=result.left, K=K if problem.shared is None else None)
+            return Found(
+                alpha=result.alpha,
+                jitter=0.0,
+                iterations=result.iterations,
+                rank=len(K),
+                dtype=torch.float32,
+                measure=measure_all(matmul),
+                measured=result.measured,
+                K=K if problem.shared is None else None,
+                tolerance=tolerance,
+            )
         reason = f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
     log.info("solve: %s; a float64 factor takes over, in place", reason)
     factor.drop()
@@ -240,20 +251,20 @@ def _by_factor(factor: SymmetricBlocks, R: torch.Tensor) -> torch.Tensor:
     return factor.solve(R.to(factor.dtype)).double()
 
 
-def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with a float64 factor in the only matrix there is; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     return _in_place(problem, K, fill, Y, ridge, out)
 
 
-def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     found = direct.cholesky(_system(problem, HalfMatrix(K, fill, products_of(problem)), ridge, out), Y)
     assert found is not None
     return found
 
 
-def from_points(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> direct.Found:
+def from_points(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with a float32 factor and products made of the points; arguments as of ``refined``."""
     fill = filler_of(problem.operator)
     blocks = fill(_blocks(problem, torch.float32))
@@ -278,7 +289,15 @@ def _system(problem: Problem, matrix: HalfMatrix, ridge, out: torch.dtype) -> Li
     def sampled(V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return points().sampled(V)
 
-    return LinearSystem(matrix, ridge, matmul, matmul, sampled, direct.STEPS["highest"], out)
+    return LinearSystem(
+        matrix=matrix,
+        ridge=ridge,
+        matmul=matmul,
+        from_points=matmul,
+        check=sampled,
+        steps=direct.STEPS["highest"],
+        out=out,
+    )
 
 
 def filler_of(operator) -> Callable[[SymmetricBlocks], SymmetricBlocks]:
@@ -317,15 +336,15 @@ class Form(NamedTuple):
     memory: Callable[[Problem], int]
     seconds: Callable[[Problem], float]
     precision: str
-    run: Callable[..., direct.Found | cg.Found]
+    run: Callable[..., Found]
     keeps: bool = False
 
     def fits(self, problem: Problem) -> bool:
-        """Whether device and host have the memory."""
+        """Whether the device and the host have the memory that the form takes."""
         return self.memory(problem) <= problem.room and _pinned_bytes(problem, self.dtypes) <= _of_host()
 
     def check_host(self, problem: Problem) -> None:
-        """MemoryError where the host has not."""
+        """Raise MemoryError where the host lacks the pinned memory that the form takes."""
         if (needed := _pinned_bytes(problem, self.dtypes)) > (free := _of_host()):
             raise MemoryError(
                 f"place='host' needs {format_bytes(needed)} of pinned memory for n = {len(problem.X)}, but "
@@ -339,28 +358,28 @@ def _of_host() -> int:
 
 
 REFINED = Form(
-    "half of a float64 matrix and of its float32 factor",
-    (torch.float64, torch.float32),
-    refined_bytes,
-    refined_seconds,
-    "half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in its place "
-    "where these take too long",
-    refined,
+    stores="half of a float64 matrix and of its float32 factor",
+    dtypes=(torch.float64, torch.float32),
+    memory=refined_bytes,
+    seconds=refined_seconds,
+    precision="half of k(X, X) in float64, a float32 factor, float64 conjugate gradients on it; a float64 factor in "
+    "its place where these take too long",
+    run=refined,
     keeps=True,
 )
 IN_PLACE = Form(
-    "half of a float64 matrix",
-    (torch.float64,),
-    in_place_bytes,
-    in_place_seconds,
-    "float64 factorisation of half a matrix, in place",
-    in_place,
+    stores="half of a float64 matrix",
+    dtypes=(torch.float64,),
+    memory=in_place_bytes,
+    seconds=in_place_seconds,
+    precision="float64 factorisation of half a matrix, in place",
+    run=in_place,
 )
 FROM_POINTS = Form(
-    "half of a float32 factor",
-    (torch.float32,),
-    from_points_bytes,
-    from_points_seconds,
-    "float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
-    from_points,
+    stores="half of a float32 factor",
+    dtypes=(torch.float32,),
+    memory=from_points_bytes,
+    seconds=from_points_seconds,
+    precision="float32 factorisation of half a matrix, float64 conjugate gradients on it with k(X, X) from the points",
+    run=from_points,
 )

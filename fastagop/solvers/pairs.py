@@ -20,6 +20,7 @@ from fastagop.kernels.pair_backend.composite import diagonal_of
 from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Kernel
 from fastagop.solvers import cg, direct
+from fastagop.solvers.found import Found, RowsAndResidual
 from fastagop.solvers.limits import times
 from fastagop.solvers.problem import Problem
 
@@ -37,13 +38,13 @@ def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
 
 
 @dataclass(frozen=True)
-class FullMatrix(direct.FullMatrix):
+class FullMatrixWithDiagonal(direct.FullMatrix):
     """A stored matrix with a diagonal of its own (n,), float64."""
 
     diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j |K_ij|."""
+        """The largest sum of absolute values of a row of K."""
         return max(float(row.abs().sum(1).max()) for row in self.K.split(256))
 
     def factor(self, diagonal: float | torch.Tensor) -> int:
@@ -51,34 +52,17 @@ class FullMatrix(direct.FullMatrix):
         return super().factor(self.diagonal + (diagonal - 1.0))
 
 
-@dataclass(frozen=True)
-class Unscaled:
-    """What a solve with the kernel over ``unit`` came to, for the kernel itself; attributes as of ``direct.Found``."""
+def _unscaled(found: Found, unit: float) -> Found:
+    """What was found with the kernel over ``unit``, for the kernel itself.
 
-    found: direct.Found | cg.Found
-    unit: float
+    Its matrix has served: its values are no way to gradients here.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        """All that has no unit."""
-        return getattr(self.found, name)
+    def residual(alpha: torch.Tensor, Y: torch.Tensor) -> RowsAndResidual:
+        return found.unmet(alpha * unit, Y)
 
-    @property
-    def alpha(self) -> torch.Tensor:
-        """Of the kernel itself."""
-        return self.found.alpha / self.unit
-
-    @property
-    def jitter(self) -> float:
-        """On the kernel's own diagonal."""
-        return self.found.jitter * self.unit
-
-    @property
-    def K(self) -> None:
-        """The matrix has served: its values are no way to gradients here."""
-
-    def unmet(self, alpha: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, (k + ridge) alpha - Y of them)."""
-        return self.found.unmet(alpha * self.unit, Y)
+    alpha, jitter = found.alpha / unit, found.jitter * unit
+    return replace(found, alpha=alpha, jitter=jitter, measure=residual, measured=None, K=None)
 
 
 def _scaled(problem: Problem, ridge) -> tuple[Problem, Any, float]:
@@ -89,8 +73,8 @@ def _scaled(problem: Problem, ridge) -> tuple[Problem, Any, float]:
     unit = math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
     kernel = Multiple(1.0 / unit, operator.kernel)
     # The products of every method are float64.
-    made = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
-    return replace(problem, operator=made, ridge=problem.ridge / unit), ridge / unit, unit
+    scaled = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
+    return replace(problem, operator=scaled, ridge=problem.ridge / unit), ridge / unit, unit
 
 
 def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.LinearSystem:
@@ -106,27 +90,34 @@ def _system(problem: Problem, plan: Plan, ridge, out: torch.dtype) -> direct.Lin
     def matmul(V: torch.Tensor) -> torch.Tensor:
         return product(V).add_(times(ridge, V))
 
-    matrix = FullMatrix(K, diagonal=diagonal)
-    return direct.LinearSystem(matrix, ridge, matmul, matmul, lambda V: (every, product(V)), 0, out)
+    return direct.LinearSystem(
+        matrix=FullMatrixWithDiagonal(K, diagonal=diagonal),
+        ridge=ridge,
+        matmul=matmul,
+        from_points=matmul,
+        check=lambda V: (every, product(V)),
+        steps=0,
+        out=out,
+    )
 
 
-def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
-    """By one float64 factorisation, with the least jitter that has bounded coefficients."""
+def cholesky(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
+    """Solve by one float64 factorisation, with the least jitter that has bounded coefficients."""
     problem, ridge, unit = _scaled(problem, ridge)
     found = direct.cholesky(_system(problem, plan, ridge, out), Y)
     assert found is not None
-    return Unscaled(found, unit)
+    return _unscaled(found, unit)
 
 
-def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Any:
-    """By the eigendecomposition, without the eigenvalues that rounding made up."""
+def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
+    """Solve by the eigendecomposition, without the eigenvalues that rounding made up."""
     problem, ridge, unit = _scaled(problem, ridge)
     system = _system(problem, plan, ridge, out)
     alpha, rank = direct.eigh(system, system.full, Y)
-    return Unscaled(direct.Found(system, alpha, 0.0, 0, rank), unit)
+    return _unscaled(system.found(alpha, rank=rank), unit)
 
 
-def conjugate_gradients(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Any:
-    """By conjugate gradients with products from the points."""
+def conjugate_gradients(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype, **shared) -> Found:
+    """Solve by conjugate gradients with products made of the points."""
     problem, ridge, unit = _scaled(problem, ridge)
-    return Unscaled(cg.solve(problem, plan, Y, ridge, out, **shared), unit)
+    return _unscaled(cg.solve(problem, plan, Y, ridge, out, **shared), unit)

@@ -13,7 +13,7 @@ Shapes = Sequence[tuple[int, int]]
 
 
 def matrices(shapes: Shapes, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Uninitialised matrices of those shapes."""
+    """Uninitialised matrices of the given shapes in pinned memory."""
     found = [torch.empty(0)] * len(shapes)
     for piece in _pieces(shapes):
         sizes = [shapes[i][0] * shapes[i][1] for i in piece]
@@ -24,22 +24,22 @@ def matrices(shapes: Shapes, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def bytes_of(shapes: Shapes, dtype: torch.dtype) -> int:
-    """Bytes of host memory that they take."""
+    """Bytes of host memory that matrices of the given shapes take."""
     items = (sum(shapes[i][0] * shapes[i][1] for i in piece) for piece in _pieces(shapes))
     return sum(_power(count * dtype.itemsize) for count in items)
 
 
 def _power(size: int) -> int:
-    """The smallest power of two that is not below."""
+    """The smallest power of two that is not below a size."""
     return 1 << max(0, size - 1).bit_length()
 
 
 def _pieces(shapes: Shapes) -> list[list[int]]:
     """Which matrices share a piece: the largest first, each in the first piece that has room for it."""
     sizes = [rows * columns for rows, columns in shapes]
-    most, pieces, used = _power(max(sizes, default=0)), [], []
+    piece_size, pieces, used = _power(max(sizes, default=0)), [], []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        place = next((p for p, count in enumerate(used) if count + sizes[i] <= most), len(pieces))
+        place = next((p for p, count in enumerate(used) if count + sizes[i] <= piece_size), len(pieces))
         if place == len(pieces):
             pieces.append([])
             used.append(0)

@@ -31,12 +31,12 @@ class Preconditioner:
 
     @property
     def rank(self) -> int:
-        """Columns of U."""
+        """The number of columns of U."""
         return self.U.shape[1]
 
     @property
     def largest(self) -> float:
-        """The largest eigenvalue."""
+        """The largest eigenvalue of P."""
         return float(self.values[-1])
 
     def shifted(self, jitter: float) -> Preconditioner:

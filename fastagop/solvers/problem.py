@@ -23,11 +23,11 @@ class Advice:
     limit: str = "raise memory_limit where memory is free"
 
     def direct(self) -> str:
-        """Where no matrix fits."""
+        """The remedy where no n x n matrix fits."""
         return f"Use fewer points, {self.method}='cg', or {self.limit}"
 
     def iterative(self) -> str:
-        """Where not even the vectors of "cg" fit."""
+        """The remedy where not even the vectors of "cg" fit."""
         smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
         return f"Use fewer points, {smaller}, or {self.limit}"
 
@@ -45,15 +45,15 @@ class Problem:
     """A system (k(X, X) + ridge W^-1) alpha = Y as far as the choice of its solver goes.
 
     Attributes:
-        operator: of its kernel and points, by the backend that serves it.
+        operator: the kernel and the points, checked, with the backend that serves them.
         outputs: columns of Y.
         ridge: mu >= 0.
-        room: bytes that may be taken.
-        options: of conjugate gradients.
-        float64_alpha: the coefficients are wanted in float64.
-        advice: for errors of memory.
-        half: how half of a matrix is stored and refined with.
-        shared: who shares it, where it is not this process alone.
+        room: bytes that a solver may take.
+        options: how conjugate gradients iterate.
+        float64_alpha: whether the coefficients are wanted in float64.
+        advice: the words of remedies in errors of memory.
+        half: where half of a matrix is stored, and how exactly its factor is refined.
+        shared: the processes that share half of a matrix; None where this one works alone.
         gave_way: why no float32 factor is tried; "" where one may be.
     """
 
@@ -70,12 +70,12 @@ class Problem:
 
     @property
     def ranks(self) -> int:
-        """Processes that share the matrix."""
+        """How many processes share the matrix."""
         return self.shared.size if self.shared else 1
 
     @property
     def X(self) -> torch.Tensor:
-        """The points (n, d)."""
+        """The points (n, d) of the operator."""
         return self.operator.X
 
     @property

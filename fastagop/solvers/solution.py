@@ -96,17 +96,19 @@ class Solved:
     alpha: torch.Tensor
 
     def to(self, device: torch.device) -> Solved:
-        """The same with its tensors on a device."""
+        """A copy whose tensors lie on a device."""
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
-def report(solution: Solution, reported: set[str] | None = None) -> None:
+def warn_about(solution: Solution, warned: set[str] | None = None) -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
-    ``reported``: what a fit of many solves has warned about already; what is true of the whole fit is not repeated.
+    ``warned``: kinds of what a fit of many solves has warned about already; what is true of the whole fit is not
+    repeated.
     """
-    found, about, repeated = _altered(solution), _problem(solution), set() if reported is None else reported
-    if found:
+    altered, wrong, warned = _altered(solution), _problem(solution), set() if warned is None else warned
+    texts = []
+    if altered:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
         if solution.ridge > 0:
             narrow = solution.alpha.dtype == torch.float32
@@ -114,11 +116,11 @@ def report(solution: Solution, reported: set[str] | None = None) -> None:
             remedy = f"{more}a larger ridge makes the problem well posed"
         if solution.method == "cg":
             remedy = "a larger rank, more max_iterations or a larger ridge helps"
-        found = [f"{' and '.join(found)}; {remedy}"]
-    found += [text for key, text in about.items() if key not in repeated]
-    repeated.update(about)
-    if found:
-        warn(f"solve: {'. '.join(found)}")
+        texts.append(f"{' and '.join(altered)}; {remedy}")
+    texts += [text for kind, text in wrong.items() if kind not in warned]
+    warned.update(wrong)
+    if texts:
+        warn(f"solve: {'. '.join(texts)}")
 
 
 def _altered(solution: Solution) -> list[str]:
@@ -141,14 +143,14 @@ def _altered(solution: Solution) -> list[str]:
 
 
 def _problem(solution: Solution) -> dict[str, str]:
-    """What is wrong with the problem, whatever the solver does."""
-    found = {}
+    """What is wrong with the problem, whatever the solver does: texts by their kind."""
+    wrong = {}
     if solution.contradictions and solution.ridge == 0:
         more = "" if solution.jitter else ", without jitter"
-        found["contradictions"] = (
+        wrong["contradictions"] = (
             f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
             f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
         )
     if solution.note:
-        found["bandwidth"] = solution.note
-    return found
+        wrong["bandwidth"] = solution.note
+    return wrong

@@ -16,13 +16,13 @@ from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
 from fastagop.kernels.plan import Plan, budget, format_bytes
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
-from fastagop.solvers import bandwidth, copies, few, pairs, table
+from fastagop.solvers import bandwidth, copies, float64_small, pairs, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import check_place
 from fastagop.solvers.limits import bound, relative, times
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Advice, Problem, Shared
-from fastagop.solvers.solution import Solution, Solved, report
+from fastagop.solvers.solution import Solution, Solved, warn_about
 from fastagop.solvers.table import Method, Solver
 
 ADVICE = Advice()
@@ -65,8 +65,8 @@ class PreparedSolve:
     solver: Solver
     plan: Plan
 
-    def short(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
-        """The same for a few hundred points without copies and weights, where one float64 matrix is factored, or None.
+    def solve_small_in_float64(self, Y: torch.Tensor, rows: Rows, out: torch.dtype) -> Solved | None:
+        """The solution of a few hundred points without copies and weights by one float64 matrix; None of others.
 
         Arguments as of ``run``.
         """
@@ -74,7 +74,7 @@ class PreparedSolve:
         if not (float64 and rows.plain and self.problem.operator.kernel.radial):
             return None
         operator = self.problem.operator
-        found = few.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
+        found = float64_small.solve(operator.kernel, operator.X, Y, self.problem.ridge, out)
         return None if found is None else found.solved
 
     @property
@@ -84,7 +84,7 @@ class PreparedSolve:
         return self.problem.gave_way if wide else ""
 
     def seconds(self) -> float:
-        """Estimated time."""
+        """Estimated time of the solve in seconds."""
         return self.solver.seconds(self.problem, self.plan)
 
     def offers(self) -> list[str]:
@@ -143,9 +143,18 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         checks.sample_weight(sample_weight, X, "mean")
         room = budget(limit, X.device)
         check_place(half, X.device)
-        wide, advice = options.float64_alpha, options.advice
-        gave_way = options.gave_way if method == "auto" else ""
-        return Problem(operator, Y.shape[1], ridge, room, iteration, wide, advice, half, options.shared, gave_way)
+        return Problem(
+            operator=operator,
+            outputs=Y.shape[1],
+            ridge=ridge,
+            room=room,
+            options=iteration,
+            float64_alpha=options.float64_alpha,
+            advice=options.advice,
+            half=half,
+            shared=options.shared,
+            gave_way=options.gave_way if method == "auto" else "",
+        )
 
     pairs.refuse(kernel, method, iteration)
     if method == "cg":
@@ -227,15 +236,15 @@ def solve(
             residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or every kernel
             value is 0 or 1.
     """
-    options = SolveOptions(ridge, method, precision, backend, memory_limit)
+    options = SolveOptions(ridge=ridge, method=method, precision=precision, backend=backend, memory_limit=memory_limit)
     prepared = prepare(kernel, X, Y, options, sample_weight)
     rows = copies.find(X, sample_weight)
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    elif (short := prepared.short(Y, rows, X.dtype)) is not None:
-        return short.solution
+    elif (small := prepared.solve_small_in_float64(Y, rows, X.dtype)) is not None:
+        return small.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
-    report(solution)
+    warn_about(solution)
     return solution
 
 
@@ -279,7 +288,15 @@ class _Task:
         target, weights = rows.means(y), rows.weights
         ridges = ridge if weights is None or ridge == 0 else ridge / weights
         copied = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
-        return cls(target, ridges, unit, copied, rows, rows.contradictions(y, target), out)
+        return cls(
+            target=target,
+            ridge=ridges,
+            unit=unit,
+            copied=copied,
+            rows=rows,
+            contradictions=rows.contradictions(y, target),
+            out=out,
+        )
 
     def answer(self, alpha: torch.Tensor) -> _Answer:
         """The coefficients that are returned, from those found for the points."""

@@ -82,11 +82,11 @@ class SymmetricBlocks:
 
     @property
     def bytes(self) -> int:
-        """Of all blocks."""
+        """Bytes that the stored blocks take."""
         return sum(block.numel() for block in self.blocks) * self.dtype.itemsize
 
     def drop(self) -> None:
-        """Give the blocks' memory back."""
+        """Give the memory of the blocks back."""
         self.blocks.clear()
 
     def fill_(self, rows_of: Callable[[torch.Tensor, int], object]) -> SymmetricBlocks:
@@ -158,7 +158,7 @@ class SymmetricBlocks:
         return out[: V.shape[1]].T.contiguous()
 
     def largest_row_sum(self) -> float:
-        """max_i sum_j A_ij."""
+        """The largest sum of a row of the matrix."""
         return float(self.matmul(torch.ones(self.n, 1, dtype=self.dtype, device=self.device)).max())
 
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:

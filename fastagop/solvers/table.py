@@ -14,8 +14,8 @@ from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.precision import dtype_name
-from fastagop.solvers import cg, direct, half, mixed, pairs
-from fastagop.solvers.direct import Found
+from fastagop.solvers import cg, direct, full_refined, half, pairs
+from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import Problem, needed_bytes
 
@@ -37,7 +37,7 @@ class Solver:
         seconds: (problem, plan) -> estimated time.
         reason: problem -> why it is the one to take, or None where it is not.
         plan: (problem, reason) -> its Plan and the problem with its options settled, or MemoryError.
-        run: (problem, plan, targets, ridges, dtype of alpha) -> ``direct.Found`` or ``cg.Found``.
+        run: (problem, plan, targets, ridges, dtype of alpha) -> ``Found``.
         keeps: whether k(X, X) is left in float64 when it has run.
         halves: whether half of a matrix is stored.
         offered_with_reason_only: whether ``offers`` leaves it out where it has no reason to be taken.
@@ -50,7 +50,7 @@ class Solver:
     seconds: Callable[[Problem, Plan], float]
     reason: Callable[[Problem], str | None]
     plan: Callable[[Problem, str], tuple[Plan, Problem]]
-    run: Callable[..., Found | cg.Found]
+    run: Callable[..., Found]
     keeps: bool = False
     halves: bool = False
     offered_with_reason_only: bool = False
@@ -75,11 +75,20 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
             raise _too_large(problem, dtype, memory(problem))
         return direct.plan(problem, name, dtype, f"{problem.operator.why}; {why}"), problem
 
-    def run(problem: Problem, made: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
-        return direct.solve(problem, made, Y, ridge, (dtype, out))
+    def run(problem: Problem, planned: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
+        return direct.solve(problem, planned, Y, ridge, (dtype, out))
 
-    stores = f"{dtype_name(dtype)} matrix"
-    return Solver(name, stores, dtype, memory, seconds, reason, plan, run, keeps=dtype == torch.float64)
+    return Solver(
+        name=name,
+        stores=f"{dtype_name(dtype)} matrix",
+        dtype=dtype,
+        memory=memory,
+        seconds=seconds,
+        reason=reason,
+        plan=plan,
+        run=run,
+        keeps=dtype == torch.float64,
+    )
 
 
 def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Problem], str | None]) -> Solver:
@@ -95,7 +104,18 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def seconds(problem: Problem, plan: Plan) -> float:
         return form.seconds(problem)
 
-    return Solver(name, form.stores, dtype, form.memory, seconds, reason, plan, form.run, form.keeps, halves=True)
+    return Solver(
+        name=name,
+        stores=form.stores,
+        dtype=dtype,
+        memory=form.memory,
+        seconds=seconds,
+        reason=reason,
+        plan=plan,
+        run=form.run,
+        keeps=form.keeps,
+        halves=True,
+    )
 
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
@@ -109,7 +129,7 @@ def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError
 
 
 def _of_half(problem: Problem) -> str | None:
-    """In place, where the full matrix does not fit and half of it does, or in the place of half a float32 factor."""
+    """Why half of a float64 matrix is factored in place: no full one fits, or a float32 factor gave way. Or None."""
     if problem.coarse or not half.IN_PLACE.fits(problem):
         return None
     if problem.gave_way and problem.many_rows:
@@ -119,12 +139,13 @@ def _of_half(problem: Problem) -> str | None:
     return None if full else f"a full float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
-def of_mixed(problem: Problem) -> str | None:
+def of_full_refined(problem: Problem) -> str | None:
     """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
     alone = problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
-    fits = problem.half == CholeskyCG() and mixed.bytes_of(problem) <= problem.room
-    if problem.gave_way or not (alone and fit and fits and len(problem.X) > mixed.LEAST) or problem.many_rows:
+    fits = problem.half == CholeskyCG() and full_refined.bytes_of(problem) <= problem.room
+    few_thousand = len(problem.X) > full_refined.FLOAT64_ROWS and not problem.many_rows
+    if problem.gave_way or not (alone and fit and fits and few_thousand):
         return None
     return "a few thousand rows: a float32 factor and steps on it take less time than a float64 factor"
 
@@ -179,37 +200,37 @@ def _of_float32(problem: Problem) -> str | None:
     return f"a float64 matrix does not fit into {format_bytes(problem.room)}"
 
 
-def _plan_mixed(problem: Problem, why: str) -> tuple[Plan, Problem]:
-    if mixed.bytes_of(problem) > problem.room:
-        raise _too_large(problem, torch.float32, mixed.bytes_of(problem))
-    return mixed.plan(problem, f"{problem.operator.why}; {why}"), problem
+def _plan_full_refined(problem: Problem, why: str) -> tuple[Plan, Problem]:
+    if full_refined.bytes_of(problem) > problem.room:
+        raise _too_large(problem, torch.float32, full_refined.bytes_of(problem))
+    return full_refined.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
-MIXED = Solver(
-    "cholesky+cg",
-    "a float64 matrix and its float32 factor",
-    torch.float32,
-    mixed.bytes_of,
-    lambda problem, plan: half.refined_seconds(problem),
-    of_mixed,
-    _plan_mixed,
-    mixed.run,
+FULL_REFINED = Solver(
+    name="cholesky+cg",
+    stores="a float64 matrix and its float32 factor",
+    dtype=torch.float32,
+    memory=full_refined.bytes_of,
+    seconds=lambda problem, plan: half.refined_seconds(problem),
+    reason=of_full_refined,
+    plan=_plan_full_refined,
+    run=full_refined.run,
     keeps=True,
     offered_with_reason_only=True,
 )
 EIGH = _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64")
 CG = Solver(
-    "cg",
-    "no matrix",
-    torch.float64,
-    cg.least_bytes,
-    lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
-    lambda problem: "cg asked for",
-    cg.plan,
-    cg.solve,
+    name="cg",
+    stores="no matrix",
+    dtype=torch.float64,
+    memory=cg.least_bytes,
+    seconds=lambda problem, plan: problem.operator.seconds(plan, torch.float64, cg.STEPS),
+    reason=lambda problem: "cg asked for",
+    plan=cg.plan,
+    run=cg.solve,
 )
 TABLE = (
-    MIXED,
+    FULL_REFINED,
     _half("cholesky+cg", torch.float32, half.REFINED, _of_refined),
     _half("cholesky+cg", torch.float32, half.FROM_POINTS, lambda problem: "k(X, X) does not fit beside its factor"),
     _direct("cholesky", torch.float64, _of_float64),
@@ -247,7 +268,7 @@ def order(problem: Problem) -> tuple[str, ...]:
     """
     if problem.X.dtype == torch.float64 or not problem.operator.kernel.radial or problem.gave_way:
         return "cholesky", "cg"
-    if of_mixed(problem) or _refinement_pays(problem):
+    if of_full_refined(problem) or _refinement_pays(problem):
         return "cholesky+cg", "cholesky", "cg"
     if not problem.large:
         return "cholesky", "cholesky+cg", "cg"

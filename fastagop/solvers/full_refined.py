@@ -15,7 +15,8 @@ from fastagop.kernels.gemm import rows_of, times_few
 from fastagop.kernels.plan import Plan, empty_matrix
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
-from fastagop.solvers import cg, direct, few
+from fastagop.solvers import cg, direct, float64_small
+from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.problem import Problem
 
@@ -24,14 +25,14 @@ log = logging.getLogger("fastagop")
 TOLERANCE = 1e-9  # of the residual of every output
 STEPS = 12  # after which a float64 factor is the faster way
 GAVE_WAY = f"a float32 factor does not lead to {TOLERANCE:.0e} in {STEPS} steps"
-LEAST = few.POINTS  # rows up to which a float64 factor is the faster way
+FLOAT64_ROWS = float64_small.MAX_POINTS  # up to which a float64 factor is the faster way
 _ITEM = 20  # bytes an item: k(X, X), a float32 copy that becomes its factor, weights, and a copy that a product makes
 _ROWS = 256  # of a block, whose distances, values and weights are made while they are in cache
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """Of n points: k(X, X) in float64 and in float32 and, where asked for, the gradient weights in float32.
+    """k(X, X) of n points in float64 and in float32 and, where asked for, the gradient weights in float32.
 
     Attributes:
         K: (n, n), on and above the diagonal, and of the blocks on the diagonal all; see ``full``.
@@ -64,7 +65,7 @@ class Matrices:
         return cls(K, A, W)
 
     def full(self) -> torch.Tensor:
-        """K with its lower triangle, in place."""
+        """K after its lower triangle has been filled, in place."""
         for start in range(0, len(self.K), _ROWS):
             rows, below = slice(start, start + _ROWS), slice(start + _ROWS, None)
             self.K[below, rows] = self.K[rows, below].T
@@ -131,15 +132,16 @@ def bytes_of(problem: Problem) -> int:
 
 
 def plan(problem: Problem, why: str) -> Plan:
-    """The plan with both matrices."""
+    """The plan of a solve with k(X, X) and its float32 factor stored in full."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     precision = "k(X, X) in float64, a float32 factor, float64 conjugate gradients on it"
     name, rows = problem.operator.backend.name, min(n, _ROWS)
-    return Plan("solve", name, "cholesky+cg", why, precision, work, bytes_of(problem), rows)
+    peak = bytes_of(problem)
+    return Plan("solve", name, "cholesky+cg", why, precision=precision, flops=work, peak_bytes=peak, block=rows)
 
 
-def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | direct.Found:
+def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     """Solve with both matrices, or with a float64 factor where that is no good; arguments as of ``cg.solve``."""
     if (found := _found(problem, Y, ridge, out)) is not None:
         return found
@@ -149,15 +151,23 @@ def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) 
     return replace(wide, method="cholesky", fallback=GAVE_WAY)
 
 
-def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> cg.Found | None:
+def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> Found | None:
     points = problem.operator.points
     matrices = Matrices.of(points.kernel, points.X.double(), weights=False)
-    if (found := matrices.solve(Y, ridge, out)) is None:
+    if (result := matrices.solve(Y, ridge, out)) is None:
         return None
 
     def matmul(V: torch.Tensor) -> torch.Tensor:
         return matrices.matmul(V).add_(times(ridge, V))
 
-    K = matrices.full()
-    made = cg.Found(found.alpha, 0.0, found.iterations, len(K), "", TOLERANCE, matmul, K)
-    return replace(made, dtype=torch.float32, left=found.left)
+    return Found(
+        alpha=result.alpha,
+        jitter=0.0,
+        iterations=result.iterations,
+        rank=len(points.X),
+        dtype=torch.float32,
+        measure=measure_all(matmul),
+        measured=result.measured,
+        K=matrices.full(),
+        tolerance=TOLERANCE,
+    )

@@ -19,11 +19,11 @@ from fastagop.kernels.torch_backend import few
 from fastagop.solvers.limits import bound, relative, tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
-POINTS = 512  # at most
+MAX_POINTS = 512
 
 
 @dataclass(frozen=True)
-class Few:
+class SmallSolve:
     """A solved problem, in float64 but for what a solve returns.
 
     Attributes:
@@ -41,14 +41,14 @@ class Few:
 
 def solve(
     kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, out: torch.dtype, rounded: bool = False
-) -> Few | None:
+) -> SmallSolve | None:
     """alpha, in dtype ``out``, for points X (n, d) and targets Y (n, K); None where it takes more than these steps.
 
     ``rounded``: distances need no more digits than the rounding of float32 points has left them, as in a fit, whose
     metric is one of many; they then come from a product.
     """
     start, n = time.perf_counter(), len(X)
-    if not 1 < n <= POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
+    if not 1 < n <= MAX_POINTS or X.device.type != "cpu" or Y.shape[1] == 0 or X.shape[1] == 0:
         return None
     x, y, eps = X.double(), Y.double(), torch.finfo(X.dtype).eps
     if not (is_usual(largest(x)) and is_usual(largest(y))):
@@ -71,5 +71,16 @@ def solve(
     alpha = wide.to(out)
     residual = relative(torch.mm(alpha.double().T, A).T.sub_(y), y)  # A is symmetric: its rows are read once
     seconds = time.perf_counter() - start
-    found = Solution(alpha, residual, ridge, 0.0, "cholesky", torch.float64, 0, n, seconds, residual_rows=n)
-    return Few(Solved(found, alpha), x, sq, A)
+    found = Solution(
+        alpha=alpha,
+        residual=residual,
+        ridge=ridge,
+        jitter=0.0,
+        method="cholesky",
+        dtype=torch.float64,
+        iterations=0,
+        rank=n,
+        seconds=seconds,
+        residual_rows=n,
+    )
+    return SmallSolve(Solved(found, alpha), x, sq, A)
