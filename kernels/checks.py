@@ -9,9 +9,10 @@ import numbers
 import torch
 
 from .errors import BackendUnavailable
-from .profile import Kernel, unsettled
+from .profile import Kernel, Profile, unsettled
 
 PRECISIONS = ("highest", "high", "medium")
+_POINTS = ("X", "Z")  # arguments whose rows are points
 
 
 def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
@@ -25,11 +26,44 @@ def kernel(value, *, settled: bool = True) -> None:
     """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
     if not isinstance(value, Kernel):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
-    if settled and unsettled(value):
+    if not unsettled(value):
+        if type(value) not in _TRIED:
+            _try(value)
+    elif settled:
         raise ValueError(
             f"kernel must have a number for a bandwidth here, got {value!r}; use fastagop.settled(kernel, X), which "
             "takes the median distance of points, or a number"
         )
+
+
+_TRIED: set[type] = set()  # classes of kernels
+
+
+def _try(value: Kernel) -> None:
+    """Try a class once, which may be anybody's: a profile that returns another tensor leaves distances as values.
+
+    Raises:
+        TypeError: what a method returns is not what it was given, overwritten. ValueError: k(x, x) is not 1.
+    """
+    for part in value.parts:
+        kernel(part)
+    if isinstance(value, Profile):
+        sq, name = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu"), type(value).__name__
+        for method in ("value_", "weight_"):
+            if getattr(type(value), method) is getattr(Profile, method):
+                continue  # says itself that it is missing
+            given = sq.clone()
+            found = getattr(value, method)(given)
+            if type(given) is not torch.Tensor:
+                return  # while a call is traced there are no numbers
+            if not isinstance(found, torch.Tensor) or not torch.equal(found, given):
+                raise TypeError(
+                    f"kernel: {name}.{method} must overwrite the tensor that it is given and return it, as "
+                    "sq.mul_(-0.5).exp_() does; it returns another one"
+                )
+            if method == "value_" and not abs(float(found[0]) - 1.0) < 1e-6:
+                raise ValueError(f"kernel: {name}.value_ must be 1 at distance 0, got {float(found[0]):g}")
+    _TRIED.add(type(value))
 
 
 def radial(value: Kernel, operation: str, remedy: str) -> None:
@@ -117,6 +151,8 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
     plain(name, value)
     if value.ndim != 2:
         more = f"; {name}[:, None] is one of one column" if value.ndim == 1 else ""
+        if value.ndim == 1 and name in _POINTS:
+            more = f"; {name}[None] is one point, {name}[:, None] is {len(value)} points of one feature"
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}{more}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; convert it with {name}.float()")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from fastagop.kernels import checks, memory
+from fastagop.kernels.radial import Radial
 
 import fastagop
 from fastagop import Gaussian, Laplace
@@ -438,3 +440,52 @@ def test_rows_may_differ_in_size_as_far_as_float32_holds(share, refused):
     else:
         checks.spread(X, X, 1.0)
     checks.spread(X.double(), X.double(), 1.0)
+
+
+def _made(**methods):
+    """A kernel class with these methods, as users write them."""
+    return dataclass(frozen=True)(type("Own", (Radial,), {"__annotations__": {}, **methods}))(2.0)
+
+
+OVERWRITES = lambda self, sq: sq.mul_(-0.5).exp_()  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("methods", "kind", "text"),
+    [
+        ({"value_": lambda self, sq: torch.exp(-sq)}, TypeError, "Own.value_ must overwrite the tensor"),
+        (
+            {"value_": OVERWRITES, "weight_": lambda self, sq: 2 * sq},
+            TypeError,
+            "Own.weight_ must overwrite the tensor",
+        ),
+        ({"value_": lambda self, sq: sq.add_(2.0)}, ValueError, "Own.value_ must be 1 at distance 0, got 2"),
+    ],
+)
+def test_a_kernel_class_is_tried_once(methods, kind, text):
+    """Blocks of distances that are not overwritten would be taken for kernel values."""
+    X = torch.ones(3, 2)
+    for call in (
+        lambda kernel: fastagop.kernel_matrix(kernel, X),
+        lambda kernel: fastagop.agop(kernel + Laplace(2.0), X, X),
+        lambda kernel: fastagop.solve(kernel, X, X, ridge=1.0),
+        lambda kernel: fastagop.RFMRegressor(kernel).fit(X, X[:, 0]),
+    ):
+        with pytest.raises(kind, match=text):
+            call(_made(**methods))
+
+
+def test_a_kernel_class_without_gradients_has_values():
+    X = torch.zeros(3, 2)
+    kernel = _made(value_=OVERWRITES)
+    assert torch.equal(fastagop.kernel_matrix(kernel, X), torch.ones(3, 3))
+    with pytest.raises(TypeError, match="Own defines no"):
+        fastagop.gradients(kernel, X, X)
+
+
+@pytest.mark.parametrize("name", ["X", "Z"])
+def test_one_point_is_a_row(name):
+    X = torch.ones(3, 2)
+    points = {"X": X, "Z": X, name: X[0]}
+    with pytest.raises(ValueError, match=rf"{name}\[None\] is one point, {name}\[:, None\] is 2 points of one feature"):
+        fastagop.gradients(Laplace(2.0), points["X"], X, points["Z"])

@@ -332,3 +332,10 @@ def test_rows_and_their_weights(normal):
     plain = copies.find(X[:3])
     assert (plain.plain, plain.weights, plain.rest(X), plain.total) == (True, None, None, 3.0)
     assert plain.take(X) is X
+
+
+def test_rows_that_a_division_by_their_length_makes_one_are_told_so():
+    """Deep RFM sees directions only: of one positive feature all rows are one point."""
+    X = torch.linspace(1.0, 2.0, 20)[:, None]
+    with pytest.warns(fastagop.NumericalWarning, match=r"20 rows .* once divided by their length \(x and 2 x are one"):
+        fastagop.DeepRFMRegressor(depth=1, width=8, ridge=0.0, device="cpu").fit(X, X[:, 0])

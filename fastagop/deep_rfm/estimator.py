@@ -35,6 +35,7 @@ from fastagop.solvers.solution import Solution, warn_about
 from fastagop.solvers.table import Method
 
 _LAPLACE = Laplace(2.0)
+_POINTS = ", once divided by their length (x and 2 x are one point here),"  # in warnings about copies
 
 
 @dataclass
@@ -135,7 +136,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             points = self._train(training, start, reported)
         self._centers, solved = training.readout(points, self._layers[-1].record.solution)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        warn_about(self.solution_, reported)
+        warn_about(self.solution_, reported, _POINTS)
         return self._publish()
 
     def _train(self, training: LayerTraining, start: _Start, reported: set) -> torch.Tensor:
@@ -148,7 +149,7 @@ class _DeepRFM(_Layers, KernelEstimator):
                 before = self._layers[-1].record.solution if self._layers else None
                 layer, made = training.layer(points, start.seeds[index], rest, before)
                 points, rest = made.points, made.rest
-                warn_about(layer.record.solution, reported)
+                warn_about(layer.record.solution, reported, _POINTS)
                 self._layers.append(layer)
                 if start.checkpoint is not None:
                     start.checkpoint.save(index, layer, made.features)

@@ -100,13 +100,13 @@ class Solved:
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
-def warn_about(solution: Solution, warned: set[str] | None = None) -> None:
+def warn_about(solution: Solution, warned: set[str] | None = None, points: str = "") -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
     ``warned``: kinds of what a fit of many solves has warned about already; what is true of the whole fit is not
-    repeated.
+    repeated. ``points``: what made points of the rows given, in words.
     """
-    altered, wrong, warned = _altered(solution), _problem(solution), set() if warned is None else warned
+    altered, wrong, warned = _altered(solution), _problem(solution, points), set() if warned is None else warned
     texts = []
     if altered:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
@@ -142,14 +142,14 @@ def _altered(solution: Solution) -> list[str]:
     return reported
 
 
-def _problem(solution: Solution) -> dict[str, str]:
+def _problem(solution: Solution, points: str) -> dict[str, str]:
     """What is wrong with the problem, whatever the solver does: texts by their kind."""
     wrong = {}
     if solution.contradictions and solution.ridge == 0:
         more = "" if solution.jitter else ", without jitter"
         wrong["contradictions"] = (
-            f"{solution.contradictions} rows are copies of each other to rounding but their targets differ: copies are "
-            f"answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
+            f"{solution.contradictions} rows are copies of each other to rounding{points} but their targets differ: "
+            f"copies are answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
         )
     if solution.note:
         wrong["bandwidth"] = solution.note
