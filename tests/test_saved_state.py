@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, RFMClassifier
+from fastagop.solvers import cg, half
 
 X = np.random.default_rng(0).normal(size=(60, 6))
 y = np.arange(60) % 3
@@ -95,6 +96,11 @@ COSINES = {"depth": 2, "width": 4, "features": "cos", "feature_scale": 0.25, "so
 def test_files_of_earlier_versions_load(name, method, answer):
     model = fastagop.load(STORED / f"{name}.safetensors")
     np.testing.assert_allclose(getattr(model, method)(POINTS[:3]), answer, rtol=0, atol=1e-12)
+
+
+def test_options_are_found_where_earlier_pickles_look_for_them():
+    assert cg.ConjugateGradients is fastagop.ConjugateGradients
+    assert half.CholeskyCG is fastagop.CholeskyCG
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):

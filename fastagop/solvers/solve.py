@@ -114,15 +114,22 @@ class PreparedSolve:
             residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
         method = found.method or self.plan.method
         rank = found.rank if method == "cg" else found.rank + len(Y) - len(problem.X)
-        made = {"jitter": found.jitter, "method": method, "dtype": found.dtype, "rank": rank, "note": note}
-        made |= {
-            "fallback": found.fallback or self._gave_way,
-            "iterations": found.iterations,
-            "stopped": found.stopped,
-            "tolerance": found.tolerance,
-        }
-        made["seconds"] = time.perf_counter() - start
-        return task.solved(answer, ridge=problem.ridge, **residuals, **made), found.K
+        solved = task.solved(
+            answer,
+            ridge=problem.ridge,
+            jitter=found.jitter,
+            method=method,
+            dtype=found.dtype,
+            iterations=found.iterations,
+            rank=rank,
+            stopped=found.stopped,
+            tolerance=found.tolerance,
+            note=note,
+            fallback=found.fallback or self._gave_way,
+            **residuals,
+            seconds=time.perf_counter() - start,
+        )
+        return solved, found.K
 
 
 def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> PreparedSolve:
@@ -320,9 +327,9 @@ class _Task:
         literal = total / self.copied.size if self.copied.size > 0 else 0.0
         return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
 
-    def solved(self, answer: _Answer, **made) -> Solved:
+    def solved(self, answer: _Answer, **fields) -> Solved:
         """The Solution of all rows given, and the points' coefficients."""
-        found = Solution(alpha=answer.all, merged=self.rows.merged, contradictions=self.contradictions, **made)
+        found = Solution(alpha=answer.all, merged=self.rows.merged, contradictions=self.contradictions, **fields)
         return Solved(found, answer.points)
 
 
