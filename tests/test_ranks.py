@@ -299,8 +299,8 @@ def test_the_first_rank_decides_what_all_make(refusing, made, normal, same, form
     X, alpha, choose = normal(60, 10), normal(60, 40), engine.torch_agop.choose_form
     plain = fastagop.agop(Laplace(2.0), X, alpha)
 
-    def chosen(*args):
-        found = choose(*args)
+    def chosen(*args, **how):
+        found = choose(*args, **how)
         return dataclasses.replace(found, low_rank=None) if communicator.dist.get_rank() == refusing else found
 
     monkeypatch.setattr(engine.torch_agop, "choose_form", chosen)
