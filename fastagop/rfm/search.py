@@ -24,6 +24,7 @@ from fastagop.kernels.radial import Laplace, Radial
 from fastagop.rfm import trials, validation
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.folds import folds_of
+from fastagop.rfm.search_files import SavedSearch
 from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
 from fastagop.solvers.table import Method
@@ -33,7 +34,7 @@ _refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
+class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
@@ -52,18 +53,6 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
     time_limit: float | None
     n_iter_no_change: int | None
     verbose: int
-    # These are set by fit.
-    n_features_in_: int
-    best_estimator_: Any
-    estimators_: list[Any]
-    scorer_: Any
-    cv_results_: dict[str, Any]
-    n_splits_: int
-    stopped_: str
-    best_params_: dict[str, Any]
-    best_index_: int
-    best_score_: float
-    best_iteration_: int
 
     def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
@@ -121,7 +110,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
             model._regression_and_rules()
-        self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
+        self.scorer_, self._scored_by = validation.scorer_of(estimators[0], self.scoring), self.scoring
         numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
         deadline = None if seconds is None else time.time() + seconds
         task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline, patience)
@@ -148,6 +137,10 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
         return inputs.random(self.random_state), seconds, patience
+
+    def _regression(self) -> None:
+        """Check the parameters of a search that is read from a file."""
+        self._generator_and_limits()
 
     def _run(self, estimators: list, task: Task) -> list[Trial]:
         """The trials that were begun; they are the first ones."""
@@ -269,8 +262,8 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
             "coarse" whether all scores are those of coarse fits.
         best_params_: the best setting, with "iterations".
         best_index_, best_score_, best_iteration_: its row, its mean score, and its number of AGOPs.
-        best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, which can
-            be saved: ``best_estimator_.save(path)``; it also has ``M_``, ``feature_importances_`` and ``directions``.
+        best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, with
+            ``M_``, ``directions`` and a ``save`` of its own.
         estimators_: with the best ``average`` settings, the best one first.
         scorer_: what scores were taken by. n_splits_: number of folds.
         stopped_: what ``time_limit`` left out; "" where nothing.
