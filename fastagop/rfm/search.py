@@ -211,6 +211,12 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
     @property
+    def feature_importances_(self) -> Any:
+        """How much each feature counts: (d,), that of ``best_estimator_``."""
+        check_is_fitted(self, "estimators_")
+        return self.best_estimator_.feature_importances_
+
+    @property
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names."""
         return self.n_features_in_
@@ -267,6 +273,7 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
         estimators_: with the best ``average`` settings, the best one first.
         scorer_: what scores were taken by. n_splits_: number of folds.
         stopped_: what ``time_limit`` left out; "" where nothing.
+        feature_importances_: that of ``best_estimator_``, (d,).
         classes_: the labels. n_features_in_: d.
     """
 
