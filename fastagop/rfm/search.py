@@ -138,6 +138,12 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
         return inputs.random(self.random_state), seconds, patience
 
+    def _explain_fit(self, X, y, sample_weight=None) -> str:
+        """What ``fastagop.explain`` says of a fit."""
+        from fastagop.rfm.search_plan import explain_fit
+
+        return explain_fit(self, X, y, sample_weight)
+
     def _regression(self) -> None:
         """Check the parameters of a search that is read from a file."""
         self._generator_and_limits()
