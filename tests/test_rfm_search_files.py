@@ -181,6 +181,15 @@ def test_what_cannot_be_saved(flowers, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_devices(saved, tmp_path):
+    path = tmp_path / "search"
+    path.write_bytes(saved[1])
+    again = fastagop.load(path, device="cpu")
+    assert again.device == again.best_estimator_.device == "cpu"
+    with pytest.raises(ValueError, match=r"device 'cuda:99' is not there"):
+        fastagop.load(path, device="cuda:99")
+
+
 # ---- Damage
 
 

@@ -53,6 +53,18 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     time_limit: float | None
     n_iter_no_change: int | None
     verbose: int
+    # These are set by fit.
+    n_features_in_: int
+    best_estimator_: Any
+    estimators_: list[Any]
+    scorer_: Any
+    cv_results_: dict[str, Any]
+    n_splits_: int
+    stopped_: str
+    best_params_: dict[str, Any]
+    best_index_: int
+    best_score_: float
+    best_iteration_: int
 
     def _store(self, arguments: dict) -> None:
         """Keep the arguments of a constructor, as they are."""
