@@ -93,7 +93,6 @@ __all__ = [  # noqa: RUF022 (plainly sorted: NTK is a class)
 
 # They import scikit-learn or safetensors.
 _LAZY = {**estimators.MODULES, "load": "fastagop.estimators.persistence"}
-_LAZY |= {"RFMClassifierCV": "fastagop.rfm", "RFMRegressorCV": "fastagop.rfm"}
 
 
 def __getattr__(name: str) -> Any:

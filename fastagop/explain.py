@@ -19,7 +19,8 @@ _NAMES = {function.__name__: function for function in _FUNCTIONS}
 def explain(op: Any, *args: Any, **kwargs: Any) -> str:
     """Say which backend and method would run for a call, why, its operations, estimated seconds and peak memory.
 
-    ``explain(estimator, X, y)`` says it of a fit, layer by layer or iteration by iteration, and what would not fit.
+    ``explain(estimator, X, y)`` says it of a fit, layer by layer or iteration by iteration, and what would not fit;
+    of a search, of one fit on a fold and of all of them.
 
     Args:
         op: "kernel_matrix", "kernel_matmul", "gradients", "agop" or "solve", or that function itself; or one of

@@ -275,7 +275,7 @@ def written(monkeypatch):
     def text(steps, held=1000, share=1, free=10**6, assumed=()):
         monkeypatch.setattr(fit_plans, "available_bytes", lambda device: free)
         monkeypatch.setattr(calibration, "source", lambda device: "rates")
-        return fit_plans._text("Model", dataclasses.replace(data(), assumed=assumed), steps, held, share).splitlines()
+        return fit_plans.text_of("Model", dataclasses.replace(data(), assumed=assumed), steps, held, share).splitlines()
 
     return text
 

@@ -13,6 +13,7 @@ import torch
 from fastagop.kernels.radial import Radial
 from sklearn.base import clone
 from sklearn.datasets import load_iris
+from sklearn.feature_selection import SelectFromModel
 from sklearn.metrics import accuracy_score, log_loss, make_scorer
 from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 from sklearn.pipeline import make_pipeline
@@ -377,6 +378,19 @@ def test_saved_and_pickled(flowers, tmp_path):
     again = pickle.loads(pickle.dumps(model))
     for other in (loaded, again):
         assert np.array_equal(other.predict_proba(X), model.predict_proba(X))
+
+
+def test_feature_importances_are_those_of_the_best(product):
+    X, y = product
+    model = RFMRegressorCV(**SMALL, average=2, random_state=0)
+    assert not hasattr(model, "feature_importances_")
+    importances = model.fit(X, y).feature_importances_
+    assert np.array_equal(importances, model.best_estimator_.feature_importances_)
+    assert set(importances.argsort()[-2:]) == {0, 1}
+    chosen = SelectFromModel(clone(model), max_features=2, threshold=-np.inf).fit(X, y)
+    assert chosen.get_support().tolist() == [True, True, False, False, False]
+    assert SelectFromModel(model, prefit=True).transform(X).shape == (70, 2)
+    assert not hasattr(RFMRegressorCV(**SMALL, refit=False).fit(X, y), "feature_importances_")
 
 
 def test_several_targets(product):

@@ -7,6 +7,8 @@ MODULES = {
     "DeepRFMRegressor": "fastagop.deep_rfm.estimator",
     "RFMClassifier": "fastagop.rfm",
     "RFMRegressor": "fastagop.rfm",
+    "RFMClassifierCV": "fastagop.rfm",
+    "RFMRegressorCV": "fastagop.rfm",
     "RFMTreeClassifier": "fastagop.rfm",
     "RFMTreeRegressor": "fastagop.rfm",
 }

@@ -171,6 +171,8 @@ def pack_value(value):
         return None
     if type(value) in OPTIONS:
         return {"options": dataclasses.asdict(value), "method": OPTIONS[type(value)]}
+    if isinstance(value, (list, tuple)):
+        return [pack_value(item) for item in value]
     if isinstance(value, dict):  # Keys are labels here, which need not be strings as JSON's keys are.
         return {"pairs": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
     if isinstance(value, (torch.dtype, np.dtype, type)):
@@ -180,6 +182,8 @@ def pack_value(value):
 
 def unpack_value(value):
     """The value that ``pack_value`` packed."""
+    if isinstance(value, list):
+        return [unpack_value(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "options" in value:

@@ -64,13 +64,13 @@ def explain_fit(estimator, X, y, sample_weight=None) -> str:
     if isinstance(fresh.kernel, Kernel) and unsettled(fresh.kernel):  # no plan depends on a bandwidth
         fresh.set_params(kernel=settled_at(fresh.kernel, torch.zeros(1, 1)))
     planned = fresh._planned_fit()  # of checked parameters
-    data = _data(fresh, X, y, sample_weight)
+    data = data_of(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size
     steps, held = planned(data, share)
-    return _text(type(fresh).__name__, data, steps, held, share)
+    return text_of(type(fresh).__name__, data, steps, held, share)
 
 
-def _data(estimator, X, y, sample_weight) -> Data:
+def data_of(estimator, X, y, sample_weight) -> Data:
     """Shapes from tensors without numbers, everything else read as fit would."""
     assumed, device = [], estimator._device
     if on_meta(X):
@@ -213,7 +213,7 @@ def _solver(plan: Plan) -> str:
     return f"{plan.method} on {plan.backend}, {plan.precision}: {plan.why}"
 
 
-def _text(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, share: int) -> str:
+def text_of(name: str, data: Data, steps: list[tuple[str, int, Step]], held: int, share: int) -> str:
     """The plan of a fit in words: a line for each step, totals, and what does not fit."""
     (n, d), K, device = data.X.shape, data.Y.shape[1], data.X.device
     lines = [f"{name}.fit: {n} rows, {d} features, {K} output(s), {dtype_name(data.X.dtype)} on {device}"]

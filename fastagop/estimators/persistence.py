@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastagop.estimators import MODULES
 from fastagop.estimators import files as storage
 from fastagop.estimators.types import Device
@@ -25,8 +27,21 @@ def parameters(kind: type) -> tuple[str, ...]:
 
 
 def _of_process(name: str, value) -> bool:
-    """Whether a parameter is not saved; a scorer may be a function."""
-    return name in _NOT_SAVED or (name == "scoring" and callable(value))
+    """Whether a parameter is not saved; a scorer may be a function, cv a splitter, and a space hold distributions."""
+    if name == "cv":
+        return not isinstance(value, (int, np.integer, str))
+    return name in _NOT_SAVED or (name == "scoring" and callable(value)) or (name == "space" and not _plain(value))
+
+
+def _plain(value) -> bool:
+    """Whether a value is made of numbers and texts, so that JSON can hold it."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufU"
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, np.bool_, np.integer, np.floating))
 
 
 def save(model, path: Path) -> None:
@@ -63,7 +78,7 @@ def load(path: str | os.PathLike[str], device: Device | None = None) -> Any:
         device: where its tensors go; default its own ``device`` parameter.
 
     Returns:
-        The estimator, fitted: a Deep RFM, an RFM or a tree of them.
+        The estimator, fitted: a Deep RFM, an RFM, a tree of them or a search for one.
 
     Raises:
         OSError: the file is not there or cannot be read. ValueError: it is damaged or was not written by ``save``, its

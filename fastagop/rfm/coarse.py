@@ -102,6 +102,18 @@ class State(NamedTuple):
     squares: Squares
 
 
+def serves(model, X: torch.Tensor) -> bool:
+    """Whether coarse fits are made for the parameters of an estimator and points of X's dtype and device."""
+    ours = model.solver == "auto" and model.backend in ("auto", "torch") and model.process_group is None
+    return ours and model.kernel.radial and X.dtype == torch.float32 and X.device.type == "cpu"
+
+
+def fold_bytes(X: torch.Tensor, K: int, m: int) -> int:
+    """What a fold of points X (n, d), K outputs and m rows to score on takes at most, its squared distances with it."""
+    n, d = X.shape
+    return (8 + 4 * 6) * n * n + (8 + 4 * 3) * m * n + 4 * 3 * n * K * d + 8 * 4 * (n + m) * d
+
+
 class CoarseFold:
     """Rows of a fold as the fits of all settings see them.
 
@@ -143,18 +155,14 @@ class CoarseFold:
 
     def usual(self, folds: int) -> bool:
         """Whether coarse fits of so many such folds are possible: a radial kernel, float32 on the CPU, usual sizes."""
-        model, X, Y = self.model, self.points.X, self._Y
-        ours = model.solver == "auto" and model.backend in ("auto", "torch") and model.process_group is None
-        ours = ours and model.kernel.radial
-        if not (ours and X.dtype == torch.float32 and X.device.type == "cpu" and Y.numel() and X.shape[1]):
+        X, Y = self.points.X, self._Y
+        if not (serves(self.model, X) and Y.numel() and X.shape[1]):
             return False
         sizes = all(is_usual(largest(part)) for part in (X, Y))
         return len(X) > 1 and sizes and folds * self._bytes() <= self._memory
 
     def _bytes(self) -> int:
-        """What a coarse fit takes at most, with the squared distances that all share."""
-        (n, d), K, m = self.points.X.shape, self._Y.shape[1], len(self.held.points)
-        return (8 + 4 * 6) * n * n + (8 + 4 * 3) * m * n + 4 * 3 * n * K * d + 8 * 4 * (n + m) * d
+        return fold_bytes(self.points.X, self._Y.shape[1], len(self.held.points))
 
     def scores(self, estimator) -> Iterator[tuple[float, float]]:
         """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator, up to where a fit has to tell."""

@@ -24,6 +24,7 @@ from fastagop.kernels.radial import Laplace, Radial
 from fastagop.rfm import trials, validation
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
 from fastagop.rfm.folds import folds_of
+from fastagop.rfm.search_files import SavedSearch
 from fastagop.rfm.settings import Setting, parameters_of, settings_of
 from fastagop.rfm.trials import Task, Trial
 from fastagop.solvers.table import Method
@@ -33,7 +34,7 @@ _refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
+class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
@@ -121,7 +122,7 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
             model._regression_and_rules()
-        self.scorer_ = validation.scorer_of(estimators[0], self.scoring)
+        self.scorer_, self._scored_by = validation.scorer_of(estimators[0], self.scoring), self.scoring
         numbers = rows if isinstance(X, torch.Tensor) else rows.numpy()
         deadline = None if seconds is None else time.time() + seconds
         task = Task(numbers, answers, weights, folds, self.scorer_, self.n_jobs is not None, deadline, patience)
@@ -148,6 +149,16 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
         return inputs.random(self.random_state), seconds, patience
+
+    def _explain_fit(self, X, y, sample_weight=None) -> str:
+        """What ``fastagop.explain`` says of a fit."""
+        from fastagop.rfm.search_plan import explain_fit
+
+        return explain_fit(self, X, y, sample_weight)
+
+    def _regression(self) -> None:
+        """Check the parameters of a search that is read from a file."""
+        self._generator_and_limits()
 
     def _run(self, estimators: list, task: Task) -> list[Trial]:
         """The trials that were begun; they are the first ones."""
@@ -218,6 +229,12 @@ class _Search(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
     @property
+    def feature_importances_(self) -> Any:
+        """How much each feature counts: (d,), that of ``best_estimator_``."""
+        check_is_fitted(self, "estimators_")
+        return self.best_estimator_.feature_importances_
+
+    @property
     def _n_features_out(self) -> int:
         """Columns of ``transform``, which scikit-learn names."""
         return self.n_features_in_
@@ -269,11 +286,12 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
             "coarse" whether all scores are those of coarse fits.
         best_params_: the best setting, with "iterations".
         best_index_, best_score_, best_iteration_: its row, its mean score, and its number of AGOPs.
-        best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, which can
-            be saved: ``best_estimator_.save(path)``; it also has ``M_``, ``feature_importances_`` and ``directions``.
+        best_estimator_: an ``RFMClassifier`` or ``RFMRegressor`` with the best setting, fitted to all rows, with
+            ``M_``, ``directions`` and a ``save`` of its own.
         estimators_: with the best ``average`` settings, the best one first.
         scorer_: what scores were taken by. n_splits_: number of folds.
         stopped_: what ``time_limit`` left out; "" where nothing.
+        feature_importances_: that of ``best_estimator_``, (d,).
         classes_: the labels. n_features_in_: d.
     """
 
