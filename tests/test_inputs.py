@@ -12,6 +12,7 @@ import torch
 from sklearn.utils.estimator_checks import check_array_api_input
 
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, RFMClassifier, RFMRegressor
+from fastagop.estimators import inputs
 
 MAKE = {
     "RFMClassifier": lambda **more: RFMClassifier(iterations=1, **more),
@@ -231,3 +232,86 @@ def test_no_check_of_scikit_learn_is_skipped():
     assert os.environ["SCIPY_ARRAY_API"] == "1"
     for make in MAKE.values():
         check_array_api_input("", make(), "numpy", expect_only_array_outputs=False)
+
+
+def frame_of(column, names=("k",)):
+    pandas = pytest.importorskip("pandas")
+    X, _ = data()
+    return pandas.DataFrame({"x": X[:, 0], **{name: pandas.Series(column) for name in names}})
+
+
+def columns_that_are_no_numbers():
+    pandas = pytest.importorskip("pandas")
+    words, days = ["u", "v"] * 20, pandas.date_range("2020", periods=40)
+    strings = r"strings: make numbers of it, as with OneHotEncoder\(sparse_output=False\).*RFM on tables"
+    dates = "dates: use differences in days"
+    return {
+        "str": (pandas.Series(words), ValueError, strings),
+        "with gaps": (pandas.Series([None, np.nan, *words[2:]], dtype=object), ValueError, strings),
+        "object": (pandas.Series([1.0, "2.5", *words[2:]], dtype=object), ValueError, strings),
+        "category": (pandas.Series(words).astype("category"), ValueError, strings),
+        "dates": (pandas.Series(days), TypeError, dates),
+        "dates of a zone": (pandas.Series(days.tz_localize("UTC")), TypeError, dates),
+        "Python's dates": (pandas.Series(list(days.date), dtype=object), TypeError, dates),
+        "periods": (pandas.Series(pandas.period_range("2020", periods=40)), TypeError, dates),
+        "durations": (pandas.Series(days - days[0]), TypeError, "durations: use their number of days"),
+        "intervals": (pandas.Series(pandas.interval_range(0, 40)), TypeError, "values of type Interval: make numbers"),
+        "NA": (pandas.Series([pandas.NA, *range(39)], dtype=object), TypeError, "missing values that are no NaN: use"),
+    }
+
+
+@every
+def test_columns_of_frames_that_are_no_numbers_are_named(name):
+    _, y = data()
+    model = MAKE[name]().fit(frame_of(np.arange(40.0)), y)
+    for case, (column, error, message) in columns_that_are_no_numbers().items():
+        frame = frame_of(column)
+        for call in (lambda frame=frame: MAKE[name]().fit(frame, y), lambda frame=frame: model.predict(frame)):
+            with pytest.raises(error, match=f"^X: column 'k' holds {message}"):
+                call()
+        assert case
+    words = frame_of(["u", "v"] * 20)
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(words.rename(columns={"k": "other"}))
+    with pytest.raises(ValueError, match=r"^X: columns 'a', 'b' hold strings: make numbers of them"):
+        MAKE[name]().fit(frame_of(["u", "v"] * 20, names=("a", "b")), y)
+    with pytest.raises(ValueError, match="'e' and 1 more hold strings"):
+        MAKE[name]().fit(frame_of(["u", "v"] * 20, names="abcdef"), y)
+
+
+@pytest.mark.parametrize("name", ["RFMClassifier", "RFMRegressor"])
+def test_columns_of_frames_that_can_be_read_as_numbers(name):
+    pandas = pytest.importorskip("pandas")
+    _, y = data()
+    numbers = np.arange(40) % 7
+    plain = MAKE[name]().fit(frame_of(numbers.astype(float)), y)
+    texts = [str(number) for number in numbers]
+    for column in (
+        pandas.Series(numbers, dtype="Int64"),
+        pandas.Series(list(numbers), dtype=object),
+        pandas.Series(numbers).astype("category"),
+        texts,
+        pandas.Series(texts).astype("category"),
+    ):
+        frame = frame_of(column)
+        np.testing.assert_array_equal(plain.predict(frame), plain.predict(frame_of(numbers.astype(float))))
+        MAKE[name]().fit(frame, y)
+    with pytest.raises(ValueError, match="unique"):
+        MAKE[name]().fit(pandas.DataFrame(np.ones((40, 2)), columns=["x", "x"]), y)
+
+
+def test_frames_of_any_library():
+    """What has columns and dtypes is a frame; no library of frames is needed for it."""
+
+    class Frame(dict):
+        columns = property(list)
+        dtypes = property(lambda self: [object() for _ in self])
+
+    assert inputs.frame_refusal(Frame(a=np.ones(3), b=[1, None, 2.5], c=["1", "2", "3"])) is None
+    assert inputs.frame_refusal(np.ones((3, 2))) is None
+    refused = inputs.frame_refusal(Frame(a=["u", "1", "2"], b=np.array(["2020"] * 3, "M8[D]"), c=[b"x"] * 3))
+    assert isinstance(refused, ValueError)
+    assert str(refused).startswith("X: columns 'a', 'c' hold strings: make numbers of them, as with OneHotEncoder")
+    assert str(refused).endswith(
+        "; column 'b' holds dates: use differences in days, as (column - column.min()).dt.days"
+    )

@@ -6,9 +6,12 @@ anything become the dtype that a fit computes in.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 import numbers
+import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,15 @@ from fastagop.kernels.precision import dtype_name
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
 _FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
+_LISTED = 5  # Columns that an error names.
+# What is to be done with columns of a frame that are no numbers, by what they hold.
+_ENCODER = "as with OneHotEncoder(sparse_output=False) in a ColumnTransformer (docs: RFM on tables)"
+_REMEDIES = {
+    "strings": f"make numbers of {{them}}, {_ENCODER}",
+    "dates": "use differences in days, as (column - column.min()).dt.days",
+    "durations": "use their number of days, as column / pandas.Timedelta(days=1)",
+    "missing values that are no NaN": "use a column of numbers, as pandas.to_numeric makes it, and fill them in",
+}
 
 
 def dtype(value) -> torch.dtype:
@@ -90,6 +102,71 @@ def numpy(name: str, value):
     return value
 
 
+def frame_refusal(X) -> TypeError | ValueError | None:
+    """Why a frame, or whatever else has ``columns`` and ``dtypes``, is no table of numbers; None where it is one.
+
+    Columns of strings that are numbers, such as "1.5", count as numbers, as they do for scikit-learn.
+    """
+    if not (hasattr(X, "columns") and hasattr(X, "dtypes")):
+        return None
+    columns = list(X.columns)
+    if len(set(columns)) < len(columns):
+        return None  # scikit-learn refuses names that are not unique.
+    found: dict[str, list] = {}
+    for name, kind in zip(columns, X.dtypes, strict=True):
+        if getattr(kind, "kind", "O") not in "iufbc" and (what := _other_than_numbers(X[name])):
+            found.setdefault(what, []).append(name)
+    if not found:
+        return None
+    texts = []
+    for what, names in found.items():
+        listed = ", ".join(map(repr, names[:_LISTED]))
+        listed += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        verb, them = ("column {} holds {}", "it") if len(names) == 1 else ("columns {} hold {}", "them")
+        texts.append(f"{verb.format(listed, what)}: {_REMEDIES.get(what, 'make numbers of {them}').format(them=them)}")
+    return (ValueError if "strings" in found else TypeError)(f"X: {'; '.join(texts)}")
+
+
+def _other_than_numbers(column) -> str | None:
+    """What a column of a frame holds beside numbers and NaN, as a word of ``_REMEDIES``; None where nothing."""
+    values = np.asarray(column)
+    if values.dtype.kind in "iufbc":
+        return None
+    if values.dtype.kind in "mM":
+        return "dates" if values.dtype.kind == "M" else "durations"
+    try:
+        values.astype(np.float64)
+    except (TypeError, ValueError):
+        found = [_kind(value) for value in values.tolist()]
+        return next((kind for kind in found if kind), "missing values that are no NaN")
+    return None
+
+
+def _kind(value: Any) -> str | None:
+    """What a value is in words, where it is neither a number nor missing."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        if missing(value):
+            return None
+        if isinstance(value, (datetime.date, np.datetime64)) or hasattr(value, "to_timestamp"):
+            return "dates"
+        if isinstance(value, (datetime.timedelta, np.timedelta64)):
+            return "durations"
+        return "strings" if isinstance(value, (str, bytes)) else f"values of type {type(value).__name__}"
+    return None
+
+
+def missing(value: Any) -> bool:
+    """Whether a value of any kind is None, NaN, NaT or pandas' NA."""
+    try:
+        return value is None or bool(operator.ne(value, value))
+    except TypeError:  # NA is neither equal to itself nor different.
+        return True
+    except ValueError:  # An array.
+        return False
+
+
 def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
     """X as a float32 or float64 tensor that holds its numbers, where it lies; scikit-learn's rules for its columns.
 
@@ -97,6 +174,10 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         estimator: whose ``n_features_in_`` and ``feature_names_in_`` are set (``reset``) or must be met.
     """
     if not isinstance(X, torch.Tensor):
+        if refusal := frame_refusal(X):
+            if not reset:  # Names that do not match come first.
+                validate_data(estimator, X, reset=False, skip_check_array=True)
+            raise refusal
         X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
         return torch.from_numpy(np.array(X, order="C"))
     tensor = dense("X", X)

@@ -20,6 +20,7 @@ from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
+from fastagop.kernels.errors import restated
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
@@ -190,8 +191,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Validation rows as the kernel sees them, and their labels or targets, checked."""
         try:
             points = self._preparation.near(self._samples(X_val))
-        except ValueError as error:
-            raise ValueError(f"X_val: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"X_val: {error}") from error
         y = self._answers("y_val", y_val)
         if len(y) != len(points):
             raise ValueError(f"y_val must have one row per row of X_val: X_val has {len(points)}, y_val has {len(y)}")
