@@ -8,7 +8,10 @@ import os
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_array_api_input
 
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, RFMClassifier, RFMRegressor
@@ -90,7 +93,8 @@ def test_rows_of_any_kind(name, kind):
         (lambda X, y: (X, y.to("meta")), ValueError, "^y must hold numbers.*meta"),
         (lambda X, y: (X, y.to(torch.complex64)), ValueError, "Complex data not supported: y"),
         (lambda X, y: (X, y[:-1]), ValueError, "^y must have one row per row of X: X has 40, y has 39"),
-        (lambda X, y: (X, y / 0.0), ValueError, "Input y contains"),
+        (lambda X, y: (X, y / 0.0), ValueError, "^y holds missing (labels|targets) in .* of 40 rows"),
+        (lambda X, y: (X, (y + 1) / 0.0), ValueError, "Input y contains infinity"),
         (lambda X, y: (X.numpy().astype(complex), y), ValueError, "Complex data not supported"),
         (lambda X, y: (X.numpy()[:, 0], y), ValueError, "Expected 2D array"),
         (lambda X, y: (X.numpy()[:0], y[:0]), ValueError, "0 sample"),
@@ -315,3 +319,64 @@ def test_frames_of_any_library():
     assert str(refused).endswith(
         "; column 'b' holds dates: use differences in days, as (column - column.min()).dt.days"
     )
+
+
+def answers_with_gaps(kind):
+    """Labels or targets of 40 rows, of which rows 3 and 7 have none."""
+    pandas = pytest.importorskip("pandas")
+    words, numbers = np.array(["a", "b"] * 20), np.arange(40) % 2
+    gaps = np.isin(np.arange(40), [3, 7])
+    objects = np.where(gaps, None, words.astype(object))
+    mixed = np.where(np.arange(40) == 7, np.nan, objects)
+    return {
+        "None and NaN": mixed,
+        "a list": mixed.tolist(),
+        "words and NaN": np.where(gaps, np.nan, words.astype(object)).tolist(),
+        "a frame": pandas.DataFrame({"y": objects}),
+        "a series": pandas.Series(objects),
+        "pandas' string": pandas.Series(objects, dtype="string"),
+        "pandas' category": pandas.Series(objects).astype("category"),
+        "pandas' Int64": pandas.Series(numbers, dtype="Int64").mask(gaps),
+        "pandas' boolean": pandas.Series(numbers == 0, dtype="boolean").mask(gaps),
+        "floats": np.where(gaps, np.nan, numbers),
+        "a column": np.where(gaps, np.nan, numbers)[:, None],
+        "torch": torch.from_numpy(np.where(gaps, np.nan, numbers)).half(),
+        "dates": np.where(gaps, np.datetime64("NaT"), np.datetime64("2020") + numbers),
+    }[kind]
+
+
+GAPS = ["None and NaN", "a list", "words and NaN", "a frame", "a series", "dates", "floats", "a column", "torch"]
+GAPS += [f"pandas' {kind}" for kind in ("string", "category", "Int64", "boolean")]
+
+
+@classifiers
+@pytest.mark.parametrize("kind", GAPS)
+def test_missing_labels_are_counted(name, kind):
+    X, _ = data()
+    with pytest.raises(ValueError, match=r"^y holds missing labels in 2 of 40 rows, of which row 3 is the first"):
+        MAKE[name]().fit(X, answers_with_gaps(kind))
+
+
+@pytest.mark.parametrize("name", ["RFMRegressor", "DeepRFMRegressor"])
+@pytest.mark.parametrize("kind", ["floats", "a column", "torch", "pandas' Int64", "pandas' boolean", "two columns"])
+def test_missing_targets_are_counted(name, kind):
+    X, _ = data()
+    y = np.stack([X[:, 0], answers_with_gaps("floats")], 1) if kind == "two columns" else answers_with_gaps(kind)
+    with pytest.raises(ValueError, match=r"^y holds missing targets in 2 of 40 rows, of which row 3 is the first"):
+        MAKE[name]().fit(X, y)
+
+
+@every
+def test_sparse_rows_are_refused_with_what_a_pipeline_can_do(name):
+    X, y = data()
+    model = MAKE[name]().fit(X, y)
+    for sparse in (scipy.sparse.csr_array(X), scipy.sparse.coo_matrix(X)):
+        for call in (lambda sparse=sparse: MAKE[name]().fit(sparse, y), lambda sparse=sparse: model.predict(sparse)):
+            with pytest.raises(
+                TypeError, match=r"^Sparse data was passed for X.*pipeline.*sparse_output=False"
+            ) as info:
+                call()
+    remedy = FunctionTransformer(lambda X: X.toarray(), accept_sparse=True)
+    assert "FunctionTransformer(lambda X: X.toarray(), accept_sparse=True)" in str(info.value)
+    piped = make_pipeline(remedy, MAKE[name]()).fit(scipy.sparse.csr_array(X), y)
+    np.testing.assert_array_equal(piped.predict(scipy.sparse.csr_array(X)), model.predict(X))

@@ -364,7 +364,11 @@ BAD[[4, 7], 1] = np.nan
         ([noise(20, 3)], {"y": np.arange(20) // 19}, "class .*1.* of y has one row"),
         ([noise(20, 3)], {"y": np.arange(20) // 18}, "aggregate=True needs at least two rows of every class"),
         ([noise(20, 3)], {"y": np.zeros(20)}, "y: all targets are equal"),
-        ([noise(20, 3)], {"y": np.where(labels(20), np.nan, 1.0)}, "y: Input y contains NaN"),
+        (
+            [noise(20, 3)],
+            {"y": np.where(labels(20), np.nan, 1.0)},
+            "^y holds missing labels or targets in 10 of 20 rows",
+        ),
         ([noise(20, 3)], {"validation": noise(20, 3)}, "validation must be a pair"),
         ({"a": noise(20, 3)}, {"validation": ({"b": noise(9, 3)}, labels(9))}, r"the layers \['a'\], got \['b'\]"),
         ([noise(20, 3)], {"validation": ([noise(9, 2)], labels(9))}, "validation: layer 0 must have 3 columns, got 2"),

@@ -26,6 +26,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
 _FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
 _LISTED = 5  # Columns that an error names.
+_SPARSE = (
+    "Sparse data was passed for X, but dense data is required: use X.toarray(); in a pipeline "
+    "OneHotEncoder(sparse_output=False), or FunctionTransformer(lambda X: X.toarray(), accept_sparse=True) as a step"
+)
 # What is to be done with columns of a frame that are no numbers, by what they hold.
 _ENCODER = "as with OneHotEncoder(sparse_output=False) in a ColumnTransformer (docs: RFM on tables)"
 _REMEDIES = {
@@ -174,6 +178,8 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         estimator: whose ``n_features_in_`` and ``feature_names_in_`` are set (``reset``) or must be met.
     """
     if not isinstance(X, torch.Tensor):
+        if callable(getattr(X, "toarray", None)):
+            raise TypeError(_SPARSE)
         if refusal := frame_refusal(X):
             if not reset:  # Names that do not match come first.
                 validate_data(estimator, X, reset=False, skip_check_array=True)
@@ -231,11 +237,40 @@ def offsets(X: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def refuse_missing(name: str, y, what: str) -> None:
+    """Refuse labels or targets of which some are None, NaN, NaT or pandas' NA.
+
+    Raises:
+        ValueError: saying in how many rows, and which is the first.
+    """
+    y = numpy(name, y)
+    try:
+        values = np.asarray(y)
+        if values.dtype.kind in "US" and not isinstance(y, np.ndarray):  # NumPy makes a word of a NaN among words.
+            values = np.asarray(y, dtype=object)
+    except (TypeError, ValueError):  # No array: scikit-learn says why.
+        return
+    if values.dtype.kind not in "fmMO" or values.ndim == 0 or values.size == 0:
+        return
+    if values.dtype.kind == "O":
+        gone = np.array([missing(value) for value in values.reshape(-1)])
+    else:
+        gone = np.isnan(values) if values.dtype.kind == "f" else np.isnat(values)
+    gone = gone.reshape(len(values), -1).any(1)
+    if gone.any():
+        raise ValueError(
+            f"{name} holds missing {what} in {gone.sum()} of {len(gone)} rows, of which row {gone.argmax()} is the "
+            "first; leave such rows out"
+        )
+
+
 def labels(y) -> np.ndarray:
     """Labels (n,) in their own kind."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
-    y = check_array(numpy("y", y), ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
+    y = numpy("y", y)
+    refuse_missing("y", y, "labels")
+    y = check_array(y, ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
     y = column_or_1d(y, warn=True)
     check_classification_targets(y)
     return y
@@ -245,7 +280,9 @@ def targets(y) -> np.ndarray:
     """Targets in float64, (n,) or (n, K)."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
-    return np.asarray(check_array(numpy("y", y), ensure_2d=False, dtype="float64", input_name="y"))
+    y = numpy("y", y)
+    refuse_missing("y", y, "targets")
+    return np.asarray(check_array(y, ensure_2d=False, dtype="float64", input_name="y"))
 
 
 def same_length(name: str, value, n: int) -> None:

@@ -96,6 +96,7 @@ def _rows(name: str, value):
 
 def targets(name: str, y) -> Targets:
     """Labels, or floats: those that are not just two whole numbers are targets of regression."""
+    inputs.refuse_missing(name, y, "labels or targets")
     y = answers(name, y)
     try:
         if y.ndim == 2 or (y.dtype.kind == "f" and not _two_whole(y)):
@@ -152,6 +153,7 @@ def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
             raise ValueError(
                 f"validation: layer {name!r} must have {found[name].shape[1]} columns, got {value.shape[1]}"
             )
+    inputs.refuse_missing("y of validation", given[1], "labels" if known.classes is not None else "targets")
     if known.classes is None:
         y = Targets(inputs.targets(answers("y of validation", given[1])), None)
         if y.y.shape[1:] != known.y.shape[1:]:

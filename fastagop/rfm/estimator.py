@@ -105,6 +105,7 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         self._store(locals())
 
     def _answers(self, name: str, y) -> np.ndarray:
+        inputs.refuse_missing(name, y, "labels")
         try:
             found = inputs.labels(y)
         except ValueError as error:
@@ -191,6 +192,7 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         return self.fit_intercept
 
     def _answers(self, name: str, y) -> np.ndarray:
+        inputs.refuse_missing(name, y, "targets")
         try:
             y = inputs.targets(y)
         except ValueError as error:
