@@ -175,7 +175,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             points, y = self._given(X_val, y_val)
             return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
         n = len(data.X)
-        held = validation.held_out_count(self.validation_fraction, n)
+        held = validation.held_out_count(self, n)
         if held < 1:
             raise ValueError(
                 f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
@@ -221,7 +221,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         task = AgopTask("sum", self.center)
         n, held = len(data.X), 0
         if self.early_stopping:
-            held = validation.held_out_count(self.validation_fraction, n)
+            held = validation.held_out_count(self, n)
         learn = n - held
         if self.metric_samples is not None:
             learn = validation.count_of("metric_samples", self.metric_samples, learn)
