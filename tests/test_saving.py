@@ -171,7 +171,7 @@ def test_foreign_files_are_refused(saved, tmp_path):
 
 def test_devices(saved):
     assert fastagop.load(saved[1], device="cpu").device == "cpu"
-    with pytest.raises(ValueError, match=r"device 'cuda:99' is not there .* use 'auto' or 'cpu'"):
+    with pytest.raises(ValueError, match=r"device 'cuda:99' is not there.*; use 'auto' or 'cpu'"):
         fastagop.load(saved[1], device="cuda:99")
 
 

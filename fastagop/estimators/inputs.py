@@ -26,6 +26,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
 _FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
 _LISTED = 5  # Columns that an error names.
+_SHORT = 60  # Letters of a reason of torch's that an error repeats.
 _SPARSE = (
     "Sparse data was passed for X, but dense data is required: use X.toarray(); in a pipeline "
     "OneHotEncoder(sparse_output=False), or FunctionTransformer(lambda X: X.toarray(), accept_sparse=True) as a step"
@@ -56,9 +57,14 @@ def device(name) -> torch.device:
     """The device of that name, "auto" being CUDA where there is one."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto' or a device of torch, got {name!r}; use 'auto' or 'cpu'") from error
+    try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {name!r} is not there ({error}); use 'auto' or 'cpu'") from error
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = f" ({reason})" if len(reason) <= _SHORT else ""  # Of other devices torch lists its own internals.
+        raise ValueError(f"device {name!r} is not there{reason}; use 'auto' or 'cpu'") from error
     if found.type == "meta":
         raise ValueError(f"device must be one that holds numbers, got {name!r}; use 'auto' or 'cpu'")
     return found
