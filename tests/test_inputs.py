@@ -357,6 +357,14 @@ def test_missing_labels_are_counted(name, kind):
         MAKE[name]().fit(X, answers_with_gaps(kind))
 
 
+@classifiers
+@pytest.mark.parametrize("label", ["a", 3, 2.0, True])
+def test_the_label_of_one_class_is_written_plainly(name, label):
+    X, _ = data()
+    with pytest.raises(ValueError, match=f"^y must hold at least two classes, got one class: {label!r}$"):
+        MAKE[name]().fit(X, np.array([label] * 40))
+
+
 @pytest.mark.parametrize("name", ["RFMRegressor", "DeepRFMRegressor"])
 @pytest.mark.parametrize("kind", ["floats", "a column", "torch", "pandas' Int64", "pandas' boolean", "two columns"])
 def test_missing_targets_are_counted(name, kind):

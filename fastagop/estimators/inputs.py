@@ -345,7 +345,8 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np
         raise ValueError(f"class_weight must be None, 'balanced' or a dict {{label: weight}}, got {value!r}")
     known = classes.tolist()
     factors = np.ones(len(classes))
-    for label, given in value.items():
+    for key, given in value.items():
+        label = key.item() if isinstance(key, np.generic) else key
         weight = checks.nonnegative(f"class_weight[{label!r}]", given)
         if label in known:
             factors[known.index(label)] = weight

@@ -109,7 +109,7 @@ def targets(name: str, y) -> Targets:
         raise ValueError(f"{name}: {error}") from error
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise ValueError(f"{name} must hold at least two classes, got one class: {classes[0]!r}")
+        raise ValueError(f"{name} must hold at least two classes, got one class: {classes.tolist()[0]!r}")
     return Targets(labels, classes)
 
 
@@ -183,8 +183,10 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
     for code in range(codes.max() + 1):
         rows = random.permutation(np.flatnonzero(codes == code))
         if len(rows) < 2:
-            what = "y" if known.classes is None else f"class {known.classes[code]!r} of y"
-            raise ValueError(f"{what} has one row, which cannot be learnt from and held out; give validation=")
+            what = "y" if known.classes is None else f"class {known.classes.tolist()[code]!r} of y"
+            text = f"{what} has one row, which cannot be learnt from and held out; give validation="
+            whole = known.classes is not None and known.classes.dtype.kind in "iu"
+            raise ValueError(f"{text}, or y as floats, which mean regression" if whole else text)
         held.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(codes)), held), held
