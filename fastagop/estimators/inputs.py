@@ -265,7 +265,7 @@ def refuse_missing(name: str, y, what: str) -> None:
     gone = gone.reshape(len(values), -1).any(1)
     if gone.any():
         raise ValueError(
-            f"{name} holds missing {what} in {gone.sum()} of {len(gone)} rows, of which row {gone.argmax()} is the "
+            f"{name} holds missing {what} in {gone.sum()} of {len(values)} rows, of which row {gone.argmax()} is the "
             "first; leave such rows out"
         )
 

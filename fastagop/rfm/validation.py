@@ -171,8 +171,9 @@ def held_out_count(model, n: int) -> int:
 
     R^2, the default score of regression, is defined for two rows or more: two are held out of four or more.
     """
+    count = count_of("validation_fraction", float(model.validation_fraction), n)
     least = 2 if n >= 4 and model.scoring is None and isinstance(model, RegressorMixin) else 1
-    return min(max(least, count_of("validation_fraction", float(model.validation_fraction), n)), n - 1)
+    return min(max(least, count), n - 1)
 
 
 def count_of(name: str, value, n: int) -> int:
