@@ -201,11 +201,15 @@ class Profile(Kernel):
 
     def value_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by phi(r)."""
-        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
+        raise self._lacks("value_(sq)")
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
-        raise TypeError(f"{type(self).__name__} defines no profile; use a subclass such as Laplace or Gaussian")
+        raise self._lacks("weight_(sq)")
+
+    def _lacks(self, method: str) -> TypeError:
+        name = type(self).__name__
+        return TypeError(f"{name} defines no {method}; give its class one, or use a kernel such as Laplace or Gaussian")
 
     def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``weight_``, with the kernel values of the same pairs at hand, which it leaves as they are.

@@ -14,7 +14,7 @@ Docs/pages/add_a_kernel.md says how a kernel is added. ``value_``, ``weight_`` a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import ClassVar
 
 import torch
@@ -295,7 +295,14 @@ def named(name: str) -> type[Kernel]:
         known.update({child.__name__: child for child in children})
         todo += children
     if name not in known:
-        raise ValueError(
-            f"kernel {name!r} is not known, only {', '.join(sorted(known))}; import the module that defines it first"
-        )
+        shown = ", ".join(sorted(other for other, kind in known.items() if _is_shown(kind)))
+        raise ValueError(f"kernel {name!r} is not known: import the module that defines it first; known are {shown}")
     return known[name]
+
+
+def _is_shown(kind: type[Kernel]) -> bool:
+    """Whether a class is a kernel that users make: one of theirs, or of these no base, sum or product."""
+    if not kind.__module__.startswith(f"{__package__}."):
+        return True
+    combined = kind.__module__ == Combining.__module__
+    return issubclass(kind, Combining) and is_dataclass(kind) and kind is not Radial and not combined

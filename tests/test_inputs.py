@@ -8,10 +8,14 @@ import os
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_array_api_input
 
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, RFMClassifier, RFMRegressor
+from fastagop.estimators import inputs
 
 MAKE = {
     "RFMClassifier": lambda **more: RFMClassifier(iterations=1, **more),
@@ -89,7 +93,8 @@ def test_rows_of_any_kind(name, kind):
         (lambda X, y: (X, y.to("meta")), ValueError, "^y must hold numbers.*meta"),
         (lambda X, y: (X, y.to(torch.complex64)), ValueError, "Complex data not supported: y"),
         (lambda X, y: (X, y[:-1]), ValueError, "^y must have one row per row of X: X has 40, y has 39"),
-        (lambda X, y: (X, y / 0.0), ValueError, "Input y contains"),
+        (lambda X, y: (X, y / 0.0), ValueError, "^y holds missing (labels|targets) in .* of 40 rows"),
+        (lambda X, y: (X, (y + 1) / 0.0), ValueError, "Input y contains infinity"),
         (lambda X, y: (X.numpy().astype(complex), y), ValueError, "Complex data not supported"),
         (lambda X, y: (X.numpy()[:, 0], y), ValueError, "Expected 2D array"),
         (lambda X, y: (X.numpy()[:0], y[:0]), ValueError, "0 sample"),
@@ -231,3 +236,155 @@ def test_no_check_of_scikit_learn_is_skipped():
     assert os.environ["SCIPY_ARRAY_API"] == "1"
     for make in MAKE.values():
         check_array_api_input("", make(), "numpy", expect_only_array_outputs=False)
+
+
+def frame_of(column, names=("k",)):
+    pandas = pytest.importorskip("pandas")
+    X, _ = data()
+    return pandas.DataFrame({"x": X[:, 0], **{name: pandas.Series(column) for name in names}})
+
+
+def columns_that_are_no_numbers():
+    pandas = pytest.importorskip("pandas")
+    words, days = ["u", "v"] * 20, pandas.date_range("2020", periods=40)
+    strings = r"strings: make numbers of it, as with OneHotEncoder\(sparse_output=False\).*RFM on tables"
+    dates = "dates: use differences in days"
+    return {
+        "str": (pandas.Series(words), ValueError, strings),
+        "with gaps": (pandas.Series([None, np.nan, *words[2:]], dtype=object), ValueError, strings),
+        "object": (pandas.Series([1.0, "2.5", *words[2:]], dtype=object), ValueError, strings),
+        "category": (pandas.Series(words).astype("category"), ValueError, strings),
+        "dates": (pandas.Series(days), TypeError, dates),
+        "dates of a zone": (pandas.Series(days.tz_localize("UTC")), TypeError, dates),
+        "Python's dates": (pandas.Series(list(days.date), dtype=object), TypeError, dates),
+        "periods": (pandas.Series(pandas.period_range("2020", periods=40)), TypeError, dates),
+        "durations": (pandas.Series(days - days[0]), TypeError, "durations: use their number of days"),
+        "intervals": (pandas.Series(pandas.interval_range(0, 40)), TypeError, "values of type Interval: make numbers"),
+        "NA": (pandas.Series([pandas.NA, *range(39)], dtype=object), TypeError, "missing values that are no NaN: use"),
+    }
+
+
+@every
+def test_columns_of_frames_that_are_no_numbers_are_named(name):
+    _, y = data()
+    model = MAKE[name]().fit(frame_of(np.arange(40.0)), y)
+    for case, (column, error, message) in columns_that_are_no_numbers().items():
+        frame = frame_of(column)
+        for call in (lambda frame=frame: MAKE[name]().fit(frame, y), lambda frame=frame: model.predict(frame)):
+            with pytest.raises(error, match=f"^X: column 'k' holds {message}"):
+                call()
+        assert case
+    words = frame_of(["u", "v"] * 20)
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(words.rename(columns={"k": "other"}))
+    with pytest.raises(ValueError, match=r"^X: columns 'a', 'b' hold strings: make numbers of them"):
+        MAKE[name]().fit(frame_of(["u", "v"] * 20, names=("a", "b")), y)
+    with pytest.raises(ValueError, match="'e' and 1 more hold strings"):
+        MAKE[name]().fit(frame_of(["u", "v"] * 20, names="abcdef"), y)
+
+
+@pytest.mark.parametrize("name", ["RFMClassifier", "RFMRegressor"])
+def test_columns_of_frames_that_can_be_read_as_numbers(name):
+    pandas = pytest.importorskip("pandas")
+    _, y = data()
+    numbers = np.arange(40) % 7
+    plain = MAKE[name]().fit(frame_of(numbers.astype(float)), y)
+    texts = [str(number) for number in numbers]
+    for column in (
+        pandas.Series(numbers, dtype="Int64"),
+        pandas.Series(list(numbers), dtype=object),
+        pandas.Series(numbers).astype("category"),
+        texts,
+        pandas.Series(texts).astype("category"),
+    ):
+        frame = frame_of(column)
+        np.testing.assert_array_equal(plain.predict(frame), plain.predict(frame_of(numbers.astype(float))))
+        MAKE[name]().fit(frame, y)
+    with pytest.raises(ValueError, match="unique"):
+        MAKE[name]().fit(pandas.DataFrame(np.ones((40, 2)), columns=["x", "x"]), y)
+
+
+def test_frames_of_any_library():
+    """What has columns and dtypes is a frame; no library of frames is needed for it."""
+
+    class Frame(dict):
+        columns = property(list)
+        dtypes = property(lambda self: [object() for _ in self])
+
+    assert inputs.frame_refusal(Frame(a=np.ones(3), b=[1, None, 2.5], c=["1", "2", "3"])) is None
+    assert inputs.frame_refusal(np.ones((3, 2))) is None
+    refused = inputs.frame_refusal(Frame(a=["u", "1", "2"], b=np.array(["2020"] * 3, "M8[D]"), c=[b"x"] * 3))
+    assert isinstance(refused, ValueError)
+    assert str(refused).startswith("X: columns 'a', 'c' hold strings: make numbers of them, as with OneHotEncoder")
+    assert str(refused).endswith(
+        "; column 'b' holds dates: use differences in days, as (column - column.min()).dt.days"
+    )
+
+
+def answers_with_gaps(kind):
+    """Labels or targets of 40 rows, of which rows 3 and 7 have none."""
+    pandas = pytest.importorskip("pandas")
+    words, numbers = np.array(["a", "b"] * 20), np.arange(40) % 2
+    gaps = np.isin(np.arange(40), [3, 7])
+    objects = np.where(gaps, None, words.astype(object))
+    mixed = np.where(np.arange(40) == 7, np.nan, objects)
+    return {
+        "None and NaN": mixed,
+        "a list": mixed.tolist(),
+        "words and NaN": np.where(gaps, np.nan, words.astype(object)).tolist(),
+        "a frame": pandas.DataFrame({"y": objects}),
+        "a series": pandas.Series(objects),
+        "pandas' string": pandas.Series(objects, dtype="string"),
+        "pandas' category": pandas.Series(objects).astype("category"),
+        "pandas' Int64": pandas.Series(numbers, dtype="Int64").mask(gaps),
+        "pandas' boolean": pandas.Series(numbers == 0, dtype="boolean").mask(gaps),
+        "floats": np.where(gaps, np.nan, numbers),
+        "a column": np.where(gaps, np.nan, numbers)[:, None],
+        "torch": torch.from_numpy(np.where(gaps, np.nan, numbers)).half(),
+        "dates": np.where(gaps, np.datetime64("NaT"), np.datetime64("2020") + numbers),
+    }[kind]
+
+
+GAPS = ["None and NaN", "a list", "words and NaN", "a frame", "a series", "dates", "floats", "a column", "torch"]
+GAPS += [f"pandas' {kind}" for kind in ("string", "category", "Int64", "boolean")]
+
+
+@classifiers
+@pytest.mark.parametrize("kind", GAPS)
+def test_missing_labels_are_counted(name, kind):
+    X, _ = data()
+    with pytest.raises(ValueError, match=r"^y holds missing labels in 2 of 40 rows, of which row 3 is the first"):
+        MAKE[name]().fit(X, answers_with_gaps(kind))
+
+
+@classifiers
+@pytest.mark.parametrize("label", ["a", 3, 2.0, True])
+def test_the_label_of_one_class_is_written_plainly(name, label):
+    X, _ = data()
+    with pytest.raises(ValueError, match=f"^y must hold at least two classes, got one class: {label!r}$"):
+        MAKE[name]().fit(X, np.array([label] * 40))
+
+
+@pytest.mark.parametrize("name", ["RFMRegressor", "DeepRFMRegressor"])
+@pytest.mark.parametrize("kind", ["floats", "a column", "torch", "pandas' Int64", "pandas' boolean", "two columns"])
+def test_missing_targets_are_counted(name, kind):
+    X, _ = data()
+    y = np.stack([X[:, 0], answers_with_gaps("floats")], 1) if kind == "two columns" else answers_with_gaps(kind)
+    with pytest.raises(ValueError, match=r"^y holds missing targets in 2 of 40 rows, of which row 3 is the first"):
+        MAKE[name]().fit(X, y)
+
+
+@every
+def test_sparse_rows_are_refused_with_what_a_pipeline_can_do(name):
+    X, y = data()
+    model = MAKE[name]().fit(X, y)
+    for sparse in (scipy.sparse.csr_array(X), scipy.sparse.coo_matrix(X)):
+        for call in (lambda sparse=sparse: MAKE[name]().fit(sparse, y), lambda sparse=sparse: model.predict(sparse)):
+            with pytest.raises(
+                TypeError, match=r"^Sparse data was passed for X.*pipeline.*sparse_output=False"
+            ) as info:
+                call()
+    remedy = FunctionTransformer(lambda X: X.toarray(), accept_sparse=True)
+    assert "FunctionTransformer(lambda X: X.toarray(), accept_sparse=True)" in str(info.value)
+    piped = make_pipeline(remedy, MAKE[name]()).fit(scipy.sparse.csr_array(X), y)
+    np.testing.assert_array_equal(piped.predict(scipy.sparse.csr_array(X)), model.predict(X))

@@ -224,3 +224,21 @@ def test_a_resumed_fit_goes_on_counting(monkeypatch, capfd, caplog, tmp_path, no
     shown = capfd.readouterr().err
     assert "3/5" in shown
     assert "4/5" in shown
+
+
+@pytest.mark.parametrize("name", [None, 1.5, "nowhere", "cuda:x"])
+def test_what_is_no_device_is_refused_in_plain_words(name):
+    with pytest.raises(ValueError, match=r"^device must be 'auto' or a device of torch, got .*; use 'auto'") as info:
+        inputs.device(name)
+    assert len(str(info.value)) < 120
+    assert info.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_without_the_internals_of_torch(name):
+    if name != "cuda:99" and getattr(torch, name).is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ValueError, match=rf"^device '{name}' is not there( \([^()]*\))?; use 'auto' or 'cpu'$") as info:
+        inputs.device(name)
+    assert len(str(info.value)) < 120
+    assert isinstance(info.value.__cause__, (RuntimeError, AssertionError))

@@ -320,5 +320,19 @@ def test_bad_bandwidth(case, value, error):
 
 @pytest.mark.parametrize("method", ["value_", "weight_"])
 def test_radial_alone_has_no_profile(method):
-    with pytest.raises(TypeError, match="Radial defines no profile"):
+    with pytest.raises(
+        TypeError, match=rf"^Radial defines no {method}\(sq\); give its class one, or use a kernel such"
+    ):
         getattr(Radial(1.0), method)(torch.ones(1))
+
+
+def test_a_kernel_without_a_weight_is_told_what_it_lacks():
+    class Half(Radial):
+        def value_(self, sq):
+            return sq.sqrt_().div_(-self.bandwidth).exp_().add_(1.0).div_(2.0)
+
+    X, alpha = torch.rand(5, 2, dtype=torch.float64), torch.rand(5, 1, dtype=torch.float64)
+    assert Half(1.0)(X).shape == (5, 5)
+    for call in (fastagop.agop, fastagop.gradients):
+        with pytest.raises(TypeError, match=r"^Half defines no weight_\(sq\); give its class one"):
+            call(Half(1.0), X, alpha)

@@ -15,7 +15,7 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.feature_selection import SelectFromModel
 from sklearn.metrics import accuracy_score, log_loss, make_scorer
-from sklearn.model_selection import PredefinedSplit, StratifiedKFold
+from sklearn.model_selection import GroupKFold, GroupShuffleSplit, LeaveOneGroupOut, PredefinedSplit, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -239,6 +239,16 @@ def test_what_is_held_out(flowers):
     by_splitter = RFMClassifierCV(**{**SMALL, "cv": StratifiedKFold(2)}, random_state=0).fit(X, y)
     by_pairs = RFMClassifierCV(**{**SMALL, "cv": list(StratifiedKFold(2).split(X, y))}, random_state=0).fit(X, y)
     assert np.array_equal(by_splitter.cv_results_["split1_test_score"], by_pairs.cv_results_["split1_test_score"])
+
+
+@pytest.mark.parametrize("splitter", [GroupKFold(2), LeaveOneGroupOut(), GroupShuffleSplit(2)], ids=repr)
+def test_splitters_of_groups_say_what_to_pass(flowers, splitter):
+    X, y = flowers
+    text = rf"^cv: {type(splitter).__name__} needs groups; pass list\(splitter.split\(X, y, groups\)\) as cv$"
+    with pytest.raises(ValueError, match=text):
+        RFMClassifierCV(**{**SMALL, "cv": splitter}).fit(X, y)
+    folds = list(splitter.split(X, y, np.arange(60) // 2 % 2))
+    assert RFMClassifierCV(**{**SMALL, "cv": folds}, refit=False).fit(X, y).n_splits_ == 2
 
 
 def test_weights_are_copies(flowers):

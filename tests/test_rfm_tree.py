@@ -255,6 +255,20 @@ def test_scores_that_rows_of_a_leaf_have_none_of(problem):
     assert set(constant.predict(X[:3]).tolist()) == {int(constant.answer)}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("parameters", [{}, {"soft": False}, {"early_stopping": False}, {"scoring": "r2"}])
+@pytest.mark.parametrize("leaf_size", [3, 14])
+def test_leaves_of_few_rows_are_scored_without_a_word(problem, leaf_size, parameters):
+    """Two rows are held out where R^2 is the default score, of four or more; of one the squared error decides."""
+    X, y, _ = problem
+    model = RFMTreeRegressor(leaf_size=leaf_size, iterations=1, random_state=0, **parameters).fit(X[:52], y[:52])
+    defined = leaf_size == 14 and model.scoring is None
+    for leaf in model.leaves_:
+        assert len(leaf._unseen_rows) == (2 if defined else 1) or parameters == {"early_stopping": False}
+        assert not model.early_stopping or np.isfinite(leaf.validation_score_).all() == defined
+    assert model.score(X[:52], y[:52]) > 0.5
+
+
 def test_nodes_of_one_answer_are_leaves():
     """However many rows they have; a missing class is answered by -1."""
     rng = np.random.default_rng(0)

@@ -293,3 +293,26 @@ def test_the_intercept_is_the_mean(columns, weighted):
         model(dtype="float32").fit(X.astype(np.float32), y.astype(np.float32)).predict(np.float32(X)).dtype
         == np.float32
     )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("n", "held"), [(4, 2), (5, 2), (12, 2), (14, 2), (15, 2), (30, 3)])
+def test_rows_held_out_define_the_default_score(n, held):
+    """R^2 wants two rows; other scores are taken of one."""
+    X, y = data(n)
+    fit = model(early_stopping=True, random_state=0).fit(X, y)
+    assert np.isfinite(fit.validation_score_).all()
+    assert len(fit._unseen_rows) == held
+    least = max(1, round(0.1 * n))
+    other = model(early_stopping=True, random_state=0, scoring="neg_mean_absolute_error").fit(X, y)
+    assert len(other._unseen_rows) == least
+    classifier = model(RFMClassifier, early_stopping=True, random_state=0).fit(X, np.arange(n) % 2)
+    assert len(classifier._unseen_rows) == least
+
+
+@pytest.mark.parametrize(("n", "held"), [(2, 1), (3, 1)])
+def test_too_few_rows_for_the_default_score(n, held):
+    X, y = data(n)
+    with pytest.warns(UserWarning, match="less than two samples"):
+        fit = model(early_stopping=True, random_state=0).fit(X, y)
+    assert len(fit._unseen_rows) == held

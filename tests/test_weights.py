@@ -162,6 +162,8 @@ def test_class_weights(name):
         ("even", "^class_weight must be None, 'balanced' or a dict"),
         ([1, 2], "^class_weight must be None, 'balanced' or a dict"),
         ({0: -1.0}, r"^class_weight\[0\] must be a finite number >= 0, got -1"),
+        ({np.int64(0): -1.0}, r"^class_weight\[0\] must be a finite number >= 0, got -1"),
+        ({np.int64(5): 1.0}, r"^class_weight names the label 5, which y does not hold"),
         ({0: "heavy"}, r"^class_weight\[0\] must be a finite number"),
         ({0: 0.0}, r"^class_weight must leave two of the labels \[0, 1\] a weight above 0, got .*: 1 left"),
         ({5: 1.0}, r"^class_weight names the label 5, which y does not hold; its labels are \[0, 1\]"),

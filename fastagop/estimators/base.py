@@ -290,7 +290,7 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
+            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_.tolist()[0]!r}")
         codes = codes.reshape(-1)
         Y = np.full((len(y), len(self.classes_)), -1.0)
         Y[np.arange(len(y)), codes] = 1.0

@@ -6,9 +6,12 @@ anything become the dtype that a fit computes in.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 import numbers
+import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,20 @@ from fastagop.kernels.precision import dtype_name
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
 _FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
+_LISTED = 5  # Columns that an error names.
+_SHORT = 60  # Letters of a reason of torch's that an error repeats.
+_SPARSE = (
+    "Sparse data was passed for X, but dense data is required: use X.toarray(); in a pipeline "
+    "OneHotEncoder(sparse_output=False), or FunctionTransformer(lambda X: X.toarray(), accept_sparse=True) as a step"
+)
+# What is to be done with columns of a frame that are no numbers, by what they hold.
+_ENCODER = "as with OneHotEncoder(sparse_output=False) in a ColumnTransformer (docs: RFM on tables)"
+_REMEDIES = {
+    "strings": f"make numbers of {{them}}, {_ENCODER}",
+    "dates": "use differences in days, as (column - column.min()).dt.days",
+    "durations": "use their number of days, as column / pandas.Timedelta(days=1)",
+    "missing values that are no NaN": "use a column of numbers, as pandas.to_numeric makes it, and fill them in",
+}
 
 
 def dtype(value) -> torch.dtype:
@@ -40,9 +57,14 @@ def device(name) -> torch.device:
     """The device of that name, "auto" being CUDA where there is one."""
     try:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto' or a device of torch, got {name!r}; use 'auto' or 'cpu'") from error
+    try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {name!r} is not there ({error}); use 'auto' or 'cpu'") from error
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = f" ({reason})" if len(reason) <= _SHORT else ""  # Of other devices torch lists its own internals.
+        raise ValueError(f"device {name!r} is not there{reason}; use 'auto' or 'cpu'") from error
     if found.type == "meta":
         raise ValueError(f"device must be one that holds numbers, got {name!r}; use 'auto' or 'cpu'")
     return found
@@ -90,6 +112,71 @@ def numpy(name: str, value):
     return value
 
 
+def frame_refusal(X) -> TypeError | ValueError | None:
+    """Why a frame, or whatever else has ``columns`` and ``dtypes``, is no table of numbers; None where it is one.
+
+    Columns of strings that are numbers, such as "1.5", count as numbers, as they do for scikit-learn.
+    """
+    if not (hasattr(X, "columns") and hasattr(X, "dtypes")):
+        return None
+    columns = list(X.columns)
+    if len(set(columns)) < len(columns):
+        return None  # scikit-learn refuses names that are not unique.
+    found: dict[str, list] = {}
+    for name, kind in zip(columns, X.dtypes, strict=True):
+        if getattr(kind, "kind", "O") not in "iufbc" and (what := _other_than_numbers(X[name])):
+            found.setdefault(what, []).append(name)
+    if not found:
+        return None
+    texts = []
+    for what, names in found.items():
+        listed = ", ".join(map(repr, names[:_LISTED]))
+        listed += f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        verb, them = ("column {} holds {}", "it") if len(names) == 1 else ("columns {} hold {}", "them")
+        texts.append(f"{verb.format(listed, what)}: {_REMEDIES.get(what, 'make numbers of {them}').format(them=them)}")
+    return (ValueError if "strings" in found else TypeError)(f"X: {'; '.join(texts)}")
+
+
+def _other_than_numbers(column) -> str | None:
+    """What a column of a frame holds beside numbers and NaN, as a word of ``_REMEDIES``; None where nothing."""
+    values = np.asarray(column)
+    if values.dtype.kind in "iufbc":
+        return None
+    if values.dtype.kind in "mM":
+        return "dates" if values.dtype.kind == "M" else "durations"
+    try:
+        values.astype(np.float64)
+    except (TypeError, ValueError):
+        found = [_kind(value) for value in values.tolist()]
+        return next((kind for kind in found if kind), "missing values that are no NaN")
+    return None
+
+
+def _kind(value: Any) -> str | None:
+    """What a value is in words, where it is neither a number nor missing."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        if missing(value):
+            return None
+        if isinstance(value, (datetime.date, np.datetime64)) or hasattr(value, "to_timestamp"):
+            return "dates"
+        if isinstance(value, (datetime.timedelta, np.timedelta64)):
+            return "durations"
+        return "strings" if isinstance(value, (str, bytes)) else f"values of type {type(value).__name__}"
+    return None
+
+
+def missing(value: Any) -> bool:
+    """Whether a value of any kind is None, NaN, NaT or pandas' NA."""
+    try:
+        return value is None or bool(operator.ne(value, value))
+    except TypeError:  # NA is neither equal to itself nor different.
+        return True
+    except ValueError:  # An array.
+        return False
+
+
 def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
     """X as a float32 or float64 tensor that holds its numbers, where it lies; scikit-learn's rules for its columns.
 
@@ -97,6 +184,12 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         estimator: whose ``n_features_in_`` and ``feature_names_in_`` are set (``reset``) or must be met.
     """
     if not isinstance(X, torch.Tensor):
+        if callable(getattr(X, "toarray", None)):
+            raise TypeError(_SPARSE)
+        if refusal := frame_refusal(X):
+            if not reset:  # Names that do not match come first.
+                validate_data(estimator, X, reset=False, skip_check_array=True)
+            raise refusal
         X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
         return torch.from_numpy(np.array(X, order="C"))
     tensor = dense("X", X)
@@ -150,11 +243,40 @@ def offsets(X: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def refuse_missing(name: str, y, what: str) -> None:
+    """Refuse labels or targets of which some are None, NaN, NaT or pandas' NA.
+
+    Raises:
+        ValueError: saying in how many rows, and which is the first.
+    """
+    y = numpy(name, y)
+    try:
+        values = np.asarray(y)
+        if values.dtype.kind in "US" and not isinstance(y, np.ndarray):  # NumPy makes a word of a NaN among words.
+            values = np.asarray(y, dtype=object)
+    except (TypeError, ValueError):  # No array: scikit-learn says why.
+        return
+    if values.dtype.kind not in "fmMO" or values.ndim == 0 or values.size == 0:
+        return
+    if values.dtype.kind == "O":
+        gone = np.array([missing(value) for value in values.reshape(-1)])
+    else:
+        gone = np.isnan(values) if values.dtype.kind == "f" else np.isnat(values)
+    gone = gone.reshape(len(values), -1).any(1)
+    if gone.any():
+        raise ValueError(
+            f"{name} holds missing {what} in {gone.sum()} of {len(values)} rows, of which row {gone.argmax()} is the "
+            "first; leave such rows out"
+        )
+
+
 def labels(y) -> np.ndarray:
     """Labels (n,) in their own kind."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
-    y = check_array(numpy("y", y), ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
+    y = numpy("y", y)
+    refuse_missing("y", y, "labels")
+    y = check_array(y, ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
     y = column_or_1d(y, warn=True)
     check_classification_targets(y)
     return y
@@ -164,7 +286,9 @@ def targets(y) -> np.ndarray:
     """Targets in float64, (n,) or (n, K)."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
-    return np.asarray(check_array(numpy("y", y), ensure_2d=False, dtype="float64", input_name="y"))
+    y = numpy("y", y)
+    refuse_missing("y", y, "targets")
+    return np.asarray(check_array(y, ensure_2d=False, dtype="float64", input_name="y"))
 
 
 def same_length(name: str, value, n: int) -> None:
@@ -221,7 +345,8 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np
         raise ValueError(f"class_weight must be None, 'balanced' or a dict {{label: weight}}, got {value!r}")
     known = classes.tolist()
     factors = np.ones(len(classes))
-    for label, given in value.items():
+    for key, given in value.items():
+        label = key.item() if isinstance(key, np.generic) else key
         weight = checks.nonnegative(f"class_weight[{label!r}]", given)
         if label in known:
             factors[known.index(label)] = weight

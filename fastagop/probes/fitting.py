@@ -263,7 +263,7 @@ def _folds(learn: Targets, random) -> list[tuple[np.ndarray, np.ndarray]]:
         return list(KFold(min(_FOLDS, n), shuffle=True, random_state=random).split(np.zeros(n)))
     counts = np.bincount(learn.codes)
     if counts.min() < 2:
-        label = learn.classes[counts.argmin()]
+        label = learn.classes.tolist()[counts.argmin()]
         raise ValueError(
             f"aggregate=True needs at least two rows of every class that are not held out, but class {label!r} has "
             f"{counts.min()}; use aggregate=False, or give more rows"

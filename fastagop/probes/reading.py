@@ -96,6 +96,7 @@ def _rows(name: str, value):
 
 def targets(name: str, y) -> Targets:
     """Labels, or floats: those that are not just two whole numbers are targets of regression."""
+    inputs.refuse_missing(name, y, "labels or targets")
     y = answers(name, y)
     try:
         if y.ndim == 2 or (y.dtype.kind == "f" and not _two_whole(y)):
@@ -108,7 +109,7 @@ def targets(name: str, y) -> Targets:
         raise ValueError(f"{name}: {error}") from error
     classes = np.unique(labels)
     if len(classes) < 2:
-        raise ValueError(f"{name} must hold at least two classes, got one class: {classes[0]!r}")
+        raise ValueError(f"{name} must hold at least two classes, got one class: {classes.tolist()[0]!r}")
     return Targets(labels, classes)
 
 
@@ -152,6 +153,7 @@ def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
             raise ValueError(
                 f"validation: layer {name!r} must have {found[name].shape[1]} columns, got {value.shape[1]}"
             )
+    inputs.refuse_missing("y of validation", given[1], "labels" if known.classes is not None else "targets")
     if known.classes is None:
         y = Targets(inputs.targets(answers("y of validation", given[1])), None)
         if y.y.shape[1:] != known.y.shape[1:]:
@@ -181,8 +183,10 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
     for code in range(codes.max() + 1):
         rows = random.permutation(np.flatnonzero(codes == code))
         if len(rows) < 2:
-            what = "y" if known.classes is None else f"class {known.classes[code]!r} of y"
-            raise ValueError(f"{what} has one row, which cannot be learnt from and held out; give validation=")
+            what = "y" if known.classes is None else f"class {known.classes.tolist()[code]!r} of y"
+            text = f"{what} has one row, which cannot be learnt from and held out; give validation="
+            whole = known.classes is not None and known.classes.dtype.kind in "iu"
+            raise ValueError(f"{text}, or y as floats, which mean regression" if whole else text)
         held.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(codes)), held), held

@@ -105,6 +105,7 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         self._store(locals())
 
     def _answers(self, name: str, y) -> np.ndarray:
+        inputs.refuse_missing(name, y, "labels")
         try:
             found = inputs.labels(y)
         except ValueError as error:
@@ -141,7 +142,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
 
     Targets (n,) or (n, K) are centred: the kernel machine learns what is left of them after their (weighted) mean, and
     predictions add it again. Parameters, attributes and the algorithm are those of ``RFMClassifier``, without
-    ``class_weight`` and ``classes_``; the default score is R^2.
+    ``class_weight`` and ``classes_``; the default score is R^2, for which two rows are held out at least, of four or
+    more.
 
     Args:
         fit_intercept: subtract the mean. Without it only a mean that exceeds the spread more than four times is, before
@@ -191,6 +193,7 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         return self.fit_intercept
 
     def _answers(self, name: str, y) -> np.ndarray:
+        inputs.refuse_missing(name, y, "targets")
         try:
             y = inputs.targets(y)
         except ValueError as error:

@@ -65,7 +65,13 @@ def _given(cv, rows: torch.Tensor, answers: np.ndarray) -> list[Fold]:
             f"cv must be a number of folds, 'holdout', a splitter of scikit-learn or (train, test) pairs, got {cv!r}"
         )
     splitter: Any = check_cv(cv)  # pyright: ignore[reportArgumentType]
-    pairs = splitter.split(rows.cpu().numpy(), answers)
+    try:
+        pairs = list(splitter.split(rows.cpu().numpy(), answers))
+    except (ValueError, TypeError) as error:
+        if "groups" not in str(error):
+            raise
+        text = f"cv: {type(cv).__name__} needs groups; pass list(splitter.split(X, y, groups)) as cv"
+        raise ValueError(text) from error
     drawn = [_indices(pair, len(rows), fold) for fold, pair in enumerate(pairs)]
     if not drawn:
         raise ValueError("cv gave no folds; of a generator, which gives its folds once, pass the list")

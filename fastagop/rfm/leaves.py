@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -141,13 +142,14 @@ class RFMTree(KernelEstimator):
         if count > 1:
             changes["scoring"] = None if self.scoring is None else Lenient(validation.scorer_of(self, self.scoring))
             if self.soft and not self.early_stopping and self.metric_samples is None:
-                changes["metric_samples"] = len(rows) - validation.held_out_count(self.validation_fraction, len(rows))
+                changes["metric_samples"] = len(rows) - validation.held_out_count(self, len(rows))
         if self.time_limit is not None:
             left = begin + float(self.time_limit) - time.perf_counter()
             changes["time_limit"] = max(0.0, left / (count - len(self.leaves_)))
         weights = None if data.weights is None else data.weights[rows].cpu().numpy()
         leaf_rows = self._like_fit_input(data.X[rows])
-        return self._machine_of(**changes).fit(leaf_rows, leaf_answers, sample_weight=weights)
+        with validation.few_rows() if count > 1 else contextlib.nullcontext():
+            return self._machine_of(**changes).fit(leaf_rows, leaf_answers, sample_weight=weights)
 
     def _tempered(self, data: Training, answers: np.ndarray, members: list[torch.Tensor], random) -> float:
         """The temperature with the best score on the rows that no leaf's metric and coefficients have seen."""
@@ -163,14 +165,15 @@ class RFMTree(KernelEstimator):
             validation.scorer_of(self, self.scoring),
         )
         judge = HeldOut(near, self._preparation.original(near).cpu().numpy(), answers[index], codes, weights, scorer)
-        scores = [judge.score(self, outputs) for outputs in self._mixed(near, _TEMPERATURES, self._before)]
+        with validation.few_rows():
+            scores = [judge.score(self, outputs) for outputs in self._mixed(near, _TEMPERATURES, self._before)]
         return _TEMPERATURES[max(range(len(scores)), key=lambda i: (*scores[i], -i))]
 
     def _unseen(self, leaf, rows: torch.Tensor, random) -> torch.Tensor:
         """Some of a leaf's rows, of which its iterations were not made; at most the share to hold out."""
         if isinstance(leaf, Constant):
             return rows[:0]
-        out, limit = rows[leaf._unseen_rows], validation.held_out_count(self.validation_fraction, len(rows))
+        out, limit = rows[leaf._unseen_rows], validation.held_out_count(self, len(rows))
         if len(out) <= limit:
             return out
         return out[torch.from_numpy(random.permutation(len(out))[:limit]).to(out.device)]

@@ -20,6 +20,7 @@ from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
+from fastagop.kernels.errors import restated
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
@@ -174,7 +175,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             points, y = self._given(X_val, y_val)
             return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
         n = len(data.X)
-        held = validation.held_out_count(self.validation_fraction, n)
+        held = validation.held_out_count(self, n)
         if held < 1:
             raise ValueError(
                 f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
@@ -190,8 +191,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Validation rows as the kernel sees them, and their labels or targets, checked."""
         try:
             points = self._preparation.near(self._samples(X_val))
-        except ValueError as error:
-            raise ValueError(f"X_val: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"X_val: {error}") from error
         y = self._answers("y_val", y_val)
         if len(y) != len(points):
             raise ValueError(f"y_val must have one row per row of X_val: X_val has {len(points)}, y_val has {len(y)}")
@@ -220,7 +221,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         task = AgopTask("sum", self.center)
         n, held = len(data.X), 0
         if self.early_stopping:
-            held = validation.held_out_count(self.validation_fraction, n)
+            held = validation.held_out_count(self, n)
         learn = n - held
         if self.metric_samples is not None:
             learn = validation.count_of("metric_samples", self.metric_samples, learn)

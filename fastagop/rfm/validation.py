@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import RegressorMixin
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import train_test_split
@@ -83,12 +86,19 @@ class Lenient:
 
     def __call__(self, model, X, y, **options) -> float:
         """The score of (estimator, X, y), or NaN."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UndefinedMetricWarning)
+        with few_rows():
             try:
                 return float(self.scorer(model, X, y, **options))
             except ValueError:
                 return math.nan
+
+
+@contextlib.contextmanager
+def few_rows() -> Iterator[None]:
+    """While few rows are scored, scikit-learn does not warn of scores that they do not define."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UndefinedMetricWarning)
+        yield
 
 
 def accuracy(classes: np.ndarray, outputs: torch.Tensor, y: np.ndarray, weights: np.ndarray | None) -> float:
@@ -156,9 +166,14 @@ def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Ten
     return outside.nonzero()[:, 0]
 
 
-def held_out_count(fraction, n: int) -> int:
-    """How many of n rows a ``validation_fraction`` holds out: at least one, but never all."""
-    return min(count_of("validation_fraction", float(fraction), n), n - 1)
+def held_out_count(model, n: int) -> int:
+    """How many of n rows an estimator's ``validation_fraction`` holds out: at least one, but never all.
+
+    R^2, the default score of regression, is defined for two rows or more: two are held out of four or more.
+    """
+    count = count_of("validation_fraction", float(model.validation_fraction), n)
+    least = 2 if n >= 4 and model.scoring is None and isinstance(model, RegressorMixin) else 1
+    return min(max(least, count), n - 1)
 
 
 def count_of(name: str, value, n: int) -> int:
