@@ -330,7 +330,7 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
     def _codes(self, y, weights):
         self.classes_: np.ndarray = np.unique(y if weights is None else y[weights > 0])
         if len(self.classes_) < 2:
-            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_[0]!r}")
+            raise ValueError(f"y must hold at least two classes, got one class: {self.classes_.tolist()[0]!r}")
         return np.searchsorted(self.classes_, y)
 
     def score(self, X: Rows, y: Rows, sample_weight: Rows | None = None) -> float:

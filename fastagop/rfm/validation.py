@@ -116,6 +116,7 @@ def r_squared(outputs: torch.Tensor, targets: torch.Tensor, weights: np.ndarray 
 
 def takes_weights(scorer) -> bool:
     """Whether a scorer takes sample weights: the estimator's own does, a metric or a function where it names them."""
+    scorer = scorer.scorer if isinstance(scorer, Lenient) else scorer
     rule = getattr(scorer, "_score_func", None if hasattr(scorer, "_estimator") else scorer)
     return rule is None or "sample_weight" in inspect.signature(rule).parameters
 
