@@ -475,12 +475,25 @@ def test_a_kernel_class_is_tried_once(methods, kind, text):
             call(_made(**methods))
 
 
-def test_a_kernel_class_without_gradients_has_values():
+def _later(self, sq):
+    raise NotImplementedError("no weight yet")
+
+
+@pytest.mark.parametrize("methods", [{}, {"weight_": _later}])
+def test_a_kernel_class_without_gradients_has_values(methods):
     X = torch.zeros(3, 2)
-    kernel = _made(value_=OVERWRITES)
+    kernel = _made(value_=OVERWRITES, **methods)
     assert torch.equal(fastagop.kernel_matrix(kernel, X), torch.ones(3, 3))
-    with pytest.raises(TypeError, match="Own defines no"):
+    with pytest.raises((TypeError, NotImplementedError), match=r"Own defines no|no weight yet"):
         fastagop.gradients(kernel, X, X)
+
+
+def test_a_kernel_class_sees_matrices_only():
+    def value_(self, sq):
+        assert sq.ndim == 2
+        return sq.mul_(-0.5).exp_()
+
+    assert torch.equal(fastagop.kernel_matrix(_made(value_=value_), torch.zeros(3, 2)), torch.ones(3, 3))
 
 
 @pytest.mark.parametrize("name", ["X", "Z"])

@@ -1,6 +1,7 @@
 """Random feature maps: the same draw everywhere, and the kernel that cosines approximate."""
 
 import math
+import pickle
 import threading
 
 import numpy as np
@@ -153,3 +154,17 @@ def test_layers_of_files_that_name_no_kind(name, normal):
     tensors, metadata = pack_layer(model._layers[0])
     assert metadata.pop("map") == name
     assert unpack_layer(tensors, metadata, X.device).kind == name
+
+
+@pytest.mark.parametrize("features", ["relu", "cos"])
+def test_pickles_of_earlier_versions_lack_the_kind(features):
+    X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    model = fastagop.DeepRFMClassifier(depth=2, width=8, features=features, random_state=0, device="cpu")
+    model.fit(X, (X[:, 0] > 0).long())
+    expected = model.decision_function(X)
+    for layer in model.layers_:
+        del layer.kind
+    again = pickle.loads(pickle.dumps(model))
+    assert {layer.kind for layer in again.layers_} == {features}
+    assert torch.equal(again.decision_function(X), expected)
+    assert torch.equal(again.to_module()(X), expected)

@@ -156,6 +156,11 @@ class Layer(FixedPrecision):
         self.register_buffer("weight", features.weight)
         self.register_buffer("bias", features.bias)
 
+    def __setstate__(self, state: dict) -> None:
+        """Pickles of earlier versions lack the kind of features, of which there were two, one with a bias."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("kind", "relu" if self.bias is None else "cos")
+
     @property
     def map(self) -> FeatureMap:
         """Phi, the random features."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 
 FULL_MATRIX_ROWS = 4096  # up to which one matrix stored in full is the fastest
+HALF = CholeskyCG()  # how half of a matrix is stored where nobody asks for something else
 WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
 
 
@@ -64,7 +65,7 @@ class Problem:
     options: ConjugateGradients
     float64_alpha: bool
     advice: Advice
-    half: CholeskyCG = field(default_factory=CholeskyCG)
+    half: CholeskyCG = HALF
     shared: Shared | None = None
     gave_way: str = ""
 

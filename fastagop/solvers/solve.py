@@ -21,7 +21,7 @@ from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import check_place
 from fastagop.solvers.limits import bound, relative, times
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
-from fastagop.solvers.problem import Advice, Problem, Shared
+from fastagop.solvers.problem import HALF, Advice, Problem, Shared
 from fastagop.solvers.solution import Solution, Solved, warn_about
 from fastagop.solvers.table import Method, Solver
 
@@ -139,7 +139,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
     method: str = table.OPTIONS.get(type(asked), asked)  # pyright: ignore[reportAssignmentType] (checked next)
     checks.choice("method", method, table.methods())
     iteration = asked if isinstance(asked, ConjugateGradients) else ConjugateGradients()
-    half = asked if isinstance(asked, CholeskyCG) else CholeskyCG()
+    half = asked if isinstance(asked, CholeskyCG) else HALF
     checks.choice("precision", options.precision, checks.PRECISIONS)
     ridge, limit = checks.nonnegative("ridge", options.ridge), checks.memory_limit(options.memory_limit)
 

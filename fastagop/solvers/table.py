@@ -17,7 +17,7 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg, direct, full_refined, half, pairs
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
-from fastagop.solvers.problem import Problem, needed_bytes
+from fastagop.solvers.problem import HALF, Problem, needed_bytes
 
 # Rows up to which a float64 factorisation on the CPU takes about as long as a float32 one and its refinement, where
 # alpha is rounded to float32 at the end. Where alpha stays float64, that holds up to ``problem.FULL_MATRIX_ROWS``.
@@ -143,7 +143,7 @@ def of_full_refined(problem: Problem) -> str | None:
     """Why a fit's few thousand float32 points on the CPU take a float32 factor beside a full k(X, X), or None."""
     alone = problem.X.device.type == "cpu" and problem.shared is None and not problem.coarse
     fit = problem.float64_alpha and problem.X.dtype == torch.float32 and problem.ridge > 0 and problem.outputs > 0
-    fits = problem.half == CholeskyCG() and full_refined.bytes_of(problem) <= problem.room
+    fits = problem.half == HALF and full_refined.bytes_of(problem) <= problem.room
     few_thousand = len(problem.X) > full_refined.FLOAT64_ROWS and not problem.many_rows
     if problem.gave_way or not (alone and fit and fits and few_thousand):
         return None
