@@ -162,9 +162,9 @@ def test_pickles_of_earlier_versions_lack_the_kind(features):
     model = fastagop.DeepRFMClassifier(depth=2, width=8, features=features, random_state=0, device="cpu")
     model.fit(X, (X[:, 0] > 0).long())
     expected = model.decision_function(X)
-    for layer in model.layers_:
+    for layer in model._layers:
         del layer.kind
     again = pickle.loads(pickle.dumps(model))
-    assert {layer.kind for layer in again.layers_} == {features}
+    assert {layer.kind for layer in again._layers} == {features}
     assert torch.equal(again.decision_function(X), expected)
     assert torch.equal(again.to_module()(X), expected)
