@@ -28,12 +28,17 @@ def matmul_nt(
     return torch.mm(A, B.T, out=out) if bias is None else torch.addmm(bias, A, B.T, out=out)
 
 
-def subtract_product_(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
-    """C -= A B^T, in place. A product that the CPU adds up in part of a wider matrix takes a fifth longer."""
+def accumulate_(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: float = 1.0) -> None:
+    """C += factor A B^T, in place. A product that the CPU adds up in part of a wider matrix takes a fifth longer."""
     if C.is_cuda or (C.is_contiguous() and not _onednn(A, B)):
-        C.addmm_(A, B.T, alpha=-1.0)
+        C.addmm_(A, B.T, alpha=factor)
     else:
-        C.sub_(matmul_nt(A, B))
+        C.add_(matmul_nt(A, B), alpha=factor)
+
+
+def subtract_product_(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+    """C -= A B^T, in place."""
+    accumulate_(C, A, B, -1.0)
 
 
 def rows_of(V: torch.Tensor) -> torch.Tensor:

@@ -123,9 +123,9 @@ def test_a_block_of_gradients_beyond_a_chunk(rows, n, pairs, K, outputs):
 
 
 def test_a_block_of_gradients_of_large_points():
-    """More features than rows: the scaled outputs of a row count by features, at least those of one output."""
+    """More features than rows: W is scaled for all outputs at once, whose sums of a row count by features."""
     rows, n, d, K, size = 2, 10, CHUNK, 3, 4
-    fixed = 5 * rows * n * size + rows * n + size * (2 * n * d + rows * (d + 2 * K + d))
+    fixed = (4 + K) * rows * n * size + rows * n + size * (2 * n * d + rows * (d + 2 * K + K * d))
     group = size * (2 * n * K + 4 * rows * K) + 8 * n * (2 * d + K) + 48 * rows * n
     assert gradients.gradient_bytes(rows, n, d, K, size) == fixed + group + rows * d * (16 + size)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import readable
-from ..gemm import matmul_nt
+from ..gemm import accumulate_, matmul_nt
 from ..plan import AIM
 from .distance import FEW, NEAR, medians, squared_distances, squared_norms
 
@@ -40,6 +40,11 @@ _WIDE, _WIDE_AIM = 512, (384, 2**28)
 # blocks, unless these have so few rows that memory is short: the products take 10 to 50 % less time, an AGOP of 5000 to
 # 20,000 points up to 30 % less (d = 20 to 300, two cores of a Xeon).
 _AT_ONCE, LEAST_ROWS = 4, 128
+# On the CPU weights are scaled by the coefficients of several outputs, one below the other, up to so many rows, and for
+# so many columns at a time: what a product reads stays in cache then, and points come from memory once for all of these
+# outputs. Rates are 330 GFLOP/s instead of 272 in float32, and 170 instead of 125 in float64 (n = 50,000, d = 1024,
+# K = 10, two cores of a Xeon).
+_STACKED, _COLUMNS = 2048, 1024
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
 
@@ -201,10 +206,27 @@ def output_gradients(
             right = (alpha.T[c, None] * X.T).flatten(0, 1)
             torch.addcmul(matmul_nt(W, right).view(len(W), -1, d), s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
         return out
+    if not W.is_cuda:
+        return _in_columns(W, alpha, X, Z, s, out)
     scaled = torch.empty_like(W)
     for c in range(K):
         torch.mul(W, alpha[:, c], out=scaled)
         torch.addcmul(matmul_nt(scaled, X.T), s[:, c, None], Z, value=-1.0, out=out[:, c])
+    return out
+
+
+def _in_columns(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, s, out) -> torch.Tensor:
+    """``output_gradients`` with W scaled, for several outputs and some columns at a time, as ``_STACKED`` says."""
+    (b, n), d, K = W.shape, X.shape[1], alpha.shape[1]
+    factors, at_once = alpha.T.contiguous(), max(1, min(K, _STACKED // b))
+    for first in range(0, K, at_once):
+        c = slice(first, min(K, first + at_once))
+        sums = W.new_zeros((c.stop - first) * b, d)
+        for start in range(0, n, _COLUMNS):
+            some = slice(start, start + _COLUMNS)
+            accumulate_(sums, (W[:, some] * factors[c, None, some]).flatten(0, 1), X[some].T)
+        sums = sums.view(-1, b, d).transpose(0, 1)
+        torch.addcmul(sums, s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
     return out
 
 
@@ -241,15 +263,18 @@ def products_at_once(alpha: torch.Tensor, X: torch.Tensor, shift: torch.Tensor |
 def gradient_bytes(rows: int, n: int, d: int, K: int, size: int, chunk: int = _CHUNK) -> int:
     """Most memory that ``block_gradients`` takes for a block of that many rows, W and the result left out.
 
-    Of W: the near pairs and a copy, the other factor of the product, made and copied twice; shifted points, the
-    library's copy and, in float64, a group's; of the result a few outputs; one step's work with a group.
+    Of W: the near pairs and a copy, the other factor of the product, made and copied twice, or W scaled for several
+    outputs and its product; shifted points, the library's copy and, in float64, a group's; of the result a few outputs;
+    one step's work with a group.
     """
     if d <= FEW:
         return size * (2 * rows * n + 2 * rows * K + n * K)
     pairs, some = min(rows * n, max(_FEWEST * n, chunk)), min(K, _OUTPUTS)
     outputs = min(rows * K * d, max(rows * d, chunk)) * (16 + size)
     near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
-    return size * (5 * rows * n + 2 * n * d + rows * (max(rows, d) + 2 * K + d)) + rows * n + near
+    stacked = min(rows * K, max(rows, _STACKED))
+    scaled = max(rows * (n + d), stacked * (min(n, _COLUMNS) + d) if d > rows else 0)
+    return size * (4 * rows * n + scaled + 2 * n * d + rows * (max(rows, d) + 2 * K)) + rows * n + near
 
 
 def chunk_of(device: torch.device) -> int:
