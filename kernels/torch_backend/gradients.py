@@ -40,10 +40,9 @@ _WIDE, _WIDE_AIM = 512, (384, 2**28)
 # blocks, unless these have so few rows that memory is short: the products take 10 to 50 % less time, an AGOP of 5000 to
 # 20,000 points up to 30 % less (d = 20 to 300, two cores of a Xeon).
 _AT_ONCE, LEAST_ROWS = 4, 128
-# On the CPU weights are scaled by the coefficients of several outputs, one below the other, up to so many rows, and for
-# so many columns at a time: what a product reads stays in cache then, and points come from memory once for all of these
-# outputs. Rates are 330 GFLOP/s instead of 272 in float32, and 170 instead of 125 in float64 (n = 50,000, d = 1024,
-# K = 10, two cores of a Xeon).
+# On the CPU weights are scaled for several outputs, one below the other, up to so many rows, and so many columns at a
+# time: points come from memory once for these outputs, and all else stays in cache. Rates are 330 GFLOP/s instead of 272
+# in float32, and 170 instead of 125 in float64 (n = 50,000, d = 1024, K = 10, two cores of a Xeon).
 _STACKED, _COLUMNS = 2048, 1024
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
 
@@ -218,7 +217,7 @@ def output_gradients(
 def _in_columns(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor, s, out) -> torch.Tensor:
     """``output_gradients`` with W scaled, for several outputs and some columns at a time, as ``_STACKED`` says."""
     (b, n), d, K = W.shape, X.shape[1], alpha.shape[1]
-    factors, at_once = alpha.T.contiguous(), max(1, min(K, _STACKED // b))
+    factors, at_once = alpha.T.contiguous(), max(1, min(K, _STACKED // b, _beside(n)))
     for first in range(0, K, at_once):
         c = slice(first, min(K, first + at_once))
         sums = W.new_zeros((c.stop - first) * b, d)
@@ -228,6 +227,11 @@ def _in_columns(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.
         sums = sums.view(-1, b, d).transpose(0, 1)
         torch.addcmul(sums, s[:, c, None], Z[:, None], value=-1.0, out=out[:, c])
     return out
+
+
+def _beside(n: int) -> int:
+    """For how many outputs W may be scaled at once: all of these columns take no more than four blocks."""
+    return 4 * n // max(1, min(n, _COLUMNS))
 
 
 def columns_at_once(rows: int, d: int, K: int, device: torch.device) -> int:
@@ -272,7 +276,7 @@ def gradient_bytes(rows: int, n: int, d: int, K: int, size: int, chunk: int = _C
     pairs, some = min(rows * n, max(_FEWEST * n, chunk)), min(K, _OUTPUTS)
     outputs = min(rows * K * d, max(rows * d, chunk)) * (16 + size)
     near = size * (2 * n * some + 4 * rows * some) + 8 * n * (2 * d + some) + pairs * 48 + outputs
-    stacked = min(rows * K, max(rows, _STACKED))
+    stacked = min(rows * K, max(rows, _STACKED), rows * _beside(n))
     scaled = max(rows * (n + d), stacked * (min(n, _COLUMNS) + d) if d > rows else 0)
     return size * (4 * rows * n + scaled + 2 * n * d + rows * (max(rows, d) + 2 * K)) + rows * n + near
 
