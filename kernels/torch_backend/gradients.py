@@ -41,7 +41,7 @@ _WIDE, _WIDE_AIM = 512, (384, 2**28)
 # 20,000 points up to 30 % less (d = 20 to 300, two cores of a Xeon).
 _AT_ONCE, LEAST_ROWS = 4, 128
 # On the CPU weights are scaled for several outputs, one below the other, up to so many rows, and so many columns at a
-# time: points come from memory once for these outputs, and all else stays in cache. Rates are 330 GFLOP/s instead of 272
+# time: points come from memory once for these outputs, all else stays in cache. Rates are 330 GFLOP/s instead of 272
 # in float32, and 170 instead of 125 in float64 (n = 50,000, d = 1024, K = 10, two cores of a Xeon).
 _STACKED, _COLUMNS = 2048, 1024
 _ALIKE = 1.5  # ratio of squared norms up to which one bound serves a row
