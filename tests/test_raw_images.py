@@ -163,6 +163,7 @@ def test_a_damaged_batch_is_not_unpickled(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
-        (folder / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/hacked'\ntR.")
+        (folder / name).write_bytes(f"cos\nsystem\n(S'touch {tmp_path / 'read'}'\ntR.".encode())
     with pytest.raises(ValueError, match=r"cifar10 needs intact files data_batch_1"):
         datasets.load("cifar10", tmp_path)
+    assert not (tmp_path / "read").exists()

@@ -316,3 +316,11 @@ def test_too_few_rows_for_the_default_score(n, held):
     with pytest.warns(UserWarning, match="less than two samples"):
         fit = model(early_stopping=True, random_state=0).fit(X, y)
     assert len(fit._unseen_rows) == held
+
+
+@pytest.mark.parametrize("name", ["accuracy", "neg_max_error", None])
+def test_a_lenient_scorer_takes_weights_where_its_own_does(name):
+    """Leaves hand the weights of their rows to the scorer that they wrap."""
+    scorer = validation.scorer_of(RFMClassifier(), name)
+    assert validation.takes_weights(validation.Lenient(scorer)) == validation.takes_weights(scorer)
+    assert validation.takes_weights(scorer) == (name != "neg_max_error")

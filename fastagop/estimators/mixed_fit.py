@@ -27,9 +27,7 @@ from fastagop.solvers.limits import tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
-_POINTS = (
-    24  # with the largest coefficients, as many with the largest bounds of what roundings cost, and as many others
-)
+_POINTS = 24  # with the largest coefficients, as many with the largest bounds of rounding, and as many others
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
 
