@@ -1,6 +1,7 @@
 """Direct solves by half of a matrix: the same answers as by all of it, in less memory."""
 
 import os
+import shutil
 import types
 import warnings
 
@@ -15,6 +16,7 @@ from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import full_refined, half, solve
 from fastagop.solvers.solve import SolveOptions, prepare
+from fastagop.solvers.symmetric_blocks import default_rows, half_bytes
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
 DTYPES = [torch.float32, torch.float64]
@@ -115,7 +117,7 @@ def test_bad_options(problem, tmp_path):
     with pytest.raises(TypeError, match="place must be 'device', 'host' or a folder, got int"):
         CholeskyCG(place=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="or a folder that exists, got '/nowhere'"):
-        CholeskyCG(place="/nowhere")
+        fastagop.solve(Laplace(4.0), X, Y, method=CholeskyCG(place="/nowhere"))
     with pytest.raises(ValueError, match="place='host' is for tensors on CUDA, and X is on cpu"):
         fastagop.solve(Laplace(4.0), X, Y, method=CholeskyCG(place="host"))
 
@@ -126,6 +128,33 @@ def test_options_are_saved_with_an_estimator(problem, tmp_path):
         model = fastagop.RFMRegressor(Laplace(4.0), iterations=1, solver=solver).fit(X, Y)
         model.save(tmp_path / "model.npz")
         assert fastagop.load(tmp_path / "model.npz").solver == solver
+
+
+def test_a_model_is_loaded_without_its_solvers_folder(problem, tmp_path):
+    X, Y = problem()
+    (folder := tmp_path / "blocks").mkdir()
+    model = fastagop.RFMRegressor(Laplace(4.0), iterations=1, solver=CholeskyCG(place=folder)).fit(X, Y)
+    model.save(tmp_path / "model.npz")
+    folder.rmdir()
+    loaded = fastagop.load(tmp_path / "model.npz")
+    assert torch.equal(loaded.predict(X), model.predict(X))
+    with pytest.raises(ValueError, match="or a folder that exists, got "):
+        loaded.fit(X, Y)
+
+
+def test_a_disk_without_room_for_the_blocks_is_refused_by_name(problem, tmp_path, monkeypatch):
+    X, Y = problem()
+    at, needed = CholeskyCG(place=tmp_path), half_bytes(len(X), torch.float32, default_rows(len(X), X.device))
+
+    def solved(free: int):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+        return prepare(Laplace(4.0), X, Y, SolveOptions(ridge=1e-3, method=at)).solver
+
+    assert solved(3 * needed).run == half.REFINED.run
+    assert solved(needed).run == solved(3 * needed - 1).run == half.FROM_POINTS.run
+    with pytest.raises(MemoryError, match=f"place='{tmp_path}' needs .* of disk for n = {len(X)}, but .* are free "):
+        solved(needed - 1)
 
 
 # ---- falling over

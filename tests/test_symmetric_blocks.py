@@ -1,5 +1,6 @@
 """Half of a symmetric matrix in block rows, against the full matrix in float64."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -128,6 +129,22 @@ def test_a_file_has_no_name(tmp_path):
     half = blocks_of(positive(64), 16, place=str(tmp_path))
     assert os.listdir(tmp_path) == []
     assert half.cholesky_(2.0) == 0
+
+
+def test_a_disk_without_room_is_an_error_that_names_the_place(tmp_path, monkeypatch):
+    def refused(code: int):
+        def fallocate(file: int, offset: int, size: int) -> None:
+            assert (offset, size) == (0, half_bytes(64, torch.float64, 16))
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
+        return SymmetricBlocks(64, torch.float64, rows=16, place=str(tmp_path))
+
+    with pytest.raises(MemoryError, match=f"place='{tmp_path}' lacks the 20.5 kB .* No space left on device"):
+        refused(errno.ENOSPC)
+    assert len(refused(errno.EOPNOTSUPP)) == 64
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert len(SymmetricBlocks(64, torch.float64, rows=16, place=str(tmp_path))) == 64
 
 
 def test_a_killed_process_leaves_no_file(tmp_path):

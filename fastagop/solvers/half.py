@@ -26,7 +26,6 @@ from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
-from fastagop.solvers.options import CholeskyCG
 from fastagop.solvers.problem import Problem
 from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes, shapes_of
 
@@ -40,12 +39,6 @@ _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product 
 # blocks are streamed also the panel's row, the one that is worked on, and the next.
 _BESIDE, _STREAMED = 2, 5
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
-
-
-def check_place(options: CholeskyCG, device: torch.device) -> None:
-    """Refuse a place that does not exist for a device."""
-    if options.place == "host" and device.type != "cuda":
-        raise ValueError(f"place='host' is for tensors on CUDA, and X is on {device}; use 'device' or a folder")
 
 
 @dataclass(frozen=True)

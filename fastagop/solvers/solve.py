@@ -18,9 +18,9 @@ from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, float64_small, pairs, table
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.half import check_place
 from fastagop.solvers.limits import bound, relative, times
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
+from fastagop.solvers.places import check_place
 from fastagop.solvers.problem import HALF, Advice, Problem, Shared
 from fastagop.solvers.solution import Solution, Solved, warn_about
 from fastagop.solvers.table import Method, Solver

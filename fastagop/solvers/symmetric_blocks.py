@@ -8,7 +8,9 @@ host memory beside it, or in a file of which nothing is left whatever ends the p
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
-from fastagop.kernels.plan import empty_matrix
+from fastagop.kernels.plan import empty_matrix, format_bytes
 from fastagop.solvers import pinned
 
 # Rows of a block: products with few rows are slow, and a block's own columns are work beside the one long product. On
@@ -73,6 +75,7 @@ class SymmetricBlocks:
             return pinned.matrices(shapes, self.dtype)
         sizes = [rows * columns for rows, columns in shapes]
         with tempfile.TemporaryFile(dir=self.place, prefix="fastagop-") as file:  # unlinked before it is written
+            _reserve(file.fileno(), max(1, sum(sizes)) * self.dtype.itemsize, self.place)
             flat = np.memmap(file, _NUMPY[self.dtype], "w+", shape=(max(1, sum(sizes)),))
         parts = torch.from_numpy(flat)[: sum(sizes)].split(sizes)
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -290,6 +293,21 @@ def _divided(L: torch.Tensor, X: torch.Tensor, *, transposed: bool) -> torch.Ten
     """(L^-1 X^T)^T, or with L^T; without gaps in both LAPACK takes an eighth of the time."""
     L = L.contiguous()
     return torch.linalg.solve_triangular(L.mT if transposed else L, X.T.contiguous(), upper=transposed).T
+
+
+def _reserve(file: int, size: int, place: str | Path) -> None:
+    """Take a file's bytes on the disk where the system can: to write where a disk is full ends the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that does not know how
+            return
+        raise MemoryError(
+            f"place={os.fspath(place)!r} lacks the {format_bytes(size)} that blocks of the matrix take "
+            f"({error.strerror}); give a folder on a larger disk, or fewer points"
+        ) from error
 
 
 def default_rows(n: int, device: torch.device) -> int:

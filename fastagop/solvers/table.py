@@ -14,7 +14,7 @@ from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.precision import dtype_name
-from fastagop.solvers import cg, direct, full_refined, half, pairs
+from fastagop.solvers import cg, direct, full_refined, half, pairs, places
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.problem import HALF, Problem, needed_bytes
@@ -99,6 +99,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
         if peak > problem.room:
             raise _too_large(problem, dtype, peak)
         form.check_host(problem)
+        places.check_disk(problem, form.dtypes)
         return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
 
     def seconds(problem: Problem, plan: Plan) -> float:
@@ -151,7 +152,7 @@ def of_full_refined(problem: Problem) -> str | None:
 
 
 def _of_refined(problem: Problem) -> str | None:
-    if not half.REFINED.fits(problem):
+    if not (half.REFINED.fits(problem) and places.fits_disk(problem, half.REFINED.dtypes)):
         return None
     return f"k(X, X) is read once a step for all outputs{_by_rates(problem)}"
 
