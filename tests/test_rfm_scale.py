@@ -7,7 +7,7 @@ import pytest
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fastagop import Laplace, RFMClassifier, RFMRegressor
+from fastagop import ArcCosine, Laplace, Polynomial, RFMClassifier, RFMRegressor
 
 
 def data(n=60, d=5, seed=0):
@@ -65,6 +65,29 @@ def test_numbers_of_any_size():
         assert np.allclose(far.predict(Z * units), near.predict(Z), atol=1e-4)
     X[:, 0], X[:, 1] = X[:, 0] * 1e20, X[:, 1] * 1e-20  # their squares leave float32
     assert np.isfinite(model(dtype="float32").fit(X, y).M_).all()
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "size", "value"),  # value: that of the kernel, which ridge and coefficients follow
+    [
+        (Polynomial(3, offset=0.0), 1e-5, 1e-30),
+        (Polynomial(3, offset=0.0), 1e6, 1e36),
+        (1e-24 * Laplace(10.0), 1.0, 1e-24),
+        (1e24 * Laplace(10.0), 1.0, 1e24),
+        (ArcCosine(0), 1e-20, 1.0),
+    ],
+    ids=str,
+)
+def test_kernels_with_values_of_any_size(kernel, size, value, diagonal):
+    """Squares of kernel values and of gradients that leave float32."""
+    X, y = data()
+    narrow, wide = (
+        model(kernel=kernel, scale=None, diagonal=diagonal, ridge=1e-3 * value, dtype=dtype).fit(X * size, y)
+        for dtype in ("float32", "float64")
+    )
+    assert np.allclose(narrow.M_, wide.M_, atol=1e-4)
+    assert np.allclose(narrow.predict(X * size), wide.predict(X * size), atol=1e-3)
 
 
 def test_constant_features_stay_out():

@@ -140,7 +140,7 @@ def test_a_disk_without_room_is_an_error_that_names_the_place(tmp_path, monkeypa
         monkeypatch.setattr(os, "posix_fallocate", fallocate, raising=False)
         return SymmetricBlocks(64, torch.float64, rows=16, place=str(tmp_path))
 
-    with pytest.raises(MemoryError, match=f"place='{tmp_path}' lacks the 20.5 kB .* No space left on device"):
+    with pytest.raises(MemoryError, match=f"place='{tmp_path}' lacks the 20.5 kB .*No space left on device"):
         refused(errno.ENOSPC)
     assert len(refused(errno.EOPNOTSUPP)) == 64
     monkeypatch.delattr(os, "posix_fallocate")

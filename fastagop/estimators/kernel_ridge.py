@@ -11,6 +11,7 @@ import torch
 from fastagop.distributed.engine import LOCAL, Local, Predictor
 from fastagop.estimators import float64_fit, mixed_fit
 from fastagop.kernels import checks
+from fastagop.kernels.families.composition import Multiple
 from fastagop.kernels.gemm import random_signs
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import gradients
@@ -20,6 +21,7 @@ from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, tiles
 from fastagop.solvers import copies, full_refined, problem
 from fastagop.solvers.copies import Rows
+from fastagop.solvers.pairs import unit_of
 from fastagop.solvers.problem import Advice
 from fastagop.solvers.solution import Solution, Solved, as_before
 from fastagop.solvers.solve import SolveOptions, scale_targets
@@ -34,6 +36,7 @@ _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums c
 _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
+_MODERATE = 2.0**20  # values of a kernel that is not radial, which go up to it or down to its inverse as they are
 _SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
@@ -187,13 +190,14 @@ def fit_and_agop(
     else:
         solved, matrix, planned = engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows)
         mark("solve")
-    alpha, size = scale_targets(solved.alpha, _SQUARABLE)
-    kernel, X, _, unit = scale_points(regression.kernel, X, X)
+    kernel, alpha, extreme = _of_usual_size(regression.kernel, X, solved.alpha)
+    alpha, size = scale_targets(alpha, _SQUARABLE)
+    kernel, X, _, unit = scale_points(kernel, X, X)
     K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
     if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
         planned = max(planned, _FULL * len(X) ** 2)
     del matrix  # it is given back where it has become something else
-    wide = _float64_pays(kernel, X, alpha, center, rows.weights, engine)
+    wide = extreme or _float64_pays(kernel, X, alpha, center, rows.weights, engine)
     X = X.double() if wide else X
     weights = None if rows.weights is None else rows.weights.to(X)
     backend = "auto" if wide else regression.backend
@@ -203,6 +207,19 @@ def fit_and_agop(
     M = _of_size(M.double().div_(unit).div_(unit), size)
     mark("agop")
     return solved, M, planned
+
+
+def _of_usual_size(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor) -> tuple[Kernel, torch.Tensor, bool]:
+    """(kernel, coefficients, whether to take the AGOP in float64) of the same predictor, its kernel's values about 1.
+
+    Values of a kernel that is not radial, or the points, may be of a size of which float32 does not hold the squares.
+    """
+    if kernel.radial or not len(X):
+        return kernel, alpha, False
+    unit, size = unit_of(kernel, X), checks.largest(X)
+    if 1.0 / _MODERATE <= unit <= _MODERATE and 1.0 / _SQUARABLE <= size <= _SQUARABLE:
+        return kernel, alpha, False
+    return Multiple(1.0 / unit, kernel), alpha * unit, X.dtype != torch.float64
 
 
 def _agop(

@@ -52,6 +52,12 @@ class FullMatrixWithDiagonal(direct.FullMatrix):
         return super().factor(self.diagonal + (diagonal - 1.0))
 
 
+def unit_of(kernel: Kernel, X: torch.Tensor) -> float:
+    """The power of two by which a kernel's values at points are divided, so that its diagonal comes to about 1."""
+    largest = float(diagonal_of(kernel, X.double()).max())
+    return math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
+
+
 def _unscaled(found: Found, unit: float) -> Found:
     """What was found with the kernel over ``unit``, for the kernel itself.
 
@@ -68,9 +74,7 @@ def _unscaled(found: Found, unit: float) -> Found:
 def _scaled(problem: Problem, ridge) -> tuple[Problem, Any, float]:
     """(the problem of the kernel over a power of two, its ridge, that number)."""
     operator = problem.operator
-    X = operator.X.double()
-    largest = float(diagonal_of(operator.kernel, X).max())
-    unit = math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
+    unit = unit_of(operator.kernel, operator.X)
     kernel = Multiple(1.0 / unit, operator.kernel)
     # The products of every method are float64.
     scaled = KernelOperator("solve with method 'cg'", kernel, operator.X, precision=operator.precision)
