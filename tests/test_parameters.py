@@ -27,6 +27,7 @@ from fastagop import (
     RFMClassifier,
     RFMRegressor,
 )
+from fastagop.estimators import MODULES
 
 KERNELS = [case.kernel for case in one_of_each_class(CASES)]
 SMALL = {
@@ -107,6 +108,15 @@ def test_nested_parameters(make, kernel):
         model.set_params(kern__bandwidth=1.0)
     with pytest.raises(TypeError, match="kernel must be a fastagop kernel"):
         make("laplace").set_params(kernel__bandwidth=1.0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nested_parameters_of_every_estimator(name):
+    """Searches and trees, too: a model selection over them would try the same kernel again and again."""
+    make = getattr(fastagop, name)
+    model, shared = make(), inspect.signature(make).parameters["kernel"].default
+    assert model.set_params(kernel__bandwidth=5.0).kernel == shared.set_params(bandwidth=5.0)
+    assert make().kernel == shared
 
 
 @every

@@ -19,6 +19,7 @@ from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
 from fastagop.estimators import inputs, persistence
 from fastagop.estimators.calls import without_autograd_or_autocast
+from fastagop.estimators.kernel_parameter import KernelParameter
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
@@ -29,7 +30,6 @@ from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import OPTIONS, Method, methods
 
-_KERNEL = "kernel__"
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
 # Every probability is at least the smaller of these, the second over the number of classes, before rows are normalised:
@@ -54,7 +54,7 @@ class Training:
     weights: torch.Tensor | None
 
 
-class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
+class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
@@ -63,8 +63,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     ``solution_`` (with a coefficient for every row).
     """
 
-    # These are the parameters of every subclass.
-    kernel: Kernel
+    # These are the parameters of every subclass, beside the kernel.
     ridge: float
     agop_scale: str
     precision: str
@@ -88,16 +87,6 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """Keep the arguments of a constructor, as they are."""
         for name in persistence.parameters(type(self)):
             setattr(self, name, arguments[name])
-
-    def set_params(self, **params: Any) -> Self:
-        """Set parameters by name; ``kernel__bandwidth`` and the like put a changed kernel in the place of this one."""
-        inner = {name.removeprefix(_KERNEL): value for name, value in params.items() if name.startswith(_KERNEL)}
-        params = {name: value for name, value in params.items() if not name.startswith(_KERNEL)}
-        if inner:
-            kernel = params.get("kernel", self.kernel)
-            checks.kernel(kernel, settled=False)
-            params["kernel"] = kernel.set_params(**inner)
-        return super().set_params(**params)
 
     def __sklearn_clone__(self) -> Self:
         """A clone works with the same process group: a group is a connection, and cannot be copied."""

@@ -200,8 +200,7 @@ def fit_and_agop(
     wide = extreme or _float64_pays(kernel, X, alpha, center, rows.weights, engine)
     X = X.double() if wide else X
     weights = None if rows.weights is None else rows.weights.to(X)
-    backend = "auto" if wide else regression.backend
-    predictor = Predictor(kernel, X, alpha, regression.precision, backend)
+    predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
     task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
     M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
     M = _of_size(M.double().div_(unit).div_(unit), size)

@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import inputs
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
+from fastagop.estimators.kernel_parameter import KernelParameter
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
@@ -34,7 +35,7 @@ _refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.BaseEstimator):
+class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
