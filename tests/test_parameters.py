@@ -224,6 +224,25 @@ def test_solvers(make, solver):
     np.testing.assert_allclose(model.transform(X), plain.transform(X), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_an_infinite_memory_limit_is_none(name):
+    few = {
+        "iterations": 1,
+        "n_settings": 1,
+        "cv": 2,
+        "depth": 1,
+        "width": 8,
+        "leaf_size": 550,
+        "ridge": 0.1,
+        "random_state": 0,
+    }
+    make, (X, y) = getattr(fastagop, name), data(600)
+    few = {key: value for key, value in few.items() if key in make().get_params()}
+    predicted = [make(memory_limit=limit, **few).fit(X, y).predict(X[:9]) for limit in (None, float("inf"))]
+    np.testing.assert_array_equal(*predicted)
+    assert fastagop.explain(make(memory_limit=float("inf"), **few), X, y)
+
+
 @every
 def test_advice_of_a_memory_error_can_be_followed(make):
     X, y = data(200)

@@ -6,6 +6,7 @@ test_distributed.py starts processes for the same functions, which takes seconds
 from __future__ import annotations
 
 import dataclasses
+import math
 import pickle
 import re
 import threading
@@ -19,7 +20,7 @@ from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.scaling import Points
 
 import fastagop
-from fastagop import DeepRFMRegressor, Gaussian, Laplace, RFMRegressor, distributed
+from fastagop import CholeskyCG, DeepRFMRegressor, Gaussian, Laplace, RFMRegressor, distributed
 from fastagop.distributed import communicator, engine
 from fastagop.distributed import operations as shared
 from fastagop.distributed.blocks import SharedBlocks
@@ -442,6 +443,27 @@ def test_errors_of_the_first_rank_are_raised_on_all(normal, together):
     for error in together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, **how)):
         assert isinstance(error, MemoryError)
         assert "may be used" in str(error)
+
+
+def test_an_infinite_limit_is_none(normal, together, monkeypatch):
+    """Every rank may then take what the poorest has."""
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 2000 if communicator.dist.get_rank() else 10**9)
+    for error in together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, memory_limit=math.inf)):
+        assert isinstance(error, MemoryError)
+        assert "1.8 kB may be used" in str(error)
+
+
+def test_blocks_of_ranks_lie_in_memory(normal, together, tmp_path):
+    X, Y = normal(60, 6), normal(60, 2, seed=1)
+    for place in (str(tmp_path), "host"):
+        how = {"method": CholeskyCG(place=place)}
+        for error in together(2, lambda rank, how=how: distributed.solve(Laplace(2.0), X, Y, **how)):
+            assert isinstance(error, ValueError)
+            assert f"place='{place}' is for one process" in str(error)
+    how = {"method": CholeskyCG(place=tmp_path)}
+    (found,) = together(1, lambda rank: distributed.solve(Laplace(2.0), X, Y, **how))
+    assert found.method == "cholesky+cg"
 
 
 def test_an_estimator_on_the_group(normal, together):

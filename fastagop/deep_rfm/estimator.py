@@ -259,7 +259,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             precision=self.precision,
             backend=self.backend,
             solver=self.solver,
-            memory_limit=self.memory_limit,
+            memory_limit=regression.memory_limit,
         )
 
     def _through(self, features: torch.Tensor, layer: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.half import filler_of
+from fastagop.solvers.places import check_alone
 from fastagop.solvers.problem import Shared
 from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
@@ -194,6 +195,7 @@ class Sharded(Local):
         def checked():
             _refuse_pairs(kernel)
             checks.memory_limit(options.memory_limit)
+            check_alone(options.method, ranks.size)
             like = Y if rows is None else rows.take(Y)
             prepare(kernel, X, like, replace(options, memory_limit=_UNLIMITED), sample_weight)
 
@@ -220,7 +222,7 @@ class Sharded(Local):
 
         def job(request) -> tuple[Solved, int]:
             asked = Shared(ranks.size, lambda n, dtype: AskedBlocks(n, dtype, request, X.device))
-            least = room if options.memory_limit is None else options.memory_limit
+            least = room if (limit := checks.memory_limit(options.memory_limit)) is None else limit
             mine = replace(options, shared=asked if ranks.size > 1 else None, memory_limit=least)
             prepared = prepare(kernel, X, rows.take(Y), mine)
             if found is not None and (small := prepared.solve_small_in_float64(Y, rows, out)) is not None:

@@ -145,14 +145,14 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         ridge = checks.nonnegative("ridge", self.ridge)
         if type(self.solver) not in OPTIONS:
             checks.choice("solver", self.solver, methods())
-        checks.memory_limit(self.memory_limit)
+        limit = checks.memory_limit(self.memory_limit)
         self._device = inputs.device(self.device)
         for operation in ("kernel_matrix", "solve"):  # a layer stores its kernel matrix
             if self.backend not in backends.names(operation):
                 points = torch.empty(0, 0, dtype=self._dtype, device=self._device)
                 backends.choose(self.backend, backends.Request(operation, self.kernel, points, self.precision))
         self._check_process()
-        return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, self.memory_limit)
+        return KernelRidge(self.kernel, ridge, self.precision, self.backend, self.solver, limit)
 
     def _with_bandwidth(self, parameters, points: torch.Tensor):
         """The parameters of a fit with a number for their kernel's bandwidth, which becomes ``kernel_``.

@@ -14,6 +14,7 @@ from sklearn.base import clone
 from fastagop.estimates import on_meta
 from fastagop.estimators import inputs
 from fastagop.estimators.fit_plans import Data, Step, data_of, iteration_steps, text_of
+from fastagop.kernels import checks
 from fastagop.kernels.plan import AgopTask, available_bytes, budget, format_bytes
 from fastagop.kernels.profile import unsettled
 from fastagop.rfm import coarse, validation
@@ -160,6 +161,6 @@ def _held_bytes(data: Data, folds: _Folds, fits: list[_Fit], model) -> tuple[int
     if not coarse.serves(model, data.X):
         return needed, []
     size = folds.count * coarse.fold_bytes(part, K, folds.test)
-    if size > budget(model.memory_limit, data.X.device):
+    if size > budget(checks.memory_limit(model.memory_limit), data.X.device):
         return needed, [f"  coarse     no fits: those of float32 rows on the CPU would hold {format_bytes(size)}"]
     return needed + size, ["  coarse     float32 rows on the CPU: fits that are compared are coarse and take less"]

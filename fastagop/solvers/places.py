@@ -23,6 +23,15 @@ def check_place(options: CholeskyCG, device: torch.device) -> None:
         raise ValueError(f"place must be 'device', 'host' or a folder that exists, got {options.place!r}")
 
 
+def check_alone(method: object, ranks: int) -> None:
+    """Refuse a place for processes that share half of a matrix: theirs lies in the memory of their devices."""
+    if ranks > 1 and isinstance(method, CholeskyCG) and method.place != "device":
+        raise ValueError(
+            f"place={method.place!r} is for one process, and {ranks} of a group share the matrix in the memory of "
+            "their devices; use place='device', or solve without a process group"
+        )
+
+
 def fits_disk(problem: Problem, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether a folder has the room for halves of those dtypes beside each other; memory is asked about elsewhere."""
     needed = _disk_bytes(problem, dtypes)
