@@ -39,6 +39,17 @@ def test_are_eigenvectors(shape, diagonal):
     assert len(counted.values) == min(shape[0] - 1, shape[1]) if not diagonal else len(counted.values) == shape[1]
 
 
+@pytest.mark.parametrize("how", [{"diagonal": True}, {"iterations": 0}, {}, {"k": 14}], ids=str)
+def test_no_direction_beyond_those_asked_for_is_written_out(how, tensor_memory):
+    """Of many features: (d, d) numbers may not fit."""
+    X, y = data(12, 600)
+    k = how.get("k", 3)
+    fit = model(**{name: value for name, value in how.items() if name != "k"}).fit(X, y)
+    found, taken = tensor_memory(lambda: fit.directions(k))
+    assert taken < 8 * 600**2 / 5
+    assert np.allclose(found.vectors @ found.vectors.T, np.eye(k), atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [None, "standard"])
 @pytest.mark.parametrize("kind", ["one", "two", "binary", "classes"])
 @pytest.mark.parametrize("shape", [(50, 5), (12, 20)])

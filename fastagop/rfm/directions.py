@@ -64,29 +64,48 @@ def leading(
 
     The points have a length of 0 along vectors that the metric maps to 0.
     """
-    values, inner, vectors = _axes(metric, centers, d)
-    counted = max(1, int((values > len(values) * eps * values[0]).sum()))
+    if metric.M is None or metric.M.ndim == 1:
+        return _leading_features(metric.M, centers, d, k, eps)
+    values, inner, vectors = _axes(metric, metric.M)
+    counted = _counted(values, eps)
     k = counted if k is None else k
     along = centers.double()[:, : len(inner)] @ inner[:, : min(k, counted)]
     if k > len(values):  # the rest of the features' space, which the metric maps to zero
         vectors = torch.cat([vectors, _beyond(vectors, k - len(values))], 1)
         values = torch.cat([values, values.new_zeros(k - len(values))])
-    along = torch.cat([along, along.new_zeros(len(along), k - along.shape[1])], 1)
-    return vectors[:, :k].T, values[:k], along
+    return vectors[:, :k].T, values[:k], _filled(along, k)
 
 
-def _axes(metric: Metric, centers: torch.Tensor, d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _leading_features(diagonal: torch.Tensor | None, centers: torch.Tensor, d: int, k: int | None, eps: float):
+    """``leading`` where axes are features: of a diagonal metric (d,), or of M = I."""
+    values = torch.ones(d, device=centers.device) if diagonal is None else diagonal
+    values, order = values.double().sort(descending=True, stable=True)
+    counted = _counted(values, eps)
+    k = counted if k is None else k
+    vectors = values.new_zeros(k, d).scatter_(1, order[:k, None], 1.0)
+    return vectors, values[:k], _filled(centers.double()[:, order[: min(k, counted)]], k)
+
+
+def _counted(values: torch.Tensor, eps: float) -> int:
+    """How many of some eigenvalues, descending, are above rounding."""
+    return max(1, int((values > len(values) * eps * values[0]).sum()))
+
+
+def _filled(along: torch.Tensor, k: int) -> torch.Tensor:
+    """Columns of zeros behind those there are, up to k."""
+    return torch.cat([along, along.new_zeros(len(along), k - along.shape[1])], 1)
+
+
+def _axes(metric: Metric, M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(eigenvalues, descending; eigenvectors in coordinates (r, r); those of the features (d, r)), float64."""
-    if metric.M is None or metric.M.ndim == 1:
-        values = torch.ones(d, device=centers.device) if metric.M is None else metric.M
-        values, order = values.double().sort(descending=True, stable=True)
-        vectors = torch.eye(d, dtype=torch.float64, device=values.device)[:, order]
-        return values, vectors, vectors
-    values, inner = linalg.eigh(metric.M.double())
+    values, inner = linalg.eigh(M.double())
     values, inner = values.flip(0).clamp_(min=0.0), inner.flip(1)
     return values, inner, inner if metric.span is None else metric.span.basis @ inner
 
 
 def _beyond(basis: torch.Tensor, count: int) -> torch.Tensor:
     """Orthonormal columns (d, count) that are orthogonal to those of a basis (d, r)."""
-    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] : basis.shape[1] + count]
+    (d, r), (reflectors, factors) = basis.shape, torch.geqrf(basis)
+    units = basis.new_zeros(d, count)
+    units[r : r + count].fill_diagonal_(1.0)
+    return torch.ormqr(reflectors, factors, units)
