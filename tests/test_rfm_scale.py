@@ -7,7 +7,7 @@ import pytest
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fastagop import ArcCosine, Laplace, Polynomial, RFMClassifier, RFMRegressor
+from fastagop import ArcCosine, DeepRFMRegressor, Laplace, Polynomial, RFMClassifier, RFMRegressor, load
 
 
 def data(n=60, d=5, seed=0):
@@ -88,6 +88,41 @@ def test_kernels_with_values_of_any_size(kernel, size, value, diagonal):
     )
     assert np.allclose(narrow.M_, wide.M_, atol=1e-4)
     assert np.allclose(narrow.predict(X * size), wide.predict(X * size), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::fastagop.NumericalWarning")  # points are far apart in such units
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("shape", [(60, 5), (12, 30)])
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_a_metric_that_leaves_float32_is_refused(scale, shape, diagonal):
+    """Only "max" is without the units of y and X."""
+    X, y = data(*shape)
+    how = {"kernel": Laplace("median"), "scale": None, "diagonal": diagonal, "dtype": "float32"}
+    for features, targets in ((1.0, 1e21), (1.0, 1e-22), (1e-21, 1.0), (1e21, 1.0)):
+        with pytest.raises(ValueError, match=f"agop_scale='{scale}' makes entries of M up to .*multiply y or X by a"):
+            model(agop_scale=scale, **how).fit(X * features, y * targets)
+        assert model(**how).fit(X * features, y * targets).M_.max() == 1.0
+    wide = model(agop_scale=scale, **{**how, "dtype": "float64"}).fit(X, y * 1e21)
+    assert 1e38 < wide.M_.max() < np.inf
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_layers_hold_an_agop_of_any_size(scale, tmp_path):
+    """Their features do not care; roots that leave float32 are refused."""
+    X, y = data()
+    settings = {"depth": 2, "width": 16, "agop_scale": scale, "random_state": 0, "ridge": 0.1}
+    plain = DeepRFMRegressor(**settings).fit(X, y)
+    for size in (1e30, 1e-30):
+        fit = DeepRFMRegressor(**settings).fit(X, y * size)
+        assert plain.agops_[0].dtype == np.float32
+        assert np.allclose(fit.agops_[0] / size / size, plain.agops_[0], rtol=1e-4, atol=1e-4 * plain.agops_[0].max())
+        assert np.allclose(fit.predict(X) / size, plain.predict(X), atol=1e-4)
+        fit.save(tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert np.array_equal(loaded.agops_[0], fit.agops_[0])
+        assert np.array_equal(loaded.predict(X), fit.predict(X))
+    with pytest.raises(ValueError, match=rf"agop_scale='{scale}' makes entries of M\^\(1/2\) up to "):
+        DeepRFMRegressor(**{**settings, "ridge": 1e6}).fit(X, y * 1e-36)
 
 
 def test_constant_features_stay_out():

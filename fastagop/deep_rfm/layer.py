@@ -15,6 +15,7 @@ from fastagop.deep_rfm.random_features import FeatureMap, RandomFeatures, apply_
 from fastagop.distributed.engine import LOCAL, Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
+from fastagop.kernels import checks
 from fastagop.kernels.gemm import matmul_nt
 from fastagop.kernels.radial import Radial
 from fastagop.solvers import copies
@@ -264,9 +265,12 @@ class LayerTraining:
         # A constant predictor has nothing to say about features: as in RFM, the metric stays what it was, here I.
         M = M / scale if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
         # Gradients at the points are combinations of the points.
-        root = engine.broadcast(linalg.psd_sqrt(M, rows=X).to(X.dtype))
+        root = linalg.psd_sqrt(M, rows=X)
+        kernel_ridge.refuse_scale(checks.largest(root), self.settings.agop_scale, X.dtype, "M^(1/2)")
+        root = engine.broadcast(root.to(X.dtype))
         clock.mark("root")
-        layer = Layer(M.to(X.dtype), root, features_of())
+        # Layers compute with the root; M itself may leave its dtype where agop_scale keeps the units of the targets.
+        layer = Layer(M.to(X.dtype) if kernel_ridge.holds(X.dtype, checks.largest(M)) else M, root, features_of())
         projected, features = layer.stages(X, matmul_nt)
         features, unweighted = engine.broadcast(features), {}
         if rest is not None:

@@ -326,3 +326,17 @@ def agop_divisor(M: torch.Tensor, scale: str, n: float) -> float:
         largest = float(M.max())
         return largest if largest > 0 else 1.0
     return float(n) if scale == "mean" else 1.0
+
+
+def holds(dtype: torch.dtype, size: float) -> bool:
+    """Whether a dtype holds numbers of which the largest has that size, with all of its digits."""
+    return size == 0 or torch.finfo(dtype).tiny <= size <= torch.finfo(dtype).max
+
+
+def refuse_scale(size: float, scale: str, dtype: torch.dtype, what: str = "M") -> None:
+    """Refuse M, or its root, of a size that the dtype of a fit does not hold: "mean" and "sum" leave the units of y."""
+    if not holds(dtype, size):
+        raise ValueError(
+            f"agop_scale={scale!r} makes entries of {what} up to {size:.1e}, which {dtype} does not hold; use "
+            "agop_scale='max', multiply y or X by a constant, or use dtype='float64'"
+        )

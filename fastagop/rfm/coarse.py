@@ -212,7 +212,8 @@ class CoarseFold:
         if not bool(M.isfinite().all()):
             return None
         inner = M.mul_(2.0) if self._mirrored else M
-        metric, _ = state.metric.updated(inner, rules.agop_scale, self.points.rows.total, coordinates.x, LOCAL)
+        update = rules.agop_scale, self.points.rows.total, coordinates.x, LOCAL, self.points.X.dtype
+        metric, _ = state.metric.updated(inner, *update)
         if metric.root is None:
             return state
         x = metric.among(coordinates.x)

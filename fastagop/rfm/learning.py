@@ -181,7 +181,8 @@ class Learner:
             regression = regression.after(solved.solution)
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
-            metric, scale = metric.updated(inner, rules.agop_scale, points.rows.total, coordinates, engine)
+            update = rules.agop_scale, points.rows.total, coordinates, engine, points.X.dtype
+            metric, scale = metric.updated(inner, *update)
             score = scores[-1][0] if scores else None
             records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
             self.after(index, records[-1], metric)

@@ -14,6 +14,7 @@ import torch
 from fastagop import linalg
 from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
+from fastagop.kernels import checks
 from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
@@ -143,7 +144,9 @@ class Metric:
         inner = gradients * root if root.ndim == 1 else gradients @ root
         return inner if self.span is None else inner @ self.span.basis.T.to(gradients)
 
-    def updated(self, inner: torch.Tensor, scale: str, total: float, X: torch.Tensor, engine: Local):
+    def updated(
+        self, inner: torch.Tensor, scale: str, total: float, X: torch.Tensor, engine: Local, dtype: torch.dtype
+    ):
         """(the metric of a new AGOP, its divisor); a constant predictor says nothing about features: M stays then.
 
         Args:
@@ -152,12 +155,17 @@ class Metric:
             total: weight of the rows.
             X: the points' coordinates.
             engine: who works on the fit.
+            dtype: in which M is written out.
+
+        Raises:
+            ValueError: that dtype does not hold M.
         """
         agop = pulled_back(inner, self.root)
         sizes = agop if self.span is None else self.span.diagonal(agop)
         divisor = kernel_ridge.agop_divisor(sizes, scale, total)
         if not bool(agop.any()):
             return self, divisor
+        kernel_ridge.refuse_scale(checks.largest(sizes) / divisor, scale, dtype)
         M = (agop / divisor).to(X.dtype)
         root = M.clamp_(min=0.0).sqrt() if M.ndim == 1 else linalg.psd_sqrt(M)
         return replace(self, M=M, root=engine.broadcast(root)), divisor
