@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend.gradients import Nearness
 
 import fastagop
@@ -16,7 +17,7 @@ from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import full_refined, half, solve
 from fastagop.solvers.solve import SolveOptions, prepare
-from fastagop.solvers.symmetric_blocks import default_rows, half_bytes
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks, default_rows, half_bytes
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
 DTYPES = [torch.float32, torch.float64]
@@ -108,6 +109,18 @@ def test_blocks_in_a_file_give_the_same_bits_and_leave_nothing(problem, tmp_path
     model = fastagop.DeepRFMRegressor(Laplace(4.0), depth=1, width=16, solver=at).fit(X, Y)
     other = fastagop.DeepRFMRegressor(Laplace(4.0), depth=1, width=16, solver="cholesky+cg").fit(X, Y)
     assert torch.equal(model.agops_[0], other.agops_[0])
+
+
+def test_blocks_in_a_file_take_nothing_of_a_limit(problem, tmp_path):
+    """Else rows of the AGOP are so few, where the limit is below the file's size, that it takes many times as long."""
+    (X, Y), limit = problem(), 400_000
+    rows = {}
+    for place in ("device", str(tmp_path)):
+        W = SymmetricBlocks(len(X), torch.float64, place=place).fill_(lambda out, start: out.zero_())
+        assert W.bytes > limit
+        task = AgopTask("sum", limit=limit)
+        rows[place] = max(len(tile) for _, tile in kernel_ridge._tiles_(W, X, Y.double(), task))
+    assert rows[str(tmp_path)] >= 4 * rows["device"]
 
 
 def test_bad_options(problem, tmp_path):
