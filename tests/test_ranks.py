@@ -26,7 +26,7 @@ from fastagop.distributed import operations as shared
 from fastagop.distributed.blocks import SharedBlocks
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import Predictor, Sharded
-from fastagop.estimators import base, kernel_ridge
+from fastagop.estimators import base, kernel_ridge, progress
 from fastagop.estimators.kernel_ridge import KernelRidge
 
 BOUND = {torch.float64: 1e-11, torch.float32: 1e-5}  # sums in another order; float32's forms differ by 1e-6
@@ -516,7 +516,69 @@ def test_ranks_agree_on_how_a_bandwidth_is_chosen(other, normal, together):
 
     for error in together(2, fit):
         assert isinstance(error, ValueError)
-        assert "rank 0 calls fit(Laplace(bandwidth='median')), rank 1 fit(Laplace(bandwidth=" in str(error)
+        assert "rank 0 calls fit(Laplace(bandwidth='median'), agop_scale='max', " in str(error)
+        assert f", rank 1 fit({other!r}, agop_scale='max', " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("iterations", (1, 2)),
+        ("diagonal", (False, True)),
+        ("center", (False, True)),
+        ("agop_scale", ("max", "mean")),
+        ("early_stopping", (False, True)),
+        ("validation_fraction", (0.1, 0.5)),
+        ("metric_samples", (None, 0.5)),
+        ("n_iter_no_change", (None, 1)),
+        ("time_limit", (None, 100.0)),
+    ],
+)
+def test_ranks_agree_on_what_a_fit_does(name, values, normal, together):
+    """They would wait for each other until the group's timeout."""
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+
+    def fit(rank):
+        how = {"iterations": 1, "ridge": 0.1, name: values[rank]}
+        RFMRegressor(process_group=communicator.dist, **how).fit(X, y)
+
+    for error in together(2, fit):
+        assert isinstance(error, ValueError)
+        assert f"{name}={values[0]!r}" in str(error)
+        assert f"{name}={values[1]!r}" in str(error)
+
+
+def test_ranks_agree_on_whether_there_are_validation_rows(normal, together):
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+
+    def fit(rank):
+        held = (X, y) if rank else (None, None)
+        RFMRegressor(process_group=communicator.dist, iterations=1, ridge=0.1).fit(X, y, None, *held)
+
+    for error in together(2, fit):
+        assert isinstance(error, ValueError)
+        assert "X_val None), rank 1 " in str(error)
+        assert str(error).endswith("X_val given)")
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [(RFMRegressor, {"iterations": 2}), (DeepRFMRegressor, {"depth": 2, "width": 8, "random_state": 0})],
+    ids=["rfm", "deep_rfm"],
+)
+def test_the_first_rank_shows_how_far_a_fit_is(make, more, normal, together, monkeypatch):
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+    lines = []
+    monkeypatch.setattr(
+        progress.log, "info", lambda text, *args: lines.append((communicator.dist.get_rank(), text % args))
+    )
+
+    def fit(rank):
+        make(process_group=communicator.dist, ridge=0.1, verbose=1, callbacks=[], device="cpu", **more).fit(X, y)
+
+    assert together(2, fit) == [None, None]
+    assert [rank for rank, _ in lines] == [0, 0]
+    assert " 2 of 2" in lines[1][1]
 
 
 # ---- what ranks must agree on

@@ -22,7 +22,7 @@ from fastagop.deep_rfm.module import DeepRFMModule, Readout
 from fastagop.deep_rfm.random_features import FEATURES
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
-from fastagop.estimators import inputs
+from fastagop.estimators import inputs, shared_fits
 from fastagop.estimators.base import Classifier, KernelEstimator, Regressor, Training
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.progress import Progress
@@ -143,8 +143,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         """Add the layers that are missing to those there are; returns the points that enter the readout."""
         rows, depth, done = training.rows, training.settings.depth, len(start.layers)
         points, rest = rows.take(start.features), rows.rest(start.features)
-        quiet = not self.verbose or (self.process_group is not None and start.checkpoint is None)
-        with Progress("Deep RFM", "layer", depth, done=done, quiet=quiet) as progress:
+        with Progress("Deep RFM", "layer", depth, done=done, quiet=shared_fits.quiet(self)) as progress:
             for index in range(done, depth):
                 before = self._layers[-1].record.solution if self._layers else None
                 layer, made = training.layer(points, start.seeds[index], rest, before)

@@ -108,7 +108,7 @@ class Local:
             )
         return scaled_(M, exponent)
 
-    def agree(self, op: str, call: str, **tensors: torch.Tensor) -> None:
+    def agree(self, op: str, call: str, **tensors: torch.Tensor | None) -> None:
         """Refuse ranks that want different things."""
 
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Sharded(Local):
         device = X.device if isinstance(X, torch.Tensor) else torch.device("cpu")
         return Communicator(self.group, op, device)
 
-    def agree(self, op: str, call: str, **tensors: torch.Tensor) -> None:
+    def agree(self, op: str, call: str, **tensors: torch.Tensor | None) -> None:
         """Refuse ranks that want different things."""
         self.communicator(op, next(iter(tensors.values()))).agree(lambda: None, call, **tensors)
 

@@ -162,7 +162,6 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
             points: what the first kernel machine sees (r, d), copies merged.
         """
         engine = engine_of(self.process_group)
-        engine.agree("fit", f"{self.kernel!r}", X=points)
         kernel = settled_at(self.kernel, points)
         if median_factor(self.kernel) is not None:
             found = torch.tensor([kernel.bandwidth], dtype=torch.float64, device=points.device)

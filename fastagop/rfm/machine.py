@@ -13,7 +13,7 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.engine import Local, engine_of
-from fastagop.estimators import inputs
+from fastagop.estimators import inputs, shared_fits
 from fastagop.estimators.base import KernelEstimator, Training
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import KernelRidge
@@ -108,6 +108,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         if (X_val is None) != (y_val is None):
             raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
         data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
+        given = f"X_val {'None' if X_val is None else 'given'}"
+        shared_fits.agree(self, given, X=data.X, Y=data.Y, sample_weight=data.weights)
         random = inputs.random(self.random_state)
         held, learn = self._held_out(data, X_val, y_val, random, engine)
         learn = self._sampled(data, learn, random, engine)
@@ -147,7 +149,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         self, points: MergedPoints, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
     ) -> Learnt:
         """Run the iterations; records are reported and callbacks called as they come."""
-        with Progress("RFM", "iteration", rules.iterations, quiet=not self.verbose) as progress:
+        with Progress("RFM", "iteration", rules.iterations, quiet=shared_fits.quiet(self)) as progress:
 
             def after(index: int, record: IterationRecord, metric: Metric) -> None:
                 warn_about(record.solution, reported)

@@ -1,0 +1,40 @@
+"""Fits that the ranks of a process group make together: what they must agree on, and which of them speaks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.engine import engine_of
+from fastagop.estimators import persistence
+
+# Parameters in which ranks may differ: those of a process, those that only the first rank goes by, and those of which
+# the training data tell; ``kernel`` comes first.
+_APART = (
+    *("kernel", "device", "callbacks", "verbose", "process_group"),
+    *("random_state", "scoring", "dtype", "class_weight", "fit_intercept"),
+)
+
+
+def agree(model: Any, given: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse ranks whose fits would not take the same steps: they would wait for each other until the timeout.
+
+    Args:
+        model: the estimator.
+        given: what else decides on the steps, in words.
+        **tensors: the training data, X first.
+    """
+    if model.process_group is None:
+        return
+    names = (name for name in persistence.parameters(type(model)) if name not in _APART)
+    call = ", ".join([repr(model.kernel), *(f"{name}={getattr(model, name)!r}" for name in names), given])
+    engine_of(model.process_group).agree("fit", call, **tensors)
+
+
+def quiet(model: Any) -> bool:
+    """Whether this process shows nothing of an estimator's fit: of a group's processes the first one does."""
+    if not model.verbose or model.process_group is None:
+        return not model.verbose
+    return Communicator(model.process_group, "fit", model._device).rank > 0
