@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fastagop import ArcCosine, DeepRFMRegressor, Laplace, Polynomial, RFMClassifier, RFMRegressor, load
+from fastagop.rfm import coarse
+from fastagop.rfm.learning import Rules
 
 
 def data(n=60, d=5, seed=0):
@@ -123,6 +126,24 @@ def test_layers_hold_an_agop_of_any_size(scale, tmp_path):
         assert np.array_equal(loaded.predict(X), fit.predict(X))
     with pytest.raises(ValueError, match=rf"agop_scale='{scale}' makes entries of M\^\(1/2\) up to "):
         DeepRFMRegressor(**{**settings, "ridge": 1e6}).fit(X, y * 1e-36)
+
+
+@pytest.mark.parametrize("how", [{}, {"diagonal": True}, {"center": True}], ids=str)
+@pytest.mark.parametrize("n", [60, 600])
+def test_a_huge_ridge(n, how):
+    """Squares of such coefficients leave float32."""
+    X, y = data(n)
+    narrow, wide = (model(ridge=1e25, iterations=1, dtype=dtype, **how).fit(X, y) for dtype in ("float32", "float64"))
+    assert np.allclose(narrow.M_, wide.M_, atol=1e-4)
+
+
+def test_small_coefficients_of_coarse_fits():
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sq, alpha = torch.cdist(x, x).square().float(), x[:, :2].float()
+    fit = coarse._CoarseRegression(Laplace(3.0), 1.0, alpha, None)
+    K = Laplace(3.0).value_(sq.clone())
+    M, small = (fit.agop(sq, K, x, size * alpha, Rules(1)) for size in (1.0, 2.0**-90))
+    assert torch.allclose(small * 2.0**180, M, rtol=1e-6)
 
 
 def test_constant_features_stay_out():

@@ -37,7 +37,6 @@ _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
 _MODERATE = 2.0**20  # values of a kernel that is not radial, which go up to it or down to its inverse as they are
-_SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def fit_and_agop(
         solved, matrix, planned = engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows)
         mark("solve")
     kernel, alpha, extreme = _of_usual_size(regression.kernel, X, solved.alpha)
-    alpha, size = scale_targets(alpha, _SQUARABLE)
+    alpha, size = scale_targets(alpha, mixed_fit.SQUARABLE)
     kernel, X, _, unit = scale_points(kernel, X, X)
     K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
     if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
@@ -216,7 +215,7 @@ def _of_usual_size(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor) -> tupl
     if kernel.radial or not len(X):
         return kernel, alpha, False
     unit, size = unit_of(kernel, X), checks.largest(X)
-    if 1.0 / _MODERATE <= unit <= _MODERATE and 1.0 / _SQUARABLE <= size <= _SQUARABLE:
+    if 1.0 / _MODERATE <= unit <= _MODERATE and 1.0 / mixed_fit.SQUARABLE <= size <= mixed_fit.SQUARABLE:
         return kernel, alpha, False
     return Multiple(1.0 / unit, kernel), alpha * unit, X.dtype != torch.float64
 

@@ -7,6 +7,7 @@ what that costs M, and where it is more than ``_LOSS`` the AGOP of larger proble
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -25,7 +26,9 @@ from fastagop.kernels.torch_backend.products import (
 from fastagop.solvers import full_refined
 from fastagop.solvers.limits import tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
+from fastagop.solvers.solve import scale_targets
 
+SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
 _POINTS = 24  # with the largest coefficients, as many with the largest bounds of rounding, and as many others
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
@@ -59,14 +62,20 @@ class MixedFit:
                 break
         else:
             return None
-        return outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
+        M = outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
+        return M if self._scaled[1] == 1.0 else M.mul_(self._scaled[1]).mul_(self._scaled[1])
+
+    @functools.cached_property
+    def _scaled(self) -> tuple[torch.Tensor, float]:
+        """(coefficients that gradients are taken of, what they were divided by)."""
+        return scale_targets(self.solved.alpha, SQUARABLE)
 
     def _gradients(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the outputs at the points (n, K, d), with products in a dtype, and what these may lose (n,)."""
         W = self.matrices.W
         assert W is not None
         x = self.x.to(dtype)
-        return differences_and_losses(W, self.solved.alpha.to(dtype), x, x)
+        return differences_and_losses(W, self._scaled[0].to(dtype), x, x)
 
     def _telling(self, losses: torch.Tensor) -> torch.Tensor:
         """Numbers of the points whose gradients tell what float32 costs, given bounds of it at each (n,)."""
@@ -80,7 +89,7 @@ class MixedFit:
         x, z = self.x, self.x[index]
         W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, len(index))])
         product = differences_at_few if len(index) < x.shape[1] else differences_product
-        return product(W, self.solved.alpha, x, z)
+        return product(W, self._scaled[0], x, z)
 
 
 def _loss(found: torch.Tensor, exact: torch.Tensor) -> float:

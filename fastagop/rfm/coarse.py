@@ -21,6 +21,7 @@ from sklearn.base import clone
 from fastagop.distributed.engine import LOCAL
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
+from fastagop.estimators.mixed_fit import SQUARABLE
 from fastagop.kernels.checks import largest
 from fastagop.kernels.plan import budget, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
@@ -32,6 +33,7 @@ from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.full_refined import by_factor, factor_
 from fastagop.solvers.limits import relative, tells_points_apart
+from fastagop.solvers.solve import scale_targets
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
 _REFINED = 1e-4  # beyond which it is refined
@@ -271,5 +273,6 @@ class _CoarseRegression:
     def agop(self, sq: torch.Tensor, K: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, rules: Rules):
         """The AGOP (r, r), or its diagonal (r,), at points x (n, r), summed over them, float64."""
         W, z = self.kernel.rough_weight(sq, K), x.float()  # the diagonal of K holds the ridge, that of sq is zero
-        G = differences_product(W, alpha, z, z)
-        return outer_products(G, rules.center, self.weights, rules.diagonal)
+        alpha, size = scale_targets(alpha, SQUARABLE)
+        M = outer_products(differences_product(W, alpha, z, z), rules.center, self.weights, rules.diagonal)
+        return M if size == 1.0 else M.mul_(size).mul_(size)
