@@ -5,11 +5,13 @@ from __future__ import annotations
 import pickle
 from dataclasses import dataclass
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from fastagop.kernels import plan
 from fastagop.kernels.radial import Radial
 from sklearn.base import clone
 from sklearn.datasets import load_iris
@@ -22,7 +24,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastagop
 from fastagop import Gaussian, GeneralisedLaplace, Laplace, RFMClassifier, RFMClassifierCV, RFMRegressor, RFMRegressorCV
-from fastagop.rfm import settings
+from fastagop.rfm import settings, trials
 
 SMALL = {"n_settings": 2, "cv": 2, "iterations": 1}
 PAIR = [{"bandwidth": 1.0}, {"bandwidth": 0.5, "diagonal": True}]
@@ -338,6 +340,24 @@ def test_what_fits_warn_about_is_a_note(flowers, recwarn):
     notes = model.cv_results_["note"].tolist()
     assert notes[:2] == ["", ""]
     assert "every kernel value of two different points is 0" in notes[2]
+
+
+@pytest.mark.parametrize("limit", [None, 7e6])
+def test_settings_that_are_tried_at_a_time_share_the_memory(limit, flowers, monkeypatch):
+    """Coarse fits and others: each of them would take most of what is free."""
+    monkeypatch.setattr(plan, "available_bytes", lambda device: 10**9)
+    seen, tried = [], trials._trial
+
+    def trial(model, *given):
+        seen.append(model._regression_and_rules()[0].memory_limit)
+        return tried(model, *given)
+
+    monkeypatch.setattr(trials, "_trial", trial)
+    for jobs, share in ((None, None), (1, None), (2, 9 * 10**8 // 2), (8, 9 * 10**8 // 4)):
+        seen.clear()
+        with joblib.parallel_config(backend="threading"):
+            RFMClassifierCV(**{**SMALL, "n_settings": 4}, n_jobs=jobs, memory_limit=limit, refit=False).fit(*flowers)
+        assert seen == [share if limit is None else limit] * 4
 
 
 def test_jobs_do_not_matter(flowers):

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from sklearn.base import clone
@@ -17,7 +16,7 @@ from fastagop.estimators.fit_plans import Data, Step, data_of, iteration_steps, 
 from fastagop.kernels import checks
 from fastagop.kernels.plan import AgopTask, available_bytes, budget, format_bytes
 from fastagop.kernels.profile import unsettled
-from fastagop.rfm import coarse, validation
+from fastagop.rfm import coarse, trials, validation
 from fastagop.rfm.folds import folds_of
 from fastagop.rfm.settings import settings_of
 from fastagop.solvers.bandwidth import settled_at
@@ -76,8 +75,9 @@ def explain_fit(search, X, y, sample_weight=None) -> str:
         if unsettled(model.kernel):  # no plan depends on a bandwidth
             model.set_params(kernel=settled_at(model.kernel, torch.zeros(1, 1)))
     part = replace(data, X=data.X[:1].expand(folds.train, -1), Y=data.Y[:1].expand(folds.train, -1))
-    fits = [_fit(model, part, folds.test) for model in kinds.values()]
     refits = [_fit(model, data, 0) for model in kinds.values()]
+    trials.share_memory(kinds.values(), trials.jobs_of(fresh.n_jobs, len(estimators)), data.X.device)
+    fits = [_fit(model, part, folds.test) for model in kinds.values()]
     costly = _costliest(fits)
     name = type(estimators[0]).__name__
     lines = text_of(name, part, costly.steps, costly.held, 1).splitlines()
@@ -123,7 +123,7 @@ def _totals(search, data: Data, counts: tuple[int, _Folds], kinds: tuple[list[_F
     (settings, folds), n, (fit, refit) = counts, len(data.X), map(_costliest, kinds)
     jobs, slower = 1, 1  # settings at a time, and how many times longer one of them takes then, at most
     if search.n_jobs is not None:
-        jobs = min(settings, joblib.effective_n_jobs(search.n_jobs))
+        jobs = trials.jobs_of(search.n_jobs, settings)
         slower = torch.get_num_threads() if data.X.device.type == "cpu" else jobs
     how = "one after the other" if jobs == 1 else f"{jobs} settings at a time, beside the start of their processes"
     label = f"  search     at most {settings * folds.count} such fits, {how}"

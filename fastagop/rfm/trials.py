@@ -7,7 +7,7 @@ import functools
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
+from fastagop.estimators import inputs
+from fastagop.kernels.plan import budget
 from fastagop.rfm import validation
 from fastagop.rfm.coarse import CoarseFold
 from fastagop.rfm.settings import Setting
@@ -75,12 +77,27 @@ class Trial:
 
 def run(estimators: Sequence, task: Task, n_jobs: int | None) -> Iterator[Trial | None]:
     """The trials of estimators with their parameters set, in their order; None for one that was not begun in time."""
+    jobs = jobs_of(n_jobs, len(estimators))
+    share_memory(estimators, jobs, inputs.device(estimators[0].device))
     calls = (functools.partial(_trial, model, task, index == 0) for index, model in enumerate(estimators))
     if n_jobs is None or joblib.effective_n_jobs(n_jobs) == 1:
         shared: dict[int, CoarseFold] = {}
         return (call(shared) for call in calls)
     parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator")
     return iter(parallel(joblib.delayed(call)({}) for call in calls))  # pyright: ignore[reportArgumentType]
+
+
+def jobs_of(n_jobs: int | None, settings: int) -> int:
+    """How many settings are tried at a time."""
+    return 1 if n_jobs is None else min(settings, joblib.effective_n_jobs(n_jobs))
+
+
+def share_memory(estimators: Iterable, jobs: int, device: torch.device) -> None:
+    """Give estimators that are fitted at a time a share of the memory each, where nobody has set a limit."""
+    if jobs > 1:
+        share = max(1, budget(None, device) // jobs)
+        for model in estimators:
+            model.memory_limit = share if model.memory_limit is None else model.memory_limit
 
 
 def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -> Trial | None:
