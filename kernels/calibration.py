@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -95,6 +94,9 @@ def _place(device: torch.device, *folders: str | None) -> Path | None:
         return None
 
 
+_RATES = 1.0, 1e30  # between which operations a second are taken for measured; times made of others leave float64
+
+
 @functools.cache
 def _read(file: Path) -> Measured:
     """The measurements in a file; a damaged one is warned of once, and counts as none."""
@@ -109,7 +111,7 @@ def _read(file: Path) -> Measured:
         rates = {key: float(value) for key, value in read["rates"].items()}
         if any(len(c) not in (5, 6) or min(c) < 1 for c in configs.values()):
             raise ValueError("a configuration is out of range")
-        if not all(0 < rate < math.inf for rate in rates.values()):
+        if not all(_RATES[0] <= rate <= _RATES[1] for rate in rates.values()):
             raise ValueError("a rate is out of range")
         return Measured(configs, rates, {str(key): str(value) for key, value in read["about"].items()})
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
-from fastagop.estimators import inputs, kernel_ridge
+from fastagop.estimators import inputs, kernel_ridge, target_means
 from fastagop.estimators.progress import Progress
 from fastagop.solvers import copies
 
@@ -51,7 +51,7 @@ def test_an_offset_of_targets_exceeds_their_deviation_four_times(times, is_offse
     deviation = np.sqrt(np.average((values - mean) ** 2, weights=weights))
     y = (values - mean + times * deviation)[:, None]
     for column in (y, -y):
-        found = inputs.target_offset(column, weights)
+        found = target_means.offset(column, weights)
         expected = np.average(column, axis=0, weights=weights) if is_offset else [0.0]
         np.testing.assert_allclose(found, expected, rtol=1e-14)
 
@@ -242,3 +242,29 @@ def test_a_device_that_is_not_there_is_named_without_the_internals_of_torch(name
         inputs.device(name)
     assert len(str(info.value)) < 120
     assert isinstance(info.value.__cause__, (RuntimeError, AssertionError))
+
+
+def test_means_of_the_largest_targets():
+    """Sums of them leave float64, their means do not."""
+    y = np.random.default_rng(0).uniform(-1.0, 1.0, (50, 2))
+    weights = np.linspace(1.0, 2.0, 50)
+    for row_weights in (None, weights):
+        plain = target_means.mean(y, row_weights)
+        assert np.array_equal(target_means.mean(y * 2.0**1022, row_weights), plain * 2.0**1022)
+        assert np.array_equal(target_means.mean(y * 2.0**-300, row_weights), plain * 2.0**-300)
+    assert np.array_equal(target_means.mean(y, weights * 2.0**1000), target_means.mean(y, weights))
+
+
+@pytest.mark.parametrize("name", ["y", "sample_weight", "class_weight"])
+def test_numbers_whose_sums_leave_float64_are_refused_by_name(name):
+    X = np.random.default_rng(0).normal(size=(40, 3))
+    y, weights, how = X[:, 0], None, {}
+    if name == "y":
+        y = 1e308 * np.abs(y).clip(0, 1)
+    elif name == "sample_weight":
+        weights = np.full(40, 1e308)
+    else:
+        y, how = y > 0, {"class_weight": {False: 1e307, True: 1e307}}
+    make = RFMClassifier if name == "class_weight" else RFMRegressor
+    with pytest.raises(ValueError, match=f"^{name} is (so|too) large"):
+        make(iterations=1, **how).fit(X, y, weights)

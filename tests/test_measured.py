@@ -154,8 +154,11 @@ def test_calibrating(cache, tmp_path):
     assert all(rate > 0 for rate in rates.values())
 
 
-@pytest.mark.parametrize(("rates", "taken"), [(0.0, False), (5e-324, True), (float("inf"), False)])
-def test_rates_are_positive_and_finite(cache, rates, taken):
+@pytest.mark.parametrize(
+    ("rates", "taken"),
+    [(0.0, False), (1e-300, False), (0.9, False), (1.0, True), (1e30, True), (1e31, False), (float("inf"), False)],
+)
+def test_rates_are_of_a_size_that_can_be_measured(cache, rates, taken):
     file = calibration.save(CPU, Measured({}, {"gram float32": 1.0}, ABOUT))
     file.write_text(json.dumps({"configs": {}, "rates": {"gram float32": rates}, "about": {}}))
     calibration._read.cache_clear()

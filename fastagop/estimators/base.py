@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from fastagop.distributed.communicator import Communicator
 from fastagop.distributed.engine import engine_of
-from fastagop.estimators import inputs, persistence
+from fastagop.estimators import inputs, persistence, target_means
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_parameter import KernelParameter
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
@@ -284,7 +284,9 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
         Y[np.arange(len(y)), codes] = 1.0
         factors = inputs.class_weights(self.class_weight, self.classes_, codes, weights)
         if factors is not None:
-            weights = factors if weights is None else weights * factors
+            with np.errstate(over="ignore"):
+                weights = factors if weights is None else weights * factors
+            inputs.finite_sum("class_weight", weights)
         return Y, codes, weights
 
     def decision_function(self, X: Rows) -> Any:
@@ -350,7 +352,7 @@ class Regressor(base.RegressorMixin, KernelEstimator):
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         with np.errstate(over="ignore", invalid="ignore"):
-            mean = inputs.mean(y, weights) if self._centred else inputs.target_offset(y, weights)
+            mean = target_means.mean(y, weights) if self._centred else target_means.offset(y, weights)
             Y = y - mean
         if not np.isfinite(Y).all():
             raise ValueError("y is so large that its differences leave float64; divide y by a constant")

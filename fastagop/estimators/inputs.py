@@ -7,8 +7,6 @@ anything become the dtype that a fit computes in.
 from __future__ import annotations
 
 import datetime
-import itertools
-import math
 import numbers
 import operator
 from typing import Any
@@ -24,7 +22,7 @@ from fastagop.kernels.precision import dtype_name
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _SORTED = 2**22  # Columns are sorted together up to this many items.
-_FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
+FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
 _LISTED = 5  # Columns that an error names.
 _SHORT = 60  # Letters of a reason of torch's that an error repeats.
 _SPARSE = (
@@ -239,7 +237,7 @@ def offsets(X: torch.Tensor) -> torch.Tensor:
         last = count[:, -1:] - 1
         places = torch.searchsorted(count, torch.cat([last // 4, last // 2, 3 * last // 4], 1) + 1)
         low, middle, high = values.gather(1, places).double().unbind(1)
-        out[start : start + step] = torch.where(middle.abs() > _FAR * (high - low), middle, 0.0)
+        out[start : start + step] = torch.where(middle.abs() > FAR * (high - low), middle, 0.0)
     return out
 
 
@@ -319,7 +317,18 @@ def weights(value, n: int) -> np.ndarray | None:
         raise ValueError(f"sample_weight must not be negative, got {found.min():g}; a weight of 0 leaves a row out")
     if not found.any():
         raise ValueError("sample_weight must contain at least one non-zero number, got zeros only")
+    finite_sum("sample_weight", found)
     return None if (found == 1.0).all() else found
+
+
+def finite_sum(name: str, weights: np.ndarray) -> None:
+    """Refuse weights whose sum leaves float64."""
+    with np.errstate(over="ignore"):
+        if not np.isfinite(weights.sum()):
+            raise ValueError(
+                f"{name} is so large that its sum leaves float64: the largest weight is {weights.max():.1e}; "
+                f"divide {name} by a constant"
+            )
 
 
 def weighted_rows(row_weights: np.ndarray | None, rows: torch.Tensor, *arrays: np.ndarray | None) -> tuple:
@@ -357,33 +366,3 @@ def class_weights(value, classes: np.ndarray, codes: np.ndarray, row_weights: np
             f"class_weight must leave two of the labels {known} a weight above 0, got {value!r}: {left} left"
         )
     return factors[codes]
-
-
-def target_offset(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
-    """The offset of each column of targets (n, K) without which a narrower dtype keeps their differences: (K,).
-
-    The (weighted) mean where it exceeds the spread around it many times, as in coordinates and time stamps, else 0:
-    other targets are learnt as they are.
-    """
-    middle = mean(y, row_weights)
-    with np.errstate(over="ignore", invalid="ignore"):  # Where differences leave float64, nothing is subtracted.
-        unit = np.abs(y - middle).max(0)
-        scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
-        spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=row_weights))
-    return np.where(np.abs(middle) > _FAR * spread, middle, 0.0)
-
-
-def mean(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
-    """The (weighted) mean of each column (K,) of targets (n, K).
-
-    Sums are exact, so that a weight of two and a row that is there twice give the same bits; they are taken from the
-    smallest target on, so that constant targets have exactly their value as the mean.
-    """
-    base = y.min(0)
-    row_weights = np.ones(len(y)) if row_weights is None else row_weights
-    weighted = row_weights[:, None].astype(np.longdouble) * (y - base)
-    upper = weighted.astype(np.float64)
-    lower = (weighted - upper).astype(np.float64)
-    total = math.fsum(row_weights)
-    sums = [math.fsum(itertools.chain(a, b)) for a, b in zip(upper.T.tolist(), lower.T.tolist(), strict=True)]
-    return base + np.array(sums) / total
