@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastagop
-from fastagop import Laplace, RFMClassifier, RFMRegressor
+from fastagop import Laplace, RFMClassifier, RFMRegressor, RFMTreeRegressor
 
 
 def data(n=50, d=5, seed=0):
@@ -48,6 +48,15 @@ def test_no_direction_beyond_those_asked_for_is_written_out(how, tensor_memory):
     found, taken = tensor_memory(lambda: fit.directions(k))
     assert taken < 8 * 600**2 / 5
     assert np.allclose(found.vectors @ found.vectors.T, np.eye(k), atol=1e-12)
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_splits_of_a_tree_write_out_few_directions(diagonal, tensor_memory):
+    X, y = data(12, 600)
+    how = {"iterations": 0, "diagonal": diagonal, "leaf_size": 8, "soft": False, "early_stopping": False}
+    tree, taken = tensor_memory(lambda: RFMTreeRegressor(**how).fit(X, y))
+    assert len(tree.leaves_) == 2
+    assert taken < 8 * 600**2 / 5
 
 
 @pytest.mark.parametrize("scale", [None, "standard"])

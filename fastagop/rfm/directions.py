@@ -51,7 +51,7 @@ class Targets:
 
 
 def leading(
-    metric: Metric, centers: torch.Tensor, d: int, k: int | None, eps: float
+    metric: Metric, centers: torch.Tensor, d: int, k: int | None, eps: float, most: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(unit vectors (k, d), eigenvalues (k,) descending, the points along them (r, k)), float64.
 
@@ -61,14 +61,15 @@ def leading(
         d: number of features.
         k: how many; None for those whose eigenvalue is above rounding.
         eps: of the dtype of the fit.
+        most: with k None, no more than so many.
 
     The points have a length of 0 along vectors that the metric maps to 0.
     """
     if metric.M is None or metric.M.ndim == 1:
-        return _leading_features(metric.M, centers, d, k, eps)
+        return _leading_features(metric.M, centers, d, k, eps, most)
     values, inner, vectors = _axes(metric, metric.M)
     counted = _counted(values, eps)
-    k = counted if k is None else k
+    k = min(counted, most or counted) if k is None else k
     along = centers.double()[:, : len(inner)] @ inner[:, : min(k, counted)]
     if k > len(values):  # the rest of the features' space, which the metric maps to zero
         vectors = torch.cat([vectors, _beyond(vectors, k - len(values))], 1)
@@ -76,12 +77,14 @@ def leading(
     return vectors[:, :k].T, values[:k], _filled(along, k)
 
 
-def _leading_features(diagonal: torch.Tensor | None, centers: torch.Tensor, d: int, k: int | None, eps: float):
+def _leading_features(
+    diagonal: torch.Tensor | None, centers: torch.Tensor, d: int, k: int | None, eps: float, most: int | None
+):
     """``leading`` where axes are features: of a diagonal metric (d,), or of M = I."""
     values = torch.ones(d, device=centers.device) if diagonal is None else diagonal
     values, order = values.double().sort(descending=True, stable=True)
     counted = _counted(values, eps)
-    k = counted if k is None else k
+    k = min(counted, most or counted) if k is None else k
     vectors = values.new_zeros(k, d).scatter_(1, order[:k, None], 1.0)
     return vectors, values[:k], _filled(centers.double()[:, order[: min(k, counted)]], k)
 

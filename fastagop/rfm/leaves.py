@@ -24,6 +24,7 @@ from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
+from fastagop.rfm.directions import leading
 from fastagop.rfm.preparation import SCALES, Preparation
 from fastagop.rfm.splits import Growth, Tree
 from fastagop.rfm.validation import HeldOut, Lenient
@@ -363,8 +364,9 @@ class _Splitter:
         if not _constant(sample_answers):
             weights = None if data.weights is None else data.weights[sample].cpu().numpy()
             model = self.tree._machine_of(**_SPLIT).fit(data.X[sample], sample_answers, sample_weight=weights)
-            found = model.directions()
-            for vector in found.vectors[:_DIRECTIONS].double():
+            (_, d), eps = data.X.shape, torch.finfo(data.X.dtype).eps
+            vectors, _, _ = leading(model._metric, model._centers, d, None, eps, most=_DIRECTIONS)
+            for vector in vectors.to(data.X.dtype).double():
                 yield vector * torch.sign(vector[vector.abs().argmax()])
         spread = data.X[sample].double().std(0, correction=0)
         vector = torch.from_numpy(self.random.normal(size=len(spread))).to(spread)
