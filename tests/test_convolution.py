@@ -74,6 +74,40 @@ def test_images_that_repeat_are_told():
     assert bool(machine.alpha.isfinite().all())
 
 
+@pytest.mark.parametrize(("n", "m", "side"), [(1, 40, 6), (40, 1, 6), (30, 30, 5), (2, 2, 12)])
+def test_blocks_hold_what_they_may(n, m, side, monkeypatch):
+    """One image against many; one pair of images (100 x 100 patches) that is more than a block."""
+    A, B = (Window(3).patches(images(count, 1, side, seed=count)) for count in (n, m))
+    whole, sizes = patch_kernel_matrix(Laplace(0.7), A, B), []
+
+    def measured(*args):
+        found = fastagop.kernel_matrix(*args)
+        sizes.append(found.numel() * found.element_size())
+        return found
+
+    monkeypatch.setattr("fastagop.convolution.machine._BLOCK_BYTES", 8 * 3000.0)
+    monkeypatch.setattr("fastagop.convolution.machine.kernel_matrix", measured)
+    torch.testing.assert_close(patch_kernel_matrix(Laplace(0.7), A, B), whole, rtol=1e-12, atol=0.0)
+    assert 8 * 300 <= max(sizes) <= 8 * 3000
+    assert sum(sizes) == 8 * n * m * A.shape[1] * B.shape[1]
+
+
+def test_float32_patches_are_solved_in_float64():
+    """With a kernel that is smooth and a small ridge, kernel values in float32 leave 1e-3 of the targets unmet."""
+    A, Y = Window(3).patches(images(40, 1, 5, torch.float32)), torch.eye(40, dtype=torch.float64)[:, :3]
+    machine = PatchMachine.fit(Gaussian(3.0), A, Y, ridge=1e-8)
+    exact = PatchMachine.fit(Gaussian(3.0), A.double(), Y, ridge=1e-8)
+    unmet = patch_kernel_matrix(Gaussian(3.0), A.double()) @ machine.alpha + 1e-8 * machine.alpha - Y
+    assert float(unmet.norm() / Y.norm()) < 1e-8
+    torch.testing.assert_close(machine.predict(A), exact.predict(A.double()), rtol=1e-6, atol=1e-6)
+    M, expected = machine.agop(), exact.agop()
+    assert M.dtype == torch.float32
+    assert float((M.double() - expected).norm()) <= 1e-6 * float(expected.norm())
+    weights = torch.rand(len(A) * A.shape[1], generator=torch.Generator().manual_seed(1))
+    M, expected = (m.agop(sample_weight=weights.to(m.patches), Z=None, center=True) for m in (machine, exact))
+    assert float((M.double() - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_patch_agop_is_autograds(dtype):
     A = Window(3).patches(images(5, dtype=dtype))

@@ -257,7 +257,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
     if X.dtype == torch.float64:
         return False
-    wide = _rounding_costs(kernel, X, alpha, center, weights)
+    wide = rounding_costs(kernel, X, alpha, center, weights)
     wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
     if wide:
         log.info(
@@ -266,7 +266,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     return wide
 
 
-def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
     """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
 
     Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.
