@@ -33,7 +33,7 @@ def cholesky_lower_(
         0, or the 1-based index of the first pivot that failed (then call ``restore_lower_``).
     """
     n, block = len(A), block or _block(A)
-    A.diagonal().copy_(torch.as_tensor(diagonal, dtype=torch.float64))
+    A.diagonal().copy_(torch.as_tensor(diagonal, dtype=torch.float64, device=A.device))
     for start in range(0, n, block):
         stop = min(n, start + block)
         panel, square = A[stop:, start:stop], A[start:stop, start:stop]

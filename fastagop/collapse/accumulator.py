@@ -121,7 +121,7 @@ class Accumulator:
         scale = unit_of(width(X))
         if self.covariance and self._scatter is None:
             self._unit = unit_of(float(X.double().abs().max()))
-            self._scatter = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+            self._scatter = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device="cpu")
         for label, members in zip(labels, rows, strict=True):
             self._add(label, *_part(X, members.to(X.device), scale, self.covariance))
         return self

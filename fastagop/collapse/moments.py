@@ -68,8 +68,7 @@ class Moments:
         else:
             shares = np.full((len(self.sizes), 1), np.longdouble(1) / len(self.sizes))
         centred = self.means - (shares * self.means).sum(0)
-        shares = torch.as_tensor(shares.astype(np.float64)).to(self.error)
-        return as_tensor(centred, self.error), self.error + (shares * self.error).sum(0)
+        return as_tensor(centred, self.error), self.error + (as_tensor(shares, self.error) * self.error).sum(0)
 
     def axes(self, weighting: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions (d, r) in which the centred class means C differ by more than rounding, and C's lengths (r,)."""

@@ -314,7 +314,7 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
         """
         outputs = self._outputs(X)
         p = ((outputs + 1.0) / 2.0).clamp_(min(_LEAST, _LEAST_SUM / outputs.shape[1]), 1.0)
-        p = torch.as_tensor(self._like_input(p / p.sum(1, keepdim=True), X))
+        p = checks.tensor(self._like_input(p / p.sum(1, keepdim=True), X))
         # Rounding and the cut make ties, which the class of predict wins.
         best = outputs.argmax(1, keepdim=True).to(p.device)
         largest = p.amax(1, keepdim=True)

@@ -97,7 +97,7 @@ class FastKernel(LaplaceKernel):
                     "fast_categorical=False to xRFM, which then takes one-hot columns as numbers, or encode them as "
                     "numbers before fit (pytabkit: those of more than 100 levels), or use xRFM's own LaplaceKernel"
                 )
-        self._columns = None if numerical_indices is None else sorted(torch.as_tensor(numerical_indices).tolist())
+        self._columns = None if numerical_indices is None else sorted(checks.tensor(numerical_indices).tolist())
 
     def _check_columns(self, x: torch.Tensor) -> None:
         """Refuse points with columns that ``set_categorical_indices`` has left out: xRFM's kernels ignore them."""

@@ -118,7 +118,7 @@ def _labels(y, labels: list[torch.Tensor]):
     if not labels:
         return y
     brought = torch.cat(labels)
-    if y is not None and not torch.equal(torch.as_tensor(y).cpu().to(brought.dtype), brought):
+    if y is not None and not torch.equal(checks.tensor(y).cpu().to(brought.dtype), brought):
         raise ValueError("y differs from the labels that the batches of X bring (is X shuffled?); pass one of the two")
     return brought
 
@@ -143,7 +143,7 @@ class _Inputs:
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
-            labels += [] if brought is None else [torch.as_tensor(brought).cpu()]
+            labels += [] if brought is None else [checks.tensor(brought).cpu()]
         return labels
 
     def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:

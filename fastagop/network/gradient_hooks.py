@@ -127,7 +127,7 @@ class Taps:
     def __init__(self, sinks: Mapping[Site, Sink], recomputing: bool = False, leaf: Leaf | None = None):
         self.sinks, self.recomputing, self.here, self._leaf = sinks, recomputing, Here(), leaf
         self.leaves: list[tuple[Site, torch.Tensor, torch.Tensor | None]] = []
-        self.anchor = torch.empty(0, requires_grad=True)
+        self.anchor = torch.empty(0, requires_grad=True, device="cpu")
         self.calls: list[Call] = []
         self.arrived: Counter[Site] = Counter()
         self.narrow = False  # It is set where float16 occurs.

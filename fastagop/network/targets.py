@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastagop.kernels import checks
 from fastagop.network import model_access
 from fastagop.network.gradient_hooks import Run
 
@@ -48,7 +49,7 @@ class Target:
                 "of (inputs, labels)"
             )
         try:
-            labels = torch.as_tensor(labels)
+            labels = checks.tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"X: the labels of a batch must be a tensor or numbers, got {labels!r:.80}") from error
         labels = (labels if index is None else labels[index]).to(inputs.device)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from fastagop import linalg
+from fastagop.kernels import checks
 from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
@@ -295,7 +296,7 @@ def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False) -> Found
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
     matrix = system.matrix
-    scale = matrix.largest_row_sum() + float(torch.as_tensor(system.ridge).min())
+    scale = matrix.largest_row_sum() + float(checks.tensor(system.ridge).min())
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     jitter, plain = _factor(system, 0.0, scale, hopeful), None
     while jitter is not None:

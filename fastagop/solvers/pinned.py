@@ -14,7 +14,7 @@ Shapes = Sequence[tuple[int, int]]
 
 def matrices(shapes: Shapes, dtype: torch.dtype) -> list[torch.Tensor]:
     """Uninitialised matrices of the given shapes in pinned memory."""
-    found = [torch.empty(0)] * len(shapes)
+    found = [torch.empty(0, device="cpu")] * len(shapes)
     for piece in _pieces(shapes):
         sizes = [shapes[i][0] * shapes[i][1] for i in piece]
         flat = torch.empty(sum(sizes), dtype=dtype, device="cpu", pin_memory=True)

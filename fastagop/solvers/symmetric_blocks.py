@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastagop.kernels import checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
 from fastagop.kernels.plan import empty_matrix
 from fastagop.solvers import pinned
@@ -173,7 +174,7 @@ class SymmetricBlocks:
         Returns:
             0, or the 1-based index of the first pivot that failed; the blocks are then used up.
         """
-        diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
+        diagonal = checks.tensor(diagonal, torch.float64).expand(self.n)
         products = products if self.dtype == torch.float32 else LIBRARY
         for row, block in zip(self.slices, self.blocks, strict=True):
             block[:, row].diagonal().copy_(diagonal[row])
