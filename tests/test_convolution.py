@@ -19,6 +19,45 @@ def laplace(p: torch.Tensor, q: torch.Tensor, bandwidth: float) -> torch.Tensor:
     return torch.exp(-torch.where(apart > 0, apart, 1.0).sqrt() / bandwidth) * (apart > 0) + 1.0 * (apart == 0)
 
 
+@pytest.mark.parametrize("power", [-110, -80, 80, 120])
+def test_patches_of_any_size_have_length_one(power):
+    """Squares of float32 numbers beyond 2^64 or below 2^-75 leave float32."""
+    X = images(dtype=torch.float32)
+    assert torch.equal(Window(3).patches(X * 2.0**power), Window(3).patches(X))
+
+
+def test_many_images_are_normalised_in_parts(monkeypatch):
+    X = images(5).requires_grad_()
+    whole = Window(3).patches(X)
+    monkeypatch.setattr("fastagop.convolution.window._IMAGES", 2)
+    found = Window(3).patches(X)
+    assert torch.equal(found, whole)
+    slopes = [torch.autograd.grad(patches[:, :, 0].sum(), X)[0] for patches in (found, whole)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_a_layer_under_autocast():
+    X, y = images(12, 1, 5, torch.float32), torch.arange(12) % 3
+    settings = ConvLayerSettings(Laplace(1.0), Window(3), width=8)
+    layer = fit_layer(X, y, settings, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = fit_layer(X, y, settings, seed=0)
+        found = again(X)
+    assert (again.nc1, again.nc2) == (layer.nc1, layer.nc2)
+    assert torch.equal(found, layer(X))
+
+
+def test_a_layer_of_images_with_history():
+    """A layer is fitted to the numbers of images that a network made; its features have derivatives in them."""
+    X, y = images(12, 1, 5, torch.float32), torch.arange(12) % 3
+    settings = ConvLayerSettings(Laplace(1.0), Window(3), width=8)
+    layer, grown = fit_layer(X, y, settings, seed=0), X.clone().requires_grad_()
+    found = fit_layer(grown * 1.0, y, settings, seed=0)
+    assert torch.equal(found.root, layer.root)
+    assert not found.root.requires_grad
+    assert torch.autograd.grad(layer(grown).sum(), grown)[0].any()
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 0), (2, 2, 0), (3, 2, 1), (5, 1, 0), (1, 3, 0)])
 def test_patches_are_those_of_a_convolution(size, stride, padding):
     X, window = images(), Window(size, stride, padding)

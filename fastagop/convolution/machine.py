@@ -163,7 +163,7 @@ class PatchMachine:
         more than the rounding of its gradients, it is computed in float64 by the backend that "auto" takes.
         """
         P = self.patches.shape[1]
-        points, coefficients = self.patches.flatten(0, 1), (self.alpha / P).repeat_interleave(P, 0)
+        points, coefficients = self.patches.detach().flatten(0, 1), (self.alpha.detach() / P).repeat_interleave(P, 0)
         dtype, center = points.dtype, options.get("center") is True
         if dtype == torch.float32 and rounding_costs(self.kernel, points, coefficients, center, None):
             points, options = points.double(), options | {"backend": "auto"}
