@@ -78,6 +78,16 @@ def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
     return A
 
 
+def scale_lower_(A: torch.Tensor, root: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
+    """Multiply the lower triangle and the diagonal by root root^T, root (n, 1); the rest is left as it was."""
+    for start in range(0, len(A), rows):
+        stop = min(len(A), start + rows)
+        A[start:stop, :start].mul_(root[start:stop]).mul_(root[:start].T)
+        square = A[start:stop, start:stop]
+        square.copy_(square.triu(1) + (square * root[start:stop] * root[start:stop].T).tril_())
+    return A
+
+
 def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """(L L^T)^-1 B with L in A's lower triangle, block by block so that A is never copied."""
     n, X, rows = len(A), B.clone(), _rows(A)
@@ -136,7 +146,10 @@ def psd_sqrt(M: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; where a device's solver fails, or answers NaN, LAPACK's on the host."""
+    """Eigenvalues and eigenvectors of A, of which the lower triangle is read.
+
+    Where a device's solver fails, or answers NaN, LAPACK's on the host.
+    """
     try:
         values, vectors = torch.linalg.eigh(A)
         if bool(values.isfinite().all() & vectors.isfinite().all()):
