@@ -83,6 +83,19 @@ def test_the_diagonal_of_gradients_that_nearly_agree(normal, relative):
     assert relative(found.double(), exact) <= 1e-6
 
 
+def test_autocast_changes_nothing(data):
+    x, z, coefs, mats = (part if isinstance(part, dict) else part.float() for part in data)
+    arguments, ours = (x, z, coefs, mats["matrix"].float()), FastKernel(Laplace(3.0))
+
+    def results():
+        kernel, slopes = ours.get_kernel_matrix(*arguments[:2], arguments[3]), ours.get_function_grads(*arguments)
+        return [kernel, slopes, ours.get_agop(*arguments), ours.get_agop_diag(*arguments)]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, results(), plain))
+
+
 L1 = [  # their gradients of several outputs together are wrong with torch 2.14: one at a time
     (ProductLaplace(3.0), own.ProductLaplaceKernel(3.0, 1.0)),
     (LpLaplace(1.5, 0.8, 3.0), own.LpqLaplaceKernel(3.0, 1.5, 0.8)),

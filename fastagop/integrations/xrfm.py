@@ -18,6 +18,7 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import agop, gradients, kernel_matrix
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.torch_backend.agop import Means
 
 try:
@@ -106,6 +107,11 @@ class FastKernel(LaplaceKernel):
                 f"x must have the {len(self._columns)} columns that numerical_indices names, got {x.shape[1]}; "
                 "pass all of them as numerical_indices, or drop the others from x"
             )
+
+    def _transform_m(self, x: torch.Tensor, mat: torch.Tensor | None) -> torch.Tensor:
+        """x times M^(1/2) in x's dtype, also where autocast would round the product."""
+        with matmul_precision("highest", x.device):
+            return super()._transform_m(x, mat)
 
     def _points(self, x: torch.Tensor, z: torch.Tensor, mat: torch.Tensor | None):
         """(centers, points) times M^(1/2), one tensor where they are equal: half the work, and self-pairs by index."""
