@@ -1,10 +1,11 @@
 """The operations as torch operators with derivatives of derivatives: block by block, and through torch.compile.
 
-``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the arguments of those of ``fastagop`` and
-compute the same numbers by them; beside that, autograd knows their derivatives in the points, the coefficients and the
-bandwidth. One operator, ``fastagop::blockwise``, is all of them: at level 0 it is the operation, at level 1 the
-vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A level beyond 0 is computed from
-differentiable formulas for a block of rows at a time, so no n x m matrix is stored where the operation stores none.
+``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the kernel and the tensors of those of
+``fastagop``, and ``bandwidth=``, and compute the same numbers as those do by default; beside that, autograd knows their
+derivatives in the points, the coefficients and the bandwidth. One operator, ``fastagop::blockwise``, is all of them: at
+level 0 it is the operation, at level 1 the vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A
+level beyond 0 is computed from differentiable formulas for a block of rows at a time, so no n x m matrix is stored
+where the operation stores none.
 """
 
 from __future__ import annotations
