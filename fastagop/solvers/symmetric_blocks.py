@@ -88,6 +88,8 @@ class SymmetricBlocks:
     def drop(self) -> None:
         """Give the memory of the blocks back."""
         self.blocks.clear()
+        if self.place == "host":
+            pinned.give_back(self.device)
 
     def fill_(self, rows_of: Callable[[torch.Tensor, int], object]) -> SymmetricBlocks:
         """Write the matrix: rows_of(out, start) writes rows start .. of it, up to their own last column, into out."""
