@@ -37,7 +37,8 @@ _LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more wher
 _LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
 _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
 # Block rows that a factorisation holds beside the matrix: copies of a row and of a panel's factor; on a device to which
-# blocks are streamed also the panel's row, the one that is worked on, and the next.
+# blocks are streamed also the panel's row, the one that is worked on, and the next (``Staging``). The two copies end a
+# block before the row does, which leaves room for the tiles by which blocks come and go.
 _BESIDE, _STREAMED = 2, 5
 _SHARE = 0.9  # of the host's free memory that may be pinned
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
