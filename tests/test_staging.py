@@ -56,6 +56,8 @@ def test_the_host_waits_for_no_copy(n, rows, gpu):
     over = gpu.host.clock["compute"]
     half.matmul(V)
     half.solve(V)
+    half.apply_(torch.exp_, 0.0)
+    assert sum(len(tile) for _, tile in half.row_tiles(10, torch.float32)) == n
     assert gpu.host.clock["compute"] == over
 
 

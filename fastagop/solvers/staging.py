@@ -20,12 +20,11 @@ class Staging:
 
     Args:
         block: items of a buffer, the largest block's.
-        tile: items of a tile; 0 where blocks do not come by tiles.
-        like: of their dtype, and on the device.
+        tile: room for a tile, of the blocks' dtype and on the device; of no items where blocks do not come by tiles.
     """
 
-    def __init__(self, block: int, tile: int, like: torch.Tensor) -> None:
-        self.buffers, self.tile = (like.new_empty(block), like.new_empty(block)), like.new_empty(tile)
+    def __init__(self, block: int, tile: torch.Tensor) -> None:
+        self.buffers, self.tile = (tile.new_empty(block), tile.new_empty(block)), tile
 
     def through(self, coming: Sequence[tuple[int, Shape]], read: Read) -> Iterator[tuple[int, torch.Tensor]]:
         """(which, block) of blocks of given shapes, each good until the next one is asked for.

@@ -140,19 +140,39 @@ class SymmetricBlocks:
         return out
 
     def row_tiles(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, these rows of the matrix with all columns in a dtype), each overwritten by the next."""
+        """(rows, these rows of the matrix with all columns in a dtype), each overwritten by the next.
+
+        The device holds so many rows, or of pinned memory all rows of a block, whose tiles come one by one.
+        """
+        if self.place == "host":
+            for row, block in self._full_rows(dtype):
+                for first in range(0, len(block), rows):
+                    some = block[first : first + rows]
+                    yield slice(row.start + first, row.start + first + len(some)), some
+            return
         buffer = torch.empty(min(rows, self.rows), self.n, dtype=dtype, device=self.device)
-        self._wait()
-        for i, row in enumerate(self.slices):
-            for first in range(0, row.stop - row.start, rows):
-                some = slice(first, min(row.stop - row.start, first + rows))
+        for i, (row, block) in enumerate(zip(self.slices, self.blocks, strict=True)):
+            for first in range(0, len(block), rows):
+                some = slice(first, min(len(block), first + rows))
                 tile = buffer[: some.stop - some.start]
-                for columns, part in self._parts(i, slice(0, row.stop)):
-                    tile[:, columns].copy_(part[some], non_blocking=self.place == "host")
-                for j in range(i + 1, len(self.slices)):
-                    [(_, part)] = self._parts(j, row)
-                    tile[:, self.slices[j]].copy_(part[:, some].T)
-                yield slice(row.start + some.start, row.start + some.stop), tile
+                tile[:, : row.stop].copy_(block[some])
+                inside = slice(row.start + some.start, row.start + some.stop)
+                for below, other in zip(self.slices[i + 1 :], self.blocks[i + 1 :], strict=True):
+                    tile[:, below].copy_(other[:, inside].T)
+                yield inside, tile
+
+    def _full_rows(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows of a block, these with all columns) from pinned memory, each overwritten by the next."""
+        buffer = torch.empty(self.rows, self.n, dtype=dtype, device=self.device)
+        room = self._room()
+        for i, row in enumerate(self.slices):
+            out = buffer[: row.stop - row.start]
+            for columns, part in self._parts(i, slice(0, row.stop)):
+                out[:, columns].copy_(_moved(part, room))
+            for j in range(i + 1, len(self.slices)):
+                [(_, part)] = self._parts(j, row)
+                out[:, self.slices[j]].copy_(_moved(part, room).T)
+            yield row, out
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
         """The matrix times V (n, p), of its dtype: one pass over the blocks for all columns of V.
@@ -279,18 +299,21 @@ class SymmetricBlocks:
             return self.blocks[i]
         there = torch.empty(self.blocks[i].shape, dtype=self.dtype, device=self.device)
         if read:
-            self._read(i, there, there.new_empty(self.rows**2 if self.place == "host" else 0))
+            self._read(i, there, self._room())
         return there
+
+    def _room(self) -> torch.Tensor:
+        """Room for a tile, where blocks come by tiles."""
+        return torch.empty(self.rows**2 if self.place == "host" else 0, dtype=self.dtype, device=self.device)
 
     def _read(self, i: int, out: torch.Tensor, room: torch.Tensor) -> None:
         """Copy the first columns of block row i into out, which has no gaps; tiles come into the room for one first."""
         for columns, part in self._parts(i, slice(0, out.shape[1])):
             target = out[:, columns]
-            whole = target.is_contiguous()
-            tile = target if whole else room[: part.numel()].view(part.shape)
-            tile.copy_(part, non_blocking=True)
-            if not whole:
-                target.copy_(tile)
+            if target.is_contiguous():
+                target.copy_(part, non_blocking=True)
+            else:
+                target.copy_(_moved(part, room))
 
     def _write(self, i: int, columns: slice, there: torch.Tensor) -> None:
         """Put columns of block row i back; into pinned memory the host does not wait for it."""
@@ -305,8 +328,7 @@ class SymmetricBlocks:
             torch.cuda.current_stream(self.device).synchronize()
 
     def _staging(self) -> Staging:
-        tile = self.rows**2 if self.place == "host" else 0
-        return Staging(self.rows * self.n, tile, torch.empty(0, dtype=self.dtype, device=self.device))
+        return Staging(self.rows * self.n, self._room())
 
     def _streamed(
         self, first: int = 0, width: int | None = None, backwards: bool = False
@@ -322,6 +344,11 @@ class SymmetricBlocks:
         coming = [(i, (len(self.blocks[i]), width or self.slices[i].stop)) for i in order]
         for i, block in (self._held or self._staging()).through(coming, self._read):
             yield self.slices[i], block
+
+
+def _moved(tile: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A tile in the room for one, on its device."""
+    return room[: tile.numel()].view(tile.shape).copy_(tile, non_blocking=True)
 
 
 def _divided(L: torch.Tensor, X: torch.Tensor, *, transposed: bool) -> torch.Tensor:
