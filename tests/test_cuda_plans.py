@@ -19,7 +19,7 @@ from fastagop.kernels.triton_backend import stored_product
 import fastagop
 from bench import problems
 from fastagop import Laplace, linalg
-from fastagop.solvers import direct, half
+from fastagop.solvers import direct, half, pinned
 from fastagop.solvers.problem import FULL_MATRIX_ROWS
 from fastagop.solvers.solve import SolveOptions, prepare
 from fastagop.solvers.symmetric_blocks import default_rows
@@ -85,6 +85,28 @@ def test_pinned_memory_is_planned(on, monkeypatch, free, way):
         return
     solver = prepare(Laplace(30.0), X, Y, SolveOptions(**task)).solver
     assert solver.run is {"refined": half.refined, "from points": half.from_points}[way]
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "way", "returned"),
+    [(90, 64, "refined", 0), (26, 64, "refined", 1), (25, 25, "from points", 0), (5, 30, "from points", 1)],
+)
+def test_pinned_memory_of_an_earlier_solve_is_there_for_the_next(on, monkeypatch, free, kept, way, returned):
+    """PyTorch keeps it, so that the system calls it taken; it is returned only where that makes enough."""
+    on("RTX 4090")
+    host, calls = {"free": free * GB}, []
+
+    def give_back(device):
+        calls.append(device)
+        host["free"] = (free + kept) * GB
+
+    monkeypatch.setattr(half, "host_bytes", lambda: host["free"])
+    monkeypatch.setattr(pinned, "held_bytes", lambda: kept * GB + free * GB - host["free"])
+    monkeypatch.setattr(pinned, "give_back", give_back)
+    X, Y = cuda(100_000, 64), cuda(100_000, 10)
+    solver = prepare(Laplace(30.0), X, Y, SolveOptions(method=fastagop.CholeskyCG(place="host"))).solver
+    assert solver.run is {"refined": half.refined, "from points": half.from_points}[way]
+    assert calls == [X.device] * returned
 
 
 # ---- row blocks
