@@ -6,9 +6,10 @@ Threads share the change, and the last one undoes it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,27 +48,44 @@ class Switch:
         self._found: Any = None  # the value before ours
         self._set: Any = None  # the value that this switch wrote
         self._changed = False
+        self._threads = threading.local()  # its ``default``: what a thread's outer block asks for, None where inner do
         self._lock = threading.Lock()
         if hasattr(os, "register_at_fork"):  # a fork while another thread holds the lock must not block the child
             os.register_at_fork(after_in_child=self._renew)
 
     def at(self, value: Any) -> Use:
         """Keep the setting at a value, or at an earlier one of the order, while the block runs."""
-        return Use(self, value)
+        return Use(self, value, False)
 
-    def _begin(self, value: Any) -> None:
+    def default(self, value: Any) -> Use:
+        """As ``at``, but blocks inside, of the same thread, may ask for a later value of the order."""
+        return Use(self, value, True)
+
+    def _begin(self, value: Any, default: bool) -> Any:
+        """Count a use; returns the default that it stands in for until it ends."""
+        outer = getattr(self._threads, "default", None)
         with self._lock:
-            self._users[value] += 1
+            self._count(value, outer)
             try:
                 self._settle()
             except BaseException:
-                self._users[value] -= 1
+                self._count(outer, value)
                 raise
+        self._threads.default = value if default else None
+        return outer
 
-    def _end(self, value: Any) -> None:
+    def _end(self, value: Any, outer: Any) -> None:
+        self._threads.default = outer
         with self._lock:
-            self._users[value] -= 1
-            self._settle()
+            self._count(outer, value)
+            if self._changed or outer is not None:
+                self._settle()
+
+    def _count(self, more: Any, less: Any) -> None:
+        if more is not None:
+            self._users[more] += 1
+        if less is not None:
+            self._users[less] -= 1
 
     def _settle(self) -> None:
         """Bring the setting to what the present users need; the lock is held."""
@@ -92,16 +110,16 @@ class Switch:
 class Use:
     """One call's use of a switch, as a ``with`` block; a class, as generators cost a small call a tenth of its time."""
 
-    __slots__ = ("_switch", "_value")
+    __slots__ = ("_default", "_outer", "_switch", "_value")
 
-    def __init__(self, switch: Switch, value: Any):
-        self._switch, self._value = switch, value
+    def __init__(self, switch: Switch, value: Any, default: bool):
+        self._switch, self._value, self._default = switch, value, default
 
     def __enter__(self) -> None:
-        self._switch._begin(self._value)
+        self._outer = self._switch._begin(self._value, self._default)
 
     def __exit__(self, *raised: object) -> None:
-        self._switch._end(self._value)
+        self._switch._end(self._value, self._outer)
 
 
 def matmul_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -117,6 +135,21 @@ def matmul_precision(precision: str, device: torch.device) -> contextlib.Abstrac
 
 
 @contextlib.contextmanager
+def full_products() -> Iterator[None]:
+    """Run torch's float32 products in float32, on every device, but where a call inside asks for another precision.
+
+    Also a decorator. For what is made of several calls and of products between them.
+    """
+    if _by_backend():
+        cuda = _CUDA.default("ieee") if torch.cuda.is_available() else contextlib.nullcontext()
+        with _ONEDNN.default("ieee"), cuda:
+            yield
+    else:
+        with _OLDER.default("highest"):
+            yield
+
+
+@contextlib.contextmanager
 def _without_autocast(device: torch.device, use: Use):
     with torch.autocast(device.type, enabled=False), use:
         yield
@@ -126,9 +159,15 @@ def _switched(precision: str, device: torch.device) -> Use:
     """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
     cuda = device.type == "cuda"
     medium = cuda and precision == "medium"
-    if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):  # torch >= 2.9
+    if _by_backend():
         return _CUDA.at("tf32" if medium else "ieee") if cuda else _ONEDNN.at("ieee")
     return _OLDER.at("medium" if medium else "highest")
+
+
+@functools.cache
+def _by_backend() -> bool:
+    """Whether each backend has a setting of its own: torch >= 2.9."""
+    return all(hasattr(products, "fp32_precision") for products in _products_by_backend())
 
 
 def _products_by_backend() -> tuple:

@@ -16,6 +16,7 @@ from fastagop.distributed.engine import LOCAL, Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.precision import full_products
 from fastagop.kernels.radial import Radial
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
@@ -244,6 +245,7 @@ class LayerTraining:
     classes: torch.Tensor | None = None
     engine: Local = LOCAL
 
+    @full_products()
     def layer(
         self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None, before: Solution | None = None
     ) -> tuple[Layer, Trained]:
