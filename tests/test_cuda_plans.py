@@ -183,6 +183,51 @@ def test_what_steps_of_near_pairs_take_is_planned(on):
     assert few < 2 * 48 * 50_000 + 16 * X.numel() + 8 * 16 * 50_000 + 2**26 + 8 * 3 * 1024**2 + 8 * 10 * X.numel()
 
 
+@pytest.mark.parametrize(("room", "method"), [(72, "gradient"), (100, "gram")])
+def test_split_halves_of_stored_weights_are_planned(on, room, method):
+    """W of 100,000 points takes 40 GB, and as many once more where its products are of fp16 halves."""
+    on("H200")
+    X, alpha, task = cuda(100_000, 2048), cuda(100_000, 100), AgopTask(limit=room * GB)
+    least = costs.halves_bytes(100_000, "fp16x3")
+    assert 40 * GB < least < 40.1 * GB
+    split = costs.plan(X, alpha, X, task, "", "fp16x3", symmetric=True)
+    assert split.method == method
+    assert ("does not fit into 72.0 GB" in split.why) == (method == "gradient")
+    assert costs.plan(X, alpha, X, task, "", "tf32", symmetric=True).method == "gram"  # one float32 factor
+    if method == "gram":
+        assert split.peak_bytes > 80 * GB
+    with pytest.raises(MemoryError, match=r"agop, gram form, needs 8\d.* GB for a single row block"):
+        costs.plan(X, alpha, X, AgopTask(method="gram", limit=72 * GB), "", "fp16x3", symmetric=True)
+
+
+@pytest.mark.parametrize(("n", "bytes_"), [(1, 4 * 65), (64, 64 * 4 * 65), (65, 65 * 4 * 129)])
+def test_halves_are_padded(n, bytes_):
+    """By what an operand has: two halves of two bytes an item, and a scale of four bytes a row."""
+    split = pytest.importorskip("fastagop.kernels.triton_backend.split", exc_type=ImportError)
+    assert costs.halves_bytes(n, "fp16x3") == n * (4 * split.padded(n) + 4) == bytes_
+    assert costs.halves_bytes(n, "tf32") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_halves_of_a_fits_weights_are_counted(dtype, monkeypatch, cloud, normal):
+    """The copy in the points' dtype, and its halves, come beside the weights that a fit has left."""
+    monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: {"gram": 1e12, "gradient": 1.0}[form])
+    monkeypatch.setattr(costs, "rate", torch_agop.rate)
+    X, alpha = cloud("spread", n=300, d=5, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64).to(dtype)
+    wide = dtype == torch.float64
+    needed = costs.gram_form_bytes(64, X, alpha, X, wide, symmetric=True, products="fp16x3")
+    assert needed >= 4 * 300 * (300 * (4 if wide else 2))
+    made = []
+    for limit in (needed, needed - 1):
+        task = AgopTask("sum", limit=limit)
+        how = {"symmetric": True, "products": "fp16x3", "rows": 64}
+        decision = torch_agop.choose_form(W, X, alpha, X, task, **how)
+        made.append((decision.form, decision.dtype))
+    assert made[0] == ("gram", torch.float32)
+    assert made[1] != made[0]
+
+
 # ---- products with the kernel matrix
 
 

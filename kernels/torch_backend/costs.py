@@ -55,11 +55,18 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     return held + held // 16 + work + (4 if size == 4 else 0) * d * d
 
 
-def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *, symmetric: bool) -> int:
+def halves_bytes(n: int, products: str) -> int:
+    """What products of split weights (n, n) take beside these: two fp16 halves, padded, and a scale a row."""
+    return 4 * n * (-(-n // 64) * 64 + 1) if products == "fp16x3" else 0
+
+
+def gram_form_bytes(
+    rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *, symmetric: bool, products: str = ""
+) -> int:
     """Most memory that the gram form takes with blocks of that many rows.
 
     wide: float32 weights are copied for products in float64. rank: columns of the low-rank part. symmetric: as of
-    ``products_of``.
+    ``products_of``, and products: its word for the gram form, where they are a device's own.
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if symmetric else m
@@ -72,15 +79,15 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *
     step = size * (3 * rows * longer + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d
     held = stored + 8 * d * d
-    return held + held // 16 + max(tile, points + low_rank + step) + narrow
+    return held + held // 16 + max(tile, halves_bytes(n, products) + points + low_rank + step) + narrow
 
 
-def _plan_form(form: str, X, alpha, Z, limit: int, center: bool, symmetric: bool) -> tuple[int, int]:
-    """(block rows, peak bytes) of a form, or MemoryError."""
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool, symmetric: bool, products: str) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError; products: as of ``gram_form_bytes``."""
     return (
         _plan_gradient_form(X, alpha, Z, limit, center)
         if form == "gradient"
-        else _plan_gram_form(X, alpha, Z, limit, symmetric)
+        else _plan_gram_form(X, alpha, Z, limit, symmetric, products)
     )
 
 
@@ -90,8 +97,8 @@ def _plan_gradient_form(X, alpha, Z, limit: int, center: bool) -> tuple[int, int
     return fitting_rows(bytes_of, limit, len(Z), "agop, gradient form,", RAISE_LIMIT, aim)
 
 
-def _plan_gram_form(X, alpha, Z, limit: int, symmetric: bool) -> tuple[int, int]:
-    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z, symmetric=symmetric)
+def _plan_gram_form(X, alpha, Z, limit: int, symmetric: bool, products: str = "") -> tuple[int, int]:
+    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z, symmetric=symmetric, products=products)
     aim = AIM if X.device.type == "cuda" else gradient_aim(X.device, len(X))  # rows of it are multiplied by n numbers
     return fitting_rows(bytes_of, limit, max(len(Z), len(X)), "agop, gram form,", RAISE_LIMIT, aim)
 
@@ -134,18 +141,19 @@ def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None, *, 
     method, center = task.method, task.center
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, symmetric), budget(task.limit, X.device)
+    words = products_of(X, products, symmetric=symmetric)
     reason, fitted = f"{why}; method asked for", None
     if method == "auto":
-        cost = costs(X, Z, K, products_of(X, products, symmetric=symmetric), symmetric=symmetric)
+        cost = costs(X, Z, K, words, symmetric=symmetric)
         method = min(cost, key=lambda form: cost[form])
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            fitted = _plan_form(method, X, alpha, Z, room, center, symmetric)
+            fitted = _plan_form(method, X, alpha, Z, room, center, symmetric, words["gram"])
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
-    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center, symmetric)
+    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center, symmetric, words["gram"])
     peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center, symmetric)
     if X.dtype == torch.float32 and method == "gram":
         reason += (
