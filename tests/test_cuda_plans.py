@@ -228,6 +228,21 @@ def test_halves_of_a_fits_weights_are_counted(dtype, monkeypatch, cloud, normal)
     assert made[1] != made[0]
 
 
+# ---- what Triton refuses
+
+
+@pytest.mark.parametrize("kernel", [Laplace(2.0), fastagop.ProductLaplace(2.0)], ids=repr)
+def test_amd_is_refused(on, kernel, monkeypatch):
+    """An MI300 says that it has compute capability 9.4, and takes neither the register limits nor the products."""
+    on("H200")
+    X = cuda(30, 10)
+    assert fastagop.explain("kernel_matrix", kernel, X, backend="triton").startswith("kernel_matrix: backend triton")
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    with pytest.raises(fastagop.BackendUnavailable, match=r"NVIDIA's GPUs and this torch is built for AMD's \(ROCm\)"):
+        fastagop.explain("kernel_matrix", kernel, X, backend="triton")
+    assert fastagop.explain("kernel_matrix", kernel, X).startswith("kernel_matrix: backend torch")
+
+
 # ---- products with the kernel matrix
 
 

@@ -164,6 +164,8 @@ def _unusable(X: torch.Tensor) -> str | None:
     if not interpreted():
         if X.device.type != "cuda":
             return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA's GPUs and this torch is built for AMD's (ROCm)"
         if torch.cuda.get_device_capability(X.device) < (8, 0):
             return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
     return None
