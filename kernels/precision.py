@@ -155,46 +155,112 @@ def _without_autocast(device: torch.device, use: Use):
         yield
 
 
-def _switched(precision: str, device: torch.device) -> Use:
+def _switched(precision: str, device: torch.device) -> Use | _Both:
     """The settings that torch's products obey, which belong to the whole process, at what a call needs."""
     cuda = device.type == "cuda"
     medium = cuda and precision == "medium"
-    if _by_backend():
-        return _CUDA.at("tf32" if medium else "ieee") if cuda else _ONEDNN.at("ieee")
-    return _OLDER.at("medium" if medium else "highest")
+    if not _by_backend():
+        return _OLDER.at("medium" if medium else "highest")
+    if not cuda:
+        return _ONEDNN.at("ieee")
+    # What torch.set_float32_matmul_precision has set for one backend does not stand beside "ieee" of the other.
+    return _CUDA.at("tf32") if medium else _Both(_ONEDNN.at("ieee"), _CUDA.at("ieee"))
+
+
+class _Both:
+    """Two uses as one ``with`` block."""
+
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, first: Use, second: Use):
+        self._first, self._second = first, second
+
+    def __enter__(self) -> None:
+        self._first.__enter__()
+        try:
+            self._second.__enter__()
+        except BaseException:
+            self._first.__exit__()
+            raise
+
+    def __exit__(self, *raised: object) -> None:
+        self._second.__exit__()
+        self._first.__exit__()
 
 
 @functools.cache
 def _by_backend() -> bool:
     """Whether each backend has a setting of its own: torch >= 2.9."""
-    return all(hasattr(products, "fp32_precision") for products in _products_by_backend())
+    products = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    return all(hasattr(one, "fp32_precision") for one in products)
 
 
-def _products_by_backend() -> tuple:
-    return torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+def _full(found: str, needed: str) -> bool:
+    """Whether a value is as good as one that is needed; "none", where nothing sets it, computes like "ieee"."""
+    return found == needed or (needed == "ieee" and found == "none")
 
 
-def _newer(backend: int) -> Switch:
-    """The setting of one backend's products in torch >= 2.9; "none", where nothing sets it, computes like "ieee"."""
+def _written(products: Any, value: str) -> None:
+    """Set a value that was found; one that a wider setting implies is not written out: it would outlive that one."""
+    if value == "none" or any(getattr(wider, "fp32_precision", "none") != "none" for wider in _wider()):
+        products.fp32_precision = "none"
+    if products.fp32_precision != value:
+        products.fp32_precision = value
 
-    def read() -> str:
-        return _products_by_backend()[backend].fp32_precision
+
+def _wider() -> tuple:
+    """Where products of torch >= 2.9 have their precision from while nobody sets it."""
+    return torch.backends, torch.backends.cudnn, torch.backends.mkldnn
+
+
+def _onednn() -> Switch:
+    """The setting of the CPU's products in torch >= 2.9."""
 
     def write(value: str) -> None:
-        _products_by_backend()[backend].fp32_precision = value
+        torch.backends.mkldnn.matmul.fp32_precision = value
 
     def restore(value: str) -> None:
-        write("none")  # a value that a wider setting implied: written out, it would outlive that setting
-        if read() != value:
-            write(value)
+        _written(torch.backends.mkldnn.matmul, value)
 
-    def same(found: str, needed: str) -> bool:
-        return found == needed or (needed == "ieee" and found == "none")
+    return Switch(
+        lambda: torch.backends.mkldnn.matmul.fp32_precision, write, ("ieee", "tf32"), same=_full, restore=restore
+    )
+
+
+def _cuda() -> Switch:
+    """The setting of CUDA's products in torch >= 2.9: (its value, that of the older interface where both agree).
+
+    Where they do, both are switched: torch raises an error at who reads the older one while they say different things,
+    in any thread. "medium" of the older one cannot be set back without the CPU's, and is left alone.
+    """
+
+    def read() -> tuple[str, str | None]:
+        value = torch.backends.cuda.matmul.fp32_precision
+        try:
+            older = torch.get_float32_matmul_precision()
+        except RuntimeError:  # they say different things
+            return value, None
+        return value, older if older == ("high" if value == "tf32" else "highest") else None
+
+    def write(value: str) -> None:
+        if read()[1] is None:
+            torch.backends.cuda.matmul.fp32_precision = value
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = value == "tf32"  # sets both
+
+    def restore(found: tuple[str, str | None]) -> None:
+        value, older = found
+        if older is not None:
+            torch.backends.cuda.matmul.allow_tf32 = older == "high"
+        _written(torch.backends.cuda.matmul, value)
+
+    def same(found: tuple[str, str | None], needed: str) -> bool:
+        return _full(found[0], needed)
 
     return Switch(read, write, ("ieee", "tf32"), same=same, restore=restore)
 
 
-_CUDA, _ONEDNN = _newer(0), _newer(1)
+_CUDA, _ONEDNN = _cuda(), _onednn()
 _OLDER = Switch(
     torch.get_float32_matmul_precision,
     torch.set_float32_matmul_precision,

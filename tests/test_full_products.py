@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import numpy as np
@@ -191,3 +192,66 @@ def test_full_products_decorate(medium):
     assert call() in FULL
     assert torch.get_float32_matmul_precision() == "medium"
     assert in_force() not in FULL
+
+
+# ---- The process's older and newer settings, which can be read without a GPU
+
+CUDA = torch.device("cuda")
+
+
+def settings() -> list:
+    """All that says in which precision products run, in torch >= 2.9."""
+    backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.mkldnn.matmul
+    return [backend.fp32_precision for backend in backends]
+
+
+def said() -> list:
+    """What the older interface says; torch raises an error where the newer one disagrees."""
+    return [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32]
+
+
+@pytest.mark.skipif(not NEWER, reason="settings by backend came with torch 2.9")
+@pytest.mark.parametrize("call", ["highest", "medium"])
+@pytest.mark.parametrize("user", ["as it comes", "highest", "high", "allow_tf32"])
+@pytest.mark.parametrize("within", [False, True])
+def test_the_older_interface_can_be_read_during_a_call_on_cuda(user, call, within, monkeypatch):
+    """By other threads, too, whose compilers ask it. "high" is what most scripts set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        if user == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif user != "as it comes":
+            torch.set_float32_matmul_precision(user)
+        found = settings(), said()
+        with full_products() if within else contextlib.nullcontext():
+            with matmul_precision(call, CUDA):
+                assert said() == (["high", True] if call == "medium" else ["highest", False])
+                assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == (call == "medium")
+            if within:
+                assert said() == ["highest", False]
+        assert (settings(), said()) == found
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not NEWER, reason="settings by backend came with torch 2.9")
+@pytest.mark.parametrize("call", ["highest", "medium"])
+@pytest.mark.parametrize(
+    ("legacy", "cuda", "onednn"),
+    [("highest", "tf32", "none"), ("high", "ieee", "bf16"), ("medium", "tf32", "bf16"), ("medium", "none", "none")],
+)
+def test_settings_that_disagree_are_left_so(legacy, cuda, onednn, call):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(legacy)
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = cuda, onednn
+        found = settings()
+        with matmul_precision(call, CUDA):
+            assert torch.backends.cuda.matmul.fp32_precision in (("tf32",) if call == "medium" else ("ieee", "none"))
+        assert settings() == found
+        torch.backends.cuda.matmul.fp32_precision = "ieee" if legacy == "highest" else "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        assert torch.get_float32_matmul_precision() == legacy
+    finally:
+        torch.set_float32_matmul_precision(before)
