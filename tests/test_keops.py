@@ -330,3 +330,41 @@ def test_points_that_cuda_cannot_hold_are_refused(operation, kernel, dtype, serv
     ):
         backends.choose("keops", request)
     assert backends.serving("keops", request) == "auto"
+
+
+def test_reductions_on_cuda_wait_for_their_points(monkeypatch):
+    """KeOps launches on the default stream, whatever the current one is, and leaves its device the current one."""
+    log: list = []
+
+    class Device:
+        def __init__(self, device):
+            log.append(device)
+
+        def __enter__(self):
+            log.append("enter")
+
+        def __exit__(self, *raised):
+            log.append("exit")
+
+    class Stream:
+        def synchronize(self):
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    X = torch.ones(3, 2)
+    assert reductions._ordered(lambda a, b: a + b, X, X).sum() == 12
+    assert log == []
+    on_cuda = torch.empty(3, 2, device="meta").as_subclass(OnCuda)
+    assert reductions._ordered(lambda a, b: log.append("sum") or b, on_cuda, X) is X
+    assert log == [CUDA, "enter", "wait", "sum", "exit"]
+
+
+@needs_keops
+def test_each_reduction_is_ordered(monkeypatch):
+    seen, ordered = [], reductions._ordered
+    monkeypatch.setattr(reductions, "_ordered", lambda *given: (seen.append(1), ordered(*given))[1])
+    monkeypatch.setattr(reductions, "_reduction", reductions._reduction.__wrapped__)
+    X = torch.ones(4, D)
+    fastagop.kernel_matmul(Laplace(2.0), X, None, torch.ones(4, K), **KEOPS)
+    assert len(seen) == 2  # the compilation's own, and the call's

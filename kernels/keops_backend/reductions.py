@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import re
+from collections.abc import Callable
 
 import torch
 
@@ -75,15 +76,29 @@ def _reduction(
     pykeops, printed = pykeops_module(), _Announcer(title)
     try:
         with contextlib.redirect_stdout(printed):
-            reduce = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
-            reduce(*tiny, backend=mode)
+            made = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
+            reduce = functools.partial(_ordered, functools.partial(made, backend=mode))
+            reduce(*tiny)
     except Exception as error:
         raise BackendUnavailable(
             f"backend 'keops' cannot serve this call: compiling {title} failed with {error!r}. It needs a C++ "
             "compiler and Python's headers (apt install g++ python3-dev); use backend='torch' or 'auto' to compute "
             f"without it. KeOps printed: {printed.getvalue()!r}"
         ) from error
-    return functools.partial(reduce, backend=mode)
+    return reduce
+
+
+def _ordered(reduce: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """A reduction after the work that makes its tensors, on their device.
+
+    KeOps launches on CUDA's default stream, whatever the current one is, and leaves the context of its device on top.
+    It waits for its own result.
+    """
+    if not tensors[0].is_cuda:
+        return reduce(*tensors)
+    with torch.cuda.device(tensors[0].device):
+        torch.cuda.current_stream().synchronize()
+        return reduce(*tensors)
 
 
 def _formulas(kernel: Kernel) -> Formulas:
