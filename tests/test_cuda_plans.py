@@ -174,6 +174,28 @@ def test_steps_of_near_pairs_have_a_devices_rows(chunk, most, monkeypatch, cloud
     assert (len(rows) > 20) == (chunk == 2**12)
 
 
+@pytest.mark.parametrize("chunk", [2**10, 2**18, 2**21])
+def test_steps_of_distances_have_a_devices_items(chunk, monkeypatch, cloud, relative):
+    """Near pairs that no group serves, in few steps on CUDA, where each waits for the GPU."""
+    steps, measure = [], distance._measure_directly
+    monkeypatch.setattr(distance, "near_chunk", lambda device: chunk)
+    monkeypatch.setattr(distance, "_measure_directly", lambda *given: (steps.append(1), measure(*given))[1])
+    X = cloud("collapsed 1e-2", n=300, d=12, dtype=torch.float32)
+    assert relative(fastagop.kernel_matrix(Laplace(2.0), X), reference.kernel_matrix(Laplace(2.0), X)) <= 1e-5
+    assert (len(steps) > 20) == (chunk == 2**10)
+
+
+def test_what_steps_of_distances_take_is_planned(on):
+    on("H200")
+    assert [distance.near_chunk(torch.device(kind)) for kind in ("cpu", "cuda")] == [2**18, 2**21]
+    small, large = (distance.tile_bytes(2048, 50_000, 50_000, 1024, 4, chunk) for chunk in (2**18, 2**21))
+    assert large - small == (16 + 3 * 4) * 2**21 - 5 * 4 * 16 * 50_000  # sixteen rows are more than the small chunk
+    X, alpha = cuda(50_000, 1024), cuda(50_000, 1)
+    for rows in (1, 256):
+        form = costs.gram_form_bytes(rows, X, alpha, X, symmetric=True)
+        assert form >= 4 * 50_000**2 + distance.tile_bytes(rows, 50_000, 50_000, 1024, 4, 2**21)
+
+
 def test_what_steps_of_near_pairs_take_is_planned(on):
     on("H200")
     assert [gradients.chunk_of(torch.device(kind)) for kind in ("cpu", "cuda")] == [2**18, 2**24]
@@ -481,6 +503,17 @@ def test_the_float64_matrix_on_blackwell(on, chip, version, taken, monkeypatch):
     assert ("of a matrix from the torch backend: Triton 3.6 does not compile float64 products" in text) == (not taken)
     assert triton_door.has_products(torch.float64) == taken
     assert triton_door.has_products(torch.float32)
+
+
+def test_the_float64_matrix_beside_a_blackwell(on, monkeypatch):
+    """A factorisation is made ready without a device: each GPU here must have its float64 products."""
+    on("H200")
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(triton_door, "version", lambda: (3, 6))
+    for count, taken in ((1, True), (2, False)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert triton_door.has_products(torch.float64) == taken
 
 
 # ---- float32 points in a float64 matrix

@@ -11,7 +11,7 @@ from ..gemm import square_bytes
 from ..plan import AIM, RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from ..precision import dtype_name
 from . import gram as torch_gram
-from .distance import tile_bytes
+from .distance import near_chunk, tile_bytes
 from .gradients import chunk_of, columns_at_once, gradient_aim, gradient_bytes
 from .low_rank import RANK
 
@@ -48,7 +48,7 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     copied = 0 if alpha.is_contiguous() or not any(alpha.stride()) else n * K
     copied += n * columns_at_once(rows, d, K, X.device)
     held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
+    tile = tile_bytes(rows, n, m, d, size, near_chunk(X.device)) + rows * n * size  # a weight takes a block of its own
     near = gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
     work = max(tile, near, square_bytes(rows * K, d, size))
     # M in float32 comes when nothing else is alive, but an allocator may keep what was freed; libraries take some more.
@@ -71,7 +71,7 @@ def gram_form_bytes(
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if symmetric else m
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
+    tile = tile_bytes(rows, n, m, d, size, near_chunk(X.device)) + rows * n * size
     size = 8 if wide else size
     longer = max(m, n)
     points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
