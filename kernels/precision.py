@@ -150,7 +150,7 @@ def full_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_autocast(device: torch.device, use: Use):
+def _without_autocast(device: torch.device, use: Use | _Both):
     with torch.autocast(device.type, enabled=False), use:
         yield
 
@@ -216,15 +216,15 @@ def _wider() -> tuple:
 def _onednn() -> Switch:
     """The setting of the CPU's products in torch >= 2.9."""
 
+    products: Any = getattr(torch.backends.mkldnn, "matmul", None)
+
     def write(value: str) -> None:
-        torch.backends.mkldnn.matmul.fp32_precision = value
+        products.fp32_precision = value
 
     def restore(value: str) -> None:
-        _written(torch.backends.mkldnn.matmul, value)
+        _written(products, value)
 
-    return Switch(
-        lambda: torch.backends.mkldnn.matmul.fp32_precision, write, ("ieee", "tf32"), same=_full, restore=restore
-    )
+    return Switch(lambda: products.fp32_precision, write, ("ieee", "tf32"), same=_full, restore=restore)
 
 
 def _cuda() -> Switch:
@@ -234,8 +234,10 @@ def _cuda() -> Switch:
     in any thread. "medium" of the older one cannot be set back without the CPU's, and is left alone.
     """
 
+    products: Any = torch.backends.cuda.matmul
+
     def read() -> tuple[str, str | None]:
-        value = torch.backends.cuda.matmul.fp32_precision
+        value = products.fp32_precision
         try:
             older = torch.get_float32_matmul_precision()
         except RuntimeError:  # they say different things
@@ -244,15 +246,15 @@ def _cuda() -> Switch:
 
     def write(value: str) -> None:
         if read()[1] is None:
-            torch.backends.cuda.matmul.fp32_precision = value
+            products.fp32_precision = value
         else:
-            torch.backends.cuda.matmul.allow_tf32 = value == "tf32"  # sets both
+            products.allow_tf32 = value == "tf32"  # sets both
 
     def restore(found: tuple[str, str | None]) -> None:
         value, older = found
         if older is not None:
-            torch.backends.cuda.matmul.allow_tf32 = older == "high"
-        _written(torch.backends.cuda.matmul, value)
+            products.allow_tf32 = older == "high"
+        _written(products, value)
 
     def same(found: tuple[str, str | None], needed: str) -> bool:
         return _full(found[0], needed)
