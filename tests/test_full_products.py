@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastagop
 from fastagop import autograd
-from fastagop.convolution import ConvLayerSettings, Window, fit_layer
 from fastagop.deep_rfm import layer as deep
 from fastagop.distributed.engine import LOCAL, Predictor
 from fastagop.solvers import copies
@@ -79,13 +78,6 @@ def one_layer() -> list:
     return [layer.agop, made.features]
 
 
-def convolution() -> list:
-    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    settings = ConvLayerSettings(fastagop.Laplace(2.0), Window(5), width=64)
-    layer = fit_layer(images, torch.arange(12) % 3, settings, 0)
-    return [layer.root, layer(images), torch.tensor(list(layer.nc1.values()))]
-
-
 def diagonal(kernel) -> list:
     task = AgopTask("sum", center=True)
     return [LOCAL.agop_diagonal(Predictor(kernel, X, Y.double(), "highest", "auto"), task)]
@@ -98,7 +90,6 @@ CALLS = {
     "RFM, diagonal": lambda: rfm(kernel=fastagop.ProductLaplace(8.0), diagonal=True),
     "tree": tree,
     "layer": one_layer,
-    "convolution": convolution,
     "diagonal": lambda: diagonal(fastagop.ProductLaplace(4.0)),
     "diagonal, radial": lambda: diagonal(fastagop.Laplace(4.0)),
     "mean gradient": lambda: [KernelOperator("agop", fastagop.ProductLaplace(4.0), X, Z).mean_gradient(Y)],

@@ -12,7 +12,6 @@ from fastagop.convolution.machine import PatchMachine
 from fastagop.convolution.window import Window
 from fastagop.deep_rfm.random_features import RandomFeatures
 from fastagop.kernels import checks
-from fastagop.kernels.precision import full_products
 from fastagop.kernels.profile import Kernel
 
 
@@ -63,7 +62,6 @@ class ConvLayer:
     residual: float
     accuracy: float
 
-    @full_products()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """ReLU(W M^(1/2) p) of every normalised patch p, as images.
 
@@ -79,7 +77,6 @@ class ConvLayer:
         return _as_images(_features(patches @ self.root, self.weight), self.window, images)
 
 
-@full_products()
 def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings, seed: int) -> ConvLayer:
     """Fit one layer: solve for +-1 one-hot targets, take the patch AGOP, draw random features.
 
