@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastagop.kernels import checks, operations, radial
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile, weight_at_zero, weight_slope
 from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
 
@@ -154,7 +155,8 @@ def _above_autograd(function: Callable, *arguments: Any) -> Any:
     stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
     def run() -> Any:
-        with torch.cuda.stream(stream):  # streams are a thread's own; None changes nothing
+        # Streams are a thread's own; None changes nothing.
+        with torch.cuda.stream(stream), matmul_precision("highest", tensor.device):
             return function(*arguments)
 
     with ThreadPoolExecutor(1) as pool:

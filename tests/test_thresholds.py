@@ -11,7 +11,7 @@ import torch
 from fastagop.kernels import memory
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import prepared
-from fastagop.kernels.precision import _products_by_backend, _switched
+from fastagop.kernels.precision import _by_backend, _switched
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, diagonal, distance, gradients, tiles
 
@@ -193,8 +193,8 @@ def test_tf32_is_for_medium_on_a_gpu_only(kind, precision):
     """The settings of the process can be read without a GPU."""
     coarse, before = (kind, precision) == ("cuda", "medium"), torch.get_float32_matmul_precision()
     with _switched(precision, torch.device(kind)):
-        if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):
-            cuda, onednn = (products.fp32_precision for products in _products_by_backend())
+        if _by_backend():
+            cuda, onednn = (one.matmul.fp32_precision for one in (torch.backends.cuda, torch.backends.mkldnn))
             assert (cuda == "tf32") == coarse
             assert onednn in ("ieee", "none")
         else:

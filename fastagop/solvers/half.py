@@ -20,7 +20,7 @@ from fastagop.kernels import calibration
 from fastagop.kernels.gemm import LIBRARY, PanelProducts
 from fastagop.kernels.memory import host_bytes
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.kernels.torch_backend.distance import tile_bytes
+from fastagop.kernels.torch_backend.distance import near_chunk, tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
@@ -147,7 +147,7 @@ def _beside(problem: Problem) -> int:
 
 def _fill_bytes(problem: Problem) -> int:
     n, d = problem.X.shape
-    return 8 * n * d + tile_bytes(FILL, n, n, d, 8)
+    return 8 * n * d + tile_bytes(FILL, n, n, d, 8, near_chunk(problem.X.device))
 
 
 def _points_bytes(problem: Problem) -> int:
