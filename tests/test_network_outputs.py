@@ -113,7 +113,7 @@ BAD = {
     "scalar": (ValueError, "outputs must return a row for each sample", {"outputs": lambda out: out.mean()}),
     "no tensor": (TypeError, "outputs must return one floating tensor", {"outputs": lambda out: out.argmax(1)}),
     "NaN": (ValueError, "outputs returns NaN", {"outputs": lambda out: out[:, 0] * math.nan}),
-    "mixing": (ValueError, "mix the samples", {"outputs": lambda out: out - out.mean(0)}),
+    "mixing": (ValueError, "outputs: the function mixes the samples", {"outputs": lambda out: out - out.mean(0)}),
     "outside": (ValueError, "model's 7 outputs: 7 is not", {"outputs": [0, 7]}),
     "twice": (ValueError, "one is given twice", {"outputs": [0, -7]}),
     "none": (ValueError, "at least one", {"outputs": []}),

@@ -18,6 +18,7 @@ from fastagop.network.lending import lent, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
 from fastagop.network.sample_independence import refuse_neighbours
+from fastagop.network.targets import Target
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -134,10 +135,11 @@ class _Inputs:
 
     def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
         """Send all samples through the model; the batches' labels."""
-        labels = []
+        labels, tried = [], False
         for i, (inputs, brought) in enumerate(model_access.batches(X, batch_size, model)):
-            if i == 0:
-                refuse_neighbours(model, inputs)
+            if not tried and len(inputs) > 1:  # One sample alone shows nothing.
+                refuse_neighbours(model, inputs, Target(model, None).runs(None))
+                tried = True
             self._called.clear()
             with replaced({layer: partial(self._note, name, layer) for name, layer in self.linear.items()}):
                 model_access.outputs(model, inputs)

@@ -205,12 +205,6 @@ def pattern(like: torch.Tensor) -> torch.Tensor:
     return torch.sin(torch.arange(1, like.numel() + 1, device=like.device).double() ** 1.5).view(like.shape).to(like)
 
 
-def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensors differ by more than rounding; NaN differs from a number."""
-    size = float(b.double().abs().max()) if b.numel() else 0.0
-    return not bool(((a.double() - b.double()).abs() <= 1e3 * rounding(b) * size).all())
-
-
 def rounding(t: torch.Tensor) -> float:
     """Relative rounding error of a tensor's dtype."""
     return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
