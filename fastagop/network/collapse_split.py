@@ -18,6 +18,7 @@ from fastagop.network.lending import lent, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
 from fastagop.network.sample_independence import refuse_neighbours
+from fastagop.network.sites import own_forward
 from fastagop.network.targets import Target
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -47,7 +48,8 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     U preserves distances, so W x has the NC1 and NC2 of S V^T x and no decomposition is needed.
 
     Args:
-        layer: a torch.nn.Linear.
+        layer: a torch.nn.Linear with torch's own forward. Its weight is that with which the forward runs in evaluation
+            mode, after the layer's pre-hooks (weight normalisation, pruning).
         X: features that enter it (n, d).
         y: integer labels (n,).
         activation: the nonlinearity after the layer; None where there is none, as after a readout.
@@ -57,10 +59,30 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+    if own_forward(layer):
+        raise TypeError(
+            f"layer must be a plain torch.nn.Linear, got a {type(layer).__name__} with a forward of its own, which "
+            "need not multiply by its weight; give a torch.nn.Linear of the weight that it multiplies by"
+        )
     if isinstance(X, torch.Tensor) and X.dtype in (torch.float16, torch.bfloat16):
         X = X.float()
     checks.matrix("X", X, columns=(layer.in_features, "layer"))
-    return _of_parts(X, layer.weight, layer.bias, y, activation)
+    with lent(layer), torch.no_grad():
+        return _of_parts(X, *_weights(layer, X), y, activation)
+
+
+def _weights(layer: nn.Linear, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias with which the forward runs: pre-hooks may make them, so it is run on a sample."""
+    found = []
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        found.append((layer.weight, layer.bias))
+        return nn.functional.linear(input, *found[-1])
+
+    held = next((t for group in (layer.parameters(), layer.buffers()) for t in group), X)
+    with replaced({layer: forward}):
+        layer(X[:1].to(held.device, held.dtype))
+    return found[-1]
 
 
 def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, activation: Activation | None) -> Split:
