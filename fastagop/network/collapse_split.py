@@ -131,8 +131,11 @@ def collapse_split(
         y = _labels(y, labels)
         model_access.refuse_uncalled(linear, gathered.rows, layers)
         return {
-            name: _of_parts(torch.cat(rows), *gathered.weights[name], y, None if name in gathered.bare else activation)
-            for name, rows in gathered.rows.items()
+            name: _of_parts(
+                torch.cat(gathered.rows[name]), *gathered.weights[name], y, gathered.after(name, activation)
+            )
+            for name in linear
+            if name in gathered.rows
         }
 
 
@@ -169,6 +172,10 @@ class _Inputs:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
             labels += [] if brought is None else [torch.as_tensor(brought).cpu()]
         return labels
+
+    def after(self, name: str, activation: Activation | None) -> Activation | None:
+        """The activation, where one follows the layer."""
+        return None if name in self.bare else activation
 
     def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         if name in self._called:
