@@ -148,17 +148,6 @@ def test_split_refuses_a_forward_of_its_own():
             network.split(layer, torch.randn(9, 4), LABELS)
 
 
-def test_two_sets_of_labels():
-    """A shuffled loader brings its own labels; those of the unshuffled data would be silently wrong."""
-    X, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    batches = [(X[:10], y[:10]), (X[10:], y[10:])]
-    brought, both = network.collapse_split(model, batches), network.collapse_split(model, batches, y)
-    assert brought["0"].nc1 == both["0"].nc1
-    with pytest.raises(ValueError, match="y differs from the labels that the batches of X bring"):
-        network.collapse_split(model, batches, y.flip(0))
-
-
 def test_a_weight_that_changes_with_every_batch_is_refused():
     model, X = mlp(4, 6, 3).double(), torch.randn(9, 4, dtype=torch.float64)
 

@@ -14,6 +14,7 @@ from fastagop import collapse
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
+from fastagop.network.labels import Labels
 from fastagop.network.lending import lent, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
@@ -110,7 +111,8 @@ def collapse_split(
 
     Args:
         model, X, layers, batch_size: as in ``agop``. The inputs of all chosen layers, (n, d) each, are held at once.
-        y: integer labels (n,); default those that come with the batches of X.
+        y: integer labels (n,); default those that come with the batches of X. Where these bring labels, too, y has to
+            name the same classes; what they bring may be floats, one-hot rows or no labels at all.
         activation: the nonlinearity after every layer but those that none follows: what the model returns is the
             layer's output, seen another way or shifted and scaled.
 
@@ -125,10 +127,9 @@ def collapse_split(
         linear = model_access.linear_layers(model, layers)
         model_access.say_unmeasured(model, layers)
         gathered = _Inputs(linear)
-        labels = gathered.run(model, X, batch_size, find_bare=activation is not None)
-        if y is None and not labels:
-            raise ValueError("y must be given where the batches of X bring no labels")
-        y = _labels(y, labels)
+        labels = Labels(y)
+        gathered.run(model, X, batch_size, labels, find_bare=activation is not None)
+        y = labels.settle()
         model_access.refuse_uncalled(linear, gathered.rows, layers)
         return {
             name: _of_parts(
@@ -137,16 +138,6 @@ def collapse_split(
             for name in linear
             if name in gathered.rows
         }
-
-
-def _labels(y, labels: list[torch.Tensor]):
-    """The one set of labels there is; two that differ mean that X comes in another order than y."""
-    if not labels:
-        return y
-    brought = torch.cat(labels)
-    if y is not None and not torch.equal(torch.as_tensor(y).cpu().to(brought.dtype), brought):
-        raise ValueError("y differs from the labels that the batches of X bring (is X shuffled?); pass one of the two")
-    return brought
 
 
 class _Inputs:
@@ -158,9 +149,9 @@ class _Inputs:
         self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._called: set[str] = set()
 
-    def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
-        """Send all samples through the model; the batches' labels."""
-        labels, tried = [], False
+    def run(self, model: nn.Module, X: Source, batch_size: int | None, labels: Labels, find_bare: bool) -> None:
+        """Send all samples through the model, and take the batches' labels."""
+        tried = False
         for i, (inputs, brought) in enumerate(model_access.batches(X, batch_size, model)):
             if not tried and len(inputs) > 1:  # One sample alone shows nothing.
                 refuse_neighbours(model, inputs, Target(model, None).runs(None))
@@ -170,8 +161,7 @@ class _Inputs:
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
-            labels += [] if brought is None else [torch.as_tensor(brought).cpu()]
-        return labels
+            labels.add(brought, len(inputs))
 
     def after(self, name: str, activation: Activation | None) -> Activation | None:
         """The activation, where one follows the layer."""
