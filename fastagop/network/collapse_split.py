@@ -82,7 +82,7 @@ def _weights(layer: nn.Linear, X: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
     held = next((t for group in (layer.parameters(), layer.buffers()) for t in group), X)
     with replaced({layer: forward}):
-        layer(X[:1].to(held.device, held.dtype))
+        layer(X[:1].to(held.device, held.dtype, copy=True))  # A pre-hook may work in place.
     return found[-1]
 
 

@@ -154,8 +154,8 @@ class Taps:
 
     @staticmethod
     def _asking(inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs that require gradients, no leaf, since the model may work in place."""
-        return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
+        """Inputs that require gradients; the model gets a copy of them, which is no leaf."""
+        return inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
 
     def step(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What takes the place of a layer's own multiplication."""

@@ -185,9 +185,12 @@ def outputs(model: Callable, inputs: torch.Tensor, finite: bool = True) -> torch
 
 
 def called(model: Callable, inputs: torch.Tensor) -> Any:
-    """What a model returns; where it fails and X has another dtype than its parameters, the error says so."""
+    """What a model returns; where it fails and X has another dtype than its parameters, the error says so.
+
+    The model gets a copy: it may work in place, and a batch is a view of the caller's data that it sees more than once.
+    """
     try:
-        return model(inputs)
+        return model(inputs.clone())
     except RuntimeError as error:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         held = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)

@@ -134,7 +134,7 @@ def _trace(model: nn.Module, run: Run, pair: torch.Tensor) -> tuple[list[Call], 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]
     try:
         with torch.enable_grad():  # Some checkpoints warn where no input requires gradients.
-            out = run(pair.requires_grad_().clone() if pair.is_floating_point() else pair)
+            out = run(pair.requires_grad_() if pair.is_floating_point() else pair)
     finally:
         for handle in handles:
             handle.remove()
