@@ -15,7 +15,7 @@ from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
 from fastagop.network.labels import Labels
-from fastagop.network.lending import lent, replaced
+from fastagop.network.lending import lent, refuse_transforms, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
 from fastagop.network.sample_independence import refuse_neighbours
@@ -170,6 +170,7 @@ class _Inputs:
     def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         if name in self._called:
             raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
+        refuse_transforms(name, NotAMatrixError)
         if input.ndim != 2:
             shape = tuple(input.shape)
             raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastagop.kernels.gemm import matmul_nt
-from fastagop.network.lending import Here, replaced
+from fastagop.network.lending import Here, refuse_transforms, replaced
 from fastagop.network.sites import Site, forwards
 
 Leaf = Callable[[Site, torch.Tensor], torch.Tensor]
@@ -161,6 +161,7 @@ class Taps:
         """What takes the place of a layer's own multiplication."""
         if site not in self.sinks:
             return site.compute(input, weight, bias)
+        refuse_transforms(site.name)
         call = Call(self, site, torch.is_grad_enabled())
         if not self.here.backward:  # A checkpoint that computes again makes no new call.
             self.calls.append(call)

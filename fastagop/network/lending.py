@@ -200,6 +200,20 @@ class Here:
         return self.backward and torch._C._current_graph_task_id() != -1
 
 
+def transformed() -> bool:
+    """Whether the code runs inside torch.vmap or its like, whose tensors do not outlive it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def refuse_transforms(layer: str, kind: type[ValueError] = ValueError) -> None:
+    """Refuse to measure a layer in a transform: custom functions do not work there, and no tensor can be kept."""
+    if transformed():
+        raise kind(
+            f"layers: {layer!r} is called inside a transform of torch.func (vmap, grad, jacrev, ...), where it cannot "
+            "be measured; leave it out, or let the model call it on the whole batch"
+        )
+
+
 Forward = Callable[..., Any]
 
 

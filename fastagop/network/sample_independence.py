@@ -13,7 +13,7 @@ from torch import nn
 from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
 from fastagop.network.gradient_hooks import ManyGradientsError, Run, tapped
-from fastagop.network.lending import Here
+from fastagop.network.lending import Here, transformed
 
 _ALONE = "or pass batch_size=1, which takes each sample by itself"
 # Both batches have one shape, so that most models give equal numbers. Where the others change the order of sums, as
@@ -128,7 +128,7 @@ def _trace(model: nn.Module, run: Run, pair: torch.Tensor) -> tuple[list[Call], 
     here = Here()
 
     def note(name: str, _, args, out) -> None:
-        if here:
+        if here and not transformed():
             calls.append((name, _first(args), _first(out)))
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in model.named_modules()]

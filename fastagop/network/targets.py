@@ -55,6 +55,8 @@ class Target:
 
 def _arguments(function: Callable) -> int:
     """How many arguments a function has to be given; one where it cannot be asked."""
+    if isinstance(function, nn.Module):  # A loss such as nn.CrossEntropyLoss; a call takes any arguments.
+        function = function.forward
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

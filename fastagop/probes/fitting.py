@@ -117,6 +117,9 @@ def fit(
     """
     layers, known = reading.read(activations, y)
     settings, random = _settings(locals(), known.classes), inputs.random(random_state)
+    for name, rows in layers.items():
+        with _named(name):
+            checks.integer("directions", settings.directions, 1, rows.shape[1])
     if validation is None:
         learnt, out = reading.split(known, validation_fraction, random)
         learn, held, others = Part(learnt, known.y[learnt]), Part(out, known.y[out]), layers
