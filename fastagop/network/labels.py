@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def as_labels(brought: Any) -> torch.Tensor:
-    """Labels of a batch as a tensor.
+def as_labels(brought: Any, name: str = "X: the labels of a batch") -> torch.Tensor:
+    """Labels as a tensor; ``name`` says in errors which they are.
 
     Raises:
         TypeError: they are no numbers.
@@ -16,7 +16,7 @@ def as_labels(brought: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(brought)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"X: the labels of a batch must be a tensor or numbers, got {brought!r:.80}") from error
+        raise TypeError(f"{name} must be a tensor or numbers, got {brought!r:.80}") from error
 
 
 class Labels:

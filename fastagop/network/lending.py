@@ -104,7 +104,7 @@ def lent(model: nn.Module) -> Iterator[None]:
 def _refuse(model: nn.Module) -> None:
     """Refuse models that could not be given back as they were, or whose layers run as copies."""
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():
+        if not isinstance(parameter, UninitializedParameter) and parameter.is_inference():
             raise ValueError(
                 f"model: its parameter {name!r} was made in torch.inference_mode(), so that no measure can freeze it "
                 "and give it back; measure copy.deepcopy(model), made outside of that mode"
