@@ -303,7 +303,8 @@ def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
     try:
         for part, _ in modes:
             part.training = False
-        return features(X)
+        # Features may be made in place, and X is the caller's.
+        return features(X.clone() if isinstance(X, torch.Tensor) else X.copy() if isinstance(X, np.ndarray) else X)
     finally:
         for part, mode in modes:
             part.training = mode
