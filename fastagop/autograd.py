@@ -1,10 +1,11 @@
 """The operations as torch operators with derivatives of derivatives: block by block, and through torch.compile.
 
-``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the arguments of those of ``fastagop`` and
-compute the same numbers by them; beside that, autograd knows their derivatives in the points, the coefficients and the
-bandwidth. One operator, ``fastagop::blockwise``, is all of them: at level 0 it is the operation, at level 1 the
-vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A level beyond 0 is computed from
-differentiable formulas for a block of rows at a time, so no n x m matrix is stored where the operation stores none.
+``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the kernel and the tensors of those of
+``fastagop``, and ``bandwidth=``, and compute the same numbers as those do by default; beside that, autograd knows their
+derivatives in the points, the coefficients and the bandwidth. One operator, ``fastagop::blockwise``, is all of them: at
+level 0 it is the operation, at level 1 the vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A
+level beyond 0 is computed from differentiable formulas for a block of rows at a time, so no n x m matrix is stored
+where the operation stores none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastagop.kernels import checks, operations, radial
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile, weight_at_zero, weight_slope
 from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
 
@@ -153,7 +155,8 @@ def _above_autograd(function: Callable, *arguments: Any) -> Any:
     stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
     def run() -> Any:
-        with torch.cuda.stream(stream):  # streams are a thread's own; None changes nothing
+        # Streams are a thread's own; None changes nothing.
+        with torch.cuda.stream(stream), matmul_precision("highest", tensor.device):
             return function(*arguments)
 
     with ThreadPoolExecutor(1) as pool:

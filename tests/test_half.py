@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.torch_backend.gradients import Nearness
 
 import fastagop
@@ -388,6 +389,18 @@ def test_tiles_of_the_stored_half_are_weighted_and_centred(center, weighted, pro
         regression = KernelRidge(Laplace(4.0), 1e-2, "highest", "auto", solver)
         found.append(kernel_ridge.fit_and_agop(rows.take(X), Y, regression, rows=rows, center=center)[1])
     assert relative(found[0], found[1]) <= 1e-5
+
+
+def test_weights_in_a_file_leave_the_limit_to_their_tiles(tmp_path):
+    """Else each tile were a single row where the half is as large as the limit."""
+    X, rows = torch.randn(1000, 5), {}
+    for place in ("device", str(tmp_path)):
+        W = half.SymmetricBlocks(1000, torch.float64, place=place).fill_(lambda out, start: out.fill_(0.0))
+        task = AgopTask("sum", False, limit=W.bytes)
+        first, _ = next(kernel_ridge._tiles_(W, X, X[:, :2], task))
+        rows[place] = first.stop
+    assert rows["device"] == 1
+    assert rows[str(tmp_path)] > 30
 
 
 @pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "scales", "identical"])

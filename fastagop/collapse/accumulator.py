@@ -65,7 +65,7 @@ class _Class:
 
 
 class Accumulator:
-    """NC1 to NC4 and CDNV of samples that come in batches, in float64: no more than K sums of length d are held.
+    """NC1 to NC4 and CDNV of samples that come in batches, in float64: a few rows of length d are held for each class.
 
     Every class is shifted by its own first sample, so that collapsed classes keep their digits. Batches in any order,
     and the merging of accumulators of parts, agree to 1e-14, and agree as well with the functions of the same names.
@@ -303,7 +303,8 @@ def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
     try:
         for part, _ in modes:
             part.training = False
-        return features(X)
+        # Features may be made in place, and X is the caller's.
+        return features(X.clone() if isinstance(X, torch.Tensor) else X.copy() if isinstance(X, np.ndarray) else X)
     finally:
         for part, mode in modes:
             part.training = mode

@@ -218,9 +218,12 @@ def checked(X, y) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def by_class(y, n: int) -> tuple[list[int], list[torch.Tensor]]:
     """The labels that there are, ascending, and the row numbers of each, in the given order."""
-    y = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    dtype = str(y.dtype).removeprefix("torch.") if isinstance(y, torch.Tensor) else ""
+    if isinstance(y, torch.Tensor):
+        y = (y.double() if y.is_floating_point() else y).detach().cpu().numpy()  # NumPy has no bfloat16.
+    y = np.asarray(y)
     if y.dtype.kind not in "iu" and y.size:
-        raise TypeError(f"y must hold integer labels, got {y.dtype}; number the classes, e.g. with np.unique")
+        raise TypeError(f"y must hold integer labels, got {dtype or y.dtype}; number the classes, e.g. with np.unique")
     if y.shape != (n,):
         raise ValueError(f"y must have one label for each of the {n} rows of X, got shape {y.shape}")
     labels, sizes = np.unique(y, return_counts=True)

@@ -248,7 +248,8 @@ def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
 
 def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask):
     """(rows, their weights in X's dtype) of half of a matrix, in as many rows as fit beside it."""
-    room = budget(task.limit, X.device) - (W.bytes if task.limit is not None else 0)
+    held = W.bytes if task.limit is not None and W.place == "device" else 0  # a limit is for the device's memory
+    room = budget(task.limit, X.device) - held
     rows, _ = costs.gradient_form_beside(X, alpha, X, task.center, room)
     return W.row_tiles(rows, X.dtype)
 

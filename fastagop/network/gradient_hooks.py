@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastagop.kernels.gemm import matmul_nt
-from fastagop.network.lending import Here, replaced
+from fastagop.network.lending import Here, refuse_transforms, replaced
 from fastagop.network.sites import Site, forwards
 
 Leaf = Callable[[Site, torch.Tensor], torch.Tensor]
@@ -154,13 +154,14 @@ class Taps:
 
     @staticmethod
     def _asking(inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs that require gradients, no leaf, since the model may work in place."""
-        return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
+        """Inputs that require gradients; the model gets a copy of them, which is no leaf."""
+        return inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
 
     def step(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What takes the place of a layer's own multiplication."""
         if site not in self.sinks:
             return site.compute(input, weight, bias)
+        refuse_transforms(site.name)
         call = Call(self, site, torch.is_grad_enabled())
         if not self.here.backward:  # A checkpoint that computes again makes no new call.
             self.calls.append(call)
