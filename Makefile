@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEMO := $(firstword $(wildcard $(STAMP)) $(VENV)/.reproduce)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+# A .venv that another Python or a failed attempt has left is made again.
+USABLE := "import pip, sys; sys.exit(sys.version_info < (3, 10))"
 PYTEST := $(RUN) -m pytest --numprocesses 2
 
 .PHONY: help demo test test-slow test-all docs pictures lint types format release clean
@@ -31,7 +33,7 @@ test-slow: $(STAMP)
 test-all: test test-slow
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml --site-dir $(CURDIR)/build/docs/$(VERSION)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --config-file docs/mkdocs.yml --site-dir "$(CURDIR)/build/docs/$(VERSION)"
 
 pictures: $(STAMP)
 	$(RUN) -m reproduce draw --out reproduce/results
@@ -54,13 +56,13 @@ format: $(STAMP)
 	$(RUN) -m ruff check --fix .
 
 $(STAMP): pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c $(USABLE) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -e ".[dev]"
 	touch $(STAMP)
 
 $(VENV)/.reproduce: pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c $(USABLE) 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install --quiet -e ".[reproduce]"
 	touch $@
 

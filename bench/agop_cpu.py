@@ -16,7 +16,8 @@ problem = problems.interpolated
 def measure(n: int, d: int, K: int, repeats: int, rate: float) -> list[dict]:
     """One row per contender; the floor is the least operations at the rate of this machine's products."""
     drawn = problem(n, d, K)
-    rows = harness.Harness(repeats=repeats).rows(CONTENDERS, drawn, functools.partial(costs.error, "agop"))
+    there = contenders.present(CONTENDERS)
+    rows = harness.Harness(repeats=repeats).rows(there, drawn, functools.partial(costs.error, "agop"))
     for row in rows:
         row["peak_bytes"] = harness.alone("agop_cpu", row["contender"], n, d, K)["peak_bytes"]
     return [{"n": n, "d": d, "K": K, **row, "floor": costs.work("agop", drawn) / rate} for row in rows]

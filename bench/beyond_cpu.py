@@ -19,6 +19,7 @@ from torch.nn import functional
 
 import fastagop
 from bench import costs, files, harness, peers, problems
+from bench.contenders import present
 from fastagop import network
 
 L1 = fastagop.ProductLaplace(10.0)
@@ -146,7 +147,7 @@ def main(out: Path, repeats: int) -> None:
         p = _MAKES[case](n)
         true = truth(case, p)
         found = harness.Harness(repeats=repeats).rows(
-            pair, p, lambda _, result, case=case, true=true: error(case, true, result)
+            present(pair), p, lambda _, result, case=case, true=true: error(case, true, result)
         )
         for row in found:
             row["peak_bytes"] = harness.alone("beyond_cpu", row["contender"], n, number)["peak_bytes"]

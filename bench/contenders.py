@@ -93,6 +93,16 @@ def installed(module: str) -> None:
         raise Unable(f"{module} is not installed")
 
 
+def present(contenders: Mapping[str, Contender]) -> dict[str, Contender]:
+    """The contenders that can run: without those named after xrfm where it is not installed, of which a line tells."""
+    try:
+        installed("xrfm")
+    except Unable as reason:
+        print(f"{reason}: measured without it")
+        return {name: run for name, run in contenders.items() if not name.startswith("xrfm")}
+    return dict(contenders)
+
+
 def _xrfm(method: str) -> Contender:
     def run(problem: Problem):
         installed("xrfm")

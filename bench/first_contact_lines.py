@@ -46,8 +46,10 @@ def origin(dry: bool) -> dict[str, Any]:
 def _triton() -> str:
     import importlib.metadata
 
+    from fastagop.kernels import calibration
+
     try:
-        return importlib.metadata.version("triton")
+        return calibration.triton_version()
     except importlib.metadata.PackageNotFoundError:
         return ""
 

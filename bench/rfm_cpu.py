@@ -19,7 +19,7 @@ import torch
 
 import fastagop
 from bench import clock, costs, files, harness, peers, problems, scale_cpu
-from bench.contenders import Unable, installed
+from bench.contenders import present
 
 KERNEL, RIDGE = fastagop.Laplace(10.0), 1e-3
 _CHECKED = 500  # rows that are predicted
@@ -138,12 +138,8 @@ def main(out: Path, repeats: int) -> None:
 
 def _there() -> tuple[dict[str, Callable], list[dict]]:
     """The contenders that can run, and a row for each that is not installed."""
-    try:
-        installed("xrfm")
-    except Unable as reason:
-        rest = {name: run for name, run in CONTENDERS.items() if name != "xrfm"}
-        return rest, [{"contender": "xrfm", "note": str(reason)}]
-    return CONTENDERS, []
+    there = present(CONTENDERS)
+    return there, [{"contender": name, "note": "xrfm is not installed"} for name in CONTENDERS if name not in there]
 
 
 def table(rows: list[dict]) -> str:

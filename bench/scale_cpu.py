@@ -19,6 +19,7 @@ from fastagop.kernels.plan import available_bytes
 
 import fastagop
 from bench import clock, drawing, files, harness, peers, problems
+from bench.contenders import present
 from fastagop.deep_rfm.layer import Settings, train_layer
 
 SIZES, D = (2_000, 5_000, 10_000, 20_000), 512
@@ -107,8 +108,9 @@ def main(out: Path, n: int | None = None, d: list[int] | None = None) -> None:
     """Measure every contender at every size that memory holds, each in a process of its own."""
     width = d[0] if d else D
     rate, rows = rates(), []
+    there = present(CONTENDERS)
     for size in (n,) if n else SIZES:
-        for name in CONTENDERS:
+        for name in there:
             needed = {"potrf float64": 9, "potrf float32": 5, "xrfm's solve": 13}.get(name, 7) * size * size
             if needed > 0.9 * available_bytes(clock.CPU):
                 continue

@@ -11,6 +11,7 @@ import torch
 
 import fastagop
 from bench import files, problems
+from fastagop import commands
 
 N, D, K, RIDGE = 60, 10, 3, 1e-3
 CALLS, TURNS = 200, 9  # a turn's figure is its median call; a row's is the median turn
@@ -50,13 +51,9 @@ PAIRS: dict[str, tuple[Callable, Callable]] = {
 
 def main(out: Path, n: int | None = None) -> None:
     """Measure every pair in turns; print the table, write the result file."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads of so few numbers wait for each other
-    try:
+    with commands.threads(1):  # two threads of so few numbers wait for each other
         problem = problems.normal(n or N, D, K, torch.float32)
         rows = [row(name, problem, *pair) for name, pair in PAIRS.items()]
-    finally:
-        torch.set_num_threads(threads)
     case = {"n": problem.n, "d": D, "K": K, "kernel": f"Laplace({problems.LAPLACE.bandwidth})", "ridge": RIDGE}
     files.write_result(out, {"case": case | {"dtype": "float32", "threads": 1}, "rows": rows})
     print(table(rows))

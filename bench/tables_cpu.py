@@ -25,6 +25,7 @@ from bench.contenders import Unable
 from bench.tables_contenders import CONTENDERS, HELD_OUT, LABELS, Builder
 from bench.tables_data import CLASSIFICATION, QUICK, SETS, Table
 from bench.tables_summary import gaps, scores, summary, table
+from fastagop import commands
 
 FOLDS, QUICK_FOLDS = 5, 2
 CLIP = 1e-6
@@ -47,13 +48,8 @@ def main(out: Path, threads: int | None = None, only: list[str] | None = None, q
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[int]:
     """So many for torch, for the libraries of NumPy and SciPy, and for scikit-learn's own loops."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with threadpool_limits(count):
-            yield count
-    finally:
-        torch.set_num_threads(before)
+    with commands.threads(count), threadpool_limits(count):
+        yield count
 
 
 def measure(

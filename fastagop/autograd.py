@@ -1,10 +1,11 @@
 """The operations as torch operators with derivatives of derivatives: block by block, and through torch.compile.
 
-``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the arguments of those of ``fastagop`` and
-compute the same numbers by them; beside that, autograd knows their derivatives in the points, the coefficients and the
-bandwidth. One operator, ``fastagop::blockwise``, is all of them: at level 0 it is the operation, at level 1 the
-vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A level beyond 0 is computed from
-differentiable formulas for a block of rows at a time, so no n x m matrix is stored where the operation stores none.
+``kernel_matrix``, ``kernel_matmul``, ``gradients`` and ``agop`` here take the kernel and the tensors of those of
+``fastagop``, and ``bandwidth=``, and compute the same numbers as those do by default; beside that, autograd knows their
+derivatives in the points, the coefficients and the bandwidth. One operator, ``fastagop::blockwise``, is all of them: at
+level 0 it is the operation, at level 1 the vector-Jacobian product of level 0, at level 2 that of level 1, and so on. A
+level beyond 0 is computed from differentiable formulas for a block of rows at a time, so no n x m matrix is stored
+where the operation stores none.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from fastagop.kernels import checks, operations, radial
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile, weight_at_zero, weight_slope
 from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
 
-_BLOCK_BYTES = 2**26  # of one n-wide work tensor of a block
-_ALIVE = 4  # such tensors at once, roughly
+_BLOCK_BYTES = 2**26  # of all work tensors of a block
+_ALIVE = 20  # such tensors at once, by the memory that a first derivative took
 
 
 def kernel_matrix(kernel: Profile, X: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None) -> Tensor:
@@ -153,7 +155,8 @@ def _above_autograd(function: Callable, *arguments: Any) -> Any:
     stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
     def run() -> Any:
-        with torch.cuda.stream(stream):  # streams are a thread's own; None changes nothing
+        # Streams are a thread's own; None changes nothing.
+        with torch.cuda.stream(stream), matmul_precision("highest", tensor.device):
             return function(*arguments)
 
     with ThreadPoolExecutor(1) as pool:
@@ -163,18 +166,31 @@ def _above_autograd(function: Callable, *arguments: Any) -> Any:
 def _by_blocks(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
     """A level beyond 0, a block of rows at a time."""
     inputs, outputs = read.at(level)
-    m, width = len(given[0]), max(1, len(given[1]))
-    wide = max(1, given[2].shape[-1]) if read.name in ("gradients", "agop") else 1
-    step = max(1, _BLOCK_BYTES // (_ALIVE * width * wide * given[0].element_size()))
-    parts = []
+    m, step = len(given[0]), max(1, _BLOCK_BYTES // (_ALIVE * _row_bytes(read.name, given)))
+    if not m:
+        return [torch.zeros_like(tensor) for tensor in given[: len(outputs)]]
+    found: list[list[Tensor]] = [[] for _ in outputs]  # blocks of rows, or their sum
     for start in range(0, m, step):
         row = slice(start, min(m, start + step))
         block = [tensor[row] if by_row else tensor for tensor, by_row in zip(given, inputs, strict=True)]
-        parts.append([t.detach() for t in _evaluate(read, level, block, start, m)])
-    if not parts:
-        return [torch.zeros_like(tensor) for tensor in given[: len(outputs)]]
-    joined = zip(*parts, strict=True)
-    return [torch.cat(p) if by_row else _total(p) for p, by_row in zip(joined, outputs, strict=True)]
+        for kept, by_row, part in zip(found, outputs, _evaluate(read, level, block, start, m), strict=True):
+            if by_row or not kept:
+                kept.append(part.detach())
+            else:
+                kept[0] = kept[0].double() + part.detach()
+    return [
+        torch.cat(kept) if by_row else kept[0].to(tensor).contiguous()
+        for kept, by_row, tensor in zip(found, outputs, given[: len(outputs)], strict=True)
+    ]
+
+
+def _row_bytes(name: str, given: Sequence[Tensor]) -> int:
+    """What a row of one of the widest work tensors takes, which hold a number for each other point or each feature."""
+    (n, d), size = given[1].shape, given[0].element_size()
+    if name in ("gradients", "agop"):  # for each output, too, and in float64
+        return 8 * max(1, n, d) * max(1, given[2].shape[-1])
+    columns = given[2].shape[1] if name == "kernel_matmul" else 1
+    return max(size * max(1, n, columns), 8 * d)
 
 
 @_blockwise.register_fake
@@ -203,10 +219,6 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
 
 
 _blockwise.register_autograd(_backward, setup_context=_remember)
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _operation(spec: _Spec, tensors: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ def cholesky_lower_(
         0, or the 1-based index of the first pivot that failed (then call ``restore_lower_``).
     """
     n, block = len(A), block or _block(A)
-    A.diagonal().copy_(torch.as_tensor(diagonal, dtype=torch.float64))
+    A.diagonal().copy_(torch.as_tensor(diagonal, dtype=torch.float64, device=A.device))
     for start in range(0, n, block):
         stop = min(n, start + block)
         panel, square = A[stop:, start:stop], A[start:stop, start:stop]
@@ -75,6 +75,16 @@ def restore_lower_(A: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
         A[start:stop, :start].copy_(A[:start, start:stop].T)
         square = A[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)
+    return A
+
+
+def scale_lower_(A: torch.Tensor, root: torch.Tensor, rows: int = _BLOCK) -> torch.Tensor:
+    """Multiply the lower triangle and the diagonal by root root^T, root (n, 1); the rest is left as it was."""
+    for start in range(0, len(A), rows):
+        stop = min(len(A), start + rows)
+        A[start:stop, :start].mul_(root[start:stop]).mul_(root[:start].T)
+        square = A[start:stop, start:stop]
+        square.copy_(square.triu(1) + (square * root[start:stop] * root[start:stop].T).tril_())
     return A
 
 
@@ -136,13 +146,18 @@ def psd_sqrt(M: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and eigenvectors; where a device's solver fails, or answers NaN, LAPACK's on the host."""
+    """Eigenvalues and eigenvectors of A, of which the lower triangle is read.
+
+    Where a device's solver fails, or answers NaN, LAPACK's on the host.
+    """
     try:
         values, vectors = torch.linalg.eigh(A)
         if bool(values.isfinite().all() & vectors.isfinite().all()):
             return values, vectors
         reason = "it returned NaN"
-    except LinAlgError as error:
+    except RuntimeError as error:  # of some failures cuSOLVER's is a plain one
+        if not isinstance(error, LinAlgError) and "cusolver" not in str(error).lower():
+            raise
         reason = str(error)
     if A.device.type == "cpu":
         raise LinAlgError(f"no eigendecomposition of a {tuple(A.shape)} matrix: {reason}")

@@ -8,6 +8,7 @@ compiled for it.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -68,8 +69,24 @@ def path(device: torch.device) -> Path:
     folder = os.environ.get("FASTAGOP_CACHE")
     if not folder:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "fastagop"
-    title = name(device) if device.type != "cuda" else f"{name(device)} triton {importlib.metadata.version('triton')}"
+    title = name(device) if device.type != "cuda" else f"{name(device)} triton {triton_version()}"
     return Path(folder) / (re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-") + ".json")
+
+
+def triton_version() -> str:
+    """The installed Triton's, whose distribution has other names, too, such as pytorch-triton.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: there is none.
+    """
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            return importlib.import_module("triton").__version__
+        except ImportError:
+            pass
+        raise
 
 
 def _home() -> Path:

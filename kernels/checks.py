@@ -130,6 +130,13 @@ def plain(name: str, value) -> None:
             raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}; {remedy}")
 
 
+def tensor(value, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor where it is, other numbers on the CPU; ``torch.as_tensor`` would take the process's default device."""
+    if isinstance(value, torch.Tensor):
+        return value if dtype is None else value.to(dtype)
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
+
+
 def _is_wrapper(value: torch.Tensor) -> bool:
     """Whether a class of its own carries out the tensor's operations: its items may be elsewhere, or masked."""
     dispatch = getattr(type(value), "__torch_dispatch__", None)

@@ -214,7 +214,8 @@ class KernelOperator:
     def mean_gradient(self, alpha: torch.Tensor, weights: torch.Tensor | None = None, rows: int = _ROWS):
         """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
         if not self.kernel.radial:
-            return pair_mean_gradient(self.kernel, self.X, alpha, self.Z, rows, weights)
+            with self.products():
+                return pair_mean_gradient(self.kernel, self.X, alpha, self.Z, rows, weights)
         at = self.points
         kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit)
 

@@ -24,6 +24,12 @@ def host_bytes() -> int:
     return _last[2]
 
 
+def forget() -> None:
+    """Let the next reading be a new one, since memory has just been given back."""
+    global _last  # noqa: PLW0603 (see ``host_bytes``)
+    _last = (-math.inf, (), 0)
+
+
 def _free_bytes() -> int:
     try:
         for line in _FREE.read_text().splitlines():

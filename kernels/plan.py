@@ -88,9 +88,15 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        (free, total), taken = torch.cuda.mem_get_info(device), torch.cuda.memory_allocated(device)
+        return max(0, min(free + torch.cuda.memory_reserved(device), int(_share(device) * total)) - taken)
     return host_bytes()
+
+
+def _share(device: torch.device) -> float:
+    """What of a GPU's memory torch may take: as ``torch.cuda.set_per_process_memory_fraction`` says, else all."""
+    asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # the first versions cannot tell
+    return asked(device) if asked is not None and torch.cuda.is_initialized() else 1.0
 
 
 WIDE = 16  # items: pointers and strides that are multiples of it are aligned for every load of a GPU kernel

@@ -14,8 +14,6 @@ from pathlib import Path
 if not __package__:  # It is run by its path: modules come from the current folder and from the checkout.
     sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
 try:
-    import torch
-
     from fastagop import commands
 except ModuleNotFoundError as missing:
     sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
@@ -85,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _theory(_: argparse.Namespace) -> int:
-    torch.set_num_threads(1)  # Threads cost more than they bring for matrices of 60 rows.
-    theory.main()
+    with commands.threads(1):  # More cost more than they bring for matrices of 60 rows.
+        theory.main()
     return 0
 
 

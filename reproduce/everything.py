@@ -11,6 +11,8 @@ import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from fastagop import commands
 from reproduce import files, options, report
 
@@ -36,7 +38,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
         except (FileNotFoundError, ImportError) as error:
             absent.append(f"{name}: {commands.describe(error)}")
-        except (ValueError, OSError, MemoryError) as error:
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             failed.append(f"{name} failed: {commands.describe(error)}")
     page = report.write(args.out, shown)
     print("\n".join(["", *absent, *failed, f"wrote {page}: all figures beside what the paper says of them"]))

@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -129,4 +130,5 @@ def _commit() -> str | None:
 
 def peak_resident_bytes() -> int:
     """The most memory this process has held at once; what ran before a run was resumed is not in it."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -83,6 +83,18 @@ def test_finite_differences_twice(name, kernel):
     assert torch.autograd.gradgradcheck(lambda *g: call(name, kernel, *g), (X, Z, alpha, V, width), fast_mode=True)
 
 
+@pytest.mark.parametrize(("n", "m", "d", "budget"), [(20, 500, 300, 2**22), (400, 250, 50, 2**20)])
+def test_derivatives_keep_to_their_memory(n, m, d, budget, tensor_memory, monkeypatch):
+    """Few centers of many features: work tensors of a block are as wide as those. Many blocks: their sums add up."""
+    X, Z, alpha, _ = (t.detach() for t in made(n=n, m=m, d=d, dtype=torch.float32))
+    given = [Z, X, alpha, torch.tensor(20.0), torch.ones(d, d)]
+    monkeypatch.setattr(autograd, "_BLOCK_BYTES", budget)
+    read = autograd._Spec.read("agop, Gaussian, apart, bandwidth 20.0")
+    found, most = tensor_memory(lambda: autograd._by_blocks(read, 1, given))
+    assert [t.shape for t in found] == [t.shape for t in given[:4]]
+    assert most <= budget + 8 * (d * d + 6 * n * d)  # and, of all blocks, products of features, points in float64
+
+
 @pytest.mark.parametrize("kernel", [Laplace(1.3), Gaussian(1.1)], ids=["Laplace", "Gaussian"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -224,6 +224,15 @@ def test_agop_takes_n_and_d(tmp_path, monkeypatch):
     assert [path.name for path in out.parent.iterdir()] == ["agop.json"]
 
 
+def test_agop_is_measured_without_xrfm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(harness, "alone", lambda *_: {"peak_bytes": 0})
+    out = tmp_path / "agop.json"
+    assert main(["agop", "--n", "60", "--d", "5", "--repeats", "1", "--out", str(out)]) == 0
+    assert {row["contender"] for row in json.loads(out.read_text())["rows"]} == {"fastagop", "torch composition"}
+    assert "xrfm is not installed" in capsys.readouterr().out
+
+
 def test_other_cases_take_n(tmp_path, monkeypatch):
     asked, seen = [], []
     monkeypatch.setattr(harness, "alone", lambda *given: seen.append(given[-2:]) or {"peak_bytes": 0})

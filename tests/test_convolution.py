@@ -19,6 +19,45 @@ def laplace(p: torch.Tensor, q: torch.Tensor, bandwidth: float) -> torch.Tensor:
     return torch.exp(-torch.where(apart > 0, apart, 1.0).sqrt() / bandwidth) * (apart > 0) + 1.0 * (apart == 0)
 
 
+@pytest.mark.parametrize("power", [-110, -80, 80, 120])
+def test_patches_of_any_size_have_length_one(power):
+    """Squares of float32 numbers beyond 2^64 or below 2^-75 leave float32."""
+    X = images(dtype=torch.float32)
+    assert torch.equal(Window(3).patches(X * 2.0**power), Window(3).patches(X))
+
+
+def test_many_images_are_normalised_in_parts(monkeypatch):
+    X = images(5).requires_grad_()
+    whole = Window(3).patches(X)
+    monkeypatch.setattr("fastagop.convolution.window._IMAGES", 2)
+    found = Window(3).patches(X)
+    assert torch.equal(found, whole)
+    slopes = [torch.autograd.grad(patches[:, :, 0].sum(), X)[0] for patches in (found, whole)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_a_layer_under_autocast():
+    X, y = images(12, 1, 5, torch.float32), torch.arange(12) % 3
+    settings = ConvLayerSettings(Laplace(1.0), Window(3), width=8)
+    layer = fit_layer(X, y, settings, seed=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = fit_layer(X, y, settings, seed=0)
+        found = again(X)
+    assert (again.nc1, again.nc2) == (layer.nc1, layer.nc2)
+    assert torch.equal(found, layer(X))
+
+
+def test_a_layer_of_images_with_history():
+    """A layer is fitted to the numbers of images that a network made; its features have derivatives in them."""
+    X, y = images(12, 1, 5, torch.float32), torch.arange(12) % 3
+    settings = ConvLayerSettings(Laplace(1.0), Window(3), width=8)
+    layer, grown = fit_layer(X, y, settings, seed=0), X.clone().requires_grad_()
+    found = fit_layer(grown * 1.0, y, settings, seed=0)
+    assert torch.equal(found.root, layer.root)
+    assert not found.root.requires_grad
+    assert torch.autograd.grad(layer(grown).sum(), grown)[0].any()
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 0), (2, 2, 0), (3, 2, 1), (5, 1, 0), (1, 3, 0)])
 def test_patches_are_those_of_a_convolution(size, stride, padding):
     X, window = images(), Window(size, stride, padding)
@@ -72,6 +111,40 @@ def test_images_that_repeat_are_told():
     assert machine.jitter > 0.0
     assert machine.residual > 0.1  # contradicting targets cannot be met
     assert bool(machine.alpha.isfinite().all())
+
+
+@pytest.mark.parametrize(("n", "m", "side"), [(1, 40, 6), (40, 1, 6), (30, 30, 5), (2, 2, 12)])
+def test_blocks_hold_what_they_may(n, m, side, monkeypatch):
+    """One image against many; one pair of images (100 x 100 patches) that is more than a block."""
+    A, B = (Window(3).patches(images(count, 1, side, seed=count)) for count in (n, m))
+    whole, sizes = patch_kernel_matrix(Laplace(0.7), A, B), []
+
+    def measured(*args):
+        found = fastagop.kernel_matrix(*args)
+        sizes.append(found.numel() * found.element_size())
+        return found
+
+    monkeypatch.setattr("fastagop.convolution.machine._BLOCK_BYTES", 8 * 3000.0)
+    monkeypatch.setattr("fastagop.convolution.machine.kernel_matrix", measured)
+    torch.testing.assert_close(patch_kernel_matrix(Laplace(0.7), A, B), whole, rtol=1e-12, atol=0.0)
+    assert 8 * 300 <= max(sizes) <= 8 * 3000
+    assert sum(sizes) == 8 * n * m * A.shape[1] * B.shape[1]
+
+
+def test_float32_patches_are_solved_in_float64():
+    """With a kernel that is smooth and a small ridge, kernel values in float32 leave 1e-3 of the targets unmet."""
+    A, Y = Window(3).patches(images(40, 1, 5, torch.float32)), torch.eye(40, dtype=torch.float64)[:, :3]
+    machine = PatchMachine.fit(Gaussian(3.0), A, Y, ridge=1e-8)
+    exact = PatchMachine.fit(Gaussian(3.0), A.double(), Y, ridge=1e-8)
+    unmet = patch_kernel_matrix(Gaussian(3.0), A.double()) @ machine.alpha + 1e-8 * machine.alpha - Y
+    assert float(unmet.norm() / Y.norm()) < 1e-8
+    torch.testing.assert_close(machine.predict(A), exact.predict(A.double()), rtol=1e-6, atol=1e-6)
+    M, expected = machine.agop(), exact.agop()
+    assert M.dtype == torch.float32
+    assert float((M.double() - expected).norm()) <= 1e-6 * float(expected.norm())
+    weights = torch.rand(len(A) * A.shape[1], generator=torch.Generator().manual_seed(1))
+    M, expected = (m.agop(sample_weight=weights.to(m.patches), Z=None, center=True) for m in (machine, exact))
+    assert float((M.double() - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

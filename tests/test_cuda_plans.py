@@ -19,7 +19,7 @@ from fastagop.kernels.triton_backend import stored_product
 import fastagop
 from bench import problems
 from fastagop import Laplace, linalg
-from fastagop.solvers import direct, half
+from fastagop.solvers import direct, half, pinned
 from fastagop.solvers.problem import FULL_MATRIX_ROWS
 from fastagop.solvers.solve import SolveOptions, prepare
 from fastagop.solvers.symmetric_blocks import default_rows
@@ -85,6 +85,28 @@ def test_pinned_memory_is_planned(on, monkeypatch, free, way):
         return
     solver = prepare(Laplace(30.0), X, Y, SolveOptions(**task)).solver
     assert solver.run is {"refined": half.refined, "from points": half.from_points}[way]
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "way", "returned"),
+    [(90, 64, "refined", 0), (26, 64, "refined", 1), (25, 25, "from points", 0), (5, 30, "from points", 1)],
+)
+def test_pinned_memory_of_an_earlier_solve_is_there_for_the_next(on, monkeypatch, free, kept, way, returned):
+    """PyTorch keeps it, so that the system calls it taken; it is returned only where that makes enough."""
+    on("RTX 4090")
+    host, calls = {"free": free * GB}, []
+
+    def give_back(device):
+        calls.append(device)
+        host["free"] = (free + kept) * GB
+
+    monkeypatch.setattr(half, "host_bytes", lambda: host["free"])
+    monkeypatch.setattr(pinned, "held_bytes", lambda: kept * GB + free * GB - host["free"])
+    monkeypatch.setattr(pinned, "give_back", give_back)
+    X, Y = cuda(100_000, 64), cuda(100_000, 10)
+    solver = prepare(Laplace(30.0), X, Y, SolveOptions(method=fastagop.CholeskyCG(place="host"))).solver
+    assert solver.run is {"refined": half.refined, "from points": half.from_points}[way]
+    assert calls == [X.device] * returned
 
 
 # ---- row blocks
@@ -174,6 +196,28 @@ def test_steps_of_near_pairs_have_a_devices_rows(chunk, most, monkeypatch, cloud
     assert (len(rows) > 20) == (chunk == 2**12)
 
 
+@pytest.mark.parametrize("chunk", [2**10, 2**18, 2**21])
+def test_steps_of_distances_have_a_devices_items(chunk, monkeypatch, cloud, relative):
+    """Near pairs that no group serves, in few steps on CUDA, where each waits for the GPU."""
+    steps, measure = [], distance._measure_directly
+    monkeypatch.setattr(distance, "near_chunk", lambda device: chunk)
+    monkeypatch.setattr(distance, "_measure_directly", lambda *given: (steps.append(1), measure(*given))[1])
+    X = cloud("collapsed 1e-2", n=300, d=12, dtype=torch.float32)
+    assert relative(fastagop.kernel_matrix(Laplace(2.0), X), reference.kernel_matrix(Laplace(2.0), X)) <= 1e-5
+    assert (len(steps) > 20) == (chunk == 2**10)
+
+
+def test_what_steps_of_distances_take_is_planned(on):
+    on("H200")
+    assert [distance.near_chunk(torch.device(kind)) for kind in ("cpu", "cuda")] == [2**18, 2**21]
+    small, large = (distance.tile_bytes(2048, 50_000, 50_000, 1024, 4, chunk) for chunk in (2**18, 2**21))
+    assert large - small == (16 + 3 * 4) * 2**21 - 5 * 4 * 16 * 50_000  # sixteen rows are more than the small chunk
+    X, alpha = cuda(50_000, 1024), cuda(50_000, 1)
+    for rows in (1, 256):
+        form = costs.gram_form_bytes(rows, X, alpha, X, symmetric=True)
+        assert form >= 4 * 50_000**2 + distance.tile_bytes(rows, 50_000, 50_000, 1024, 4, 2**21)
+
+
 def test_what_steps_of_near_pairs_take_is_planned(on):
     on("H200")
     assert [gradients.chunk_of(torch.device(kind)) for kind in ("cpu", "cuda")] == [2**18, 2**24]
@@ -181,6 +225,66 @@ def test_what_steps_of_near_pairs_take_is_planned(on):
     assert costs.gradient_form_bytes(2048, X, alpha, X, False) > 68 * 2**24 + 5 * 4 * 2048 * 50_000
     few = costs.gradient_form_bytes(1, X, alpha, X, False)
     assert few < 2 * 48 * 50_000 + 16 * X.numel() + 8 * 16 * 50_000 + 2**26 + 8 * 3 * 1024**2 + 8 * 10 * X.numel()
+
+
+@pytest.mark.parametrize(("room", "method"), [(72, "gradient"), (100, "gram")])
+def test_split_halves_of_stored_weights_are_planned(on, room, method):
+    """W of 100,000 points takes 40 GB, and as many once more where its products are of fp16 halves."""
+    on("H200")
+    X, alpha, task = cuda(100_000, 2048), cuda(100_000, 100), AgopTask(limit=room * GB)
+    least = costs.halves_bytes(100_000, "fp16x3")
+    assert 40 * GB < least < 40.1 * GB
+    split = costs.plan(X, alpha, X, task, "", "fp16x3", symmetric=True)
+    assert split.method == method
+    assert ("does not fit into 72.0 GB" in split.why) == (method == "gradient")
+    assert costs.plan(X, alpha, X, task, "", "tf32", symmetric=True).method == "gram"  # one float32 factor
+    if method == "gram":
+        assert split.peak_bytes > 80 * GB
+    with pytest.raises(MemoryError, match=r"agop, gram form, needs 8\d.* GB for a single row block"):
+        costs.plan(X, alpha, X, AgopTask(method="gram", limit=72 * GB), "", "fp16x3", symmetric=True)
+
+
+@pytest.mark.parametrize(("n", "bytes_"), [(1, 4 * 65), (64, 64 * 4 * 65), (65, 65 * 4 * 129)])
+def test_halves_are_padded(n, bytes_):
+    """By what an operand has: two halves of two bytes an item, and a scale of four bytes a row."""
+    split = pytest.importorskip("fastagop.kernels.triton_backend.split", exc_type=ImportError)
+    assert costs.halves_bytes(n, "fp16x3") == n * (4 * split.padded(n) + 4) == bytes_
+    assert costs.halves_bytes(n, "tf32") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_halves_of_a_fits_weights_are_counted(dtype, monkeypatch, cloud, normal):
+    """The copy in the points' dtype, and its halves, come beside the weights that a fit has left."""
+    monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: {"gram": 1e12, "gradient": 1.0}[form])
+    monkeypatch.setattr(costs, "rate", torch_agop.rate)
+    X, alpha = cloud("spread", n=300, d=5, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
+    W = torch_agop.weights(Laplace(2.0), X, X, 64).to(dtype)
+    wide = dtype == torch.float64
+    needed = costs.gram_form_bytes(64, X, alpha, X, wide, symmetric=True, products="fp16x3")
+    assert needed >= 4 * 300 * (300 * (4 if wide else 2))
+    made = []
+    for limit in (needed, needed - 1):
+        task = AgopTask("sum", limit=limit)
+        how = {"symmetric": True, "products": "fp16x3", "rows": 64}
+        decision = torch_agop.choose_form(W, X, alpha, X, task, **how)
+        made.append((decision.form, decision.dtype))
+    assert made[0] == ("gram", torch.float32)
+    assert made[1] != made[0]
+
+
+# ---- what Triton refuses
+
+
+@pytest.mark.parametrize("kernel", [Laplace(2.0), fastagop.ProductLaplace(2.0)], ids=repr)
+def test_amd_is_refused(on, kernel, monkeypatch):
+    """An MI300 says that it has compute capability 9.4, and takes neither the register limits nor the products."""
+    on("H200")
+    X = cuda(30, 10)
+    assert fastagop.explain("kernel_matrix", kernel, X, backend="triton").startswith("kernel_matrix: backend triton")
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    with pytest.raises(fastagop.BackendUnavailable, match=r"NVIDIA's GPUs and this torch is built for AMD's \(ROCm\)"):
+        fastagop.explain("kernel_matrix", kernel, X, backend="triton")
+    assert fastagop.explain("kernel_matrix", kernel, X).startswith("kernel_matrix: backend torch")
 
 
 # ---- products with the kernel matrix
@@ -421,6 +525,17 @@ def test_the_float64_matrix_on_blackwell(on, chip, version, taken, monkeypatch):
     assert ("of a matrix from the torch backend: Triton 3.6 does not compile float64 products" in text) == (not taken)
     assert triton_door.has_products(torch.float64) == taken
     assert triton_door.has_products(torch.float32)
+
+
+def test_the_float64_matrix_beside_a_blackwell(on, monkeypatch):
+    """A factorisation is made ready without a device: each GPU here must have its float64 products."""
+    on("H200")
+    capabilities = {None: (9, 0), 0: (9, 0), 1: (10, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(triton_door, "version", lambda: (3, 6))
+    for count, taken in ((1, True), (2, False)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert triton_door.has_products(torch.float64) == taken
 
 
 # ---- float32 points in a float64 matrix

@@ -287,6 +287,20 @@ def test_a_seed_for_each_layer():
     assert all(type(seed) is int for seed in drawn)
 
 
+def test_a_layer_leaves_the_users_peak_of_memory_alone(monkeypatch):
+    """(in use, at most so far) before; what was most after; what the layer says that it took, planned with 50."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: pytest.fail("the user's statistics"))
+    assert deep._peak(deep._allocated(torch.device("cpu")), torch.device("cpu"), 50) == 50
+    for in_use, before, after, taken in ((10, 30, 90, 80), (10, 90, 90, 50), (70, 90, 90, 20)):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, count=in_use: count)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device, count=before: count)
+        found = deep._allocated(cuda)
+        assert found == (in_use, before)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device, count=after: count)
+        assert deep._peak(found, cuda, 50) == taken
+
+
 def test_stages_of_a_layer_add_up_to_its_seconds(normal):
     X, Y = normal(30, 3), normal(30, 2)
     settings = deep.Settings(kernel=Laplace(2.0), depth=1, features="relu", width=8, ridge=1e-3)

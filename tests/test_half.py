@@ -17,7 +17,7 @@ from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.solvers import full_refined, half, solve
 from fastagop.solvers.solve import SolveOptions, prepare
-from fastagop.solvers.symmetric_blocks import SymmetricBlocks, default_rows, half_bytes
+from fastagop.solvers.symmetric_blocks import default_rows, half_bytes
 
 KERNELS = [Laplace(4.0), Gaussian(1.5), Matern52(4.0), GeneralisedLaplace(4.0, 0.7)]
 DTYPES = [torch.float32, torch.float64]
@@ -109,18 +109,6 @@ def test_blocks_in_a_file_give_the_same_bits_and_leave_nothing(problem, tmp_path
     model = fastagop.DeepRFMRegressor(Laplace(4.0), depth=1, width=16, solver=at).fit(X, Y)
     other = fastagop.DeepRFMRegressor(Laplace(4.0), depth=1, width=16, solver="cholesky+cg").fit(X, Y)
     assert torch.equal(model.agops_[0], other.agops_[0])
-
-
-def test_blocks_in_a_file_take_nothing_of_a_limit(problem, tmp_path):
-    """Else rows of the AGOP are so few, where the limit is below the file's size, that it takes many times as long."""
-    (X, Y), limit = problem(), 400_000
-    rows = {}
-    for place in ("device", str(tmp_path)):
-        W = SymmetricBlocks(len(X), torch.float64, place=place).fill_(lambda out, start: out.zero_())
-        assert W.bytes > limit
-        task = AgopTask("sum", limit=limit)
-        rows[place] = max(len(tile) for _, tile in kernel_ridge._tiles_(W, X, Y.double(), task))
-    assert rows[str(tmp_path)] >= 4 * rows["device"]
 
 
 def test_bad_options(problem, tmp_path):
@@ -430,6 +418,18 @@ def test_tiles_of_the_stored_half_are_weighted_and_centred(center, weighted, pro
         regression = KernelRidge(Laplace(4.0), 1e-2, "highest", "auto", solver)
         found.append(kernel_ridge.fit_and_agop(rows.take(X), Y, regression, rows=rows, center=center)[1])
     assert relative(found[0], found[1]) <= 1e-5
+
+
+def test_weights_in_a_file_leave_the_limit_to_their_tiles(tmp_path):
+    """Else each tile were a single row where the half is as large as the limit."""
+    X, rows = torch.randn(1000, 5), {}
+    for place in ("device", str(tmp_path)):
+        W = half.SymmetricBlocks(1000, torch.float64, place=place).fill_(lambda out, start: out.fill_(0.0))
+        task = AgopTask("sum", False, limit=W.bytes)
+        first, _ = next(kernel_ridge._tiles_(W, X, X[:, :2], task))
+        rows[place] = first.stop
+    assert rows["device"] == 1
+    assert rows[str(tmp_path)] > 30
 
 
 @pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "scales", "identical"])

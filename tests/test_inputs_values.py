@@ -149,8 +149,8 @@ def test_what_rounding_costs_the_gradients(K, weighted, center, normal, monkeypa
     assert 1e-9 < share < 1e-6
     for limit, costs in ((0.99 * share, True), (1.01 * share, False)):
         monkeypatch.setattr(kernel_ridge, "_ROUNDING", limit)
-        assert kernel_ridge._rounding_costs(Gaussian(2.0), X, alpha, center, w) == costs
-    assert not kernel_ridge._rounding_costs(Gaussian(2.0), X, alpha[:, :0], center, w)
+        assert kernel_ridge.rounding_costs(Gaussian(2.0), X, alpha, center, w) == costs
+    assert not kernel_ridge.rounding_costs(Gaussian(2.0), X, alpha[:, :0], center, w)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -161,7 +161,7 @@ def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, 
     made = []
     plain = kernel_ridge.Predictor
     monkeypatch.setattr(kernel_ridge, "Predictor", lambda *args: made.append(args) or plain(*args))
-    monkeypatch.setattr(kernel_ridge, "_rounding_costs", lambda *args: wide)
+    monkeypatch.setattr(kernel_ridge, "rounding_costs", lambda *args: wide)
     monkeypatch.setattr(kernel_ridge.float64_fit, "fit", lambda *args: None)
     how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", backend)
     kernel_ridge.fit_and_agop(normal(20, 3, dtype=dtype), normal(20, 2, dtype=dtype), how)

@@ -53,6 +53,49 @@ def test_same_numbers(kernel, theirs, mat, other, data, relative):
                 assert relative(ours.get_agop_diag(x, z, f, mat, center), diagonal) <= CLOSE
 
 
+@pytest.mark.parametrize("kernel", [Laplace(3.0), ProductLaplace(3.0)], ids=repr)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_the_diagonal_in_blocks(kernel, center, same, data, relative, monkeypatch):
+    """Gradients of 3 points at a time, and by a matrix that is not symmetric: the diagonal of the whole AGOP."""
+    x, z, coefs, mats = data
+    monkeypatch.setattr("fastagop.integrations.xrfm._BLOCK_BYTES", 8 * 3 * 5 * 3)
+    for mat in (*mats.values(), mats["matrix"].tril()):
+        arguments = x, x if same else z, coefs, mat, center
+        found = FastKernel(kernel).get_agop_diag(*arguments)
+        assert relative(found, FastKernel(kernel).get_agop(*arguments).diagonal()) <= 1e-12
+
+
+def test_the_diagonal_makes_no_square_matrix(normal, monkeypatch):
+    """A (d, d) matrix of that many features would be 29 GB, more than there is."""
+    x, coefs = normal(6, 60_000, dtype=torch.float32), normal(1, 6, dtype=torch.float32)
+    found = FastKernel(Laplace(300.0)).get_agop_diag(x, x, coefs, None, True)
+    assert found.shape == (60_000,)
+    assert found.dtype == torch.float32
+
+
+def test_the_diagonal_of_gradients_that_nearly_agree(normal, relative):
+    """Of a kernel much wider than the points, centred: float32 gradients would lose half of the digits."""
+    x, coefs = normal(40, 3, dtype=torch.float32), normal(1, 40, dtype=torch.float32).abs()
+    z = 100.0 + 1e-3 * normal(30, 3, seed=2, dtype=torch.float32)
+    found = FastKernel(Gaussian(100.0)).get_agop_diag(x, z, coefs, None, True)
+    exact = FastKernel(Gaussian(100.0)).get_agop_diag(x.double(), z.double(), coefs.double(), None, True)
+    assert relative(found.double(), exact) <= 1e-6
+
+
+def test_autocast_changes_nothing(data):
+    x, z, coefs, mats = (part if isinstance(part, dict) else part.float() for part in data)
+    arguments, ours = (x, z, coefs, mats["matrix"].float()), FastKernel(Laplace(3.0))
+
+    def results():
+        kernel, slopes = ours.get_kernel_matrix(*arguments[:2], arguments[3]), ours.get_function_grads(*arguments)
+        return [kernel, slopes, ours.get_agop(*arguments), ours.get_agop_diag(*arguments)]
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, results(), plain))
+
+
 L1 = [  # their gradients of several outputs together are wrong with torch 2.14: one at a time
     (ProductLaplace(3.0), own.ProductLaplaceKernel(3.0, 1.0)),
     (LpLaplace(1.5, 0.8, 3.0), own.LpqLaplaceKernel(3.0, 1.5, 0.8)),

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastagop.kernels import reference
+from fastagop.kernels import backends, reference
+from fastagop.kernels.keops_backend import backend as keops_door
+from fastagop.kernels.keops_backend import pairs as keops_pairs
 from fastagop.kernels.keops_backend import reductions
 from fastagop.kernels.radial import Radial
 from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases
@@ -253,3 +255,116 @@ def test_auto_leaves_it_to_whoever_asks(cloud, normal):
         ("agop", (normal(50, K),)),
     ):
         assert "backend torch" in fastagop.explain(op, Laplace(2.0), X, *further)
+
+
+# ---- Points that a CUDA kernel cannot hold, by KeOps' own account: there is no GPU here
+
+PAIRS = [fastagop.ProductLaplace(2.0), fastagop.LpLaplace(1.5, 1.0, 2.0), fastagop.Polynomial(2)]
+PAIRS += [fastagop.Polynomial(3), fastagop.ArcCosine(1)]
+WIDE = [*(case.kernel for case in cases(DEVICES, "keops")), *PAIRS]
+CUDA = torch.device("cuda")
+
+
+def held(formula: str, pair: str, d: int, width: int, numbers: int) -> int:
+    """Items of shared memory that a thread of KeOps' CUDA kernel takes."""
+    from keopscore.config.chunks import dimchunk
+    from keopscore.formulas.GetReduction import GetReduction
+    from keopscore.mapreduce.Chunk_Mode_Constants import Chunk_Mode_Constants
+    from keopscore.utils.code_gen_utils import Var_loader
+
+    aliases = [f"{pair[0]}=Var(0,{d},0)", f"{pair[1]}=Var(1,{d},1)", f"b=Var(2,{width},1)", f"c=Var(3,{numbers},2)"]
+    made = GetReduction(f"Sum_Reduction({formula},0)", aliases)
+    if len(made.formula.chunked_formulas(dimchunk)) == 1 and not Chunk_Mode_Constants(made).chunk_postchunk_mix:
+        return Chunk_Mode_Constants(made).dimy
+    return Var_loader(made).dimy
+
+
+@needs_keops
+@pytest.mark.parametrize("kernel", WIDE, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_as_many_columns_as_cuda_holds(kernel, dtype):
+    reductions.pykeops_module()
+    found, most = reductions._formulas(kernel), 49152 // dtype.itemsize
+    numbers = len(reductions._constants(kernel, torch.zeros((), dtype=dtype)))
+    for d in (300, 6000, most - 2, most - 1, most, 20_000):
+        columns = reductions._most_columns(found.value, d, dtype, CUDA)
+        said = reductions.too_wide("kernel_matmul", kernel, d, dtype, CUDA)
+        assert (said is None) == (columns > 0)
+        assert (held(f"{found.value} * b", "xz", d, max(1, columns), numbers) <= most) == (columns > 0)
+        fits = held(f"TensorProd(b, {found.slope})", "zx", d, 1, numbers) <= most
+        assert (reductions.too_wide("agop", kernel, d, dtype, CUDA) is None) == fits
+        assert reductions.too_wide("agop", kernel, d, dtype, torch.device("cpu")) is None
+
+
+class OnCuda(torch.Tensor):
+    """A tensor without numbers that says it is on CUDA."""
+
+    device = property(lambda self: CUDA)
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("operation", "kernel", "dtype", "served"),
+    [
+        ("kernel_matmul", Laplace(2.0), torch.float64, True),  # 64 features at a time
+        ("kernel_matmul", Gaussian(2.0), torch.float64, False),
+        ("kernel_matmul", Gaussian(2.0), torch.float32, True),
+        ("gradients", Laplace(2.0), torch.float64, False),
+        ("agop", Laplace(2.0), torch.float32, True),
+        ("solve with method 'cg'", Gaussian(2.0), torch.float32, False),  # by float64 products
+        ("gradients", fastagop.ProductLaplace(2.0), torch.float64, False),
+        ("gradients", fastagop.Polynomial(2), torch.float32, False),  # which computes in float64
+    ],
+)
+def test_points_that_cuda_cannot_hold_are_refused(operation, kernel, dtype, served, monkeypatch):
+    """KeOps 2.3 would divide by zero, which ends the process."""
+    for module in (keops_door, keops_pairs):
+        monkeypatch.setattr(module, "unusable", lambda X: None)
+    X = torch.empty(30, 10_000, dtype=dtype, device="meta").as_subclass(OnCuda)
+    request = backends.Request(operation, kernel, X)
+    if served:
+        assert backends.choose("keops", request)[0].name == "keops"
+        return
+    with pytest.raises(
+        BackendUnavailable, match=r"on CUDA it holds .* 10000 features in float64 take more; use backend"
+    ):
+        backends.choose("keops", request)
+    assert backends.serving("keops", request) == "auto"
+
+
+def test_reductions_on_cuda_wait_for_their_points(monkeypatch):
+    """KeOps launches on the default stream, whatever the current one is, and leaves its device the current one."""
+    log: list = []
+
+    class Device:
+        def __init__(self, device):
+            log.append(device)
+
+        def __enter__(self):
+            log.append("enter")
+
+        def __exit__(self, *raised):
+            log.append("exit")
+
+    class Stream:
+        def synchronize(self):
+            log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    X = torch.ones(3, 2)
+    assert reductions._ordered(lambda a, b: a + b, X, X).sum() == 12
+    assert log == []
+    on_cuda = torch.empty(3, 2, device="meta").as_subclass(OnCuda)
+    assert reductions._ordered(lambda a, b: log.append("sum") or b, on_cuda, X) is X
+    assert log == [CUDA, "enter", "wait", "sum", "exit"]
+
+
+@needs_keops
+def test_each_reduction_is_ordered(monkeypatch):
+    seen, ordered = [], reductions._ordered
+    monkeypatch.setattr(reductions, "_ordered", lambda *given: (seen.append(1), ordered(*given))[1])
+    monkeypatch.setattr(reductions, "_reduction", reductions._reduction.__wrapped__)
+    X = torch.ones(4, D)
+    fastagop.kernel_matmul(Laplace(2.0), X, None, torch.ones(4, K), **KEOPS)
+    assert len(seen) == 2  # the compilation's own, and the call's

@@ -224,7 +224,7 @@ def test_psd_sqrt_within_the_span_of_rows(dtype, n, normal):
     is_root(R, M)
 
 
-@pytest.mark.parametrize("failure", ["raises", "nan"])
+@pytest.mark.parametrize("failure", ["raises", "raises plainly", "nan"])
 def test_eigh_of_a_device_that_fails(failure, normal, monkeypatch, caplog):
     """A GPU's solver is known to fail on low-rank matrices: the host's then answers, and says so."""
     thin = normal(30, 3)
@@ -242,6 +242,8 @@ def test_eigh_of_a_device_that_fails(failure, normal, monkeypatch, caplog):
             return plain(A)
         if failure == "raises":
             raise torch.linalg.LinAlgError("cusolver error: 7\nmore")
+        if failure == "raises plainly":
+            raise RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling `cusolverDnDsyevd(...)`")
         return tuple(torch.full_like(B, torch.nan) for B in plain(A.as_subclass(torch.Tensor)))
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
@@ -258,4 +260,13 @@ def test_eigh_fails_aloud(what, monkeypatch):
     failed = (values * torch.nan, vectors) if what == "values" else (values, vectors * torch.nan)
     monkeypatch.setattr(torch.linalg, "eigh", lambda A: failed)
     with pytest.raises(torch.linalg.LinAlgError, match="it returned NaN"):
+        linalg.eigh(torch.eye(3))
+
+
+def test_eigh_hands_on_what_is_no_failure_of_a_solver(monkeypatch):
+    def full(A):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with pytest.raises(torch.OutOfMemoryError):
         linalg.eigh(torch.eye(3))

@@ -1,9 +1,12 @@
 """What was measured on this device decides, and nothing is measured unless asked for."""
 
+import importlib.metadata
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +243,20 @@ def test_the_file_is_named_after_the_chip(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X1")
     monkeypatch.setattr("importlib.metadata.version", lambda package: "3.1" if package == "triton" else "0")
     assert calibration.path(torch.device("cuda")).name == "chip-x1-triton-3.1.json"
+
+
+def test_triton_by_another_distributions_name(monkeypatch, tmp_path):
+    """Nightly builds of torch bring "pytorch-triton", which is imported as triton all the same."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0+git9844da95"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Chip X1")
+    monkeypatch.setenv("FASTAGOP_CACHE", str(tmp_path))
+    assert launch_config.version.__wrapped__() == (3, 6)
+    assert calibration.path(torch.device("cuda")) == tmp_path / "chip-x1-triton-3.6.0-git9844da95.json"
+    monkeypatch.setitem(sys.modules, "triton", None)  # no import finds it
+    with pytest.raises(importlib.metadata.PackageNotFoundError, match="triton"):
+        calibration.triton_version()

@@ -355,8 +355,18 @@ BAD = {
     "no Linear layer": (ValueError, "model must have a layer to measure", lambda: (nn.Softplus(), X)),
     "a forward of its own": (
         TypeError,
-        "'0' is a Own .* leave it out, layers=\\['1'\\]",
-        lambda: (nn.Sequential(Own(4, 4), nn.Linear(4, 2)), X),
+        "'0' is a Own .* leave it out, layers=\\['1', '3'\\]",
+        lambda: (nn.Sequential(Own(4, 4), nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 2)), X, "*"),
+    ),
+    "none but with forwards of their own": (
+        ValueError,
+        "none is left that can be measured. '0': it has a forward of its own",
+        lambda: (nn.Sequential(Own(4, 4), Own(4, 2)), X),
+    ),
+    "a forward of its own alone": (
+        TypeError,
+        "'0' is a Own .*; name other layers",
+        lambda: (nn.Sequential(Own(4, 4), nn.Linear(4, 2)), X, "0"),
     ),
     "unknown layer": (
         ValueError,

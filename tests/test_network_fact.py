@@ -180,6 +180,11 @@ BAD = {
         lambda m, X, y: network.fact_correlation(m, X, y, loss=lambda out, _: out),
     ),
     "no function": (TypeError, "loss must map outputs", lambda m, X, y: network.fact_correlation(m, X, y, loss="mse")),
+    "words": (
+        TypeError,
+        r"^y must be a tensor or numbers, got \['a', ",
+        lambda m, X, y: network.fact_correlation(m, X, ["a"] * len(X), loss=entropy),
+    ),
     "no labels": (ValueError, "y must be given", lambda m, X, y: network.fact_correlation(m, X, loss=entropy)),
     "few labels": (
         ValueError,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastagop import network
+from fastagop import collapse, network
 
 N, D = 12, 6
 
@@ -80,6 +80,45 @@ def test_a_skip_connection_in_place_changes_no_measure(normal, X, batch_size):
     for name in plain:
         assert of_stages(found[name]) == pytest.approx(of_stages(plain[name]), rel=1e-5), name
     assert plain["b"].nc1["input"] != pytest.approx(plain["c"].nc1["input"], rel=1e-2)
+
+
+class Normalised(nn.Module):
+    """The input is brought to another scale in place."""
+
+    def __init__(self, normal, in_place: bool):
+        super().__init__()
+        self.a, self.b, self.in_place = linear(normal, 5, D, 3), linear(normal, 3, 5, 4), in_place
+
+    def forward(self, x):
+        x = x.sub_(1).div_(2) if self.in_place else (x - 1) / 2
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("batches", [lambda X: X, lambda X: [X[:5], X[5:]], lambda X: X[:1].expand(6, D)])
+def test_a_model_that_normalises_in_place_leaves_X_as_it_is(normal, X, batches):
+    y, before, loss = torch.arange(N) % 3, X.clone(), lambda out, y: out[:, 0] * y
+    source = batches(X)
+    n = len(source) if isinstance(source, torch.Tensor) else N
+    labelled = source if isinstance(source, torch.Tensor) else [(X[:5], y[:5]), (X[5:], y[5:])]
+    measures = (
+        lambda model: network.agop(model, source),
+        lambda model: network.nfa_correlation(model, source, sketch=2),
+        lambda model: network.fact(model, labelled, y[:n] if labelled is source else None, loss=loss, weight_decay=1.0),
+        lambda model: {k: torch.tensor(of_stages(v)) for k, v in network.collapse_split(model, source, y[:n]).items()},
+    )
+    for measure in measures:
+        found, plain = (measure(Normalised(normal, in_place)) for in_place in (True, False))
+        assert torch.equal(X, before)
+        for name in plain:
+            assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(plain[name])), name
+
+
+def test_features_in_place_leave_X_as_it_is(X):
+    y, before = torch.arange(N) % 3, X.clone()
+    for batch in (X, X.numpy()):
+        found = collapse.Accumulator().extend([(batch, y)], lambda x: x.__isub__(1))
+        assert torch.equal(X, before)
+        assert found.nc1() == collapse.Accumulator().update(X - 1, y).nc1()
 
 
 class Mixing(nn.Module):

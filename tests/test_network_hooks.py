@@ -290,3 +290,30 @@ def test_a_model_that_differentiates(relative):
         J = W.T @ torch.diag(v * (-2 * t * (1 - t * t))) @ W  # of W^T (v (1 - t^2))
         expected = expected + J.T @ J
     assert relative(found, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: torch.vmap(torch.func.jacrev(f)), None])
+def test_layers_inside_a_transform_are_refused_by_name(transform):
+    """A tap cannot work there: torch says so in words of its own."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.c, self.o = nn.Linear(6, 6), nn.Conv1d(1, 1, 3, padding=1), nn.Linear(6, 3)
+
+        def inner(self, x):
+            return torch.tanh(self.l(self.c(x[None])[0] if x.ndim == 1 else x))
+
+        def forward(self, x):
+            if transform is None:  # A part of the batch goes through a transform as a matrix.
+                return self.o(torch.vmap(self.inner)(x.view(2, -1, 6)).view(-1, 6))
+            return self.o(transform(self.inner)(x).flatten(1)[:, :6])
+
+    X, y = torch.randn(6, 6), torch.arange(6) % 3
+    for measure in (network.agop, network.nfa_correlation):
+        with pytest.raises(ValueError, match=r"layers: '[lc]' is called inside a transform of torch\.func"):
+            measure(Model(), X)
+    with pytest.raises(network.NotAMatrixError, match="'l' is called inside a transform"):
+        network.collapse_split(Model(), X, y, "l")
+    model = Model()
+    assert list(network.agop(model, X, "o")) == list(network.collapse_split(model, X, y, "o")) == ["o"]

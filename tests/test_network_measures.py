@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastagop import collapse, network
@@ -92,15 +93,59 @@ def test_dead_features_are_infinitely_far_from_collapse():
     assert found.nc1["projected"] < math.inf
 
 
-def test_two_sets_of_labels():
-    """A shuffled loader brings its own labels; those of the unshuffled data would be silently wrong."""
-    X, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    batches = [(X[:10], y[:10]), (X[10:], y[10:])]
-    brought, both = network.collapse_split(model, batches), network.collapse_split(model, batches, y)
-    assert brought["0"].nc1 == both["0"].nc1
-    with pytest.raises(ValueError, match="y differs from the labels that the batches of X bring"):
-        network.collapse_split(model, batches, y.flip(0))
+def weight_norm(layer):
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(layer)
+    return lambda: layer.weight_g.mul_(torch.linspace(0.1, 5, 8)[:, None])
+
+
+def pruned(layer):
+    prune.random_unstructured(layer, "weight", 0.3)
+    return lambda: layer.weight_orig.mul_(torch.linspace(0.1, 5, 8)[:, None])
+
+
+def spectral(layer):
+    torch.nn.utils.parametrizations.spectral_norm(layer)
+    return lambda: layer.parametrizations.weight.original.mul_(torch.linspace(0.1, 5, 8)[:, None])
+
+
+@pytest.mark.parametrize("made", [weight_norm, pruned, spectral])
+def test_split_takes_the_weight_that_the_forward_runs_with(made):
+    """Weights are made anew by every forward: what the last one left is stale once the parameters have changed."""
+    layer, X = nn.Linear(6, 8), torch.randn(9, 6)
+    change = made(layer)
+    layer(X)
+    with torch.no_grad():
+        change()
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    found = network.split(layer, X, LABELS)
+    assert found.nc1 == network.split(layer, X, LABELS).nc1
+    assert layer.training
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    through = network.collapse_split(nn.Sequential(layer, nn.ReLU()), X, LABELS)["0"]
+    assert found.nc1 == through.nc1
+    assert found.nc2 == through.nc2
+
+
+class Added(nn.Linear):
+    """W + A, as low-rank adapters have it."""
+
+    def __init__(self, *widths: int):
+        super().__init__(*widths)
+        self.A = nn.Parameter(torch.randn(self.weight.shape))
+
+    def forward(self, input):
+        return nn.functional.linear(input, self.weight + self.A, self.bias)
+
+
+def test_split_refuses_a_forward_of_its_own():
+    hooked = nn.Linear(4, 3)
+    hooked.forward = lambda input: 2 * nn.Linear.forward(hooked, input)
+    for layer in (Added(4, 3), hooked):
+        with pytest.raises(
+            TypeError, match=r"layer must be a plain torch.nn.Linear, got a \w+ with a forward of its own"
+        ):
+            network.split(layer, torch.randn(9, 4), LABELS)
 
 
 def test_a_weight_that_changes_with_every_batch_is_refused():

@@ -109,11 +109,22 @@ def test_models_that_return_more_than_a_tensor():
     torch.testing.assert_close(found, W.T @ W)
 
 
+def test_a_loss_may_be_a_module():
+    model, X, y = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    expected = network.agop(
+        model, [(X, y)], outputs=lambda out, y: nn.functional.cross_entropy(out, y, reduction="none")
+    )
+    found = network.agop(model, [(X, y)], outputs=nn.CrossEntropyLoss(reduction="none"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    squares = network.agop(model, [(X, y)], outputs=nn.Softmax(1))  # of one argument
+    assert torch.equal(squares["0"], network.agop(model, X, outputs=lambda out: out.softmax(1))["0"])
+
+
 BAD = {
     "scalar": (ValueError, "outputs must return a row for each sample", {"outputs": lambda out: out.mean()}),
     "no tensor": (TypeError, "outputs must return one floating tensor", {"outputs": lambda out: out.argmax(1)}),
     "NaN": (ValueError, "outputs returns NaN", {"outputs": lambda out: out[:, 0] * math.nan}),
-    "mixing": (ValueError, "mix the samples", {"outputs": lambda out: out - out.mean(0)}),
+    "mixing": (ValueError, "outputs: the function mixes the samples", {"outputs": lambda out: out - out.mean(0)}),
     "outside": (ValueError, "model's 7 outputs: 7 is not", {"outputs": [0, 7]}),
     "twice": (ValueError, "one is given twice", {"outputs": [0, -7]}),
     "none": (ValueError, "at least one", {"outputs": []}),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastagop.kernels import memory
 
 from fastagop.solvers import pinned
-from fastagop.solvers.symmetric_blocks import shapes_of
+from fastagop.solvers.symmetric_blocks import SymmetricBlocks, shapes_of
 
 SHAPES = {
     "none": [],
@@ -51,3 +52,69 @@ def test_little_is_lost_to_powers_of_two(n):
     """Block rows by themselves would take 1.3 to 1.5 times their size."""
     shapes = shapes_of(n, 4096)
     assert 1.0 <= pinned.bytes_of(shapes, torch.float64) / sum(8 * rows * columns for rows, columns in shapes) < 1.15
+
+
+# ---- what PyTorch keeps of it
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """What is done to PyTorch's cache of pinned memory, as of a process that has used a GPU."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(str(device)))
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: done.append("public"), raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: done.append("private"), raising=False)
+    return done
+
+
+def test_what_is_kept_is_returned_once_copies_have_ended(cache, monkeypatch):
+    pinned.give_back(torch.device("cuda:1"))
+    assert cache == ["cuda:1", "public"]
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache")  # PyTorch 2.6
+    pinned.give_back(torch.device("cuda:1"))
+    assert cache[2:] == ["cuda:1", "private"]
+    monkeypatch.delattr(torch._C, "_host_emptyCache")
+    pinned.give_back(torch.device("cuda:1"))
+    assert len(cache) == 4
+
+
+def test_nothing_is_returned_before_cuda_is_used(cache, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    pinned.give_back(torch.device("cuda"))
+    assert cache == []
+
+
+def test_memory_that_was_returned_is_seen_at_once(cache, monkeypatch):
+    """A reading of the host's memory is good for a while otherwise."""
+    free = iter([3, 5])
+    monkeypatch.setattr(memory, "_free_bytes", lambda: next(free))
+    memory.forget()
+    assert [memory.host_bytes(), memory.host_bytes()] == [3, 3]
+    pinned.give_back(torch.device("cuda"))
+    assert memory.host_bytes() == 5
+    memory.forget()
+
+
+@pytest.mark.parametrize(
+    ("stats", "held"),
+    [
+        (lambda: {}, 0),
+        (lambda: {"allocated_bytes.current": 8, "active_bytes.current": 2}, 8),
+        (lambda: {"allocated_bytes.current": 2, "reserved_bytes.current": 8}, 8),  # earlier versions' words
+        (None, float("inf")),
+    ],
+)
+def test_bytes_that_pytorch_has(stats, held, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", stats, raising=False)
+    assert pinned.held_bytes() == held
+
+
+def test_dropped_blocks_are_returned(cache, taken, monkeypatch):
+    half = SymmetricBlocks(8, torch.float64, rows=3, place="host")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: cache.append(len(half.blocks)))
+    half.drop()
+    assert cache == [0, "public"]
+    other = SymmetricBlocks(8, torch.float64, rows=3)
+    other.drop()
+    assert len(cache) == 2

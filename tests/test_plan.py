@@ -76,6 +76,13 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"total_memory": 1000}))
     monkeypatch.setattr(plan, "host_bytes", lambda: 7)
     assert plan.available_bytes(CUDA) == 100 + 50 - 20
+    name = "get_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # nobody has asked for a share before that
+    for share, left in ((1.0, 130), (0.5, 130), (0.06, 40), (0.01, 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, share=share: share, raising=False)
+        assert plan.available_bytes(CUDA) == left
+    monkeypatch.delattr(torch.cuda, name)
+    assert plan.available_bytes(CUDA) == 130
     capturing.append(True)
     assert plan.available_bytes(CUDA) == 1000
     assert plan.available_bytes(torch.device("cpu")) == 7

@@ -336,6 +336,12 @@ def test_prints_as_a_table(found):
     assert repr(found[3].aggregate).startswith("Aggregate(score ")
 
 
+def test_directions_are_counted_before_any_layer_is_searched(monkeypatch):
+    monkeypatch.setattr(fitting, "_search", lambda *_: pytest.fail("a layer was searched"))
+    with pytest.raises(ValueError, match="layer 'narrow': directions must be an integer from 1 to 2, got 3"):
+        fastagop.probes.fit({"wide": noise(20, 3), "narrow": noise(20, 2)}, labels(20), directions=3)
+
+
 BAD = noise(20, 3)
 BAD[[4, 7], 1] = np.nan
 
@@ -352,7 +358,7 @@ BAD[[4, 7], 1] = np.nan
         ({}, {}, "at least one layer"),
         ("abc", {}, "activations must be a mapping"),
         ([np.full((20, 3), "x")], {}, "layer 0 must hold real numbers"),
-        ([noise(20, 3)], {"directions": 4}, "layer 0: k must be an integer from 1 to 3"),
+        ([noise(20, 3)], {"directions": 4}, "layer 0: directions must be an integer from 1 to 3, got 4"),
         ([noise(20, 3)], {"directions": 0}, "directions must be an integer >= 1"),
         ([noise(20, 3)], {"bandwidths": "median"}, "bandwidths must be a sequence"),
         ([noise(20, 3)], {"bandwidths": []}, "bandwidths must hold at least one value"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastagop import DeepRFMClassifier, Laplace, datasets
 from reproduce import deep_rfm_runs, figures, layers, plots, runs, settings, theory
@@ -377,7 +378,11 @@ def test_gaps_are_drawn_as_gaps(tmp_path):
 
 
 def test_theory_is_a_command(monkeypatch):
-    called = []
-    monkeypatch.setattr(theory, "main", lambda: called.append(True))
-    assert main(["theory"]) == 0
-    assert called
+    called, before = [], torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(theory, "main", lambda: called.append(torch.get_num_threads()))
+        assert main(["theory"]) == 0
+        assert (called, torch.get_num_threads()) == ([1], 3)  # "all" makes its figures in the same process
+    finally:
+        torch.set_num_threads(before)

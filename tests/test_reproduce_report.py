@@ -6,6 +6,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from reproduce import everything, figures, report, settings
 from reproduce.__main__ import FIGURES, main, parser
@@ -104,6 +105,8 @@ def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
             raise FileNotFoundError("no svhn here")
         if name == "figure5":
             raise ValueError("a number is wrong")
+        if name == "figure6":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return 0
 
     monkeypatch.setattr(figures, "make", make)
@@ -125,6 +128,7 @@ def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "figure4: no svhn here" in printed
     assert "figure5 failed: a number is wrong" in printed
+    assert "figure6 failed: CUDA out of memory" in printed
     assert (tmp_path / "theory.txt").read_text() == "numbers\n"
     assert (tmp_path / report.NAME).exists()
 

@@ -91,11 +91,11 @@ def test_coarse_products_make_a_preconditioner(ridge, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "items"), [("cholesky", F32, 1.25), ("cholesky", F64, 1.25), ("eigh", F64, 3)]
+    ("name", "dtype", "items"), [("cholesky", F32, 1.25), ("cholesky", F64, 1.25), ("eigh", F64, 4.25)]
 )
 def test_memory_of_a_matrix(name, dtype, items):
     matrix = int(items * N * N * dtype.itemsize)
-    assert row_of(name, dtype).memory(problem()) == matrix + (0 if name == "eigh" else N * D * 8)
+    assert row_of(name, dtype).memory(problem()) == matrix + (8 * N * N if name == "eigh" else N * D * 8)
     assert direct.needed_bytes(N, D, dtype) == int(1.25 * N * N * dtype.itemsize) + N * D * 8
 
 
@@ -118,15 +118,30 @@ def test_the_plan_of_a_matrix(name, dtype, given):
     asked = problem(ridge=0.0, dtype=given)
     plan = direct.plan(asked, name, dtype, "why")
     work = N * N * D + (N**3 / 3 if name == "cholesky" else 9 * N**3) + 4.0 * N * N * K
-    copies = 3 if name == "eigh" else 1.25
+    matrix = int(5.25 * N * N * 8) if name == "eigh" else int(1.25 * N * N * dtype.itemsize)
     points = 0 if given == dtype else N * D * dtype.itemsize
     assert (plan.op, plan.backend, plan.method, plan.why) == ("solve", "torch", name, "why")
     assert plan.flops == pytest.approx(work)
-    assert plan.peak_bytes == int(copies * N * N * dtype.itemsize) + points
+    assert plan.peak_bytes == matrix + points
     workspace = max(2**18, int(0.25 * N * N * dtype.itemsize) // 3)
     assert plan.block == block_rows(N * dtype.itemsize, 0, workspace, N, "solve")
     single = "float32, highest factorisation, float64 refinement" if given == F32 else "float32 factorisation"
     assert plan.precision == ("float64 factorisation" if dtype == F64 else single)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_eigendecomposition_takes_what_is_planned(weighted, normal, tensor_memory):
+    """K, the eigenvectors and 2 n^2 numbers of LAPACK's work, all of which torch allocates for so few points."""
+    n, weights = 500, normal(500).abs() + 0.1 if weighted else None
+    X, Y, how = normal(n, 5), normal(n, 2, seed=2), {"ridge": 1e-3, "method": "eigh", "sample_weight": weights}
+    plain, taken = tensor_memory(lambda: fastagop.solve(Laplace(2.0), X, Y, **how))
+    assert 4.0 * 8 * n * n <= taken <= 4.25 * 8 * n * n
+    assert row_of("eigh", F64).memory(problem(n=n)) >= taken
+    assert row_of("eigh", F64).memory(problem(n=2000)) == 4.25 * 8 * 2000**2 + 2**22
+    A = fastagop.kernel_matrix(Laplace(2.0), X, ridge=0.0)
+    A.diagonal().add_(1e-3 if weights is None else 1e-3 / weights)
+    torch.testing.assert_close(plain.alpha, torch.linalg.solve(A, Y), rtol=1e-8, atol=1e-8)
+    assert plain.residual < 1e-10
 
 
 def test_a_matrix_of_few_rows_has_a_block():

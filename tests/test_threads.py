@@ -138,7 +138,7 @@ def test_different_wishes_at_once(older, monkeypatch):
     """On CUDA "medium" means TF32: while a call that needs full float32 runs, nobody computes in TF32."""
     if older:
         before = torch.get_float32_matmul_precision()
-        monkeypatch.setattr(precision, "_products_by_backend", lambda: (object(), object()))
+        monkeypatch.setattr(precision, "_by_backend", lambda: False)
         read, full, fast = torch.get_float32_matmul_precision, {"highest"}, "medium"
     else:
         if not NEWER:
@@ -168,7 +168,7 @@ def test_different_wishes_at_once(older, monkeypatch):
 
 
 def test_the_older_interface_is_left_as_found(monkeypatch):
-    monkeypatch.setattr(precision, "_products_by_backend", lambda: (object(), object()))
+    monkeypatch.setattr(precision, "_by_backend", lambda: False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

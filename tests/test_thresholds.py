@@ -11,13 +11,13 @@ import torch
 from fastagop.kernels import memory
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import prepared
-from fastagop.kernels.precision import _products_by_backend, _switched
+from fastagop.kernels.precision import _by_backend, _switched
 from fastagop.kernels.scaling import scale_points
 from fastagop.kernels.torch_backend import costs, diagonal, distance, gradients, tiles
 
 import fastagop
 from fastagop import Laplace
-from fastagop.network import model_access
+from fastagop.network import sample_independence
 from fastagop.solvers import pairs, table
 from fastagop.solvers.problem import Advice, Problem
 from fastagop.solvers.solution import Solution, warn_about
@@ -36,11 +36,20 @@ def test_points_get_a_unit_where_they_are_far_from_one(size, unit):
     assert points.kernel.bandwidth == 3.0 / unit
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_outputs_differ_relative_to_their_size(size):
-    b = size * torch.linspace(0.5, 1.0, 11)
-    assert not model_access.differ(b * (1 + 4 * torch.finfo(b.dtype).eps), b)
-    assert model_access.differ(b * 1.01, b)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "mixing"),
+    [
+        (torch.float64, 2e-13, 3e-13),
+        (torch.float32, 1e-4, 1.3e-4),
+        (torch.float16, 3e-3, 6e-3),
+        (torch.bfloat16, 2e-2, 5e-2),
+    ],
+)
+def test_outputs_differ_relative_to_their_size(size, dtype, rounding, mixing):
+    b = size * torch.linspace(0.5, 1.0, 11, dtype=torch.float64)
+    assert not sample_independence._differ([(b + size * rounding).to(dtype)], [b.to(dtype)])
+    assert sample_independence._differ([(b + size * mixing).to(dtype)], [b.to(dtype)])
 
 
 @pytest.mark.parametrize(("residual", "warns"), [(0.9e-4, False), (1.1e-4, True)])
@@ -193,8 +202,8 @@ def test_tf32_is_for_medium_on_a_gpu_only(kind, precision):
     """The settings of the process can be read without a GPU."""
     coarse, before = (kind, precision) == ("cuda", "medium"), torch.get_float32_matmul_precision()
     with _switched(precision, torch.device(kind)):
-        if all(hasattr(products, "fp32_precision") for products in _products_by_backend()):
-            cuda, onednn = (products.fp32_precision for products in _products_by_backend())
+        if _by_backend():
+            cuda, onednn = (one.matmul.fp32_precision for one in (torch.backends.cuda, torch.backends.mkldnn))
             assert (cuda == "tf32") == coarse
             assert onednn in ("ieee", "none")
         else:

@@ -65,7 +65,7 @@ class _Class:
 
 
 class Accumulator:
-    """NC1 to NC4 and CDNV of samples that come in batches, in float64: no more than K sums of length d are held.
+    """NC1 to NC4 and CDNV of samples that come in batches, in float64: a few rows of length d are held for each class.
 
     Every class is shifted by its own first sample, so that collapsed classes keep their digits. Batches in any order,
     and the merging of accumulators of parts, agree to 1e-14, and agree as well with the functions of the same names.
@@ -121,7 +121,7 @@ class Accumulator:
         scale = unit_of(width(X))
         if self.covariance and self._scatter is None:
             self._unit = unit_of(float(X.double().abs().max()))
-            self._scatter = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64)
+            self._scatter = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device="cpu")
         for label, members in zip(labels, rows, strict=True):
             self._add(label, *_part(X, members.to(X.device), scale, self.covariance))
         return self
@@ -303,7 +303,8 @@ def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
     try:
         for part, _ in modes:
             part.training = False
-        return features(X)
+        # Features may be made in place, and X is the caller's.
+        return features(X.clone() if isinstance(X, torch.Tensor) else X.copy() if isinstance(X, np.ndarray) else X)
     finally:
         for part, mode in modes:
             part.training = mode

@@ -159,7 +159,7 @@ def distance_variance(found: Moments) -> float:
                 "their distance is 0; merge them in y, or leave one of them out"
             )
         between = (kept / largest[:, None]).square_().sum(1)
-        both = torch.tensor(variances[c + 1 :], dtype=torch.float64) + variances[c]
+        both = largest.new_tensor(variances[c + 1 :]) + variances[c]
         total += (both / largest / largest / between).sum().item() / 2
     result = total / (len(variances) * (len(variances) - 1) / 2)
     if math.isinf(result):

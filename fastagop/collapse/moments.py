@@ -68,8 +68,7 @@ class Moments:
         else:
             shares = np.full((len(self.sizes), 1), np.longdouble(1) / len(self.sizes))
         centred = self.means - (shares * self.means).sum(0)
-        shares = torch.as_tensor(shares.astype(np.float64)).to(self.error)
-        return as_tensor(centred, self.error), self.error + (shares * self.error).sum(0)
+        return as_tensor(centred, self.error), self.error + (as_tensor(shares, self.error) * self.error).sum(0)
 
     def axes(self, weighting: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Directions (d, r) in which the centred class means C differ by more than rounding, and C's lengths (r,)."""
@@ -219,9 +218,12 @@ def checked(X, y) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def by_class(y, n: int) -> tuple[list[int], list[torch.Tensor]]:
     """The labels that there are, ascending, and the row numbers of each, in the given order."""
-    y = y.detach().cpu().numpy() if isinstance(y, torch.Tensor) else np.asarray(y)
+    dtype = str(y.dtype).removeprefix("torch.") if isinstance(y, torch.Tensor) else ""
+    if isinstance(y, torch.Tensor):
+        y = (y.double() if y.is_floating_point() else y).detach().cpu().numpy()  # NumPy has no bfloat16.
+    y = np.asarray(y)
     if y.dtype.kind not in "iu" and y.size:
-        raise TypeError(f"y must hold integer labels, got {y.dtype}; number the classes, e.g. with np.unique")
+        raise TypeError(f"y must hold integer labels, got {dtype or y.dtype}; number the classes, e.g. with np.unique")
     if y.shape != (n,):
         raise ValueError(f"y must have one label for each of the {n} rows of X, got shape {y.shape}")
     labels, sizes = np.unique(y, return_counts=True)

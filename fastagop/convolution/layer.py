@@ -12,6 +12,7 @@ from fastagop.convolution.machine import PatchMachine
 from fastagop.convolution.window import Window
 from fastagop.deep_rfm.random_features import RandomFeatures
 from fastagop.kernels import checks
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel
 
 
@@ -74,7 +75,7 @@ class ConvLayer:
                 f"images must be {self.root.dtype} with {len(self.root) // self.window.size**2} channels as in "
                 f"fit_layer, got {images.dtype} with {images.shape[1]}"
             )
-        return _as_images(_features(patches @ self.root, self.weight), self.window, images)
+        return _as_images(_stages(patches, self.root, self.weight)[1], self.window, images)
 
 
 def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings, seed: int) -> ConvLayer:
@@ -96,15 +97,15 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
     classes, labels = torch.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"y must have two classes or more, got {len(classes)}")
-    patches = settings.window.patches(images)
+    patches = settings.window.patches(images).detach()
     targets = 2.0 * torch.nn.functional.one_hot(labels, len(classes)).double() - 1.0
     machine = PatchMachine.fit(settings.kernel, patches, targets, settings.ridge)
     M = machine.agop()
     M = M / M.diagonal().max().clamp_min(torch.finfo(M.dtype).tiny)
     root = linalg.psd_sqrt(M)
-    projected = patches @ root
     weight = RandomFeatures("relu", settings.width).draw(patches.shape[2], seed, patches).weight
-    stages = {"input": patches, "projected": projected, "features": _features(projected, weight)}
+    projected, features = _stages(patches, root, weight)
+    stages = {"input": patches, "projected": projected, "features": features}
     flat = {name: stage.flatten(1) for name, stage in stages.items()}
     nc1 = {name: float(collapse.nc1(stage, labels)) for name, stage in flat.items()}
     nc2 = {name: float(collapse.nc2(stage, labels)) for name, stage in flat.items()}
@@ -113,8 +114,11 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
     return ConvLayer(settings.window, root, weight, nc1, nc2, machine.jitter, machine.residual, accuracy)
 
 
-def _features(projected: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (projected @ weight.T).relu_()
+def _stages(patches: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Patches after M^(1/2), their features), in the patches' dtype, also where autocast would round products."""
+    with matmul_precision("highest", patches.device):
+        projected = patches @ root
+        return projected, (projected @ weight.T).relu_()
 
 
 def _as_images(features: torch.Tensor, window: Window, images: torch.Tensor) -> torch.Tensor:

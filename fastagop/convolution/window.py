@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import unfold
 
+from fastagop.deep_rfm.layer import normalise_rows
 from fastagop.kernels import checks
+
+_IMAGES = 256  # whose patches are normalised at once
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Window:
 
         Args:
             images: (n, c, h, w), float32 or float64.
-            normalise: divide every patch by its length; a patch of zeros stays.
+            normalise: divide every patch by its length, whatever that is; a patch of zeros stays.
 
         Raises:
             ValueError: images of another shape or dtype, or smaller than the window.
@@ -58,6 +61,7 @@ class Window:
             self.positions(side)
         found = unfold(images, self.size, padding=self.padding, stride=self.stride).mT.contiguous()
         if normalise:
-            length = found.norm(dim=2, keepdim=True)
-            found.div_(torch.where(length > 0, length, torch.ones_like(length)))
+            for start in range(0, len(found), _IMAGES):
+                some = found[start : start + _IMAGES]
+                some.copy_(normalise_rows(some.flatten(0, 1)).view_as(some))
         return found

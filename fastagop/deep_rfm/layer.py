@@ -17,6 +17,8 @@ from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.plan import on_gpu
+from fastagop.kernels.precision import full_products
 from fastagop.kernels.radial import Radial
 from fastagop.solvers import copies
 from fastagop.solvers.copies import Rows
@@ -67,7 +69,8 @@ class LayerRecord:
             nearly singular system.
         agop_scale: the number that the summed AGOP was divided by.
         seconds: wall-clock time of the layer; ``stages`` splits it.
-        peak_bytes: memory beyond the layer's input: measured on CUDA, the plan's figure on the CPU.
+        peak_bytes: memory beyond the layer's input: measured on CUDA where the process had not taken more before, else
+            the plan's figure.
     """
 
     nc1: Mapping[str, float]
@@ -245,6 +248,7 @@ class LayerTraining:
     classes: torch.Tensor | None = None
     engine: Local = LOCAL
 
+    @full_products()
     def layer(
         self, X: torch.Tensor, seed: int, rest: torch.Tensor | None = None, before: Solution | None = None
     ) -> tuple[Layer, Trained]:
@@ -256,7 +260,7 @@ class LayerTraining:
             rest: input of the rows without weight.
             before: the solution of the layer before.
         """
-        clock, base, rows = _Clock(X.device), _reset_peak(X.device), self.rows
+        clock, memory, rows = _Clock(X.device), _allocated(X.device), self.rows
         X = normalise_rows(X)
         regression, engine = self.settings.regression.after(before), self.engine
         features_of = self.settings.random_features.drawing(X.shape[1], seed, X)
@@ -281,7 +285,7 @@ class LayerTraining:
         of_rows = {stage: rows.all(value, unweighted.get(stage)) for stage, value in of_points.items()}
         nc1, nc2 = self._collapse(of_rows)
         clock.mark("measures")
-        peak = planned if base is None else torch.cuda.max_memory_allocated(X.device) - base
+        peak = _peak(memory, X.device, planned)
         layer.record = LayerRecord(nc1, nc2, solved.solution, scale, sum(clock.stages.values()), clock.stages, peak)
         return layer, Trained(of_rows["projected"], of_rows["features"], features, unweighted.get("features"))
 
@@ -304,12 +308,21 @@ def train_layer(
     return LayerTraining(Y, settings, copies.alone(X), classes).layer(X, seed)
 
 
-def _reset_peak(device: torch.device) -> int | None:
-    """Count the peak of memory anew; returns the bytes in use, None where nothing counts them (the CPU)."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def _allocated(device: torch.device) -> tuple[int, int] | None:
+    """(bytes in use, most that ever were) of a GPU; None where nothing counts them (the CPU)."""
+    return (torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)) if on_gpu(device) else None
+
+
+def _peak(before: tuple[int, int] | None, device: torch.device, planned: int) -> int:
+    """Bytes taken at most since then; as planned, within what was measured, where more had been in use earlier.
+
+    The process's peak is not counted anew: it is the user's.
+    """
+    if before is None:
+        return planned
+    highest = torch.cuda.max_memory_allocated(device)
+    taken = highest - before[0]
+    return taken if highest > before[1] else min(planned, taken)
 
 
 def seeds(random_state: np.random.RandomState, depth: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastagop.deep_rfm.layer import FixedPrecision, Layer, normalise_rows
+from fastagop.kernels import checks
 from fastagop.kernels.profile import Profile, weight_at_zero, weight_slope
 
 # Rows have length 1: up to so many eps of a fit's dtype apart two of them are one point. A training row is computed in
@@ -130,7 +131,7 @@ class Readout(FixedPrecision):
         self.kernel = kernel
         self.register_buffer("centers", centers.clone())
         self.register_buffer("alpha", alpha.clone())
-        self.register_buffer("offset", None if offset is None else torch.as_tensor(offset).to(alpha).clone())
+        self.register_buffer("offset", None if offset is None else checks.tensor(offset).to(alpha).clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs (m, K) of rows x (m, width)."""

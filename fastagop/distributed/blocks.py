@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from fastagop.distributed.communicator import Communicator
+from fastagop.kernels import checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, subtract_product_
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
@@ -42,7 +43,7 @@ class SharedBlocks(SymmetricBlocks):
 
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
         """As ``SymmetricBlocks.cholesky_``, by the library's products; all ranks are told of the pivot that fails."""
-        diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
+        diagonal = checks.tensor(diagonal, torch.float64).expand(self.n)
         mine = dict(zip(self._mine(self.count), self.blocks, strict=True))
         sent = self._send(0, mine, diagonal)
         for q in range(self.count):

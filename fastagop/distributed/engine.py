@@ -97,7 +97,8 @@ class Local:
         kernel, X, alpha, precision, _ = predictor
         if not kernel.radial:
             task = replace(task, limit=checks.memory_limit(task.limit))
-            return PairBackend().diagonal(kernel, X, predictor.rounded, task)
+            with matmul_precision(precision, X.device):
+                return PairBackend().diagonal(kernel, X, predictor.rounded, task)
         room = budget(checks.memory_limit(task.limit), X.device)
         rows, _ = torch_diagonal.plan_rows(X, alpha.shape[1], room)
         weights, _, exponent = scale_weights(task.weights, X, "sum")

@@ -189,7 +189,8 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """Write the fitted estimator to one safetensors file, which ``fastagop.load`` reads; nothing is pickled.
 
         The file is there whole or not at all and carries a checksum. Checkpoint folder, callbacks, process group and a
-        ``random_state`` that is no integer belong to the process that trained: a loaded estimator has their defaults.
+        ``random_state`` that is no integer, and functions belong to the process that trained: a loaded estimator has
+        their defaults.
 
         Raises:
             NotFittedError: fit comes first. TypeError: a class of its own, which ``load`` would not know.
@@ -304,7 +305,7 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
         """
         outputs = self._outputs(X)
         p = ((outputs + 1.0) / 2.0).clamp_(min(_LEAST, _LEAST_SUM / outputs.shape[1]), 1.0)
-        p = torch.as_tensor(self._like_input(p / p.sum(1, keepdim=True), X))
+        p = checks.tensor(self._like_input(p / p.sum(1, keepdim=True), X))
         # Rounding and the cut make ties, which the class of predict wins.
         best = outputs.argmax(1, keepdim=True).to(p.device)
         largest = p.amax(1, keepdim=True)
@@ -361,9 +362,9 @@ class Regressor(base.RegressorMixin, KernelEstimator):
 
     @property
     def intercept_(self) -> Any:
-        """What the kernel machine's output is added to: the targets' mean where it dwarfs their spread, else 0.
+        """What the kernel machine's output is added to: the targets' mean with ``fit_intercept=True``.
 
-        A number, or (K,).
+        Elsewhere their mean where it dwarfs their spread, or 0. A number, or (K,).
         """
         check_is_fitted(self)
         return float(self._intercept) if self._flat else self._like_fit_input(self._intercept)

@@ -62,7 +62,7 @@ def explain_fit(estimator, X, y, sample_weight=None) -> str:
     """The text of ``fastagop.explain(estimator, X, y)``; parameters and data are checked as fit would."""
     fresh: Any = clone(estimator)  # the estimator stays as it is
     if isinstance(fresh.kernel, Kernel) and unsettled(fresh.kernel):  # no plan depends on a bandwidth
-        fresh.set_params(kernel=settled_at(fresh.kernel, torch.zeros(1, 1)))
+        fresh.set_params(kernel=settled_at(fresh.kernel, torch.zeros(1, 1, device="cpu")))
     planned = fresh._planned_fit()  # of checked parameters
     data = data_of(fresh, X, y, sample_weight)
     share = 1 if fresh.process_group is None else Communicator(fresh.process_group, "explain", data.X.device).size

@@ -263,8 +263,8 @@ def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
 
 def _tiles_(W: SymmetricBlocks, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask):
     """(rows, their weights in X's dtype) of half of a matrix, in as many rows as fit beside it."""
-    beside = W.bytes if task.limit is not None and W.place == "device" else 0  # elsewhere they are not the device's
-    room = budget(task.limit, X.device) - beside
+    held = W.bytes if task.limit is not None and W.place == "device" else 0  # a limit is for the device's memory
+    room = budget(task.limit, X.device) - held
     rows, _ = costs.gradient_form_beside(X, alpha, X, task.center, room)
     return W.row_tiles(rows, X.dtype)
 
@@ -273,7 +273,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
     if X.dtype == torch.float64:
         return False
-    wide = _rounding_costs(kernel, X, alpha, center, weights)
+    wide = rounding_costs(kernel, X, alpha, center, weights)
     wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
     if wide:
         log.info(
@@ -282,7 +282,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     return wide
 
 
-def _rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
+def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
     """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
 
     Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.

@@ -82,7 +82,7 @@ class MixedFit:
         n = len(self.x)
         count = min(n, _POINTS)
         largest = [values.topk(count)[1] for values in (self.solved.alpha.abs().amax(1), losses)]
-        return torch.cat([torch.arange(count) * n // count, *largest])
+        return torch.cat([torch.arange(count, device=losses.device) * n // count, *largest])
 
     def _exact(self, index: torch.Tensor) -> torch.Tensor:
         """The gradients at some of the points (p, K, d) in float64, with weights that were not rounded."""

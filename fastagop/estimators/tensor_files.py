@@ -110,7 +110,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _tensor(file: BinaryIO, start: int, place: _Place) -> torch.Tensor:
-    found = torch.empty(place.shape, dtype=place.dtype)
+    found = torch.empty(place.shape, dtype=place.dtype, device="cpu")
     if place.last > place.first:
         file.seek(start + place.first)
         room = memoryview(found.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

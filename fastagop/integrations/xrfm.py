@@ -18,6 +18,8 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.operations import agop, gradients, kernel_matrix
+from fastagop.kernels.precision import matmul_precision
+from fastagop.kernels.torch_backend.agop import Means
 
 try:
     from xrfm.rfm_src.kernels import LaplaceKernel  # pyright: ignore[reportMissingImports]
@@ -26,6 +28,8 @@ except ImportError as error:
 
 _SAMPLE = 5000  # points whose distances adapt the bandwidth, as many as xRFM takes
 _ROWS = 512
+_BLOCK_BYTES = 2**24  # of float64 gradients that are held at once
+_CENTRED = 5e-7  # of what centring leaves of float32 gradients, the most that their rounding may be
 
 
 class FastKernel(LaplaceKernel):
@@ -94,7 +98,7 @@ class FastKernel(LaplaceKernel):
                     "fast_categorical=False to xRFM, which then takes one-hot columns as numbers, or encode them as "
                     "numbers before fit (pytabkit: those of more than 100 levels), or use xRFM's own LaplaceKernel"
                 )
-        self._columns = None if numerical_indices is None else sorted(torch.as_tensor(numerical_indices).tolist())
+        self._columns = None if numerical_indices is None else sorted(checks.tensor(numerical_indices).tolist())
 
     def _check_columns(self, x: torch.Tensor) -> None:
         """Refuse points with columns that ``set_categorical_indices`` has left out: xRFM's kernels ignore them."""
@@ -103,6 +107,11 @@ class FastKernel(LaplaceKernel):
                 f"x must have the {len(self._columns)} columns that numerical_indices names, got {x.shape[1]}; "
                 "pass all of them as numerical_indices, or drop the others from x"
             )
+
+    def _transform_m(self, x: torch.Tensor, mat: torch.Tensor | None) -> torch.Tensor:
+        """x times M^(1/2) in x's dtype, also where autocast would round the product."""
+        with matmul_precision("highest", x.device):
+            return super()._transform_m(x, mat)
 
     def _points(self, x: torch.Tensor, z: torch.Tensor, mat: torch.Tensor | None):
         """(centers, points) times M^(1/2), one tensor where they are equal: half the work, and self-pairs by index."""
@@ -171,5 +180,30 @@ class FastKernel(LaplaceKernel):
         mat: torch.Tensor | None = None,
         center_grads: bool = False,
     ) -> torch.Tensor:
-        """The diagonal of ``get_agop``, (d,)."""
-        return self.get_agop(x, z, coefs, mat, center_grads).diagonal().clone()
+        """The diagonal of ``get_agop``, (d,), by blocks of gradients: no (d, d) matrix is made."""
+        x, z = self._points(x, z, mat)
+        diagonal, mean = self._diagonal(x, z, coefs.T, mat, center_grads, self.backend)
+        if center_grads and x.dtype == torch.float32:
+            rounding = torch.finfo(x.dtype).eps ** 2 * mean.square().sum() * len(z) * len(coefs)
+            if bool(rounding > _CENTRED**2 * diagonal.sum()):  # the gradients nearly agree
+                wide = x.double()
+                points = wide, wide if z is x else z.double()
+                diagonal, _ = self._diagonal(*points, coefs.T.double(), mat, True, "auto")
+        diagonal = diagonal.to(x.dtype)
+        if not checks.finite(diagonal):
+            raise ValueError(f"coefs is so large that the AGOP leaves {x.dtype}; divide coefs by a constant")
+        return diagonal
+
+    def _diagonal(self, x, z, alpha, mat, center: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Sum over outputs and points of squared derivatives, the mean that was subtracted or zeros), float64 (d,)."""
+        d = x.shape[1] if mat is None else mat.shape[-1]
+        rows = max(1, _BLOCK_BYTES // max(1, 8 * alpha.shape[1] * max(d, x.shape[1])))
+        out, means = x.new_zeros(d, dtype=torch.float64), Means(d, x)
+        for start in range(0, len(z), rows):
+            some = z[start : start + rows] if len(z) > rows or z is not x else None
+            G = gradients(self.kernel, x, alpha, some, precision=self.precision, backend=backend)
+            G = self._transform_m(G.flatten(0, 1), mat).double()  # squares may leave float32
+            if center and len(G):
+                out += means.centre_(G, None).square()
+            out += G.square_().sum(0)
+        return out, means.mean

@@ -8,10 +8,11 @@ from torch import nn
 
 from fastagop.kernels.errors import warn
 from fastagop.network import model_access, sites
-from fastagop.network.model_access import Layers, listed
-from fastagop.network.sites import Kind, Site
+from fastagop.network.model_access import Layers, first_names, listed
+from fastagop.network.sites import Kind, Site, own_forward
 
 SERVED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention or Embedding"
+OWN = "it has a forward of its own"
 _SHOWN = 8  # A warning names at most so many layers.
 
 
@@ -33,18 +34,25 @@ class Chosen:
         if not self.sites:
             raise ValueError(f"model must have a layer to measure ({SERVED}), this {type(model).__name__} has none")
         for name, site in list(self.sites.items()):
-            if site.kind == "linear" and not site.part and sites.own_forward(site.module):
-                rest = listed(other for other in self.sites if other != name)
-                raise TypeError(
-                    f"layers: {name!r} is a {type(site.module).__name__} with a forward of its own, not a plain "
-                    f"torch.nn.Linear; leave it out, layers=[{rest}]"
-                )
-            if site.kind not in kinds:
+            if site.kind == "linear" and not site.part and own_forward(site.module):
+                if self.named:
+                    raise TypeError(self._own(name, site))
+                self.skip(name, OWN)
+            elif site.kind not in kinds:
                 self.skip(name, "the rows of an embedding's table have no matrix W^T W to compare with")
         if not self.named:
             for name, module in every.items():
                 if model_access.unserved(module) and not sites.of_module(name, module):
                     self._note(name, module, reason(module))
+
+    def _own(self, name: str, site: Site) -> str:
+        """What to say of a Linear layer that cannot be measured: leave it out, and all like it."""
+        rest = listed(other for other, one in self.sites.items() if one.part or not own_forward(one.module))
+        what = f"leave it out, layers=[{rest}]" if rest else "name other layers"
+        return (
+            f"layers: {name!r} is a {type(site.module).__name__} with a forward of its own, not a plain "
+            f"torch.nn.Linear; {what}"
+        )
 
     def _matching(self, patterns: list[str], every: dict[str, nn.Module], kinds: tuple[Kind, ...]) -> dict[str, Site]:
         if not patterns:
@@ -66,11 +74,12 @@ class Chosen:
                     f"{type(module).__name__}: {reason(module)}"
                 )
             raise ValueError(f"layers: no layer is called {pattern!r}, there are {listed(self.sites)}")
-        return {
+        matching = {
             name: site
             for name, site in self.sites.items()
             if any(fnmatch.fnmatchcase(either, pattern) for pattern in patterns for either in names[site])
         }
+        return first_names(matching, lambda site: (site.module, site.part))
 
     def may_skip(self, name: str) -> bool:
         """Whether a site that cannot be measured is left out and named, rather than refused."""
@@ -136,4 +145,4 @@ def reason(module: nn.Module) -> str:
         return "a bag adds up its vectors unseen"
     if isinstance(module, nn.Bilinear):
         return "a bilinear form has no one input"
-    return "it has a forward of its own"
+    return OWN

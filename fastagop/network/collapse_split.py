@@ -14,10 +14,13 @@ from fastagop import collapse
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
-from fastagop.network.lending import lent, replaced
+from fastagop.network.labels import Labels
+from fastagop.network.lending import lent, refuse_transforms, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
 from fastagop.network.sample_independence import refuse_neighbours
+from fastagop.network.sites import own_forward
+from fastagop.network.targets import Target
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,7 +49,8 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     U preserves distances, so W x has the NC1 and NC2 of S V^T x and no decomposition is needed.
 
     Args:
-        layer: a torch.nn.Linear.
+        layer: a torch.nn.Linear with torch's own forward. Its weight is that with which the forward runs in evaluation
+            mode, after the layer's pre-hooks (weight normalisation, pruning).
         X: features that enter it (n, d).
         y: integer labels (n,).
         activation: the nonlinearity after the layer; None where there is none, as after a readout.
@@ -56,10 +60,30 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
     """
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+    if own_forward(layer):
+        raise TypeError(
+            f"layer must be a plain torch.nn.Linear, got a {type(layer).__name__} with a forward of its own, which "
+            "need not multiply by its weight; give a torch.nn.Linear of the weight that it multiplies by"
+        )
     if isinstance(X, torch.Tensor) and X.dtype in (torch.float16, torch.bfloat16):
         X = X.float()
     checks.matrix("X", X, columns=(layer.in_features, "layer"))
-    return _of_parts(X, layer.weight, layer.bias, y, activation)
+    with lent(layer), torch.no_grad():
+        return _of_parts(X, *_weights(layer, X), y, activation)
+
+
+def _weights(layer: nn.Linear, X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias with which the forward runs: pre-hooks may make them, so it is run on a sample."""
+    found = []
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        found.append((layer.weight, layer.bias))
+        return nn.functional.linear(input, *found[-1])
+
+    held = next((t for group in (layer.parameters(), layer.buffers()) for t in group), X)
+    with replaced({layer: forward}):
+        layer(X[:1].to(held.device, held.dtype, copy=True))  # A pre-hook may work in place.
+    return found[-1]
 
 
 def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, activation: Activation | None) -> Split:
@@ -87,7 +111,8 @@ def collapse_split(
 
     Args:
         model, X, layers, batch_size: as in ``agop``. The inputs of all chosen layers, (n, d) each, are held at once.
-        y: integer labels (n,); default those that come with the batches of X.
+        y: integer labels (n,); default those that come with the batches of X. Where these bring labels, too, y has to
+            name the same classes; what they bring may be floats, one-hot rows or no labels at all.
         activation: the nonlinearity after every layer but those that none follows: what the model returns is the
             layer's output, seen another way or shifted and scaled.
 
@@ -102,25 +127,17 @@ def collapse_split(
         linear = model_access.linear_layers(model, layers)
         model_access.say_unmeasured(model, layers)
         gathered = _Inputs(linear)
-        labels = gathered.run(model, X, batch_size, find_bare=activation is not None)
-        if y is None and not labels:
-            raise ValueError("y must be given where the batches of X bring no labels")
-        y = _labels(y, labels)
+        labels = Labels(y)
+        gathered.run(model, X, batch_size, labels, find_bare=activation is not None)
+        y = labels.settle()
         model_access.refuse_uncalled(linear, gathered.rows, layers)
         return {
-            name: _of_parts(torch.cat(rows), *gathered.weights[name], y, None if name in gathered.bare else activation)
-            for name, rows in gathered.rows.items()
+            name: _of_parts(
+                torch.cat(gathered.rows[name]), *gathered.weights[name], y, gathered.after(name, activation)
+            )
+            for name in linear
+            if name in gathered.rows
         }
-
-
-def _labels(y, labels: list[torch.Tensor]):
-    """The one set of labels there is; two that differ mean that X comes in another order than y."""
-    if not labels:
-        return y
-    brought = torch.cat(labels)
-    if y is not None and not torch.equal(torch.as_tensor(y).cpu().to(brought.dtype), brought):
-        raise ValueError("y differs from the labels that the batches of X bring (is X shuffled?); pass one of the two")
-    return brought
 
 
 class _Inputs:
@@ -132,23 +149,28 @@ class _Inputs:
         self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._called: set[str] = set()
 
-    def run(self, model: nn.Module, X: Source, batch_size: int | None, find_bare: bool) -> list[torch.Tensor]:
-        """Send all samples through the model; the batches' labels."""
-        labels = []
+    def run(self, model: nn.Module, X: Source, batch_size: int | None, labels: Labels, find_bare: bool) -> None:
+        """Send all samples through the model, and take the batches' labels."""
+        tried = False
         for i, (inputs, brought) in enumerate(model_access.batches(X, batch_size, model)):
-            if i == 0:
-                refuse_neighbours(model, inputs)
+            if not tried and len(inputs) > 1:  # One sample alone shows nothing.
+                refuse_neighbours(model, inputs, Target(model, None).runs(None))
+                tried = True
             self._called.clear()
             with replaced({layer: partial(self._note, name, layer) for name, layer in self.linear.items()}):
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
-            labels += [] if brought is None else [torch.as_tensor(brought).cpu()]
-        return labels
+            labels.add(brought, len(inputs))
+
+    def after(self, name: str, activation: Activation | None) -> Activation | None:
+        """The activation, where one follows the layer."""
+        return None if name in self.bare else activation
 
     def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         if name in self._called:
             raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
+        refuse_transforms(name, NotAMatrixError)
         if input.ndim != 2:
             shape = tuple(input.shape)
             raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastagop.kernels.gemm import matmul_nt
-from fastagop.network.lending import Here, replaced
+from fastagop.network.lending import Here, refuse_transforms, replaced
 from fastagop.network.sites import Site, forwards
 
 Leaf = Callable[[Site, torch.Tensor], torch.Tensor]
@@ -127,7 +127,7 @@ class Taps:
     def __init__(self, sinks: Mapping[Site, Sink], recomputing: bool = False, leaf: Leaf | None = None):
         self.sinks, self.recomputing, self.here, self._leaf = sinks, recomputing, Here(), leaf
         self.leaves: list[tuple[Site, torch.Tensor, torch.Tensor | None]] = []
-        self.anchor = torch.empty(0, requires_grad=True)
+        self.anchor = torch.empty(0, requires_grad=True, device="cpu")
         self.calls: list[Call] = []
         self.arrived: Counter[Site] = Counter()
         self.narrow = False  # It is set where float16 occurs.
@@ -154,13 +154,14 @@ class Taps:
 
     @staticmethod
     def _asking(inputs: torch.Tensor) -> torch.Tensor:
-        """Inputs that require gradients, no leaf, since the model may work in place."""
-        return inputs.detach().requires_grad_().clone() if inputs.is_floating_point() else inputs
+        """Inputs that require gradients; the model gets a copy of them, which is no leaf."""
+        return inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
 
     def step(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What takes the place of a layer's own multiplication."""
         if site not in self.sinks:
             return site.compute(input, weight, bias)
+        refuse_transforms(site.name)
         call = Call(self, site, torch.is_grad_enabled())
         if not self.here.backward:  # A checkpoint that computes again makes no new call.
             self.calls.append(call)

@@ -88,15 +88,34 @@ def lent(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: model is no torch.nn.Module.
+        ValueError: it cannot be lent, and is untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _refuse(model)
     with contextlib.ExitStack() as stack:
         for part in (_one_at_a_time(model), _FUSED.at(False), _uncompiled(), _evaluating(model), _made_weights(model)):
             stack.enter_context(part)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse models that could not be given back as they were, or whose layers run as copies."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, UninitializedParameter) and parameter.is_inference():
+            raise ValueError(
+                f"model: its parameter {name!r} was made in torch.inference_mode(), so that no measure can freeze it "
+                "and give it back; measure copy.deepcopy(model), made outside of that mode"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            which = f"{name!r} in it is" if name else "it is"
+            raise ValueError(
+                f"model: {which} a DataParallel on {len(module.device_ids)} devices, which runs copies of its layers "
+                "that nothing is seen of; measure its .module instead"
+            )
 
 
 @contextlib.contextmanager
@@ -111,20 +130,18 @@ def _one_at_a_time(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     # Lazy parameters cannot be frozen.
     ready = [p for p in model.parameters() if not isinstance(p, UninitializedParameter)]
     trained = [parameter for parameter in ready if parameter.requires_grad]
-    try:
+    with contextlib.ExitStack() as stack:  # It goes on where one of them cannot be given back; the modes come first.
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_, True)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager
@@ -198,6 +215,20 @@ class Here:
             return True
         # CUDA's backward passes have threads of their own.
         return self.backward and torch._C._current_graph_task_id() != -1
+
+
+def transformed() -> bool:
+    """Whether the code runs inside torch.vmap or its like, whose tensors do not outlive it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def refuse_transforms(layer: str, kind: type[ValueError] = ValueError) -> None:
+    """Refuse to measure a layer in a transform: custom functions do not work there, and no tensor can be kept."""
+    if transformed():
+        raise kind(
+            f"layers: {layer!r} is called inside a transform of torch.func (vmap, grad, jacrev, ...), where it cannot "
+            "be measured; leave it out, or let the model call it on the whole batch"
+        )
 
 
 Forward = Callable[..., Any]

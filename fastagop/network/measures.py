@@ -113,8 +113,9 @@ def nfa_correlation(
     appendix C); 1 where they agree up to scale and offset. Computed without forming them where W is wide. With groups,
     the entries of all blocks are correlated at once. Embeddings have no such matrix and are left out.
 
-    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero;
-        and a ValueError where hooks give a layer another weight with every batch.
+    Args, Raises: as ``agop``; also ConstantMatrixError, a ValueError, where either matrix is constant: an AGOP of zero
+        (other layers than Linear are then left out with a warning, unless they are named); and a ValueError where hooks
+        give a layer another weight with every batch.
     """
     request = Request(model, X, layers, batch_size, outputs, sketch=sketch, seed=seed)
     sums, _, chosen = sweep(request, MATRICES, keep_weights=True)

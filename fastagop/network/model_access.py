@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
+from fastagop.network.sites import own_forward
 
 Source = torch.Tensor | Iterable[Any]
 Layers = str | Iterable[str] | None
+T = TypeVar("T")
 
 BATCH = 256  # This many samples are taken at a time where the caller names no other number.
 _SHOWN = 8  # A warning names at most so many layers.
 
 
 def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
-    """The model's Linear layers by name, in its order; or those that match a pattern such as "classifier.*"."""
+    """The model's Linear layers by name, in its order; or those that match a pattern such as "classifier.*".
+
+    Those with a forward of their own are left out, and refused where they were asked for.
+    """
     every = dict(model.named_modules(remove_duplicate=patterns is None))
     linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
-    if not linear:
-        raise ValueError(f"model must have a torch.nn.Linear layer to measure, this {type(model).__name__} has none")
-    if patterns is not None:
+    if patterns is not None and linear:
         linear = _matching(linear, named(patterns), every)
+    plain = {name: layer for name, layer in linear.items() if not own_forward(layer)}
+    if patterns is None or not linear:
+        if not plain:
+            which = " with torch's own forward" if linear else ""
+            raise ValueError(
+                f"model must have a torch.nn.Linear layer{which} to measure, this {type(model).__name__} has none"
+            )
+        return plain
     for name, layer in linear.items():
-        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
-            others = listed(other for other in linear if other != name)
+        if name not in plain:
+            what = f"leave it out, layers=[{listed(plain)}]" if plain else "name other layers"
             raise TypeError(
                 f"layers: {name!r} is a {type(layer).__name__} with a forward of its own, not a plain torch.nn.Linear; "
-                f"leave it out, layers=[{others}]"
+                f"{what}"
             )
     return linear
+
+
+def first_names(found: Mapping[str, T], key: Callable[[T], Any]) -> dict[str, T]:
+    """One name for each of them: a module that a model has under several names is one layer, by the first of these."""
+    firsts: dict[Any, str] = {}
+    for name, each in found.items():
+        firsts.setdefault(key(each), name)
+    return {name: found[name] for name in firsts.values()}
 
 
 def named(layers: str | Iterable[str]) -> list[str]:
@@ -55,7 +74,8 @@ def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str
                 kind = type(every[other]).__name__
                 raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")
             raise ValueError(f"layers: no Linear layer is called {pattern!r}, there are {listed(linear)}")
-    return {name: layer for name, layer in linear.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    found = {name: layer for name, layer in linear.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    return first_names(found, id)
 
 
 def refuse_uncalled(linear: Iterable[str], ran: Container[str], layers: Layers) -> None:
@@ -97,7 +117,11 @@ def say_unmeasured(model: nn.Module, layers: Layers) -> None:
     """Warn, where all layers were asked for, of those that have weights and cannot be measured."""
     if layers is not None:
         return
-    left_out = [f"{name!r} ({type(module).__name__})" for name, module in model.named_modules() if unserved(module)]
+    left_out = [
+        f"{name!r} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if unserved(module) or (isinstance(module, nn.Linear) and own_forward(module))
+    ]
     if left_out:
         shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
         warn(
@@ -161,9 +185,12 @@ def outputs(model: Callable, inputs: torch.Tensor, finite: bool = True) -> torch
 
 
 def called(model: Callable, inputs: torch.Tensor) -> Any:
-    """What a model returns; where it fails and X has another dtype than its parameters, the error says so."""
+    """What a model returns; where it fails and X has another dtype than its parameters, the error says so.
+
+    The model gets a copy: it may work in place, and a batch is a view of the caller's data that it sees more than once.
+    """
     try:
-        return model(inputs)
+        return model(inputs.clone())
     except RuntimeError as error:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         held = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)
@@ -203,12 +230,6 @@ def rows(name: str, out, n: int, finite: bool = True) -> torch.Tensor:
 def pattern(like: torch.Tensor) -> torch.Tensor:
     """Numbers in [-1, 1] without regularity, the same at every call; no random numbers are drawn."""
     return torch.sin(torch.arange(1, like.numel() + 1, device=like.device).double() ** 1.5).view(like.shape).to(like)
-
-
-def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether tensors differ by more than rounding; NaN differs from a number."""
-    size = float(b.double().abs().max()) if b.numel() else 0.0
-    return not bool(((a.double() - b.double()).abs() <= 1e3 * rounding(b) * size).all())
 
 
 def rounding(t: torch.Tensor) -> float:

@@ -100,7 +100,7 @@ class Signs:
 
     def pull(self, taps: Taps, out: torch.Tensor, sums: Sequence[SketchedSum]) -> None:
         """One vector-Jacobian product for each combination of the outputs (m, K)."""
-        numbers = torch.empty(*out.shape, -(-self.s // _BITS), dtype=torch.int64)
+        numbers = torch.empty(*out.shape, -(-self.s // _BITS), dtype=torch.int64, device="cpu")
         numbers.random_(-(2**63), None, generator=self._generator)  # pyright: ignore[reportArgumentType, reportCallIssue]
         planes = numbers.to(out.device).view(torch.uint8)
         parts = min(self.s, _PARTS)

@@ -72,11 +72,12 @@ def walk(
     """
     model, target = request.model, Target(request.model, request.outputs, request.name)
     ran: set[Site] = set()
-    count, recomputing = 0, False
+    count, tried, recomputing = 0, False, False
     for inputs, labels in model_access.batches(request.X, request.batch_size, model):
         runs = target.runs(labels)
-        if count == 0:
-            recomputing = refuse_mixing(model, chosen, inputs, runs)
+        if not tried and len(inputs) > 1:  # One sample alone shows nothing.
+            recomputing |= refuse_mixing(model, chosen, inputs, runs, request.name)
+            tried = True
         with tapped({site: sinks[site] for site in chosen.sites.values()}, recomputing, leaf) as taps:
             out = taps.run(runs(), inputs)
             if out.requires_grad:

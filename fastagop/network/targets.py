@@ -13,6 +13,7 @@ from torch import nn
 
 from fastagop.network import model_access
 from fastagop.network.gradient_hooks import Run
+from fastagop.network.labels import as_labels
 
 Outputs: TypeAlias = "int | slice | Iterable[int] | Callable[..., Any] | None"
 
@@ -47,16 +48,15 @@ class Target:
                 f"{self._name} takes labels as its second argument, but the batches of X bring none; give X as batches "
                 "of (inputs, labels)"
             )
-        try:
-            labels = torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"X: the labels of a batch must be a tensor or numbers, got {labels!r:.80}") from error
+        labels = as_labels(labels)
         labels = (labels if index is None else labels[index]).to(inputs.device)
         return model_access.rows(self._name, self._head(raw, labels), len(inputs), finite)
 
 
 def _arguments(function: Callable) -> int:
     """How many arguments a function has to be given; one where it cannot be asked."""
+    if isinstance(function, nn.Module):  # A loss such as nn.CrossEntropyLoss; a call takes any arguments.
+        function = function.forward
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

@@ -13,6 +13,7 @@ from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
 from fastagop.network.correlation import pearson
 from fastagop.network.gradient_hooks import Taps
+from fastagop.network.labels import as_labels
 from fastagop.network.lending import lent
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.sites import MATRICES, Site
@@ -97,7 +98,7 @@ def _labelled(X: Source, y, batch_size: int | None) -> Iterator[tuple[torch.Tens
     """Batches of X with their labels from y."""
     if not isinstance(X, torch.Tensor):
         raise ValueError("y must be None for an iterable X, whose batches bring labels of their own")
-    y = torch.as_tensor(y)
+    y = as_labels(y, "y")
     if y.ndim == 0 or X.ndim == 0 or len(y) != len(X):
         raise ValueError(f"y must have one row for each sample of X, got shapes {tuple(y.shape)} and {tuple(X.shape)}")
     size = model_access.BATCH if batch_size is None else checks.integer("batch_size", batch_size, 1)

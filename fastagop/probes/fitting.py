@@ -117,6 +117,7 @@ def fit(
     """
     layers, known = reading.read(activations, y)
     settings, random = _settings(locals(), known.classes), inputs.random(random_state)
+    _check_directions(settings.directions, layers)
     if validation is None:
         learnt, out = reading.split(known, validation_fraction, random)
         learn, held, others = Part(learnt, known.y[learnt]), Part(out, known.y[out]), layers
@@ -205,6 +206,12 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
         classes is None,
         {**common, "scoring": scoring},
     )
+
+
+def _check_directions(directions: int, layers: dict) -> None:
+    """No layer has more directions than columns; said before any is searched."""
+    for name, rows in layers.items():
+        checks.integer(f"layer {name!r}: directions", directions, 1, rows.shape[1])
 
 
 def _kernel(kernel, bandwidth):

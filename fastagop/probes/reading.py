@@ -84,7 +84,7 @@ def _rows(name: str, value):
         value = value.float() if value.is_floating_point() else value.double()
     if isinstance(value, np.ndarray) and not value.flags.writeable:  # of these torch warns
         value = value.copy()
-    tensor = torch.as_tensor(value)
+    tensor = checks.tensor(value)
     if not checks.finite(tensor):
         bad = (~tensor.isfinite().all(1)).nonzero()[:, 0]
         raise ValueError(

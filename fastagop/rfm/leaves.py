@@ -117,7 +117,8 @@ class RFMTree(KernelEstimator):
         splitter = _Splitter(self, data, answers, random)
         growth = Growth(data.X, points.kept, points.group, int(self.leaf_size), splitter.directions, splitter.settled)
         self.tree_, members = growth.run()
-        weights = torch.ones(len(data.X), dtype=torch.float64) if data.weights is None else data.weights.cpu()
+        weights = data.X.new_ones(len(data.X), dtype=torch.float64) if data.weights is None else data.weights
+        weights = weights.cpu()
         self._shares = np.array([float(weights[rows.cpu()].sum()) for rows in members])
         self.leaves_ = []
         with Progress("RFM tree", "leaf", len(members), quiet=not self.verbose) as progress:
@@ -243,9 +244,9 @@ class RFMTree(KernelEstimator):
         With ``scale="standard"`` it is that of the standardised features. Leaves with one answer have no metric.
         """
         check_is_fitted(self)
-        total = torch.zeros(self.n_features_in_, dtype=torch.float64)
+        total = torch.zeros(self.n_features_in_, dtype=torch.float64, device="cpu")
         for leaf, share in zip(self.leaves_, self._shares, strict=True):
-            found = None if isinstance(leaf, Constant) else torch.as_tensor(leaf.feature_importances_).cpu()
+            found = None if isinstance(leaf, Constant) else checks.tensor(leaf.feature_importances_).cpu()
             if found is not None and bool(torch.isfinite(found).all()):
                 total += share * found
         known = float(total.sum())

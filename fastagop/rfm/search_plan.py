@@ -73,7 +73,7 @@ def explain_fit(search, X, y, sample_weight=None) -> str:
     kinds = {(model.diagonal, model.center): model for model in reversed(estimators)}  # costs depend on little more
     for model in kinds.values():
         if unsettled(model.kernel):  # no plan depends on a bandwidth
-            model.set_params(kernel=settled_at(model.kernel, torch.zeros(1, 1)))
+            model.set_params(kernel=settled_at(model.kernel, torch.zeros(1, 1, device="cpu")))
     part = replace(data, X=data.X[:1].expand(folds.train, -1), Y=data.Y[:1].expand(folds.train, -1))
     refits = [_fit(model, data, 0) for model in kinds.values()]
     trials.share_memory(kinds.values(), trials.jobs_of(fresh.n_jobs, len(estimators)), data.X.device)
@@ -96,7 +96,7 @@ def _drawn(search, X, y, sample_weight) -> tuple[list, _Folds]:
     random, _, _ = search._generator_and_limits()
     codes = weights = None
     if on_meta(X) or on_meta(y):
-        rows, answers = torch.zeros(len(X), 1), np.zeros(len(X))
+        rows, answers = torch.zeros(len(X), 1, device="cpu"), np.zeros(len(X))
     else:
         rows, answers = inputs.matrix(search, X, reset=True), search._validated_targets(y)
         weights = None if on_meta(sample_weight) else inputs.weights(sample_weight, len(rows))

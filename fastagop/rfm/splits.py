@@ -104,7 +104,7 @@ class Tree:
             else [node.size, node.threshold, node.spread, node.left, node.right]
             for node in self.nodes
         ]
-        return torch.stack([node.direction for node in splits]) if splits else torch.empty(0, 0), numbers
+        return torch.stack([node.direction for node in splits]) if splits else torch.empty(0, 0, device="cpu"), numbers
 
     @classmethod
     def unpacked(cls, directions: torch.Tensor, numbers: list[list[Any]], features: int) -> Tree:

@@ -104,7 +104,7 @@ def note(points: Points, given: Any, block: int = 256) -> str:
 def _note_of_pairs(kernel: Any, X: torch.Tensor) -> str:
     """As ``note`` for a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
     few = X[_places(len(X)).to(X.device)].double()
-    i, j = torch.triu_indices(len(few), len(few), 1)
+    i, j = torch.triu_indices(len(few), len(few), 1, device=few.device)
     zeros, ones, others = _counts(kernel(few)[i, j].to(X.dtype))
     return "" if others else _finding(kernel, float(torch.pdist(few, p=kernel.norm).median()), zeros, ones)
 

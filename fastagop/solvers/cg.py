@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from fastagop.kernels import checks
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.found import Found, RowsAndResidual, measure_all
@@ -154,7 +155,7 @@ def solve(
         iterations += result.iterations
         if not result.singular or jitter >= MAX_JITTER * scale:
             break
-        if not jitter and float(torch.as_tensor(ridge).min()) > 0:  # under a ridge large coefficients may be the answer
+        if not jitter and float(checks.tensor(ridge).min()) > 0:  # under a ridge large coefficients may be the answer
             plain = steps(0.0, math.inf)
             iterations += plain.iterations
             left = math.inf if plain.singular else unmet(plain)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from fastagop import linalg
+from fastagop.kernels import checks
 from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
@@ -26,6 +27,7 @@ STEPS = {"highest": 25, "high": 100, "medium": 200}  # of refinement at most, by
 _GOAL = 1e-9
 # The residual that a rounded kernel matrix may leave. Below the first size another try costs next to nothing.
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
+_LAPACK = 2**22  # bytes of an eigendecomposition's buffers at most, which no allocator of torch sees
 _SMALL = 2**18  # bytes of a block of the matrix that no memory is too small for
 _PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
 
@@ -165,7 +167,7 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     """The plan with one n x n matrix in a dtype."""
     X, operator, (n, d), size = problem.X, problem.operator, problem.X.shape, dtype.itemsize
     kernels = operator.backend.factor_kernels(dtype, operator.precision)
-    copies = 3.0 if method == "eigh" else 1.0 + WORKSPACE
+    peak = eigh_bytes(n) if method == "eigh" else int((1 + WORKSPACE) * n * n * size)
     extra = 0 if X.dtype == dtype else X.numel() * size
     rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3, _SMALL), n, "solve")
     work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
@@ -173,11 +175,15 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     if dtype == X.dtype == torch.float32:
         described = operator.backend.describe_precision(operator.precision, X)
         precision = f"{described} factorisation, float64 refinement"
-    peak = int(copies * n * n * size) + extra
     precision += kernels.note
     backend = operator.backend.name
-    made = Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
+    made = Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak + extra, block=rows)
     return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
+
+
+def eigh_bytes(n: int) -> int:
+    """What ``eigh`` takes: K, the eigenvectors 2 n^2 numbers of LAPACK's work, and its buffers."""
+    return int((4 + WORKSPACE) * 8 * n * n) + min(_LAPACK, 8 * n * n)
 
 
 def _with_second_try(plan: Plan, problem: Problem) -> Plan:
@@ -295,7 +301,7 @@ def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False) -> Found
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
     matrix = system.matrix
-    scale = matrix.largest_row_sum() + float(torch.as_tensor(system.ridge).min())
+    scale = matrix.largest_row_sum() + float(checks.tensor(system.ridge).min())
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     jitter, plain = _factor(system, 0.0, scale, hopeful), None
     while jitter is not None:
@@ -364,8 +370,9 @@ def eigh(system: LinearSystem, K: torch.Tensor, Y: torch.Tensor) -> tuple[torch.
     if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
         least = float(ridge.min())
         root = (least / ridge).sqrt()[:, None]
-        K, ridge = K * root * root.T, least
-    values, vectors = linalg.eigh(K)
+        linalg.scale_lower_(K, root)
+        ridge = least
+    values, vectors = linalg.eigh(K)  # of the lower triangle; the residual reads the upper one
     cut, target = len(K) * torch.finfo(K.dtype).eps * float(values[-1]), vectors.T @ (root * Y)
     while True:
         keep = values + ridge > cut

@@ -115,7 +115,7 @@ def factor_(A: torch.Tensor) -> torch.Tensor | None:
 
     LAPACK works by columns: A's rows are those of its transpose, whose lower triangle it turns into L in place.
     """
-    L, failed = A.mT, torch.empty((), dtype=torch.int32)
+    L, failed = A.mT, torch.empty((), dtype=torch.int32, device=A.device)
     torch.linalg.cholesky_ex(L, out=(L, failed))
     return None if int(failed) else L
 

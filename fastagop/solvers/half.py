@@ -20,7 +20,7 @@ from fastagop.kernels import calibration
 from fastagop.kernels.gemm import LIBRARY, PanelProducts
 from fastagop.kernels.memory import host_bytes
 from fastagop.kernels.plan import Plan, format_bytes
-from fastagop.kernels.torch_backend.distance import tile_bytes
+from fastagop.kernels.torch_backend.distance import near_chunk, tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
@@ -36,8 +36,10 @@ _LEAST_STEPS = 12  # of refinement before a float64 factor takes over; more wher
 _LIKELY_STEPS = 4  # at which the time of a refined solve is estimated
 _READ = {"cpu": 6e9, "cuda": 1e12}  # bytes of a matrix a second that a product with a few vectors gets through
 # Block rows that a factorisation holds beside the matrix: copies of a row and of a panel's factor; on a device to which
-# blocks are streamed also the panel's row, the one that is worked on, and the next.
+# blocks are streamed also the panel's row, the one that is worked on, and the next (``Staging``). The two copies end a
+# block before the row does, which leaves room for the tiles by which blocks come and go.
 _BESIDE, _STREAMED = 2, 5
+_SHARE = 0.9  # of the host's free memory that may be pinned
 _POINTS_ROWS = 128  # of a block of k(X, X) made of the points
 
 
@@ -138,7 +140,7 @@ def _beside(problem: Problem) -> int:
 
 def _fill_bytes(problem: Problem) -> int:
     n, d = problem.X.shape
-    return 8 * n * d + tile_bytes(FILL, n, n, d, 8)
+    return 8 * n * d + tile_bytes(FILL, n, n, d, 8, near_chunk(problem.X.device))
 
 
 def _points_bytes(problem: Problem) -> int:
@@ -334,20 +336,30 @@ class Form(NamedTuple):
 
     def fits(self, problem: Problem) -> bool:
         """Whether the device and the host have the memory that the form takes."""
-        return self.memory(problem) <= problem.room and _pinned_bytes(problem, self.dtypes) <= _of_host()
+        needed = _pinned_bytes(problem, self.dtypes)
+        return self.memory(problem) <= problem.room and needed <= _of_host(needed, problem.X.device)
 
     def check_host(self, problem: Problem) -> None:
         """Raise MemoryError where the host lacks the pinned memory that the form takes."""
-        if (needed := _pinned_bytes(problem, self.dtypes)) > (free := _of_host()):
+        needed = _pinned_bytes(problem, self.dtypes)
+        if needed > (free := _of_host(needed, problem.X.device)):
             raise MemoryError(
                 f"place='host' needs {format_bytes(needed)} of pinned memory for n = {len(problem.X)}, but "
                 f"{format_bytes(free)} of the host's may be used; give a folder as place, or fewer points"
             )
 
 
-def _of_host() -> int:
-    """Bytes of the host's memory that may be taken."""
-    return int(0.9 * host_bytes())
+def _of_host(needed: int, device: torch.device) -> int:
+    """Bytes of the host's memory that may be pinned.
+
+    PyTorch keeps what earlier solves have pinned. Pinning takes time, so that PyTorch returns what it keeps only where
+    that can make enough of too little.
+    """
+    free = _SHARE * host_bytes()
+    if free < needed <= free + pinned.held_bytes():
+        pinned.give_back(device)
+        free = _SHARE * host_bytes()
+    return int(free)
 
 
 REFINED = Form(

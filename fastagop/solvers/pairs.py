@@ -41,7 +41,7 @@ def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
 class FullMatrixWithDiagonal(direct.FullMatrix):
     """A stored matrix with a diagonal of its own (n,), float64."""
 
-    diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    diagonal: torch.Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def largest_row_sum(self) -> float:
         """The largest sum of absolute values of a row of K."""

@@ -1,20 +1,24 @@
 """Matrices in pinned host memory, from which a CUDA device reads without help.
 
-PyTorch takes pinned memory in powers of two, up to twice of what is asked for: matrices share pieces of such sizes.
+PyTorch takes pinned memory in powers of two, up to twice of what is asked for: matrices share pieces of such sizes. It
+keeps what is freed for tensors of the same size, and to the system that memory is taken until ``give_back``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from fastagop.kernels import memory
 
 Shapes = Sequence[tuple[int, int]]
 
 
 def matrices(shapes: Shapes, dtype: torch.dtype) -> list[torch.Tensor]:
     """Uninitialised matrices of the given shapes in pinned memory."""
-    found = [torch.empty(0)] * len(shapes)
+    found = [torch.empty(0, device="cpu")] * len(shapes)
     for piece in _pieces(shapes):
         sizes = [shapes[i][0] * shapes[i][1] for i in piece]
         flat = torch.empty(sum(sizes), dtype=dtype, device="cpu", pin_memory=True)
@@ -27,6 +31,24 @@ def bytes_of(shapes: Shapes, dtype: torch.dtype) -> int:
     """Bytes of host memory that matrices of the given shapes take."""
     items = (sum(shapes[i][0] * shapes[i][1] for i in piece) for piece in _pieces(shapes))
     return sum(_power(count * dtype.itemsize) for count in items)
+
+
+def held_bytes() -> float:
+    """Bytes of pinned memory that PyTorch has, used or kept; infinite where a version does not say."""
+    if (stats := getattr(torch.cuda, "host_memory_stats", None)) is None:
+        return math.inf
+    found = stats()  # nothing before CUDA is initialised; the first name is that of earlier versions
+    return max(found.get(f"{name}.current", 0) for name in ("reserved_bytes", "allocated_bytes"))
+
+
+def give_back(device: torch.device) -> None:
+    """Return the pinned memory that PyTorch keeps to the system, once the device's copies have ended."""
+    private = getattr(torch._C, "_host_emptyCache", None)  # since version 2.5; the public function came later
+    empty = getattr(torch.accelerator, "empty_host_cache", private)
+    if empty is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize(device)
+        empty()
+        memory.forget()
 
 
 def _power(size: int) -> int:

@@ -37,9 +37,10 @@ class Solution:
         rank: n less the eigenvalues dropped by "eigh"; rank of the preconditioner of "cg"; n otherwise.
         seconds: wall-clock time.
         stopped: why "cg" ended before its tolerance; "" where it did not.
-        tolerance: the residual "cg" was asked for; 0.0 for the others.
+        tolerance: the residual that "cg" or "cholesky+cg" was asked for; 0.0 for the others.
         residual_rows: rows that the residual was measured on: all, or an evenly spaced sample.
-        merged: rows merged away because the dtype cannot tell them apart from others; they share a coefficient.
+        merged: rows merged away because the dtype cannot tell them apart from others; these share a coefficient, or
+            under a ridge differ by what their targets ask for.
         contradictions: rows whose target differs from the mean target of their copies.
         merged_residual: residual of the merged system, whose targets are those means; None where nothing was merged.
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.

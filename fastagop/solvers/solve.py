@@ -217,8 +217,8 @@ def solve(
     failed pivot adds jitter to the diagonal, from rounding level upwards by tens; close points whose targets differ
     raise it, so that coefficients stay bounded. Whatever was done is in the result (paper, algorithm 1).
 
-    Where memory is short, the kernel values that conjugate gradients multiply by are made of the points at every step,
-    with a factor as long as one fits, else with a low-rank preconditioner, and with the same rule for jitter. A problem
+    Where memory is short, kernel values are made anew from the points at every step of conjugate gradients,
+    preconditioned by a factor while one fits, else by a low-rank one; the rule for jitter is the same. A problem
     that they cannot bring to their tolerance is reported, with the best alpha found.
 
     Args:

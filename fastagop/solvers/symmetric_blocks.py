@@ -3,13 +3,14 @@
 Block i holds rows start_i .. stop_i and columns 0 .. stop_i. A column block's update is then one product with a long
 inner dimension, and a pass over the matrix reads each block once. Blocks lie on the device that computes, in pinned
 host memory beside it, or in a file of which nothing is left whatever ends the process.
+
+In pinned memory a block row lies as square tiles, each without gaps. PyTorch copies those while the host goes on; parts
+of wider rows it would gather in pageable memory first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastagop.kernels import checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
 from fastagop.kernels.plan import empty_matrix, format_bytes
 from fastagop.solvers import pinned
+from fastagop.solvers.staging import Staging
 
 # Rows of a block: products with few rows are slow, and a block's own columns are work beside the one long product. On
 # two cores of a Zen 3 (n = 16,000, float32) 512 to 2048 rows factor at 153 to 158 GFLOP/s, 768 at 158, where products
@@ -41,12 +44,14 @@ class SymmetricBlocks:
         device: that computes.
         rows: of a block; default by device.
         place: where blocks lie: "device"; "host", pinned memory from which a CUDA device streams them; or a folder
-            for a memory-mapped file, which has no name there.
+            for a memory-mapped file, which has no name there. A device to which blocks are streamed holds two block
+            rows in a pass (``Staging``), and in a factorisation one more and a copy of it.
 
     Attributes:
         count: block rows.
         slices: the rows of each.
-        blocks: of block row i the columns up to its own last row, (b, stop_i).
+        blocks: of block row i the columns up to its own last row, (b, stop_i); in pinned memory their items tile by
+            tile.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class SymmetricBlocks:
         self.count = -(-n // self.rows)
         self.slices = [slice(q * self.rows, min(n, (q + 1) * self.rows)) for q in self._mine(self.count)]
         self.blocks = self._allocate([(row.stop - row.start, row.stop) for row in self.slices])
+        self._held: Staging | None = None
 
     def _mine(self, count: int) -> range:
         """The block rows that this process holds."""
@@ -91,34 +97,37 @@ class SymmetricBlocks:
     def drop(self) -> None:
         """Give the memory of the blocks back."""
         self.blocks.clear()
+        if self.place == "host":
+            pinned.give_back(self.device)
 
     def fill_(self, rows_of: Callable[[torch.Tensor, int], object]) -> SymmetricBlocks:
         """Write the matrix: rows_of(out, start) writes rows start .. of it, up to their own last column, into out."""
-        for row, block in zip(self.slices, self.blocks, strict=True):
-            there = self._on_device(block, read=False)
-            for first in range(0, len(block), FILL):
+        for i, row in enumerate(self.slices):
+            there = self._on_device(i, read=False)
+            for first in range(0, len(there), FILL):
                 part = there[first : first + FILL]
                 start = row.start + first
                 rows_of(part[:, : start + len(part)], start)
-            for first in range(FILL, len(block), FILL):  # what lies above these rows on the diagonal block
+            for first in range(FILL, len(there), FILL):  # what lies above these rows on the diagonal block
                 above = there[:first, row.start + first : row.start + first + FILL]
                 above.copy_(there[first : first + FILL, row.start : row.start + first].T)
-            self._write(block, there)
+            self._write(i, slice(0, row.stop), there)
         return self
 
     def apply_(self, change: Callable[[torch.Tensor], object], diagonal: float) -> SymmetricBlocks:
         """Change every item in place, and set the diagonal."""
-        for row, block in zip(self.slices, self.blocks, strict=True):
-            there = self._on_device(block)
+        for i, row in enumerate(self.slices):
+            there = self._on_device(i)
             for part in there.split(FILL):
                 change(part)
             there[:, row.start :].fill_diagonal_(diagonal)
-            self._write(block, there)
+            self._write(i, slice(0, row.stop), there)
         return self
 
     def to(self, dtype: torch.dtype) -> SymmetricBlocks:
         """A copy in another dtype, at the same place."""
         copy = self._like(dtype)
+        self._wait()
         for mine, other in zip(self.blocks, copy.blocks, strict=True):
             other.copy_(mine)
         return copy
@@ -135,7 +144,16 @@ class SymmetricBlocks:
         return out
 
     def row_tiles(self, rows: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, these rows of the matrix with all columns in a dtype), each overwritten by the next."""
+        """(rows, these rows of the matrix with all columns in a dtype), each overwritten by the next.
+
+        The device holds so many rows, or of pinned memory all rows of a block, whose tiles come one by one.
+        """
+        if self.place == "host":
+            for row, block in self._full_rows(dtype):
+                for first in range(0, len(block), rows):
+                    some = block[first : first + rows]
+                    yield slice(row.start + first, row.start + first + len(some)), some
+            return
         buffer = torch.empty(min(rows, self.rows), self.n, dtype=dtype, device=self.device)
         for i, (row, block) in enumerate(zip(self.slices, self.blocks, strict=True)):
             for first in range(0, len(block), rows):
@@ -146,6 +164,19 @@ class SymmetricBlocks:
                 for below, other in zip(self.slices[i + 1 :], self.blocks[i + 1 :], strict=True):
                     tile[:, below].copy_(other[:, inside].T)
                 yield inside, tile
+
+    def _full_rows(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows of a block, these with all columns) from pinned memory, each overwritten by the next."""
+        buffer = torch.empty(self.rows, self.n, dtype=dtype, device=self.device)
+        room = self._room()
+        for i, row in enumerate(self.slices):
+            out = buffer[: row.stop - row.start]
+            for columns, part in self._parts(i, slice(0, row.stop)):
+                out[:, columns].copy_(_moved(part, room))
+            for j in range(i + 1, len(self.slices)):
+                [(_, part)] = self._parts(j, row)
+                out[:, self.slices[j]].copy_(_moved(part, room).T)
+            yield row, out
 
     def matmul(self, V: torch.Tensor) -> torch.Tensor:
         """The matrix times V (n, p), of its dtype: one pass over the blocks for all columns of V.
@@ -176,13 +207,19 @@ class SymmetricBlocks:
         Returns:
             0, or the 1-based index of the first pivot that failed; the blocks are then used up.
         """
-        diagonal = torch.as_tensor(diagonal, dtype=torch.float64).expand(self.n)
+        diagonal = checks.tensor(diagonal, torch.float64).expand(self.n)
         products = products if self.dtype == torch.float32 else LIBRARY
-        for row, block in zip(self.slices, self.blocks, strict=True):
-            block[:, row].diagonal().copy_(diagonal[row])
-        for q in range(len(self.blocks)):
-            if failed := self._factor_columns(q, products):
-                return failed
+        self._wait()
+        for i, row in enumerate(self.slices):
+            [(_, square)] = self._parts(i, row)
+            square.diagonal().copy_(diagonal[row])
+        self._held = self._staging() if self._elsewhere else None  # once, since rows of other sizes come between passes
+        try:
+            for q in range(len(self.blocks)):
+                if failed := self._factor_columns(q, products):
+                    return failed
+        finally:
+            self._held = None
         return 0
 
     def _factor_columns(self, q: int, products: PanelProducts) -> int:
@@ -192,7 +229,7 @@ class SymmetricBlocks:
             0, or the 1-based index of the pivot that failed.
         """
         row = self.slices[q]
-        there = self._on_device(self.blocks[q])
+        there = self._on_device(q)
         square, done = there[:, row.start :], None
         if row.start:
             done = products.ready(there[:, : row.start])
@@ -201,14 +238,14 @@ class SymmetricBlocks:
         if int(info):
             return row.start + int(info)
         square.copy_(L)
-        self._write(self.blocks[q][:, row.start :], square)
+        self._write(q, row, square)
         divide_ = self._divisor(L, products)
-        for below, wide in self._streamed(q + 1, slice(0, row.stop)):
+        for below, wide in self._streamed(q + 1, row.stop):
             panel = wide[:, row.start :]
             if row.start:
                 products.subtract_(panel, wide[:, : row.start], done)
             divide_(panel)
-            self._write(self.blocks[below.start // self.rows][:, row], panel)
+            self._write(below.start // self.rows, row, panel)
         return 0
 
     def _divisor(self, L: torch.Tensor, products: PanelProducts = LIBRARY) -> Callable[[torch.Tensor], object]:
@@ -245,48 +282,77 @@ class SymmetricBlocks:
 
     # ---- Where blocks lie elsewhere than on the device that computes, they come to it and go back.
 
-    def _on_device(self, block: torch.Tensor, read: bool = True) -> torch.Tensor:
-        if block.device == self.device:
-            return block
-        return block.to(self.device, non_blocking=True) if read else torch.empty_like(block, device=self.device)
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether the device computes with copies of blocks."""
+        return self.place == "host" or (self.place != "device" and self.device.type == "cuda")
 
-    def _write(self, block: torch.Tensor, there: torch.Tensor) -> None:
-        if block.data_ptr() != there.data_ptr():
-            block.copy_(there)
+    def _parts(self, i: int, columns: slice) -> list[tuple[slice, torch.Tensor]]:
+        """(columns, where they lie) of whole tiles of a block row: these in pinned memory, elsewhere all in one."""
+        block = self.blocks[i]
+        if self.place != "host":
+            return [(columns, block[:, columns])]
+        b, flat = len(block), block.view(-1)
+        starts = range(columns.start, columns.stop, self.rows)
+        tiles = [slice(start, min(columns.stop, start + self.rows)) for start in starts]
+        return [(tile, flat[b * tile.start : b * tile.stop].view(b, -1)) for tile in tiles]
 
-    @functools.cached_property
-    def _side(self) -> torch.cuda.Stream:
-        """The stream on which blocks come: one, since a stream's memory is of no use to another one."""
-        return torch.cuda.Stream(self.device)
+    def _on_device(self, i: int, read: bool = True) -> torch.Tensor:
+        """Block row i, or room for it."""
+        if not self._elsewhere:
+            return self.blocks[i]
+        there = torch.empty(self.blocks[i].shape, dtype=self.dtype, device=self.device)
+        if read:
+            self._read(i, there, self._room())
+        return there
+
+    def _room(self) -> torch.Tensor:
+        """Room for a tile, where blocks come by tiles."""
+        return torch.empty(self.rows**2 if self.place == "host" else 0, dtype=self.dtype, device=self.device)
+
+    def _read(self, i: int, out: torch.Tensor, room: torch.Tensor) -> None:
+        """Copy the first columns of block row i into out, which has no gaps; tiles come into the room for one first."""
+        for columns, part in self._parts(i, slice(0, out.shape[1])):
+            target = out[:, columns]
+            if target.is_contiguous():
+                target.copy_(part, non_blocking=True)
+            else:
+                target.copy_(_moved(part, room))
+
+    def _write(self, i: int, columns: slice, there: torch.Tensor) -> None:
+        """Put columns of block row i back; into pinned memory the host does not wait for it."""
+        for some, part in self._parts(i, columns):
+            if part.data_ptr() != there.data_ptr():
+                new = there[:, some.start - columns.start : some.stop - columns.start]
+                part.copy_(new, non_blocking=self.place == "host")
+
+    def _wait(self) -> None:
+        """Let the host wait for what the device still reads from pinned memory or writes there."""
+        if self.place == "host":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _staging(self) -> Staging:
+        return Staging(self.rows * self.n, self._room())
 
     def _streamed(
-        self, first: int = 0, columns: slice = slice(None), backwards: bool = False
+        self, first: int = 0, width: int | None = None, backwards: bool = False
     ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows, block) from a block on, on the device, the next one on its way while this one is worked on."""
+        """(rows, block) from a block on, on the device: all of its columns, or the first; good until the next one."""
         order = list(range(first, len(self.slices)))
         if backwards:
             order.reverse()
-        if self.device.type != "cuda" or self.place == "device":
+        if not self._elsewhere:
             for i in order:
-                yield self.slices[i], self._on_device(self.blocks[i][:, columns])
+                yield self.slices[i], self.blocks[i][:, :width]
             return
-        side = self._side
-        ahead: list[torch.Tensor] = []
-
-        def fetch(i: int) -> None:
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                ahead.append(self._on_device(self.blocks[i][:, columns]))
-
-        if order:
-            fetch(order[0])
-        for place, i in enumerate(order):
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            block = ahead.pop()
-            block.record_stream(torch.cuda.current_stream(self.device))
-            with contextlib.suppress(IndexError):
-                fetch(order[place + 1])
+        coming = [(i, (len(self.blocks[i]), width or self.slices[i].stop)) for i in order]
+        for i, block in (self._held or self._staging()).through(coming, self._read):
             yield self.slices[i], block
+
+
+def _moved(tile: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A tile in the room for one, on its device."""
+    return room[: tile.numel()].view(tile.shape).copy_(tile, non_blocking=True)
 
 
 def _divided(L: torch.Tensor, X: torch.Tensor, *, transposed: bool) -> torch.Tensor:

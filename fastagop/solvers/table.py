@@ -59,7 +59,7 @@ class Solver:
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
     def memory(problem: Problem) -> int:
         n = len(problem.X)
-        return 3 * n * n * dtype.itemsize if name == "eigh" else needed_bytes(len(problem.X), problem.X.shape[1], dtype)
+        return direct.eigh_bytes(n) if name == "eigh" else needed_bytes(n, problem.X.shape[1], dtype)
 
     def seconds(problem: Problem, plan: Plan) -> float:
         found = problem.operator.seconds(plan, dtype)

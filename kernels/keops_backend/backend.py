@@ -33,7 +33,13 @@ class KeopsBackend:
         if request.operation not in self.operations:
             reason = "it would store the kernel matrix and KeOps never does"
             return reason + ("; method='cg' solves without it" if request.operation == "solve" else "")
-        return self.missing(request)
+        return self.missing(request) or reductions.too_wide(
+            request.operation, request.kernel, request.X.shape[-1], self.sums_in(request), request.X.device
+        )
+
+    def sums_in(self, request: Request) -> torch.dtype:
+        """The dtype in which a call is summed."""
+        return torch.float64 if request.operation == "solve with method 'cg'" else request.X.dtype
 
     def missing(self, request: Request) -> str | None:
         """Why KeOps cannot compute here, and what to change; None where it can."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import BackendUnavailable
 from ..pair_backend.blocks import checked, computed, dtype_of
 from ..plan import AgopTask, Call, Plan
 from ..precision import dtype_name
@@ -37,6 +38,10 @@ class KeopsPairBackend(KeopsBackend):
             return f"there is no KeOps formula of {request.kernel!r}"
         return unusable(request.X)
 
+    def sums_in(self, request: Request) -> torch.dtype:
+        """The dtype in which a call is summed."""
+        return dtype_of(request.kernel, request.X.dtype)
+
     def matmul(self, operator: KernelOperator, V: torch.Tensor) -> Call:
         """The call that computes k(X, Z) V."""
         X, Z = _sized(operator.X, operator), _sized(operator.Z, operator)
@@ -65,6 +70,11 @@ class KeopsPairBackend(KeopsBackend):
     def agop(self, operator: KernelOperator, alpha: torch.Tensor, task: AgopTask) -> Call:
         """The gradient form, in float64 where gradients are centred, as what that leaves of them may be small."""
         self.refuse_gram(task)
+        dtype, points = _dtype(operator, task.center), operator.X
+        if reason := reductions.too_wide("agop", operator.kernel, points.shape[1], dtype, points.device):
+            raise BackendUnavailable(
+                f"backend 'keops' cannot serve agop with center=True: {reason}; use backend='torch' or 'auto'"
+            )
         X, Z = _sized(operator.X, operator, task.center), _sized(operator.Z, operator, task.center)
         plan = reductions.plan_agop(X, alpha, Z, task.limit, operator.why)
 

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import io
 import logging
+import re
+from collections.abc import Callable
 
 import torch
 
@@ -24,6 +26,10 @@ log = logging.getLogger("fastagop")
 
 _OUTPUTS = 1024  # numbers per point that one reduction sums at most: more spill, each further one measures r again
 _BLOCK = 2**26  # bytes of gradients alive at once in agop
+# On CUDA a thread holds a point's features and columns in shared memory, of which a block has so many bytes: KeOps 2.3
+# divides by zero where these do not fit. Of a formula that goes by one of these alone it holds 64 features at a time.
+_SHARED = 49152
+_IN_PARTS = ("SqDist(x, z)", "Sum(Abs(x - z))", "(x | z)")
 
 
 @functools.cache
@@ -70,15 +76,29 @@ def _reduction(
     pykeops, printed = pykeops_module(), _Announcer(title)
     try:
         with contextlib.redirect_stdout(printed):
-            reduce = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
-            reduce(*tiny, backend=mode)
+            made = pykeops.torch.Genred(formula, aliases, reduction_op="Sum", axis=1)
+            reduce = functools.partial(_ordered, functools.partial(made, backend=mode))
+            reduce(*tiny)
     except Exception as error:
         raise BackendUnavailable(
             f"backend 'keops' cannot serve this call: compiling {title} failed with {error!r}. It needs a C++ "
             "compiler and Python's headers (apt install g++ python3-dev); use backend='torch' or 'auto' to compute "
             f"without it. KeOps printed: {printed.getvalue()!r}"
         ) from error
-    return functools.partial(reduce, backend=mode)
+    return reduce
+
+
+def _ordered(reduce: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """A reduction after the work that makes its tensors, on their device.
+
+    KeOps launches on CUDA's default stream, whatever the current one is, and leaves the context of its device on top.
+    It waits for its own result.
+    """
+    if not tensors[0].is_cuda:
+        return reduce(*tensors)
+    with torch.cuda.device(tensors[0].device):
+        torch.cuda.current_stream().synchronize()
+        return reduce(*tensors)
 
 
 def _formulas(kernel: Kernel) -> Formulas:
@@ -104,6 +124,26 @@ def _chunks(B: torch.Tensor, widest: int) -> list[torch.Tensor]:
     return [chunk.contiguous() for chunk in wide.split(width, dim=1)]
 
 
+def _most_columns(formula: str, d: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Columns that one reduction of a formula may take beside d features; none where these are too many."""
+    if device.type != "cuda" or any(_goes_by(part, formula) for part in _IN_PARTS):
+        return _OUTPUTS
+    return max(0, min(_OUTPUTS, _SHARED // dtype.itemsize - d))
+
+
+def _goes_by(part: str, formula: str) -> bool:
+    return formula.count(part) == 1 and not re.search(r"\b[xz]\b", formula.replace(part, ""))
+
+
+def too_wide(operation: str, kernel: Kernel, d: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why KeOps cannot hold points of d features; None where it can."""
+    found = _formulas(kernel)
+    formula = found.slope if operation in ("gradients", "agop") else found.value
+    if _most_columns(formula, d, dtype, device):
+        return None
+    return f"on CUDA it holds a point in 48 KiB of shared memory, and {d} features in {dtype_name(dtype)} take more"
+
+
 def plan_kernel_matmul(X, Z, V, why: str) -> Plan:
     """The plan of kernel_matmul."""
     n, m, d, p = len(X), len(Z), X.shape[1], V.shape[1]
@@ -117,8 +157,9 @@ def kernel_matmul(kernel: Kernel, X, Z, V) -> torch.Tensor:
         return X.new_zeros(len(X), V.shape[1])
     d, p = X.shape[1], V.shape[1]
     X, Z, c = X.contiguous(), Z.contiguous(), _constants(kernel, X)
-    chunks = _chunks(V, _OUTPUTS)
-    formula, width = f"{_formulas(kernel).value} * b", chunks[0].shape[1]
+    value = _formulas(kernel).value
+    chunks = _chunks(V, _most_columns(value, d, X.dtype, X.device))
+    formula, width = f"{value} * b", chunks[0].shape[1]
     title = f"kernel_matmul for {_name(kernel)}"
     reduce = _reduction(title, formula, "xz", d, width, len(c), X.dtype, str(X.device))
     return _joined([reduce(X, Z, chunk, c) for chunk in chunks], 1, p)

@@ -14,6 +14,7 @@ from ..precision import dtype_name
 from ..profile import Kernel
 from ..scaling import Points
 from ..torch_backend.backend import FactorKernels, TorchBackend
+from ..torch_backend.distance import near_chunk
 from ..torch_backend.gram import warn_of_loss
 from . import blocks
 from .composite import diagonal_of, pairs_of
@@ -232,7 +233,7 @@ def _copies(operator: KernelOperator) -> int:
 
 def _block_bytes(operator: KernelOperator, rows: int, width: int) -> int:
     kernel, size = operator.kernel, blocks.dtype_of(operator.kernel, operator.X.dtype).itemsize
-    return size * (_alive(kernel) * rows * width + rows * operator.X.shape[1]) + 2**23
+    return size * (_alive(kernel) * rows * width + rows * operator.X.shape[1]) + 32 * near_chunk(operator.X.device)
 
 
 def _gradient_bytes(operator: KernelOperator, rows: int, K: int) -> int:

@@ -25,7 +25,7 @@ from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix, on_gpu
 from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
-from .costs import costs, flops, gradient_form_beside, gram_form_bytes, plan, products_of, wide_bytes
+from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, plan, products_of, wide_bytes
 from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
@@ -207,8 +207,10 @@ def choose_form(
     more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
     def fits(dtype: torch.dtype, rank: int) -> bool:
-        wide = W.dtype != dtype
-        return not wide or gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=symmetric) <= room
+        wide, split = W.dtype != dtype, word["gram"] if dtype == X.dtype else ""
+        if not wide and not halves_bytes(n, split):
+            return True
+        return gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=symmetric, products=split) <= room
 
     if not explicit and cost["gram"] > cost["gradient"]:
         wide = X.dtype != torch.float64 and fits(torch.float64, 1)
@@ -223,7 +225,7 @@ def choose_form(
         plain > LOW_RANK_THRESHOLD * allowed
         and (explicit or price + more < cost["gradient"])
         and n > 4 * RANK
-        and gram_form_bytes(rows, X, alpha, Z, False, RANK, symmetric=symmetric) <= room
+        and gram_form_bytes(rows, X, alpha, Z, False, RANK, symmetric=symmetric, products=word["gram"]) <= room
     ):
         better = leading_part(W, symmetric)
         if (less := LOSS_PER_EPS * estimate.amplification(better)) < growth:

@@ -11,7 +11,7 @@ from ..gemm import square_bytes
 from ..plan import AIM, RAISE_LIMIT, ROWS, AgopTask, Plan, budget, fitting_rows, format_bytes
 from ..precision import dtype_name
 from . import gram as torch_gram
-from .distance import tile_bytes
+from .distance import near_chunk, tile_bytes
 from .gradients import chunk_of, columns_at_once, gradient_aim, gradient_bytes
 from .low_rank import RANK
 
@@ -48,23 +48,30 @@ def gradient_form_bytes(rows: int, X, alpha, Z, center: bool) -> int:
     copied = 0 if alpha.is_contiguous() or not any(alpha.stride()) else n * K
     copied += n * columns_at_once(rows, d, K, X.device)
     held = 8 * d * d + size * (copied + 2 * (n + m) + rows * (n + K * d)) + (32 * K * d if center else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size  # a weight takes a block of its own
+    tile = tile_bytes(rows, n, m, d, size, near_chunk(X.device)) + rows * n * size  # a weight takes a block of its own
     near = gradient_bytes(rows, n, d, K, size, chunk_of(X.device))
     work = max(tile, near, square_bytes(rows * K, d, size))
     # M in float32 comes when nothing else is alive, but an allocator may keep what was freed; libraries take some more.
     return held + held // 16 + work + (4 if size == 4 else 0) * d * d
 
 
-def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *, symmetric: bool) -> int:
+def halves_bytes(n: int, products: str) -> int:
+    """What products of split weights (n, n) take beside these: two fp16 halves, padded, and a scale a row."""
+    return 4 * n * (-(-n // 64) * 64 + 1) if products == "fp16x3" else 0
+
+
+def gram_form_bytes(
+    rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *, symmetric: bool, products: str = ""
+) -> int:
     """Most memory that the gram form takes with blocks of that many rows.
 
     wide: float32 weights are copied for products in float64. rank: columns of the low-rank part. symmetric: as of
-    ``products_of``.
+    ``products_of``, and products: its word for the gram form, where they are a device's own.
     """
     (n, d), K, m, size = X.shape, alpha.shape[1], len(Z), X.element_size()
     others = 0 if symmetric else m
     stored = m * n * size + (8 * (m * n + (n + others) * d + n * K) if wide else 0)
-    tile = tile_bytes(rows, n, m, d, size) + rows * n * size
+    tile = tile_bytes(rows, n, m, d, size, near_chunk(X.device)) + rows * n * size
     size = 8 if wide else size
     longer = max(m, n)
     points = size * ((2 * n + others) * d + 2 * (m + n) * (K + 1))
@@ -72,15 +79,15 @@ def gram_form_bytes(rows: int, X, alpha, Z, wide: bool = False, rank: int = 1, *
     step = size * (3 * rows * longer + 2 * rows * (d + 2 * K)) + 8 * rows * (d + rank * K) + square_bytes(rows, d, size)
     narrow = (4 if X.element_size() == 4 else 0) * d * d
     held = stored + 8 * d * d
-    return held + held // 16 + max(tile, points + low_rank + step) + narrow
+    return held + held // 16 + max(tile, halves_bytes(n, products) + points + low_rank + step) + narrow
 
 
-def _plan_form(form: str, X, alpha, Z, limit: int, center: bool, symmetric: bool) -> tuple[int, int]:
-    """(block rows, peak bytes) of a form, or MemoryError."""
+def _plan_form(form: str, X, alpha, Z, limit: int, center: bool, symmetric: bool, products: str) -> tuple[int, int]:
+    """(block rows, peak bytes) of a form, or MemoryError; products: as of ``gram_form_bytes``."""
     return (
         _plan_gradient_form(X, alpha, Z, limit, center)
         if form == "gradient"
-        else _plan_gram_form(X, alpha, Z, limit, symmetric)
+        else _plan_gram_form(X, alpha, Z, limit, symmetric, products)
     )
 
 
@@ -90,8 +97,8 @@ def _plan_gradient_form(X, alpha, Z, limit: int, center: bool) -> tuple[int, int
     return fitting_rows(bytes_of, limit, len(Z), "agop, gradient form,", RAISE_LIMIT, aim)
 
 
-def _plan_gram_form(X, alpha, Z, limit: int, symmetric: bool) -> tuple[int, int]:
-    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z, symmetric=symmetric)
+def _plan_gram_form(X, alpha, Z, limit: int, symmetric: bool, products: str = "") -> tuple[int, int]:
+    bytes_of = functools.partial(gram_form_bytes, X=X, alpha=alpha, Z=Z, symmetric=symmetric, products=products)
     aim = AIM if X.device.type == "cuda" else gradient_aim(X.device, len(X))  # rows of it are multiplied by n numbers
     return fitting_rows(bytes_of, limit, max(len(Z), len(X)), "agop, gram form,", RAISE_LIMIT, aim)
 
@@ -134,18 +141,19 @@ def plan(X, alpha, Z, task: AgopTask, why: str, products: str | None = None, *, 
     method, center = task.method, task.center
     (n, d), K, m = X.shape, alpha.shape[1], len(Z)
     work, room = flops(m, n, d, K, symmetric), budget(task.limit, X.device)
+    words = products_of(X, products, symmetric=symmetric)
     reason, fitted = f"{why}; method asked for", None
     if method == "auto":
-        cost = costs(X, Z, K, products_of(X, products, symmetric=symmetric), symmetric=symmetric)
+        cost = costs(X, Z, K, words, symmetric=symmetric)
         method = min(cost, key=lambda form: cost[form])
         each = ", ".join(f"{form} form {work[form]:.2g} flop, about {seconds:.2g} s" for form, seconds in cost.items())
         reason = f"{why}; {each} ({source(X.device)})"
         try:
-            fitted = _plan_form(method, X, alpha, Z, room, center, symmetric)
+            fitted = _plan_form(method, X, alpha, Z, room, center, symmetric, words["gram"])
         except MemoryError:
             method = "gradient" if method == "gram" else "gram"
             reason = f"{reason}, but the cheaper one does not fit into {format_bytes(room)}"
-    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center, symmetric)
+    rows, peak = fitted or _plan_form(method, X, alpha, Z, room, center, symmetric, words["gram"])
     peak = _highest_peak(method, rows, peak, X, alpha, Z, room, center, symmetric)
     if X.dtype == torch.float32 and method == "gram":
         reason += (

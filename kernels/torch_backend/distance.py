@@ -25,7 +25,9 @@ _GROUP = 16  # fewer near columns than this are not worth a product of their own
 _REACH = 8.0  # a group takes in points up to this multiple of the near bound
 _CENTRE_SAMPLE = 128  # members that vote for a group's centre
 _ROUNDS = 64  # groups tried per block before direct differences take the rest
-_CHUNK = 2**18  # items of one chunk of direct differences, and of one step of a group's product
+# Items of one chunk of direct differences, and of one step of a group's product: on the CPU what stays in its caches.
+# On CUDA every step looks at values, for which the host waits: fewer steps are fewer waits.
+_CHUNK, _CUDA_CHUNK = 2**18, 2**21
 FEW = 4  # features up to which all pairs are measured directly: no slower then than a product that is checked
 _FEWEST = 16  # rows of one step of a group's product, at least
 _CHEAP = 2**14  # items of points whose squares are formed: the product of pairs of rows costs more to start
@@ -33,7 +35,12 @@ _CACHED = 2**16  # pairs that are measured at once there, small enough for a pro
 _DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
 
-def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
+def near_chunk(device: torch.device) -> int:
+    """Items of a step of pairs that are measured again."""
+    return _CUDA_CHUNK if device.type == "cuda" else _CHUNK
+
+
+def tile_bytes(rows: int, n: int, m: int, d: int, size: int, chunk: int = _CHUNK) -> int:
     """Most memory that ``squared_distances`` takes for a block of that many rows, the block itself left out.
 
     The points in another unit; the norms; -2 Z, the library's copy of X; of suspect rows a copy, thresholds and a
@@ -41,8 +48,8 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int) -> int:
     """
     if d <= FEW:
         return size * ((2 * n + m) * d + n + m + 2 * min(rows * n, max(_CACHED, n)))
-    pairs = min(rows * n, max(_FEWEST * n, _CHUNK))
-    work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, _CHUNK)))
+    pairs = min(rows * n, max(_FEWEST * n, chunk))
+    work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, chunk)))
     copies = 4 if size == 4 else 2  # the float64 product takes its factors as they are
     return size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
 
@@ -130,6 +137,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
     Each round moves the origin into the most crowded row's company and repeats the product for all points within
     reach of it; pairs that are near even from there wait for a round of their own.
     """
+    chunk = near_chunk(X.device)
     for _ in range(_ROUNDS):
         crowd = mask.sum(1)
         leader = int(crowd.argmax())
@@ -144,7 +152,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
         x = X[cols].sub_(centre)
         xc2 = squared_norms(x)
         helped = False
-        for some in rows.split(max(_FEWEST, _CHUNK // len(cols))):
+        for some in rows.split(max(_FEWEST, chunk // len(cols))):
             index = (some[:, None], cols)
             z = Z[some].sub_(centre)
             zc2 = squared_norms(z)
@@ -157,7 +165,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
         if not helped:  # the centre did not help this row: no second try
             _measure_directly(sq, torch.full_like(company, leader), company, Z, X)
             mask[leader] = False
-    step = max(1, _CHUNK // max(1, mask.shape[1]))
+    step = max(1, chunk // max(1, mask.shape[1]))
     for start in range(0, len(mask), step):
         i, j = mask[start : start + step].nonzero(as_tuple=True)
         _measure_directly(sq, i.add_(start), j, Z, X)
@@ -165,7 +173,7 @@ def _measure_near(sq, mask, Z: torch.Tensor, X: torch.Tensor, z2: torch.Tensor, 
 
 def _measure_directly(sq: torch.Tensor, i: torch.Tensor, j: torch.Tensor, Z: torch.Tensor, X: torch.Tensor) -> None:
     """Write sum_k (Z[i, k] - X[j, k])^2 into sq for a list of pairs."""
-    step = max(1, _CHUNK // max(1, X.shape[1]))
+    step = max(1, near_chunk(X.device) // max(1, X.shape[1]))
     for k in range(0, len(i), step):
         a, b = i[k : k + step], j[k : k + step]
         difference = Z[a].sub_(X[b])

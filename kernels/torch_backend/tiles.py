@@ -8,7 +8,7 @@ import torch
 
 from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
-from .distance import measured_directly, squared_distances, squared_norms, tile_bytes
+from .distance import measured_directly, near_chunk, squared_distances, squared_norms, tile_bytes
 from .gradients import Near, Nearness
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
@@ -97,10 +97,10 @@ def fit_rows(
     held: bytes of the result; step: bytes that an operation takes beside a block of that many rows; aim: as of
     ``fitting_rows``.
     """
-    n, m, d, size = len(X), len(Z), X.shape[1], X.element_size()
+    n, m, d, size, chunk = len(X), len(Z), X.shape[1], X.element_size(), near_chunk(X.device)
 
     def bytes_of(rows: int) -> int:
-        return held + rows * n * size + max(tile_bytes(rows, n, m, d, size), step(rows))
+        return held + rows * n * size + max(tile_bytes(rows, n, m, d, size, chunk), step(rows))
 
     return fitting_rows(bytes_of, budget(None, X.device), max(1, m), op, aim=aim)
 

@@ -164,6 +164,8 @@ def _unusable(X: torch.Tensor) -> str | None:
     if not interpreted():
         if X.device.type != "cuda":
             return f"X is on {X.device} and it runs on CUDA; move the tensors with .cuda()"
+        if torch.version.hip is not None:
+            return "its kernels are for NVIDIA's GPUs and this torch is built for AMD's (ROCm)"
         if torch.cuda.get_device_capability(X.device) < (8, 0):
             return f"{torch.cuda.get_device_name(X.device)} is older than compute capability 8.0; use a newer GPU"
     return None
@@ -192,17 +194,17 @@ def input_precisions() -> tuple[str, ...]:
 
 
 def has_products(dtype: torch.dtype) -> bool:
-    """Whether the installed Triton can make a kernel matrix of that dtype on the current device."""
+    """Whether the installed Triton can make a kernel matrix of that dtype on every GPU here."""
     return dtype == torch.float32 or _lacking_float64() is None
 
 
 def _lacking_float64() -> str | None:
-    """Why the installed Triton makes no float64 matrix on the current device; None where it does."""
+    """Why the installed Triton makes no float64 matrix on one of the GPUs; None where it does on all of them."""
     if version() < (3, 5):
         return "this Triton is older than 3.5 and has no float64 products"
-    if not interpreted() and _uncompiled(torch.device("cuda")):
-        chip = _chip(torch.device("cuda"))
-        return f"Triton {_words(version())} does not compile float64 products for {chip}, and Triton 3.8 does"
+    devices = [torch.device("cuda", index) for index in range(max(1, torch.cuda.device_count()))]
+    for device in () if interpreted() else filter(_uncompiled, devices):
+        return f"Triton {_words(version())} does not compile float64 products for {_chip(device)}, and Triton 3.8 does"
     return None
 
 

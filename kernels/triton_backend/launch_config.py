@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import importlib.metadata
 import os
 from dataclasses import dataclass, field
 
 import torch
 
-from ..calibration import measured
+from ..calibration import measured, triton_version
 
 PRODUCTS = {"highest": "fp16x3", "high": "bf16x3", "medium": "tf32"}  # what a precision means here
 
@@ -146,4 +145,4 @@ def config(operation: str, precision: str, device: torch.device) -> Config:
 @functools.cache
 def version() -> tuple[int, ...]:
     """The installed Triton's, (major, minor)."""
-    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+    return tuple(int(part) for part in triton_version().split(".")[:2])

@@ -1,0 +1,66 @@
+"""Which layers are measured: what is left out, and modules under several names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastagop import network
+
+LABELS = torch.arange(9) % 3
+
+
+class Own(nn.Linear):
+    def forward(self, input):
+        return super().forward(2 * input)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_out():
+    """As adapters have it, or as accelerate sets it."""
+    hooked = nn.Linear(4, 4)
+    hooked.forward = lambda input: 2 * nn.Linear.forward(hooked, input)
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4), nn.ReLU(), hooked, nn.Linear(4, 3))
+    X = torch.randn(9, 4)
+    for measure in (network.agop, network.nfa_correlation):
+        with pytest.warns(UserWarning, match=r"leave out '1' \(Own\): it has a forward of its own; '3' \(Linear\)"):
+            found = measure(model, X)
+        assert list(found) == ["0", "4"]
+        assert list(found.skipped) == ["1", "3"]
+    with pytest.warns(UserWarning, match=r"leave out '1' \(Own\), '3' \(Linear\)"):
+        assert list(network.collapse_split(model, X, LABELS)) == ["0", "4"]
+    with pytest.raises(TypeError, match=r"'1' is a Own .* layers=\['0', '4'\]"):
+        network.collapse_split(model, X, LABELS, "*")
+    with pytest.raises(TypeError, match=r"'3' is a Linear .*; name other layers"):
+        network.collapse_split(model, X, LABELS, "3")
+    with pytest.raises(ValueError, match=r"a torch\.nn\.Linear layer with torch's own forward to measure"):
+        network.collapse_split(nn.Sequential(Own(4, 3)), X, LABELS)
+
+
+class Aliases(nn.Module):
+    """Two layers, each under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.trunk = nn.Linear(4, 3), nn.Linear(4, 4)
+        self.parts = nn.ModuleList([self.trunk, self.head])
+
+    def forward(self, x):
+        return self.head(torch.relu(self.trunk(x)))
+
+
+@pytest.mark.parametrize("function", [network.agop, network.nfa_correlation, network.collapse_split])
+def test_a_layer_of_several_names_is_one_layer(function):
+    X, rest = torch.randn(9, 4), (LABELS,) if function is network.collapse_split else ()
+    for layers, names in (
+        (None, ["head", "trunk"]),
+        ("*", ["head", "trunk"]),
+        ("parts.*", ["parts.0", "parts.1"]),
+        (["head", "parts.1"], ["head"]),
+        (["parts.1", "trunk"], ["trunk", "parts.1"]),
+    ):
+        assert list(function(Aliases(), X, *rest, layers=layers)) == names
+    shared = nn.Linear(4, 4)
+    tied = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2))
+    if function is not network.collapse_split:  # which takes layers that are called once
+        assert list(function(tied, X, "*")) == ["0", "3"]
