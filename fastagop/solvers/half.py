@@ -26,6 +26,7 @@ from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
+from fastagop.solvers.options import CholeskyCG  # noqa: F401 (pickles of earlier versions look for it here)
 from fastagop.solvers.problem import Problem
 from fastagop.solvers.symmetric_blocks import FILL, SymmetricBlocks, default_rows, half_bytes, shapes_of
 
