@@ -268,3 +268,15 @@ def test_numbers_whose_sums_leave_float64_are_refused_by_name(name):
     make = RFMClassifier if name == "class_weight" else RFMRegressor
     with pytest.raises(ValueError, match=f"^{name} is (so|too) large"):
         make(iterations=1, **how).fit(X, y, weights)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_quick_look_for_an_offset_of_targets_never_decides_otherwise(seed, monkeypatch):
+    random = np.random.default_rng(seed)
+    n, K = random.integers(1, 30), random.integers(1, 4)
+    y = random.normal(size=(n, K)) * 10.0 ** random.integers(-200, 200)
+    y += random.normal(size=K) * 10.0 ** random.integers(-5, 5) * [0.0, np.abs(y).max(), 1.0][seed % 3]
+    row_weights = random.uniform(0.1, 1.0, n) if seed % 2 else None
+    found = target_means.offset(y, row_weights)
+    monkeypatch.setattr(target_means, "_clearly_none", lambda *_: False)
+    np.testing.assert_array_equal(found, target_means.offset(y, row_weights))

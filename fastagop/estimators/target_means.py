@@ -20,12 +20,22 @@ def offset(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
     The (weighted) mean where it exceeds the spread around it many times, as in coordinates and time stamps, else 0:
     other targets are learnt as they are.
     """
+    if _clearly_none(y, row_weights):
+        return np.zeros(y.shape[1])
     middle = mean(y, row_weights)
     with np.errstate(over="ignore", invalid="ignore"):  # Where differences leave float64, nothing is subtracted.
         unit = np.abs(y - middle).max(0)
         scaled = (y - middle) / np.where(unit > 0, unit, 1.0)
         spread = unit * np.sqrt(np.average(scaled**2, axis=0, weights=row_weights))
     return np.where(np.abs(middle) > inputs.FAR * spread, middle, 0.0)
+
+
+def _clearly_none(y: np.ndarray, row_weights: np.ndarray | None) -> bool:
+    """Whether no column has an offset, as means tell that are not exact but take a hundredth of the time."""
+    with np.errstate(over="ignore", invalid="ignore"):  # What leaves float64 is not clear.
+        middle = np.average(y, axis=0, weights=row_weights)
+        spread = np.sqrt(np.average((y - middle) ** 2, axis=0, weights=row_weights))
+        return bool(np.all((np.abs(middle) <= 0.5 * inputs.FAR * spread) & np.isfinite(spread)))
 
 
 def mean(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
