@@ -243,7 +243,7 @@ def test_whole_rfms_are_measured(tmp_path, monkeypatch, capsys):
     def installed(module):
         raise contenders.Unable(f"{module} is not installed")
 
-    monkeypatch.setattr(rfm_cpu, "installed", installed)
+    monkeypatch.setattr(contenders, "installed", installed)
     assert main(["rfm", "--repeats", "1", "--out", str(tmp_path / "rfm.json")]) == 0
     result = json.loads((tmp_path / "rfm.json").read_text())
     rows = {row["contender"]: row for row in result["rows"]}
