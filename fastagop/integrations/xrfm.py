@@ -108,7 +108,7 @@ class FastKernel(LaplaceKernel):
                 "pass all of them as numerical_indices, or drop the others from x"
             )
 
-    def _transform_m(self, x: torch.Tensor, mat: torch.Tensor | None) -> torch.Tensor:
+    def _transform_m(self, x: torch.Tensor, mat: torch.Tensor | None = None) -> torch.Tensor:
         """x times M^(1/2) in x's dtype, also where autocast would round the product."""
         with matmul_precision("highest", x.device):
             return super()._transform_m(x, mat)
