@@ -19,7 +19,7 @@ from fastagop.convolution import ConvLayerSettings, Window, fit_layer
 from reproduce import files, layers, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
-from reproduce.settings import Experiment
+from reproduce.settings import Experiment, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -52,7 +52,7 @@ def command(args: argparse.Namespace) -> int:
     """Fit the layers, draw, write, and say what to see; 0."""
     plots.require()
     n = args.n or _POINTS[args.quick]
-    X, y = datasets.load(args.dataset, args.data_root, n=n, download=args.download)
+    X, y = load(args.dataset, args.data_root, n=n, download=args.download)
     flat, shape = datasets.standardize(X)[0], Images(X.shape[1], channels_first=args.dataset == "svhn")
     images = shape.unflattened(flat).contiguous()
     kernel, start = Laplace(args.bandwidth), time.perf_counter()

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fastagop
-from fastagop import Laplace, commands, datasets
+from fastagop import Laplace, commands
 from fastagop import plots as drawing
 from reproduce import files, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
-from reproduce.settings import Experiment
+from reproduce.settings import Experiment, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def command(args: argparse.Namespace) -> int:
     """Solve, take the AGOP, draw, write, and say what to see; 0."""
     plots.require()
     n, start = args.n or _POINTS[args.quick], time.perf_counter()
-    X, y = datasets.load(args.dataset, args.data_root, n=n, download=args.download)
+    X, y = load(args.dataset, args.data_root, n=n, download=args.download)
     X, y = (part.to(options.run_location(args).torch_device) for part in (X, y))
     kernel, Y = Laplace(args.bandwidth), 2.0 * torch.nn.functional.one_hot(y).to(X.dtype) - 1.0
     alpha = fastagop.solve(kernel, X, Y, ridge=args.ridge).alpha

@@ -98,7 +98,7 @@ def present(figure: Figure, args: argparse.Namespace, location: RunLocation) -> 
             for settings in row_settings:
                 check_data(settings, location)
         except (FileNotFoundError, ImportError) as error:
-            message = str(error).replace("pass download=True", "pass --download")
+            message = str(error)
             root = str(Path(location.data_root or "data").resolve())
             missing[message] = message.replace(root, "the data root").replace(row[0], Path(row[0]).name)
             continue

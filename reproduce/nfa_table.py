@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastagop import commands, datasets, network
 from reproduce import options
+from reproduce.settings import load
 
 
 def table(
@@ -139,7 +140,7 @@ def command(args: argparse.Namespace) -> int:
     model = build() if callable(build) and not isinstance(build, nn.Module) else build
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must be module:function returning a torch.nn.Module, got {args.model!r}")
-    X, y = datasets.load(args.dataset, args.data_root, n=args.n, download=args.download)
+    X, y = load(args.dataset, args.data_root, n=args.n, download=args.download)
     if args.shape and X[0].numel() != math.prod(args.shape):
         raise ValueError(f"--shape {args.shape} has {math.prod(args.shape)} items, but an input has {X[0].numel()}")
     try:

@@ -141,7 +141,20 @@ class RunLocation:
 
     def load(self, settings: Experiment, **options: Any):
         """(X, y) of the settings' data set; options as of datasets.load."""
-        return datasets.load(settings.dataset, self.data_root, download=self.download, **options)
+        return load(settings.dataset, self.data_root, download=self.download, **options)
+
+
+def load(dataset: str, *args: Any, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """``datasets.load``, whose errors name the options of the command line in place of its arguments."""
+    try:
+        return datasets.load(dataset, *args, **arguments)
+    except (FileNotFoundError, ValueError) as error:
+        message, told = str(error), str(error)
+        for argument, option in (("pass download=True", "pass --download"), ("name_or_path must", "--dataset must")):
+            told = told.replace(argument, option)
+        if told == message:
+            raise
+        raise type(error)(told) from error
 
 
 def points(dataset: str, n: int | None) -> int:
@@ -156,7 +169,7 @@ def points(dataset: str, n: int | None) -> int:
 
 def _count(dataset: str) -> int:
     """Training points of digits or an .npz."""
-    datasets.load(dataset, n=1)  # This tells what is wrong with the name or the file.
+    load(dataset, n=1)  # This tells what is wrong with the name or the file.
     if not dataset.endswith(".npz"):
         return len(datasets.load(dataset)[1])
     with npz.Archive(dataset) as archive:  # The labels alone are read, because images are large.

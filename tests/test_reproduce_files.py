@@ -231,3 +231,12 @@ def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     assert about["runs"][0]["settings"]["dataset"] == "mine.npz"
     assert about["runs"][0]["folder"].startswith("runs/mine-relu-")
     assert about["missing"][0].startswith("svhn needs intact files train_32x32.mat in the data root")
+
+
+@pytest.mark.parametrize("command", ["figure3", "conv_rfm", "eigenvectors", "nfa_table"])
+def test_what_is_wrong_with_the_data_is_said_in_options(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "--dataset", "mnist", "--n", "50", "--data-root", str(tmp_path)]) == 2
+    assert "put them there or pass --download" in capsys.readouterr().err
+    assert main([command, "--dataset", "minst", "--n", "50"]) == 2
+    assert "--dataset must be one of" in capsys.readouterr().err
