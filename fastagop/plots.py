@@ -238,6 +238,11 @@ def curve(
     """A line with a band from ``low`` to ``high`` around it, over a faint grid.
 
     Markers tell lines apart that run close, or in print without colours; of many points some twenty have one.
+
+    Args:
+        ax, x, middle: Axes to draw on, and the line's points (n,) each.
+        low, high: the band's edges (n,); None for no band.
+        color, marker, label: as in matplotlib's ``plot``.
     """
     apart = max(1, len(x) // 20)
     ax.plot(x, middle, color=color, marker=marker, markevery=apart, markersize=3, linewidth=1.4, label=label)
@@ -294,7 +299,12 @@ def gram_strip(
 
 
 def cosine_bar(figure: Figure, axes: Any, classes: int | None = None, *, aspect: float = 18) -> None:
-    """A colour bar for ``gram_strip``: -1, 0 and 1, and where K classes are given -1 / (K - 1)."""
+    """A colour bar for ``gram_strip``: -1, 0 and 1, and where K classes are given -1 / (K - 1).
+
+    Args:
+        figure, axes: the Figure, and those of its Axes that give up room for the bar.
+        classes, aspect: K, as in ``gram_strip``; and how many times longer than wide the bar is.
+    """
     from matplotlib.cm import ScalarMappable
 
     mappable = ScalarMappable(_cosine_scale(classes), DIVERGING)

@@ -43,8 +43,8 @@ class Radial(Combining, Profile):
 class Laplace(Radial):
     r"""Laplace kernel of the Euclidean distance, k(x, z) = exp(-||x - z||_2 / L).
 
-    Gradient weight w(r) = k / (L r). Paper, appendix C. This is not scikit-learn's ``laplacian``, which takes
-    the l1 distance.
+    Gradient weight w(r) = k / (L r), zero where r = 0. Paper, appendix C. This is not scikit-learn's ``laplacian``,
+    which takes the l1 distance.
 
     Args:
         bandwidth: L > 0, in the units of the data; or "median" or ("median", factor), which ``fit`` of an estimator and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import importlib
 import inspect
@@ -169,3 +170,29 @@ def test_commands_exist():
     for extra in set(re.findall(r"pip install (?:-e )?\"\.\[(\w+)\]\"", text)):
         assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra
     assert re.search(r"^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("rfm", ["RFMClassifier", "RFMRegressor", "RFMClassifierCV", "RFMTreeClassifier"]),
+        ("deep_rfm", ["DeepRFMClassifier"]),
+    ],
+)
+def test_pages_have_every_parameter_of_their_estimators(page, names):
+    text = (ROOT / f"docs/pages/{page}.md").read_text()
+    parameters = {key for name in names for key in inspect.signature(getattr(fastagop, name)).parameters}
+    assert {key for key in parameters if not re.search(rf"`{key}(?:=[^`]*)?`", text)} == set()
+
+
+def test_reference_has_the_warnings_and_errors_that_it_names():
+    """Whoever wants to filter or catch one finds it under its own path."""
+    named = set()
+    for path in re.findall(r"^::: ([\w.]+)$", API, re.MULTILINE):
+        text = inspect.getdoc(resolve(path)) or ""
+        members = re.findall(rf"^::: {re.escape(path)}\n    options:\n      members: \[(.*)\]$", API, re.MULTILINE)
+        for name in members[0].split(", ") if members and inspect.ismodule(resolve(path)) else []:
+            text += inspect.getdoc(getattr(resolve(path), name)) or ""
+        named |= set(re.findall(r"\b(?:[A-Z][a-z]\w*)(?:Error|Warning|Unavailable|InUse|Lost)\b", text))
+    named -= set(dir(builtins))
+    assert {name for name in named if not re.search(rf"\b{name}\b", API)} == set()

@@ -173,7 +173,15 @@ def distance_variance(found: Moments) -> float:
 def of_stages(
     stages: Mapping[str, torch.Tensor], y: torch.Tensor | np.ndarray
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(NC1, NC2) of the same samples at several stages, by name; infinite where all class means coincide."""
+    """(NC1, NC2) of the same samples at several stages, by name; infinite where all class means coincide.
+
+    Args:
+        stages: {name: features (n, d)}, of which d may differ.
+        y: integer labels (n,).
+
+    Raises:
+        TypeError, ValueError: as ``nc1``, but for class means that coincide.
+    """
     found_nc1, found_nc2 = {}, {}
     for name, X in stages.items():
         try:

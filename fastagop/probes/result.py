@@ -87,7 +87,7 @@ class Aggregate:
         return side_by_side(outputs(machine, layers[name]) for name, machine in self._estimators.items())
 
     def predict(self, activations: Activations) -> np.ndarray:
-        """Labels or targets of rows, given by the activations of every layer."""
+        """Labels (m,), or targets (m,) or (m, K), of rows whose activations (m, d) of every layer are given."""
         return self.model.predict(self._outputs(activations))
 
     def decision_function(self, activations: Activations) -> np.ndarray:
@@ -95,7 +95,12 @@ class Aggregate:
         return self.model.decision_function(self._outputs(activations))
 
     def score_of(self, activations: Activations, y: Rows) -> float:
-        """The score of other rows, by the ``scoring`` of ``fit``."""
+        """The score of other rows, by the ``scoring`` of ``fit``.
+
+        Args:
+            activations: of every layer that ``fit`` had, (m, d) each.
+            y: their labels (m,), or targets (m,) or (m, K).
+        """
         found, y = reading.layers(activations), reading.answers("y", y)
         reading.same_rows("y", found, y)
         return float(self._scorer(self.model, self._outputs(found), y))
@@ -143,7 +148,7 @@ class Probes:
         return [(name, self.layers[name].estimator, rows) for name, rows in given.items()]
 
     def predict(self, activations: Activations) -> dict[Hashable, Any]:
-        """{layer: labels (m,), or targets, of new rows} for the layers that are given."""
+        """{layer: labels (m,), or targets, of new rows}, for those of the layers whose activations (m, d) are given."""
         return {name: machine.predict(rows) for name, machine, rows in self._known(activations)}
 
     def decision_function(self, activations: Activations) -> dict[Hashable, Any]:
@@ -153,7 +158,12 @@ class Probes:
         return {name: machine.decision_function(rows) for name, machine, rows in self._known(activations)}
 
     def score(self, activations: Activations, y: Rows) -> dict[Hashable, float]:
-        """{layer: score of other rows}, by the ``scoring`` of ``fit``."""
+        """{layer: score of other rows}, by the ``scoring`` of ``fit``.
+
+        Args:
+            activations: of some of the layers that ``fit`` had, (m, d) each.
+            y: their labels (m,), or targets (m,) or (m, K).
+        """
         y = reading.answers("y", y)
         reading.same_rows("y", reading.layers(activations), y)
         return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
