@@ -196,3 +196,12 @@ def test_reference_has_the_warnings_and_errors_that_it_names():
         named |= set(re.findall(r"\b(?:[A-Z][a-z]\w*)(?:Error|Warning|Unavailable|InUse|Lost)\b", text))
     named -= set(dir(builtins))
     assert {name for name in named if not re.search(rf"\b{name}\b", API)} == set()
+
+
+@pytest.mark.parametrize("room", ["kernels", "fastagop"])
+def test_the_tree_has_every_file_and_folder_of_a_room(room):
+    page = (ROOT / "docs/pages/architecture.md").read_text()
+    tree = set(re.findall(r"\w+", FENCE.findall(page)[0][1]))
+    own = {path.stem for path in (ROOT / room).glob("*.py")}
+    own |= {path.parent.name for path in (ROOT / room).glob("*/__init__.py") if not path.parent.is_symlink()}
+    assert own - {"__init__"} - tree == set()

@@ -316,7 +316,7 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
         classes_: the labels.
         layers_: one ``LayerRecord`` a layer.
         agops_: M of each layer, scaled, (d_l, d_l).
-        alphas_: coefficients of each layer (n, K).
+        alphas_: coefficients of each layer (n, K), rounded to ``dtype``; ``layers_[l].solution.alpha`` is float64.
         solution_: ``Solution`` of the readout (float64).
         n_features_in_: d.
     """
