@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from . import backends, calibration, checks
 from .errors import warn
 from .pair_backend.backend import PairProduct
 from .pair_backend.blocks import mean_gradient as pair_mean_gradient
-from .plan import AgopTask, Call, Plan
+from .plan import AgopTask, Call, Plan, computed_once
 from .precision import dtype_name, matmul_precision
 from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
@@ -58,7 +57,7 @@ class KernelOperator:
         self.symmetric: bool = self.Z is X
         self.backend, self.why = backends.choose(backend, backends.Request(operation, kernel, X, precision))
 
-    @functools.cached_property
+    @computed_once
     def points(self) -> Points:
         """Kernel, X and Z in their unit of length."""
         return scale_points(self.kernel, self.X, self.Z)
