@@ -127,7 +127,7 @@ class NTK(Combining, AngleProfile):
 
     def blocks_alive(self) -> int:
         """Those of a layer and of the next one."""
-        return 22
+        return 18
 
     def _layers(self, angles: Angles) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(kappa_0, sine, kappa_1, Theta before) of every hidden layer."""
