@@ -310,4 +310,5 @@ def points(X, Z, *, least: int = 1) -> torch.Tensor:
 
 def same(X: torch.Tensor, Z: torch.Tensor) -> bool:
     """Whether two tensors are one piece of memory seen the same way."""
-    return X is Z or (X.data_ptr() == Z.data_ptr() and X.shape == Z.shape and X.stride() == Z.stride())
+    seen = X.shape == Z.shape and X.stride() == Z.stride() and X.is_neg() == Z.is_neg()
+    return X is Z or (seen and X.data_ptr() == Z.data_ptr())

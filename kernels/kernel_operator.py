@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from . import backends, calibration, checks
 from .errors import warn
 from .pair_backend.backend import PairProduct
 from .pair_backend.blocks import mean_gradient as pair_mean_gradient
-from .plan import AgopTask, Call, Plan
+from .plan import AgopTask, Call, Plan, computed_once
 from .precision import dtype_name, matmul_precision
 from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
@@ -58,7 +57,7 @@ class KernelOperator:
         self.symmetric: bool = self.Z is X
         self.backend, self.why = backends.choose(backend, backends.Request(operation, kernel, X, precision))
 
-    @functools.cached_property
+    @computed_once
     def points(self) -> Points:
         """Kernel, X and Z in their unit of length."""
         return scale_points(self.kernel, self.X, self.Z)
@@ -103,7 +102,7 @@ class KernelOperator:
     def float64_product(self, rows: int) -> PointsProduct | PairProduct:
         """k(X, X) of the scaled points in float64, which is never stored, in blocks of that many rows."""
         if not self.kernel.radial:
-            return PairProduct(self.kernel, self.points.X.double(), rows)
+            return PairProduct(self.points.kernel, self.points.X.double(), rows)
         request = backends.Request("solve with method 'cg'", self.kernel, self.X)
         chosen, _ = backends.choose(backends.serving(self.backend.name, request), request)
         x = self.points.X.double()
@@ -137,9 +136,10 @@ class KernelOperator:
         call = self.backend.gradients(self, alpha)
 
         def run() -> torch.Tensor:
-            kernel, scaled, amplitude = in_range(self.points.kernel, self.points.X, alpha, self.points.unit)
+            at = self.points
+            kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit, at.Z)
             with self.products():
-                result = call.run(self.points._replace(kernel=kernel), scaled)
+                result = call.run(at._replace(kernel=kernel), scaled)
             if not checks.finite(amplitude.restore(result)):
                 raise ValueError(f"alpha is so large that a gradient leaves {self.X.dtype}; divide alpha by a constant")
             return result
@@ -166,8 +166,9 @@ class KernelOperator:
         return self._planned(call, lambda: self._agop(call, alpha, task))
 
     def _agop(self, call: Call, alpha: torch.Tensor, task: AgopTask) -> torch.Tensor:
-        kernel, scaled, amplitude = in_range(self.points.kernel, self.points.X, alpha, self.points.unit)
-        at, X = self.points._replace(kernel=kernel), self.X
+        at, X = self.points, self.X
+        kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit, at.Z)
+        at = at._replace(kernel=kernel)
         weights, divisor, exponent = scale_weights(task.weights, at.Z, task.reduction)
         if weights is not None and checks.readable(X) and not weights.any():
             return X.new_zeros(X.shape[1], X.shape[1])
@@ -213,11 +214,11 @@ class KernelOperator:
 
     def mean_gradient(self, alpha: torch.Tensor, weights: torch.Tensor | None = None, rows: int = _ROWS):
         """mean_i grad f_c(Z[i]), weighted where there are weights (m,), float64 (K, d)."""
-        if not self.kernel.radial:
-            with self.products():
-                return pair_mean_gradient(self.kernel, self.X, alpha, self.Z, rows, weights)
         at = self.points
-        kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit)
+        kernel, scaled, amplitude = in_range(at.kernel, at.X, alpha, at.unit, at.Z)
+        if not kernel.radial:
+            with self.products():
+                return amplitude.restore(pair_mean_gradient(kernel, at.X, scaled, at.Z, rows, weights))
 
         def blocks():
             for row, block in self.tiles(rows):

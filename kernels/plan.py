@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 import torch
 
 from .memory import host_bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,26 @@ def fitting_rows(
 def longest_first(count: int, rows: int) -> range:
     """First rows of the blocks of a lower triangle; memory that a block frees then has room for the next one's."""
     return range(0, count, rows)[::-1]
+
+
+class computed_once(Generic[T]):
+    """An attribute that is computed where it is first read, and kept: ``functools.cached_property`` without a lock.
+
+    Until Python 3.12 that one holds a lock of the whole class while it computes: other threads wait with objects of
+    their own, and a process that is forked meanwhile waits for ever. Here two threads may both compute one value.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]):
+        self._compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> computed_once[T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> computed_once[T] | T:
+        return self if instance is None else vars(instance).setdefault(self._name, self._compute(instance))

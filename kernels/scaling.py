@@ -47,22 +47,24 @@ class Points(NamedTuple):
 def scale_points(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> Points:
     """The points with lengths in a power-of-two unit, where squares of the points would leave their dtype.
 
-    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit. Only radial kernels
-    are scaled.
+    The kernel of scaled points with a scaled bandwidth is the same number; gradients come per unit. Only kernels of a
+    distance over a bandwidth are scaled: radial ones, and those of an l_p distance.
     """
-    if not isinstance(kernel, Profile) or not checks.readable(X):
+    if kernel.norm is None or not checks.readable(X):
         return Points(kernel, X, Z)
     largest = checks.largest(X) if Z is X else max(checks.largest(X), checks.largest(Z))
     if largest == 0 or is_usual(largest):
         return Points(kernel, X, Z)
-    exponent, wide = math.frexp(largest)[1], math.frexp(kernel.bandwidth)[1]
+    bandwidth: float = kernel.bandwidth  # pyright: ignore[reportAttributeAccessIssue] (who has a norm has it)
+    exponent, wide = math.frexp(largest)[1], math.frexp(bandwidth)[1]
     if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
         exponent = max(wide - 1000, min(wide + 1000, exponent))
     checks.spread(X, Z, largest)
     symmetric, X = Z is X, scaled_(X.detach().clone(), -exponent)
     Z = X if symmetric else scaled_(Z.detach().clone(), -exponent)
     unit = math.ldexp(1.0, exponent)
-    return Points(dataclasses.replace(kernel, bandwidth=_quotient(kernel.bandwidth, exponent)), X, Z, unit)
+    scaled = dataclasses.replace(kernel, bandwidth=_quotient(bandwidth, exponent))  # pyright: ignore[reportArgumentType]
+    return Points(scaled, X, Z, unit)
 
 
 def _quotient(bandwidth: float, exponent: int) -> float:
@@ -94,17 +96,18 @@ class Amplitude:
 
 
 def in_range(
-    kernel: Any, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0
+    kernel: Any, X: torch.Tensor, alpha: torch.Tensor, unit: float = 1.0, Z: torch.Tensor | None = None
 ) -> tuple[Any, torch.Tensor, Amplitude]:
     """(kernel, alpha, amplitude) whose weights and coefficients stay within X's dtype, for points in units.
 
     Weights of a kernel that is far wider than the points are homogeneous in the bandwidth: those of a narrower one are
-    computed, and a factor makes up for it. The unit of length is part of the amplitude.
+    computed, and a factor makes up for it. The unit of length is part of the amplitude. Z, where gradients are asked
+    for at other points than X, counts among the points.
     """
     exponent = 1 - math.frexp(unit)[1]
     if not checks.readable(X):
         return kernel, alpha, Amplitude(1.0, exponent)
-    kernel, factor, more = _narrower(kernel, X) if kernel.radial else (kernel, 1.0, 0)
+    kernel, factor, more = _narrower(kernel, X, X if Z is None else Z) if kernel.radial else (kernel, 1.0, 0)
     exponent += more
     largest, bound = checks.largest(alpha), _COEFFICIENTS[X.dtype]
     if largest > 0:  # coefficients take what they can of the amplitude: results are then of their own size at once
@@ -115,12 +118,12 @@ def in_range(
     return kernel, alpha, Amplitude(factor, exponent)
 
 
-def _narrower(kernel: Profile, X: torch.Tensor) -> tuple[Profile, float, int]:
+def _narrower(kernel: Profile, X: torch.Tensor, Z: torch.Tensor) -> tuple[Profile, float, int]:
     """(kernel, factor, exponent): weights are factor * 2^exponent times those of the kernel returned.
 
     w(r) = L^-2 omega(r / L), and where omega(u) goes by u^q at all distances of the points, w goes by L^-(2 + q).
     """
-    size = checks.largest(X)
+    size = checks.largest(X) if Z is X else max(checks.largest(X), checks.largest(Z))
     if not 0 < size * math.ldexp(1.0, _WIDE[X.dtype][0]) < kernel.bandwidth:
         return kernel, 1.0, 0
     reach = 4.0 * size * X.shape[1] ** 0.5  # more than any distance

@@ -383,3 +383,13 @@ def test_huge_coefficients_with_tiny_weights(normal):
     assert relative(fastagop.gradients(kernel, X, alpha), g) <= 1e-4  # exponents near 70
     for method in ("gradient", "gram"):
         assert relative(fastagop.agop(kernel, X, alpha, method=method), squares(g) / 6) <= 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3, 7))
+def test_a_gram_form_of_a_negative_trace_is_all_rounding(seed, normal):
+    """Terms of a kernel made of radial ones, far from zero: what they leave may have any sign."""
+    X, alpha = 1e8 + normal(30, 2, seed=seed), normal(30, 1, seed=seed + 100)
+    kernel = 2.0 * Gaussian(30.0)
+    with pytest.warns(fastagop.NumericalWarning, match="gradient form ran"):
+        M = fastagop.agop(kernel, X, alpha, method="gram")
+    assert torch.equal(M, fastagop.agop(kernel, X, alpha, method="gradient"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from fastagop.kernels import calibration, kernel_operator
 from fastagop.kernels.kernel_operator import KernelOperator, product_of_points, scale_weights
-from fastagop.kernels.plan import Plan
+from fastagop.kernels.plan import Plan, computed_once
 
 import fastagop
 from fastagop import Laplace
@@ -116,3 +118,51 @@ def test_estimated_seconds(op, method, own, halves, form, normal):
     wide = operator.seconds(plan, torch.float64, passes=7e6)
     assert wide == pytest.approx(calibration.seconds(1e12, 7e6 * pairs, cpu, form, "float64"))
     assert wide > operator.seconds(plan, torch.float64)
+
+
+def test_a_negative_view_of_the_points_is_no_copy_of_them(normal):
+    """It has their memory, and other values: the imaginary part of a conjugate."""
+    X = torch.complex(normal(9, 3), normal(9, 3, seed=2))
+    here, there = X.imag, X.conj().imag
+    assert there.is_neg()
+    assert torch.equal(there, -here)
+    found = fastagop.kernel_matrix(Laplace(2.0), here, there)
+    assert torch.equal(found, fastagop.kernel_matrix(Laplace(2.0), here, there.clone()))
+
+
+def test_points_are_scaled_without_a_lock(normal, monkeypatch):
+    """A thread that is stopped while it scales its points, as a fork stops it for ever, keeps no other from its own."""
+    inside, leave = threading.Event(), threading.Event()
+    scale, X = kernel_operator.scale_points, normal(5, 2)
+
+    def slowly(kernel, *points):
+        if kernel == Laplace(3.0):
+            inside.set()
+            leave.wait()
+        return scale(kernel, *points)
+
+    monkeypatch.setattr(kernel_operator, "scale_points", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(fastagop.kernel_matrix, Laplace(3.0), X)
+        inside.wait()
+        try:
+            assert pool.submit(fastagop.kernel_matrix, Laplace(2.0), X).result(timeout=20).shape == (5, 5)
+        finally:
+            leave.set()
+        assert waiting.result().shape == (5, 5)
+
+
+def test_what_is_computed_once_is_kept():
+    class Counter:
+        calls = 0
+
+        @computed_once
+        def value(self):
+            """A number."""
+            self.calls += 1
+            return object()
+
+    counter = Counter()
+    assert counter.value is counter.value
+    assert counter.calls == 1
+    assert Counter.value.__doc__ == "A number."

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fastagop.kernels.pair_backend.composite import pairs_of
 
 import fastagop
-from fastagop import Laplace, distributed
+from fastagop import NTK, ArcCosine, Laplace, Polynomial, distributed
 from fastagop.distributed.communicator import Communicator
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -63,6 +64,25 @@ def test_weights_that_are_stored_count_for_the_copy(limit, cloud, normal, tensor
         _, taken = tensor_memory(lambda: fastagop.agop(Laplace(2.0), X, alpha, method="gram", memory_limit=limit))
     assert taken <= limit
     assert [warning.category for warning in said] == [fastagop.NumericalWarning]
+
+
+OF_PAIRS = [NTK(1), NTK(2), NTK(5), ArcCosine(0), ArcCosine(2), Polynomial(3)]
+OF_PAIRS += [Laplace(2.0) + NTK(3), 2.0 * Laplace(2.0) * NTK(2) * Polynomial(2)]
+
+
+@pytest.mark.parametrize("kernel", OF_PAIRS, ids=repr)
+@pytest.mark.parametrize("what", ["values", "gradients", "combination"])
+def test_kernels_of_pairs_say_how_many_blocks_they_take(kernel, what, normal, tensor_memory):
+    """Plans go by that number; points of so many features have no near pairs, whose steps are planned for beside."""
+    X, Z, alpha, row = normal(3000, 9), normal(40, 9, seed=2), normal(3000, 1, seed=3), slice(0, 40)
+    pairs = pairs_of(kernel, X, Z)
+    calls = {
+        "values": lambda: pairs.values(row),
+        "gradients": lambda: pairs.add_gradients(row, None, alpha, X.new_zeros(40, 1, 9)),
+        "combination": lambda: pairs.combination(row),
+    }
+    _, taken = tensor_memory(calls[what])
+    assert taken <= 8 * 40 * 3000 * (kernel.blocks_alive() + 1)  # and the points, prepared
 
 
 @pytest.mark.parametrize("limit", [9e6, 2e7, 2**33])

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from fastagop.kernels import checks, gemm, scaling
+from fastagop.kernels import checks, gemm, reference, scaling
 from fastagop.kernels.scaling import Amplitude, in_range, scale_points
 
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, Matern52
+import fastagop
+from fastagop import Gaussian, GeneralisedLaplace, Laplace, LpLaplace, Matern52, ProductLaplace
 from fastagop.solvers.solve import scale_targets, unscale_coefficients
 
 
@@ -212,3 +213,33 @@ def test_a_unit_stays_in_range(size):
     assert 2.0**-1000 <= unit <= 2.0**1000
     assert float(scaled) * unit == size
     assert 0 < abs(float(scaled)) < 2.0**100
+
+
+@pytest.mark.parametrize("kernel", [Laplace(1.0), Gaussian(1.0), Matern52(1.0), GeneralisedLaplace(1.0, 0.5)], ids=repr)
+@pytest.mark.parametrize("size", [1e-8, 1e-10, 1e-12])
+def test_points_far_from_all_centers_count_for_the_width_of_a_kernel(kernel, size, normal, relative):
+    """The kernel is far wider than the centers, and not than the distances to the points."""
+    X, alpha, Z = size * normal(5, 3), normal(5, 1, seed=2), normal(4, 3, seed=3)
+    x, a, z = X.float(), alpha.float(), Z.float()
+    assert relative(fastagop.gradients(kernel, x, a, z).double(), reference.gradients(kernel, x, a, z)) <= 1e-5
+    assert relative(fastagop.agop(kernel, x, a, z).double(), reference.agop(kernel, x, a, z)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [LpLaplace(2.0, 1.0, 1.0), LpLaplace(1.5, 1.0, 1.0), ProductLaplace(1.0)], ids=repr)
+@pytest.mark.parametrize("share", [-0.9, -0.6, 0.6, 0.9])
+def test_a_kernel_of_an_lp_distance_does_not_see_the_unit_of_length(kernel, dtype, share, normal, relative):
+    """Powers of differences leave the dtype where the differences themselves do not."""
+    unit = 2.0 ** round(share * (125 if dtype == torch.float32 else 1000))
+    X, alpha, Z = normal(6, 4, dtype=dtype), normal(6, 2, dtype=dtype, seed=2), normal(5, 4, dtype=dtype, seed=3)
+    scaled = kernel.set_params(bandwidth=unit)
+    for other in (None, Z):
+        wanted = fastagop.kernel_matrix(kernel, X, other)
+        found = fastagop.kernel_matrix(scaled, unit * X, None if other is None else unit * other)
+        assert relative(found, wanted) <= 1e-6
+        wanted = fastagop.gradients(kernel, X, alpha, other)
+        found = fastagop.gradients(scaled, unit * X, unit**0.5 * alpha, None if other is None else unit * other)
+        assert relative(found * unit**0.5, wanted) <= 1e-6
+    if dtype == torch.float32:  # systems are solved in float64, which holds the powers
+        solution = fastagop.solve(scaled, unit * X, alpha, ridge=1e-3)
+        assert relative(solution.alpha, fastagop.solve(kernel, X, alpha, ridge=1e-3).alpha) <= 1e-3

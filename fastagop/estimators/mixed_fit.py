@@ -7,13 +7,13 @@ what that costs M, and where it is more than ``_LOSS`` the AGOP of larger proble
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import dataclass
 
 import torch
 
 from fastagop.kernels.checks import largest
+from fastagop.kernels.plan import computed_once
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import tiles
@@ -65,7 +65,7 @@ class MixedFit:
         M = outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
         return M if self._scaled[1] == 1.0 else M.mul_(self._scaled[1]).mul_(self._scaled[1])
 
-    @functools.cached_property
+    @computed_once
     def _scaled(self) -> tuple[torch.Tensor, float]:
         """(coefficients that gradients are taken of, what they were divided by)."""
         return scale_targets(self.solved.alpha, SQUARABLE)

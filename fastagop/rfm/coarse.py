@@ -23,7 +23,7 @@ from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.estimators.mixed_fit import SQUARABLE
 from fastagop.kernels.checks import largest
-from fastagop.kernels.plan import budget, empty_matrix
+from fastagop.kernels.plan import budget, computed_once, empty_matrix
 from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend.products import differences_product, outer_products
@@ -90,7 +90,7 @@ class Coordinates:
         apart = metric.span.with_distance(rows)
         return cls(metric, metric.coordinates(points), apart[:, :-1].contiguous(), apart[:, -1].square())
 
-    @functools.cached_property
+    @computed_once
     def first(self) -> Squares:
         """Squared distances while M = I, which no setting changes."""
         return Squares.of(self.x, self.v, self.beyond)
@@ -150,7 +150,7 @@ class CoarseFold:
         self._default = hasattr(plain, "_estimator")  # scikit-learn's stand-in for the estimator's own score
         self._counted = scorer.keywords.get("sample_weight") if isinstance(scorer, functools.partial) else None
 
-    @functools.cached_property
+    @computed_once
     def _median(self) -> float:
         """The bandwidth that is the median distance of the points."""
         return settled_at(replace(self.model.kernel, bandwidth="median"), self.points.X).bandwidth

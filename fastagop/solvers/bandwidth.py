@@ -88,7 +88,7 @@ def note(points: Points, given: Any, block: int = 256) -> str:
     if n < 2 or not (given.radial or given.norm):
         return ""
     if not given.radial:
-        return _note_of_pairs(given, X)
+        return _note_of_pairs(points, given)
     few = X[torch.arange(min(n, _FEW), device=X.device) * n // min(n, _FEW)]
     distances = torch.pdist(few.double())
     zeros, ones, others = _counts(scaled.value_(distances.square().to(X.dtype)))
@@ -101,12 +101,13 @@ def note(points: Points, given: Any, block: int = 256) -> str:
     return _finding(given, float(distances.median()) * unit, zeros, ones)
 
 
-def _note_of_pairs(kernel: Any, X: torch.Tensor) -> str:
+def _note_of_pairs(points: Points, given: Any) -> str:
     """As ``note`` for a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
+    scaled, X, _, unit = points
     few = X[_places(len(X)).to(X.device)].double()
     i, j = torch.triu_indices(len(few), len(few), 1, device=few.device)
-    zeros, ones, others = _counts(kernel(few)[i, j].to(X.dtype))
-    return "" if others else _finding(kernel, float(torch.pdist(few, p=kernel.norm).median()), zeros, ones)
+    zeros, ones, others = _counts(scaled(few)[i, j].to(X.dtype))
+    return "" if others else _finding(given, float(torch.pdist(few, p=given.norm).median()) * unit, zeros, ones)
 
 
 def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:

@@ -133,21 +133,24 @@ class NTK(Combining, AngleProfile):
         """(kappa_0, sine, kappa_1, Theta before) of every hidden layer."""
         theta, sine, total = angles.theta, angles.sine, angles.cosine
         for _ in range(self.depth):
-            linear = (math.pi - theta) / math.pi
+            linear = (math.pi - theta).div_(math.pi)
             # 1 - kappa_1 = 1 - cos(theta) - (sin(theta) - theta cos(theta)) / pi, to the digits that theta has.
-            apart = 2.0 * torch.sin(0.5 * theta).square() - (torch.sin(theta) - theta * torch.cos(theta)) / math.pi
-            half = (0.5 * apart).clamp_(0.0, 1.0)
-            value = 1.0 - apart
+            half = torch.sin(0.5 * theta).square_().mul_(2.0)
+            half.sub_(torch.sin(theta).sub_(torch.cos(theta).mul_(theta)).div_(math.pi))
+            value = 1.0 - half
+            half.mul_(0.5).clamp_(0.0, 1.0)
             yield linear, sine, value, total
-            total = total * linear + value
-            theta = 2.0 * torch.atan2(half.sqrt(), (1.0 - half).sqrt())
-            sine = 2.0 * (half * (1.0 - half)).sqrt()
+            total = (total * linear).add_(value)
+            rest = 1.0 - half
+            sine = (half * rest).sqrt_().mul_(2.0)
+            theta = torch.atan2(half.sqrt_(), rest.sqrt_()).mul_(2.0)
+            del half, rest, value, linear
 
     def height(self, angles: Angles) -> torch.Tensor:
         """The tangent kernel Theta(theta) for points of length 1, by a recursion over the layers."""
         total = angles.cosine
         for linear, _, value, before in self._layers(angles):
-            total = before * linear + value
+            total = (before * linear).add_(value)
         return total
 
     def tangent(self, angles: Angles) -> torch.Tensor:
@@ -157,6 +160,5 @@ class NTK(Combining, AngleProfile):
         """
         slope, e = torch.ones_like(angles.theta), torch.ones_like(angles.theta)
         for linear, sine, _, before in self._layers(angles):
-            slope = slope * linear + before * e / (math.pi * sine) + e * linear
-            e = e * linear
+            slope.mul_(linear).add_((before * e).div_(math.pi * sine)).add_(e.mul_(linear))
         return slope

@@ -57,7 +57,7 @@ class PairBackend(TorchBackend):
 
         def run(at: Points) -> torch.Tensor:
             result = X.new_empty(n, m) if out is None else out
-            result = blocks.kernel_matrix(kernel, at.X, at.Z, result, plan.block)
+            result = blocks.kernel_matrix(at.kernel, at.X, at.Z, result, plan.block)
             if ridge:
                 result.diagonal().add_(ridge)
             return result

@@ -58,5 +58,7 @@ def gram(
         M += cross.T
     checked(M, "gradients", X.dtype)
     trace = float(M.diagonal().sum())
-    loss = torch.finfo(torch.float64).eps * (size / trace if trace > 0 else 0.0)
+    loss = 1.0 if size > 0.0 else 0.0  # a trace that is not above zero: rounding is all that is left of the terms
+    if trace > 0.0:
+        loss = torch.finfo(torch.float64).eps * size / trace
     return symmetrise_(M), loss
