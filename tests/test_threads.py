@@ -191,9 +191,10 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Linear(4, 3))
 from fastagop.network import lending
+from fastagop.rfm import trials
 inside, leave = threading.Event(), threading.Event()
 def hold():
-    with lending._TURNS.changed, precision._ONEDNN._lock:
+    with lending._TURNS.changed, precision._ONEDNN._lock, trials._TURN:
         inside.set()
         leave.wait()
 thread = threading.Thread(target=hold)
@@ -203,7 +204,7 @@ child = os.fork()
 if child == 0:
     fastagop.agop(fastagop.Laplace(1.0), torch.eye(3), torch.eye(3))
     network.agop(model, torch.ones(2, 4))
-    os._exit(7)
+    with trials._alone(False): os._exit(7)
 leave.set()
 thread.join()
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

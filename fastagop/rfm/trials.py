@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import time
 import warnings
@@ -188,6 +189,16 @@ def _parts(task: Task, train: np.ndarray, test: np.ndarray) -> tuple:
 def rows_of(X, index: np.ndarray):
     """Some rows of an array or a tensor."""
     return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]
+
+
+def _renew() -> None:
+    """A child that was forked while another thread had its turn does not wait for that thread, which it lacks."""
+    global _TURN
+    _TURN = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextlib.contextmanager
