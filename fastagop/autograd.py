@@ -87,7 +87,9 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
     tensors = [rows, rows if others is None else others, *more, width.reshape(())]
-    return _blockwise(spec, 0, tensors)[0]
+    if torch.compiler.is_compiling():
+        return _blockwise(spec, 0, tensors)[0]
+    return _Transformable.apply(spec, 0, *tensors)[0]  # pyright: ignore
 
 
 def _check(kernel: Profile, tensors: dict[str, Any]) -> None:
@@ -137,6 +139,12 @@ class _Spec:
             "gradients": (m, *tensors[2].shape[1:], d),
             "agop": (d, d),
         }[self.name]
+
+    def result_shapes(self, level: int, tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """Of a level's results: the operation's own, or those of the inputs of the level below."""
+        if level == 0:
+            return [self.shape(tensors)]
+        return [tuple(tensor.shape) for tensor in tensors[: len(self.at(level)[1])]]
 
 
 # torch 2.6 reads no list[Tensor] from annotations, so that the schema is written out.
@@ -209,8 +217,8 @@ def _remember(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
-    tensors, outputs = list(ctx.saved_tensors), _Spec.read(ctx.spec).at(ctx.level)[1]
-    shapes = [_Spec.read(ctx.spec).shape(tensors)] if ctx.level == 0 else [t.shape for t in tensors[: len(outputs)]]
+    tensors = list(ctx.saved_tensors)
+    shapes = _Spec.read(ctx.spec).result_shapes(ctx.level, tensors)
     given = [
         tensors[0].new_zeros(shape) if cotangent is None else cotangent.contiguous()
         for cotangent, shape in zip(cotangents, shapes, strict=True)
@@ -219,6 +227,44 @@ def _backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple:
 
 
 _blockwise.register_autograd(_backward, setup_context=_remember)
+
+
+class _Transformable(torch.autograd.Function):
+    """``_blockwise`` for ``torch.func`` and forward mode, which know no derivatives of a registered operator."""
+
+    @staticmethod
+    def forward(spec: str, level: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_blockwise(spec, level, list(tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.spec, ctx.level, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+        given = [cotangent.contiguous() for cotangent in cotangents]
+        return None, None, *_Transformable.apply(ctx.spec, ctx.level + 1, *ctx.saved_tensors, *given)  # pyright: ignore
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
+        """J t: the level above computes J^T u, which is linear in u, and the level above that its derivative J in u."""
+        tensors = ctx.saved_tensors
+        zeros = [tensors[0].new_zeros(shape) for shape in _Spec.read(ctx.spec).result_shapes(ctx.level, tensors)]
+        steps = [torch.zeros_like(t) if dt is None else dt for t, dt in zip(tensors, tangents[2:], strict=True)]
+        found = _Transformable.apply(ctx.spec, ctx.level + 2, *tensors, *zeros, *steps)  # pyright: ignore
+        return tuple(found[-len(zeros) :])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, spec: str, level: int, *tensors: Tensor) -> tuple:
+        """One call for each item of a batch."""
+        found = []
+        for i in range(info.batch_size):
+            item = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+            found.append(_Transformable.apply(spec, level, *item))  # pyright: ignore
+        outputs = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        return outputs, (0,) * len(outputs)
 
 
 def _operation(spec: _Spec, tensors: Sequence[Tensor]) -> Tensor:

@@ -87,10 +87,11 @@ def eigenvectors(
         ValueError: the shape does not hold d numbers.
     """
     vectors = _array("found", found.vectors if isinstance(found, Spectrum) else found, 2)
-    sides = tuple(int(side) for side in shape)
-    if len(sides) not in (2, 3) or (len(sides) == 3 and sides[0] != 3) or math.prod(sides) != vectors.shape[1]:
+    sides = tuple(int(side) for side in shape) if np.iterable(shape) else ()
+    colours = len(sides) == 3 and sides[0] == 3
+    if (len(sides) != 2 and not colours) or min(sides) < 1 or math.prod(sides) != vectors.shape[1]:
         raise ValueError(
-            f"shape must be (height, width) or (3, height, width) of {vectors.shape[1]} numbers, got {sides}"
+            f"shape must be (height, width) or (3, height, width) of {vectors.shape[1]} numbers, got {shape}"
         )
     k = len(vectors) if count is None else checks.integer("count", count, 1, len(vectors))
     columns = min(k, 6)
@@ -276,6 +277,9 @@ def gram_strip(
     if not panels:
         raise ValueError("panels must hold at least one Gram matrix, got none")
     matrices = {key: _array(f"panels[{key!r}]", matrix, 2) for key, matrix in panels.items()}
+    for key, matrix in matrices.items():
+        if matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"panels[{key!r}] must be a square Gram matrix (n, n), got shape {matrix.shape}")
     own = axes is None
     if axes is None:
         canvas = _figure(figure, (1.5 * len(panels) + 1.4, 2.2))

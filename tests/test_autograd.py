@@ -209,3 +209,48 @@ def test_no_outputs_and_arrays():
     assert not torch.autograd.grad(out.sum(), X)[0].any()
     with pytest.raises(TypeError, match=r"X must be a torch\.Tensor, got ndarray"):
         autograd.kernel_matrix(Gaussian(1.0), X.detach().numpy())
+
+
+@pytest.mark.parametrize("kernel", [Gaussian(1.2), Laplace(1.2)], ids=repr)
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_and_functional_transforms_are_those_of_the_definition(name, kernel):
+    inputs = [t.detach() for t in (*made(), torch.tensor(1.2, dtype=torch.float64))]
+    steps = [t.detach() for t in (*made(seed=1), torch.tensor(0.7, dtype=torch.float64))]
+
+    def ours(*inputs):
+        return call(name, kernel, *inputs[:-1], bandwidth=inputs[-1])
+
+    def truth(*inputs):
+        return plain(name, kernel, *inputs)
+
+    places = tuple(range(len(inputs)))
+    found = [
+        (
+            torch.func.jvp(f, tuple(inputs), tuple(steps)),
+            torch.func.grad(lambda *given, f=f: f(*given).square().sum(), argnums=places)(*inputs),
+            torch.func.vmap(f)(*(torch.stack([a, b]) for a, b in zip(inputs, steps, strict=True))),
+            torch.func.vmap(torch.func.grad(lambda x, f=f: f(x, *inputs[1:]).sum()))(
+                torch.stack([inputs[0], steps[0]])
+            ),
+        )
+        for f in (ours, truth)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+def test_forward_mode_over_reverse_mode_gives_second_derivatives_of_same_points():
+    X, _, alpha, _ = (t.detach() for t in made())
+    distinct = ~torch.eye(len(X), dtype=torch.bool)  # The definition has no derivative where a point meets itself.
+
+    def ours(X):
+        return autograd.kernel_matrix(Laplace(1.2), X)[distinct].square().sum()
+
+    def truth(X):
+        sq = (X[:, None] - X[None]).square().sum(-1)[distinct]
+        return torch.exp(-sq.sqrt() / 1.2).square().sum()
+
+    torch.testing.assert_close(torch.func.hessian(ours)(X), torch.func.hessian(truth)(X), rtol=1e-9, atol=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(alpha, torch.ones_like(alpha))
+        moved = torch.autograd.forward_ad.unpack_dual(autograd.kernel_matmul(Laplace(1.2), X, None, dual)).tangent
+    torch.testing.assert_close(moved, fastagop.kernel_matmul(Laplace(1.2), X, X, torch.ones_like(alpha)))

@@ -178,6 +178,8 @@ def test_a_class_mean_at_the_global_mean_counts_as_zero():
 BAD = {
     "a list": (TypeError, "X must be a floating", [[1.0]], LABELS),
     "integer features": (TypeError, "X must be a floating", np.ones((12, 2), int), LABELS),
+    "sparse features": (TypeError, "X must be a dense torch.Tensor", torch.eye(12).to_sparse(), LABELS),
+    "features without numbers": (ValueError, "X must hold numbers", torch.ones(12, 2, device="meta"), LABELS),
     "a vector": (ValueError, "X must be a non-empty matrix", np.ones(12), LABELS),
     "no columns": (ValueError, "X must be a non-empty matrix", np.ones((12, 0)), LABELS),
     "NaN": (ValueError, "X must be finite", np.where(np.eye(12) > 0, np.nan, 1.0), LABELS),

@@ -233,3 +233,16 @@ def test_settings_are_checked_before_a_fit():
             ConvLayerSettings(Laplace(1.0), Window(3), **wrong)
     with pytest.raises(TypeError, match="window must be a Window, got 3"):
         ConvLayerSettings(Laplace(1.0), 3)
+
+
+def test_a_layer_of_no_images_gives_none_and_its_seed_is_checked():
+    y, settings = torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(3), width=7)
+    layer = fit_layer(images(), y, settings, 0)
+    assert layer(images()[:0]).shape == (0, 7, 3, 3)
+    with pytest.raises(ValueError, match="seed must be an integer >= 0, got 'a'"):
+        fit_layer(images(), y, settings, "a")
+
+
+def test_a_layer_of_images_that_are_all_the_same_has_infinite_nc1():
+    layer = fit_layer(torch.ones(6, 2, 5, 5), torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(3), 7), 0)
+    assert set(layer.nc1.values()) == {float("inf")}

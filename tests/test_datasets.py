@@ -182,6 +182,7 @@ def test_refuses_an_npz_without_the_split(tmp_path):
     ("error", "message", "arguments"),
     [
         (ValueError, "name_or_path must be one of 'digits', 'mnist'", {"name_or_path": "MNIST"}),
+        (TypeError, "name_or_path must be a name or the path of an .npz, got list", {"name_or_path": ["digits"]}),
         (FileNotFoundError, "no file nowhere.npz", {"name_or_path": "nowhere.npz"}),
         (ValueError, "split must be 'train' or 'test', got 'valid'", {"split": "valid"}),
         (ValueError, "n must be None or an integer from 1 to 1437 .*, got 1438", {"n": 1438}),

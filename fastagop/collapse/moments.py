@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastagop.kernels import checks
+
 
 class EqualMeansError(ValueError):
     """All class means coincide up to rounding: there is no between-class scatter to compare with."""
@@ -198,6 +200,9 @@ def floating(name: str, value) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         kind = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"{name} must be a floating torch.Tensor or NumPy array, got {kind}; convert it first")
+    checks.plain(name, value)
+    if value.device.type == "meta":
+        raise ValueError(f"{name} must hold numbers, got a tensor on device meta; make it on 'cpu'")
     if value.numel():
         low, high = (end.item() for end in value.aminmax())
         if not -_LARGEST <= low <= high <= _LARGEST:  # The comparison is false for NaN.

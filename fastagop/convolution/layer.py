@@ -49,7 +49,7 @@ class ConvLayer:
         root: M^(1/2) of the patch AGOP over its largest entry, (d, d) with d = c size size.
         weight: of the random features, (width, d).
         nc1, nc2: collapse of "input" (the normalised patches of an image side by side), "projected" (after M^(1/2)) and
-            "features".
+            "features", infinite where all class means coincide.
         jitter, residual: of the regression.
         accuracy: of the layer's kernel machine on its own images.
     """
@@ -92,6 +92,7 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
             refuse.
     """
     checks.plain("y", y)
+    seed = checks.integer("seed", seed, 0)
     if y.ndim != 1 or len(y) != len(images):
         raise ValueError(f"y must have shape ({len(images)},), one label an image, got {tuple(y.shape)}")
     classes, labels = torch.unique(y, return_inverse=True)
@@ -107,8 +108,7 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
     projected, features = _stages(patches, root, weight)
     stages = {"input": patches, "projected": projected, "features": features}
     flat = {name: stage.flatten(1) for name, stage in stages.items()}
-    nc1 = {name: float(collapse.nc1(stage, labels)) for name, stage in flat.items()}
-    nc2 = {name: float(collapse.nc2(stage, labels)) for name, stage in flat.items()}
+    nc1, nc2 = collapse.of_stages(flat, labels)
     fitted = targets - (settings.ridge + machine.jitter) * machine.alpha  # K alpha, as the equations say
     accuracy = float((fitted.argmax(1) == labels).double().mean())
     return ConvLayer(settings.window, root, weight, nc1, nc2, machine.jitter, machine.residual, accuracy)
@@ -123,4 +123,4 @@ def _stages(patches: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> 
 
 def _as_images(features: torch.Tensor, window: Window, images: torch.Tensor) -> torch.Tensor:
     height, width = (window.positions(side) for side in images.shape[2:])
-    return features.mT.reshape(len(features), -1, height, width)
+    return features.mT.reshape(len(features), features.shape[2], height, width)

@@ -54,6 +54,9 @@ def load(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if not isinstance(name_or_path, (str, Path)):
+        kind = type(name_or_path).__name__
+        raise TypeError(f"name_or_path must be a name or the path of an .npz, got {kind}; pass a str or a pathlib.Path")
     images, labels = _read(name_or_path, Path("data" if root is None else root), split, download, n)
     count = _count(n, len(labels), f"the {split} split of {name_or_path}")
     X = images[:count].reshape(count, -1)

@@ -121,8 +121,9 @@ class _DeepRFM(_Layers, KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        settings, random = self._settings(), inputs.random(self.random_state)
-        data = self._training(X, y, sample_weight)
+        with shared_fits.refusals_told(self):
+            settings, random = self._settings(), inputs.random(self.random_state)
+            data = self._training(X, y, sample_weight)
         seeds = layer_module.seeds(random, settings.depth)
         # Copies in the points of the first layer, rows divided by their length, stay one point in all layers.
         rows = copies.find(normalise_rows(data.X), data.weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +33,32 @@ def agree(model: Any, given: str, **tensors: torch.Tensor | None) -> None:
     names = (name for name in persistence.parameters(type(model)) if name not in _APART)
     call = ", ".join([repr(model.kernel), *(f"{name}={getattr(model, name)!r}" for name in names), given])
     engine_of(model.process_group).agree("fit", call, **tensors)
+
+
+@contextlib.contextmanager
+def refusals_told(model: Any) -> Iterator[None]:
+    """Where this rank refuses its parameters or data before ``agree``, the others learn it there and do not wait.
+
+    Raises:
+        Exception: the refusal itself.
+    """
+    try:
+        yield
+    except Exception as refusal:
+        if model.process_group is not None:
+            _tell(model, refusal)
+        raise
+
+
+def _tell(model: Any, refusal: Exception) -> None:
+    """Answer the other ranks, which are about to agree; the refusal matters more than that they cannot be reached."""
+
+    def refuse() -> None:
+        raise refusal
+
+    with contextlib.suppress(Exception):
+        device = getattr(model, "_device", torch.device("cpu"))
+        Communicator(model.process_group, "fit", device).agree(refuse, "")
 
 
 def quiet(model: Any) -> bool:

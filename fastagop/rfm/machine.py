@@ -104,10 +104,11 @@ class RecursiveFeatureMachine(KernelEstimator):
         Warns:
             NumericalWarning: per solve whose result had to be altered.
         """
-        regression, rules = self._regression_and_rules()
-        if (X_val is None) != (y_val is None):
-            raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
-        data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
+        with shared_fits.refusals_told(self):
+            regression, rules = self._regression_and_rules()
+            if (X_val is None) != (y_val is None):
+                raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
+            data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
         given = f"X_val {'None' if X_val is None else 'given'}"
         shared_fits.agree(self, given, X=data.X, Y=data.Y, sample_weight=data.weights)
         random = inputs.random(self.random_state)
