@@ -257,7 +257,9 @@ class _Transformable(torch.autograd.Function):
         return tuple(found[-len(zeros) :])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, spec: str, level: int, *tensors: Tensor) -> tuple:
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]
+        info: Any, in_dims: tuple, spec: str, level: int, *tensors: Tensor
+    ) -> tuple:
         """One call for each item of a batch."""
         found = []
         for i in range(info.batch_size):

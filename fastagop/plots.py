@@ -89,10 +89,9 @@ def eigenvectors(
     vectors = _array("found", found.vectors if isinstance(found, Spectrum) else found, 2)
     sides = tuple(int(side) for side in shape) if np.iterable(shape) else ()
     colours = len(sides) == 3 and sides[0] == 3
-    if (len(sides) != 2 and not colours) or min(sides) < 1 or math.prod(sides) != vectors.shape[1]:
-        raise ValueError(
-            f"shape must be (height, width) or (3, height, width) of {vectors.shape[1]} numbers, got {shape}"
-        )
+    d = vectors.shape[1]
+    if (len(sides) != 2 and not colours) or min(sides) < 1 or math.prod(sides) != d:
+        raise ValueError(f"shape must be (height, width) or (3, height, width) of {d} numbers, got {shape}")
     k = len(vectors) if count is None else checks.integer("count", count, 1, len(vectors))
     columns = min(k, 6)
     rows = math.ceil(k / columns)
@@ -242,8 +241,7 @@ def curve(
 
     Args:
         ax, x, middle: Axes to draw on, and the line's points (n,) each.
-        low, high: the band's edges (n,); None for no band.
-        color, marker, label: as in matplotlib's ``plot``.
+        low, high: the band's edges (n,), or None; color, marker and label are as in matplotlib's ``plot``.
     """
     apart = max(1, len(x) // 20)
     ax.plot(x, middle, color=color, marker=marker, markevery=apart, markersize=3, linewidth=1.4, label=label)
@@ -306,8 +304,7 @@ def cosine_bar(figure: Figure, axes: Any, classes: int | None = None, *, aspect:
     """A colour bar for ``gram_strip``: -1, 0 and 1, and where K classes are given -1 / (K - 1).
 
     Args:
-        figure, axes: the Figure, and those of its Axes that give up room for the bar.
-        classes, aspect: K, as in ``gram_strip``; and how many times longer than wide the bar is.
+        figure, axes, classes: as in ``gram_strip``; axes give up room. aspect: how many times longer than wide it is.
     """
     from matplotlib.cm import ScalarMappable
 

@@ -194,7 +194,7 @@ from fastagop.network import lending
 from fastagop.rfm import trials
 inside, leave = threading.Event(), threading.Event()
 def hold():
-    with lending._TURNS.changed, precision._ONEDNN._lock, trials._TURN:
+    with lending._TURNS.changed, precision._ONEDNN._lock, trials._TURN.lock:
         inside.set()
         leave.wait()
 thread = threading.Thread(target=hold)

@@ -24,7 +24,6 @@ from fastagop.rfm.coarse import CoarseFold
 from fastagop.rfm.settings import Setting
 
 Fold = tuple[np.ndarray, np.ndarray]
-_TURN = threading.RLock()
 _DIGITS = 12  # Means that agree to so many digits are equal: sums of the same terms may differ in the last one.
 
 
@@ -191,14 +190,19 @@ def rows_of(X, index: np.ndarray):
     return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]
 
 
-def _renew() -> None:
-    """A child that was forked while another thread had its turn does not wait for that thread, which it lacks."""
-    global _TURN
-    _TURN = threading.RLock()
+class _Turn:
+    """A lock for which a child does not wait that was forked while another thread had it: the child lacks the thread."""
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self.lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+_TURN = _Turn()
 
 
 @contextlib.contextmanager
@@ -207,7 +211,7 @@ def _alone(fewer: bool) -> Iterator[list[warnings.WarningMessage]]:
 
     Both are settings of the whole process: trials that joblib runs in threads of it take turns.
     """
-    with _TURN, warnings.catch_warnings(record=True) as caught:
+    with _TURN.lock, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = torch.get_num_threads()
         torch.set_num_threads(1 if fewer else before)
