@@ -191,7 +191,7 @@ def rows_of(X, index: np.ndarray):
 
 
 class _Turn:
-    """A lock for which a child does not wait that was forked while another thread had it: the child lacks the thread."""
+    """A lock that a forked child has anew: it would wait for a thread of its parent that had the old one."""
 
     def __init__(self) -> None:
         self._renew()
