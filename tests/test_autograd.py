@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from kernel_cases import MODULE, cases
@@ -160,6 +162,22 @@ def test_compiles_without_a_break():
     expected = torch.autograd.grad(function(X, Z, V), (X, Z, V))
     found = torch.autograd.grad(compiled(X, Z, V), (X, Z, V))
     for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_is_saved_and_keeps_its_derivatives():
+    X, Z, _, V = made(dtype=torch.float32)
+    traced, file = torch.jit.trace(lambda *of: autograd.kernel_matmul(Laplace(1.3), *of), (X, Z, V)), io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    given = [t.detach() + 0.1 for t in (X, Z, V)]
+    results = []
+    for function in (torch.jit.load(file), lambda *of: autograd.kernel_matmul(Laplace(1.3), *of)):
+        tensors = [t.clone().requires_grad_() for t in given]
+        out = function(*tensors)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
