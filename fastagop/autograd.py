@@ -87,7 +87,8 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
     tensors = [rows, rows if others is None else others, *more, width.reshape(())]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # both write down the operator, which files can hold
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (documented, not in __all__)
+    if traced or torch.compiler.is_compiling():  # what is written down has the operator, which files can hold
         return _blockwise(spec, 0, tensors)[0]
     return _Transformable.apply(spec, 0, *tensors)[0]  # pyright: ignore
 
