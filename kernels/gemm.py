@@ -106,8 +106,9 @@ def add_squares_(M: torch.Tensor, G: torch.Tensor) -> None:
     if abs(exponent) <= (40 if G.dtype == torch.float32 else 400):
         exponent = 0
     G = scaled_(G, -exponent)
+    factor = math.ldexp(1.0, 2 * exponent) if exponent < 512 else math.inf  # beyond float64, which the caller refuses
     for part in G.split(max(64, _PANEL // max(1, G.shape[1]))):
-        add_product_(M, part.T, part.T, math.ldexp(1.0, 2 * exponent))
+        add_product_(M, part.T, part.T, factor)
 
 
 def add_product_(M: torch.Tensor, A: torch.Tensor, B: torch.Tensor, factor: float = 1.0) -> None:

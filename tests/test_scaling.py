@@ -243,3 +243,10 @@ def test_a_kernel_of_an_lp_distance_does_not_see_the_unit_of_length(kernel, dtyp
     if dtype == torch.float32:  # systems are solved in float64, which holds the powers
         solution = fastagop.solve(scaled, unit * X, alpha, ridge=1e-3)
         assert relative(solution.alpha, fastagop.solve(kernel, X, alpha, ridge=1e-3).alpha) <= 1e-3
+
+
+def test_squares_of_gradients_that_leave_float64_are_refused_by_name(normal):
+    X, unit = normal(40, 3), 2.0**-600
+    model = fastagop.RFMRegressor(kernel=ProductLaplace(2.0 * unit), iterations=1, ridge=1e-3, dtype="float64")
+    with pytest.raises(ValueError, match=r"so large that gradients leave torch\.float64"):
+        model.fit(unit * X.numpy(), X[:, 0].numpy())
