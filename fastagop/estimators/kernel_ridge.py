@@ -34,6 +34,7 @@ AGOP_SCALES = ("max", "mean", "sum")
 _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
+_LEAST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps  # of an AGOP with all digits of its entries
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
 _MODERATE = 2.0**20  # values of a kernel that is not radial, which go up to it or down to its inverse as they are
@@ -202,7 +203,7 @@ def fit_and_agop(
     predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
     task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
     M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_size(M.double().div_(unit).div_(unit), size)
+    M = _of_units(M.double(), size / unit)
     mark("agop")
     return solved, M, planned
 
@@ -312,11 +313,19 @@ def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center:
     return lost > _ROUNDING * _ROUNDING * total
 
 
-def _of_size(M: torch.Tensor, size: float) -> torch.Tensor:
-    """The AGOP of coefficients that many times as large."""
+def _of_units(M: torch.Tensor, size: float) -> torch.Tensor:
+    """The AGOP of gradients that many times as large, in place."""
+    some = bool(M.any())
     M = M.mul_(size).mul_(size)
     if not checks.finite(M):
-        raise ValueError("y is so large that the AGOP of its predictor leaves float64; divide y by a constant")
+        raise ValueError(
+            "y is so large that the AGOP of its predictor leaves float64; divide y, or multiply X, by a constant"
+        )
+    if some and checks.largest(M) < _LEAST:
+        raise ValueError(
+            "y is so small, or X so large, that float64 does not hold the AGOP of its predictor; multiply y, or divide "
+            "X, by a constant"
+        )
     return M
 
 
