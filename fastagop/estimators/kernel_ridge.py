@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -199,11 +200,11 @@ def fit_and_agop(
     del matrix  # it is given back where it has become something else
     wide = extreme or _float64_pays(kernel, X, alpha, center, rows.weights, engine)
     X = X.double() if wide else X
-    weights = None if rows.weights is None else rows.weights.to(X)
+    weights, root = _of_moderate_size(rows.weights, X)
     predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
     task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
     M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_units(M.double(), size / unit)
+    M = _of_units(M.double(), size / unit * root, "y" if weights is None else "y or sample_weight")
     mark("agop")
     return solved, M, planned
 
@@ -313,18 +314,28 @@ def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center:
     return lost > _ROUNDING * _ROUNDING * total
 
 
-def _of_units(M: torch.Tensor, size: float) -> torch.Tensor:
+def _of_moderate_size(weights: torch.Tensor | None, X: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(weights / unit^2 like X, unit), the unit a power of two: 1 but for weights that float32 may not hold."""
+    if weights is None:
+        return None, 1.0
+    unit = scale_targets(weights)[1]
+    root = math.ldexp(1.0, (math.frexp(unit)[1] - 1) // 2)
+    return (weights / root / root).to(X), root
+
+
+def _of_units(M: torch.Tensor, size: float, blamed: str) -> torch.Tensor:
     """The AGOP of gradients that many times as large, in place."""
     some = bool(M.any())
     M = M.mul_(size).mul_(size)
     if not checks.finite(M):
         raise ValueError(
-            "y is so large that the AGOP of its predictor leaves float64; divide y, or multiply X, by a constant"
+            f"{blamed} is so large that the AGOP of its predictor leaves float64; divide {blamed}, or multiply X, by a "
+            "constant"
         )
     if some and checks.largest(M) < _LEAST:
         raise ValueError(
-            "y is so small, or X so large, that float64 does not hold the AGOP of its predictor; multiply y, or divide "
-            "X, by a constant"
+            f"{blamed} is so small, or X so large, that float64 does not hold the AGOP of its predictor; multiply "
+            f"{blamed}, or divide X, by a constant"
         )
     return M
 
