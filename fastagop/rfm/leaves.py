@@ -111,6 +111,7 @@ class RFMTree(KernelEstimator):
         """
         begin = time.perf_counter()
         self._check_parameters()
+        vars(self).pop("temperature_", None)  # A scorer that asks for it would take that of an earlier fit.
         data = self._training(X, y, sample_weight)
         answers, random = self._answers(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)

@@ -20,6 +20,11 @@ from sklearn.model_selection import train_test_split
 from fastagop.distributed.engine import Local
 from fastagop.kernels.errors import restated, warn
 
+_ASKED = (
+    "a scorer may ask the estimator for predict, decision_function or predict_proba of these rows, and for no results "
+    "of the fit, which goes on"
+)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -52,6 +57,9 @@ class HeldOut:
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
             score = float(self.scorer(model._with_outputs(outputs, self.X), self.X, self.y, **options))
+        except AttributeError as error:
+            text = f"scoring: the validation rows have no score, since {str(error).rstrip('.')}; {_ASKED}"
+            raise restated(error, text) from error
         except (ValueError, TypeError) as error:
             if not (missing := self._missing(model)):
                 raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
@@ -123,6 +131,11 @@ def takes_weights(scorer) -> bool:
 
 def scorer_of(model, scoring):
     """The scorer of a name or a function (estimator, X, y) -> number; default the estimator's ``score``."""
+    if not (scoring is None or isinstance(scoring, str) or callable(scoring)):
+        raise TypeError(
+            "scoring must be None, the name of one scorer or a function (estimator, X, y) -> number, got "
+            f"{scoring!r}; one score decides"
+        )
     try:
         return check_scoring(model, scoring=scoring)
     except (ValueError, TypeError) as error:
