@@ -201,12 +201,17 @@ def test_kernels_without_an_exponent(flowers):
         ("cv", "loo", "cv must be one of 'holdout'"),
         ("cv", 1, "cv must be an integer >= 2"),
         ("cv", 2.5, "cv must be a number of folds"),
+        ("cv", 100, "^cv=100: .*n_splits=100"),
+        ("cv", [(1, 2, 3)], "^cv: too many values to unpack"),
+        ("cv", [(0, 1)], r"^cv must give indices of rows, or masks \(60,\), got shape \(\) in fold 0"),
+        ("cv", [(np.arange(9) < 5, np.arange(9) >= 5)], r"^cv must give .* masks \(60,\), got shape \(9,\) in fold 0"),
         ("validation_fraction", 1.0, "validation_fraction must be a number between 0 and 1"),
         ("refit", "yes", "refit"),
         ("time_limit", -1, "time_limit must be"),
         ("iterations", -1, "iterations must be"),
         ("scale", "log", "scale must be"),
         ("scoring", "best", "scoring must be"),
+        ("scoring", ["accuracy", "f1"], r"^scoring must be .* got \['accuracy', 'f1'\]; one score decides"),
         ("kernel", "laplace", "kernel must be"),
         ("class_weight", 3, "class_weight must be"),
     ],
@@ -382,6 +387,13 @@ def test_without_refit(flowers):
     assert model.best_params_["iterations"] in (0, 1)
     assert not hasattr(model, "predict")
     assert not hasattr(model, "best_estimator_")
+    assert not hasattr(model, "feature_importances_")
+    for what, call in (
+        ("score", lambda: model.score(*flowers)),
+        ("feature_importances_", lambda: model.feature_importances_),
+    ):
+        with pytest.raises(AttributeError, match=rf"^{what} needs .* which refit=False leaves out; use refit=True$"):
+            call()
 
 
 def test_frames_tensors_and_pipelines(flowers):

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from sklearn import base
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import inputs
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
@@ -205,7 +204,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
 
     def _best(self, X):
         """The estimator that answers for rows X: the best one, or one whose outputs are the mean of the best few's."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("this answer")
         if len(self.estimators_) == 1:
             return self.best_estimator_
         others = functools.partial(_mean_outputs, self.estimators_)
@@ -220,19 +219,19 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """``best_estimator_.transform(X)``: the points in the learned metric."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("transform")
         return self.best_estimator_.transform(X)
 
     def _score(self, X: Rows, y: Rows, sample_weight: Rows | None) -> float:
         """The score of ``scoring``."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("score")
         weighted = sample_weight is not None and validation.takes_weights(self.scorer_)
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
     @property
     def feature_importances_(self) -> Any:
         """How much each feature counts: (d,), that of ``best_estimator_``."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("feature_importances_")
         return self.best_estimator_.feature_importances_
 
     @property

@@ -18,6 +18,10 @@ _RESULTS = "results"  # before the names of the table's columns among the tensor
 _TENSORS = (np.float64, np.int64, np.int32, np.bool_)  # dtypes of columns that are tensors of a file; others are JSON
 
 
+class NotRefitted(ValueError, AttributeError):
+    """A search chose a setting and fitted it to no rows; of attributes, which it then lacks, ``hasattr`` is False."""
+
+
 class Unwritten:
     """What stands for the scoring function of a search that was loaded: files hold no functions."""
 
@@ -64,10 +68,16 @@ class SavedSearch:
             NotFittedError: fit comes first. ValueError: with ``refit=False`` nothing was fitted to all rows. TypeError:
                 a class of its own, which ``load`` would not know.
         """
+        self._check_refitted("save")
+        persistence.save(self, Path(path))
+
+    def _check_refitted(self, what: str) -> None:
+        """Refuse what needs an estimator that was fitted to all rows, where there is none."""
         check_is_fitted(self)
         if not hasattr(self, "estimators_"):
-            raise ValueError("save needs an estimator fitted to all rows, which refit=False leaves out; use refit=True")
-        persistence.save(self, Path(path))
+            raise NotRefitted(
+                f"{what} needs an estimator fitted to all rows, which refit=False leaves out; use refit=True"
+            )
 
     @property
     def _device(self) -> torch.device:
