@@ -410,3 +410,8 @@ def test_unknown_and_missing_layers(found):
     with pytest.raises(ValueError, match="these are missing: \\['noise'\\]"):
         probes.aggregate.predict({name: X for name, X in activations.items() if name != "noise"})
     assert list(probes.predict({7: activations[7]})) == [7]
+    narrow = {name: X[:, :2] for name, X in activations.items()}
+    first, d = next((name, X.shape[1]) for name, X in activations.items())
+    for call in (probes.predict, probes.decision_function, probes.aggregate.predict):
+        with pytest.raises(ValueError, match=rf"^layer {first!r} must have {d} columns, as in probes.fit, got 2$"):
+            call(narrow)

@@ -138,6 +138,14 @@ def same_rows(name: str, found: Layers, y: np.ndarray) -> None:
         raise ValueError(f"{name} must have one row per row of the layers: these have {n}, {name} has {len(y)}")
 
 
+def same_columns(name: Hashable, rows, machine) -> None:
+    """Refuse activations of a layer that are not as wide as those that its machine was fitted to."""
+    if rows.shape[1] != machine.n_features_in_:
+        raise ValueError(
+            f"layer {name!r} must have {machine.n_features_in_} columns, as in probes.fit, got {rows.shape[1]}"
+        )
+
+
 def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
     """Validation rows of the same layers, and their labels or targets."""
     if not isinstance(given, (tuple, list)) or len(given) != 2:

@@ -145,6 +145,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         checks.kernel(self.kernel, settled=False)
         if not isinstance(self.verbose, bool):
             checks.integer("verbose", self.verbose, 0)
+        if self.n_jobs is not None and (not isinstance(self.n_jobs, (int, np.integer)) or self.n_jobs == 0):
+            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {self.n_jobs!r}")
         seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
