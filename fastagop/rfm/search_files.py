@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import files as storage
@@ -16,10 +17,6 @@ from fastagop.rfm import validation
 
 _RESULTS = "results"  # before the names of the table's columns among the tensors
 _TENSORS = (np.float64, np.int64, np.int32, np.bool_)  # dtypes of columns that are tensors of a file; others are JSON
-
-
-class NotRefitted(ValueError, AttributeError):
-    """A search chose a setting and fitted it to no rows; of attributes, which it then lacks, ``hasattr`` is False."""
 
 
 class Unwritten:
@@ -75,7 +72,7 @@ class SavedSearch:
         """Refuse what needs an estimator that was fitted to all rows, where there is none."""
         check_is_fitted(self)
         if not hasattr(self, "estimators_"):
-            raise NotRefitted(
+            raise NotFittedError(
                 f"{what} needs an estimator fitted to all rows, which refit=False leaves out; use refit=True"
             )
 
