@@ -119,6 +119,17 @@ def test_nested_parameters_of_every_estimator(name):
     assert make().kernel == shared
 
 
+@pytest.mark.parametrize("make", [RFMClassifier, RFMRegressor])
+def test_flags_of_numpy_as_grids_of_arrays_have_them(make, tmp_path):
+    X, y = data()
+    grid = {"diagonal": np.array([True, False]), "center": np.array([True]), "early_stopping": np.array([False])}
+    search = GridSearchCV(make(iterations=1), grid, cv=2, error_score="raise").fit(X, y)
+    by_hand = make(iterations=1, diagonal=bool(search.best_params_["diagonal"]), center=True).fit(X, y)
+    np.testing.assert_array_equal(search.predict(X), by_hand.predict(X))
+    search.best_estimator_.save(tmp_path / "model")
+    np.testing.assert_array_equal(fastagop.load(tmp_path / "model").predict(X), by_hand.predict(X))
+
+
 @every
 def test_nested_parameters_in_searches(make):
     X, y = data()
