@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from sklearn.metrics import roc_auc_score
 
@@ -272,6 +273,8 @@ def test_kernels_and_bandwidths():
     y = labels(40)
     X, _ = planted(y, 10, 3.0)
     options = {**QUICK, "bandwidths": [2.0, ("median", 0.5)], "aggregate": False}
+    listed = fastagop.probes.fit([X], y, **{**options, "bandwidths": [["median", 0.5]]})  # as JSON has pairs
+    assert {bandwidth for bandwidth, _ in listed.layers[0].settings} == {("median", 0.5)}
     probe = fastagop.probes.fit([X], y, kernel=GeneralisedLaplace(1.0, 0.7), **options).layers[0]
     assert probe.estimator.kernel_ == GeneralisedLaplace(probe.bandwidth, 0.7)
     assert list(probe.settings) == [(2.0, False), (("median", 0.5), False)]
@@ -360,6 +363,10 @@ BAD[[4, 7], 1] = np.nan
         ([np.full((20, 3), "x")], {}, "layer 0 must hold real numbers"),
         ([noise(20, 3)], {"directions": 4}, "layer 0: directions must be an integer from 1 to 3, got 4"),
         ([noise(20, 3)], {"directions": 0}, "directions must be an integer >= 1"),
+        ([[[1.0, 2.0], [3.0]] * 10], {}, r"^layer 0 must have shape \(n, d\), rows of the same length"),
+        ([scipy.sparse.csr_array(noise(20, 3))], {}, "^layer 0 must be a dense array, got csr_array; use toarray"),
+        ([noise(20, 3)], {"y": 3}, r"^y must be labels \(n,\), .* got 3$"),
+        ([noise(20, 3)], {"y": None}, r"^y must be labels \(n,\), .* got None$"),
         ([noise(20, 3)], {"bandwidths": "median"}, "bandwidths must be a sequence"),
         ([noise(20, 3)], {"bandwidths": []}, "bandwidths must hold at least one value"),
         ([noise(20, 3)], {"bandwidths": [-1.0]}, "bandwidth must be a positive finite number"),

@@ -200,7 +200,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
     common = {name: given[name] for name in ("ridge", "device", "dtype")}
     return Settings(
         given["kernel"],
-        tuple(given["bandwidths"]),
+        tuple(tuple(value) if isinstance(value, list) else value for value in given["bandwidths"]),
         tuple(map(bool, given["centers"])),
         checks.integer("iterations", given["iterations"], 0),
         checks.integer("directions", given["directions"], 1),
