@@ -11,6 +11,7 @@ from sklearn.metrics import get_scorer
 
 import fastagop
 from fastagop import Laplace, RFMClassifier, RFMRegressor
+from fastagop.estimators import base
 from fastagop.rfm import learning, validation
 
 
@@ -237,6 +238,41 @@ def test_a_scorer_is_not_given_the_temperature_of_an_earlier_tree():
     tree.set_params(early_stopping=False, scoring=lambda estimator, X, y: float(estimator.transform(X)[0, 0]))
     with pytest.raises(AttributeError, match=r"^scoring: .*'temperature_'"):
         tree.fit(X, y)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that NumPy cannot read where it lies, as one on a GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_scorers_by_name_read_answers_for_rows_of_a_gpu(monkeypatch):
+    plain = base.KernelEstimator._like_input
+
+    def like_input(self, value, rows, wide=False):
+        answer = plain(self, value, rows, wide)
+        return answer.as_subclass(Elsewhere) if isinstance(rows, Elsewhere) else answer
+
+    X, y = (torch.tensor(part) for part in data())
+    far, kinds = X.as_subclass(Elsewhere), y > 0
+    given = {"X_val": X[40:].as_subclass(Elsewhere), "y_val": kinds[40:]}
+    here = model(RFMClassifier, scoring="roc_auc").fit(X[:40], kinds[:40], X_val=X[40:], y_val=kinds[40:])
+    search = fastagop.RFMClassifierCV(n_settings=1, cv=2, iterations=0, scoring="roc_auc").fit(X, kinds)
+    probes = fastagop.probes.fit([X], kinds, scoring="roc_auc", iterations=0, aggregate=False)
+    monkeypatch.setattr(base.KernelEstimator, "_like_input", like_input)
+    there = model(RFMClassifier, scoring="roc_auc").fit(X[:40], kinds[:40], **given)
+    assert np.array_equal(there.validation_score_, here.validation_score_)
+    assert search.score(far, kinds.as_subclass(Elsewhere)) == search.score(X, kinds)
+    assert probes.score([far], kinds) == probes.score([X], kinds)
 
 
 def test_a_scorer_of_another_kind_of_estimator_is_named():

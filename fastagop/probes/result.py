@@ -170,7 +170,8 @@ class Probes:
         """
         y = reading.answers("y", y)
         reading.same_rows("y", reading.layers(activations), y)
-        return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
+        known = self._known(activations)
+        return {name: float(self._scorer(machine, inputs.on_cpu(rows), y)) for name, machine, rows in known}
 
     def __repr__(self) -> str:
         width = max(len("aggregate"), *(len(str(name)) for name in self.layers))

@@ -178,7 +178,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         scorer = validation.scorer_of(self, self.scoring)
         if X_val is not None:
             points, y = self._given(X_val, y_val)
-            return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
+            return HeldOut(points, inputs.on_cpu(X_val), y, self._codes(y), None, scorer), None
         n = len(data.X)
         held = validation.held_out_count(self, n)
         if held < 1:

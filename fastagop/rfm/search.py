@@ -227,6 +227,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     def _score(self, X: Rows, y: Rows, sample_weight: Rows | None) -> float:
         """The score of ``scoring``."""
         self._check_refitted("score")
+        X, y, sample_weight = map(inputs.on_cpu, (X, y, sample_weight))
         weighted = sample_weight is not None and validation.takes_weights(self.scorer_)
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
