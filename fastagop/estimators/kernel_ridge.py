@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,6 +37,7 @@ _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums c
 _POINTS = 8
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
+_LEAST = torch.finfo(torch.float64).tiny  # of the largest entry of an AGOP: below it float64 loses digits of it
 _MODERATE = 2.0**20  # values of a kernel that is not radial, which go up to it or down to its inverse as they are
 
 
@@ -196,13 +198,13 @@ def fit_and_agop(
     if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
         planned = max(planned, _FULL * len(X) ** 2)
     del matrix  # it is given back where it has become something else
-    wide = extreme or _float64_pays(kernel, X, alpha, center, rows.weights, engine)
-    X = X.double() if wide else X
-    weights = None if rows.weights is None else rows.weights.to(X)
+    weights, heaviest = _of_usual_weight(rows.weights)
+    if wide := extreme or _float64_pays(kernel, X, alpha, center, weights, engine):
+        X = X.double()
     predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
-    task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
+    task = AgopTask("sum", center, limit=regression.memory_limit, weights=None if weights is None else weights.to(X))
     M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_size(M.double().div_(unit).div_(unit), size)
+    M = _of_size(M.double(), unit, size, heaviest)
     mark("agop")
     return solved, M, planned
 
@@ -312,11 +314,28 @@ def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center:
     return lost > _ROUNDING * _ROUNDING * total
 
 
-def _of_size(M: torch.Tensor, size: float) -> torch.Tensor:
-    """The AGOP of coefficients that many times as large."""
-    M = M.mul_(size).mul_(size)
+def _of_usual_weight(weights: torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
+    """(weights over a power of two, that power), so that float32 holds the largest; float32 has no 1e-60 and 1e40."""
+    if weights is None or not len(weights):
+        return weights, 1.0
+    unit = math.ldexp(1.0, math.frexp(float(weights.max()))[1] - 1)
+    return weights / unit, unit
+
+
+def _of_size(M: torch.Tensor, unit: float, size: float, weight: float) -> torch.Tensor:
+    """The AGOP of points, coefficients and weights that many times as large."""
+    before = checks.largest(M)
+    M = M.div_(unit).mul_(size).mul_(weight).div_(unit).mul_(size)
     if not checks.finite(M):
-        raise ValueError("y is so large that the AGOP of its predictor leaves float64; divide y by a constant")
+        raise ValueError(
+            "y is so large that the AGOP of its predictor leaves float64; divide y, or sample_weight, by a constant, "
+            "or multiply X by one"
+        )
+    if before >= _LEAST > checks.largest(M):
+        raise ValueError(
+            "y is so small that the AGOP of its predictor leaves float64; multiply y, or sample_weight, by a constant, "
+            "or divide X by one"
+        )
     return M
 
 
