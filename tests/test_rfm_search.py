@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from dataclasses import dataclass
 
@@ -339,6 +340,31 @@ def test_a_fit_that_fails_is_a_row(flowers):
     assert model.best_params_["diagonal"] is False
     with pytest.raises(ValueError, match="every setting failed, the first with ArithmeticError: no diagonal"):
         model.set_params(space=PAIR[1:]).fit(*flowers)
+
+
+def test_a_setting_that_fails_late_has_no_score(flowers):
+    """Not even of the iterations before: the best row would not be the first of the ranks."""
+    asked = itertools.count()
+
+    def fails_once(estimator, X, y):
+        if next(asked) == 3:  # the second fold, after one AGOP
+            raise ArithmeticError("late")
+        return float((estimator.predict(X) == y).mean())
+
+    space = [{}, {"ridge": 1e4}]  # the second one predicts badly
+    model = RFMClassifierCV(space=space, cv=2, iterations=1, scoring=fails_once, n_iter_no_change=None, random_state=0)
+    with pytest.warns(UserWarning, match="1 of 2 settings failed"):
+        model.fit(*flowers)
+    assert np.isnan(model.cv_results_["mean_test_score"]).tolist() == [True, True, False, False]
+    assert model.best_index_ >= 2
+    assert model.cv_results_["rank_test_score"][model.best_index_] == 1
+
+
+def test_means_that_differ_by_rounding_share_a_rank():
+    shares = np.array([[0.1, 0.3], [0.2, 0.2], [0.3, 0.1]])  # of three folds, after 0 and 1 AGOPs
+    assert shares.mean(0)[0] != shares.mean(0)[1]
+    trial = trials.Trial(shares, np.zeros((3, 2)), np.zeros(3), "", "", True)
+    assert trials.table([{"ridge": 1.0}], [trial])["rank_test_score"].tolist() == [1, 1]
 
 
 def test_what_fits_warn_about_is_a_note(flowers, recwarn):
