@@ -132,7 +132,7 @@ class RFMTree(KernelEstimator):
     def _machine_of(self, **changes):
         """A recursive feature machine with the tree's parameters, which are in the tree's units."""
         names = self._MACHINE._get_param_names()
-        shared = {name: getattr(self, name) for name in self._get_param_names() if name in names}
+        shared = {name: getattr(self, name) for name in names if hasattr(self, name)}
         fixed = {"scale": None, "verbose": 0, **({"class_weight": None} if "class_weight" in names else {})}
         return self._MACHINE(**{**shared, **fixed, **changes})
 

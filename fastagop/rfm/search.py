@@ -67,8 +67,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     best_iteration_: int
 
     def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are."""
-        for name in self._get_param_names():
+        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
+        for name in arguments.keys() - {"self", "__class__"}:
             setattr(self, name, arguments[name])
 
     def __sklearn_tags__(self) -> Any:
