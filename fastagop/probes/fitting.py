@@ -224,7 +224,7 @@ def _kernel(kernel, bandwidth):
                 f"kernel must be a class that is made of a bandwidth, such as Laplace, got {kernel.__name__}; "
                 "give a kernel instead, such as LpLaplace(1.0, 1.0, 10.0), of which the bandwidth is replaced"
             )
-        made = kernel(bandwidth)
+        made = kernel(bandwidth)  # pyright: ignore[reportCallIssue]
     checks.kernel(made, settled=False)
     if not made.norm:
         raise ValueError(f"kernel must have a bandwidth, which probes choose, got {made!r}; take one such as Laplace")
