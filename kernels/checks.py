@@ -6,6 +6,7 @@ import functools
 import math
 import numbers
 
+import numpy as np
 import torch
 
 from .errors import BackendUnavailable
@@ -271,8 +272,8 @@ def spread(X: torch.Tensor, Z: torch.Tensor, largest: float) -> None:
 
 
 def flag(name: str, value) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
+    """Refuse what is neither True nor False, NumPy's own included."""
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 

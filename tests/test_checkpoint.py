@@ -94,6 +94,8 @@ def test_refuses_a_file_as_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="checkpoint_dir must be a folder"):
         model(tmp_path / "file").fit(X, y)
+    with pytest.raises(TypeError, match=r"^checkpoint_dir must be the path of a folder, got 3$"):
+        model(3).fit(X, y)
 
 
 def halves(data):

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastagop.kernels.errors import restated
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import KFold, cross_val_score
 
 import fastagop
@@ -67,7 +68,9 @@ def test_a_search_without_refit_keeps_no_machine():
     search = RFMClassifierCV(n_settings=1, iterations=1, cv=2).fit(X, labels)
     search.set_params(refit=False).fit(X[:, :3], labels)
     assert not hasattr(search, "best_estimator_")
-    with pytest.raises(ValueError, match="not fitted"):
+    with pytest.raises(
+        NotFittedError, match=r"^score needs an estimator fitted to all rows, which refit=False leaves out"
+    ):
         search.score(X[:, :3], labels)
 
 
@@ -124,6 +127,25 @@ def test_two_rows_held_out_of_three_classes():
     stay, out = validation.split(6, np.array([0, 0, 1, 1, 2, 2]), 2, np.random.RandomState(0))
     assert len(out) == 2
     assert len(stay) == 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held", "counts"),
+    [
+        ([3, 1], 1, [1, 0]),
+        ([2, 1, 7, 1], 2, [1, 0, 1, 0]),
+        ([40, 1, 20], 12, [8, 0, 4]),  # a class of one row leaves the others divided by class
+        ([1, 1, 1], 2, None),  # no other rows can be held out
+    ],
+)
+def test_the_row_of_a_class_of_one_is_learnt_from(sizes, held, counts):
+    """Held out, it would leave the metric without its class."""
+    codes = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(10):
+        stay, out = validation.split(len(codes), codes, held, np.random.RandomState(seed))
+        assert sorted([*stay, *out]) == list(range(len(codes)))
+        assert len(out) == held
+        assert counts is None or np.bincount(codes[out], minlength=len(sizes)).tolist() == counts
 
 
 # ---- folds

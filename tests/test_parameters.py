@@ -119,6 +119,46 @@ def test_nested_parameters_of_every_estimator(name):
     assert make().kernel == shared
 
 
+SMALL_TREE = {"leaf_size": 20, "iterations": 1, "random_state": 0, "ridge": 0.5}
+SMALL_SEARCH = {"n_settings": 1, "cv": 2, "iterations": 1, "random_state": 0}
+
+
+@pytest.mark.parametrize(
+    ("base", "fixed"),
+    [
+        *SMALL.items(),
+        (fastagop.RFMTreeClassifier, SMALL_TREE),
+        (fastagop.RFMTreeRegressor, SMALL_TREE),
+        (fastagop.RFMClassifierCV, SMALL_SEARCH),
+        (fastagop.RFMRegressorCV, SMALL_SEARCH),
+    ],
+)
+def test_subclasses_with_parameters_of_their_own(base, fixed):
+    """As scikit-learn's estimators have them: the constructor fixes some parameters of the base and adds others."""
+
+    class Mine(base):
+        def __init__(self, bandwidth=3.0, note=None):
+            super().__init__(kernel=Laplace(bandwidth), **fixed)
+            self.bandwidth, self.note = bandwidth, note
+
+    X, y = data()
+    mine = clone(Mine(2.0, note="kept")).fit(X, y)
+    assert mine.get_params() == {"bandwidth": 2.0, "note": "kept"}
+    np.testing.assert_array_equal(mine.predict(X), base(kernel=Laplace(2.0), **fixed).fit(X, y).predict(X))
+    assert len(cross_val_score(mine, X, y, cv=2, error_score="raise")) == 2
+
+
+@pytest.mark.parametrize("make", [RFMClassifier, RFMRegressor])
+def test_flags_of_numpy_as_grids_of_arrays_have_them(make, tmp_path):
+    X, y = data()
+    grid = {"diagonal": np.array([True, False]), "center": np.array([True]), "early_stopping": np.array([False])}
+    search = GridSearchCV(make(iterations=1), grid, cv=2, error_score="raise").fit(X, y)
+    by_hand = make(iterations=1, diagonal=bool(search.best_params_["diagonal"]), center=True).fit(X, y)
+    np.testing.assert_array_equal(search.predict(X), by_hand.predict(X))
+    search.best_estimator_.save(tmp_path / "model")
+    np.testing.assert_array_equal(fastagop.load(tmp_path / "model").predict(X), by_hand.predict(X))
+
+
 @every
 def test_nested_parameters_in_searches(make):
     X, y = data()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from sklearn.metrics import roc_auc_score
 
@@ -272,6 +273,8 @@ def test_kernels_and_bandwidths():
     y = labels(40)
     X, _ = planted(y, 10, 3.0)
     options = {**QUICK, "bandwidths": [2.0, ("median", 0.5)], "aggregate": False}
+    listed = fastagop.probes.fit([X], y, **{**options, "bandwidths": [["median", 0.5]]})  # as JSON has pairs
+    assert {bandwidth for bandwidth, _ in listed.layers[0].settings} == {("median", 0.5)}
     probe = fastagop.probes.fit([X], y, kernel=GeneralisedLaplace(1.0, 0.7), **options).layers[0]
     assert probe.estimator.kernel_ == GeneralisedLaplace(probe.bandwidth, 0.7)
     assert list(probe.settings) == [(2.0, False), (("median", 0.5), False)]
@@ -360,11 +363,17 @@ BAD[[4, 7], 1] = np.nan
         ([np.full((20, 3), "x")], {}, "layer 0 must hold real numbers"),
         ([noise(20, 3)], {"directions": 4}, "layer 0: directions must be an integer from 1 to 3, got 4"),
         ([noise(20, 3)], {"directions": 0}, "directions must be an integer >= 1"),
+        ([[[1.0, 2.0], [3.0]] * 10], {}, r"^layer 0 must have shape \(n, d\), rows of the same length"),
+        ([scipy.sparse.csr_array(noise(20, 3))], {}, "^layer 0 must be a dense array, got csr_array; use toarray"),
+        ([noise(20, 3)], {"y": 3}, r"^y must be labels \(n,\), .* got 3$"),
+        ([noise(20, 3)], {"y": None}, r"^y must be labels \(n,\), .* got None$"),
         ([noise(20, 3)], {"bandwidths": "median"}, "bandwidths must be a sequence"),
         ([noise(20, 3)], {"bandwidths": []}, "bandwidths must hold at least one value"),
         ([noise(20, 3)], {"bandwidths": [-1.0]}, "bandwidth must be a positive finite number"),
         ([noise(20, 3)], {"centers": [1]}, "centers must be True or False"),
         ([noise(20, 3)], {"kernel": "laplace"}, "kernel must be a fastagop kernel"),
+        ([noise(20, 3)], {"kernel": fastagop.LpLaplace}, "kernel must be a class that is made of a bandwidth, such as"),
+        ([noise(20, 3)], {"kernel": fastagop.Polynomial}, "kernel must be a class .*, got Polynomial; give"),
         ([noise(20, 3)], {"scoring": "rocauc"}, "scoring must be None, the name of a scorer"),
         ([noise(20, 3)], {"validation_fraction": 1.0}, "validation_fraction must be a number between 0 and 1"),
         (
@@ -408,3 +417,8 @@ def test_unknown_and_missing_layers(found):
     with pytest.raises(ValueError, match="these are missing: \\['noise'\\]"):
         probes.aggregate.predict({name: X for name, X in activations.items() if name != "noise"})
     assert list(probes.predict({7: activations[7]})) == [7]
+    narrow = {name: X[:, :2] for name, X in activations.items()}
+    first, d = next((name, X.shape[1]) for name, X in activations.items())
+    for call in (probes.predict, probes.decision_function, probes.aggregate.predict):
+        with pytest.raises(ValueError, match=rf"^layer {first!r} must have {d} columns, as in probes.fit, got 2$"):
+            call(narrow)

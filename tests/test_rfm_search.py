@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from dataclasses import dataclass
 
@@ -201,12 +202,19 @@ def test_kernels_without_an_exponent(flowers):
         ("cv", "loo", "cv must be one of 'holdout'"),
         ("cv", 1, "cv must be an integer >= 2"),
         ("cv", 2.5, "cv must be a number of folds"),
+        ("cv", 100, "^cv=100: .*n_splits=100"),
+        ("cv", [(1, 2, 3)], "^cv: too many values to unpack"),
+        ("cv", [(0, 1)], r"^cv must give indices of rows, or masks \(60,\), got shape \(\) in fold 0"),
+        ("cv", [(np.arange(9) < 5, np.arange(9) >= 5)], r"^cv must give .* masks \(60,\), got shape \(9,\) in fold 0"),
         ("validation_fraction", 1.0, "validation_fraction must be a number between 0 and 1"),
         ("refit", "yes", "refit"),
+        ("n_jobs", 0, "n_jobs must be None or a whole number other than 0"),
+        ("n_jobs", "all", "n_jobs must be None or a whole number other than 0"),
         ("time_limit", -1, "time_limit must be"),
         ("iterations", -1, "iterations must be"),
         ("scale", "log", "scale must be"),
         ("scoring", "best", "scoring must be"),
+        ("scoring", ["accuracy", "f1"], r"^scoring must be .* got \['accuracy', 'f1'\]; one score decides"),
         ("kernel", "laplace", "kernel must be"),
         ("class_weight", 3, "class_weight must be"),
     ],
@@ -334,6 +342,31 @@ def test_a_fit_that_fails_is_a_row(flowers):
         model.set_params(space=PAIR[1:]).fit(*flowers)
 
 
+def test_a_setting_that_fails_late_has_no_score(flowers):
+    """Not even of the iterations before: the best row would not be the first of the ranks."""
+    asked = itertools.count()
+
+    def fails_once(estimator, X, y):
+        if next(asked) == 3:  # the second fold, after one AGOP
+            raise ArithmeticError("late")
+        return float((estimator.predict(X) == y).mean())
+
+    space = [{}, {"ridge": 1e4}]  # the second one predicts badly
+    model = RFMClassifierCV(space=space, cv=2, iterations=1, scoring=fails_once, n_iter_no_change=None, random_state=0)
+    with pytest.warns(UserWarning, match="1 of 2 settings failed"):
+        model.fit(*flowers)
+    assert np.isnan(model.cv_results_["mean_test_score"]).tolist() == [True, True, False, False]
+    assert model.best_index_ >= 2
+    assert model.cv_results_["rank_test_score"][model.best_index_] == 1
+
+
+def test_means_that_differ_by_rounding_share_a_rank():
+    shares = np.array([[0.1, 0.3], [0.2, 0.2], [0.3, 0.1]])  # of three folds, after 0 and 1 AGOPs
+    assert shares.mean(0)[0] != shares.mean(0)[1]
+    trial = trials.Trial(shares, np.zeros((3, 2)), np.zeros(3), "", "", True)
+    assert trials.table([{"ridge": 1.0}], [trial])["rank_test_score"].tolist() == [1, 1]
+
+
 def test_what_fits_warn_about_is_a_note(flowers, recwarn):
     model = RFMClassifierCV(space=[{}, {"bandwidth": 1e-6}], cv=2, iterations=1).fit(*flowers)
     assert not [warning for warning in recwarn if issubclass(warning.category, fastagop.NumericalWarning)]
@@ -382,6 +415,13 @@ def test_without_refit(flowers):
     assert model.best_params_["iterations"] in (0, 1)
     assert not hasattr(model, "predict")
     assert not hasattr(model, "best_estimator_")
+    assert not hasattr(model, "feature_importances_")
+    for what, call in (
+        ("score", lambda: model.score(*flowers)),
+        ("feature_importances_", lambda: model.feature_importances_),
+    ):
+        with pytest.raises(AttributeError, match=rf"^{what} needs .* which refit=False leaves out; use refit=True$"):
+            call()
 
 
 def test_frames_tensors_and_pipelines(flowers):

@@ -11,6 +11,7 @@ from sklearn.metrics import get_scorer
 
 import fastagop
 from fastagop import Laplace, RFMClassifier, RFMRegressor
+from fastagop.estimators import base
 from fastagop.rfm import learning, validation
 
 
@@ -209,6 +210,77 @@ def test_labels_that_are_new_and_scores_that_are_none():
     assert np.isneginf(none.validation_score_).all()
 
 
+@pytest.mark.parametrize("asked", ["M_", "feature_importances_", "best_iteration_", "solution_", "transform"])
+def test_a_scorer_is_not_given_the_results_of_an_earlier_fit(asked):
+    """The metric, the points and the records are those of the last fit until this one ends: asked for, they are an
+    error, in the first fit and in every other.
+    """
+    X, y = data()
+
+    def scoring(estimator, rows, answers):
+        found = getattr(estimator, asked)
+        return float(np.sum(found(rows) if callable(found) else 1.0))
+
+    fit = model(early_stopping=True, random_state=0)
+    for _ in range(2):
+        with pytest.raises(AttributeError, match=r"^scoring: .*; a scorer may ask the estimator for predict"):
+            fit.set_params(scoring=scoring).fit(X, y)
+        fit.set_params(scoring=None).fit(X, y)
+        before = fit.predict(X)
+    with pytest.raises(AttributeError, match=r"^scoring: "):
+        fit.set_params(scoring=scoring).fit(X[:20], y[:20])
+    assert np.array_equal(fit.predict(X), before)
+
+
+def test_a_scorer_is_not_given_the_temperature_of_an_earlier_tree():
+    X, y = data()
+    tree = fastagop.RFMTreeRegressor(Laplace(3.0), iterations=1, leaf_size=20, random_state=0).fit(X, y)
+    tree.set_params(early_stopping=False, scoring=lambda estimator, X, y: float(estimator.transform(X)[0, 0]))
+    with pytest.raises(AttributeError, match=r"^scoring: .*'temperature_'"):
+        tree.fit(X, y)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that NumPy cannot read where it lies, as one on a GPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __array__(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_scorers_by_name_read_answers_for_rows_of_a_gpu(monkeypatch):
+    plain = base.KernelEstimator._like_input
+
+    def like_input(self, value, rows, wide=False):
+        answer = plain(self, value, rows, wide)
+        return answer.as_subclass(Elsewhere) if isinstance(rows, Elsewhere) else answer
+
+    X, y = (torch.tensor(part) for part in data())
+    far, kinds = X.as_subclass(Elsewhere), y > 0
+    given = {"X_val": X[40:].as_subclass(Elsewhere), "y_val": kinds[40:]}
+    here = model(RFMClassifier, scoring="roc_auc").fit(X[:40], kinds[:40], X_val=X[40:], y_val=kinds[40:])
+    search = fastagop.RFMClassifierCV(n_settings=1, cv=2, iterations=0, scoring="roc_auc").fit(X, kinds)
+    probes = fastagop.probes.fit([X], kinds, scoring="roc_auc", iterations=0, aggregate=False)
+    monkeypatch.setattr(base.KernelEstimator, "_like_input", like_input)
+    there = model(RFMClassifier, scoring="roc_auc").fit(X[:40], kinds[:40], **given)
+    assert np.array_equal(there.validation_score_, here.validation_score_)
+    assert search.score(far, kinds.as_subclass(Elsewhere)) == search.score(X, kinds)
+    assert probes.score([far], kinds) == probes.score([X], kinds)
+
+
+def test_a_scorer_of_another_kind_of_estimator_is_named():
+    X, y = data()
+    with pytest.raises(AttributeError, match=r"^scoring: .* has none of the following attributes: predict_proba;"):
+        model(early_stopping=True, random_state=0, scoring="neg_log_loss").fit(X, y)
+
+
 def test_scores_are_saved_and_do_not_outlive_their_fit(tmp_path):
     X, y = data()
     scores = iter([1.0, float("nan"), 3.0, 2.0])
@@ -247,6 +319,7 @@ def test_few_rows(n):
         ({}, {"X_val": np.zeros((2, 4)), "y_val": np.zeros((2, 2))}, "y_val"),
         ({}, {"X_val": np.zeros((2, 4)), "y_val": [np.nan, 1.0]}, "y_val"),
         ({"scoring": "no such"}, {"X_val": np.zeros((2, 4)), "y_val": np.zeros(2)}, "scoring"),
+        ({"scoring": {"a": "r2"}}, {"X_val": np.zeros((2, 4)), "y_val": np.zeros(2)}, "scoring must be .*; one score"),
         ({"scoring": 3}, {"X_val": np.zeros((2, 4)), "y_val": np.zeros(2)}, "scoring"),
         ({"early_stopping": 1}, {}, "early_stopping"),
         ({"early_stopping": True, "validation_fraction": 0.0}, {}, "validation_fraction"),
@@ -270,7 +343,7 @@ def test_errors_name_what_is_wrong(parameters, given, name):
     X, y = data(20)
     with pytest.raises((ValueError, TypeError), match=name):
         model(**parameters).fit(X, y, **given)
-    with pytest.raises(ValueError, match="early_stopping needs at least two rows"):
+    with pytest.raises(ValueError, match=r"early_stopping needs at least two rows, .*; use early_stopping=False"):
         model(early_stopping=True).fit(X[:1], y[:1])
 
 

@@ -10,6 +10,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
+from fastagop.estimators import target_means
 
 MAKE = {
     "RFMClassifier": lambda **more: RFMClassifier(**{"kernel": Laplace(3.0), "iterations": 2, **more}),
@@ -51,6 +52,40 @@ def test_a_weight_counts_as_copies(name, dtype, ridge, more):
     left_out = MAKE[name](dtype=dtype, ridge=ridge, **more).fit(X[w > 0], y[w > 0], sample_weight=w[w > 0])
     for a, b in zip(answers(weighted, Z), answers(left_out, Z), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@every
+@pytest.mark.parametrize("size", [1e-300, 1e-60, 1e60, 1e300])
+def test_units_of_weights_do_not_matter_without_a_ridge(name, size):
+    """Weights such as likelihoods, which float32 does not hold: M stayed the identity, or y was blamed."""
+    X, y = data(name)
+    w = np.random.default_rng(1).random(len(X)) + 0.5
+    a, b = (MAKE[name](ridge=0.0).fit(X, y, sample_weight=weights) for weights in (w, w * size))
+    for found, wanted in zip(answers(b, X + 0.1), answers(a, X + 0.1), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "unit"), [(1e-300, 1e-20), (1e-300, 1e-100), (1e-200, 1e-200), (1e300, 1e-100)])
+def test_means_of_any_weights(size, unit):
+    y, w = np.random.default_rng(0).normal(size=(50, 1)) + 2.0, np.random.default_rng(1).random(50)
+    np.testing.assert_allclose(target_means.mean(y * unit, w * size) / unit, target_means.mean(y, w), rtol=1e-12)
+
+
+def test_the_mean_of_a_weight_near_the_largest_number():
+    weights = np.array([1.7e308, 1.0])
+    assert target_means.mean(np.array([[1.0], [2.0]]), weights).tolist() == [1.0]
+
+
+def test_an_agop_that_leaves_float64_is_refused():
+    """Squares of gradients that underflow left M as it was, without a word."""
+    X, y = data()
+    fit = RFMRegressor(Laplace(3.0), iterations=2, dtype="float64").fit(X, y * 1e-150)
+    usual = RFMRegressor(Laplace(3.0), iterations=2, dtype="float64").fit(X, y)
+    np.testing.assert_allclose(fit.M_, usual.M_, rtol=1e-9)
+    with pytest.raises(ValueError, match=r"^y is so small that the AGOP of its predictor leaves float64; multiply y"):
+        fit.fit(X, y * 1e-160)
+    with pytest.raises(ValueError, match=r"^y is so small that .*, or divide X by one$"):
+        fit.set_params(kernel=Laplace("median")).fit(X * 1e180, y)
 
 
 @every

@@ -166,7 +166,7 @@ class PatchMachine:
         """
         P = self.patches.shape[1]
         points, coefficients = self.patches.detach().flatten(0, 1), (self.alpha.detach() / P).repeat_interleave(P, 0)
-        dtype, center = points.dtype, options.get("center") is True
+        dtype, center = points.dtype, bool(options.get("center"))
         if dtype == torch.float32 and rounding_costs(self.kernel, points, coefficients, center, None):
             points, options = points.double(), options | {"backend": "auto"}
             for name, value in options.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder, settings: Settings, data: Training, seeds: list[int] | None):
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"checkpoint_dir must be the path of a folder, got {folder!r}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"checkpoint_dir must be a folder, but {self.folder} is a file")

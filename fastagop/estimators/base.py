@@ -84,18 +84,19 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     solution_: Solution
 
     def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are."""
-        for name in persistence.parameters(type(self)):
+        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
+        for name in arguments.keys() - {"self", "__class__"}:
             setattr(self, name, arguments[name])
 
     def __sklearn_clone__(self) -> Self:
         """A clone works with the same process group: a group is a connection, and cannot be copied."""
         group, self.process_group = self.process_group, None
         try:
-            fresh = super().__sklearn_clone__()
+            fresh: Any = super().__sklearn_clone__()
         finally:
             self.process_group = group
-        return fresh.set_params(process_group=group)  # pyright: ignore[reportAttributeAccessIssue]
+        fresh.process_group = group
+        return fresh
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies leave the process group behind."""

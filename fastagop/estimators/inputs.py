@@ -110,6 +110,11 @@ def numpy(name: str, value):
     return value
 
 
+def on_cpu(X):
+    """Tensors where scikit-learn's metrics can read what estimators answer for them; anything else as it is."""
+    return X.cpu() if isinstance(X, torch.Tensor) else X
+
+
 def frame_refusal(X) -> TypeError | ValueError | None:
     """Why a frame, or whatever else has ``columns`` and ``dtypes``, is no table of numbers; None where it is one.
 

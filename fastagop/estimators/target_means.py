@@ -9,8 +9,8 @@ import numpy as np
 
 from fastagop.estimators import inputs
 
-# Targets and weights beyond these are divided by a power of two, which changes no digit of a mean, so that no sum of
-# their products leaves float64.
+# Targets and weights beyond these, and weights far below 1, are divided by a power of two, which changes no digit of a
+# mean, so that no sum of their products leaves float64.
 _LARGE, _HEAVY = 2.0**960, 2.0**30
 
 
@@ -49,8 +49,8 @@ def mean(y: np.ndarray, row_weights: np.ndarray | None) -> np.ndarray:
         return mean(y * 2.0**-64, row_weights) * 2.0**64
     base = y.min(0)
     row_weights = np.ones(len(y)) if row_weights is None else row_weights
-    if (heaviest := row_weights.max()) > _HEAVY:
-        row_weights = row_weights / math.ldexp(1.0, math.frexp(heaviest)[1])
+    if not 1.0 / _HEAVY <= (heaviest := row_weights.max()) <= _HEAVY:
+        row_weights = row_weights / math.ldexp(1.0, math.frexp(heaviest)[1] - 1)
     weighted = row_weights[:, None].astype(np.longdouble) * (y - base)
     upper = weighted.astype(np.float64)
     lower = (weighted - upper).astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
     common = {name: given[name] for name in ("ridge", "device", "dtype")}
     return Settings(
         given["kernel"],
-        tuple(given["bandwidths"]),
+        tuple(tuple(value) if isinstance(value, list) else value for value in given["bandwidths"]),
         tuple(map(bool, given["centers"])),
         checks.integer("iterations", given["iterations"], 0),
         checks.integer("directions", given["directions"], 1),
@@ -216,7 +217,14 @@ def _check_directions(directions: int, layers: dict) -> None:
 
 def _kernel(kernel, bandwidth):
     """The kernel, or one of the class, with a bandwidth; refuses kernels that have none."""
-    made = kernel(bandwidth) if isinstance(kernel, type) else kernel
+    made = kernel
+    if isinstance(kernel, type) and issubclass(kernel, Kernel):
+        if next(iter(inspect.signature(kernel).parameters), "") != "bandwidth":
+            raise ValueError(
+                f"kernel must be a class that is made of a bandwidth, such as Laplace, got {kernel.__name__}; "
+                "give a kernel instead, such as LpLaplace(1.0, 1.0, 10.0), of which the bandwidth is replaced"
+            )
+        made = kernel(bandwidth)  # pyright: ignore[reportCallIssue]
     checks.kernel(made, settled=False)
     if not made.norm:
         raise ValueError(f"kernel must have a bandwidth, which probes choose, got {made!r}; take one such as Laplace")

@@ -69,7 +69,7 @@ def layers(activations) -> Layers:
 
 def _rows(name: str, value):
     """One layer's activations (n, d)."""
-    value = inputs.dense(name, value) if isinstance(value, torch.Tensor) else np.asarray(value)
+    value = inputs.dense(name, value) if isinstance(value, torch.Tensor) else _array(name, value)
     if isinstance(value, np.ndarray) and value.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {value.dtype}")
     if value.ndim != 2 or 0 in value.shape:
@@ -94,6 +94,16 @@ def _rows(name: str, value):
     return value
 
 
+def _array(name: str, value) -> np.ndarray:
+    """What is no tensor as an array."""
+    if callable(getattr(value, "toarray", None)):
+        raise TypeError(f"{name} must be a dense array, got {type(value).__name__}; use toarray()")
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise restated(error, f"{name} must have shape (n, d), rows of the same length: {error}") from error
+
+
 def targets(name: str, y) -> Targets:
     """Labels, or floats: those that are not just two whole numbers are targets of regression."""
     inputs.refuse_missing(name, y, "labels or targets")
@@ -116,6 +126,8 @@ def targets(name: str, y) -> Targets:
 def answers(name: str, y) -> np.ndarray:
     """Labels or targets as an array, one column without its axis."""
     y = np.asarray(inputs.numpy(name, y))
+    if y.ndim == 0:
+        raise ValueError(f"{name} must be labels (n,), or floats (n,) or (n, K), one for each row, got {y.item()!r}")
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
@@ -136,6 +148,14 @@ def same_rows(name: str, found: Layers, y: np.ndarray) -> None:
     n = len(next(iter(found.values())))
     if len(y) != n:
         raise ValueError(f"{name} must have one row per row of the layers: these have {n}, {name} has {len(y)}")
+
+
+def same_columns(name: Hashable, rows, machine) -> None:
+    """Refuse activations of a layer that are not as wide as those that its machine was fitted to."""
+    if rows.shape[1] != machine.n_features_in_:
+        raise ValueError(
+            f"layer {name!r} must have {machine.n_features_in_} columns, as in probes.fit, got {rows.shape[1]}"
+        )
 
 
 def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:

@@ -84,6 +84,8 @@ class Aggregate:
         layers = reading.layers(activations)
         if missing := [name for name in self._estimators if name not in layers]:
             raise ValueError(f"activations must have every layer, but these are missing: {missing}")
+        for name, machine in self._estimators.items():
+            reading.same_columns(name, layers[name], machine)
         return side_by_side(outputs(machine, layers[name]) for name, machine in self._estimators.items())
 
     def predict(self, activations: Activations) -> np.ndarray:
@@ -145,6 +147,8 @@ class Probes:
         given = reading.layers(activations)
         if unknown := [name for name in given if name not in self.layers]:
             raise ValueError(f"activations hold layers that were not probed: {unknown}; known are {list(self.layers)}")
+        for name, rows in given.items():
+            reading.same_columns(name, rows, self.layers[name].estimator)
         return [(name, self.layers[name].estimator, rows) for name, rows in given.items()]
 
     def predict(self, activations: Activations) -> dict[Hashable, Any]:
@@ -166,7 +170,8 @@ class Probes:
         """
         y = reading.answers("y", y)
         reading.same_rows("y", reading.layers(activations), y)
-        return {name: float(self._scorer(machine, rows, y)) for name, machine, rows in self._known(activations)}
+        known = self._known(activations)
+        return {name: float(self._scorer(machine, inputs.on_cpu(rows), y)) for name, machine, rows in known}
 
     def __repr__(self) -> str:
         width = max(len("aggregate"), *(len(str(name)) for name in self.layers))

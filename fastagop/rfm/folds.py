@@ -11,6 +11,7 @@ import torch
 from sklearn.model_selection import KFold, StratifiedKFold, check_cv
 
 from fastagop.kernels import checks
+from fastagop.kernels.errors import restated
 from fastagop.rfm import validation
 from fastagop.rfm.trials import Fold
 
@@ -49,7 +50,10 @@ def folds_of(
     elif isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         number = checks.integer("cv", cv, 2)
         kind = KFold if codes is None else StratifiedKFold
-        drawn = list(kind(number, shuffle=True, random_state=seed).split(kept, codes))
+        try:
+            drawn = list(kind(number, shuffle=True, random_state=seed).split(kept, codes))
+        except ValueError as error:
+            raise ValueError(f"cv={number}: {error}") from error
     else:
         drawn = _given(cv, rows, answers)
         if weights is None:
@@ -69,7 +73,7 @@ def _given(cv, rows: torch.Tensor, answers: np.ndarray) -> list[Fold]:
         pairs = list(splitter.split(rows.cpu().numpy(), answers))
     except (ValueError, TypeError) as error:
         if "groups" not in str(error):
-            raise
+            raise restated(error, f"cv: {error}") from error
         text = f"cv: {type(cv).__name__} needs groups; pass list(splitter.split(X, y, groups)) as cv"
         raise ValueError(text) from error
     drawn = [_indices(pair, len(rows), fold) for fold, pair in enumerate(pairs)]
@@ -91,6 +95,8 @@ def _indices(pair, n: int, fold: int) -> Fold:
     """A splitter's (train, test) of n rows as indices, which may be masks."""
     found = []
     for name, given in zip(("train", "test"), map(np.asarray, pair), strict=True):
+        if given.ndim != 1 or (given.dtype == bool and len(given) != n):
+            raise ValueError(f"cv must give indices of rows, or masks ({n},), got shape {given.shape} in fold {fold}")
         part = np.flatnonzero(given) if given.dtype == bool else given
         if len(part) == 0:
             raise ValueError(f"cv: fold {fold} has no rows to {name} on")

@@ -111,6 +111,7 @@ class RFMTree(KernelEstimator):
         """
         begin = time.perf_counter()
         self._check_parameters()
+        vars(self).pop("temperature_", None)  # A scorer that asks for it would take that of an earlier fit.
         data = self._training(X, y, sample_weight)
         answers, random = self._answers(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)
@@ -131,7 +132,7 @@ class RFMTree(KernelEstimator):
     def _machine_of(self, **changes):
         """A recursive feature machine with the tree's parameters, which are in the tree's units."""
         names = self._MACHINE._get_param_names()
-        shared = {name: getattr(self, name) for name in self._get_param_names() if name in names}
+        shared = {name: getattr(self, name) for name in names if hasattr(self, name)}
         fixed = {"scale": None, "verbose": 0, **({"class_weight": None} if "class_weight" in names else {})}
         return self._MACHINE(**{**shared, **fixed, **changes})
 

@@ -32,6 +32,12 @@ from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pa
 from fastagop.rfm.validation import HeldOut
 from fastagop.solvers.solution import Solution, warn_about
 
+# What a fit comes to after its iterations, or in the course of them.
+_LEARNT = (
+    *("iterations_", "best_iteration_", "validation_score_", "_validation_ties", "solution_"),
+    *("_metric", "_centers", "_alpha", "_learnt", "_seen", "_unseen_rows"),
+)
+
 
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
@@ -109,6 +115,8 @@ class RecursiveFeatureMachine(KernelEstimator):
             if (X_val is None) != (y_val is None):
                 raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
             data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
+        for name in _LEARNT:  # A scorer that asks for them would take those of an earlier fit for this one's.
+            vars(self).pop(name, None)
         given = f"X_val {'None' if X_val is None else 'given'}"
         shared_fits.agree(self, given, X=data.X, Y=data.Y, sample_weight=data.weights)
         random = inputs.random(self.random_state)
@@ -122,7 +130,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         learnt = self._learn(points, regression, rules, held, reported)
         self.iterations_, self.best_iteration_ = learnt.records, learnt.best
         self._metric = learnt.stage.metric.everywhere()
-        self._scored(learnt, held)
+        if held is not None:
+            self.validation_score_, self._validation_ties = np.array(learnt.scores), np.array(learnt.ties)
         if learn is None:
             self._centers, solved = self._metric.points(points.X), learnt.solved
         else:
@@ -138,13 +147,6 @@ class RecursiveFeatureMachine(KernelEstimator):
         if isinstance(X, torch.Tensor) and data.X.untyped_storage().data_ptr() == X.untyped_storage().data_ptr():
             return dataclasses.replace(data, X=data.X.clone())
         return data
-
-    def _scored(self, learnt: Learnt, held: HeldOut | None) -> None:
-        """Report scores; those of an earlier fit go where there are none."""
-        for name, values in (("validation_score_", learnt.scores), ("_validation_ties", learnt.ties)):
-            self.__dict__.pop(name, None)
-            if held is not None:
-                setattr(self, name, np.array(values))
 
     def _learn(
         self, points: MergedPoints, regression: KernelRidge, rules: Rules, held: HeldOut | None, reported: set
@@ -176,12 +178,12 @@ class RecursiveFeatureMachine(KernelEstimator):
         scorer = validation.scorer_of(self, self.scoring)
         if X_val is not None:
             points, y = self._given(X_val, y_val)
-            return HeldOut(points, X_val, y, self._codes(y), None, scorer), None
+            return HeldOut(points, inputs.on_cpu(X_val), y, self._codes(y), None, scorer), None
         n = len(data.X)
         held = validation.held_out_count(self, n)
         if held < 1:
             raise ValueError(
-                f"early_stopping needs at least two rows, got n_samples={n}; give X_val and y_val, or more rows"
+                f"early_stopping needs at least two rows, got n_samples={n}; use early_stopping=False or more rows"
             )
         codes = None if data.classes is None else data.classes.cpu().numpy()
         stay, out = validation.chosen(validation.split(n, codes, held, random), engine, data.X.device)

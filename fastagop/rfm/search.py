@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from sklearn import base
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import inputs
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
@@ -68,8 +67,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     best_iteration_: int
 
     def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are."""
-        for name in self._get_param_names():
+        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
+        for name in arguments.keys() - {"self", "__class__"}:
             setattr(self, name, arguments[name])
 
     def __sklearn_tags__(self) -> Any:
@@ -146,6 +145,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         checks.kernel(self.kernel, settled=False)
         if not isinstance(self.verbose, bool):
             checks.integer("verbose", self.verbose, 0)
+        if self.n_jobs is not None and (not isinstance(self.n_jobs, (int, np.integer)) or self.n_jobs == 0):
+            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {self.n_jobs!r}")
         seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
@@ -205,7 +206,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
 
     def _best(self, X):
         """The estimator that answers for rows X: the best one, or one whose outputs are the mean of the best few's."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("this answer")
         if len(self.estimators_) == 1:
             return self.best_estimator_
         others = functools.partial(_mean_outputs, self.estimators_)
@@ -220,19 +221,20 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     @without_autograd_or_autocast
     def transform(self, X: Rows) -> Any:
         """``best_estimator_.transform(X)``: the points in the learned metric."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("transform")
         return self.best_estimator_.transform(X)
 
     def _score(self, X: Rows, y: Rows, sample_weight: Rows | None) -> float:
         """The score of ``scoring``."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("score")
+        X, y, sample_weight = map(inputs.on_cpu, (X, y, sample_weight))
         weighted = sample_weight is not None and validation.takes_weights(self.scorer_)
         return self.scorer_(self._best(X), X, y, **({"sample_weight": sample_weight} if weighted else {}))
 
     @property
     def feature_importances_(self) -> Any:
         """How much each feature counts: (d,), that of ``best_estimator_``."""
-        check_is_fitted(self, "estimators_")
+        self._check_refitted("feature_importances_")
         return self.best_estimator_.feature_importances_
 
     @property

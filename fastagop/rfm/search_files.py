@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from fastagop.estimators import files as storage
@@ -64,10 +65,16 @@ class SavedSearch:
             NotFittedError: fit comes first. ValueError: with ``refit=False`` nothing was fitted to all rows. TypeError:
                 a class of its own, which ``load`` would not know.
         """
+        self._check_refitted("save")
+        persistence.save(self, Path(path))
+
+    def _check_refitted(self, what: str) -> None:
+        """Refuse what needs an estimator that was fitted to all rows, where there is none."""
         check_is_fitted(self)
         if not hasattr(self, "estimators_"):
-            raise ValueError("save needs an estimator fitted to all rows, which refit=False leaves out; use refit=True")
-        persistence.save(self, Path(path))
+            raise NotFittedError(
+                f"{what} needs an estimator fitted to all rows, which refit=False leaves out; use refit=True"
+            )
 
     @property
     def _device(self) -> torch.device:

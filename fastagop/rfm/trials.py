@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
@@ -124,7 +125,7 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
                         scores[index, step], ties[index, step] = next(source)
                 except Exception as error:  # a row of the results tells of it
                     errors.append(f"{type(error).__name__}: {error}")
-                    sources[index] = None
+                    sources[index], scores[index], ties[index] = None, np.nan, np.nan  # of its earlier iterations, too
                 seconds[index] += time.perf_counter() - begin
             steps = step + 1
             if not errors and _tired(scores[:, :steps].mean(0), ties[:, :steps].mean(0), task.patience):
@@ -247,8 +248,8 @@ def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any
 
 
 def _ranks(means: np.ndarray) -> np.ndarray:
-    """1 for the largest, equal ones alike, as scikit-learn ranks; what is NaN is last."""
-    known = np.where(np.isnan(means), -np.inf, means)
+    """1 for the largest, equal ones alike, as scikit-learn ranks; what is NaN is last. ``best`` goes by the same."""
+    known = np.array([-np.inf if math.isnan(mean) else round(float(mean), _DIGITS) for mean in means])
     last = 1 + int((~np.isnan(means)).sum())
     ranks = np.array([1 + int((known > mean).sum()) for mean in known], dtype=np.int32)
     return np.where(np.isnan(means), last, ranks).astype(np.int32)

@@ -20,6 +20,11 @@ from sklearn.model_selection import train_test_split
 from fastagop.distributed.engine import Local
 from fastagop.kernels.errors import restated, warn
 
+_ASKED = (
+    "a scorer may ask the estimator for predict, decision_function or predict_proba of these rows, and for no results "
+    "of the fit, which goes on"
+)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -52,6 +57,9 @@ class HeldOut:
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
             score = float(self.scorer(model._with_outputs(outputs, self.X), self.X, self.y, **options))
+        except AttributeError as error:
+            text = f"scoring: the validation rows have no score, since {str(error).rstrip('.')}; {_ASKED}"
+            raise restated(error, text) from error
         except (ValueError, TypeError) as error:
             if not (missing := self._missing(model)):
                 raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
@@ -123,6 +131,11 @@ def takes_weights(scorer) -> bool:
 
 def scorer_of(model, scoring):
     """The scorer of a name or a function (estimator, X, y) -> number; default the estimator's ``score``."""
+    if not (scoring is None or isinstance(scoring, str) or callable(scoring)):
+        raise TypeError(
+            "scoring must be None, the name of one scorer or a function (estimator, X, y) -> number, got "
+            f"{scoring!r}; one score decides"
+        )
     try:
         return check_scoring(model, scoring=scoring)
     except (ValueError, TypeError) as error:
@@ -133,12 +146,20 @@ def scorer_of(model, scoring):
 def split(n: int, codes: np.ndarray | None, held: int, random) -> tuple[np.ndarray, np.ndarray]:
     """(rows that stay, rows held out) of n, in ascending order.
 
-    Stratified by class where classes are large enough; a class of two rows or more is on both sides where it can be.
+    Stratified by class where classes are large enough; a class of two rows or more is on both sides where it can be,
+    and the row of a class of one stays.
     """
-    kinds = 0 if codes is None else len(np.unique(codes))
-    even = codes is not None and np.bincount(codes).min() >= 2 and min(held, n - held) >= kinds
-    stay, out = train_test_split(np.arange(n), test_size=held, stratify=codes if even else None, random_state=random)
-    stay, out = np.asarray(stay), np.asarray(out)
+    rows, alone = np.arange(n), np.zeros(n, dtype=bool)
+    if codes is not None:
+        alone = np.bincount(codes)[codes] == 1
+        alone &= n - alone.sum() > held  # enough others are there to hold out
+    drawn, stratify = rows[~alone], None
+    if codes is not None:
+        counts = np.bincount(codes[drawn])
+        even = counts[counts > 0].min() >= 2 and min(held, len(drawn) - held) >= np.count_nonzero(counts)
+        stratify = codes[drawn] if even else None
+    stay, out = train_test_split(drawn, test_size=held, stratify=stratify, random_state=random)
+    stay, out = np.append(stay, rows[alone]), np.asarray(out)
     if codes is not None:
         _complete_(out, stay, codes)
         _complete_(stay, out, codes)
