@@ -17,7 +17,6 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
-from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.found import Found, RowsAndResidual, measure_all
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.options import ConjugateGradients
@@ -41,7 +40,7 @@ def least_bytes(problem: Problem) -> int:
         _fixed_bytes(problem)
         + rank * _rank_bytes(n, rank)
         + (_draw_bytes(n, rank) if rank else 0)
-        + 8 * BLOCKS_ALIVE * n
+        + 8 * problem.blocks_alive * n
     )
 
 
@@ -67,7 +66,7 @@ def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
     (n, d), K, room, options = problem.X.shape, problem.outputs, problem.room, problem.options
-    row, fixed = 8 * BLOCKS_ALIVE * n, _fixed_bytes(problem)
+    row, fixed = 8 * problem.blocks_alive * n, _fixed_bytes(problem)
     rank = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
     each, draw = _rank_bytes(n, rank), _draw_bytes(n, rank)
     if options.rank is None:

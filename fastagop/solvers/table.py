@@ -17,7 +17,7 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg, direct, full_refined, half, pairs, places
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
-from fastagop.solvers.problem import HALF, Problem, needed_bytes
+from fastagop.solvers.problem import HALF, WORKSPACE, Problem, vectors_bytes
 
 # Rows up to which a float64 factorisation on the CPU takes about as long as a float32 one and its refinement, where
 # alpha is rounded to float32 at the end. Where alpha stays float64, that holds up to ``problem.FULL_MATRIX_ROWS``.
@@ -58,8 +58,8 @@ class Solver:
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
     def memory(problem: Problem) -> int:
-        n = len(problem.X)
-        return direct.eigh_bytes(n) if name == "eigh" else needed_bytes(n, problem.X.shape[1], dtype)
+        eigh = name == "eigh"
+        return direct.eigh_bytes(len(problem.X), problem.outputs) if eigh else problem.needed_bytes(dtype)
 
     def seconds(problem: Problem, plan: Plan) -> float:
         found = problem.operator.seconds(plan, dtype)
@@ -121,7 +121,10 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
 
 def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
     n = len(problem.X)
-    largest = int((problem.room / (needed / n**2)) ** 0.5)
+    share = problem.room / needed
+    if vectors_bytes(n, problem.outputs, dtype) <= WORKSPACE * n * n * dtype.itemsize:
+        share **= 0.5  # else what grows with n alone counts most
+    largest = int(n * share)
     return MemoryError(
         f"solve with n = {n} needs {format_bytes(needed)} ({dtype} matrix of "
         f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(problem.room)} may be used; "
