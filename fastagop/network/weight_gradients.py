@@ -98,6 +98,7 @@ def _labelled(X: Source, y, batch_size: int | None) -> Iterator[tuple[torch.Tens
     """Batches of X with their labels from y."""
     if not isinstance(X, torch.Tensor):
         raise ValueError("y must be None for an iterable X, whose batches bring labels of their own")
+    model_access.check_numbers(X)
     y = as_labels(y, "y")
     if y.ndim == 0 or X.ndim == 0 or len(y) != len(X):
         raise ValueError(f"y must have one row for each sample of X, got shapes {tuple(y.shape)} and {tuple(X.shape)}")
