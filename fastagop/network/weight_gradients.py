@@ -11,7 +11,7 @@ from torch import nn
 from fastagop.kernels import checks
 from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
-from fastagop.network.correlation import pearson
+from fastagop.network.correlation import in_unit, pearson
 from fastagop.network.gradient_hooks import Taps
 from fastagop.network.labels import as_labels
 from fastagop.network.lending import lent
@@ -116,7 +116,7 @@ def fact_matrix(gradient: WeightGradient, weight_decay: float, n: int) -> torch.
 
 def gram_correlation(gradient: WeightGradient) -> float | None:
     """Pearson correlation of the entries of W^T W and -W^T G, None where one is constant; no such matrix is formed."""
-    W, G = gradient.fact()
+    W, G = map(in_unit, gradient.fact())
     gram, w, g = W @ W.mT, W.sum(-1), -G.sum(-1)
     return pearson(
         -float((gram * (W @ G.mT)).sum()),
