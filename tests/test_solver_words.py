@@ -53,8 +53,8 @@ def test_a_solution_in_words():
     ({"residual": 0.9e-6}, None),
     ({"residual": 1.1e-6}, "the relative residual is 1.1e-06"),
     ({"residual": float("nan")}, "the relative residual is nan"),
-    ({"residual": 0.5, "merged_residual": 1e-9}, None),
     ({"residual": 1e-9, "merged_residual": 0.5}, "the relative residual is 5.0e-01"),
+    ({"residual": 0.5, "merged_residual": 1e-9, "contradictions": 1}, None),
     ({"residual": 0.9e-3, "alpha": F32, "dtype": F32}, None),
     ({"residual": 1.1e-3, "alpha": F32, "dtype": F32}, "the relative residual is 1.1e-03"),
     ({"residual": 0.9e-3, "alpha": F32}, None),
@@ -69,6 +69,17 @@ def test_what_is_warned_of(changes, words):
     if changes.get("ridge") == 0.0:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
     assert said(solution(**changes)) == ([] if words is None else [f"solve: {words}; {remedy}"])
+
+
+def test_copies_that_the_kernel_tells_apart_are_said_to_be_that(normal):
+    """Two rows a few roundings apart, at a bandwidth of that size."""
+    X = normal(20, 3, dtype=F32)
+    X[1] = X[0] * (1 + 2 * torch.finfo(F32).eps)
+    with pytest.warns(fastagop.NumericalWarning, match="1 rows are copies of others to rounding and share .* apart"):
+        found = fastagop.solve(Laplace(1e-6), X, torch.ones(20, 1))
+    assert found.merged == 1
+    assert found.merged_residual < 1e-6
+    assert found.residual > 1e-3
 
 
 @pytest.mark.parametrize("method", ["auto", "cholesky", "eigh", "cg"])

@@ -161,6 +161,14 @@ def _problem(solution: Solution, points: str) -> dict[str, str]:
             f"{solution.contradictions} rows are copies of each other to rounding{points} but their targets differ: "
             f"copies are answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
         )
+    if solution.merged_residual is not None and not solution.contradictions:
+        limit = max(RESIDUAL[solution.alpha.dtype], solution.tolerance, 2.0 * solution.merged_residual)
+        if not solution.residual <= limit:
+            wrong["copies"] = (
+                f"{solution.merged} rows are copies of others to rounding{points} and share their coefficients, but "
+                f"the kernel tells them apart: the relative residual is {solution.residual:.1e}. Subtract from X what "
+                "all rows have in common before they are rounded, or take a larger bandwidth"
+            )
     if solution.note:
         wrong["bandwidth"] = solution.note
     return wrong

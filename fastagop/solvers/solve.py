@@ -364,7 +364,7 @@ def unscale_coefficients(alpha: torch.Tensor, unit: float) -> torch.Tensor:
     alpha = alpha if unit == 1.0 else alpha * unit
     if not checks.finite(alpha):
         raise ValueError(
-            f"Y is so large, or the kernel so small, that coefficients leave {alpha.dtype}; divide Y by a constant, or "
-            "multiply the kernel"
+            f"Y is so large that its coefficients leave {alpha.dtype}, or the kernel so small; divide Y by a constant, "
+            "or multiply the kernel"
         )
     return alpha
