@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,6 +118,12 @@ class Problem:
     def needed_bytes(self, dtype: torch.dtype) -> int:
         """What a Cholesky factorisation in a dtype takes."""
         return needed_bytes(*self.X.shape, dtype, self.outputs)
+
+    def of_first(self, rows: int) -> Problem:
+        """The problem of so many of the points, for what it would take."""
+        operator = copy.copy(self.operator)
+        operator.X = operator.Z = self.X[:rows]
+        return replace(self, operator=operator)
 
     @property
     def blocks_alive(self) -> int:
