@@ -217,13 +217,13 @@ def _describe(value) -> str:
 
 
 def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:
-    """Refuse anything but finite weights >= 0, one per evaluation point, of which a mean needs one above zero."""
+    """Refuse anything but finite weights >= 0, one for each point, of which a mean and a solve need one above zero."""
     if value is None:
         return
     plain("sample_weight", value)
     if value.shape != (len(Z),):
         raise ValueError(
-            f"sample_weight must have shape ({len(Z)},), one weight per evaluation point, got {tuple(value.shape)}"
+            f"sample_weight must have shape ({len(Z)},), one weight for each point, got {tuple(value.shape)}"
         )
     if value.dtype != Z.dtype or value.device != Z.device:
         raise ValueError(
@@ -234,8 +234,11 @@ def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:
         return
     if not finite(value) or bool((value < 0).any()):
         raise ValueError("sample_weight must be finite and >= 0, got NaN, infinity or a negative weight; mend these")
-    if reduction == "mean" and not bool((value > 0).any()):
+    if reduction == "sum" or bool((value > 0).any()):
+        return
+    if reduction == "mean":
         raise ValueError("sample_weight must have a weight above 0 for reduction='mean', got none; use reduction='sum'")
+    raise ValueError("sample_weight must have a weight above 0, got none: no row is left to solve for")
 
 
 def readable(value: torch.Tensor) -> bool:

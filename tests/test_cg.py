@@ -161,6 +161,19 @@ def test_hard_problems(dtype, ridge, kernel, name, cloud, targets, bounded_solut
     assert true <= min(1.5 * best, 0.5 * (1 + best)) + (2e-6 if dtype == torch.float64 else 2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [Laplace(6.0), fastagop.ProductLaplace(6.0)], ids=repr)
+def test_large_coefficients_stay_where_they_solve_the_system(dtype, kernel, normal):
+    """Without a ridge, too: a factorisation takes them, and jitter would leave most of these targets unmet."""
+    X = torch.arange(17, dtype=dtype)[:, None] * (1e-3 if dtype == torch.float32 else 2e-8)
+    Y = normal(17, 1, dtype=dtype, seed=2)
+    direct, found = (fastagop.solve(kernel, X, Y, method=method) for method in ("cholesky", "cg"))
+    assert direct.jitter == 0
+    assert float(direct.alpha.abs().max()) > torch.finfo(dtype).eps ** -0.5 * float(Y.abs().max())
+    assert found.jitter == 0
+    assert found.residual <= (1e-3 if dtype == torch.float32 else 1e-6)
+
+
 def test_contradicting_targets(cloud, normal, system):
     """The jitter that a factorisation would add: nearly equal rows are answered by their mean."""
     X, Y = cloud("spread", n=200), normal(200, 3)

@@ -72,6 +72,7 @@ def test_what_can_be_told_apart_is_no_copy(dtype, normal):
     points = {
         "apart by 100 roundings": normal(50, 20).repeat(2, 1) + 100 * eps(dtype) * normal(100, 20, seed=2),
         "counted beside a large offset": (1 / eps(dtype)) * 0.5 + torch.arange(100, dtype=torch.float64)[:, None],
+        "a cloud beside a large offset": (1 / eps(dtype)) * 0.5 + 4.5 * normal(200, 20),
         "tiny": 1e-30 * normal(50, 3),
         "of every size": normal(40, 3) * 10.0 ** torch.linspace(-30, 5, 40, dtype=torch.float64)[:, None],
         "a grid": torch.cartesian_prod(*[torch.arange(5, dtype=torch.float64)] * 3),

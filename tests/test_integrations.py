@@ -252,3 +252,43 @@ except ImportError as error:
 """
     )
     assert "pip install 'xrfm" in printed
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_leaves_of_one_object_have_bandwidths_of_their_own(best, normal, relative):
+    """Adapted leaf by leaf, also where xRFM goes back to the best one, and after a tree was stored and loaded."""
+    X, Z = normal(240, 4, dtype=torch.float32), normal(60, 4, seed=2, dtype=torch.float32)
+    X[:120] *= 5.0  # leaves of other sizes
+    y, w = X[:, 0] * X[:, 1], Z[:, 0] * Z[:, 1]
+    fit = {"reg": 1e-2, "iters": 1, "verbose": False, "early_stop_rfm": False, "return_best_params": best}
+
+    def tree(kernel):
+        torch.manual_seed(0)
+        model = {"kernel": kernel, "bandwidth": 5.0, "exponent": 1.0, "bandwidth_mode": "adaptive", "diag": False}
+        how = {"device": "cpu", "tuning_metric": "mse", "verbose": False, "n_trees": 1, "max_leaf_size": 100}
+        return xrfm.xRFM({"model": model, "fit": fit}, random_state=0, **how)
+
+    answers = []
+    for kernel in ("l2", FastKernel(Laplace(5.0))):
+        fitted, loaded = tree(kernel).fit(X, y, Z, w), tree(kernel)
+        loaded.load_state_dict(fitted.get_state_dict(), X)
+        answers.append([torch.as_tensor(model.predict(Z)).double() for model in (fitted, loaded)])
+    for theirs, ours in zip(*answers, strict=True):
+        assert relative(ours, theirs) <= 1e-3  # float32, ridge 1e-2
+
+
+def test_a_bandwidth_that_is_set_is_taken(data):
+    x, z, coefs, _ = data
+    kernel = FastKernel(Laplace(3.0))
+    for centers in (x, z):
+        kernel._reset_adaptive_bandwidth()
+        kernel.get_kernel_matrix(centers, centers)
+    first = kernel.get_kernel_matrix(z, x)
+    kernel.bandwidth = 0.5  # of the last centers
+    assert kernel.kernel == Laplace(0.5)
+    assert torch.equal(kernel.get_kernel_matrix(x, z), Laplace(0.5)(x, z))
+    assert torch.equal(kernel.get_kernel_matrix(z, x), first)
+    assert torch.equal(
+        kernel.get_function_grads(z, x, coefs[:, :20]),
+        fastagop.gradients(Laplace(0.5), z, coefs[:, :20].T, x).transpose(0, 1),
+    )

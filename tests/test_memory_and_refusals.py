@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.pair_backend.composite import pairs_of
+from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 
 import fastagop
-from fastagop import NTK, ArcCosine, Laplace, Polynomial, distributed
+from fastagop import NTK, ArcCosine, Laplace, LpLaplace, Polynomial, distributed
 from fastagop.distributed.communicator import Communicator
+from fastagop.solvers.solve import SolveOptions, prepare
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -146,3 +149,47 @@ def test_a_shared_solve_reports_what_it_altered(alone, cloud, normal):
         solution = distributed.solve(Laplace(2.0), X, Y)
     assert len(said) == 1
     assert solution.jitter > 0
+
+
+# ---- solves take what is planned
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_targets_of_many_outputs_are_part_of_the_plan(method, dtype, normal, tensor_memory):
+    """Two and more times as many outputs as points: targets, coefficients and residuals take more than the matrix."""
+    X, Y = normal(250, 5, dtype=dtype), normal(250, 600, dtype=dtype, seed=2)
+    prepared = prepare(Laplace(2.0), X, Y, SolveOptions(1e-2, method))
+    _, taken = tensor_memory(lambda: fastagop.solve(Laplace(2.0), X, Y, ridge=1e-2, method=method))
+    assert 0.35 * prepared.plan.peak_bytes <= taken <= 1.02 * prepared.plan.peak_bytes
+    limit = prepared.plan.peak_bytes / 2
+    with pytest.raises(MemoryError, match=r"solve with n = 250 needs") as error:
+        fastagop.solve(Laplace(2.0), X, Y, ridge=1e-2, method=method, memory_limit=limit)
+    fits = int(re.search(r"n up to about (\d+) fits", str(error.value))[1])
+    fastagop.solve(Laplace(2.0), X[:fits], Y[:fits], ridge=1e-2, method=method, memory_limit=limit)
+
+
+@pytest.mark.parametrize("kernel", [NTK(depth=2), Laplace(2.0) + ArcCosine(1)], ids=repr)
+def test_blocks_of_kernels_that_are_not_radial_are_part_of_the_plan(kernel, normal, tensor_memory):
+    """Their blocks take several others to compute, so that fewer rows fit beside the matrix."""
+    X, Y = normal(700, 5), normal(700, 2, seed=2)
+    plan = prepare(kernel, X, Y, SolveOptions(1e-2, "cholesky")).plan
+    _, taken = tensor_memory(lambda: fastagop.solve(kernel, X, Y, ridge=1e-2, method="cholesky"))
+    assert 0.5 * plan.peak_bytes <= taken <= 1.02 * plan.peak_bytes
+
+
+def test_whether_values_differ_is_seen_at_few_points(normal, tensor_memory):
+    """A matrix of all pairs of a thousand points would take more than the matrix of this problem."""
+    X, Y = normal(600, 5), normal(600, 2, seed=2)
+    _, taken = tensor_memory(lambda: fastagop.solve(LpLaplace(1.5, 1.0, 2.0), X, Y, ridge=1e-2))
+    assert taken <= 8 * 600 * 600 * 2.5
+
+
+def test_float64_blocks_beside_a_float32_matrix_have_fewer_rows(normal, monkeypatch):
+    rows = []
+    product = KernelOperator.float64_product
+    monkeypatch.setattr(KernelOperator, "float64_product", lambda op, block: rows.append(block) or product(op, block))
+    X, Y = normal(2100, 5, dtype=torch.float32), normal(2100, 2, dtype=torch.float32, seed=2)
+    fastagop.solve(Laplace(2.0), X, Y, ridge=1e-2, method="cholesky")
+    assert rows
+    assert all(8 * BLOCKS_ALIVE * 2100 * block <= 0.25 * 4 * 2100**2 for block in rows)

@@ -384,6 +384,22 @@ BAD = {
     "no batches": (ValueError, "X must have at least one sample", lambda: (mlp(4, 2), [])),
     "NumPy": (TypeError, "X must be a torch.Tensor or an iterable", lambda: (mlp(4, 2), X.numpy())),
     "scalar": (ValueError, "X must have samples along its first", lambda: (mlp(4, 2), torch.tensor(1.0))),
+    "X on meta": (TypeError, "X must hold numbers, got a tensor on meta", lambda: (mlp(4, 2), X.to("meta"))),
+    "a model on meta": (ValueError, "model: '0.weight' is on meta", lambda: (mlp(4, 2).to("meta"), X)),
+    "a part on meta": (
+        ValueError,
+        "model: 'b.weight' is on meta",
+        lambda: (Wrapped(lambda m, x: m.b(m.a(x)), a=nn.Linear(4, 2), b=nn.Linear(2, 2, device="meta")), X),
+    ),
+    "sparse X": (TypeError, "X must be dense, got layout torch.sparse_coo", lambda: (mlp(4, 2), X.to_sparse())),
+    "sparse batches": (TypeError, "X must be dense, got layout", lambda: (mlp(4, 2), [X.to_sparse()])),
+    "bytes": (TypeError, r"parameters, torch.float32, got torch.uint8; use X.to", lambda: (mlp(4, 2), X.byte())),
+    "integers": (TypeError, r"parameters, torch.float32, got torch.int64; use X.to", lambda: (mlp(4, 2), X.long())),
+    "sparse out": (
+        TypeError,
+        "model must return one floating tensor, got a tensor of torch.float32, layout torch.sparse_coo",
+        lambda: (Wrapped(lambda m, x: m.a(x).to_sparse(), a=nn.Linear(4, 2)), X),
+    ),
     "odd batches": (TypeError, "X must give batches of tensors", lambda: (mlp(4, 2), [{"x": X}])),
     "tuple out": (
         TypeError,

@@ -100,3 +100,28 @@ def test_labels_must_be_integers(dtype):
         network.collapse_split(model(), X, y)
     assert collapse.Accumulator().update(X[:0], y[:0]).counts == []
     assert collapse.nc1(X, Y.to(torch.uint8)) == collapse.nc1(X, np.asarray(Y)) == collapse.nc1(X, Y.tolist())
+
+
+WITHOUT_NUMBERS = {"meta": lambda y: y.to("meta"), "sparse": lambda y: y.to_sparse()}
+
+
+@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+def test_labels_without_numbers_are_refused(name):
+    X, y = torch.randn(30, 4), WITHOUT_NUMBERS[name](Y)
+    loss = nn.CrossEntropyLoss(reduction="none")
+    words = "y must (be a dense|hold numbers|be dense)|labels of a batch must hold numbers"
+    for measure in (
+        lambda: network.collapse_split(model(), X, y),
+        lambda: network.collapse_split(model(), [(X, y)]),
+        lambda: network.split(nn.Linear(4, 3), X, y),
+        lambda: network.fact_correlation(model(), X, y, loss=loss),
+        lambda: network.agop(model(), [(X, y)], outputs=loss),
+        lambda: collapse.nc1(X, y),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            measure()
+
+
+def test_one_label_for_a_batch_is_refused():
+    with pytest.raises(ValueError, match="X: the labels of a batch must be one for each of its 30 samples, got 3"):
+        network.collapse_split(model(), [(torch.randn(30, 4), 3)])

@@ -50,6 +50,24 @@ def test_nfa_is_one_where_the_ansatz_holds():
     assert network.nfa_correlation(layer, torch.randn(5, 7))[""] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("power", [-450, -200, -60, 60, 200, 450])
+@pytest.mark.parametrize("measure", ["NFA", "FACT"])
+def test_correlations_know_no_unit(measure, power):
+    """Squares of entries of W^T W leave float64 long before weights do; their powers of two change no digit."""
+
+    def correlations(model):
+        if measure == "NFA":
+            return network.nfa_correlation(model, X)
+        return network.fact_correlation(model, X, X[:, 0], loss=lambda out, y: (out.sum(1) - y * unit).square() / unit)
+
+    model, X, unit = mlp(6, 8, 3).double(), torch.randn(9, 6, dtype=torch.float64), 1.0
+    plain = correlations(model)
+    with torch.no_grad():
+        unit = 2.0**power
+        model[2].weight.mul_(unit)
+    assert correlations(model) == pytest.approx(plain, rel=1e-9)
+
+
 # ---- Collapse
 
 

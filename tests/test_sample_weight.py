@@ -71,6 +71,8 @@ def test_weights_of_zero(cloud, normal):
         assert not M.any()
     with pytest.raises(ValueError, match="sample_weight must have a weight above 0 for reduction='mean'"):
         fastagop.agop(Laplace(2.0), X, alpha, sample_weight=w)
+    with pytest.raises(ValueError, match=r"sample_weight must have a weight above 0, got none: no row is left"):
+        fastagop.solve(Laplace(2.0), X, alpha, sample_weight=w)
 
 
 @pytest.mark.parametrize(

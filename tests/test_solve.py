@@ -311,7 +311,7 @@ def test_which_dtype_factors(cloud, normal):
 
 
 def test_ridge_zero_in_float32_for_want_of_memory(cloud, targets, system):
-    X, Y = cloud("collapsed 1e-2", n=150, dtype=torch.float32)[15:], targets(150, torch.float32)[15:]
+    X, Y = cloud("collapsed 1e-2", n=150, dtype=torch.float32)[15:], targets(150, torch.float32)[15:, :2]
     solution, _ = quietly(Laplace(2.0), X, Y, memory_limit=1.5 * 150 * 150 * 4)
     assert solution.dtype == torch.float32
     assert solution.residual <= LIMIT[torch.float32]
@@ -459,7 +459,7 @@ def test_a_float32_factor_without_a_ridge_is_refined_from_the_points(spread, nor
     """The residual is that of the float64 kernel matrix, not of its float32 copy that was factored."""
     X = (normal(5, 12)[torch.arange(120) % 5] + spread * normal(120, 12)).float()
     Y = normal(120, 3, dtype=torch.float32)
-    solution = fastagop.solve(Laplace(2.0), X, Y, memory_limit=1.3 * 120**2 * 4 + 120 * 12 * 8)
+    solution = fastagop.solve(Laplace(2.0), X, Y, memory_limit=1.6 * 120**2 * 4 + 120 * 12 * 8)
     assert solution.dtype == torch.float32
     K = reference.kernel_matrix(Laplace(2.0), X)
     alpha, target = solution.alpha.double(), Y.double()

@@ -19,7 +19,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 def solution(n=4, **changes):
-    alpha = torch.zeros(n, 2, dtype=changes.pop("alpha", F64))
+    alpha = torch.ones(n, 2, dtype=changes.pop("alpha", F64))
     made = Solution(alpha, 1e-12, 1e-3, 0.0, "cholesky", F64, 0, n, 0.123)
     return dataclasses.replace(made, **changes)
 
@@ -53,8 +53,8 @@ def test_a_solution_in_words():
     ({"residual": 0.9e-6}, None),
     ({"residual": 1.1e-6}, "the relative residual is 1.1e-06"),
     ({"residual": float("nan")}, "the relative residual is nan"),
-    ({"residual": 0.5, "merged_residual": 1e-9}, None),
     ({"residual": 1e-9, "merged_residual": 0.5}, "the relative residual is 5.0e-01"),
+    ({"residual": 0.5, "merged_residual": 1e-9, "contradictions": 1}, None),
     ({"residual": 0.9e-3, "alpha": F32, "dtype": F32}, None),
     ({"residual": 1.1e-3, "alpha": F32, "dtype": F32}, "the relative residual is 1.1e-03"),
     ({"residual": 0.9e-3, "alpha": F32}, None),
@@ -69,6 +69,37 @@ def test_what_is_warned_of(changes, words):
     if changes.get("ridge") == 0.0:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
     assert said(solution(**changes)) == ([] if words is None else [f"solve: {words}; {remedy}"])
+
+
+def test_copies_that_the_kernel_tells_apart_are_said_to_be_that(normal):
+    """Two rows a few roundings apart, at a bandwidth of that size."""
+    X = normal(20, 3, dtype=F32)
+    X[1] = X[0] * (1 + 2 * torch.finfo(F32).eps)
+    with pytest.warns(fastagop.NumericalWarning, match="1 rows are copies of others to rounding and share .* apart"):
+        found = fastagop.solve(Laplace(1e-6), X, torch.ones(20, 1))
+    assert found.merged == 1
+    assert found.merged_residual < 1e-6
+    assert found.residual > 1e-3
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky", "eigh", "cg"])
+@pytest.mark.parametrize(("unit", "factor"), [(1e-44, 1.0), (1.0, 1e200)])
+def test_coefficients_below_float32_are_said_to_be_that(method, unit, factor, normal):
+    """No ridge, rank or number of steps makes them larger."""
+    X, Y = normal(20, 3, dtype=F32), normal(20, 2, seed=2, dtype=F32) * unit
+    with pytest.warns(fastagop.NumericalWarning, match="Multiply Y by a constant, or take float64 points") as caught:
+        fastagop.solve(factor * Laplace(2.0) if factor > 1 else Laplace(2.0), X, Y, ridge=1e-3, method=method)
+    assert len(caught) == 1
+
+
+def test_steps_that_met_their_tolerance_do_not_need_more(normal):
+    """The residual is that of coefficients that float32 rounds, as after a factorisation."""
+    X, Y = normal(120, 7, dtype=F32), normal(120, 3, dtype=F32, seed=2)
+    for method in ("cg", "cholesky"):
+        with pytest.warns(fastagop.NumericalWarning, match="float64 points or a larger ridge") as caught:
+            found = fastagop.solve(fastagop.Polynomial(2), X, Y, ridge=1e-3, method=method)
+        assert found.stopped == ""
+        assert "max_iterations" not in str(caught[0].message)
 
 
 def test_fits_say_which_solve_a_warning_is_of():

@@ -225,6 +225,9 @@ def by_class(y, n: int) -> tuple[list[int], list[torch.Tensor]]:
     """The labels that there are, ascending, and the row numbers of each, in the given order."""
     dtype = str(y.dtype).removeprefix("torch.") if isinstance(y, torch.Tensor) else ""
     if isinstance(y, torch.Tensor):
+        checks.plain("y", y)
+        if y.is_meta:
+            raise ValueError("y must hold numbers, got a tensor on device meta; make it on 'cpu'")
         y = (y.double() if y.is_floating_point() else y).detach().cpu().numpy()  # NumPy has no bfloat16.
     y = np.asarray(y)
     if y.dtype.kind not in "iu" and y.size:

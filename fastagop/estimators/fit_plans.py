@@ -22,7 +22,6 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.profile import Kernel, unsettled
 from fastagop.kernels.torch_backend import costs
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
-from fastagop.solvers import direct
 from fastagop.solvers.bandwidth import settled_at
 from fastagop.solvers.solve import PreparedSolve, prepare
 from fastagop.solvers.table import Solver
@@ -151,7 +150,7 @@ def solve_only(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> Ste
 
 def _solve_peak(prepared: PreparedSolve) -> int:
     """The plan's peak, or that of the float64 matrix which takes over where a float32 one is found too coarse."""
-    needed = direct.needed_bytes(len(prepared.problem.X), prepared.problem.X.shape[1], torch.float64)
+    needed = prepared.problem.needed_bytes(torch.float64)
     coarse = prepared.plan.method == "cholesky" and prepared.solver.dtype == torch.float32
     coarse = coarse and prepared.problem.fits(torch.float64)
     return max(prepared.plan.peak_bytes, needed) if coarse else prepared.plan.peak_bytes

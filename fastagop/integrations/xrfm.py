@@ -10,6 +10,7 @@ Tested with xrfm 0.4.5.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ except ImportError as error:
 _SAMPLE = 5000  # points whose distances adapt the bandwidth, as many as xRFM takes
 _ROWS = 512
 _BLOCK_BYTES = 2**24  # of float64 gradients that are held at once
+_SHOWN = 16  # rows by which centers are known again
 _CENTRED = 5e-7  # of what centring leaves of float32 gradients, the most that their rounding may be
 
 
@@ -39,8 +41,8 @@ class FastKernel(LaplaceKernel):
     as (d, d), (d,) or None; AGOPs are sums over the points. It derives from xRFM's ``LaplaceKernel`` because xRFM gives
     that class its large batches. A pair at distance zero contributes no gradient, however small the others are.
 
-    One object holds one bandwidth, as every kernel object of xRFM does: several leaves with
-    ``bandwidth_mode="adaptive"`` would overwrite each other's. Categorical features are not served; pytabkit's
+    With ``bandwidth_mode="adaptive"`` several leaves, or models, may share one object: it knows each one's bandwidth by
+    its centers; ``bandwidth`` is that of the last one fitted. Categorical features are not served; pytabkit's
     ``XRFM_D_Classifier(kernel_type=FastKernel(...))`` and its regressor work where no category has over 100 levels.
 
     Args:
@@ -56,6 +58,8 @@ class FastKernel(LaplaceKernel):
         self, kernel: Any, *, precision: str = "highest", backend: str = "auto", bandwidth_mode: str = "constant"
     ):
         checks.kernel(kernel)
+        self._centers: bytes | None = None
+        self._adapted: dict[bytes, float] = {}
         exponent = getattr(kernel, "exponent", getattr(kernel, "q", 1.0))
         super().__init__(getattr(kernel, "bandwidth", 1.0), exponent, bandwidth_mode=bandwidth_mode)
         self._kernel = kernel
@@ -64,11 +68,28 @@ class FastKernel(LaplaceKernel):
         self._columns: list[int] | None = None
 
     @property
+    def bandwidth(self) -> float:
+        """The bandwidth that xRFM has set last."""
+        return self._bandwidth
+
+    @bandwidth.setter
+    def bandwidth(self, value: float) -> None:
+        self._bandwidth = value
+        if self._centers is not None:  # xRFM adapts it to these centers, or goes back to the best one for them
+            self._adapted[self._centers] = value
+
+    @property
     def kernel(self) -> Any:
-        """The fastagop kernel with the bandwidth that xRFM has set, where it has one."""
-        if not self._kernel.norm:
-            return self._kernel
-        return dataclasses.replace(self._kernel, bandwidth=float(self.bandwidth))
+        """The fastagop kernel with the bandwidth that xRFM has set last, where it has one."""
+        return self._with(self.bandwidth)
+
+    def _with(self, bandwidth: float) -> Any:
+        return dataclasses.replace(self._kernel, bandwidth=float(bandwidth)) if self._kernel.norm else self._kernel
+
+    def _kernel_of(self, *centers: torch.Tensor) -> Any:
+        """The kernel with the bandwidth that was adapted to centers, the first of those given that are known."""
+        known = map(_name, centers) if len(self._adapted) > 1 else ()
+        return self._with(next((self._adapted[name] for name in known if name in self._adapted), self.bandwidth))
 
     def __repr__(self) -> str:
         return f"FastKernel({self.kernel!r})"
@@ -121,12 +142,13 @@ class FastKernel(LaplaceKernel):
         return x, x if symmetric else self._transform_m(z, mat)
 
     def _get_kernel_matrix_impl(self, x, z, mat=None):
+        centers = z, x  # fitted models give their centers second
         x, z = self._points(x, z, mat)
         if not self.is_adaptive_bandwidth:
-            self._adapt(x, z)
-        return kernel_matrix(self.kernel, x, z, precision=self.precision, backend=self.backend)
+            self._adapt(x, z, centers[0])
+        return kernel_matrix(self._kernel_of(*centers), x, z, precision=self.precision, backend=self.backend)
 
-    def _adapt(self, x: torch.Tensor, z: torch.Tensor) -> None:
+    def _adapt(self, x: torch.Tensor, z: torch.Tensor, centers: torch.Tensor) -> None:
         """Hand xRFM the distances that it sets the bandwidth from, of a sample where there are more than it takes."""
         p = self._kernel.norm
         if not p:
@@ -134,11 +156,13 @@ class FastKernel(LaplaceKernel):
         if len(x) > _SAMPLE:
             index = torch.randperm(len(x), device="cpu")[:_SAMPLE].to(x.device)
             x, z = x[index], z[index]
+        self._centers = _name(centers)
         self._adapt_bandwidth(torch.cdist(x, z, p=p).pow_(self.exponent))
 
     def _get_function_grad_impl(self, x, z, coefs, mat=None):
+        kernel = self._kernel_of(x)
         x, z = self._points(x, z, mat)
-        g = gradients(self.kernel, x, coefs.T, z, precision=self.precision, backend=self.backend)
+        g = gradients(kernel, x, coefs.T, z, precision=self.precision, backend=self.backend)
         return g.transpose(0, 1)
 
     def get_agop(
@@ -153,10 +177,11 @@ class FastKernel(LaplaceKernel):
 
         With ``center_grads`` one mean over all outputs and points is subtracted, xRFM's convention.
         """
+        kernel = self._kernel_of(x)
         x, z = self._points(x, z, mat)
         alpha = coefs.T
         M = agop(
-            self.kernel,
+            kernel,
             x,
             alpha,
             z,
@@ -166,7 +191,7 @@ class FastKernel(LaplaceKernel):
             backend=self.backend,
         )
         if center_grads and alpha.shape[1] > 1:  # the outputs' own means were subtracted: put back how they differ
-            operator = KernelOperator("agop", self.kernel, x, z, precision=self.precision, backend=self.backend)
+            operator = KernelOperator("agop", kernel, x, z, precision=self.precision, backend=self.backend)
             mean = operator.mean_gradient(alpha, rows=_ROWS)
             mean -= mean.mean(0)
             M += len(z) * (mean.T @ mean)
@@ -181,29 +206,38 @@ class FastKernel(LaplaceKernel):
         center_grads: bool = False,
     ) -> torch.Tensor:
         """The diagonal of ``get_agop``, (d,), by blocks of gradients: no (d, d) matrix is made."""
+        kernel = self._kernel_of(x)
         x, z = self._points(x, z, mat)
-        diagonal, mean = self._diagonal(x, z, coefs.T, mat, center_grads, self.backend)
+        diagonal, mean = self._diagonal(kernel, x, z, coefs.T, mat, center_grads, self.backend)
         if center_grads and x.dtype == torch.float32:
             rounding = torch.finfo(x.dtype).eps ** 2 * mean.square().sum() * len(z) * len(coefs)
             if bool(rounding > _CENTRED**2 * diagonal.sum()):  # the gradients nearly agree
                 wide = x.double()
                 points = wide, wide if z is x else z.double()
-                diagonal, _ = self._diagonal(*points, coefs.T.double(), mat, True, "auto")
+                diagonal, _ = self._diagonal(kernel, *points, coefs.T.double(), mat, True, "auto")
         diagonal = diagonal.to(x.dtype)
         if not checks.finite(diagonal):
             raise ValueError(f"coefs is so large that the AGOP leaves {x.dtype}; divide coefs by a constant")
         return diagonal
 
-    def _diagonal(self, x, z, alpha, mat, center: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _diagonal(self, kernel, x, z, alpha, mat, center: bool, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(Sum over outputs and points of squared derivatives, the mean that was subtracted or zeros), float64 (d,)."""
         d = x.shape[1] if mat is None else mat.shape[-1]
         rows = max(1, _BLOCK_BYTES // max(1, 8 * alpha.shape[1] * max(d, x.shape[1])))
         out, means = x.new_zeros(d, dtype=torch.float64), Means(d, x)
         for start in range(0, len(z), rows):
             some = z[start : start + rows] if len(z) > rows or z is not x else None
-            G = gradients(self.kernel, x, alpha, some, precision=self.precision, backend=backend)
+            G = gradients(kernel, x, alpha, some, precision=self.precision, backend=backend)
             G = self._transform_m(G.flatten(0, 1), mat).double()  # squares may leave float32
             if center and len(G):
                 out += means.centre_(G, None).square()
             out += G.square_().sum(0)
         return out, means.mean
+
+
+def _name(centers: torch.Tensor) -> bytes:
+    """A name of centers that stays when they move to another device or are stored: their shape and some of the rows."""
+    count = min(len(centers), _SHOWN)
+    rows = torch.arange(count, device=centers.device) * len(centers) // max(1, count)
+    shown = centers.detach()[rows].double().cpu().contiguous().numpy()
+    return hashlib.blake2b(repr(tuple(centers.shape)).encode() + shown.tobytes(), digest_size=16).digest()

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from fastagop.kernels import checks
+
+
+def in_unit(A: torch.Tensor) -> torch.Tensor:
+    """A matrix over a power of two near its largest entry: correlations do not change, and squares stay in range."""
+    size = checks.largest(A)
+    exponent = math.frexp(size)[1] if 0 < size < math.inf else 0
+    return A * math.ldexp(1.0, min(1000, -exponent))
 
 
 def pearson(inner: float, sums: tuple[float, float], squares: tuple[float, float], count: int) -> float | None:

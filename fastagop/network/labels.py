@@ -16,9 +16,13 @@ def as_labels(brought: Any, name: str = "X: the labels of a batch") -> torch.Ten
         TypeError: they are no numbers.
     """
     try:
-        return checks.tensor(brought)
+        labels = checks.tensor(brought)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or numbers, got {brought!r:.80}") from error
+    if labels.is_meta or labels.layout != torch.strided:
+        kind = "a tensor on meta" if labels.is_meta else f"layout {labels.layout}; take .to_dense()"
+        raise TypeError(f"{name} must hold numbers, got {kind}")
+    return labels
 
 
 class Labels:
@@ -37,7 +41,12 @@ class Labels:
     def add(self, brought: Any, n: int) -> None:
         """Take what a batch of n samples brings."""
         if self._y is None:
-            self._brought += [] if brought is None else [as_labels(brought).detach().cpu()]
+            labels = None if brought is None else as_labels(brought).detach().cpu()
+            if labels is not None and labels.ndim == 0:
+                raise ValueError(
+                    f"X: the labels of a batch must be one for each of its {n} samples, got {brought!r:.80}"
+                )
+            self._brought += [] if labels is None else [labels]
         elif self._alike:
             numbers = self._numbers(brought, n)
             self._alike = numbers is not None

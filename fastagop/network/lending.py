@@ -110,6 +110,12 @@ def _refuse(model: nn.Module) -> None:
                 "and give it back; measure copy.deepcopy(model), made outside of that mode"
             )
     for name, module in model.named_modules():
+        for part, held in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if held.is_meta and not (module._forward_pre_hooks or "forward" in vars(module)):  # these may bring weights
+                raise ValueError(
+                    f"model: {f'{name}.{part}'.lstrip('.')!r} is on meta, without numbers; load them, as by "
+                    "model.load_state_dict(state, assign=True)"
+                )
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             which = f"{name!r} in it is" if name else "it is"
             raise ValueError(

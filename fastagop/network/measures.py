@@ -11,7 +11,7 @@ from fastagop import linalg
 from fastagop.kernels import checks
 from fastagop.network.choosing import Chosen
 from fastagop.network.collapse_split import NotAMatrixError
-from fastagop.network.correlation import pearson
+from fastagop.network.correlation import in_unit, pearson
 from fastagop.network.layer_sum import LayerSum
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.results import ByLayer
@@ -128,13 +128,14 @@ def _nfa(name: str, layer_sum: LayerSum) -> float | None:
         raise ValueError(
             f"layers: the weight of {name!r} changes from call to call, so W is no one matrix; leave it out"
         )
-    W = layer_sum.weight.double()
+    W, total = in_unit(layer_sum.weight.double()), layer_sum.total()
     if layer_sum.at_input:
-        gram, M, sums = W.T @ W, layer_sum.total(), W.new_ones(W.shape[1])
+        gram, M, sums = W.T @ W, total, W.new_ones(W.shape[1])
     else:
         Q, R = torch.linalg.qr(W.mT)
-        gram, M, sums = R @ R.mT, R @ layer_sum.total() @ R.mT, Q.sum(-2)
-    _finite(name, M)
+        gram, M, sums = R @ R.mT, R @ in_unit(total) @ R.mT, Q.sum(-2)
+    _finite(name, total)
+    M = in_unit(M)
     root = linalg.psd_sqrt(M) if M.ndim == 2 else torch.stack([linalg.psd_sqrt(block) for block in M])
     return _of_entries(gram, root, sums, (1 if W.ndim == 2 else len(W)) * W.shape[-1] ** 2)
 

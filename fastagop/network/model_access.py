@@ -134,13 +134,14 @@ def say_unmeasured(model: nn.Module, layers: Layers) -> None:
 def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(inputs on the model's device, labels or None) from a tensor or from an iterable of batches."""
     _check_source(X, batch_size)
-    held = next((t for group in (model.parameters(), model.buffers()) for t in group), None)
+    held = next((t for group in (model.parameters(), model.buffers()) for t in group if not t.is_meta), None)
     count = 0
     for batch in X.split(BATCH if batch_size is None else int(batch_size)) if isinstance(X, torch.Tensor) else X:
         inputs, labels = _parts(batch)
         count += len(inputs)
         if len(inputs) == 0:
             continue
+        check_numbers(inputs)
         inputs = inputs.detach().to(inputs.device if held is None else held.device)
         yield inputs.clone() if inputs.is_inference() else inputs, labels
     if count == 0:
@@ -149,6 +150,7 @@ def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch
 
 def _check_source(X, batch_size) -> None:
     if isinstance(X, torch.Tensor):
+        check_numbers(X)
         if X.ndim == 0:
             raise ValueError("X must have samples along its first dimension, got a scalar")
     elif not isinstance(X, Iterable) or isinstance(X, (str, bytes, Mapping)) or hasattr(X, "__array__"):
@@ -162,6 +164,22 @@ def _check_source(X, batch_size) -> None:
         raise ValueError("batch_size must be None for an iterable X, which brings batches of its own")
     if batch_size is not None:
         checks.integer("batch_size", batch_size, 1)
+
+
+def check_numbers(X: torch.Tensor) -> None:
+    """Refuse tensors without numbers, and those whose samples cannot be taken apart."""
+    if X.is_meta:
+        raise TypeError("X must hold numbers, got a tensor on meta; pass one that does")
+    if not dense(X):
+        kind = "a nested tensor" if X.is_nested else f"layout {X.layout}"
+        raise TypeError(
+            f"X must be dense, got {kind}; pass X.to_dense(), or a padded tensor, and let the model convert it"
+        )
+
+
+def dense(t: torch.Tensor) -> bool:
+    """Whether a tensor's items lie in memory as its shape says."""
+    return t.layout == torch.strided and not t.is_nested
 
 
 def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -179,7 +197,8 @@ def _parts(batch) -> tuple[torch.Tensor, torch.Tensor | None]:
 def outputs(model: Callable, inputs: torch.Tensor, finite: bool = True) -> torch.Tensor:
     """f of a batch as (m, K), whatever the shape of one sample's outputs; refused where not ``finite``."""
     out = called(model, inputs)
-    if isinstance(out, torch.Tensor) and out.shape[:1] != inputs.shape[:1] and (hint := sequence_first(model)):
+    apart = isinstance(out, torch.Tensor) and dense(out) and out.shape[:1] != inputs.shape[:1]
+    if apart and (hint := sequence_first(model)):
         raise ValueError(f"model returns shape {tuple(out.shape)} for {len(inputs)} samples: {hint}")
     return rows("model", out, len(inputs), finite)
 
@@ -194,12 +213,19 @@ def called(model: Callable, inputs: torch.Tensor) -> Any:
     except RuntimeError as error:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         held = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)
-        if not inputs.is_floating_point() or inputs.dtype == held:
+        if inputs.dtype == held or not (inputs.is_floating_point() or _wants_numbers(model, error)):
             raise
         text = (
             f"X must have the dtype of the model's parameters, {held}, got {inputs.dtype}; use X.to({held}) ({error})"
         )
         raise TypeError(text) from error
+
+
+def _wants_numbers(model: Callable, error: RuntimeError) -> bool:
+    """Whether a model failed because its input is of integers, say; some models take such inputs."""
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    takes_any = isinstance(model, nn.Module) and any(isinstance(module, tables) for module in model.modules())
+    return not takes_any and "type" in str(error)
 
 
 def sequence_first(model: Callable, within: str = "") -> str:
@@ -213,8 +239,11 @@ def sequence_first(model: Callable, within: str = "") -> str:
 
 def rows(name: str, out, n: int, finite: bool = True) -> torch.Tensor:
     """What ``name`` returned for n samples as (n, K)."""
-    if not isinstance(out, torch.Tensor) or not out.is_floating_point():
-        kind = f"a tensor of {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
+    if not isinstance(out, torch.Tensor) or not (out.is_floating_point() and dense(out)):
+        kind = type(out).__name__
+        if isinstance(out, torch.Tensor):
+            what = "" if dense(out) else f", {'nested' if out.is_nested else f'layout {out.layout}'}"
+            kind = f"a tensor of {out.dtype}{what}"
         within = "outputs=lambda out: ... of agop takes a tensor out of it, as does a module around the model"
         hint = within if name == "model" else "one row for each sample"
         raise TypeError(f"{name} must return one floating tensor, got {kind}; {hint}")

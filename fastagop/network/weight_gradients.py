@@ -11,7 +11,7 @@ from torch import nn
 from fastagop.kernels import checks
 from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
-from fastagop.network.correlation import pearson
+from fastagop.network.correlation import in_unit, pearson
 from fastagop.network.gradient_hooks import Taps
 from fastagop.network.labels import as_labels
 from fastagop.network.lending import lent
@@ -98,6 +98,7 @@ def _labelled(X: Source, y, batch_size: int | None) -> Iterator[tuple[torch.Tens
     """Batches of X with their labels from y."""
     if not isinstance(X, torch.Tensor):
         raise ValueError("y must be None for an iterable X, whose batches bring labels of their own")
+    model_access.check_numbers(X)
     y = as_labels(y, "y")
     if y.ndim == 0 or X.ndim == 0 or len(y) != len(X):
         raise ValueError(f"y must have one row for each sample of X, got shapes {tuple(y.shape)} and {tuple(X.shape)}")
@@ -115,7 +116,7 @@ def fact_matrix(gradient: WeightGradient, weight_decay: float, n: int) -> torch.
 
 def gram_correlation(gradient: WeightGradient) -> float | None:
     """Pearson correlation of the entries of W^T W and -W^T G, None where one is constant; no such matrix is formed."""
-    W, G = gradient.fact()
+    W, G = map(in_unit, gradient.fact())
     gram, w, g = W @ W.mT, W.sum(-1), -G.sum(-1)
     return pearson(
         -float((gram * (W @ G.mT)).sum()),

@@ -62,13 +62,13 @@ def settled_at(kernel: Any, points: torch.Tensor) -> Any:
     return replace(kernel, bandwidth=factor * (middle * unit))
 
 
-def _places(n: int) -> torch.Tensor:
-    """Positions of at most 1024 of n rows, one in each of as many stretches.
+def _places(n: int, most: int = _SAMPLE) -> torch.Tensor:
+    """Positions of so many of n rows at most, one in each of as many stretches.
 
     Where in its stretch a row lies goes by the golden ratio: rows in a cycle, such as one of each class in turn,
     are met in all of its phases.
     """
-    count = min(n, _SAMPLE)
+    count = min(n, most)
     steps = torch.arange(count, dtype=torch.float64, device="cpu")
     return ((steps + steps.mul(_GOLDEN).frac()) * (n / max(1, count))).long().clamp_(max=n - 1)
 
@@ -104,10 +104,13 @@ def note(points: Points, given: Any, block: int = 256) -> str:
 def _note_of_pairs(points: Points, given: Any) -> str:
     """As ``note`` for a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
     scaled, X, _, unit = points
-    few = X[_places(len(X)).to(X.device)].double()
-    i, j = torch.triu_indices(len(few), len(few), 1, device=few.device)
-    zeros, ones, others = _counts(scaled(few)[i, j].to(X.dtype))
-    return "" if others else _finding(given, float(torch.pdist(few, p=given.norm).median()) * unit, zeros, ones)
+    for count in (_FEW, _SAMPLE):  # a matrix of many pairs is made only where those of few points do not tell
+        few = X[_places(len(X), count).to(X.device)].double()
+        i, j = torch.triu_indices(len(few), len(few), 1, device=few.device)
+        zeros, ones, others = _counts(scaled(few)[i, j].to(X.dtype))
+        if others:
+            return ""
+    return _finding(given, float(torch.pdist(few, p=given.norm).median()) * unit, zeros, ones)
 
 
 def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:

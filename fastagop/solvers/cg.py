@@ -17,7 +17,6 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
-from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.found import Found, RowsAndResidual, measure_all
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
 from fastagop.solvers.options import ConjugateGradients
@@ -29,6 +28,8 @@ log = logging.getLogger("fastagop")
 
 _STALL = 100  # steps without a smaller residual before the iteration is given up
 _RANK = 2000  # of the preconditioner, at most, where none is asked for
+# Coefficients so many times as large as those that a dtype rounds to a residual worth a warning solve nothing there.
+_REACH = 100.0
 STEPS = 50  # that a plan counts with: the number is known afterwards
 _VECTORS = 10  # (n, K) matrices alive at once
 
@@ -41,7 +42,7 @@ def least_bytes(problem: Problem) -> int:
         _fixed_bytes(problem)
         + rank * _rank_bytes(n, rank)
         + (_draw_bytes(n, rank) if rank else 0)
-        + 8 * BLOCKS_ALIVE * n
+        + 8 * problem.blocks_alive * n
     )
 
 
@@ -67,7 +68,7 @@ def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
     Memory: the preconditioner 8 n r, r x r work, ten (n, K) matrices, and the blocks of one pass.
     """
     (n, d), K, room, options = problem.X.shape, problem.outputs, problem.room, problem.options
-    row, fixed = 8 * BLOCKS_ALIVE * n, _fixed_bytes(problem)
+    row, fixed = 8 * problem.blocks_alive * n, _fixed_bytes(problem)
     rank = min(_RANK, n // 16) if options.rank is None else min(options.rank, n)
     each, draw = _rank_bytes(n, rank), _draw_bytes(n, rank)
     if options.rank is None:
@@ -149,20 +150,21 @@ def solve(
     def unmet(result: CGResult) -> float:
         return relative(matmul(result.alpha.to(out).double()).sub_(Y), Y)
 
-    plain, left = None, math.inf
+    plain, left, regular = None, math.inf, float(checks.tensor(ridge).min()) > 0
+    reach = _REACH * RESIDUAL[out] / torch.finfo(out).eps
     while True:
         result = steps(jitter, bound(Y, out))
         iterations += result.iterations
         if not result.singular or jitter >= MAX_JITTER * scale:
             break
-        if not jitter and float(checks.tensor(ridge).min()) > 0:  # under a ridge large coefficients may be the answer
-            plain = steps(0.0, math.inf)
+        if not jitter:  # large coefficients may be the answer
+            plain = steps(0.0, math.inf if regular else reach * checks.largest(Y))
             iterations += plain.iterations
             left = math.inf if plain.singular else unmet(plain)
             if left <= RESIDUAL[out]:
                 break
         jitter = max(10.0 * jitter, torch.finfo(out).eps * scale)
-    if plain is not None and left < math.inf and (not jitter or left <= unmet(result)):
+    if plain is not None and left < math.inf and (not jitter or (regular and left <= unmet(result))):
         result, jitter = plain, 0.0
     fields = {"jitter": jitter, "iterations": iterations, "rank": low_rank.rank if low_rank else 0}
     fields |= {"stopped": result.stopped, "tolerance": options.tolerance}

@@ -340,7 +340,7 @@ def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.nda
     found = torch.cat(parts).cpu().numpy()
     length, apart = found[:, -2], np.maximum(found[:, -1], spread)
     eps = _tolerance(U)
-    one = apart < 4 * eps * length  # all points are one to rounding
+    one = apart < eps * length  # all points are one to rounding
     return found[:, :_DIRECTIONS], length, eps * np.where(one, length, np.minimum(length, apart))
 
 

@@ -16,10 +16,11 @@ from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
 from fastagop.kernels.precision import dtype_name
+from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg
 from fastagop.solvers.found import Found
 from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
-from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes
+from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes, vectors_bytes
 
 log = logging.getLogger("fastagop")
 
@@ -29,6 +30,7 @@ _GOAL = 1e-9
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
 _LAPACK = 2**22  # bytes of an eigendecomposition's buffers at most, which no allocator of torch sees
 _SMALL = 2**18  # bytes of a block of the matrix that no memory is too small for
+_BLOCKS = 3  # of the matrix of a radial kernel, alive at once while it is filled
 _PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
 
 
@@ -167,9 +169,12 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     """The plan with one n x n matrix in a dtype."""
     X, operator, (n, d), size = problem.X, problem.operator, problem.X.shape, dtype.itemsize
     kernels = operator.backend.factor_kernels(dtype, operator.precision)
-    peak = eigh_bytes(n) if method == "eigh" else int((1 + WORKSPACE) * n * n * size)
+    alive = _BLOCKS if operator.kernel.radial else problem.blocks_alive
+    rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // alive, _SMALL), n, "solve")
+    peak = eigh_bytes(n, problem.outputs) if method == "eigh" else needed_bytes(n, 0, dtype, problem.outputs)
+    if not operator.kernel.radial:  # even blocks of few rows may take more than the workspace
+        peak = max(peak, (n + alive * rows) * n * size)
     extra = 0 if X.dtype == dtype else X.numel() * size
-    rows = block_rows(n * size, 0, max(n * size, int(WORKSPACE * n * n * size) // 3, _SMALL), n, "solve")
     work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
     precision = f"{dtype_name(dtype)} factorisation"
     if dtype == X.dtype == torch.float32:
@@ -181,9 +186,13 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     return _with_second_try(made, problem) if dtype == torch.float32 and problem.ridge > 0 else made
 
 
-def eigh_bytes(n: int) -> int:
-    """What ``eigh`` takes: K, the eigenvectors 2 n^2 numbers of LAPACK's work, and its buffers."""
-    return int((4 + WORKSPACE) * 8 * n * n) + min(_LAPACK, 8 * n * n)
+def eigh_bytes(n: int, outputs: int = 0) -> int:
+    """What ``eigh`` takes: K, the eigenvectors, 2 n^2 numbers of LAPACK's work, and its buffers.
+
+    Of these, targets and coefficients of very many outputs find K and the eigenvectors only.
+    """
+    decomposed = int((4 + WORKSPACE) * 8 * n * n) + min(_LAPACK, 8 * n * n)
+    return max(decomposed, 2 * 8 * n * n + vectors_bytes(n, outputs, torch.float64))
 
 
 def _with_second_try(plan: Plan, problem: Problem) -> Plan:
@@ -191,7 +200,7 @@ def _with_second_try(plan: Plan, problem: Problem) -> Plan:
     if not problem.fits(torch.float64):
         return replace(plan, precision=f"{plan.precision} from the points where its matrix is too coarse")
     more = f"; a float64 matrix where the float32 one leaves a residual above {ENOUGH:.0e}"
-    needed = needed_bytes(len(problem.X), problem.X.shape[1], torch.float64)
+    needed = problem.needed_bytes(torch.float64)
     return replace(plan, precision=plan.precision + more, peak_bytes=max(plan.peak_bytes, needed))
 
 
@@ -251,7 +260,8 @@ def system(operator: KernelOperator, ridge, plan: Plan, out: torch.dtype, dtype:
     X, kernels = operator.points.X, operator.backend.factor_kernels(dtype, operator.precision)
     K = empty_matrix(len(X), len(X), X, dtype)
     kernels.fill(K, operator.points.kernel, X, plan.block)
-    points = functools.cache(functools.partial(operator.float64_product, plan.block))
+    rows = max(1, plan.block * _BLOCKS * dtype.itemsize // (8 * BLOCKS_ALIVE))  # of float64 blocks in as many bytes
+    points = functools.cache(functools.partial(operator.float64_product, rows))
     every = torch.arange(len(X), device=X.device)
 
     def stored(V: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ def by_factor(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
 
 def bytes_of(problem: Problem) -> int:
     """Most bytes that the solver takes."""
-    (n, d), wide = problem.X.shape, direct.needed_bytes(len(problem.X), problem.X.shape[1], torch.float64)
+    (n, d), wide = problem.X.shape, problem.needed_bytes(torch.float64)
     return max(wide, _ITEM * n * n + 8 * n * (d + 10 * problem.outputs))
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.pair_backend.backend import blocks_alive
+from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 
 FULL_MATRIX_ROWS = 4096  # up to which one matrix stored in full is the fastest
 HALF = CholeskyCG()  # how half of a matrix is stored where nobody asks for something else
 WORKSPACE = 0.25  # of n^2 items: panels of the factorisation, blocks of the kernel matrix
+# Float64 matrices (n, K) alive at once in a direct solve: targets, coefficients, residuals; after a float32
+# factorisation those of its refinement.
+_VECTORS = {torch.float32: 11, torch.float64: 8}
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,35 @@ class Problem:
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a Cholesky factorisation in a dtype fits into memory."""
         shared = self.shared is not None and self.large  # in full it is one process's alone
-        return not shared and needed_bytes(len(self.X), self.X.shape[1], dtype) <= self.room
+        return not shared and self.needed_bytes(dtype) <= self.room
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """What a Cholesky factorisation in a dtype takes."""
+        return needed_bytes(*self.X.shape, dtype, self.outputs)
+
+    def of_first(self, rows: int) -> Problem:
+        """The problem of so many of the points, for what it would take."""
+        operator = copy.copy(self.operator)
+        operator.X = operator.Z = self.X[:rows]
+        return replace(self, operator=operator)
+
+    @property
+    def blocks_alive(self) -> int:
+        """Blocks (b, n) that exist at once while k(X, X) is made of the points, at most."""
+        kernel = self.operator.kernel
+        return BLOCKS_ALIVE if kernel.radial else blocks_alive(kernel)
 
 
-def needed_bytes(n: int, d: int, dtype: torch.dtype) -> int:
-    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64."""
-    return int((1 + WORKSPACE) * n * n * dtype.itemsize) + n * d * 8
+def vectors_bytes(n: int, outputs: int, dtype: torch.dtype) -> int:
+    """What a direct solve with a factor in a dtype takes for targets, coefficients and residuals at once."""
+    return 8 * _VECTORS[dtype] * n * outputs
+
+
+def needed_bytes(n: int, d: int, dtype: torch.dtype, outputs: int = 0) -> int:
+    """What a Cholesky factorisation in a dtype takes: one matrix, its workspace, the points in float64.
+
+    Where there are so many outputs that targets and coefficients take more than the workspace, these count instead:
+    they are needed when the factor is there.
+    """
+    beside = max(int(WORKSPACE * n * n * dtype.itemsize), vectors_bytes(n, outputs, dtype))
+    return n * n * dtype.itemsize + beside + n * d * 8

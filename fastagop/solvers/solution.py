@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastagop.kernels.checks import largest
 from fastagop.kernels.errors import warn
 from fastagop.kernels.precision import dtype_name
 from fastagop.solvers.limits import RESIDUAL
@@ -110,18 +111,26 @@ def warn_about(solution: Solution, warned: set[str] | None = None, points: str =
     altered, wrong, warned = _altered(solution), _problem(solution, points), set() if warned is None else warned
     texts = []
     if altered:
-        remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
-        if solution.ridge > 0:
-            narrow = solution.alpha.dtype == torch.float32
-            more = "float32 does not hold coefficients of this size: float64 points or " if narrow else ""
-            remedy = f"{more}a larger ridge makes the problem well posed"
-        if solution.method == "cg":
-            remedy = "a larger rank, more max_iterations or a larger ridge helps"
-        texts.append(f"{' and '.join(altered)}; {remedy}")
+        texts.append(f"{' and '.join(altered)}; {_remedy(solution)}")
     texts += [text for kind, text in wrong.items() if kind not in warned]
     warned.update(wrong)
     if texts:
         warn(f"solve{which and f' {which}'}: {'. '.join(texts)}")
+
+
+def _remedy(solution: Solution) -> str:
+    """What helps where a solve was altered, or its residual is too large."""
+    alpha, narrow = solution.alpha, solution.alpha.dtype == torch.float32
+    if not solution.jitter and alpha.numel() and largest(alpha) < torch.finfo(alpha.dtype).tiny:
+        more = ", or take float64 points" if narrow else ""
+        return f"coefficients are smaller than {dtype_name(alpha.dtype)} holds. Multiply Y by a constant{more}"
+    ended = solution.stopped or solution.jitter > 0
+    if solution.method == "cg" and (ended or not narrow):
+        return "a larger rank, more max_iterations or a larger ridge helps"
+    if solution.ridge > 0:
+        more = "float32 does not hold coefficients of this size: float64 points or " if narrow else ""
+        return f"{more}a larger ridge makes the problem well posed"
+    return "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
 
 
 def _altered(solution: Solution) -> list[str]:
@@ -152,6 +161,14 @@ def _problem(solution: Solution, points: str) -> dict[str, str]:
             f"{solution.contradictions} rows are copies of each other to rounding{points} but their targets differ: "
             f"copies are answered by their mean target{more}. Remove all but one of them, or take a ridge above 0"
         )
+    if solution.merged_residual is not None and not solution.contradictions:
+        limit = max(RESIDUAL[solution.alpha.dtype], solution.tolerance, 2.0 * solution.merged_residual)
+        if not solution.residual <= limit:
+            wrong["copies"] = (
+                f"{solution.merged} rows are copies of others to rounding{points} and share their coefficients, but "
+                f"the kernel tells them apart: the relative residual is {solution.residual:.1e}. Subtract from X what "
+                "all rows have in common before they are rounded, or take a larger bandwidth"
+            )
     if solution.note:
         wrong["bandwidth"] = solution.note
     return wrong

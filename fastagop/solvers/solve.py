@@ -147,7 +147,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
         operator = KernelOperator(operation, kernel, X, precision=options.precision, backend=options.backend)
         checks.ridge(ridge, X.dtype)
         checks.matrix("Y", Y, like=X, rows=(len(X), "X"))
-        checks.sample_weight(sample_weight, X, "mean")
+        checks.sample_weight(sample_weight, X, "solve")
         room = budget(limit, X.device)
         check_place(half, X.device)
         return Problem(
@@ -363,5 +363,8 @@ def unscale_coefficients(alpha: torch.Tensor, unit: float) -> torch.Tensor:
     """Coefficients of targets that were divided by a unit, as those of the targets themselves."""
     alpha = alpha if unit == 1.0 else alpha * unit
     if not checks.finite(alpha):
-        raise ValueError(f"Y is so large that its coefficients leave {alpha.dtype}; divide Y by a constant")
+        raise ValueError(
+            f"Y is so large that its coefficients leave {alpha.dtype}, or the kernel so small; divide Y by a constant, "
+            "or multiply the kernel"
+        )
     return alpha

@@ -5,6 +5,7 @@ A solver is added as a row: ``reason`` says when it is the one to take, ``plan``
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.solvers import cg, direct, full_refined, half, pairs, places
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
-from fastagop.solvers.problem import HALF, Problem, needed_bytes
+from fastagop.solvers.problem import HALF, Problem
 
 # Rows up to which a float64 factorisation on the CPU takes about as long as a float32 one and its refinement, where
 # alpha is rounded to float32 at the end. Where alpha stays float64, that holds up to ``problem.FULL_MATRIX_ROWS``.
@@ -58,8 +59,8 @@ class Solver:
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
     def memory(problem: Problem) -> int:
-        n = len(problem.X)
-        return direct.eigh_bytes(n) if name == "eigh" else needed_bytes(n, problem.X.shape[1], dtype)
+        eigh = name == "eigh"
+        return direct.eigh_bytes(len(problem.X), problem.outputs) if eigh else problem.needed_bytes(dtype)
 
     def seconds(problem: Problem, plan: Plan) -> float:
         found = problem.operator.seconds(plan, dtype)
@@ -72,7 +73,7 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
 
     def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
         if memory(problem) > problem.room:
-            raise _too_large(problem, dtype, memory(problem))
+            raise _too_large(problem, dtype, memory)
         return direct.plan(problem, name, dtype, f"{problem.operator.why}; {why}"), problem
 
     def run(problem: Problem, planned: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
@@ -97,7 +98,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
         peak = form.memory(problem)
         if peak > problem.room:
-            raise _too_large(problem, dtype, peak)
+            raise _too_large(problem, dtype, form.memory)
         form.check_host(problem)
         places.check_disk(problem, form.dtypes)
         return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
@@ -119,11 +120,11 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     )
 
 
-def _too_large(problem: Problem, dtype: torch.dtype, needed: int) -> MemoryError:
+def _too_large(problem: Problem, dtype: torch.dtype, memory: Callable[[Problem], int]) -> MemoryError:
     n = len(problem.X)
-    largest = int((problem.room / (needed / n**2)) ** 0.5)
+    largest = bisect.bisect_right(range(1, n), problem.room, key=lambda rows: memory(problem.of_first(rows)))
     return MemoryError(
-        f"solve with n = {n} needs {format_bytes(needed)} ({dtype} matrix of "
+        f"solve with n = {n} needs {format_bytes(memory(problem))} ({dtype} matrix of "
         f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(problem.room)} may be used; "
         f"n up to about {largest} fits. {problem.advice.direct()}"
     )
@@ -203,7 +204,7 @@ def _of_float32(problem: Problem) -> str | None:
 
 def _plan_full_refined(problem: Problem, why: str) -> tuple[Plan, Problem]:
     if full_refined.bytes_of(problem) > problem.room:
-        raise _too_large(problem, torch.float32, full_refined.bytes_of(problem))
+        raise _too_large(problem, torch.float32, full_refined.bytes_of)
     return full_refined.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 

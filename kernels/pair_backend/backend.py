@@ -108,7 +108,7 @@ class PairBackend(TorchBackend):
             "gram": 2.0 * m * n * (d * _depth(kernel) + n + 2 * K) + 2.0 * n * n * d + 4.0 * m * n * d,
         }
         method, why, limit = task.method, "method asked for", budget(task.limit, operator.X.device)
-        alive = _alive(kernel)
+        alive = blocks_alive(kernel)
         least = gram_bytes(n, m, d, K, 1, alive)
         if method == "auto":
             form = dtype_name(blocks.dtype_of(kernel, operator.X.dtype))
@@ -147,7 +147,7 @@ class PairBackend(TorchBackend):
         """The diagonal of the AGOP at X, summed, float64 (d,)."""
         (n, d), K = X.shape, alpha.shape[1]
         held = 8 * (4 * d + n * K + 2 * n * d)
-        each = 8 * (_alive(kernel) * n + 4 * K * d)
+        each = 8 * (blocks_alive(kernel) * n + 4 * K * d)
         limit = budget(task.limit, X.device)
         rows, _ = fitting_rows(lambda rows: held + rows * each, limit, n, "agop, its diagonal,", RAISE_LIMIT)
         return blocks.agop(kernel, X, alpha, X, rows, center=task.center, weights=task.weights, diagonal=True)
@@ -222,7 +222,8 @@ def _depth(kernel: Kernel) -> int:
     return sum(map(_depth, kernel.parts)) or 1
 
 
-def _alive(kernel: Kernel) -> int:
+def blocks_alive(kernel: Kernel) -> int:
+    """Blocks (b, n) that exist at once beside the result while pairs of a kernel are computed, at most."""
     return kernel.blocks_alive() if isinstance(kernel, PairKernel) else 8
 
 
@@ -233,7 +234,8 @@ def _copies(operator: KernelOperator) -> int:
 
 def _block_bytes(operator: KernelOperator, rows: int, width: int) -> int:
     kernel, size = operator.kernel, blocks.dtype_of(operator.kernel, operator.X.dtype).itemsize
-    return size * (_alive(kernel) * rows * width + rows * operator.X.shape[1]) + 32 * near_chunk(operator.X.device)
+    items = blocks_alive(kernel) * rows * width + rows * operator.X.shape[1]
+    return size * items + 32 * near_chunk(operator.X.device)
 
 
 def _gradient_bytes(operator: KernelOperator, rows: int, K: int) -> int:
