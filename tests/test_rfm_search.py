@@ -342,6 +342,17 @@ def test_a_fit_that_fails_is_a_row(flowers):
         model.set_params(space=PAIR[1:]).fit(*flowers)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_fold_whose_labels_were_not_learnt_scores_nothing(dtype):
+    """As where one group has a class to itself: scikit-learn's searches count these rows as wrong."""
+    X, y = np.random.default_rng(0).normal(size=(12, 2)), np.array([0, 1] * 4 + [2] * 4)
+    folds = [(np.arange(8), np.arange(8, 12)), (np.arange(12)[::2], np.arange(12)[1::2])]
+    model = RFMClassifierCV(n_settings=1, cv=folds, iterations=1, dtype=dtype, kernel=Laplace(3.0)).fit(X, y)
+    assert model.cv_results_["split0_test_score"].tolist() == [0.0] * len(model.cv_results_["params"])
+    assert "such as 2: 4 of 4 rows count as wrong" in model.cv_results_["note"][0]
+    assert model.cv_results_["error"][0] == ""
+
+
 def test_a_setting_that_fails_late_has_no_score(flowers):
     """Not even of the iterations before: the best row would not be the first of the ranks."""
     asked = itertools.count()

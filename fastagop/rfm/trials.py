@@ -173,6 +173,7 @@ def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
     X, y, weights, X_test, y_test, scorer = _parts(task, train, test)
     model: Any = clone(estimator)
     model.set_params(scoring=scorer)
+    model._of_fold = True
     return model.fit(X, y, weights, X_test, y_test)
 
 
