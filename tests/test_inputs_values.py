@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
 from fastagop.estimators import inputs, kernel_ridge, target_means
 from fastagop.estimators.progress import Progress
@@ -280,3 +281,41 @@ def test_the_quick_look_for_an_offset_of_targets_never_decides_otherwise(seed, m
     found = target_means.offset(y, row_weights)
     monkeypatch.setattr(target_means, "_clearly_none", lambda *_: False)
     np.testing.assert_array_equal(found, target_means.offset(y, row_weights))
+
+
+# ---- arrays that are none
+
+
+MASKED = np.ma.array(np.ones((6, 2)), mask=[[True, False]] * 2 + [[False, False]] * 4)
+ROWS, KINDS = np.arange(12.0).reshape(6, 2), np.array([0, 1] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("X", lambda: fastagop.RFMClassifier().fit(MASKED, KINDS)),
+        ("X", lambda: fastagop.RFMClassifierCV(cv=2).fit(MASKED, KINDS)),
+        ("X", lambda: fastagop.DeepRFMRegressor().fit(MASKED, KINDS)),
+        ("X_val: X", lambda: fastagop.RFMClassifier().fit(ROWS, KINDS, X_val=MASKED, y_val=KINDS)),
+        ("y", lambda: fastagop.RFMRegressor().fit(ROWS, MASKED[:, 0])),
+        ("y", lambda: fastagop.RFMTreeRegressor().fit(ROWS, MASKED)),
+        ("sample_weight", lambda: fastagop.RFMRegressor().fit(ROWS, KINDS, sample_weight=MASKED[:, 0])),
+        ("layer 'a'", lambda: fastagop.probes.fit({"a": MASKED}, KINDS)),
+    ],
+)
+def test_masked_entries_are_refused(name, call):
+    """NumPy takes the numbers that lie beneath, as if nothing were masked."""
+    with pytest.raises(ValueError, match=rf"^{name} holds masked entries, \d of them; leave such rows out"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "given", [{"a": 1.0}, {1.0, 2.0}, "abc", b"abc", iter([1.0, 2.0])], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_array_is_named(given):
+    kind = type(given).__name__
+    for make in (fastagop.RFMClassifier, fastagop.RFMRegressor):
+        with pytest.raises(TypeError, match=rf"^X must be an array, a list, a frame or a tensor, got {kind}$"):
+            make().fit(given, KINDS)
+        with pytest.raises(TypeError, match=rf"^y must be an array, a list, a frame or a tensor, got {kind}$"):
+            make().fit(ROWS, given)

@@ -148,6 +148,19 @@ def test_subclasses_with_parameters_of_their_own(base, fixed):
     assert len(cross_val_score(mine, X, y, cv=2, error_score="raise")) == 2
 
 
+@pytest.mark.parametrize("n", [40, 3])  # 3 points have a span
+def test_a_dtype_set_after_fit_is_that_of_the_next_fit(n, tmp_path):
+    """Rows of float32 fits are known by what float32 rounds to, or the kernel's kink adds a vector to gradients."""
+    X, y = data(n)
+    model = RFMRegressor(Laplace(3.0), iterations=1).fit(X, y)
+    gradients, metric = model.gradients(X), model.M_
+    model.set_params(dtype="float64").save(tmp_path / "model")
+    for later in (model, fastagop.load(tmp_path / "model")):
+        np.testing.assert_array_equal(later.gradients(X), gradients)
+        assert later.M_.dtype == metric.dtype == np.float32
+    assert model.fit(X, y).M_.dtype == np.float64
+
+
 @pytest.mark.parametrize("make", [RFMClassifier, RFMRegressor])
 def test_flags_of_numpy_as_grids_of_arrays_have_them(make, tmp_path):
     X, y = data()

@@ -18,7 +18,14 @@ from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.feature_selection import SelectFromModel
 from sklearn.metrics import accuracy_score, log_loss, make_scorer
-from sklearn.model_selection import GroupKFold, GroupShuffleSplit, LeaveOneGroupOut, PredefinedSplit, StratifiedKFold
+from sklearn.model_selection import (
+    GroupKFold,
+    GroupShuffleSplit,
+    LeaveOneGroupOut,
+    LeaveOneOut,
+    PredefinedSplit,
+    StratifiedKFold,
+)
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -340,6 +347,25 @@ def test_a_fit_that_fails_is_a_row(flowers):
     assert model.best_params_["diagonal"] is False
     with pytest.raises(ValueError, match="every setting failed, the first with ArithmeticError: no diagonal"):
         model.set_params(space=PAIR[1:]).fit(*flowers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_fold_whose_labels_were_not_learnt_scores_nothing(dtype):
+    """As where one group has a class to itself: scikit-learn's searches count these rows as wrong."""
+    X, y = np.random.default_rng(0).normal(size=(12, 2)), np.array([0, 1] * 4 + [2] * 4)
+    folds = [(np.arange(8), np.arange(8, 12)), (np.arange(12)[::2], np.arange(12)[1::2])]
+    model = RFMClassifierCV(n_settings=1, cv=folds, iterations=1, dtype=dtype, kernel=Laplace(3.0)).fit(X, y)
+    assert model.cv_results_["split0_test_score"].tolist() == [0.0] * len(model.cv_results_["params"])
+    assert "such as 2: 4 of 4 rows count as wrong" in model.cv_results_["note"][0]
+    assert model.cv_results_["error"][0] == ""
+
+
+def test_a_search_without_any_score_says_so():
+    X = np.random.default_rng(0).normal(size=(12, 2))
+    model = RFMRegressorCV(n_settings=1, cv=LeaveOneOut(), iterations=1, kernel=Laplace(3.0))
+    with pytest.warns(UserWarning, match=r"best mean score is -inf, .*squared error.*R\^2 score is not well-defined"):
+        model.fit(X, X[:, 0])
+    assert np.isneginf(model.best_score_)
 
 
 def test_a_setting_that_fails_late_has_no_score(flowers):

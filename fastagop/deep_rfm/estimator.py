@@ -199,7 +199,9 @@ class _DeepRFM(_Layers, KernelEstimator):
         """Set the public attributes that are views of the trained layers."""
         self.layers_ = [layer.record for layer in self._layers]
         self.agops_ = [self._like_fit_input(layer.agop) for layer in self._layers]
-        self.alphas_ = [self._like_fit_input(layer.record.solution.alpha.to(self._dtype)) for layer in self._layers]
+        self.alphas_ = [
+            self._like_fit_input(layer.record.solution.alpha.to(self._fitted_dtype)) for layer in self._layers
+        ]
         return self
 
     def _planned_fit(self):

@@ -136,6 +136,11 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     def _dtype(self) -> torch.dtype:
         return inputs.dtype(self.dtype)
 
+    @property
+    def _fitted_dtype(self) -> torch.dtype:
+        """What ``_dtype`` was in fit, whatever the parameter has become; that of files of earlier versions is it."""
+        return inputs.dtype(getattr(self, "_dtype_of_fit", self.dtype))
+
     def _regression(self) -> KernelRidge:
         """The shared parameters, checked; scikit-learn asks for this in fit, not in __init__."""
         checks.kernel(self.kernel, settled=False)
@@ -201,7 +206,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
 
     def _training(self, X, y, sample_weight) -> Training:
         """The arguments of fit, checked, on the estimator's device; rows of weight zero are left out."""
-        self._torch_in = isinstance(X, torch.Tensor)
+        self._torch_in, self._dtype_of_fit = isinstance(X, torch.Tensor), dtype_name(self._dtype)
         rows = inputs.matrix(self, X, reset=True)
         y = self._validated_targets(y)
         inputs.same_length("y", y, len(rows))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import numbers
 import operator
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -105,9 +106,25 @@ def numpy(name: str, value):
         value = dense(name, value)
         narrow = value.is_floating_point() and value.dtype not in DTYPES.values()
         return (value.float() if narrow else value).cpu().resolve_neg().numpy()
+    refuse_masked(name, value)
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
     return value
+
+
+def refuse_masked(name: str, value) -> None:
+    """Refuse arrays of which entries are masked: NumPy takes the numbers that lie beneath."""
+    if np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} holds masked entries, {np.ma.count_masked(value)} of them; leave such rows out, or fill them in "
+            "by numpy.ma.filled"
+        )
+
+
+def refuse_no_rows(name: str, value) -> None:
+    """Refuse what NumPy would read as a single entry."""
+    if isinstance(value, (str, bytes, Mapping, Set, Iterator)) and not hasattr(value, "toarray"):  # a sparse matrix
+        raise TypeError(f"{name} must be an array, a list, a frame or a tensor, got {type(value).__name__}")
 
 
 def on_cpu(X):
@@ -189,6 +206,8 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
     if not isinstance(X, torch.Tensor):
         if callable(getattr(X, "toarray", None)):
             raise TypeError(_SPARSE)
+        refuse_no_rows("X", X)
+        refuse_masked("X", X)
         if refusal := frame_refusal(X):
             if not reset:  # Names that do not match come first.
                 validate_data(estimator, X, reset=False, skip_check_array=True)
@@ -277,6 +296,7 @@ def labels(y) -> np.ndarray:
     """Labels (n,) in their own kind."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
+    refuse_no_rows("y", y)
     y = numpy("y", y)
     refuse_missing("y", y, "labels")
     y = check_array(y, ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
@@ -289,6 +309,7 @@ def targets(y) -> np.ndarray:
     """Targets in float64, (n,) or (n, K)."""
     if y is None:
         raise ValueError("requires y to be passed, but the target y is None")
+    refuse_no_rows("y", y)
     y = numpy("y", y)
     refuse_missing("y", y, "targets")
     return np.asarray(check_array(y, ensure_2d=False, dtype="float64", input_name="y"))

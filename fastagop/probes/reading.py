@@ -98,6 +98,8 @@ def _array(name: str, value) -> np.ndarray:
     """What is no tensor as an array."""
     if callable(getattr(value, "toarray", None)):
         raise TypeError(f"{name} must be a dense array, got {type(value).__name__}; use toarray()")
+    inputs.refuse_no_rows(name, value)
+    inputs.refuse_masked(name, value)
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:

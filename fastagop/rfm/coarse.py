@@ -130,6 +130,7 @@ class CoarseFold:
     def __init__(self, estimator, train: tuple, test: tuple, scorer):
         self.model: Any = clone(estimator)
         self.model.set_params(scoring=scorer)
+        self.model._of_fold = True
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             regression, _ = self.model._regression_and_rules()

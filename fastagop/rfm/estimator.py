@@ -104,6 +104,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
     ):
         self._store(locals())
 
+    _of_fold = False  # whether a search's fold made the validation rows, which then may have no label that was learnt
+
     def _answers(self, name: str, y) -> np.ndarray:
         inputs.refuse_missing(name, y, "labels")
         try:
@@ -120,7 +122,7 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
             return
         label, known = y[strange][:1].tolist()[0], self.classes_.tolist()
         known = f"{known}" if len(known) <= 10 else f"{str(known[:10])[:-1]}, ...]"
-        if strange.all():
+        if strange.all() and not self._of_fold:
             raise ValueError(
                 f"{name} holds none of y's labels {known}, but such as {label!r}; give labels as y has them"
             )

@@ -196,7 +196,7 @@ class RFMTree(KernelEstimator):
     def _mixed(self, near: torch.Tensor, temperatures: tuple[float, ...], answer: Callable) -> list[torch.Tensor]:
         """Weighted means (m, K) of the leaves' answers for rows as the kernel sees them, for each temperature."""
         routed: list[list] = [[] for _ in self.leaves_]
-        narrow = near.to(self._dtype)  # training rows took their side so
+        narrow = near.to(self._fitted_dtype)  # training rows took their side so
         for place, temperature in enumerate(temperatures):
             for leaf, rows, weights in self.tree_.route(narrow, temperature):
                 routed[leaf].append((place, rows, weights))
@@ -224,7 +224,7 @@ class RFMTree(KernelEstimator):
         check_is_fitted(self)
         near = self._kernel_inputs(self._samples(X))
         weights = near.new_zeros(len(near), len(self.leaves_))
-        for leaf, rows, part in self.tree_.route(near.to(self._dtype), self.temperature_):
+        for leaf, rows, part in self.tree_.route(near.to(self._fitted_dtype), self.temperature_):
             weights[rows, leaf] = part
         return self._like_input(weights.div_(weights.sum(1, keepdim=True)), X)
 
@@ -234,7 +234,7 @@ class RFMTree(KernelEstimator):
         check_is_fitted(self)
         near = self._kernel_inputs(self._samples(X))
         found = torch.empty(len(near), dtype=torch.int64, device=near.device)
-        for leaf, rows, _ in self.tree_.route(near.to(self._dtype), 0.0):
+        for leaf, rows, _ in self.tree_.route(near.to(self._fitted_dtype), 0.0):
             found[rows] = leaf
         return found.to(X.device) if isinstance(X, torch.Tensor) else found.cpu().numpy()
 

@@ -255,7 +255,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     def M_(self) -> Any:
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
-        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._dtype)
+        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._fitted_dtype)
         return self._like_fit_input(self._preparation.reported(M))
 
     @without_autograd_or_autocast
@@ -281,7 +281,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         check_is_fitted(self)
         near = self._preparation.near(self._samples(X))
         centers = self._centers.double()
-        points = self._metric.points_onto(centers, near, torch.finfo(self._dtype).eps)
+        points = self._metric.points_onto(centers, near, torch.finfo(self._fitted_dtype).eps)
         g = gradients(self.kernel_, centers, self._alpha.double(), points)
         g = self._metric.pulled_back(g)
         return self._like_input(g if self._preparation.unit is None else g / self._preparation.unit, X)
@@ -299,14 +299,14 @@ class RecursiveFeatureMachine(KernelEstimator):
         """
         check_is_fitted(self)
         k = None if k is None else checks.integer("k", k, 1, self.n_features_in_)
-        eps = torch.finfo(self._dtype).eps
+        eps = torch.finfo(self._fitted_dtype).eps
         vectors, values, along = leading(self._metric, self._centers, self.n_features_in_, k, eps)
         correlations = self._seen.correlations(along, second=len(getattr(self, "classes_", ())) == 2)
         vectors = vectors * torch.where(correlations < 0, -1.0, 1.0)[:, None] + 0.0  # no minus zeros
         if self._preparation.unit is not None:
             vectors = vectors / (self._preparation.unit / self._preparation.unit.min())
             vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        found = (value.to(self._dtype) for value in (vectors, values, correlations.abs()))
+        found = (value.to(self._fitted_dtype) for value in (vectors, values, correlations.abs()))
         return Directions(*map(self._like_fit_input, found))
 
     def _staged(self, X) -> Iterator[torch.Tensor]:

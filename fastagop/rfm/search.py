@@ -107,7 +107,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
             ValueError, TypeError: naming the parameter or argument, or what every fit failed with.
 
         Warns:
-            UserWarning: fits failed, or no setting but the first was begun in time.
+            UserWarning: fits failed, no setting but the first was begun in time, or none has a score.
         """
         random, seconds, patience = self._generator_and_limits()
         for refitted in ("estimators_", "best_estimator_"):  # of an earlier fit
@@ -131,6 +131,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         settings = settings[: len(found)]
         self.cv_results_, self.n_splits_ = trials.table(settings, found), len(folds)
         self._choose(settings, found)
+        trials.warn_of_no_score(type(self).__name__, self.cv_results_, self.best_index_)
         if self.refit:
             targets = answers if codes is not None else y
             self.estimators_ = [model.fit(X, targets, sample_weight) for model in self._chosen]

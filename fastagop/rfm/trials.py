@@ -19,6 +19,7 @@ import torch
 from sklearn.base import clone
 
 from fastagop.estimators import inputs
+from fastagop.kernels.errors import warn
 from fastagop.kernels.plan import budget
 from fastagop.rfm import validation
 from fastagop.rfm.coarse import CoarseFold
@@ -173,6 +174,7 @@ def _fitted(estimator, task: Task, train: np.ndarray, test: np.ndarray):
     X, y, weights, X_test, y_test, scorer = _parts(task, train, test)
     model: Any = clone(estimator)
     model.set_params(scoring=scorer)
+    model._of_fold = True
     return model.fit(X, y, weights, X_test, y_test)
 
 
@@ -220,6 +222,17 @@ def _alone(fewer: bool) -> Iterator[list[warnings.WarningMessage]]:
             yield caught
         finally:
             torch.set_num_threads(before)
+
+
+def warn_of_no_score(name: str, results: dict[str, Any], best_index: int) -> None:
+    """Say that no setting of a search has a score, as where some fold lacks a class; scikit-learn's warn, too."""
+    if not math.isfinite(score := results["mean_test_score"][best_index]):
+        note = results["note"][best_index]
+        warn(
+            f"{name}: the best mean score is {score}, and the squared error of the outputs chose among the settings"
+            + (f"; their fits noted: {note}" if note else ""),
+            UserWarning,
+        )
 
 
 def table(settings: Sequence[Setting], trials: Sequence[Trial]) -> dict[str, Any]:
