@@ -18,6 +18,7 @@ Matrix = torch.Tensor | np.ndarray
 _WRONG = 1e-3  # relative asymmetry or negative eigenvalue that no rounding explains
 _TIE = 64  # steps of the dtype within which two entries of an eigenvector count as equally large
 _DEFAULT = 10
+_SMALLEST = 1e-146  # of the largest gradient: its square and what is a step of float64 beside it are normal numbers
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -103,6 +104,8 @@ def spectrum(
         TypeError, ValueError: naming the argument; M is not symmetric or has negative eigenvalues beyond rounding; a
             bootstrap of a bare M, which does not tell how its samples vary.
     """
+    if draws is not None and not isinstance(draws, (torch.Tensor, np.ndarray)):
+        draws = list(draws)  # which may come one by one
     count = checks.integer("bootstrap", bootstrap, 0)
     level = _confidence(confidence)
     _sources(M, gradients, draws, count)
@@ -193,7 +196,10 @@ def _gradients(value) -> torch.Tensor:
     if len(G) < 2:
         raise ValueError("gradients must be of at least 2 samples: one does not tell how they vary")
     checks.matrix("gradients", G.flatten(0, 1))
-    return G.double()
+    wide = G.double()
+    if 0 < checks.largest(wide) < _SMALLEST:
+        raise ValueError(f"gradients have squares below float64, all are smaller than {_SMALLEST:.0e}; scale them up")
+    return wide
 
 
 def _point(M, samples: torch.Tensor | None, given: list[torch.Tensor] | None) -> torch.Tensor:

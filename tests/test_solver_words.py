@@ -82,6 +82,22 @@ def test_copies_that_the_kernel_tells_apart_are_said_to_be_that(normal):
     assert found.residual > 1e-3
 
 
+@pytest.mark.parametrize("method", ["auto", "cholesky+cg", "eigh", "cg"])
+def test_a_small_column_that_is_not_solved_is_said(method, normal):
+    """Rows that nearly agree and differ in targets that are small beside the others': no residual of all shows them."""
+    X = normal(60, 3, dtype=F32)
+    X[30:] = X[:30] + 1e-5 * normal(30, 3, dtype=F32, seed=2)
+    Y = torch.stack([1e4 * X.sum(1).sin(), normal(60, 1, dtype=F32, seed=3)[:, 0]], 1)
+    with pytest.warns(fastagop.NumericalWarning, match="the residual of one of the columns of Y, .* is .* of it"):
+        found = fastagop.solve(Laplace(2.0), X, Y, method=method)
+    assert found.residual < 1e-4
+    left = fastagop.kernel_matrix(Laplace(2.0), X.double()) @ found.alpha.double() - Y
+    worst = float((left.norm(dim=0) / Y.norm(dim=0)).max())
+    assert found.column_residual == pytest.approx(worst, rel=1e-3)
+    fine = fastagop.solve(Laplace(2.0), X, Y, ridge=1e-1, method=method)
+    assert fine.column_residual <= 1e-3
+
+
 @pytest.mark.parametrize("method", ["auto", "cholesky", "eigh", "cg"])
 @pytest.mark.parametrize(("unit", "factor"), [(1e-44, 1.0), (1.0, 1e200)])
 def test_coefficients_below_float32_are_said_to_be_that(method, unit, factor, normal):

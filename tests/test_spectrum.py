@@ -219,3 +219,17 @@ REFUSED = {
 def test_refuses(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_draws_may_come_one_by_one(normal):
+    matrices = [G.T @ G for G in normal(4, 9, 5)]
+    listed, coming = (fastagop.spectrum(draws=draws) for draws in (matrices, iter(matrices)))
+    assert torch.equal(coming.values, listed.values)
+    assert torch.equal(coming.intervals, listed.intervals)
+
+
+@pytest.mark.parametrize(("size", "word"), [(1e200, "beyond"), (1e-200, "below"), (1e-155, "below")])
+def test_gradients_whose_squares_leave_float64_are_refused(size, word, normal):
+    with pytest.raises(ValueError, match=f"gradients have squares {word} float64"):
+        fastagop.spectrum(gradients=size * normal(9, 5))
+    assert not fastagop.spectrum(gradients=0 * normal(9, 5)).values.any()

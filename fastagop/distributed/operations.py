@@ -165,5 +165,5 @@ def solve(
     options = SolveOptions(ridge, method, precision, backend, memory_limit)
     dtype = X.dtype if isinstance(X, torch.Tensor) else torch.float64
     solved = Sharded(group).solve(kernel, X, Y, options, sample_weight=sample_weight, out=dtype).solved
-    warn_about(solved.solution)
+    warn_about(solved.solution, columns=True)
     return solved.solution

@@ -16,7 +16,7 @@ from fastagop.kernels.checks import largest
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import few
-from fastagop.solvers.limits import bound, relative, tells_points_apart
+from fastagop.solvers.limits import bound, relative, tells_points_apart, worst_column
 from fastagop.solvers.solution import Solution, Solved
 
 MAX_POINTS = 512
@@ -69,11 +69,11 @@ def solve(
     if not largest(wide) <= bound(y, out):
         return None
     alpha = wide.to(out)
-    residual = relative(torch.mm(alpha.double().T, A).T.sub_(y), y)  # A is symmetric: its rows are read once
+    left = torch.mm(alpha.double().T, A).T.sub_(y)  # A is symmetric: its rows are read once
     seconds = time.perf_counter() - start
     found = Solution(
         alpha=alpha,
-        residual=residual,
+        residual=relative(left, y),
         ridge=ridge,
         jitter=0.0,
         method="cholesky",
@@ -82,5 +82,6 @@ def solve(
         rank=n,
         seconds=seconds,
         residual_rows=n,
+        column_residual=worst_column(left, y),
     )
     return SmallSolve(Solved(found, alpha), x, sq, A)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastagop.kernels.checks import largest
@@ -26,6 +28,13 @@ def relative(R: torch.Tensor, Y: torch.Tensor) -> float:
     """||R|| / ||Y|| (Frobenius); 0 where Y is."""
     size = float(torch.linalg.vector_norm(Y))
     return float(torch.linalg.vector_norm(R)) / size if size > 0 else 0.0
+
+
+def worst_column(R: torch.Tensor, Y: torch.Tensor) -> float:
+    """The largest ||R_c|| / ||Y_c|| of a column that is not zero; R may be of a sample of the rows."""
+    size = torch.linalg.vector_norm(Y, dim=0)
+    share = torch.linalg.vector_norm(R, dim=0) / torch.where(size > 0, size, math.inf)
+    return float(share.max()) * (len(Y) / max(1, len(R))) ** 0.5 if share.numel() else 0.0
 
 
 def zero_and_one(eps: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from fastagop.kernels.errors import warn
 from fastagop.kernels.precision import dtype_name
 from fastagop.solvers.limits import RESIDUAL
 
+_COLUMN = 2.0  # times the residual that is worth a warning: columns of one size differ by less
 _OF_FLOAT32 = 1e-4  # residual worth a warning where alpha is float64 and the matrix float32: a sample finds 1e-5
 
 
@@ -47,6 +48,8 @@ class Solution:
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
         fallback: why a float32 factor gave way to the solver that ran, here or ("as before, ...") in an earlier solve
             of a fit; "" where none did.
+        column_residual: the largest residual of a column beside its own targets, of the merged system where there is
+            one: a small column's has no part in the others.
     """
 
     alpha: torch.Tensor
@@ -66,6 +69,7 @@ class Solution:
     merged_residual: float | None = None
     note: str = ""
     fallback: str = ""
+    column_residual: float = 0.0
 
     def __repr__(self) -> str:
         header = f"{self.method} in {dtype_name(self.dtype)}, ridge {self.ridge:g}"
@@ -102,13 +106,20 @@ class Solved:
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
-def warn_about(solution: Solution, warned: set[str] | None = None, points: str = "", *, which: str = "") -> None:
+def warn_about(
+    solution: Solution, warned: set[str] | None = None, points: str = "", *, which: str = "", columns: bool = False
+) -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
     ``warned``: kinds of what a fit of many solves has warned about already; what is true of the whole fit is not
     repeated. ``points``: what made points of the rows given, in words. ``which``: solve of a fit this was.
+    ``columns``: whether a single column of targets counts; a fit's may be rounding errors of nothing.
     """
-    altered, wrong, warned = _altered(solution), _problem(solution, points), set() if warned is None else warned
+    altered, wrong, warned = (
+        _altered(solution, columns),
+        _problem(solution, points),
+        set() if warned is None else warned,
+    )
     texts = []
     if altered:
         texts.append(f"{' and '.join(altered)}; {_remedy(solution)}")
@@ -133,8 +144,8 @@ def _remedy(solution: Solution) -> str:
     return "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
 
 
-def _altered(solution: Solution) -> list[str]:
-    """What was done to this solve, and a residual that is too large."""
+def _altered(solution: Solution, columns: bool) -> list[str]:
+    """What was done to this solve, and a residual that is too large, of one of the ``columns``, too."""
     reported, points = [], len(solution.alpha) - solution.merged
     dropped = len(solution.alpha) - solution.rank if solution.method == "eigh" else 0
     if solution.jitter > 0:
@@ -149,6 +160,11 @@ def _altered(solution: Solution) -> list[str]:
         limit = _OF_FLOAT32
     if solution.stopped or not residual <= max(limit, solution.tolerance):
         reported.append(f"the relative residual is {residual:.1e}")
+    elif columns and not solution.column_residual <= _COLUMN * max(limit, solution.tolerance):
+        reported.append(
+            f"the residual of one of the columns of Y, which are of different size, is {solution.column_residual:.1e} "
+            "of it"
+        )
     return reported
 
 

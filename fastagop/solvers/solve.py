@@ -18,7 +18,7 @@ from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, float64_small, pairs, table
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.limits import bound, relative, times
+from fastagop.solvers.limits import RESIDUAL, bound, relative, times, worst_column
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.places import check_place
 from fastagop.solvers.problem import HALF, Advice, Problem, Shared
@@ -222,8 +222,7 @@ def solve(
     that they cannot bring to their tolerance is reported, with the best alpha found.
 
     Args:
-        kernel, X, Y: a kernel such as ``Laplace(2.0)``, points (n, d) and targets (n, K).
-        ridge: mu >= 0 on the diagonal.
+        kernel, X, Y, ridge: a kernel such as ``Laplace(2.0)``, points (n, d), targets (n, K), mu >= 0 on the diagonal.
         method: "cholesky" (one factorisation), "cholesky+cg" (a float32 factor refined with float64 kernel values),
             "eigh" (float64, eigenvalues below n eps of the largest dropped), "cg" (no n x n matrix), or with options
             ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``; "auto" is the fastest that fits.
@@ -246,12 +245,13 @@ def solve(
     options = SolveOptions(ridge=ridge, method=method, precision=precision, backend=backend, memory_limit=memory_limit)
     prepared = prepare(kernel, X, Y, options, sample_weight)
     rows = copies.find(X, sample_weight)
+    small = prepared.solve_small_in_float64(Y, rows, X.dtype)
+    if small is not None and small.solution.column_residual <= RESIDUAL[X.dtype]:
+        return small.solution
     if not rows.plain:  # fewer points may take another solver
         prepared = prepare(kernel, rows.take(X), rows.take(Y), options)
-    elif (small := prepared.solve_small_in_float64(Y, rows, X.dtype)) is not None:
-        return small.solution
     solution = as_given(prepared.run(Y, rows, X.dtype, apart=True)[0].solution, kernel, X, Y, rows)
-    warn_about(solution)
+    warn_about(solution, columns=True)
     return solution
 
 
@@ -320,12 +320,13 @@ class _Task:
         merged = (grow * float(R.square().sum())) ** 0.5
         merged = merged / size if size > 0 else 0.0
         measured = len(self.rows.group) if len(index) == len(self.target) else len(index)
+        column = {"column_residual": worst_column(R, self.target)}
         if self.copied is None or answer.rows is None:
-            return {"residual": merged, "residual_rows": measured}
+            return {"residual": merged, "residual_rows": measured, **column}
         part = times(self.ridge, answer.seen)
         total = self.copied.squares(R, index, answer.rows, part) ** 0.5
         literal = total / self.copied.size if self.copied.size > 0 else 0.0
-        return {"residual": literal, "merged_residual": merged, "residual_rows": measured}
+        return {"residual": literal, "merged_residual": merged, "residual_rows": measured, **column}
 
     def solved(self, answer: _Answer, **fields) -> Solved:
         """The Solution of all rows given, and the points' coefficients."""
