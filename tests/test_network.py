@@ -400,6 +400,22 @@ BAD = {
         "model must return one floating tensor, got a tensor of torch.float32, layout torch.sparse_coo",
         lambda: (Wrapped(lambda m, x: m.a(x).to_sparse(), a=nn.Linear(4, 2)), X),
     ),
+    "a script": (ValueError, "give the module that torch.jit made it of", lambda: (torch.jit.trace(mlp(4, 2), X), X)),
+    "an exported model": (
+        ValueError,
+        "give the module that it was exported from",
+        lambda: (torch.export.export(mlp(4, 2), (X,)).module(), X),
+    ),
+    "complex weights": (
+        ValueError,
+        "none is left that can be measured. 'a': its weights are complex",
+        lambda: (Wrapped(lambda m, x: m.a(x.cfloat()).abs(), a=nn.Linear(4, 2, dtype=torch.complex64)), X),
+    ),
+    "a complex layer": (
+        TypeError,
+        "'a' has complex weights",
+        lambda: (Wrapped(lambda m, x: m.a(x.cfloat()).abs(), a=nn.Linear(4, 2, dtype=torch.complex64)), X, "a"),
+    ),
     "odd batches": (TypeError, "X must give batches of tensors", lambda: (mlp(4, 2), [{"x": X}])),
     "tuple out": (
         TypeError,

@@ -88,9 +88,16 @@ def _changed(site: Site, index: int, run: Run, inputs: torch.Tensor, sign: float
         nonlocal count
         out = site.compute(input, weight, bias)
         if count == index and sign != 0:
-            out = out + sign * (1 + out.abs().max()) * model_access.pattern(out).abs().mul(4).add(1)
+            change = out.detach().abs().max().add(1) * model_access.pattern(out.detach()).abs().mul(4).add(1)
+            out = out + sign * change
         count += 1
         return out
 
-    with torch.no_grad(), replaced(forwards([site], step)):
-        return run(inputs)
+    with replaced(forwards([site], step)):
+        try:
+            with torch.no_grad():
+                return run(inputs).detach()
+        except RuntimeError:  # The model may differentiate in its forward.
+            count = 0
+            with torch.enable_grad():
+                return run(inputs).detach()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 
+import torch
 from torch import nn
 
 from fastagop.kernels.errors import warn
@@ -32,12 +33,20 @@ class Chosen:
         if self.named:
             self.sites = self._matching(model_access.named(() if layers is None else layers), every, kinds)
         if not self.sites:
-            raise ValueError(f"model must have a layer to measure ({SERVED}), this {type(model).__name__} has none")
+            made = isinstance(model, torch.jit.ScriptModule)
+            hint = "; give the module that torch.jit made it of" if made else ""
+            raise ValueError(
+                f"model must have a layer to measure ({SERVED}), this {type(model).__name__} has none{hint}"
+            )
         for name, site in list(self.sites.items()):
             if site.kind == "linear" and not site.part and own_forward(site.module):
                 if self.named:
                     raise TypeError(self._own(name, site))
                 self.skip(name, OWN)
+            elif any(p.is_complex() for p in site.module.parameters(recurse=False)):
+                if self.named:
+                    raise TypeError(f"layers: {name!r} has complex weights, which are not served; name other layers")
+                self.skip(name, "its weights are complex")
             elif site.kind not in kinds:
                 self.skip(name, "the rows of an embedding's table have no matrix W^T W to compare with")
         if not self.named:

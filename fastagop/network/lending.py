@@ -144,7 +144,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             stack.callback(parameter.requires_grad_, True)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"model: it cannot be put into evaluation mode ({error}); give the module that it was exported from"
+            ) from error
         for parameter in trained:
             parameter.requires_grad_(False)
         yield
