@@ -194,6 +194,11 @@ def test_a_layer():
         (lambda: Window(0), "size must be an integer >= 1, got 0"),
         (lambda: Window(7).patches(images()), "a window of size 7 needs images of that side, got 5"),
         (lambda: Window(3).patches(images()[0]), r"images must be float32 or float64 of shape \(n, c, h, w\)"),
+        (lambda: Window(3).patches(images() / 0.0), "images must be finite, but hold NaN or infinity"),
+        (
+            lambda: patch_kernel_matrix(Laplace(1.0), torch.full((2, 2, 3), torch.nan)),
+            "patches must be finite, but holds",
+        ),
         (lambda: patch_kernel_matrix(Laplace(1.0), images()[0, 0]), r"patches must have shape \(n, P, d\)"),
         (
             lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(3, 1)),

@@ -257,6 +257,40 @@ def test_the_size_of_targets_does_not_matter(exponent):
         np.testing.assert_allclose(scaled.predict(X) / 2.0**exponent, plain.predict(X), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="y is so large that the AGOP"):
         DeepRFMRegressor(dtype="float64", **SMALL).fit(X, X[:, 0] * 1e200)
+    with pytest.raises(ValueError, match="y is so small, or X so large"):
+        DeepRFMRegressor(dtype="float64", **SMALL).fit(X, X[:, 0] * 1e-160)
+
+
+@pytest.mark.parametrize(("points", "targets"), [(1e170, 1e170), (1e-170, 1e-170), (1e145, 1.0), (1e155, 1e140)])
+def test_units_of_points_and_targets_do_not_matter_in_float64(points, targets):
+    X, _ = blobs()
+    y = X[:, 0] * X[:, 1]
+    fit = fastagop.RFMRegressor(fastagop.Laplace(3.0), iterations=2, dtype="float64").fit(X, y)
+    kernel = fastagop.Laplace(3.0 * points)
+    other = fastagop.RFMRegressor(kernel, iterations=2, dtype="float64").fit(X * points, y * targets)
+    np.testing.assert_allclose(other.M_, fit.M_, rtol=1e-9, atol=1e-12)
+
+
+def test_the_size_of_weights_does_not_matter_in_float32():
+    """Beyond float32 y was refused for them; below it they were lost, and M stayed the identity without a word."""
+    X, _ = blobs()
+    y, weights = X[:, 0] * X[:, 1], np.linspace(1.0, 2.0, len(X))
+    for size in (1e-200, 1e300):
+        fit, other = (
+            fastagop.RFMRegressor(iterations=2, ridge=0.0).fit(X, y, sample_weight=weights * unit)
+            for unit in (1.0, size)
+        )
+        np.testing.assert_allclose(other.M_, fit.M_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("points", "targets"), [(1e160, 1.0), (1e200, 1.0), (1.0, 1e-160), (1.0, 1e-300)])
+def test_squares_of_gradients_below_float64_are_refused(points, targets):
+    """They were lost, and M stayed the identity without a word."""
+    X, _ = blobs()
+    y = X[:, 0] * X[:, 1]
+    model = fastagop.RFMRegressor(fastagop.Laplace(3.0 * points), iterations=2, dtype="float64")
+    with pytest.raises(ValueError, match="y is so small, or X so large"):
+        model.fit(X * points, y * targets)
 
 
 # ---- layers

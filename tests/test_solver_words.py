@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastagop.kernels.scaling import scale_points
 
+import fastagop
 from fastagop import Laplace
 from fastagop.solvers import bandwidth
 from fastagop.solvers.solution import Solution, warn_about
@@ -23,10 +24,10 @@ def solution(n=4, **changes):
     return dataclasses.replace(made, **changes)
 
 
-def said(*args):
+def said(*args, **keywords):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_about(*args)
+        warn_about(*args, **keywords)
     return [str(warning.message) for warning in caught]
 
 
@@ -68,6 +69,25 @@ def test_what_is_warned_of(changes, words):
     if changes.get("ridge") == 0.0:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
     assert said(solution(**changes)) == ([] if words is None else [f"solve: {words}; {remedy}"])
+
+
+def test_fits_say_which_solve_a_warning_is_of():
+    assert said(solution(residual=0.5), which="of layer 3")[0].startswith("solve of layer 3: the relative residual is")
+    rows = torch.randn(30, 4, dtype=F64, generator=torch.Generator().manual_seed(0))
+    y, one = torch.arange(30) % 2, fastagop.ConjugateGradients(rank=0, max_iterations=1)
+    deep = fastagop.DeepRFMClassifier(depth=2, width=8, dtype="float64", solver=one, random_state=0)
+    rfm = fastagop.RFMClassifier(iterations=2, dtype="float64", solver=one)
+    for model, words in (
+        (deep, ("of layer 1", "of the readout")),
+        (rfm, ("of iteration 2", "after the last iteration")),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(rows, y)
+        texts = [str(warning.message) for warning in caught]
+        assert all(
+            any(text.startswith(f"solve {word}: conjugate gradients ended") for text in texts) for word in words
+        ), texts
 
 
 def test_several_things_are_one_warning():

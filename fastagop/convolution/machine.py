@@ -72,8 +72,10 @@ def _check(name: str, patches: torch.Tensor, like: torch.Tensor | None = None) -
     checks.plain(name, patches)
     if patches.ndim != 3 or not patches.shape[1]:
         raise ValueError(f"{name} must have shape (n, P, d) with P >= 1, got {tuple(patches.shape)}")
-    if patches.dtype not in (torch.float32, torch.float64) or not checks.finite(patches):
-        raise ValueError(f"{name} must be finite, float32 or float64, got {patches.dtype}")
+    if patches.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, got {patches.dtype}")
+    if not checks.finite(patches):
+        raise ValueError(f"{name} must be finite, but holds NaN or infinity")
     if like is None:
         return
     wanted, given = (f"{t.shape[2]} numbers, {t.dtype} on {t.device}" for t in (like, patches))

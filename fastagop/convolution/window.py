@@ -50,7 +50,7 @@ class Window:
             normalise: divide every patch by its length, whatever that is; a patch of zeros stays.
 
         Raises:
-            ValueError: images of another shape or dtype, or smaller than the window.
+            ValueError: images of another shape or dtype, smaller than the window, or not finite.
         """
         checks.plain("images", images)
         if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
@@ -59,6 +59,8 @@ class Window:
             )
         for side in images.shape[2:]:
             self.positions(side)
+        if not checks.finite(images):
+            raise ValueError("images must be finite, but hold NaN or infinity")
         found = unfold(images, self.size, padding=self.padding, stride=self.stride).mT.contiguous()
         if normalise:
             for start in range(0, len(found), _IMAGES):

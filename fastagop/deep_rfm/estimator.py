@@ -137,7 +137,7 @@ class _DeepRFM(_Layers, KernelEstimator):
             points = self._train(training, start, reported)
         self._centers, solved = training.readout(points, self._layers[-1].record.solution)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        warn_about(self.solution_, reported, _POINTS)
+        warn_about(self.solution_, reported, _POINTS, which="of the readout")
         return self._publish()
 
     def _train(self, training: LayerTraining, start: _Start, reported: set) -> torch.Tensor:
@@ -149,7 +149,7 @@ class _DeepRFM(_Layers, KernelEstimator):
                 before = self._layers[-1].record.solution if self._layers else None
                 layer, made = training.layer(points, start.seeds[index], rest, before)
                 points, rest = made.points, made.rest
-                warn_about(layer.record.solution, reported, _POINTS)
+                warn_about(layer.record.solution, reported, _POINTS, which=f"of layer {index + 1}")
                 self._layers.append(layer)
                 if start.checkpoint is not None:
                     start.checkpoint.save(index, layer, made.features)

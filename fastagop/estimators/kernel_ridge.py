@@ -35,9 +35,9 @@ AGOP_SCALES = ("max", "mean", "sum")
 _ADVICE = Advice("solver", "raise memory_limit where memory is free")
 _ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _POINTS = 8
+_LEAST = torch.finfo(torch.float64).tiny / torch.finfo(torch.float64).eps  # of an AGOP with all digits of its entries
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
-_LEAST = torch.finfo(torch.float64).tiny  # of the largest entry of an AGOP: below it float64 loses digits of it
 _MODERATE = 2.0**20  # values of a kernel that is not radial, which go up to it or down to its inverse as they are
 
 
@@ -198,13 +198,13 @@ def fit_and_agop(
     if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
         planned = max(planned, _FULL * len(X) ** 2)
     del matrix  # it is given back where it has become something else
-    weights, heaviest = _of_usual_weight(rows.weights)
-    if wide := extreme or _float64_pays(kernel, X, alpha, center, weights, engine):
-        X = X.double()
+    wide = extreme or _float64_pays(kernel, X, alpha, center, rows.weights, engine)
+    X = X.double() if wide else X
+    weights, root = _of_moderate_size(rows.weights, X)
     predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
-    task = AgopTask("sum", center, limit=regression.memory_limit, weights=None if weights is None else weights.to(X))
+    task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
     M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_size(M.double(), unit, size, heaviest)
+    M = _of_units(M.double(), size / unit * root, "y" if weights is None else "y or sample_weight")
     mark("agop")
     return solved, M, planned
 
@@ -314,27 +314,28 @@ def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center:
     return lost > _ROUNDING * _ROUNDING * total
 
 
-def _of_usual_weight(weights: torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
-    """(weights over a power of two, that power), so that float32 holds the largest; float32 has no 1e-60 and 1e40."""
-    if weights is None or not len(weights):
-        return weights, 1.0
-    unit = math.ldexp(1.0, math.frexp(float(weights.max()))[1] - 1)
-    return weights / unit, unit
+def _of_moderate_size(weights: torch.Tensor | None, X: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """(weights / unit^2 like X, unit), the unit a power of two: 1 but for weights that float32 may not hold."""
+    if weights is None:
+        return None, 1.0
+    unit = scale_targets(weights)[1]
+    root = math.ldexp(1.0, (math.frexp(unit)[1] - 1) // 2)
+    return (weights / root / root).to(X), root
 
 
-def _of_size(M: torch.Tensor, unit: float, size: float, weight: float) -> torch.Tensor:
-    """The AGOP of points, coefficients and weights that many times as large."""
-    before = checks.largest(M)
-    M = M.div_(unit).mul_(size).mul_(weight).div_(unit).mul_(size)
+def _of_units(M: torch.Tensor, size: float, blamed: str) -> torch.Tensor:
+    """The AGOP of gradients that many times as large, in place."""
+    some = bool(M.any())
+    M = M.mul_(size).mul_(size)
     if not checks.finite(M):
         raise ValueError(
-            "y is so large that the AGOP of its predictor leaves float64; divide y, or sample_weight, by a constant, "
-            "or multiply X by one"
+            f"{blamed} is so large that the AGOP of its predictor leaves float64; divide {blamed}, or multiply X, by a "
+            "constant"
         )
-    if before >= _LEAST > checks.largest(M):
+    if some and checks.largest(M) < _LEAST:
         raise ValueError(
-            "y is so small that the AGOP of its predictor leaves float64; multiply y, or sample_weight, by a constant, "
-            "or divide X by one"
+            f"{blamed} is so small, or X so large, that float64 does not hold the AGOP of its predictor; multiply "
+            f"{blamed}, or divide X, by a constant"
         )
     return M
 

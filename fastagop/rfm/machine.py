@@ -139,7 +139,7 @@ class RecursiveFeatureMachine(KernelEstimator):
             self._centers, solved = points.solve(self._metric, regression, engine)
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
-        warn_about(self.solution_, reported)
+        warn_about(self.solution_, reported, which="after the last iteration")
         return self
 
     def _owned(self, data: Training, X) -> Training:
@@ -155,7 +155,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         with Progress("RFM", "iteration", rules.iterations, quiet=shared_fits.quiet(self)) as progress:
 
             def after(index: int, record: IterationRecord, metric: Metric) -> None:
-                warn_about(record.solution, reported)
+                warn_about(record.solution, reported, which=f"of iteration {index + 1}")
                 if self.callbacks:
                     M = metric.matrix(points.X.shape[1], self.diagonal, points.X, points.X.dtype)
                     for callback in self.callbacks:

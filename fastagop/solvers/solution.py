@@ -101,11 +101,11 @@ class Solved:
         return Solved(replace(self.solution, alpha=self.solution.alpha.to(device)), self.alpha.to(device))
 
 
-def warn_about(solution: Solution, warned: set[str] | None = None, points: str = "") -> None:
+def warn_about(solution: Solution, warned: set[str] | None = None, points: str = "", *, which: str = "") -> None:
     """Warn once about what was altered, or about a residual larger than the dtype promises.
 
     ``warned``: kinds of what a fit of many solves has warned about already; what is true of the whole fit is not
-    repeated. ``points``: what made points of the rows given, in words.
+    repeated. ``points``: what made points of the rows given, in words. ``which``: solve of a fit this was.
     """
     altered, wrong, warned = _altered(solution), _problem(solution, points), set() if warned is None else warned
     texts = []
@@ -121,7 +121,7 @@ def warn_about(solution: Solution, warned: set[str] | None = None, points: str =
     texts += [text for kind, text in wrong.items() if kind not in warned]
     warned.update(wrong)
     if texts:
-        warn(f"solve: {'. '.join(texts)}")
+        warn(f"solve{which and f' {which}'}: {'. '.join(texts)}")
 
 
 def _altered(solution: Solution) -> list[str]:
