@@ -240,7 +240,11 @@ def _named(name: Hashable):
             yield
     except (ValueError, TypeError, MemoryError) as error:
         raise restated(error, f"layer {name!r}: {error}") from error
-    for message, category in dict.fromkeys((str(warning.message), warning.category) for warning in caught):
+    found: dict[tuple, str] = {}
+    for warning in caught:  # Of fits that warn of the same, one speaks, whichever of their solves it was.
+        message = str(warning.message)
+        found.setdefault((message.partition(": ")[2] or message, warning.category), message)
+    for (_, category), message in found.items():
         warnings.warn(f"layer {name!r}: {message}", category, stacklevel=5)
 
 
