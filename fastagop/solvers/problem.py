@@ -117,7 +117,8 @@ class Problem:
 
     def needed_bytes(self, dtype: torch.dtype) -> int:
         """What a Cholesky factorisation in a dtype takes."""
-        return needed_bytes(*self.X.shape, dtype, self.outputs)
+        n, d = self.X.shape
+        return needed_bytes(n, d, dtype, self.outputs)
 
     def of_first(self, rows: int) -> Problem:
         """The problem of so many of the points, for what it would take."""
