@@ -70,10 +70,10 @@ def solve(
         return None
     alpha = wide.to(out)
     left = torch.mm(alpha.double().T, A).T.sub_(y)  # A is symmetric: its rows are read once
-    seconds = time.perf_counter() - start
+    seconds, residual = time.perf_counter() - start, relative(left, y)
     found = Solution(
         alpha=alpha,
-        residual=relative(left, y),
+        residual=residual,
         ridge=ridge,
         jitter=0.0,
         method="cholesky",
@@ -82,6 +82,6 @@ def solve(
         rank=n,
         seconds=seconds,
         residual_rows=n,
-        column_residual=worst_column(left, y),
+        column_residual=residual if y.shape[1] == 1 else worst_column(left, y),
     )
     return SmallSolve(Solved(found, alpha), x, sq, A)

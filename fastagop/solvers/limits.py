@@ -32,9 +32,12 @@ def relative(R: torch.Tensor, Y: torch.Tensor) -> float:
 
 def worst_column(R: torch.Tensor, Y: torch.Tensor) -> float:
     """The largest ||R_c|| / ||Y_c|| of a column that is not zero; R may be of a sample of the rows."""
+    grow = (len(Y) / max(1, len(R))) ** 0.5
+    if Y.shape[1] == 1:
+        return grow * relative(R, Y)
     size = torch.linalg.vector_norm(Y, dim=0)
     share = torch.linalg.vector_norm(R, dim=0) / torch.where(size > 0, size, math.inf)
-    return float(share.max()) * (len(Y) / max(1, len(R))) ** 0.5 if share.numel() else 0.0
+    return grow * float(share.max()) if share.numel() else 0.0
 
 
 def zero_and_one(eps: float) -> tuple[float, float]:

@@ -115,12 +115,8 @@ def warn_about(
     repeated. ``points``: what made points of the rows given, in words. ``which``: solve of a fit this was.
     ``columns``: whether a single column of targets counts; a fit's may be rounding errors of nothing.
     """
-    altered, wrong, warned = (
-        _altered(solution, columns),
-        _problem(solution, points),
-        set() if warned is None else warned,
-    )
-    texts = []
+    altered, wrong = _altered(solution, columns), _problem(solution, points)
+    warned, texts = set() if warned is None else warned, []
     if altered:
         texts.append(f"{' and '.join(altered)}; {_remedy(solution)}")
     texts += [text for kind, text in wrong.items() if kind not in warned]
