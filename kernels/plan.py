@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
-import numpy as np
 import torch
 
-from .memory import host_bytes
+from .memory.free import host_bytes
 
 T = TypeVar("T")
 
@@ -100,30 +99,6 @@ def _share(device: torch.device) -> float:
     """What of a GPU's memory torch may take: as ``torch.cuda.set_per_process_memory_fraction`` says, else all."""
     asked = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # the first versions cannot tell
     return asked(device) if asked is not None and torch.cuda.is_initialized() else 1.0
-
-
-WIDE = 16  # items: pointers and strides that are multiples of it are aligned for every load of a GPU kernel
-_PAGES = 2**22  # bytes from which NumPy asks the system for huge pages
-
-
-def empty_matrix(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised matrix for work within a call, on a tensor's device.
-
-    On the CPU a large one is NumPy's, which asks for huge pages: the system hands those out hundreds of times faster
-    than small ones, and products read them faster. Elsewhere its rows lie as far apart as ``wide_rows`` says.
-    """
-    dtype = dtype or like.dtype
-    if like.device.type != "cpu":
-        return wide_rows(rows, columns, like, dtype)
-    if rows * columns * dtype.itemsize < _PAGES:
-        return like.new_empty(rows, columns, dtype=dtype)
-    return torch.from_numpy(np.empty((rows, columns), {torch.float32: np.float32, torch.float64: np.float64}[dtype]))
-
-
-def wide_rows(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised matrix with rows a multiple of 16 items apart, so that GPU kernels load 16 bytes at once."""
-    apart = -(-columns // WIDE) * WIDE
-    return like.new_empty(rows, apart, dtype=dtype or like.dtype)[:, :columns]
 
 
 def budget(limit: float | None, device: torch.device) -> int:

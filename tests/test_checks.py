@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import checks, memory
+from fastagop.kernels import checks
+from fastagop.kernels.memory import free
 from fastagop.kernels.radial import Radial
 
 import fastagop
@@ -338,8 +339,8 @@ def test_coefficients_beyond_their_dtype(normal):
 
 def test_control_groups(tmp_path, monkeypatch):
     """The tightest limit on the way up counts, without the file pages that the system can drop; both versions."""
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(memory, "_MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(free, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(free, "_MOUNT", tmp_path / "mount")
 
     def group(path, **files):
         folder = tmp_path / "mount" / path
@@ -347,19 +348,19 @@ def test_control_groups(tmp_path, monkeypatch):
         for name, text in files.items():
             (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
-    assert memory.group_bytes() == math.inf  # no such file: no Linux
+    assert free.group_bytes() == math.inf  # no such file: no Linux
     (tmp_path / "groups").write_text("0::/job/step\n3:cpuset:/\n")
-    assert memory.group_bytes() == math.inf  # not mounted
+    assert free.group_bytes() == math.inf  # not mounted
     group("job", memory__max=1000, memory__current=700, memory__stat="anon 1\ninactive_file 50")
     group("job/step", memory__max="max", memory__current=600, memory__stat="inactive_file 0")
-    assert memory.group_bytes() == 350
+    assert free.group_bytes() == 350
     group("job/step", memory__max=640)
-    assert memory.group_bytes() == 40
+    assert free.group_bytes() == 40
     (tmp_path / "groups").write_text("4:memory,cpu:/docker/not_mounted\n")
     held = {"memory__usage_in_bytes": 90, "memory__stat": "inactive_file 1\ntotal_inactive_file 20"}
     group("memory", memory__limit_in_bytes=100, **held)
-    assert memory.group_bytes() == 30
-    assert memory.host_bytes() == 30
+    assert free.group_bytes() == 30
+    assert free.host_bytes() == 30
 
 
 @pytest.mark.parametrize("bandwidth", ["2", True, b"2"])

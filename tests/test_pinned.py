@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastagop.kernels import memory
+from fastagop.kernels.memory import free
 
 from fastagop.solvers import pinned
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks, shapes_of
@@ -87,13 +87,13 @@ def test_nothing_is_returned_before_cuda_is_used(cache, monkeypatch):
 
 def test_memory_that_was_returned_is_seen_at_once(cache, monkeypatch):
     """A reading of the host's memory is good for a while otherwise."""
-    free = iter([3, 5])
-    monkeypatch.setattr(memory, "_free_bytes", lambda: next(free))
-    memory.forget()
-    assert [memory.host_bytes(), memory.host_bytes()] == [3, 3]
+    readings = iter([3, 5])
+    monkeypatch.setattr(free, "_free_bytes", lambda: next(readings))
+    free.forget()
+    assert [free.host_bytes(), free.host_bytes()] == [3, 3]
     pinned.give_back(torch.device("cuda"))
-    assert memory.host_bytes() == 5
-    memory.forget()
+    assert free.host_bytes() == 5
+    free.forget()
 
 
 @pytest.mark.parametrize(

@@ -88,23 +88,6 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch):
     assert plan.available_bytes(torch.device("cpu")) == 7
 
 
-@pytest.mark.parametrize("rows", [3, 3000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_empty_matrix_has_the_dtype_asked_for(rows, dtype):
-    like = torch.zeros(1, dtype=dtype)
-    assert plan.empty_matrix(rows, 1500, like).dtype == dtype
-    wide = plan.empty_matrix(rows, 1500, like, torch.float64)
-    assert (wide.dtype, wide.shape, wide.device) == (torch.float64, (rows, 1500), like.device)
-
-
-@pytest.mark.parametrize(("columns", "apart"), [(1, 16), (16, 16), (37, 48)])
-def test_rows_of_work_on_a_gpu_are_aligned(columns, apart):
-    like = torch.empty(0, device="meta")
-    for made in (plan.empty_matrix(3, columns, like), plan.wide_rows(3, columns, like)):
-        assert made.shape == (3, columns)
-        assert made.stride() == (apart, 1)
-
-
 def test_how_a_plan_reads():
     made = Plan("agop", "torch", "gram", "why so", "float32, highest", 1.5e9, 2_500_000, 128)
     text = [

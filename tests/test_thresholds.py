@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from fastagop.kernels import memory
 from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.memory import free
 from fastagop.kernels.operations import prepared
 from fastagop.kernels.precision import _by_backend, _switched
 from fastagop.kernels.scaling import scale_points
@@ -106,15 +106,15 @@ def test_the_diagonal_counts_copies_of_points_and_coefficients(normal):
 
 
 def test_memory_of_a_system_that_does_not_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_FREE", tmp_path / "meminfo")
+    monkeypatch.setattr(free, "_FREE", tmp_path / "meminfo")
     monkeypatch.setattr("os.sysconf", lambda name: -1 if "PAGES" in name else 4096)
-    assert memory._free_bytes() == memory._UNKNOWN
+    assert free._free_bytes() == free._UNKNOWN
 
     def refuses(name):
         raise ValueError(name)
 
     monkeypatch.setattr("os.sysconf", refuses)
-    assert memory._free_bytes() == memory._UNKNOWN
+    assert free._free_bytes() == free._UNKNOWN
 
 
 def test_two_rows_may_be_copies():
@@ -183,17 +183,17 @@ def test_estimators_take_the_solvers_of_the_table():
 
 def test_free_memory_is_what_the_system_calls_available(monkeypatch, tmp_path):
     """In units of 1024 bytes; paths of control groups may hold colons."""
-    monkeypatch.setattr(memory, "_FREE", tmp_path / "meminfo")
+    monkeypatch.setattr(free, "_FREE", tmp_path / "meminfo")
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:     300 kB\n")
-    assert memory._free_bytes() == 300 * 1024
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(memory, "_MOUNT", tmp_path / "mount")
+    assert free._free_bytes() == 300 * 1024
+    monkeypatch.setattr(free, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(free, "_MOUNT", tmp_path / "mount")
     (tmp_path / "groups").write_text("0::/job:7\n")
     (tmp_path / "mount" / "job:7").mkdir(parents=True)
     for name, text in (("memory.max", "500"), ("memory.current", "200"), ("memory.stat", "inactive_file 5")):
         (tmp_path / "mount" / "job:7" / name).write_text(text)
-    assert memory.group_bytes() == 305
-    assert memory.host_bytes() == 305
+    assert free.group_bytes() == 305
+    assert free.host_bytes() == 305
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastagop.kernels.memory import host_bytes
+from fastagop.kernels.memory.free import host_bytes
 
 _KINDS = "biufcUSmM"  # Plain numbers, dates and text need no unpickling.
 _DEFLATED = 1100  # One compressed byte stands for at most so many; deflate reaches 1032.

@@ -28,6 +28,7 @@ from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autoca
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Seed, Self
 from fastagop.kernels import checks
+from fastagop.kernels.memory.matrices import kept_matrices
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.solvers import copies, row_order
@@ -140,6 +141,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         warn_about(self.solution_, reported, _POINTS, which="of the readout")
         return self._publish()
 
+    @kept_matrices()
     def _train(self, training: LayerTraining, start: _Start, reported: set) -> torch.Tensor:
         """Add the layers that are missing to those there are; returns the points that enter the readout."""
         rows, depth, done = training.rows, training.settings.depth, len(start.layers)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from fastagop.kernels.memory import host_bytes
+from fastagop.kernels.memory.free import host_bytes
 
 LONGEST_TEXT = 2**25  # A description has at most this many bytes; labels and feature names are its longest parts.
 _DTYPES = {

@@ -23,7 +23,8 @@ from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_ridge import mirrored
 from fastagop.estimators.mixed_fit import SQUARABLE
 from fastagop.kernels.checks import largest
-from fastagop.kernels.plan import budget, computed_once, empty_matrix
+from fastagop.kernels.memory.matrices import empty_matrix
+from fastagop.kernels.plan import budget, computed_once
 from fastagop.kernels.profile import Kernel, Profile, median_factor
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend.products import differences_product, outer_products

@@ -13,6 +13,7 @@ from fastagop.distributed.engine import Local
 from fastagop.estimators import kernel_ridge
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.kernels import backends
+from fastagop.kernels.memory.matrices import kept_matrices
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
 from fastagop.solvers import copies, row_order
@@ -163,6 +164,7 @@ class Learner:
         self.score, self.after = score, after
         self._start = time.perf_counter()
 
+    @kept_matrices()
     def run(self) -> Learnt:
         """All iterations, or as many as the rules allow."""
         points, rules, engine = self.points, self.rules, self.engine

@@ -14,7 +14,8 @@ from fastagop import linalg
 from fastagop.kernels import checks
 from fastagop.kernels.checks import largest
 from fastagop.kernels.kernel_operator import KernelOperator
-from fastagop.kernels.plan import Plan, block_rows, empty_matrix, format_bytes
+from fastagop.kernels.memory.matrices import empty_matrix
+from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastagop.kernels.gemm import rows_of, times_few
-from fastagop.kernels.plan import Plan, empty_matrix
+from fastagop.kernels.memory.matrices import empty_matrix
+from fastagop.kernels.plan import Plan
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from fastagop.solvers import cg, direct, float64_small
@@ -56,11 +57,14 @@ class Matrices:
             squared_distances(x[start:stop], x[start:], of_x[start:stop], of_x[start:], sq, 0, NEAR_OF_ROUNDED)
             upper = sq[:, : stop - start].triu()  # its diagonal is zero
             torch.add(upper, upper.T, out=sq[:, : stop - start])  # symmetric to the bit, as all that is made of it
-            block = sq.float() if weights else None
+            if W is not None:
+                W[start:stop, start:] = sq
             rounded.copy_(kernel.value_(sq))
-            if W is not None and block is not None:
-                block = kernel.weight_beside_(block, rounded)
-                W[start:stop, start:] = block
+            if W is not None:
+                block = W[start:stop, start:]
+                made = kernel.weight_beside_(block, rounded)
+                if made is not block:
+                    block.copy_(made)
                 W[stop:, start:stop] = block[:, stop - start :].T
         return cls(K, A, W)
 

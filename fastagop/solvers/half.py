@@ -18,7 +18,7 @@ import torch
 
 from fastagop.kernels import calibration
 from fastagop.kernels.gemm import LIBRARY, PanelProducts
-from fastagop.kernels.memory import host_bytes
+from fastagop.kernels.memory.free import host_bytes
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.torch_backend.distance import near_chunk, tile_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE

@@ -16,8 +16,9 @@ from fastagop import linalg
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.families.composition import Multiple
 from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.memory.matrices import empty_matrix
 from fastagop.kernels.pair_backend.composite import diagonal_of
-from fastagop.kernels.plan import Plan, empty_matrix
+from fastagop.kernels.plan import Plan
 from fastagop.kernels.profile import Kernel
 from fastagop.solvers import cg, direct
 from fastagop.solvers.found import Found, RowsAndResidual

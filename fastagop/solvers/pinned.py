@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastagop.kernels import memory
+from fastagop.kernels.memory import free
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -48,7 +48,7 @@ def give_back(device: torch.device) -> None:
     if empty is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize(device)
         empty()
-        memory.forget()
+        free.forget()
 
 
 def _power(size: int) -> int:

@@ -21,7 +21,8 @@ import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
-from fastagop.kernels.plan import empty_matrix, format_bytes
+from fastagop.kernels.memory.matrices import empty_matrix
+from fastagop.kernels.plan import format_bytes
 from fastagop.solvers import pinned
 from fastagop.solvers.staging import Staging
 

@@ -21,7 +21,8 @@ import torch
 from ..calibration import rate
 from ..checks import largest, readable
 from ..gemm import add_squares_, random_signs, symmetrise_
-from ..plan import ROWS, AgopTask, Plan, budget, empty_matrix, on_gpu
+from ..memory.matrices import empty_matrix
+from ..plan import ROWS, AgopTask, Plan, budget, on_gpu
 from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from ..memory.matrices import WIDE, wide_rows
 from ..pair_backend.blocks import checked
-from ..plan import WIDE, AgopTask, Plan, wide_rows
+from ..plan import AgopTask, Plan
 from ..profile import Kernel, Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..memory.matrices import wide_rows
 from ..pair_backend.blocks import checked, sum_of_squares
-from ..plan import wide_rows
 from ..scaling import Points
 from .l1_gradient import _l1_gradient_kernel
 from .launch import DevicePoints, _current, _grid, _rows, fill, output_gradients, products_of

@@ -1,0 +1,1 @@
+"""Memory: what of it is free, and matrices for work."""
