@@ -238,10 +238,30 @@ def test_the_least_memory_of_conjugate_gradients(rank, dtype):
     assert (plan.block, made.options.rank) == (1, settled)
     with pytest.raises(MemoryError) as error:
         cg.plan(dataclasses.replace(asked, room=least - 1), "why")
-    largest = int((least - 1) / ((vectors + settled * column + row) / N))
     assert str(error.value).startswith(f"solve with n = 300 needs {format_bytes(least)} even without a kernel matrix ")
     assert f"preconditioner of rank {settled}), but {format_bytes(least - 1)} may be used" in str(error.value)
-    assert f"; n up to about {largest} fits. Use fewer points, a smaller rank in method=" in str(error.value)
+    assert ". Use fewer points, a smaller rank in method=fastagop.ConjugateGradients(rank=...), or " in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 50}, {"rank": 400}, {"store": True}, {"store": True, "rank": 9}])
+def test_as_many_points_as_fit_are_named(options):
+    """The preconditioner grows with the square of its rank, half of a matrix with that of the points."""
+    asked = problem(options=ConjugateGradients(**options))
+    for rows in (40, 200):
+        room = cg.least_bytes(asked.of_first(rows))
+        with pytest.raises(MemoryError) as error:
+            cg.plan(dataclasses.replace(asked, room=room), "why")
+        assert f" may be used; n up to about {rows} fits. " in str(error.value)
+        cg.plan(dataclasses.replace(asked.of_first(rows), room=room), "why")
+        with pytest.raises(MemoryError):
+            cg.plan(dataclasses.replace(asked.of_first(rows + 1), room=room), "why")
+
+
+def test_a_matrix_that_was_asked_for_is_named_where_it_does_not_fit():
+    asked = problem(options=ConjugateGradients(store=True), room=10**5)
+    with pytest.raises(MemoryError, match=r"needs .* with half of a kernel matrix stored \(method 'cg'") as error:
+        cg.plan(asked, "why")
+    assert " store=False in method=fastagop.ConjugateGradients(store=False), or " in str(error.value)
 
 
 @pytest.mark.parametrize("column_count", [0, 1, 5, 17])

@@ -75,11 +75,11 @@ def plan(problem: Problem, reason: str) -> tuple[Plan, Problem]:
         rank = max(0, min(rank, (room - fixed - max(draw + row, 64 * row)) // max(1, each)))
     needed = fixed + rank * each + (draw if rank else 0)
     if needed + row > room:
-        largest = int(room / ((fixed + rank * each + row) / n))
+        matrix = "with half of a kernel matrix stored" if options.store else "even without a kernel matrix"
         raise MemoryError(
-            f"solve with n = {n} needs {format_bytes(needed + row)} even without a kernel matrix (method 'cg', "
-            f"preconditioner of rank {rank}), but {format_bytes(room)} may be used; n up to about {largest} fits. "
-            f"{problem.advice.iterative()}"
+            f"solve with n = {n} needs {format_bytes(needed + row)} {matrix} (method 'cg', preconditioner of rank "
+            f"{rank}), but {format_bytes(room)} may be used; n up to about {problem.most_points(least_bytes)} fits. "
+            f"{problem.advice.iterative(options.store)}"
         )
     rows = block_rows(row, needed, room, n, "solve")
     step = 1.0 * n * n * (2 * K if options.store else d + 2 * K)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,10 +34,11 @@ class Advice:
         """The remedy where no n x n matrix fits."""
         return f"Use fewer points, {self.method}='cg', or {self.limit}"
 
-    def iterative(self) -> str:
-        """The remedy where not even the vectors of "cg" fit."""
-        smaller = f"a smaller rank in {self.method}=fastagop.ConjugateGradients(rank=...)"
-        return f"Use fewer points, {smaller}, or {self.limit}"
+    def iterative(self, stored: bool = False) -> str:
+        """The remedy where not even the vectors of "cg" fit, or half of a matrix that it was told to store."""
+        change = "store=False" if stored else "a smaller rank"
+        asked = "store=False" if stored else "rank=..."
+        return f"Use fewer points, {change} in {self.method}=fastagop.ConjugateGradients({asked}), or {self.limit}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class Problem:
         operator = copy.copy(self.operator)
         operator.X = operator.Z = self.X[:rows]
         return replace(self, operator=operator)
+
+    def most_points(self, memory: Callable[[Problem], int]) -> int:
+        """Of how many of the points a problem fits, by what it takes; 0 where not even one does."""
+        numbers = range(1, len(self.X))
+        return bisect.bisect_right(numbers, self.room, key=lambda rows: memory(self.of_first(rows)))
 
     @property
     def blocks_alive(self) -> int:

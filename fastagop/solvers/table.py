@@ -5,7 +5,6 @@ A solver is added as a row: ``reason`` says when it is the one to take, ``plan``
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -122,11 +121,10 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
 
 def _too_large(problem: Problem, dtype: torch.dtype, memory: Callable[[Problem], int]) -> MemoryError:
     n = len(problem.X)
-    largest = bisect.bisect_right(range(1, n), problem.room, key=lambda rows: memory(problem.of_first(rows)))
     return MemoryError(
         f"solve with n = {n} needs {format_bytes(memory(problem))} ({dtype} matrix of "
         f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(problem.room)} may be used; "
-        f"n up to about {largest} fits. {problem.advice.direct()}"
+        f"n up to about {problem.most_points(memory)} fits. {problem.advice.direct()}"
     )
 
 
