@@ -199,3 +199,21 @@ REFUSED = {
 def test_refuses(message, call):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_refuses_to_draw_on_what_is_not_axes():
+    several = Figure().subplots(2)
+    for call in (plots.spectrum, plots.diagonal):
+        with pytest.raises(TypeError, match=r"ax must be matplotlib's Axes, got ndarray"):
+            call(np.ones(3), ax=several)
+    with pytest.raises(TypeError, match=r"ax must be matplotlib's Axes, got Figure"):
+        plots.collapse_curves({"input": [1.0]}, ax=Figure())
+    with pytest.raises(TypeError, match=r"ax must be matplotlib's Axes, got int"):
+        plots.curve(3, np.arange(2), np.ones(2), color="k")
+    with pytest.raises(TypeError, match=r"axes must be a sequence of matplotlib's Axes, got Axes"):
+        plots.gram_strip({1: M}, axes=several[0])
+    with pytest.raises(TypeError, match=r"each of axes must be matplotlib's Axes, got ndarray"):
+        plots.gram_strip({1: M}, axes=Figure().subplots(2, 2))
+    for call in (lambda: plots.gram_strip({1: M}, figure=several[0]), lambda: plots.eigenvectors(M, (2, 2), figure=1)):
+        with pytest.raises(TypeError, match="figure must be a matplotlib Figure or SubFigure, got"):
+            call()

@@ -28,6 +28,7 @@ from fastagop.solvers.solution import Solution
 from fastagop.solvers.table import OPTIONS
 
 FORMAT = "2"
+_KINDS = "biufUSmMO"  # of NumPy's dtypes, of arrays that files hold
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Reading or using the contents of a file that fastagop did not write raises one of these.
 MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError)
@@ -163,6 +164,10 @@ def pack_value(value):
     if isinstance(value, Kernel):
         return {"kernel": pack_kernel(value)}
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in _KINDS or (value.dtype.kind == "f" and value.dtype.itemsize > 8):
+            raise TypeError(
+                f"labels and parameters of dtype {value.dtype} cannot be saved; give them as float64 or int64"
+            )
         plain = value.view(np.int64) if value.dtype.kind in "mM" else value  # Dates have no JSON.
         return {"array": plain.tolist(), "dtype": "O" if value.dtype == object else value.dtype.str}
     if isinstance(value, np.generic):
@@ -197,7 +202,7 @@ def unpack_value(value):
 def _unpack_array(entries: list, name: str) -> np.ndarray:
     """An array from its entries; a dtype that takes far more room than they do is refused before it takes any."""
     dtype = np.dtype(name)
-    if dtype.kind not in "biufUSmMO" or not isinstance(entries, list):
+    if dtype.kind not in _KINDS or not isinstance(entries, list):
         raise ValueError(f"an array of dtype {name!r} is none that fastagop writes")
     if len(entries) * dtype.itemsize > 2**20 + 256 * len(json.dumps(entries)):
         raise ValueError(f"an array of dtype {name!r} would take {len(entries) * dtype.itemsize} bytes")
