@@ -247,6 +247,30 @@ def test_iterations_try_a_float32_factor_until_one_gives_way(problem, monkeypatc
     assert model.solution_.fallback == f"as before, {model.iterations_[0].solution.fallback}"
 
 
+@pytest.mark.usefixtures("large")
+def test_a_fit_begins_with_jitter_once_a_solve_has_needed_it(problem, monkeypatch):
+    X, Y = problem()
+    tried, factor = [], half.SymmetricBlocks.cholesky_
+
+    def noted(blocks, diagonal, *args):
+        tried[-1].append(float(diagonal) - 1.0)
+        return factor(blocks, diagonal, *args)
+
+    monkeypatch.setattr(half.SymmetricBlocks, "cholesky_", noted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tried.append([])
+        model = fastagop.DeepRFMRegressor(
+            Gaussian(30.0), depth=2, width=16, ridge=0.0, random_state=0, callbacks=[lambda event: tried.append([])]
+        ).fit(X, Y)
+    solutions = [layer.solution for layer in model.layers_] + [model.solution_]
+    assert tried[0][0] == 0.0
+    assert all(solution.jitter > 0 for solution in solutions)
+    for values, solution in zip(tried[1:], solutions[1:], strict=True):
+        assert 0.0 < values[0] <= values[-1] == pytest.approx(solution.jitter)
+    assert tried[1][0] == pytest.approx(tried[0][1], rel=0.5)  # the rounding of a row sum
+
+
 def test_a_fit_of_some_thousand_points_tries_a_float32_factor_until_one_gives_way(problem, monkeypatch):
     X, Y = problem(n=700)
     tried, factor = [], full_refined.factor_

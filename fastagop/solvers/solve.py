@@ -38,6 +38,7 @@ class SolveOptions:
         advice: for errors of memory.
         shared: who holds half of a matrix together.
         gave_way: why a float32 factor gave way earlier in a fit, so that "auto" tries none; "" where none did.
+        needed_jitter: whether a solve earlier in a fit did, so that a float64 factor in place begins with the least.
     """
 
     ridge: float = 0.0
@@ -49,6 +50,7 @@ class SolveOptions:
     advice: Advice = ADVICE
     shared: Shared | None = None
     gave_way: str = ""
+    needed_jitter: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
             half=half,
             shared=options.shared,
             gave_way=options.gave_way if method == "auto" else "",
+            needed_jitter=options.needed_jitter,
         )
 
     pairs.refuse(kernel, method, iteration)
