@@ -248,7 +248,7 @@ def test_iterations_try_a_float32_factor_until_one_gives_way(problem, monkeypatc
 
 
 @pytest.mark.usefixtures("large")
-def test_a_fit_begins_with_jitter_once_a_solve_has_needed_it(problem, monkeypatch):
+def test_a_fit_begins_with_the_jitter_that_the_solve_before_needed(problem, monkeypatch):
     X, Y = problem()
     tried, factor = [], half.SymmetricBlocks.cholesky_
 
@@ -266,9 +266,9 @@ def test_a_fit_begins_with_jitter_once_a_solve_has_needed_it(problem, monkeypatc
     solutions = [layer.solution for layer in model.layers_] + [model.solution_]
     assert tried[0][0] == 0.0
     assert all(solution.jitter > 0 for solution in solutions)
-    for values, solution in zip(tried[1:], solutions[1:], strict=True):
-        assert 0.0 < values[0] <= values[-1] == pytest.approx(solution.jitter)
-    assert tried[1][0] == pytest.approx(tried[0][1], rel=0.5)  # the rounding of a row sum
+    for values, solution, before in zip(tried[1:], solutions[1:], solutions, strict=False):
+        assert values[0] == pytest.approx(before.jitter)
+        assert values[-1] == pytest.approx(solution.jitter)
 
 
 def test_a_fit_of_some_thousand_points_tries_a_float32_factor_until_one_gives_way(problem, monkeypatch):

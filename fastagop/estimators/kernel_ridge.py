@@ -56,14 +56,14 @@ class KernelRidge:
     solver: Method = "auto"
     memory_limit: float | None = None
     gave_way: str = ""
-    needed_jitter: bool = False
+    least_jitter: float = 0.0
 
     def after(self, solution: Solution | None) -> KernelRidge:
         """The same for the next solve of a fit: what the one before has tried in vain is not tried again."""
         if solution is None:
             return self
         gave_way = as_before(solution.fallback) if solution.fallback else self.gave_way
-        return replace(self, gave_way=gave_way, needed_jitter=self.needed_jitter or solution.jitter > 0)
+        return replace(self, gave_way=gave_way, least_jitter=solution.jitter)
 
     @property
     def options(self) -> SolveOptions:
@@ -77,7 +77,7 @@ class KernelRidge:
             float64_alpha=True,
             advice=_ADVICE,
             gave_way=self.gave_way,
-            needed_jitter=self.needed_jitter,
+            least_jitter=self.least_jitter,
         )
 
 

@@ -256,7 +256,7 @@ def in_place(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dt
 
 def _in_place(problem: Problem, K: SymmetricBlocks, fill, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
     system = _system(problem, HalfMatrix(K, fill, products_of(problem)), ridge, out)
-    found = direct.cholesky(system, Y, jittered=problem.needed_jitter)
+    found = direct.cholesky(system, Y, least=problem.least_jitter)
     assert found is not None
     return found
 

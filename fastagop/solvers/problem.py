@@ -64,7 +64,7 @@ class Problem:
         half: where half of a matrix is stored, and how exactly its factor is refined.
         shared: the processes that share half of a matrix; None where this one works alone.
         gave_way: why no float32 factor is tried; "" where one may be.
-        needed_jitter: whether a similar problem needed jitter, so that a factor without is expected to be in vain.
+        least_jitter: what a similar problem needed, so that a factor with less is expected to be in vain.
     """
 
     operator: KernelOperator
@@ -77,7 +77,7 @@ class Problem:
     half: CholeskyCG = HALF
     shared: Shared | None = None
     gave_way: str = ""
-    needed_jitter: bool = False
+    least_jitter: float = 0.0
 
     @property
     def ranks(self) -> int:

@@ -38,7 +38,7 @@ class SolveOptions:
         advice: for errors of memory.
         shared: who holds half of a matrix together.
         gave_way: why a float32 factor gave way earlier in a fit, so that "auto" tries none; "" where none did.
-        needed_jitter: whether a solve earlier in a fit did, so that a float64 factor in place begins with the least.
+        least_jitter: what the solve before in a fit needed, with which a float64 factor in place begins.
     """
 
     ridge: float = 0.0
@@ -50,7 +50,7 @@ class SolveOptions:
     advice: Advice = ADVICE
     shared: Shared | None = None
     gave_way: str = ""
-    needed_jitter: bool = False
+    least_jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
             half=half,
             shared=options.shared,
             gave_way=options.gave_way if method == "auto" else "",
-            needed_jitter=options.needed_jitter,
+            least_jitter=options.least_jitter,
         )
 
     pairs.refuse(kernel, method, iteration)
