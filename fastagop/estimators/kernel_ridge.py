@@ -197,23 +197,27 @@ def fit_and_agop(
     weights, heaviest = _of_usual_weight(rows.weights)
     task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
     wide = extreme or _float64_pays(kernel, X, alpha, center, weights, engine)
-    M = None
-    if wide and not (extreme or diagonal) and type(engine) is Local and regression.backend in ("auto", "torch"):
-        M = _beside_a_line(kernel, X, alpha, task)
+    own = wide and not (extreme or diagonal) and type(engine) is Local and regression.backend in ("auto", "torch")
+    M = _beside_a_line(kernel, X, alpha, task) if own else None
     if M is None:
         K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
         if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
             planned = max(planned, _FULL * len(X) ** 2)
         del matrix  # it is given back where it has become something else
-        x, backend = (X.double(), "auto") if wide else (X, regression.backend)
-        if wide:
-            log.info("agop: float32 coefficients would cost more than %.0e of the gradients: float64", rounding.LIMIT)
-        predictor = Predictor(kernel, x, alpha, regression.precision, backend)
-        task = replace(task, weights=None if weights is None else weights.to(x))
+        predictor = _predictor(kernel, X, alpha, regression, wide)
+        task = replace(task, weights=None if weights is None else weights.to(predictor.X))
         M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
     M = _of_size(M.double(), unit, size, heaviest)
     mark("agop")
     return solved, M, planned
+
+
+def _predictor(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, regression: KernelRidge, wide: bool) -> Predictor:
+    """The predictor whose AGOP is taken: of float64 points, by whoever serves them, where that is due."""
+    if not wide:
+        return Predictor(kernel, X, alpha, regression.precision, regression.backend)
+    log.info("agop: float32 coefficients would cost more than %.0e of the gradients: float64", rounding.LIMIT)
+    return Predictor(kernel, X.double(), alpha, regression.precision, "auto")
 
 
 def _beside_a_line(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask) -> torch.Tensor | None:
