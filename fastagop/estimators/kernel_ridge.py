@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastagop.distributed.engine import LOCAL, Local, Predictor
+from fastagop.distributed.engine import LOCAL, Fit, Local, Predictor
 from fastagop.estimators import float64_fit, mixed_fit, rounding
 from fastagop.kernels import checks
 from fastagop.kernels.families.composition import Multiple
@@ -173,8 +173,8 @@ def fit_and_agop(
     """
     rows = rows or copies.alone(X)
     if mirrored(Y):
-        keywords = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
-        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **keywords)
+        how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
+        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
         return _both(solved), M.mul_(2.0), planned
     fitted = _fit_float64(X, Y, regression, engine, rows)
     if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:
@@ -183,33 +183,46 @@ def fit_and_agop(
         return fitted.solved, M, float64_fit.bytes_of(X, Y)
     if isinstance(found := _fit_mixed(X, Y, regression, engine, rows, weights=True), mixed_fit.MixedFit):
         mark("solve")
+        planned = mixed_fit.bytes_of(X, Y)
         if (M := found.agop(center, diagonal)) is not None:
             mark("agop")
-            return found.solved, M, mixed_fit.bytes_of(X, Y)
-        solved, matrix, planned = found.solved, found.K, mixed_fit.bytes_of(X, Y)
+            return found.solved, M, planned
+        solved, matrix = found.solved, found.K
         del found
     else:
         solved, matrix, planned = engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows)
         mark("solve")
+    held = [Fit(solved, matrix, planned)]
+    del matrix
+    task = AgopTask("sum", center, limit=regression.memory_limit, weights=rows.weights)
+    M, planned = _agop_after(held, X, regression, engine, task, diagonal)
+    mark("agop")
+    return solved, M, planned
+
+
+def _agop_after(
+    held: list[Fit], X: torch.Tensor, regression: KernelRidge, engine: Local, task: AgopTask, diagonal: bool
+) -> tuple[torch.Tensor, int]:
+    """(AGOP, planned bytes) of a solve, which is taken from the list: its matrix goes as soon as it is not needed."""
+    solved, matrix, planned = held.pop()
     kernel, alpha, extreme = _of_usual_size(regression.kernel, X, solved.alpha)
     alpha, size = scale_targets(alpha, mixed_fit.SQUARABLE)
     kernel, X, _, unit = scale_points(kernel, X, X)
-    weights, heaviest = _of_usual_weight(rows.weights)
-    task = AgopTask("sum", center, limit=regression.memory_limit, weights=weights)
-    wide = extreme or _float64_pays(kernel, X, alpha, center, weights, engine)
-    own = wide and not (extreme or diagonal) and type(engine) is Local and regression.backend in ("auto", "torch")
-    M = _beside_a_line(kernel, X, alpha, task) if own else None
+    weights, heaviest = _of_usual_weight(task.weights)
+    task = replace(task, weights=weights)
+    wide = extreme or _float64_pays(kernel, X, alpha, task.center, weights, engine)
+    M = None
+    if wide and not (extreme or diagonal) and type(engine) is Local and regression.backend in ("auto", "torch"):
+        M = _beside_a_line(kernel, X, alpha, task)
     if M is None:
-        K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
+        K = None if diagonal else _weights_(kernel, matrix, X, alpha.shape[1], regression.memory_limit)
         if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
             planned = max(planned, _FULL * len(X) ** 2)
         del matrix  # it is given back where it has become something else
         predictor = _predictor(kernel, X, alpha, regression, wide)
         task = replace(task, weights=None if weights is None else weights.to(predictor.X))
         M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_size(M.double(), unit, size, heaviest)
-    mark("agop")
-    return solved, M, planned
+    return _of_size(M.double(), unit, size, heaviest), planned
 
 
 def _predictor(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, regression: KernelRidge, wide: bool) -> Predictor:
