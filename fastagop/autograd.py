@@ -30,6 +30,15 @@ _ALIVE = 20  # such tensors at once, by the memory that a first derivative took
 _USUAL = 8  # Bandwidths beyond 2^-8 and 2^8 become the unit of length: every derivative divides by one more of them.
 
 
+# Of every operation, the arguments that are its rows, its other points, and what else is a tensor.
+_NAMES = {
+    "kernel_matrix": ("X", "Z"),
+    "kernel_matmul": ("X", "Z", "V"),
+    "gradients": ("Z", "X", "alpha"),
+    "agop": ("Z", "X", "alpha"),
+}
+
+
 def kernel_matrix(kernel: Profile, X: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None) -> Tensor:
     """k(X, Z), shape (n, m), differentiable in X, Z and the bandwidth; see ``fastagop.kernel_matrix``.
 
@@ -81,11 +90,16 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     checks.kernel(kernel)
     if not isinstance(kernel, Profile):
         raise TypeError(f"{name}: derivatives are known of radial kernels only, got {kernel!r}")
-    if not torch.compiler.is_compiling():
-        _check(kernel, {"X": rows, "Z": others, "V" if name == "kernel_matmul" else "alpha": more[0] if more else None})
-    width = rows.new_tensor(kernel.bandwidth) if bandwidth is None else bandwidth
-    if not isinstance(width, Tensor) or width.numel() != 1 or not width.is_floating_point():
+    width = bandwidth
+    if bandwidth is not None and not (
+        isinstance(bandwidth, Tensor) and bandwidth.numel() == 1 and bandwidth.is_floating_point()
+    ):
         raise TypeError(f"bandwidth must be a tensor of one number, floating, got {bandwidth!r}")
+    if not torch.compiler.is_compiling():
+        named = dict(zip(_NAMES[name], (rows, others, *more), strict=True))
+        _check(kernel, {**named, "bandwidth": bandwidth})
+    if width is None:
+        width = rows.new_tensor(kernel.bandwidth)
     same = others is None or others is rows
     parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
@@ -98,9 +112,12 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
 
 def _check(kernel: Profile, tensors: dict[str, Any]) -> None:
     """Refuse what is no tensor, and a kernel whose class another one of its name hides: the operator goes by names."""
-    for name, value in tensors.items():
-        if value is not None:
-            checks.plain(name, value)
+    given = {name: value for name, value in tensors.items() if value is not None or name not in ("Z", "bandwidth")}
+    for name, value in given.items():
+        checks.plain(name, value)
+    for name, value in given.items():
+        if value.is_meta and not all(other.is_meta for key, other in given.items() if key != "bandwidth"):
+            raise ValueError(f"{name} must hold numbers as the other tensors do, got one on device meta")
     if radial.named(type(kernel).__name__) is not type(kernel):
         raise TypeError(
             f"kernel {kernel!r}: another kernel class is called {type(kernel).__name__}, too; give yours its own name"
@@ -293,8 +310,13 @@ class _Transformable(torch.autograd.Function):
     ) -> tuple:
         """One call for each item of a batch."""
         found = []
+        dims = in_dims[2:]
+        if info.batch_size == 0:  # There is no call that would tell shapes.
+            item = [t if dim is None else t.movedim(dim, -1).sum(-1) for t, dim in zip(tensors, dims, strict=True)]
+            outputs = tuple(item[0].new_empty(0, *shape) for shape in _Spec.read(spec).result_shapes(level, item))
+            return outputs, (0,) * len(outputs)
         for i in range(info.batch_size):
-            item = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+            item = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims, strict=True)]
             found.append(_Transformable.apply(spec, level, *item))  # pyright: ignore
         outputs = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
         return outputs, (0,) * len(outputs)

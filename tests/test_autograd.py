@@ -218,6 +218,35 @@ def test_what_is_refused(call_, message):
         call_(made()[0])
 
 
+def test_what_holds_no_numbers_is_named():
+    """Of tensors of which one is on device meta torch computes none, and the result was whatever lay in its memory."""
+    X, Z, alpha, _ = made()
+    meta, kernel = X.detach().to("meta"), Gaussian(1.0)
+    for name, call_ in {
+        "X": lambda: autograd.kernel_matrix(kernel, meta, Z),
+        "Z": lambda: autograd.agop(kernel, X, alpha, meta),
+        "V": lambda: autograd.kernel_matmul(kernel, X, None, alpha.detach().to("meta")),
+        "bandwidth": lambda: autograd.kernel_matrix(kernel, X, bandwidth=torch.ones((), device="meta")),
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"{name} must hold numbers as the other tensors do, got one on device meta"
+        ):
+            call_()
+    assert autograd.kernel_matrix(kernel, meta).shape == (6, 6)
+    with pytest.raises(TypeError, match=r"V must be a torch\.Tensor, got NoneType"):
+        autograd.kernel_matmul(kernel, X, Z, None)
+    with pytest.raises(TypeError, match=r"Z must be a torch\.Tensor, got ndarray"):
+        autograd.gradients(kernel, X, alpha, Z.detach().numpy())
+
+
+def test_a_batch_of_nothing():
+    X, Z, alpha, _ = (t.detach() for t in made())
+    batched = torch.func.vmap(lambda z: autograd.gradients(Laplace(1.0), X, alpha, z), in_dims=1)
+    assert batched(Z[:, None].repeat(1, 0, 1)).shape == (0, 5, 2, 3)
+    slopes = torch.func.vmap(torch.func.grad(lambda z: autograd.kernel_matrix(Laplace(1.0), z, X).sum()))
+    assert slopes(Z[None][:0]).shape == (0, 5, 3)
+
+
 def test_no_points():
     X, Z, alpha, _ = made(m=0)
     out = autograd.gradients(Laplace(1.0), X, alpha, Z)
