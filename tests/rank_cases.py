@@ -383,6 +383,9 @@ def disagreement(_):
     for model in (DeepRFMClassifier(depth=1, width=8, random_state=0), RFMClassifier(iterations=1)):
         model.set_params(process_group=dist.group.WORLD)
         refused("Y must be the same on every rank", ValueError, lambda model=model: model.fit(X, y))
+        refused(
+            "classes [0, 1, 2]), rank 1", ValueError, lambda model=model: model.fit(X, np.arange(40) % 3 + 5 * rank)
+        )
         damaged = X * float("nan") if rank else X  # the first rank's fit must not wait for the others
         said, kind = ("NaN", ValueError) if rank else ("rank 1 refused its arguments", RuntimeError)
         refused(said, kind, lambda model=model, damaged=damaged: model.fit(damaged, np.arange(40) % 3))
