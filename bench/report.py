@@ -44,7 +44,7 @@ def _wrong(row: dict) -> str | None:
     """What of a row is not what it should be: texts, numbers above 0, and others."""
     for name, value in row.items():
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        positive = number and 0 < value < float("inf")
+        positive = number and 0 < float(value) < float("inf")
         if name in ("op", "kernel", "contender"):
             right = isinstance(value, str)
         elif name in ("seconds", *_COLUMNS, *_RATES):

@@ -112,7 +112,7 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
 
 def _check(kernel: Profile, tensors: dict[str, Any]) -> None:
     """Refuse what is no tensor, and a kernel whose class another one of its name hides: the operator goes by names."""
-    given = {name: value for name, value in tensors.items() if value is not None or name not in ("Z", "bandwidth")}
+    given: dict[str, Any] = {n: t for n, t in tensors.items() if t is not None or n not in ("Z", "bandwidth")}
     for name, value in given.items():
         checks.plain(name, value)
     for name, value in given.items():

@@ -261,7 +261,7 @@ def _decompose(name: str, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return values.clamp(min=0.0), vectors.flip(1).T, max(0.0, -least)
 
 
-def _check_range(values: torch.Tensor, like: Matrix) -> None:
+def _check_range(values: torch.Tensor, like: Any) -> None:
     """Refuse eigenvalues that the dtype of what came in does not hold: float32 squares float32."""
     dtype = getattr(torch, dtype_name(like.dtype))
     largest, held = float(values[0]), float(values[0].to(dtype))
