@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import numbers
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,30 @@ def rows_of(result: Path) -> list[dict]:
             raise ValueError("it holds no benchmark")
         if lacking := sorted({name for row in found for name in _NEEDED if name not in row}):
             raise ValueError(f"a benchmark lacks {', '.join(lacking)}")
+        if wrong := next(filter(None, map(_wrong, found)), None):
+            raise ValueError(f"a benchmark has {wrong}")
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         reason = f"KeyError {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"--result {result} is not what `pytest bench --benchmark-only --benchmark-json FILE` writes ({reason})"
         ) from error
     return found
+
+
+def _wrong(row: dict) -> str | None:
+    """What of a row is not what it should be: texts, numbers above 0, and others."""
+    for name, value in row.items():
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        positive = number and 0 < float(value) < float("inf")
+        if name in ("op", "kernel", "contender"):
+            right = isinstance(value, str)
+        elif name in ("seconds", *_COLUMNS, *_RATES):
+            right = positive
+        else:
+            right = name not in _NEEDED or number or (value is None and name == "peak_bytes")
+        if not right:
+            return f"the {name} {value!r}"
+    return None
 
 
 def table(measured: list[dict]) -> str:

@@ -10,9 +10,10 @@ where the operation stores none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +21,22 @@ from torch import Tensor
 
 from fastagop.kernels import checks, operations, radial
 from fastagop.kernels.precision import matmul_precision
-from fastagop.kernels.profile import Kernel, Profile, weight_at_zero, weight_slope
-from fastagop.kernels.torch_backend.distance import squared_distances, squared_norms
+from fastagop.kernels.profile import Kernel, Profile
+from fastagop.kernels.scaling import scaled_
+from fastagop.kernels.torch_backend.derivatives import distances, values, weights
 
 _BLOCK_BYTES = 2**26  # of all work tensors of a block
 _ALIVE = 20  # such tensors at once, by the memory that a first derivative took
+_USUAL = 8  # Bandwidths beyond 2^-8 and 2^8 become the unit of length: every derivative divides by one more of them.
+
+
+# Of every operation, the arguments that are its rows, its other points, and what else is a tensor.
+_NAMES = {
+    "kernel_matrix": ("X", "Z"),
+    "kernel_matmul": ("X", "Z", "V"),
+    "gradients": ("Z", "X", "alpha"),
+    "agop": ("Z", "X", "alpha"),
+}
 
 
 def kernel_matrix(kernel: Profile, X: Tensor, Z: Tensor | None = None, *, bandwidth: Tensor | None = None) -> Tensor:
@@ -78,11 +90,16 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
     checks.kernel(kernel)
     if not isinstance(kernel, Profile):
         raise TypeError(f"{name}: derivatives are known of radial kernels only, got {kernel!r}")
+    width = bandwidth
+    if bandwidth is not None and not (
+        isinstance(bandwidth, Tensor) and bandwidth.numel() == 1 and bandwidth.is_floating_point()
+    ):
+        raise TypeError(f"bandwidth must be a tensor of one number, floating, got {bandwidth!r}")
     if not torch.compiler.is_compiling():
-        _check(kernel, {"X": rows, "Z": others, "V" if name == "kernel_matmul" else "alpha": more[0] if more else None})
-    width = rows.new_tensor(kernel.bandwidth) if bandwidth is None else bandwidth
-    if not isinstance(width, Tensor) or width.numel() != 1:
-        raise TypeError(f"bandwidth must be a tensor of one number, got {bandwidth!r}")
+        named = dict(zip(_NAMES[name], (rows, others, *more), strict=True))
+        _check(kernel, {**named, "bandwidth": bandwidth})
+    if width is None:
+        width = rows.new_tensor(kernel.bandwidth)
     same = others is None or others is rows
     parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
@@ -95,9 +112,12 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
 
 def _check(kernel: Profile, tensors: dict[str, Any]) -> None:
     """Refuse what is no tensor, and a kernel whose class another one of its name hides: the operator goes by names."""
-    for name, value in tensors.items():
-        if value is not None:
-            checks.plain(name, value)
+    given: dict[str, Any] = {n: t for n, t in tensors.items() if t is not None or n not in ("Z", "bandwidth")}
+    for name, value in given.items():
+        checks.plain(name, value)
+    for name, value in given.items():
+        if value.is_meta and not all(other.is_meta for key, other in given.items() if key != "bandwidth"):
+            raise ValueError(f"{name} must hold numbers as the other tensors do, got one on device meta")
     if radial.named(type(kernel).__name__) is not type(kernel):
         raise TypeError(
             f"kernel {kernel!r}: another kernel class is called {type(kernel).__name__}, too; give yours its own name"
@@ -126,10 +146,18 @@ class _Spec:
 
     def at(self, level: int) -> tuple[list[bool], list[bool]]:
         """The same of a level: it takes what the level below takes and gives, and gives what that takes."""
-        inputs, outputs = self.row_wise
-        for _ in range(level):
-            inputs, outputs = inputs + outputs, inputs
-        return inputs, outputs
+        return _raised(*self.row_wise, level)
+
+    def lengths(self, level: int) -> tuple[list[int], list[int]]:
+        """Where 1 / s is the unit of length: of a level's inputs, by which power of s each is multiplied, and of its
+        outputs, by which power those are to be multiplied that come of such inputs.
+
+        A level that is linear in u takes u in the unit of what it is paired with, the output of the level below.
+        """
+        count = len(self.row_wise[0])
+        inputs, outputs = _raised([1, 1, *[0] * (count - 3), 1], [0], level)
+        own = {"gradients": 1, "agop": 2}.get(self.name, 0)  # they are slopes, and products of two
+        return inputs, [own + power for power in outputs]
 
     def shape(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         """Of the operation's result."""
@@ -148,6 +176,13 @@ class _Spec:
         return [tuple(tensor.shape) for tensor in tensors[: len(self.at(level)[1])]]
 
 
+def _raised(inputs: list, outputs: list, level: int) -> tuple[list, list]:
+    """What is said of an operation's inputs and outputs, said of those of a level."""
+    for _ in range(level):
+        inputs, outputs = inputs + outputs, inputs
+    return inputs, outputs
+
+
 # torch 2.6 reads no list[Tensor] from annotations, so that the schema is written out.
 _SCHEMA = "(str spec, int level, Tensor[] tensors) -> Tensor[]"
 
@@ -155,7 +190,7 @@ _SCHEMA = "(str spec, int level, Tensor[] tensors) -> Tensor[]"
 @torch.library.custom_op("fastagop::blockwise", mutates_args=(), schema=_SCHEMA)
 def _blockwise(spec: str, level: int, tensors: Sequence[Tensor]) -> list[Tensor]:
     read, given = _Spec.read(spec), [tensor.detach() for tensor in tensors]
-    return [_operation(read, given)] if level == 0 else _above_autograd(_by_blocks, read, level, given)
+    return [_operation(read, given)] if level == 0 else _above_autograd(_in_unit, read, level, given)
 
 
 def _above_autograd(function: Callable, *arguments: Any) -> Any:
@@ -170,6 +205,18 @@ def _above_autograd(function: Callable, *arguments: Any) -> Any:
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()
+
+
+def _in_unit(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
+    """A level beyond 0, in a unit of length in which powers of the bandwidth stay within the dtype."""
+    bandwidth = given[len(read.row_wise[0]) - 1]
+    exponent = -math.frexp(float(bandwidth))[1]
+    if abs(exponent) <= _USUAL:
+        return _by_blocks(read, level, given)
+    powers, restored = read.lengths(level)
+    given = [scaled_(t.clone(), p * exponent) if p else t for t, p in zip(given, powers, strict=True)]
+    read = replace(read, kernel=read.kernel.set_params(bandwidth=math.ldexp(float(bandwidth), exponent)))
+    return [scaled_(t, p * exponent) for t, p in zip(_by_blocks(read, level, given), restored, strict=True)]
 
 
 def _by_blocks(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
@@ -263,8 +310,13 @@ class _Transformable(torch.autograd.Function):
     ) -> tuple:
         """One call for each item of a batch."""
         found = []
+        dims = in_dims[2:]
+        if info.batch_size == 0:  # There is no call that would tell shapes.
+            item = [t if dim is None else t.movedim(dim, -1).sum(-1) for t, dim in zip(tensors, dims, strict=True)]
+            outputs = tuple(item[0].new_empty(0, *shape) for shape in _Spec.read(spec).result_shapes(level, item))
+            return outputs, (0,) * len(outputs)
         for i in range(info.batch_size):
-            item = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[2:], strict=True)]
+            item = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims, strict=True)]
             found.append(_Transformable.apply(spec, level, *item))  # pyright: ignore
         outputs = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
         return outputs, (0,) * len(outputs)
@@ -297,11 +349,11 @@ def _evaluate(spec: _Spec, level: int, tensors: Sequence[Tensor], start: int, to
 def _scaled(spec: _Spec, start: int, rows: Tensor, others: Tensor, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
     """(r^2 in the unit of the kernel's own bandwidth, what a square of this unit is of the points' own)."""
     unit = (spec.kernel.bandwidth / bandwidth) ** 2
-    return _SquaredDistances.apply(rows, others, start if spec.same else None) * unit, unit  # pyright: ignore
+    return distances(rows, others, start if spec.same else None) * unit, unit
 
 
 def _matrix(spec: _Spec, start: int, total: int, rows, others, bandwidth) -> Tensor:
-    return _Value.apply(_scaled(spec, start, rows, others, bandwidth)[0], spec.kernel)  # pyright: ignore
+    return values(_scaled(spec, start, rows, others, bandwidth)[0], spec.kernel)
 
 
 def _matmul(spec: _Spec, start: int, total: int, rows, others, V, bandwidth) -> Tensor:
@@ -311,7 +363,7 @@ def _matmul(spec: _Spec, start: int, total: int, rows, others, V, bandwidth) -> 
 def _gradients(spec: _Spec, start: int, total: int, rows, others, alpha, bandwidth) -> Tensor:
     """sum_j w_ij alpha_jc (x_j - z_i), around the centers' mean: an offset of all points would cancel."""
     dtype, (sq, unit) = rows.dtype, _scaled(spec, start, rows, others, bandwidth)
-    weight = (_Weight.apply(sq, spec.kernel) * unit).double()  # pyright: ignore
+    weight = (weights(sq, spec.kernel) * unit).double()
     rows, others, alpha = rows.double(), others.double(), alpha.double()  # near pairs cancel in float32
     origin = others.detach().mean(0)
     towards = torch.matmul(weight[:, None, :] * alpha.T, others - origin)
@@ -329,57 +381,3 @@ _FORMULAS: dict[str, Callable[..., Tensor]] = {
     "gradients": _gradients,
     "agop": _agop,
 }
-
-
-class _SquaredDistances(torch.autograd.Function):
-    """||z_i - x_j||^2 as accurate as the operations', with derivatives of any order: they are plain products."""
-
-    @staticmethod
-    def forward(ctx: Any, Z: Tensor, X: Tensor, offset: int | None) -> Tensor:
-        ctx.save_for_backward(Z, X)
-        out = Z.new_empty(len(Z), len(X))
-        return squared_distances(Z, X, squared_norms(Z), squared_norms(X), out, offset)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        # G grows like 1 / r where points nearly meet and the kernel has a kink: the differences cancel in float32.
-        (G,), (Z, X) = cotangents, ctx.saved_tensors
-        dtype, G, Z, X = Z.dtype, G.double(), Z.double(), X.double()
-        origin = X.detach().mean(0)
-        Z, X = Z - origin, X - origin
-        to_z, to_x = 2.0 * (G.sum(1)[:, None] * Z - G @ X), 2.0 * (G.sum(0)[:, None] * X - G.T @ Z)
-        return to_z.to(dtype), to_x.to(dtype), None
-
-
-class _Value(torch.autograd.Function):
-    """phi as a function of r^2, whose derivative is -w / 2."""
-
-    @staticmethod
-    def forward(ctx: Any, sq: Tensor, kernel: Profile) -> Tensor:
-        ctx.save_for_backward(sq)
-        ctx.kernel = kernel
-        return kernel.value_(sq.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        (G,), (sq,) = cotangents, ctx.saved_tensors
-        return -0.5 * G * _Weight.apply(sq, ctx.kernel), None  # pyright: ignore
-
-
-class _Weight(torch.autograd.Function):
-    """The gradient weight as a function of r^2, at r = 0 its limit or, at a kink, 0."""
-
-    @staticmethod
-    def forward(ctx: Any, sq: Tensor, kernel: Profile) -> Tensor:
-        ctx.save_for_backward(sq)
-        ctx.kernel = kernel
-        weight = kernel.weight_(sq.clone())
-        return weight.masked_fill_(sq == 0, weight_at_zero(kernel))
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        (G,), (sq,) = cotangents, ctx.saved_tensors
-        apart = sq > 0
-        r2 = torch.where(apart, sq, torch.ones_like(sq))
-        slope = weight_slope(ctx.kernel, r2, _Weight.apply(r2, ctx.kernel))  # pyright: ignore
-        return torch.where(apart, G * slope, torch.zeros_like(G)), None

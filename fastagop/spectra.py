@@ -118,6 +118,7 @@ def spectrum(
     d = len(wide)
     size = min(_DEFAULT, d) if k is None else checks.integer("k", k, 1, d)
     values, vectors, clipped = _decompose("M", wide)
+    _check_range(values, like)
     vectors = _signed(vectors[:size], like)
     quantiles = None
     if count or given is not None:
@@ -157,6 +158,7 @@ def _confidence(value) -> float:
 
 def _tensor(name: str, value) -> torch.Tensor:
     if isinstance(value, np.ndarray):
+        checks.unmasked(name, value)
         if value.dtype.kind != "f" or value.dtype.itemsize not in (4, 8):
             raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; use {name}.astype(float)")
         value = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
@@ -257,6 +259,18 @@ def _decompose(name: str, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     if -least > _WRONG * float(values[0]):
         raise ValueError(f"{name} must be positive semi-definite, but has the eigenvalue {least:.2e}")
     return values.clamp(min=0.0), vectors.flip(1).T, max(0.0, -least)
+
+
+def _check_range(values: torch.Tensor, like: Any) -> None:
+    """Refuse eigenvalues that the dtype of what came in does not hold: float32 squares float32."""
+    dtype = getattr(torch, dtype_name(like.dtype))
+    largest, held = float(values[0]), float(values[0].to(dtype))
+    if largest > 0 and (held == 0 or math.isinf(held)):
+        side = "beyond" if held else "below"
+        raise ValueError(
+            f"the largest eigenvalue, {largest:.1e}, is {side} {dtype}, the result's dtype; give M, gradients "
+            "or draws in float64, or in another unit"
+        )
 
 
 def _signed(vectors: torch.Tensor, like: Matrix) -> torch.Tensor:

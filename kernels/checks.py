@@ -131,6 +131,15 @@ def plain(name: str, value) -> None:
             raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}; {remedy}")
 
 
+def unmasked(name: str, value) -> None:
+    """Refuse arrays of which entries are masked: NumPy takes the numbers that lie beneath."""
+    if np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} holds masked entries, {np.ma.count_masked(value)} of them; leave such rows out, or fill them in "
+            "by numpy.ma.filled"
+        )
+
+
 def tensor(value, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A tensor where it is, other numbers on the CPU; ``torch.as_tensor`` would take the process's default device."""
     if isinstance(value, torch.Tensor):

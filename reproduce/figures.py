@@ -80,7 +80,16 @@ def make(name: str, figure: Figure, args: argparse.Namespace) -> int:
 
 
 def rows_of(rows: tuple[Row, ...], datasets: Sequence[str]) -> tuple[Row, ...]:
-    """A figure's rows (data set, kind), or those of some data sets; one it does not show gets each of its kinds."""
+    """A figure's rows (data set, kind), or those of some data sets; one it does not show gets each of its kinds.
+
+    Raises:
+        ValueError: two files of one name, by which tables tell data sets apart.
+    """
+    datasets = list(dict.fromkeys(datasets))
+    for name in (names := [Path(dataset).stem for dataset in datasets]):
+        if names.count(name) > 1:
+            alike = " and ".join(dataset for dataset in datasets if Path(dataset).stem == name)
+            raise ValueError(f"--dataset must be files of different names, got {alike}; rename one of them")
     kinds = dict.fromkeys(kind for _, kind in rows)
     groups = [[row for row in rows if row[0] == dataset] or [(dataset, kind) for kind in kinds] for dataset in datasets]
     return tuple(row for group in groups for row in group) or rows

@@ -42,6 +42,21 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     storage.write_json(path, _plain(record))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote of a mapping.
+
+    Raises:
+        ValueError: naming the file, which holds something else. OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and make its figure again") from error
+    return found
+
+
 def read_record(path: Path, settings: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
     """A record that ``write_record`` wrote, of these settings and with these parts.
 

@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--iterations", type=commands.count, default=40, help="at most; default %(default)s")
     add("--power", type=options.positive, default=0.5, help="s of M = AGOP^s; default %(default)s")
     add("--ridge", type=options.positive, default=1e-3, help="default %(default)s")
-    add("--seed", type=int, default=0, help="of the choice of training pairs; default %(default)s")
+    add("--seed", type=options.seed, default=0, help="of the choice of training pairs; default %(default)s")
     options.add_out(parser, "out")
 
 
@@ -55,6 +55,8 @@ def command(args: argparse.Namespace) -> int:
         "fraction": args.fraction or quick.get("fraction", 0.5),
         **{name: getattr(args, name) for name in ("iterations", "power", "ridge", "seed")},
     }
+    if settings["modulus"] < 2:
+        raise ValueError(f"--modulus must be 2 or more, so that pairs are left to test on, got {settings['modulus']}")
     if settings["fraction"] >= 1:
         raise ValueError(f"--fraction must be below 1, so that pairs are left to test on, got {settings['fraction']}")
     start = time.perf_counter()

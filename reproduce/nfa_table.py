@@ -136,8 +136,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Load the model and the data, and print the table."""
     module, _, function = args.model.partition(":")
-    build = getattr(importlib.import_module(module), function or "model", None)
-    model = build() if callable(build) and not isinstance(build, nn.Module) else build
+    try:
+        build = getattr(importlib.import_module(module), function or "model", None)
+        model = build() if callable(build) and not isinstance(build, nn.Module) else build
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"--model {args.model!r} cannot be imported and called without arguments: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must be module:function returning a torch.nn.Module, got {args.model!r}")
     X, y = load(args.dataset, args.data_root, n=args.n, download=args.download)

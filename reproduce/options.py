@@ -28,7 +28,7 @@ def add_figure(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth", type=float, default=2.0, help="L of the kernel; default %(default)s")
     add("--agop-scale", choices=("max", "mean", "sum"), default="max", help="see README.md; default %(default)s")
     text = "one run each: curves show their mean and range, strips the first; default 0"
-    add("--seeds", type=int, nargs="+", help=text)
+    add("--seeds", type=seed, nargs="+", help=text)
     add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
     _add_standardize(parser, ", as the authors' code does")
     add_location(parser, "out")
@@ -46,7 +46,7 @@ def add_network_figure(parser: argparse.ArgumentParser) -> None:
     add("--width", type=commands.count, help="of the hidden layers; default 512")
     add("--every", type=commands.count, help="epochs between measurements; default 10")
     text = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"
-    add("--seeds", type=int, nargs="+", help=text)
+    add("--seeds", type=seed, nargs="+", help=text)
     _add_standardize(parser, " (the paper is silent)")
     add_location(parser, "out")
 
@@ -94,6 +94,13 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
     return value
+
+
+def seed(text: str) -> int:
+    """An option's integer from 0 to 2^32 - 1."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^32 - 1, got {text!r}")
+    return int(text)
 
 
 def _device(text: str) -> str:

@@ -51,8 +51,9 @@ def command(figures: Mapping[str, Figure], args: argparse.Namespace) -> int:
             if table.with_suffix(".png").exists():
                 plots.shrink(table.with_suffix(".png"))
             continue
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{table} and its .json do not belong together or are damaged ({error!r})") from error
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            reason = str(error) if type(error) is ValueError else repr(error)
+            raise ValueError(f"{table} and its .json do not belong together or are damaged ({reason})") from error
         plots.save_small(drawn, table.with_suffix(".png"))
         print(f"wrote {table.with_suffix('.png')}")
     return 0
@@ -64,7 +65,10 @@ def drawing(table: Path, figures: Mapping[str, Figure]) -> Drawing:
     Raises:
         NotInTable: neither the table nor the folder's runs hold what it shows.
     """
-    lines, about = files.read_csv(table), json.loads(table.with_suffix(".json").read_text())
+    source = table.with_suffix(".json")
+    if not source.exists():
+        raise ValueError(f"{source.name} is not there; make the figure again, or move a table of your own elsewhere")
+    lines, about = files.read_csv(table), files.read_json(source)
     if table.stem in _MATRICES:
         raise NotInTable(f"it shows matrices, which no table holds: python -m reproduce {table.stem}")
     if table.stem == conv_rfm.NAME:

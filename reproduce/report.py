@@ -9,8 +9,7 @@ import argparse
 import base64
 import html
 import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,9 +70,9 @@ def write(out: Path, figures: Mapping[str, Shown]) -> Path:
     unfinished = _unfinished(out)
     if not (made or texts or unfinished):
         raise ValueError(f"{out} holds no results; make some first, for example with: python -m reproduce all --quick")
-    parts = [_figure(name, figures[name], out) for name in made]
+    parts = [_whole(out / f"{name}.json", _figure, name, figures[name], out) for name in made]
     parts += [_section(_TEXTS[name], _pre((out / f"{name}.txt").read_text())) for name in texts]
-    parts += [_under_way(folder) for folder in unfinished]
+    parts += [_whole(folder, _under_way, folder) for folder in unfinished]
     if missing := [name for name in figures if name not in made]:
         parts.append(_section("Not made yet", _list(f"python -m reproduce {name}" for name in missing)))
     title = "Average gradient outer product as a mechanism for deep neural collapse, redone"
@@ -88,8 +87,19 @@ def write(out: Path, figures: Mapping[str, Shown]) -> Path:
     return out / NAME
 
 
+def _whole(path: Path, section: Callable[..., str], *arguments: Any) -> str:
+    """A section that is made of a file or a folder, whose damage is named."""
+    try:
+        return section(*arguments)
+    except (LookupError, TypeError, AttributeError, ValueError, FileNotFoundError) as error:
+        if str(path) in str(error) and not isinstance(error, OSError):
+            raise
+        reason = error if isinstance(error, OSError) else repr(error)
+        raise ValueError(f"{path} is damaged or of another program ({reason}); remove it and run it again") from error
+
+
 def _figure(name: str, figure: Shown, out: Path) -> str:
-    about = _read(out / f"{name}.json")
+    about = files.read_json(out / f"{name}.json")
     said = f"<blockquote>Paper: {html.escape(figure.shows)}.</blockquote>"
     found = _list(f"Here: {text}." for text in about.get("lessons", []))
     picture = out / f"{name}.png"
@@ -124,7 +134,7 @@ def _unfinished(out: Path) -> list[Path]:
 def _under_way(folder: Path) -> str:
     """The layers that a run has so far, as the curves of its figure and as numbers."""
     rows = files.read_csv(folder / "layers.csv")
-    settings = Settings(**_read(folder / "settings.json")["settings"])
+    settings = Settings(**files.read_json(folder / "settings.json")["settings"])
     run = runs.Run(folder, settings, {"layers": rows})
     drawn = io.BytesIO()
     FAMILY.draw("curves", [[run]], settings.title).savefig(drawn, format="png", dpi=150)
@@ -139,13 +149,6 @@ def _short(cell: str) -> str:
         return f"{layers.number(cell):.3g}" if cell else ""
     except ValueError:
         return cell
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it and make its figure again") from error
 
 
 def _section(title: str, body: str) -> str:

@@ -383,12 +383,24 @@ def disagreement(_):
     for model in (DeepRFMClassifier(depth=1, width=8, random_state=0), RFMClassifier(iterations=1)):
         model.set_params(process_group=dist.group.WORLD)
         refused("Y must be the same on every rank", ValueError, lambda model=model: model.fit(X, y))
+        refused(
+            "classes [0, 1, 2]), rank 1", ValueError, lambda model=model: model.fit(X, np.arange(40) % 3 + 5 * rank)
+        )
         damaged = X * float("nan") if rank else X  # the first rank's fit must not wait for the others
         said, kind = ("NaN", ValueError) if rank else ("rank 1 refused its arguments", RuntimeError)
         refused(said, kind, lambda model=model, damaged=damaged: model.fit(damaged, np.arange(40) % 3))
         unlike = clone(model).set_params(ridge=-1.0 if rank else 1.0, process_group=dist.group.WORLD)
         said = "ridge must be" if rank else said
         refused(said, kind, lambda unlike=unlike: unlike.fit(X, np.arange(40) % 3))
+    model, y = RFMClassifier(iterations=1, process_group=dist.group.WORLD), np.arange(40) % 3
+    for names, rows, labels, mine in (
+        ("X_val must be the same on every rank", X[:9] + 1e-15 * rank, y[:9], ""),
+        ("y_val must be the same on every rank", X[:9], np.roll(y[:9], rank), ""),
+        ("", X[:9] if rank == 0 else X[:9] * float("nan"), y[:9], "X_val: X holds NaN"),
+        ("", X[:9], y[:9] + 9 * rank, "y_val holds none of y's labels"),
+    ):
+        said, kind = (names or mine, ValueError) if rank or names else ("rank 1 refused its arguments", RuntimeError)
+        refused(said, kind, lambda rows=rows, labels=labels: model.fit(X, y, X_val=rows, y_val=labels))
     refused("Z must be the same", ValueError, lambda: distributed.gradients(kernel, X, Y, other if rank else X))
     copied = X.clone() if rank else X  # equal numbers, but only one rank knows that the points are the centers
     refused("Z must be the same", ValueError, lambda: distributed.agop(kernel, X, Y, copied, method="gram"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
@@ -118,6 +119,29 @@ def test_derivatives_of_the_definition(name, kernel, dtype, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("kernel", [Laplace(1.3), Gaussian(1.1), GeneralisedLaplace(1.2, 0.7)], ids=repr)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("power", [-83, 83])
+def test_derivatives_in_any_unit_of_length(name, kernel, power):
+    """Squared distances, and powers of the bandwidth, leave float32 in most of these units; derivatives do not."""
+    slope = {"gradients": 1, "agop": 2}.get(name, 0)  # the operation is that of points in another unit times its power
+    found = []
+    for unit in (1.0, 2.0 ** (power if name != "agop" else math.copysign(30, power))):  # its own derivatives leave it
+        X, Z, alpha, V = (t.detach() for t in made(dtype=torch.float32))
+        given = [t.requires_grad_() for t in (X * unit, Z * unit, alpha, V, torch.tensor(1.2 * unit))]
+        out = call(name, kernel, *given) * unit**slope
+        towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+        places = [i for i in range(5) if i not in {"kernel_matrix": (2, 3), "kernel_matmul": (2,)}.get(name, (3,))]
+        lengths = [unit if i in (0, 1, 4) else 1.0 for i in places]
+        inputs = [given[i] for i in places]
+        once = torch.autograd.grad(out, inputs, towards, create_graph=True)
+        once = [slope * size for slope, size in zip(once, lengths, strict=True)]
+        twice = torch.autograd.grad(sum(slope.sum() for slope in once), inputs)
+        found.append([*once, *(slope * size for slope, size in zip(twice, lengths, strict=True))])
+    for there, here in zip(*found, strict=True):
+        assert (there - here).norm() <= 1e-5 * there.norm()
+
+
 def test_a_smooth_kernels_hessian_where_points_meet():
     x = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     z = torch.zeros(1, 2, dtype=torch.float64)
@@ -186,11 +210,41 @@ def test_a_traced_call_is_saved_and_keeps_its_derivatives():
     [
         (lambda X: autograd.kernel_matrix(fastagop.Polynomial(2, 1.0, 1.0), X), "radial kernels only, got Polynomial"),
         (lambda X: autograd.kernel_matrix(Laplace(1.0), X, bandwidth=2.0), "bandwidth must be a tensor of one number"),
+        (lambda X: autograd.kernel_matrix(Laplace(1.0), X, bandwidth=torch.tensor(2)), "of one number, floating, got"),
     ],
 )
 def test_what_is_refused(call_, message):
     with pytest.raises(TypeError, match=message):
         call_(made()[0])
+
+
+def test_what_holds_no_numbers_is_named():
+    """Of tensors of which one is on device meta torch computes none, and the result was whatever lay in its memory."""
+    X, Z, alpha, _ = made()
+    meta, kernel = X.detach().to("meta"), Gaussian(1.0)
+    for name, call_ in {
+        "X": lambda: autograd.kernel_matrix(kernel, meta, Z),
+        "Z": lambda: autograd.agop(kernel, X, alpha, meta),
+        "V": lambda: autograd.kernel_matmul(kernel, X, None, alpha.detach().to("meta")),
+        "bandwidth": lambda: autograd.kernel_matrix(kernel, X, bandwidth=torch.ones((), device="meta")),
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"{name} must hold numbers as the other tensors do, got one on device meta"
+        ):
+            call_()
+    assert autograd.kernel_matrix(kernel, meta).shape == (6, 6)
+    with pytest.raises(TypeError, match=r"V must be a torch\.Tensor, got NoneType"):
+        autograd.kernel_matmul(kernel, X, Z, None)
+    with pytest.raises(TypeError, match=r"Z must be a torch\.Tensor, got ndarray"):
+        autograd.gradients(kernel, X, alpha, Z.detach().numpy())
+
+
+def test_a_batch_of_nothing():
+    X, Z, alpha, _ = (t.detach() for t in made())
+    batched = torch.func.vmap(lambda z: autograd.gradients(Laplace(1.0), X, alpha, z), in_dims=1)
+    assert batched(Z[:, None].repeat(1, 0, 1)).shape == (0, 5, 2, 3)
+    slopes = torch.func.vmap(torch.func.grad(lambda z: autograd.kernel_matrix(Laplace(1.0), z, X).sum()))
+    assert slopes(Z[None][:0]).shape == (0, 5, 3)
 
 
 def test_no_points():

@@ -261,6 +261,9 @@ def one_line(capsys) -> str:
 GOOD = {"op": "agop", "n": 1, "d": 1, "K": 1, "kernel": "Laplace", "contender": "fastagop"}
 
 
+WHOLE = {name: "text" if name in ("op", "kernel", "contender") else 1 for name in report._NEEDED}
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -275,6 +278,11 @@ GOOD = {"op": "agop", "n": 1, "d": 1, "K": 1, "kernel": "Laplace", "contender": 
         '{"benchmarks": [{"extra_info": {}, "stats": {"median": 1}}]}',
         json.dumps({"benchmarks": [{"extra_info": GOOD, "stats": {"median": 1.0}}]}),
         '{"benchmarks": [{"extra_info": [], "stats": []}]}',
+        *(json.dumps({"benchmarks": [{"extra_info": WHOLE, "stats": {"median": m}}]}) for m in (None, 0, "1")),
+        *(
+            json.dumps({"benchmarks": [{"extra_info": WHOLE | {name: value}, "stats": {"median": 1.0}}]})
+            for name, value in (("n", "x"), ("copy GB/s", 0), ("share of ceiling", None), ("contender", ["x"]))
+        ),
     ],
 )
 def test_report_of_another_file_names_it(tmp_path, capsys, content):

@@ -297,6 +297,7 @@ REFUSED = {
         lambda: collapse.Accumulator(True).update(X, LABELS).nc1(metric="pinv", weighting="classes"),
     ),
     "batches without labels": (TypeError, "batches must give tuples", lambda: collapse.Accumulator().extend([X])),
+    "no batches": (TypeError, "batches must be an iterable", lambda: collapse.Accumulator().extend(None)),
     "another kind": (TypeError, "other must be", lambda: collapse.Accumulator().merge({})),
     "another covariance": (
         ValueError,
@@ -349,3 +350,24 @@ def test_the_mode_comes_back_where_a_model_fails():
     with pytest.raises(RuntimeError):
         collapse.Accumulator().extend([(torch.ones(3, 5), torch.arange(3))], features=model)
     assert model.training
+
+
+@pytest.mark.parametrize(("first", "then"), [(1e-140, 1e100), (0.0, 1e139), (0.0, 1e-139), (1e100, 1e-140)])
+def test_batches_in_other_units(first, then):
+    """The scatter of what came first, and of an accumulator that is merged, follows to the unit of what comes later."""
+    parts, y = (features(seed=1) * first, features(seed=2) * then), np.tile(LABELS, 2)
+    whole = collapse.nc1(np.concatenate(parts), y, metric="pinv")
+    made = [collapse.Accumulator(covariance=True).update(part, LABELS) for part in parts]
+    assert copy.deepcopy(made[0]).update(parts[1], LABELS).nc1(metric="pinv") == pytest.approx(whole, rel=1e-12)
+    assert made[0].merge(made[1]).nc1(metric="pinv") == pytest.approx(whole, rel=1e-12)
+
+
+def test_what_was_added_in_inference_mode_can_be_added_to():
+    with torch.inference_mode():
+        seen = collapse.Accumulator(covariance=True).update(torch.from_numpy(features(seed=1)), LABELS)
+        merged = collapse.Accumulator(covariance=True).merge(seen)
+    for accumulator in (seen, merged):
+        accumulator.update(features(seed=2), LABELS)
+        X = np.concatenate([features(seed=1), features(seed=2)])
+        whole = collapse.nc1(X, np.tile(LABELS, 2), metric="pinv")
+        assert accumulator.nc1(metric="pinv") == pytest.approx(whole, rel=1e-12)

@@ -216,6 +216,16 @@ def test_a_layer():
             lambda: fit_layer(images(), torch.zeros(5), ConvLayerSettings(Laplace(1.0), Window(3)), 0),
             r"y must have shape \(6,\), one label an image, got \(5,\)",
         ),
+        (
+            lambda: fit_layer(images(), torch.full((6,), torch.nan), ConvLayerSettings(Laplace(1.0), Window(3)), 0),
+            "y must hold real labels, but holds NaN",
+        ),
+        (lambda: PatchMachine.fit(Laplace(1.0), torch.ones(0, 4, 3), torch.ones(0, 1)), "patches must be of one image"),
+        (
+            lambda: PatchMachine.fit(Laplace(1.0), Window(3).patches(images()), torch.ones(6, 1) * 1j),
+            "Y must be real, got torch.complex64",
+        ),
+        (lambda: Window(1, padding=1).patches(images()[:, :0]), "images must have channels and pixels"),
     ],
 )
 def test_what_is_refused(call, message):
@@ -238,6 +248,8 @@ def test_settings_are_checked_before_a_fit():
             ConvLayerSettings(Laplace(1.0), Window(3), **wrong)
     with pytest.raises(TypeError, match="window must be a Window, got 3"):
         ConvLayerSettings(Laplace(1.0), 3)
+    with pytest.raises(TypeError, match="settings must be ConvLayerSettings, got None"):
+        fit_layer(images(), torch.arange(6) % 2, None, 0)
 
 
 def test_a_layer_of_no_images_gives_none_and_its_seed_is_checked():

@@ -222,6 +222,21 @@ def test_constant_features_become_zero_everywhere(n):
     assert scaled[:, 1].square().mean().item() == pytest.approx(1, rel=n * 2.3e-16)
 
 
+@pytest.mark.parametrize(("offset", "size"), [(0, 1e-170), (0, 1e-160), (1.7e9, 1.0), (1e15, 8.0)])
+def test_standardize_keeps_digits_in_any_unit_and_at_any_offset(offset, size):
+    """Such as time stamps; what is left is the rounding of the features themselves, which differences do not add to."""
+    train = offset + size * RNG.normal(size=(1000, 2))
+    exact = (train - train[0]).astype(np.longdouble) / size
+    exact = (exact - exact.mean(0)) / exact.std(0)
+    scaled, again = datasets.standardize(torch.from_numpy(train), torch.from_numpy(train[:9]))
+    np.testing.assert_allclose(scaled, exact.astype(float), rtol=1e-13, atol=1e-13)
+    assert torch.equal(scaled[:9], again)
+
+
+def test_a_path_may_be_a_name():
+    assert torch.equal(datasets.load(Path("digits"), n=5)[0], datasets.load("digits", n=5)[0])
+
+
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -235,6 +250,8 @@ def test_constant_features_become_zero_everywhere(n):
         ),
         (ValueError, r"others\[0\] holds entries that are NaN", (torch.ones(2, 2), torch.full((1, 2), torch.nan))),
         (ValueError, "too large to square", (torch.full((2, 2), 1e200, dtype=torch.float64),)),
+        (ValueError, "X_train must hold numbers, got .* meta", (torch.ones(2, 2, device="meta"),)),
+        (TypeError, "X_train must be a dense torch.Tensor", (torch.eye(2).to_sparse(),)),
     ],
 )
 def test_standardize_refuses(error, message, arguments):

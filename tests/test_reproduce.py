@@ -97,6 +97,9 @@ def test_datasets_restrict_and_replace():
     assert figures.rows_of(FIGURES["figure1"].rows, ["mnist"]) == (("mnist", "relu"),)
     assert figures.rows_of(FIGURES["figure1"].rows, ["digits"]) == (("digits", "cos"), ("digits", "relu"))
     assert figures.rows_of(FIGURES["figure4"].rows, ["svhn", "digits"]) == (("svhn", "cos"), ("digits", "cos"))
+    assert figures.rows_of(FIGURES["figure4"].rows, ["digits", "digits"]) == (("digits", "cos"),)  # tables have one
+    with pytest.raises(ValueError, match=r"--dataset must be files of different names, got a/x\.npz and b/x\.npz"):
+        figures.rows_of(FIGURES["figure4"].rows, ["digits", "a/x.npz", "b/x.npz"])
 
 
 def test_an_npz_is_known_by_its_content(tmp_path):

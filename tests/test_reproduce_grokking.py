@@ -52,6 +52,16 @@ def test_what_is_written(tmp_path, capsys):
 def test_nothing_left_to_test_on(tmp_path, capsys):
     assert main(["grokking", "--fraction", "1.5", "--out", str(tmp_path)]) == 2
     assert "--fraction must be below 1, so that pairs are left to test on" in capsys.readouterr().err
+    assert main(["grokking", "--modulus", "1", "--out", str(tmp_path)]) == 2
+    assert "--modulus must be 2 or more, so that pairs are left to test on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["grokking", "--seed"], ["conv_rfm", "--seed"], ["figure3", "--seeds"]])
+@pytest.mark.parametrize("seed", ["-3", "4294967296", "a"])
+def test_seeds_are_checked_where_they_are_given(command, seed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, seed])
+    assert f"argument {command[1]}: must be an integer from 0 to 2^32 - 1, got '{seed}'" in capsys.readouterr().err
 
 
 def test_it_groks():

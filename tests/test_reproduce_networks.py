@@ -298,7 +298,10 @@ def test_nfa_table_of_a_model_with_tokens(capsys, monkeypatch):
     assert -1 <= float(tokens.split("|")[-1]) <= 1
     assert main(["nfa_table", "--model", "mine:no", "--n", "50"]) == 2
     assert main(["nfa_table", "--model", "mine:nothing", "--n", "50"]) == 2
-    assert main(["nfa_table", "--model", "nowhere_at_all:f", "--n", "50"]) == 2
+    capsys.readouterr()
+    for model in ("nowhere_at_all:f", "torch.nn:Linear", ":f"):
+        assert main(["nfa_table", "--model", model, "--n", "50"]) == 2
+        assert f"--model '{model}' cannot be imported and called without" in capsys.readouterr().err
 
 
 def test_nfa_table_takes_a_loader():

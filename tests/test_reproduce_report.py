@@ -96,6 +96,36 @@ def test_a_folder_without_results_and_a_damaged_one(tmp_path, capsys):
     assert "figure3.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"runs": null}', '{"runs": ["a"]}', "[" * 100_000])
+def test_json_of_another_kind_is_damaged(text, tmp_path, capsys):
+    (tmp_path / "figure3.json").write_text(text)
+    (tmp_path / "figure3.csv").write_text("dataset,features\ndigits,relu\n")
+    for command in ("report", "draw"):
+        assert main([command, "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "damaged" in said
+        assert str(tmp_path / "figure3") in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"), [(None, "layer\n1\n"), ("{}", "layer\n1\n"), ('{"settings": {"n": 3}}', "layer\nabc\n")]
+)
+def test_a_damaged_run_under_way_is_named(settings, layers, tmp_path, capsys):
+    folder = tmp_path / "runs" / "digits"
+    folder.mkdir(parents=True)
+    (folder / "layers.csv").write_text(layers)
+    if settings is not None:
+        (folder / "settings.json").write_text(settings)
+    assert main(["report", "--out", str(tmp_path)]) == 2
+    assert f"{folder} is damaged or of another program" in capsys.readouterr().err
+
+
+def test_a_table_without_its_json_is_named(tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    assert main(["draw", "--out", str(tmp_path)]) == 2
+    assert "mine.json is not there; make the figure again, or move" in capsys.readouterr().err
+
+
 def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
     done = []
 

@@ -211,6 +211,9 @@ REFUSED = {
     "one draw": (ValueError, "at least 2 matrices", lambda: spectrum(draws=[I])),
     "draws of other shapes": (ValueError, r"draws\[1\] must have shape", lambda: spectrum(draws=[I, np.eye(3)])),
     "draws unlike M": (ValueError, "draws must have 3 columns", lambda: spectrum(np.eye(3), draws=[I, I])),
+    "masked entries": (ValueError, "M holds masked entries", lambda: spectrum(np.ma.masked_equal(I, 1.0))),
+    "masked draws": (ValueError, "holds masked", lambda: spectrum(draws=np.ma.masked_equal(np.stack([I, I]), 1.0))),
+    "masked gradients": (ValueError, "gradients holds masked", lambda: spectrum(gradients=np.ma.masked_less(G, 0.0))),
     "one array of draws": (ValueError, "draws must be matrices", lambda: spectrum(draws=I)),
 }
 
@@ -233,3 +236,11 @@ def test_gradients_whose_squares_leave_float64_are_refused(size, word, normal):
     with pytest.raises(ValueError, match=f"gradients have squares {word} float64"):
         fastagop.spectrum(gradients=size * normal(9, 5))
     assert not fastagop.spectrum(gradients=0 * normal(9, 5)).values.any()
+
+
+@pytest.mark.parametrize(("size", "word"), [(1e-30, "below"), (1e25, "beyond")])
+def test_eigenvalues_that_float32_does_not_hold_are_refused(size, word, normal):
+    small = (size * normal(9, 5)).float()
+    with pytest.raises(ValueError, match=rf"largest eigenvalue, .*, is {word} torch\.float32"):
+        fastagop.spectrum(gradients=small)
+    assert fastagop.spectrum(gradients=small.double()).values[0] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,8 @@ class Accumulator:
         self._classes: dict[int, _Class] = {}
         self._columns: int | None = None
         self._scatter: torch.Tensor | None = None
-        self._unit = 1.0  # The scatter is kept in this unit, a power of two, so that squares stay in float64.
+        # The scatter is kept in this unit, a power of two, so that squares stay in float64: that of the largest entry.
+        self._unit = math.inf
 
     def __repr__(self) -> str:
         columns = f", {self._columns} columns" if self._columns else ""
@@ -119,9 +121,9 @@ class Accumulator:
         if not labels:
             return self
         scale = unit_of(width(X))
-        if self.covariance and self._scatter is None:
-            self._unit = unit_of(float(X.double().abs().max()))
-            self._scatter = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device="cpu")
+        if self.covariance:
+            largest = max(map(abs, map(float, X.aminmax())))
+            self._keep(unit_of(largest) if largest else math.inf)
         for label, members in zip(labels, rows, strict=True):
             self._add(label, *_part(X, members.to(X.device), scale, self.covariance))
         return self
@@ -151,13 +153,13 @@ class Accumulator:
         if None not in (self._columns, other._columns) and self._columns != other._columns:
             raise ValueError(f"other must have {self._columns} columns like this one, got {other._columns}")
         self._columns = self._columns or other._columns
-        theirs = other._scatter
-        if theirs is not None and self._scatter is None:
-            self._scatter, self._unit = torch.zeros_like(theirs), other._unit
+        theirs, unit = other._scatter, other._unit
+        if theirs is not None:
+            self._keep(unit)
         for label, part in list(other._classes.items()):
             self._add(label, part)
-        if theirs is not None and self._scatter is not None:
-            self._scatter += theirs * (self._unit / other._unit) ** 2
+        if theirs is not None and self._scatter is not None and unit < math.inf:
+            self._scatter += theirs * (self._unit / unit) ** 2
         return self
 
     def nc1(self, *, metric: str = "trace", weighting: str = "samples") -> float:
@@ -239,11 +241,22 @@ class Accumulator:
             raise ValueError(f"X must have {self._columns} columns like the batches before, got shape {tuple(X.shape)}")
         return X
 
+    def _keep(self, unit: float) -> None:
+        """Make room for a scatter of entries in some unit, infinite where all are 0; the smaller unit is taken."""
+        assert self._columns is not None
+        if self._scatter is None:
+            with torch.inference_mode(False):  # What is made in that mode could not be added to outside of it.
+                self._scatter = torch.zeros(self._columns, self._columns, dtype=torch.float64, device="cpu")
+        if unit < self._unit:
+            if self._unit < math.inf:
+                self._scatter *= (unit / self._unit) ** 2
+            self._unit = unit
+
     def _add(self, label: int, part: _Class, deviations: torch.Tensor | None = None) -> None:
         """One class of a batch, or of another accumulator, with its deviations where the scatter is kept."""
         before = self._classes.get(label)
         self._classes[label] = part if before is None else before.with_(part)
-        if self._scatter is None:
+        if self._scatter is None or self._unit == math.inf:
             return
         if deviations is not None:
             deviations = deviations * self._unit
@@ -312,6 +325,12 @@ def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
 
 def _pairs(batches: Iterable[Any], features: Callable[[Any], Any] | None) -> Iterable[tuple[Any, Any]]:
     """X and y of each batch, X made into features."""
+    try:
+        iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches must be an iterable of tuples (X, y), such as a DataLoader, got {type(batches).__name__}"
+        ) from None
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             kind = f"a {type(batch).__name__}" if not isinstance(batch, (tuple, list)) else f"{len(batch)} item(s)"

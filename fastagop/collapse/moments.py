@@ -19,6 +19,7 @@ class EqualMeansError(ValueError):
 WEIGHTINGS = ("samples", "classes")
 _LARGEST = 1e140  # Sums of squares of larger entries may overflow float64.
 _EPS = torch.finfo(torch.float64).eps
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def as_tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 
 def floating(name: str, value) -> torch.Tensor:
     """A floating array or tensor as a tensor with values in range, on a device that has float64."""
+    checks.unmasked(name, value)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         # There are no tensors of long double.
         dtype = value.dtype.newbyteorder("=") if value.dtype.itemsize <= 8 else np.float64
@@ -201,6 +203,8 @@ def floating(name: str, value) -> torch.Tensor:
         kind = getattr(value, "dtype", type(value).__name__)
         raise TypeError(f"{name} must be a floating torch.Tensor or NumPy array, got {kind}; convert it first")
     checks.plain(name, value)
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}; use {name}.float()")
     if value.device.type == "meta":
         raise ValueError(f"{name} must hold numbers, got a tensor on device meta; make it on 'cpu'")
     if value.numel():
@@ -229,6 +233,7 @@ def by_class(y, n: int) -> tuple[list[int], list[torch.Tensor]]:
         if y.is_meta:
             raise ValueError("y must hold numbers, got a tensor on device meta; make it on 'cpu'")
         y = (y.double() if y.is_floating_point() else y).detach().cpu().numpy()  # NumPy has no bfloat16.
+    checks.unmasked("y", y)
     y = np.asarray(y)
     if y.dtype.kind not in "iu" and y.size:
         raise TypeError(f"y must hold integer labels, got {dtype or y.dtype}; number the classes, e.g. with np.unique")

@@ -92,9 +92,13 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
             refuse.
     """
     checks.plain("y", y)
+    if not isinstance(settings, ConvLayerSettings):
+        raise TypeError(f"settings must be ConvLayerSettings, got {settings!r}; use ConvLayerSettings(kernel, window)")
     seed = checks.integer("seed", seed, 0)
     if y.ndim != 1 or len(y) != len(images):
         raise ValueError(f"y must have shape ({len(images)},), one label an image, got {tuple(y.shape)}")
+    if y.is_complex() or (y.is_floating_point() and not checks.finite(y)):
+        raise ValueError("y must hold real labels, but holds NaN, infinity or complex numbers; leave such images out")
     classes, labels = torch.unique(y, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"y must have two classes or more, got {len(classes)}")

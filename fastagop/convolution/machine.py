@@ -124,6 +124,10 @@ class PatchMachine:
         """
         _check("patches", patches)
         checks.plain("Y", Y)
+        if len(patches) == 0:
+            raise ValueError(f"patches must be of one image or more, got shape {tuple(patches.shape)}")
+        if Y.is_complex():
+            raise ValueError(f"Y must be real, got {Y.dtype}; torch.view_as_real makes columns of it")
         if Y.ndim != 2 or len(Y) != len(patches) or not checks.finite(Y):
             raise ValueError(f"Y must be finite of shape ({len(patches)}, K), one row an image, got {tuple(Y.shape)}")
         ridge = checks.nonnegative("ridge", ridge)

@@ -57,6 +57,8 @@ class Window:
             raise ValueError(
                 f"images must be float32 or float64 of shape (n, c, h, w), got {tuple(images.shape)} {images.dtype}"
             )
+        if 0 in images.shape[1:]:
+            raise ValueError(f"images must have channels and pixels, got shape {tuple(images.shape)}")
         for side in images.shape[2:]:
             self.positions(side)
         if not checks.finite(images):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fastagop.datasets import npz, raw_images
+from fastagop.kernels import checks
 
 __all__ = ["load", "standardize"]
 
@@ -87,26 +88,32 @@ def standardize(X_train: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Ten
     """
     for i, X in enumerate((X_train, *others)):
         _check_columns("X_train" if i == 0 else f"others[{i - 1}]", X, X_train)
-    variance, mean = torch.var_mean(X_train.double(), dim=0, correction=0)
-    # torch's running (Welford) sums leave a constant column a variance of exactly 0, whatever its mean rounds to.
-    scale = torch.where(variance == 0, 0.0, variance.rsqrt())
-    return tuple(_affine(X, mean.to(X.device), scale.to(X.device)) for X in (X_train, *others))
+    # Differences from the first row keep what offsets, such as those of time stamps, would cost a mean.
+    origin = X_train[0].double()
+    from_origin = X_train.double() - origin
+    widest = from_origin.detach().abs().amax(0)
+    unit = torch.ldexp(torch.ones_like(widest), -torch.frexp(widest).exponent.clamp(min=-1000))  # squares stay normal
+    variance, mean = torch.var_mean(from_origin.mul_(unit), dim=0, correction=0)
+    scale = torch.where(widest == 0, 0.0, variance.rsqrt())
+    return tuple(_affine(X, *(part.to(X.device) for part in (origin, unit, mean, scale))) for X in (X_train, *others))
 
 
-def _affine(X: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return ((X.double() - shift) * scale).to(X.dtype)
+def _affine(X: torch.Tensor, origin, unit, mean, scale) -> torch.Tensor:
+    """(x - origin - mean) times scale, the latter two in a unit of each column."""
+    return (X.double() - origin).mul_(unit).sub_(mean).mul_(scale).to(X.dtype)
 
 
 def _read(name: str | Path, root: Path, split: str, download: bool, n) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, ...) and all integer labels (N,) of a split; of an .npz the images that are asked for."""
+    name = str(name)
     if name == "digits":
         return _digits(split)
     if name in _FILES:
-        return _torchvision(str(name), root, split, download)
-    if str(name).endswith(".npz"):
+        return _torchvision(name, root, split, download)
+    if name.endswith(".npz"):
         return _npz(Path(name), split, n)
     known = ", ".join(map(repr, ("digits", *_FILES)))
-    raise ValueError(f"name_or_path must be one of {known} or the path of an .npz, got {str(name)!r}")
+    raise ValueError(f"name_or_path must be one of {known} or the path of an .npz, got {name!r}")
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -197,6 +204,9 @@ def _check_columns(name: str, X: torch.Tensor, like: torch.Tensor) -> None:
     if not isinstance(X, torch.Tensor) or not X.is_floating_point():
         kind = getattr(X, "dtype", type(X).__name__)
         raise TypeError(f"{name} must be a floating torch.Tensor, got {kind}; convert it first")
+    checks.plain(name, X)
+    if X.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on device meta; make it on 'cpu'")
     if X.ndim != 2 or 0 in X.shape or X.shape[1] != like.shape[1]:
         raise ValueError(f"{name} must be a non-empty matrix with X_train's columns, got {tuple(X.shape)}")
     if not X.abs().max().item() <= 1e150:  # The comparison is false for NaN.

@@ -175,6 +175,7 @@ class _DeepRFM(_Layers, KernelEstimator):
         """The start that ``_begin`` finds on the first rank, which alone reads and writes the checkpoint."""
         ranks = Communicator(self.process_group, "fit", data.X.device)
         agreed = f"{type(self).__name__}, {settings}, seeds {'any' if self.random_state is None else seeds}"
+        agreed += shared_fits.classes(self)
         ranks.agree(lambda: None, agreed, X=data.X, Y=data.Y, sample_weight=data.weights)
         checkpoint = None
 

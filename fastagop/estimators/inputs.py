@@ -106,19 +106,10 @@ def numpy(name: str, value):
         value = dense(name, value)
         narrow = value.is_floating_point() and value.dtype not in DTYPES.values()
         return (value.float() if narrow else value).cpu().resolve_neg().numpy()
-    refuse_masked(name, value)
+    checks.unmasked(name, value)
     if isinstance(value, np.ndarray) and not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
     return value
-
-
-def refuse_masked(name: str, value) -> None:
-    """Refuse arrays of which entries are masked: NumPy takes the numbers that lie beneath."""
-    if np.ma.is_masked(value):
-        raise ValueError(
-            f"{name} holds masked entries, {np.ma.count_masked(value)} of them; leave such rows out, or fill them in "
-            "by numpy.ma.filled"
-        )
 
 
 def refuse_no_rows(name: str, value) -> None:
@@ -207,7 +198,7 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         if callable(getattr(X, "toarray", None)):
             raise TypeError(_SPARSE)
         refuse_no_rows("X", X)
-        refuse_masked("X", X)
+        checks.unmasked("X", X)
         if refusal := frame_refusal(X):
             if not reset:  # Names that do not match come first.
                 validate_data(estimator, X, reset=False, skip_check_array=True)

@@ -32,7 +32,14 @@ def agree(model: Any, given: str, **tensors: torch.Tensor | None) -> None:
         return
     names = (name for name in persistence.parameters(type(model)) if name not in _APART)
     call = ", ".join([repr(model.kernel), *(f"{name}={getattr(model, name)!r}" for name in names), given])
+    call += classes(model)
     engine_of(model.process_group).agree("fit", call, **tensors)
+
+
+def classes(model: Any) -> str:
+    """The labels of a classifier's data in words, since targets do not tell them; nothing of a regressor."""
+    found = vars(model).get("classes_")
+    return "" if found is None else f", classes {found.tolist()!r}"
 
 
 @contextlib.contextmanager

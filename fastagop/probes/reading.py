@@ -99,7 +99,7 @@ def _array(name: str, value) -> np.ndarray:
     if callable(getattr(value, "toarray", None)):
         raise TypeError(f"{name} must be a dense array, got {type(value).__name__}; use toarray()")
     inputs.refuse_no_rows(name, value)
-    inputs.refuse_masked(name, value)
+    checks.unmasked(name, value)
     try:
         return np.asarray(value)
     except (ValueError, TypeError) as error:

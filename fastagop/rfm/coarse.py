@@ -136,8 +136,7 @@ class CoarseFold:
             warnings.simplefilter("always")
             regression, _ = self.model._regression_and_rules()
             data = self.model._training(*train)
-            held = self.model._held_out(data, *test, None, LOCAL)[0]
-        assert held is not None
+            held = self.model._given(*test)
         self.notes = [str(warning.message) for warning in caught]
         self.held: HeldOut = held
         self.points = MergedPoints.of(data.X, data.Y, data.weights)

@@ -43,7 +43,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
     Hooks: ``_answers``, ``_codes``, ``_original``. What trees, searches and probes use beside public methods: before a
-    fit ``_regression_and_rules``, ``_training`` and ``_held_out``; of a fitted machine ``_outputs_at``,
+    fit ``_regression_and_rules``, ``_training`` and ``_given``; of a fitted machine ``_outputs_at``,
     ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
     """
 
@@ -115,12 +115,14 @@ class RecursiveFeatureMachine(KernelEstimator):
             if (X_val is None) != (y_val is None):
                 raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
             data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
+            given = None if X_val is None else self._given(X_val, y_val)
         for name in _LEARNT:  # A scorer that asks for them would take those of an earlier fit for this one's.
             vars(self).pop(name, None)
-        given = f"X_val {'None' if X_val is None else 'given'}"
-        shared_fits.agree(self, given, X=data.X, Y=data.Y, sample_weight=data.weights)
+        also = {} if given is None else {"X_val": given.points, "y_val": given.codes}
+        said = f"X_val {'None' if given is None else 'given'}"
+        shared_fits.agree(self, said, X=data.X, Y=data.Y, sample_weight=data.weights, **also)
         random = inputs.random(self.random_state)
-        held, learn = self._held_out(data, X_val, y_val, random, engine)
+        held, learn = self._held_out(data, given, random, engine)
         learn = self._sampled(data, learn, random, engine)
         self._unseen_rows = validation.others(len(data.X), learn, data.X.device)
         part = data if learn is None else _rows_of(data, learn)
@@ -170,15 +172,12 @@ class RecursiveFeatureMachine(KernelEstimator):
             return Learner(points, regression, rules, engine_of(self.process_group), scored, after).run()
 
     def _held_out(
-        self, data: Training, X_val, y_val, random, engine: Local
+        self, data: Training, given: HeldOut | None, random, engine: Local
     ) -> tuple[HeldOut | None, torch.Tensor | None]:
-        """(validation rows or None, the rows that remain, None for all)."""
-        if X_val is None and not self.early_stopping:
-            return None, None
+        """(validation rows, those given or some of the data's, or None; the rows that remain, None for all)."""
+        if given is not None or not self.early_stopping:
+            return given, None
         scorer = validation.scorer_of(self, self.scoring)
-        if X_val is not None:
-            points, y = self._given(X_val, y_val)
-            return HeldOut(points, inputs.on_cpu(X_val), y, self._codes(y), None, scorer), None
         n = len(data.X)
         held = validation.held_out_count(self, n)
         if held < 1:
@@ -192,8 +191,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         rows = self._preparation.original(points).cpu().numpy()
         return HeldOut(points, rows, y, self._codes(y), weights, scorer), stay
 
-    def _given(self, X_val, y_val) -> tuple[torch.Tensor, np.ndarray]:
-        """Validation rows as the kernel sees them, and their labels or targets, checked."""
+    def _given(self, X_val, y_val) -> HeldOut:
+        """Validation rows and their labels or targets, checked."""
         try:
             points = self._preparation.near(self._samples(X_val))
         except (ValueError, TypeError) as error:
@@ -201,7 +200,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         y = self._answers("y_val", y_val)
         if len(y) != len(points):
             raise ValueError(f"y_val must have one row per row of X_val: X_val has {len(points)}, y_val has {len(y)}")
-        return points, y
+        return HeldOut(points, inputs.on_cpu(X_val), y, self._codes(y), None, validation.scorer_of(self, self.scoring))
 
     def _sampled(self, data: Training, learn: torch.Tensor | None, random, engine: Local) -> torch.Tensor | None:
         """The rows that M is learnt from: ``metric_samples`` of those there are; None for all."""
