@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fastagop.kernels.profile import Kernel
 
 import fastagop
 
@@ -133,6 +134,18 @@ def test_reference_has_what_estimators_give():
     for module in (importlib.import_module("fastagop.rfm"), importlib.import_module("fastagop.deep_rfm")):
         for name in set(module.__all__) - {"Callback"}:  # a word for type checkers
             assert {f"::: fastagop.{name}", f"::: {module.__name__}.{name}"} & set(API.splitlines()), name
+
+
+def test_kernels_are_listed_where_users_choose_one():
+    """In the reference's table of formulas, the README's row, and the table of what KeOps and Triton serve."""
+    exported = {name: getattr(fastagop, name) for name in fastagop.__all__}
+    kernels = {name: kind for name, kind in exported.items() if inspect.isclass(kind) and issubclass(kind, Kernel)}
+    assert kernels.keys() - set(re.findall(r"^\| `(\w+)\(", API, re.MULTILINE)) == set()
+    (row,) = re.findall(r"^\| kernels \| .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert kernels.keys() - set(re.findall(r"`(\w+)\(", row)) == set()
+    on_devices = {name for name, kind in kernels.items() if not kind.radial and {"keops", "triton"} & vars(kind).keys()}
+    served = re.findall(r"^\| (`[A-Z][^|]*)\|", (ROOT / "docs/pages/choosing.md").read_text(), re.MULTILINE)
+    assert on_devices - set(re.findall(r"\w+", " ".join(served))) == set()
 
 
 def resolve(path: str):
