@@ -14,6 +14,7 @@ import pytest
 from fastagop.kernels.profile import Kernel
 
 import fastagop
+from fastagop.solvers import table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "docs/mkdocs.yml"
@@ -146,6 +147,18 @@ def test_kernels_are_listed_where_users_choose_one():
     on_devices = {name for name, kind in kernels.items() if not kind.radial and {"keops", "triton"} & vars(kind).keys()}
     served = re.findall(r"^\| (`[A-Z][^|]*)\|", (ROOT / "docs/pages/choosing.md").read_text(), re.MULTILINE)
     assert on_devices - set(re.findall(r"\w+", " ".join(served))) == set()
+
+
+@pytest.mark.parametrize("method", table.methods()[1:])
+def test_solvers_are_listed_where_users_choose_one(method):
+    """In the docstring of solve, in the tables of the pages, and in what a Solution says of its method."""
+    assert f'"{method}"' in inspect.getdoc(fastagop.solve)
+    assert re.search(rf'^    method: .*"{re.escape(method)}"', inspect.getdoc(fastagop.Solution), re.MULTILINE)
+    for page, row in (
+        ("choosing", rf'^\| `"{re.escape(method)}"`'),
+        ("solving", rf'^\| `method` \|.*"{re.escape(method)}"'),
+    ):
+        assert re.search(row, (ROOT / f"docs/pages/{page}.md").read_text(), re.MULTILINE), page
 
 
 def resolve(path: str):
