@@ -15,6 +15,7 @@ import torch
 
 from fastagop import commands
 from reproduce import files, options, report
+from reproduce.settings import DATASETS
 
 TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
 
@@ -22,7 +23,7 @@ TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their option
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--quick", action="store_true", help="few points, layers and epochs: minutes on two CPU cores")
-    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: each figure's own"
+    text = f"{DATASETS}; repeat for several; default: each figure's own"
     parser.add_argument("--dataset", action="append", default=[], help=text)
     options.add_location(parser, "out")
 
