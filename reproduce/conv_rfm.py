@@ -29,6 +29,7 @@ ABOUT = About(
     "Neural collapse in a convolutional Deep RFM",
     "No paper shows this: Deep RFM with the patch AGOP of convolutional kernel machines (Radhakrishnan et al., 2024) "
     "in place of the AGOP. On CIFAR-10, M^(1/2) lowers NC1 from the second layer on, and random features raise it",
+    "collapse in a Deep RFM of convolutional layers, by patch AGOP",
 )
 WINDOWS = ((7, 5), (3, 1), (3, 1), (2, 1))  # sizes and strides of the layers: 32 pixels, then 6, 4, 2 and 1 a side
 _POINTS = {False: 2000, True: 300}  # by --quick

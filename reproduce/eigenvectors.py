@@ -24,6 +24,7 @@ ABOUT = About(
     "Eigenvectors of the AGOP of a kernel machine",
     "The AGOP has few large eigenvalues, and its eigenvectors are directions that tell classes apart: strokes, where "
     "the data are digits (as in Radhakrishnan et al., 2024)",
+    "the leading eigenvectors of a kernel machine's AGOP as images",
 )
 _POINTS = {False: 2000, True: 500}  # by --quick
 _DRAWS = 50  # of the bootstrap

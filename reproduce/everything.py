@@ -15,9 +15,8 @@ import torch
 
 from fastagop import commands
 from reproduce import files, options, report
+from reproduce.report import TEXTS
 from reproduce.settings import DATASETS
-
-TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     absent, failed = [], []
     for name in (*TEXTS, *shown):
         print(f"\n==== {name}", flush=True)
-        given = TEXTS.get(name, _forwarded(args, name != "grokking"))
+        given = [] if name in TEXTS else _forwarded(args, shown[name].reads_data)
         ready = parser().parse_args([name, *given])
         try:
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from reproduce import files, options, plots, runs
 from reproduce.runs import Procedure, Run
@@ -45,6 +45,7 @@ class Figure:
     rows: tuple[Row, ...]
     title: str
     shows: str  # This is what the paper says that one sees.
+    reads_data: ClassVar[bool] = True
 
     @property
     def description(self) -> str:
