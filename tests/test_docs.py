@@ -192,6 +192,8 @@ def test_commands_exist():
 
     text = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"python -m bench (\w+)", text)) <= set(CASES)
+    table = (ROOT / "docs/pages/benchmarks.md").read_text()
+    assert set(CASES) - {"suite"} <= set(re.findall(r"(?:`|-m bench )(\w+)(?![\w ]*-m)", table))
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n\n")[0]
     for extra in set(re.findall(r"pip install (?:-e )?\"\.\[(\w+)\]\"", text)):
         assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra
