@@ -29,6 +29,8 @@ def kernel(value, *, settled: bool = True) -> None:
     if not isinstance(value, Kernel):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
     if not unsettled(value):
+        for part in value.parts:
+            kernel(part)
         if type(value) not in _TRIED:
             _try(value)
     elif settled:
@@ -49,8 +51,6 @@ def _try(value: Kernel) -> None:
             dataclass fields. ValueError: k(x, x) is not 1.
     """
     _check_fields(type(value))
-    for part in value.parts:
-        kernel(part)
     if isinstance(value, Profile):
         sq, name = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device="cpu"), type(value).__name__
         for method in ("value_", "weight_"):
