@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fastagop.kernels import backends
 from fastagop.kernels.profile import Kernel
 
 import fastagop
@@ -32,6 +33,7 @@ def blocks(page: Path, kind: str) -> list[str]:
 def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page in their order, as a reader would enter them; files go to the working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))  # a page may register one
     names = {"__name__": "__main__"}
     for number, code in enumerate(blocks(page, "python"), 1):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
