@@ -9,6 +9,7 @@ divides Sigma_B by d where the paper's definition, and so fastagop, divides by K
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from fractions import Fraction
 
@@ -349,3 +350,11 @@ def test_the_mode_comes_back_where_a_model_fails():
     with pytest.raises(RuntimeError):
         collapse.Accumulator().extend([(torch.ones(3, 5), torch.arange(3))], features=model)
     assert model.training
+
+
+def test_an_accumulator_has_every_measure():
+    """What of two matrices or of several stages there is has no form over batches."""
+    functions = {name for name in collapse.__all__ if inspect.isfunction(getattr(collapse, name))}
+    assert functions - {"gram", "of_stages"} <= {
+        name for name in vars(collapse.Accumulator) if not name.startswith("_")
+    }
