@@ -10,7 +10,7 @@ import torch
 
 import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
-from fastagop.estimators import inputs, kernel_ridge, target_means
+from fastagop.estimators import inputs, kernel_ridge, rounding, target_means
 from fastagop.estimators.progress import Progress
 from fastagop.solvers import copies
 
@@ -149,9 +149,9 @@ def test_what_rounding_costs_the_gradients(K, weighted, center, normal, monkeypa
     share = (lost / total) ** 0.5
     assert 1e-9 < share < 1e-6
     for limit, costs in ((0.99 * share, True), (1.01 * share, False)):
-        monkeypatch.setattr(kernel_ridge, "_ROUNDING", limit)
-        assert kernel_ridge.rounding_costs(Gaussian(2.0), X, alpha, center, w) == costs
-    assert not kernel_ridge.rounding_costs(Gaussian(2.0), X, alpha[:, :0], center, w)
+        monkeypatch.setattr(rounding, "LIMIT", limit)
+        assert rounding.costs(Gaussian(2.0), X, alpha, center, w) == costs
+    assert not rounding.costs(Gaussian(2.0), X, alpha[:, :0], center, w)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -162,7 +162,7 @@ def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, 
     made = []
     plain = kernel_ridge.Predictor
     monkeypatch.setattr(kernel_ridge, "Predictor", lambda *args: made.append(args) or plain(*args))
-    monkeypatch.setattr(kernel_ridge, "rounding_costs", lambda *args: wide)
+    monkeypatch.setattr(rounding, "costs", lambda *args: wide)
     monkeypatch.setattr(kernel_ridge.float64_fit, "fit", lambda *args: None)
     how = kernel_ridge.KernelRidge(Laplace(2.0), 1e-3, "highest", backend)
     kernel_ridge.fit_and_agop(normal(20, 3, dtype=dtype), normal(20, 2, dtype=dtype), how)
@@ -172,7 +172,7 @@ def test_an_agop_is_that_of_the_backend_asked_for(wide, dtype, backend, normal, 
 
 
 def test_gradients_are_promised_to_five_digits():
-    assert kernel_ridge._ROUNDING == 2e-6
+    assert rounding.LIMIT == 2e-6
 
 
 def test_an_agop_in_float64_stays_there(normal):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastagop import linalg
-from fastagop.estimators.kernel_ridge import rounding_costs
+from fastagop.estimators import rounding
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
 from fastagop.kernels.operations import agop, kernel_matrix
@@ -167,7 +167,7 @@ class PatchMachine:
         P = self.patches.shape[1]
         points, coefficients = self.patches.detach().flatten(0, 1), (self.alpha.detach() / P).repeat_interleave(P, 0)
         dtype, center = points.dtype, bool(options.get("center"))
-        if dtype == torch.float32 and rounding_costs(self.kernel, points, coefficients, center, None):
+        if dtype == torch.float32 and rounding.costs(self.kernel, points, coefficients, center, None):
             points, options = points.double(), options | {"backend": "auto"}
             for name, value in options.items():
                 if isinstance(value, torch.Tensor) and value.dtype == dtype:  # Z or sample_weight

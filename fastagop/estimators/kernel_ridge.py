@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastagop.distributed.engine import LOCAL, Local, Predictor
-from fastagop.estimators import float64_fit, mixed_fit
+from fastagop.distributed.engine import LOCAL, Fit, Local, Predictor
+from fastagop.estimators import float64_fit, mixed_fit, rounding
 from fastagop.kernels import checks
 from fastagop.kernels.families.composition import Multiple
-from fastagop.kernels.gemm import random_signs
 from fastagop.kernels.kernel_operator import KernelOperator
-from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask, budget
+from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
-from fastagop.kernels.torch_backend import costs, tiles
+from fastagop.kernels.torch_backend import costs, smooth, tiles
 from fastagop.solvers import copies, full_refined, problem
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.pairs import unit_of
@@ -33,8 +32,6 @@ log = logging.getLogger("fastagop")
 
 AGOP_SCALES = ("max", "mean", "sum")
 _ADVICE = Advice("solver", "raise memory_limit where memory is free")
-_ROUNDING = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
-_POINTS = 8
 _LEAST = torch.finfo(torch.float64).tiny  # of the largest entry of an AGOP: below it float64 loses digits of it
 _FULL = 12  # bytes an item of a float64 matrix in full beside half of it
 _READ = 2**26  # bytes beyond which free memory is read, which takes as long as a small solve
@@ -176,8 +173,8 @@ def fit_and_agop(
     """
     rows = rows or copies.alone(X)
     if mirrored(Y):
-        keywords = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
-        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **keywords)
+        how = {"rows": rows, "center": center, "diagonal": diagonal, "mark": mark}
+        solved, M, planned = fit_and_agop(X, Y[:, 1:], regression, engine, **how)
         return _both(solved), M.mul_(2.0), planned
     fitted = _fit_float64(X, Y, regression, engine, rows)
     if fitted is not None and (M := fitted.agop(center, diagonal)) is not None:
@@ -186,30 +183,74 @@ def fit_and_agop(
         return fitted.solved, M, float64_fit.bytes_of(X, Y)
     if isinstance(found := _fit_mixed(X, Y, regression, engine, rows, weights=True), mixed_fit.MixedFit):
         mark("solve")
+        planned = mixed_fit.bytes_of(X, Y)
         if (M := found.agop(center, diagonal)) is not None:
             mark("agop")
-            return found.solved, M, mixed_fit.bytes_of(X, Y)
-        solved, matrix, planned = found.solved, found.K, mixed_fit.bytes_of(X, Y)
+            return found.solved, M, planned
+        solved, matrix = found.solved, found.K
         del found
     else:
         solved, matrix, planned = engine.solve(regression.kernel, X, Y, _after(found, regression).options, rows)
         mark("solve")
+    held = [Fit(solved, matrix, planned)]
+    del matrix
+    task = AgopTask("sum", center, limit=regression.memory_limit, weights=rows.weights)
+    M, planned = _agop_after(held, X, regression, engine, task, diagonal)
+    mark("agop")
+    return solved, M, planned
+
+
+def _agop_after(
+    held: list[Fit], X: torch.Tensor, regression: KernelRidge, engine: Local, task: AgopTask, diagonal: bool
+) -> tuple[torch.Tensor, int]:
+    """(AGOP, planned bytes) of a solve, which is taken from the list: its matrix goes as soon as it is not needed."""
+    solved, matrix, planned = held.pop()
     kernel, alpha, extreme = _of_usual_size(regression.kernel, X, solved.alpha)
     alpha, size = scale_targets(alpha, mixed_fit.SQUARABLE)
     kernel, X, _, unit = scale_points(kernel, X, X)
-    K = None if diagonal else _weights_(kernel, matrix, X, Y.shape[1], regression.memory_limit)
-    if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
-        planned = max(planned, _FULL * len(X) ** 2)
-    del matrix  # it is given back where it has become something else
-    weights, heaviest = _of_usual_weight(rows.weights)
-    if wide := extreme or _float64_pays(kernel, X, alpha, center, weights, engine):
-        X = X.double()
-    predictor = Predictor(kernel, X, alpha, regression.precision, "auto" if wide else regression.backend)
-    task = AgopTask("sum", center, limit=regression.memory_limit, weights=None if weights is None else weights.to(X))
-    M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
-    M = _of_size(M.double(), unit, size, heaviest)
-    mark("agop")
-    return solved, M, planned
+    weights, heaviest = _of_usual_weight(task.weights)
+    task = replace(task, weights=weights)
+    wide = extreme or _float64_pays(kernel, X, alpha, task.center, weights, engine)
+    M = None
+    if wide and not (extreme or diagonal) and type(engine) is Local and regression.backend in ("auto", "torch"):
+        M = _beside_a_line(kernel, X, alpha, task)
+    if M is None:
+        K = None if diagonal else _weights_(kernel, matrix, X, alpha.shape[1], regression.memory_limit)
+        if isinstance(K, torch.Tensor) and isinstance(matrix, SymmetricBlocks):
+            planned = max(planned, _FULL * len(X) ** 2)
+        del matrix  # it is given back where it has become something else
+        predictor = _predictor(kernel, X, alpha, regression, wide)
+        task = replace(task, weights=None if weights is None else weights.to(predictor.X))
+        M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
+    return _of_size(M.double(), unit, size, heaviest), planned
+
+
+def _predictor(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, regression: KernelRidge, wide: bool) -> Predictor:
+    """The predictor whose AGOP is taken: of float64 points, by whoever serves them, where that is due."""
+    if not wide:
+        return Predictor(kernel, X, alpha, regression.precision, regression.backend)
+    log.info("agop: float32 coefficients would cost more than %.0e of the gradients: float64", rounding.LIMIT)
+    return Predictor(kernel, X.double(), alpha, regression.precision, "auto")
+
+
+def _beside_a_line(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask) -> torch.Tensor | None:
+    """The AGOP of many float32 points and float64 coefficients with products in float32; None where they lose too much.
+
+    The others take a half to three quarters of the time of products in float64 (n = 8000 to 50,000, d = 1024).
+    """
+    if len(X) <= problem.FULL_MATRIX_ROWS or not smooth.pays(X, alpha.shape[1]):
+        return None
+    with matmul_precision("highest", X.device):
+        line = rounding.line_of(kernel, X, alpha, task.center, task.weights)
+        try:
+            rows, _ = smooth.plan_rows(X, alpha, task.center, budget(task.limit, X.device))
+        except MemoryError:
+            return None
+        if line is None:
+            return None
+        log.info("agop: weights are a + b r^2 and a rest, which is multiplied in float32 and the line in float64")
+        roots = None if task.weights is None else task.weights.sqrt().to(X.dtype)
+        return smooth.agop(line, X, alpha, rows, center=task.center, roots=roots)
 
 
 def _of_usual_size(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor) -> tuple[Kernel, torch.Tensor, bool]:
@@ -278,43 +319,9 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     """Whether the AGOP of float32 points is computed in float64; every rank says so where the first one does."""
     if X.dtype == torch.float64:
         return False
-    wide = rounding_costs(kernel, X, alpha, center, weights)
+    wide = rounding.costs(kernel, X, alpha, center, weights)
     wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
-    if wide:
-        log.info(
-            "agop: float32 coefficients would cost more than %.0e of the gradients; computing in float64", _ROUNDING
-        )
     return wide
-
-
-def rounding_costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> bool:
-    """Whether rounding coefficients and weights to X's dtype costs the gradients too much, at a few of the points.
-
-    Half of these points have the largest coefficients: there the gradients of nearly singular problems are largest.
-    Two random sums of the outputs stand for all of them.
-    """
-    (n, K), points = alpha.shape, min(len(alpha), _POINTS)
-    if K == 0:
-        return False
-    size = alpha.abs().amax(1) * (1.0 if weights is None else weights.sqrt())
-    index = torch.cat([torch.arange(points, device=X.device) * n // points, size.topk(points)[1]])
-    signs = random_signs(K, 2, alpha) if K > 2 else torch.eye(K, dtype=alpha.dtype, device=alpha.device)
-    x, root = X.double(), 1.0 if weights is None else weights[index].sqrt()[:, None]
-    if not isinstance(kernel, Profile):
-        pair = (gradients(kernel, x, a @ signs, x[index]) for a in (alpha, alpha.to(X.dtype).double()))
-        exact, rounded = (g if weights is None else g * weights[index].sqrt()[:, None, None] for g in pair)
-        exact, rounded = (g - g.mean(0) for g in (exact, rounded)) if center else (exact, rounded)
-        return float((exact - rounded).square().sum()) > _ROUNDING * _ROUNDING * float(exact.square().sum())
-    z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], 2 * points)])
-    both, total, lost = (alpha @ signs, alpha.to(X.dtype).double() @ signs), 0.0, 0.0
-    # This is ``products.differences_product`` by output: the weights of a pair are rounded apart from its coefficients.
-    for exact, rounded in zip(both[0].T, both[1].T, strict=True):
-        terms = W * exact
-        apart = (W.to(X.dtype).double() * rounded).sub_(terms)
-        g, change = ((part @ x - part.sum(1, keepdim=True) * z) * root for part in (terms, apart))
-        g = g - g.mean(0) if center else g
-        total, lost = total + float(g.square().sum()), lost + float(change.square().sum())
-    return lost > _ROUNDING * _ROUNDING * total
 
 
 def _of_usual_weight(weights: torch.Tensor | None) -> tuple[torch.Tensor | None, float]:
