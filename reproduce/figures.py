@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from reproduce import files, options, plots, runs
 from reproduce.runs import Procedure, Run
@@ -45,7 +45,11 @@ class Figure:
     rows: tuple[Row, ...]
     title: str
     shows: str  # This is what the paper says that one sees.
-    reads_data: ClassVar[bool] = True
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it reads a data set, as every figure of the paper does."""
+        return True
 
     @property
     def description(self) -> str:

@@ -312,8 +312,10 @@ def refuse(kernel: Kernel, method: str, options: ConjugateGradients) -> None:
     if kernel.radial or (method in ("auto", *names) and not options.store):
         return
     wish = "ConjugateGradients(store=True)" if options.store else f"method={method!r}"
+    halves = options.store or any(solver.halves for solver in TABLE if solver.name == method)
+    reason = "stores half of a matrix with a diagonal of 1, for radial kernels" if halves else "is for radial kernels"
     raise BackendUnavailable(
-        f"{wish} cannot serve {kernel!r}: it is for radial kernels; use method={', '.join(map(repr, names))}"
+        f"{wish} cannot serve {kernel!r}: it {reason}; use method={', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
     )
 
 
