@@ -1,24 +1,4 @@
-"""``python -m bench``: measure, print a table, write a result file.
-
-suite      every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU
-agop       the AGOP on the CPU against xrfm and torch, with peak memory: the README's table
-keops      KeOps against torch by number of features, on the CPU
-network    the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU
-beyond     l1 kernels, convolutions and networks of many outputs beside their peers, on the CPU
-cg         conjugate gradients with and without their preconditioner, on the CPU: minutes
-small      calls on 60 points beside plain torch, on the CPU: what a call costs before it computes
-scale      seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes
-tables     learners of 14 small tables beside each other by cross-validation, on the CPU: minutes
-rfm        whole RFMs at equal settings against xrfm's and the authors' update, on the CPU
-rows       learners of 10,000 and 100,000 rows, a tree of RFMs among them, on the CPU: minutes
-report     table and plots from a result of `pytest bench --benchmark-only --benchmark-json`
-draw       the pictures of the committed results once more; nothing is measured
-readme     the committed results' tables into README.md
-calibrate  rates and launch configurations of this device, for fastagop's own choices
-machine_code  every Triton launch compiled, without a GPU, into the table of docs/pages/gpu.md: minutes
-first_contact  ten minutes on a GPU as numbers, from a plain checkout where nothing can be installed
-gpu_report     tables and proposals from what first_contact wrote
-predictions    predicted seconds on GPUs by counts and rates, into docs/pages/gpu.md
+"""``python -m bench CASE``: measure, print a table, write a result file. A case is an entry of a table below.
 
 From another folder: ``python PATH_OF_THE_CHECKOUT/bench agop``.
 """
@@ -27,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 if not __package__:  # run by its path: modules come from the folder one is in and from the checkout
     sys.path[:1] = ["", str(Path(__file__).resolve().parents[1])]
@@ -51,6 +33,7 @@ from bench import (
     beyond_cpu,
     calibrate,
     cg_cpu,
+    coefficients_cpu,
     files,
     keops_cpu,
     machine_code,
@@ -65,44 +48,66 @@ from bench import (
     tables_cpu,
 )
 
-# What measures in each case, and its options beside --out; a case refuses those of the others.
+
+class Case(NamedTuple):
+    """A case: its function, whose arguments are the options that it takes, and what the help says of it."""
+
+    main: Callable[..., Any]
+    about: str
+    writes: str = ""  # This is where it does not write the file that --out names.
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Its options beside --out."""
+        return tuple(name for name in inspect.signature(self.main).parameters if name in OF_CASES)
+
+
+OF_CASES = ("device", "result", "repeats", "n", "d", "threads", "only", "quick")
+# These measure, and write their result file. Those without a device measure the CPU.
 MEASURES = {
-    "suite": suite.main,
-    "agop": agop_cpu.main,
-    "keops": keops_cpu.main,
-    "network": network_cpu.main,
-    "beyond": beyond_cpu.main,
-    "cg": cg_cpu.main,
-    "small": small_cpu.main,
-    "scale": scale_cpu.main,
-    "tables": tables_cpu.main,
-    "rfm": rfm_cpu.main,
-    "rows": rows_cpu.main,
-    "calibrate": calibrate.main,
+    "suite": Case(
+        suite.main,
+        "every operation beside its peers at the paper's size (the default), in at most nine minutes on a GPU",
+    ),
+    "agop": Case(agop_cpu.main, "the AGOP on the CPU against xrfm and torch, with peak memory: the README's table"),
+    "keops": Case(keops_cpu.main, "KeOps against torch by number of features, on the CPU"),
+    "network": Case(network_cpu.main, "the AGOP of an MLP's layers against Jacobians by torch.func, on the CPU"),
+    "beyond": Case(
+        beyond_cpu.main, "l1 kernels, convolutions and networks of many outputs beside their peers, on the CPU"
+    ),
+    "cg": Case(cg_cpu.main, "conjugate gradients with and without their preconditioner, on the CPU: minutes"),
+    "coefficients": Case(
+        coefficients_cpu.main, "AGOPs of coefficients that float32 does not hold, by products, on the CPU"
+    ),
+    "small": Case(
+        small_cpu.main, "calls on 60 points beside plain torch, on the CPU: what a call costs before it computes"
+    ),
+    "scale": Case(
+        scale_cpu.main,
+        "seconds and peak memory of a solve, an AGOP and a layer by n, beside LAPACK and xrfm, on the CPU: minutes",
+    ),
+    "tables": Case(
+        tables_cpu.main, "learners of 14 small tables beside each other by cross-validation, on the CPU: minutes"
+    ),
+    "rfm": Case(rfm_cpu.main, "whole RFMs at equal settings against xrfm's and the authors' update, on the CPU"),
+    "rows": Case(rows_cpu.main, "learners of 10,000 and 100,000 rows, a tree of RFMs among them, on the CPU: minutes"),
+    "calibrate": Case(calibrate.main, "rates and launch configurations of this device, for fastagop's own choices"),
 }
-OPTIONS = {
-    "suite": ("device", "repeats", "n", "d"),
-    "agop": ("repeats", "n", "d"),
-    "keops": ("repeats", "n", "d"),
-    "network": ("repeats", "n"),
-    "beyond": ("repeats",),
-    "cg": ("n",),
-    "small": ("n",),
-    "scale": ("n", "d"),
-    "tables": ("threads", "only", "quick"),
-    "rfm": ("repeats",),
-    "rows": ("n",),
-    "report": ("result",),
-    "draw": (),
-    "readme": (),
-    "calibrate": ("device", "repeats", "n"),
-    "machine_code": (),
+# These measure nothing here.
+OTHERS = {
+    "report": Case(report.main, "table and plots from a result of `pytest bench --benchmark-only --benchmark-json`"),
+    "draw": Case(
+        report.redraw, "the pictures of the committed results once more; nothing is measured", "bench/results/*.png"
+    ),
+    "readme": Case(report.readme, "the committed results' tables into README.md", "README.md"),
+    "machine_code": Case(
+        machine_code.main,
+        "every Triton launch compiled, without a GPU, into the table of docs/pages/gpu.md: minutes",
+        "docs/pages/gpu.md",
+    ),
 }
+OPTIONS = {name: case.options for name, case in {**MEASURES, **OTHERS}.items()}
 CASES = (*OPTIONS, *checkout.ALONE)
-# Where --device cpu says nothing new.
-_ON_THE_CPU = ("agop", "keops", "network", "beyond", "cg", "small", "scale", "tables", "rfm", "rows")
-_MEASURED_ON = dict.fromkeys(_ON_THE_CPU, torch.device("cpu"))
-_WRITES = {"draw": "bench/results/*.png", "readme": "README.md", "machine_code": "docs/pages/gpu.md"}
 _NAMES = ", ".join(tables_contenders.CONTENDERS)
 RESULT = files.ROOT / "bench/results/operations_cpu.json"
 
@@ -110,7 +115,7 @@ RESULT = files.ROOT / "bench/results/operations_cpu.json"
 def parser() -> argparse.ArgumentParser:
     """The command line; what is not given is None, so that a case can refuse what it would ignore."""
     made = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench", description=_described(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
     add("case", nargs="?", choices=CASES, default="suite")
@@ -126,6 +131,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _described() -> str:
+    about = {name: case.about for name, case in {**MEASURES, **OTHERS}.items()} | checkout.ALONE
+    lines = [f"{name:{max(map(len, about))}}  {text}" for name, text in about.items()]
+    return "\n".join(["Measure, print a table, write a result file.", "", *lines])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run: 0, or 2 with one line on stderr for what the caller can change."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -134,13 +145,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser()
     given = made.parse_args(words)
     takes = OPTIONS[given.case]
-    for option in ("device", "result", "repeats", "n", "d", "threads", "only", "quick"):
+    for option in OF_CASES:
         value = getattr(given, option)
-        if value is not None and option not in takes and value != _MEASURED_ON.get(given.case):
+        says_nothing = option == "device" and given.case in MEASURES and value == torch.device("cpu")
+        if value is not None and option not in takes and not says_nothing:
             known = ", ".join(f"--{name}" for name in takes) or "no option but --help"
             made.error(f"{given.case} does not take --{option}; it takes {known}")
-    if given.case in _WRITES and given.out is not None:
-        made.error(f"{given.case} does not take --out; it writes {_WRITES[given.case]}")
+    if given.case in OTHERS and given.out is not None and (writes := OTHERS[given.case].writes):
+        made.error(f"{given.case} does not take --out; it writes {writes}")
     return commands.run("python -m bench", lambda: _run(given))
 
 
@@ -150,19 +162,13 @@ def _run(given: argparse.Namespace) -> None:
         result = given.result or RESULT
         report.main(result, given.out or result.with_suffix(".md"))
         return
-    if given.case == "draw":
-        report.redraw()
-        return
-    if given.case == "readme":
-        report.readme()
-        return
-    if given.case == "machine_code":
-        machine_code.main()
+    if given.case in OTHERS:
+        OTHERS[given.case].main()
         return
     out = given.out or Path(f"out/{given.case}_{device.type}.json")
     files.check(out)
     options = vars(given) | {"device": device, "repeats": repeats}
-    MEASURES[given.case](out=out, **{name: options[name] for name in OPTIONS[given.case]})
+    MEASURES[given.case].main(out=out, **{name: options[name] for name in OPTIONS[given.case]})
 
 
 def _count(text: str) -> int:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Cases of ``python -m bench`` that run where only torch, Triton and NumPy are: modules with their own command line.
-ALONE = ("first_contact", "gpu_report", "predictions")
+ALONE = {
+    "first_contact": "ten minutes on a GPU as numbers, from a plain checkout where nothing can be installed",
+    "gpu_report": "tables and proposals from what first_contact wrote",
+    "predictions": "predicted seconds on GPUs by counts and rates, into docs/pages/gpu.md",
+}
 
 
 def place() -> None:

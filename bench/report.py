@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import numbers
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,15 +131,16 @@ def redraw(folder: Path = files.ROOT / "bench/results") -> None:
     """The pictures of the committed results once more; nothing is measured."""
     for file in plots(rows_of(folder / "operations_cpu.json"), folder):
         print(f"written to {file}")
-    for case in ("scale", "tables"):
-        rows = files.read_json(folder / f"{case}_cpu.json")["rows"]
-        importlib.import_module(f"bench.{case}_cpu").plot(rows, folder / f"{case}_cpu.png")
+    for result in sorted(folder.glob("*_cpu.json")):  # of a module of that name, where it has a picture
+        name = f"bench.{result.stem}"
+        if importlib.util.find_spec(name) and hasattr(module := importlib.import_module(name), "plot"):
+            module.plot(files.read_json(result)["rows"], result.with_suffix(".png"))
 
 
 def readme(path: Path = files.ROOT / "README.md") -> None:
     """Write the committed results' tables between the README's marks."""
     text = path.read_text()
-    for case in ("agop", "tables"):
+    for case in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
         result = files.ROOT / f"bench/results/{case}_cpu.json"
         try:
             made = importlib.import_module(f"bench.{case}_cpu").table(files.read_json(result)["rows"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
 
@@ -28,6 +29,8 @@ def kernel(value, *, settled: bool = True) -> None:
     if not isinstance(value, Kernel):
         raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
     if not unsettled(value):
+        for part in value.parts:
+            kernel(part)
         if type(value) not in _TRIED:
             _try(value)
     elif settled:
@@ -44,10 +47,10 @@ def _try(value: Kernel) -> None:
     """Try a class once, which may be anybody's: a profile that returns another tensor leaves distances as values.
 
     Raises:
-        TypeError: what a method returns is not what it was given, overwritten. ValueError: k(x, x) is not 1.
+        TypeError: what a method returns is not what it was given, overwritten; or the class has parameters that are no
+            dataclass fields. ValueError: k(x, x) is not 1.
     """
-    for part in value.parts:
-        kernel(part)
+    _check_fields(type(value))
     if isinstance(value, Profile):
         sq, name = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device="cpu"), type(value).__name__
         for method in ("value_", "weight_"):
@@ -70,6 +73,20 @@ def _try(value: Kernel) -> None:
                     f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
                 )
     _TRIED.add(type(value))
+
+
+def _check_fields(kind: type) -> None:
+    """Refuse a class whose parameters nobody sees: comparison, repr, files and devices go by dataclass fields."""
+    made = vars(kind)
+    if "__dataclass_fields__" in made:
+        return
+    named = [name for name, of in inspect.get_annotations(kind).items() if "ClassVar" not in str(of)]
+    if named or "__init__" in made:
+        own = f"parameters ({', '.join(named)})" if named else "an __init__"
+        raise TypeError(
+            f"kernel: {kind.__name__} has {own} of its own and is no dataclass, so that they would be in no repr, "
+            "comparison or file; write @dataclass(frozen=True) above the class, with parameters as its fields"
+        )
 
 
 def radial(value: Kernel, operation: str, remedy: str) -> None:

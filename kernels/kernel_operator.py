@@ -80,16 +80,19 @@ class KernelOperator:
 
         return self._planned(call, run)
 
-    def seconds(self, plan: Plan, dtype: torch.dtype | None = None, passes: float = 1.0) -> float:
+    def seconds(
+        self, plan: Plan, dtype: torch.dtype | None = None, passes: float = 1.0, *, stored: bool = False
+    ) -> float:
         """Estimated time of a plan: its operations at the device's rates, and what its pairs of points cost beside.
 
-        dtype: of its large products, default that of the points. passes: over all pairs.
+        dtype: of its large products, default that of the points. passes: over all pairs. stored: what it makes of pairs
+        is a matrix that is kept, as in the AGOP's gram form.
         """
         if dtype is None or dtype == self.X.dtype:
             products = self.backend.products(self.precision, self.X)
         else:
             products = dtype_name(dtype)
-        form = "gram" if plan.method in ("gram", "cholesky", "eigh") else "gradient"
+        form = "gram" if stored or plan.method == "gram" else "gradient"
         # The mirror image of half of the pairs is known.
         halves = self.symmetric and plan.op != "gradients" and plan.method != "gradient"
         pairs = float(len(self.X)) * len(self.Z) * (0.5 if halves else 1.0) * passes

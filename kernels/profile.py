@@ -164,6 +164,11 @@ class Kernel:
         """Itself: what never changes needs no copy."""
         return self
 
+    def _lacks(self, method: str) -> TypeError:
+        """What a class is told of a method that it is to define."""
+        name = type(self).__name__
+        return TypeError(f"{name} defines no {method}; give its class one, or use a kernel such as Laplace or Gaussian")
+
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor | None:
         """Overwrite kernel values by gradient weights; None where there is no closed form for it.
 
@@ -206,10 +211,6 @@ class Profile(Kernel):
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite squared distances r^2 by the gradient weight w(r) = -phi'(r)/r, zero where r = 0."""
         raise self._lacks("weight_(sq)")
-
-    def _lacks(self, method: str) -> TypeError:
-        name = type(self).__name__
-        return TypeError(f"{name} defines no {method}; give its class one, or use a kernel such as Laplace or Gaussian")
 
     def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``weight_``, with the kernel values of the same pairs at hand, which it leaves as they are.
@@ -305,7 +306,8 @@ def constants(kernel: Kernel, dtype: torch.dtype) -> dict[str, float]:
     """
     found = {field.name: getattr(kernel, field.name) for field in fields(kernel)}  # pyright: ignore[reportArgumentType]
     largest = torch.finfo(dtype).max * 2.0**-22
+    inverse = {"bandwidth": "inverse_bandwidth"}
     return {
-        name.replace("bandwidth", "inverse_bandwidth"): min(1.0 / value, largest) if name == "bandwidth" else value
+        inverse.get(name, name): min(1.0 / value, largest) if name in inverse else value
         for name, value in found.items()
     }

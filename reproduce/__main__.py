@@ -19,22 +19,20 @@ except ModuleNotFoundError as missing:
     sys.exit(f"python -m reproduce: {missing}; pip install -e '.[reproduce]' in {Path(__file__).resolve().parents[1]}")
 
 from reproduce import (
-    conv_rfm,
     deep_rfm_figures,
     demo,
-    eigenvectors,
     everything,
     figures,
-    grokking,
     network_figures,
     nfa_table,
     redraw,
     report,
     theory,
 )
+from reproduce.pictures import PICTURES
 
 FIGURES = deep_rfm_figures.FIGURES | network_figures.FIGURES
-SHOWN = FIGURES | {module.NAME: module.ABOUT for module in (conv_rfm, grokking, eigenvectors)}
+SHOWN = FIGURES | {name: picture.ABOUT for name, picture in PICTURES.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,12 +43,8 @@ def parser() -> argparse.ArgumentParser:
         figure.family.add_options(_add(commands, name, figure.description, partial(figures.make, name, figure)))
     text = "every figure and table, one after the other, and a page that shows them"
     everything.add_options(_add(commands, "all", text, partial(everything.command, parser, SHOWN)))
-    text = "collapse in a Deep RFM of convolutional layers, by patch AGOP"
-    conv_rfm.add_options(_add(commands, conv_rfm.NAME, text, conv_rfm.command))
-    text = "a quadratic kernel machine that learns modular addition late, by its AGOP"
-    grokking.add_options(_add(commands, grokking.NAME, text, grokking.command))
-    text = "the leading eigenvectors of a kernel machine's AGOP as images"
-    eigenvectors.add_options(_add(commands, eigenvectors.NAME, text, eigenvectors.command))
+    for name, picture in PICTURES.items():
+        picture.add_options(_add(commands, name, picture.ABOUT.help, picture.command))
     text = "a page of whatever results there are, beside what the paper says"
     report.add_options(_add(commands, "report", text, partial(report.command, SHOWN)))
     text = "the pictures of a folder once more, small, from its tables; nothing is computed"

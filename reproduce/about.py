@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class About:
-    """A title, and what is to be seen and who has shown it."""
+    """A title, what is to be seen and who has shown it, the command's help, and whether it reads a data set."""
 
     title: str
     shows: str
+    help: str
+    reads_data: bool = True

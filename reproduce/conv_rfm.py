@@ -19,7 +19,7 @@ from fastagop.convolution import ConvLayerSettings, Window, fit_layer
 from reproduce import files, layers, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
-from reproduce.settings import Experiment, load
+from reproduce.settings import DATASETS, Experiment, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -29,6 +29,7 @@ ABOUT = About(
     "Neural collapse in a convolutional Deep RFM",
     "No paper shows this: Deep RFM with the patch AGOP of convolutional kernel machines (Radhakrishnan et al., 2024) "
     "in place of the AGOP. On CIFAR-10, M^(1/2) lowers NC1 from the second layer on, and random features raise it",
+    "collapse in a Deep RFM of convolutional layers, by patch AGOP",
 )
 WINDOWS = ((7, 5), (3, 1), (3, 1), (2, 1))  # sizes and strides of the layers: 32 pixels, then 6, 4, 2 and 1 a side
 _POINTS = {False: 2000, True: 300}  # by --quick
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{_POINTS[True]} points where --n is not given: half a minute")
-    text = "square images: cifar10, mnist, svhn, or the path of an .npz; default %(default)s"
+    text = f"square images: {DATASETS}; default %(default)s"
     add("--dataset", default="cifar10", help=text)
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--width", type=commands.count, default=64, help="random features of a layer; default %(default)s")
@@ -53,7 +54,7 @@ def command(args: argparse.Namespace) -> int:
     plots.require()
     n = args.n or _POINTS[args.quick]
     X, y = load(args.dataset, args.data_root, n=n, download=args.download)
-    flat, shape = datasets.standardize(X)[0], Images(X.shape[1], channels_first=args.dataset == "svhn")
+    flat, shape = datasets.standardize(X)[0], Images(X.shape[1], Experiment(args.dataset).channels_first)
     images = shape.unflattened(flat).contiguous()
     kernel, start = Laplace(args.bandwidth), time.perf_counter()
     settings = [ConvLayerSettings(kernel, Window(*window), args.width, args.ridge) for window in WINDOWS]

@@ -14,7 +14,7 @@ from fastagop import plots as drawing
 from reproduce import files, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
-from reproduce.settings import Experiment, load
+from reproduce.settings import DATASETS, Experiment, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ ABOUT = About(
     "Eigenvectors of the AGOP of a kernel machine",
     "The AGOP has few large eigenvalues, and its eigenvectors are directions that tell classes apart: strokes, where "
     "the data are digits (as in Radhakrishnan et al., 2024)",
+    "the leading eigenvectors of a kernel machine's AGOP as images",
 )
 _POINTS = {False: 2000, True: 500}  # by --quick
 _DRAWS = 50  # of the bootstrap
@@ -33,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{_POINTS[True]} points where --n is not given")
-    add("--dataset", default="mnist", help="square images: mnist, cifar10, svhn or an .npz; default %(default)s")
+    add("--dataset", default="mnist", help=f"square images: {DATASETS}; default %(default)s")
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--count", type=commands.count, default=12, help="eigenvectors; default %(default)s")
     add("--bandwidth", type=options.positive, default=10.0, help="L of the Laplace kernel; default %(default)s")
@@ -54,7 +55,7 @@ def command(args: argparse.Namespace) -> int:
     about = {"dataset": args.dataset.rpartition("/")[2], "n": len(y), "kernel": repr(kernel), "ridge": args.ridge}
     origin = {"settings": about, "environment": files.environment(X.device), "seconds": time.perf_counter() - start}
     stem, said = args.out / NAME, lesson(found)
-    images = Images(X.shape[1], channels_first=args.dataset == "svhn")
+    images = Images(X.shape[1], Experiment(args.dataset).channels_first)
     written = plots.save(draw(found, images, f"{Experiment(args.dataset).title}, n = {len(y)}"), stem)
     files.write_csv(stem.with_suffix(".csv"), rows(found))
     files.write_json(stem.with_suffix(".json"), {"runs": [origin], "lessons": [said]})

@@ -15,14 +15,14 @@ import torch
 
 from fastagop import commands
 from reproduce import files, options, report
-
-TEXTS = {"theory": [], "nfa_table": []}  # Commands that print, and their options here.
+from reproduce.report import TEXTS
+from reproduce.settings import DATASETS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--quick", action="store_true", help="few points, layers and epochs: minutes on two CPU cores")
-    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: each figure's own"
+    text = f"{DATASETS}; repeat for several; default: each figure's own"
     parser.add_argument("--dataset", action="append", default=[], help=text)
     options.add_location(parser, "out")
 
@@ -32,7 +32,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     absent, failed = [], []
     for name in (*TEXTS, *shown):
         print(f"\n==== {name}", flush=True)
-        given = TEXTS.get(name, _forwarded(args, name != "grokking"))
+        given = [] if name in TEXTS else _forwarded(args, shown[name].reads_data)
         ready = parser().parse_args([name, *given])
         try:
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)

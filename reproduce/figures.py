@@ -47,6 +47,11 @@ class Figure:
     shows: str  # This is what the paper says that one sees.
 
     @property
+    def reads_data(self) -> bool:
+        """Whether it reads a data set, as every figure of the paper does."""
+        return True
+
+    @property
     def description(self) -> str:
         """The title and the data sets, for the command line's help."""
         return f"{self.title}: {', '.join(dict.fromkeys(dataset for dataset, _ in self.rows))}".replace("$", "")

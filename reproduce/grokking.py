@@ -29,6 +29,8 @@ ABOUT = About(
     "Grokking modular addition (Mallinar et al., 2024)",
     "A kernel machine with a quadratic kernel fits all training pairs at once and guesses on the others, until the "
     "AGOP, iteration by iteration, has found block-circulant features; then it is right on all pairs",
+    "a quadratic kernel machine that learns modular addition late, by its AGOP",
+    reads_data=False,
 )
 
 

@@ -37,7 +37,7 @@ def build(settings: NetworkSettings, d: int, classes: int) -> nn.Module:
         torch.manual_seed(settings.seed)
         if settings.network == "mlp":
             return _head(d, classes, settings)
-        images = Images(d, channels_first=settings.name == "svhn")
+        images = Images(d, settings.channels_first)
         trunk = _resnet() if settings.network == "resnet" else _vgg(max(images.shape))
         with torch.no_grad():
             features = trunk.eval()(images(torch.zeros(1, d))).shape[1]

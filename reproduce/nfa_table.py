@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastagop import commands, datasets, network
 from reproduce import options
-from reproduce.settings import load
+from reproduce.settings import DATASETS, load
 
 
 def table(
@@ -125,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "module:function that returns your trained model, importable from here; default %(default)s, an example"
     add("--model", default="reproduce.nfa_table:example", help=text)
-    add("--dataset", default="digits", help="mnist, cifar10, svhn, digits or the path of an .npz; default %(default)s")
+    add("--dataset", default="digits", help=f"{DATASETS}; default %(default)s")
     add("--n", type=commands.count, help="points, the first in file order; default all")
     add("--shape", type=commands.count, nargs="+", help="of one input, for example 1 28 28; default flat")
     add("--layers", nargs="+", help='names or patterns of layers, for example "classifier.*"; default all')

@@ -10,7 +10,7 @@ import torch
 
 from fastagop import commands
 from fastagop.deep_rfm.random_features import COS_SCALE
-from reproduce.settings import DEPTH, KERNELS, POINTS, QUICK, RunLocation
+from reproduce.settings import DATASETS, DEPTH, KERNELS, POINTS, QUICK, RunLocation
 
 
 def add_figure(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def add_network_figure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_points(parser: argparse.ArgumentParser) -> None:
-    text = "mnist, cifar10, svhn, digits or the path of an .npz; repeat for several; default: the figure's own"
+    text = f"{DATASETS}; repeat for several; default: the figure's own"
     parser.add_argument("--dataset", action="append", default=[], help=text)
     text = f"training points, the first in file order; default {POINTS}, or what there is"
     parser.add_argument("--n", type=commands.count, help=text)

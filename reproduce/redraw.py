@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reproduce import conv_rfm, eigenvectors, files, grokking, options, plots
+from reproduce import files, options, plots
 from reproduce.figures import Family, Figure
+from reproduce.pictures import PICTURES
 from reproduce.runs import Run
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ class NotInTable(Exception):
     """A picture shows what its table does not hold; the message says what, and which command draws it."""
 
 
-_MATRICES = (grokking.NAME, eigenvectors.NAME)
 _CURVES = {"relu": "figure3", "cos": "figure4"}  # The figures that are curves, by feature map.
 
 
@@ -69,10 +69,11 @@ def drawing(table: Path, figures: Mapping[str, Figure]) -> Drawing:
     if not source.exists():
         raise ValueError(f"{source.name} is not there; make the figure again, or move a table of your own elsewhere")
     lines, about = files.read_csv(table), files.read_json(source)
-    if table.stem in _MATRICES:
-        raise NotInTable(f"it shows matrices, which no table holds: python -m reproduce {table.stem}")
-    if table.stem == conv_rfm.NAME:
-        return conv_rfm.drawing(about["runs"][0]["settings"], lines)
+    if (picture := PICTURES.get(table.stem)) is not None:
+        draw = getattr(picture, "drawing", None)
+        if draw is None:
+            raise NotInTable(f"it shows matrices, which no table holds: python -m reproduce {table.stem}")
+        return draw(about["runs"][0]["settings"], lines)
     name = table.stem.partition("_")[0]
     if "runs" not in about:  # A run's own table of layers.
         figure = figures[_CURVES[about["settings"]["features"]]]

@@ -18,7 +18,7 @@ from reproduce.deep_rfm_figures import FAMILY, lesson
 from reproduce.settings import Settings
 
 NAME = "report.html"
-_TEXTS = {
+TEXTS = {  # Commands that print, and what their sections are called.
     "theory": "Proposition A.1 and theorems 4.3 and 4.4 against numbers",
     "nfa_table": "The neural feature ansatz and collapse in a small network trained on digits",
 }
@@ -47,6 +47,11 @@ class Shown(Protocol):
         """The message."""
         ...
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether it reads a data set."""
+        ...
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -66,12 +71,12 @@ def write(out: Path, figures: Mapping[str, Shown]) -> Path:
         ValueError: the folder has no result, or names a damaged one.
     """
     made = [name for name in figures if (out / f"{name}.json").exists()]
-    texts = [name for name in _TEXTS if (out / f"{name}.txt").exists()]
+    texts = [name for name in TEXTS if (out / f"{name}.txt").exists()]
     unfinished = _unfinished(out)
     if not (made or texts or unfinished):
         raise ValueError(f"{out} holds no results; make some first, for example with: python -m reproduce all --quick")
     parts = [_whole(out / f"{name}.json", _figure, name, figures[name], out) for name in made]
-    parts += [_section(_TEXTS[name], _pre((out / f"{name}.txt").read_text())) for name in texts]
+    parts += [_section(TEXTS[name], _pre((out / f"{name}.txt").read_text())) for name in texts]
     parts += [_whole(folder, _under_way, folder) for folder in unfinished]
     if missing := [name for name in figures if name not in made]:
         parts.append(_section("Not made yet", _list(f"python -m reproduce {name}" for name in missing)))

@@ -12,6 +12,7 @@ import torch
 
 from fastagop import Gaussian, Laplace, datasets
 from fastagop.datasets import npz
+from fastagop.datasets.loading import NAMED
 from fastagop.deep_rfm.random_features import COS_SCALE
 
 POINTS = 50_000  # The paper trains on the first 50,000 points of each data set.
@@ -20,12 +21,8 @@ QUICK = {"n": 1000, "depth": 10, "width": 512}  # These show the effect in secon
 KERNELS = {"laplace": Laplace, "gaussian": Gaussian}
 WIDTHS = {"relu": 1024, "cos": 4096}
 FEATURES = {"relu": "ReLU", "cos": "cos"}  # These are the feature maps' names in titles.
-TITLES = {"cifar10": "CIFAR-10", "cifar10_jpeg": "CIFAR-10 (JPEG)", "mnist": "MNIST", "svhn": "SVHN"}
-_SIZES = {
-    "mnist": 60_000,
-    "cifar10": 50_000,
-    "svhn": 73_257,
-}  # Training points that torchvision has.
+DATASETS = f"{', '.join(NAMED)} or the path of an .npz"  # What --dataset takes.
+TITLES = {name: known.title for name, known in NAMED.items()} | {"cifar10_jpeg": "CIFAR-10 (JPEG)"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,11 @@ class Experiment:
     def title(self) -> str:
         """The data set as a figure names it."""
         return TITLES.get(self.name, self.name)
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether its images are flattened as (channels, height, width)."""
+        return self.name in NAMED and NAMED[self.name].channels_first
 
     @property
     def readable(self) -> str:
@@ -159,7 +161,7 @@ def load(dataset: str, *args: Any, **arguments: Any) -> tuple[torch.Tensor, torc
 
 def points(dataset: str, n: int | None) -> int:
     """n, or the paper's number as far as the data set has it."""
-    available = _SIZES.get(dataset) or _count(dataset)
+    available = NAMED[dataset].points if dataset in NAMED else _count(dataset)
     if n is None:
         return min(available, POINTS)
     if not 1 <= n <= available:
@@ -168,10 +170,8 @@ def points(dataset: str, n: int | None) -> int:
 
 
 def _count(dataset: str) -> int:
-    """Training points of digits or an .npz."""
+    """Training points of an .npz."""
     load(dataset, n=1)  # This tells what is wrong with the name or the file.
-    if not dataset.endswith(".npz"):
-        return len(datasets.load(dataset)[1])
     with npz.Archive(dataset) as archive:  # The labels alone are read, because images are large.
         return archive.header("y_train").shape[0]
 

@@ -17,6 +17,8 @@ import pytest
 import torch
 from kernel_cases import CONTRACT, cases
 
+from fastagop.solvers import table
+
 KERNELS = [case.kernel for case in cases(CONTRACT)]  # the paper's two come first
 WELL_SPREAD = ["spread", "collapsed 1", "offset", "zero-rows"]  # conftest.py says what each cloud is
 NEAR = ["collapsed 1e-2", "collapsed 1e-3", "collapsed 1e-4", "nested", "scales", "line", "pairs"]
@@ -40,7 +42,7 @@ class Backend(NamedTuple):
     dtypes: list[torch.dtype] = DTYPES
     refuses: tuple[str, ...] = ()  # operations answered with BackendUnavailable
     agop_methods: tuple[str, ...] = ("gradient", "gram", "auto")
-    solve_methods: tuple[str, ...] = ("cholesky", "cholesky+cg", "eigh", "cg")
+    solve_methods: tuple[str, ...] = table.methods()[1:]  # but "auto"
     coarseness: float = 1.0  # rounding of its products' factors in units of the dtype's eps
     clouds: list[str] = CLOUDS
     n: int = 120

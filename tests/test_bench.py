@@ -11,7 +11,7 @@ import torch
 from fastagop.kernels import calibration
 
 from bench import agop_cpu, clock, contenders, costs, harness, keops_cpu, machine, problems, report, suite
-from bench.__main__ import OPTIONS, main
+from bench.__main__ import MEASURES, OPTIONS, Case, main, parser
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -179,18 +179,27 @@ VALUES = {
     "quick": [],
 }
 
-ON_THE_CPU = ("agop", "keops", "network", "beyond", "cg", "small", "scale", "tables", "rfm", "rows")
-
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_an_option_that_a_case_would_ignore_is_refused(case, capsys):
     for option in VALUES.keys() - set(OPTIONS[case]):
-        if option == "device" and case in ON_THE_CPU:  # cpu is what they run on
+        if option == "device" and case in MEASURES:  # cpu is what they run on
             continue
         with pytest.raises(SystemExit) as stopped:
             main([case, f"--{option}", *VALUES[option]])
         assert stopped.value.code == 2
         assert f"{case} does not take --{option}" in capsys.readouterr().err
+
+
+def test_a_case_is_an_entry_of_the_table(tmp_path, monkeypatch):
+    """Its options are the arguments of its function; where it takes no device, the CPU's says nothing new."""
+    seen = []
+    monkeypatch.setitem(MEASURES, "agop", Case(lambda out, n=None: seen.append((out, n)), "a case of a test"))
+    monkeypatch.setitem(OPTIONS, "agop", MEASURES["agop"].options)
+    assert OPTIONS["agop"] == ("n",)
+    assert main(["agop", "--n", "3", "--device", "cpu", "--out", str(tmp_path / "x.json")]) == 0
+    assert seen == [(tmp_path / "x.json", 3)]
+    assert "agop           a case of a test" in parser().format_help()
 
 
 @pytest.mark.parametrize(

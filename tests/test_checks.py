@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import checks
+from fastagop.kernels.families.dot_product import DotProduct
 from fastagop.kernels.memory import free
+from fastagop.kernels.pair_backend.angle import AngleProfile
+from fastagop.kernels.pair_backend.coordinates import CoordinateProfile
+from fastagop.kernels.pair_backend.dot import DotProfile
+from fastagop.kernels.pair_backend.pairs import PairKernel
+from fastagop.kernels.profile import constants
 from fastagop.kernels.radial import Radial
 
 import fastagop
@@ -466,6 +473,7 @@ OVERWRITES = lambda self, sq: sq.mul_(-0.5).exp_()  # noqa: E731
 def test_a_kernel_class_is_tried_once(methods, kind, text):
     """Blocks of distances that are not overwritten would be taken for kernel values."""
     X = torch.ones(3, 2)
+    fastagop.kernel_matrix(Laplace(1.0) + Laplace(2.0), X)  # a sum of known classes says nothing of other sums
     for call in (
         lambda kernel: fastagop.kernel_matrix(kernel, X),
         lambda kernel: fastagop.agop(kernel + Laplace(2.0), X, X),
@@ -487,6 +495,45 @@ def test_a_kernel_class_without_gradients_has_values(methods):
     assert torch.equal(fastagop.kernel_matrix(kernel, X), torch.ones(3, 3))
     with pytest.raises((TypeError, NotImplementedError), match=r"Own defines no|no weight yet"):
         fastagop.gradients(kernel, X, X)
+
+
+class _Plain(DotProduct):
+    """Without the decorator."""
+
+    def __init__(self, scale):
+        object.__setattr__(self, "scale", scale)
+
+
+class _Typed(Radial):
+    shape: float = 1.0
+
+
+@pytest.mark.parametrize(("kernel", "what"), [(_Plain(2.0), "an __init__"), (_Typed(2.0), r"parameters \(shape\)")])
+def test_a_kernel_class_with_parameters_is_a_dataclass(kernel, what):
+    """Two kernels that differ in such a parameter would be equal, and a file would not hold it."""
+    with pytest.raises(TypeError, match=rf"^kernel: _\w+ has {what} of its own and is no dataclass.*frozen=True"):
+        fastagop.kernel_matrix(kernel, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "method"),
+    [
+        (DotProfile, lambda kernel: kernel.slope_(torch.zeros(1)), r"slope_\(t\)"),
+        (DotProfile, lambda kernel: kernel.value_(torch.zeros(1)), r"value_\(t\)"),
+        (AngleProfile, lambda kernel: kernel.degree, "degree"),
+        (AngleProfile, lambda kernel: kernel.tangent(None), r"tangent\(angles\)"),
+        (CoordinateProfile, lambda kernel: kernel.weight_(torch.zeros(1)), r"weight_\(rho\)"),
+        (PairKernel, lambda kernel: kernel.pairs(None, None), r"pairs\(X, Z\)"),
+    ],
+)
+def test_a_kernel_class_is_told_which_method_it_lacks(kind, call, method):
+    with pytest.raises(TypeError, match=rf"^Mine defines no {method}.*; give its class one"):
+        call(type("Mine", (kind,), {})())
+
+
+def test_a_further_parameter_may_be_a_bandwidth_by_its_name():
+    kind = dataclasses.make_dataclass("Two", [("outer_bandwidth", float)], bases=(Radial,), frozen=True)
+    assert constants(kind(2.0, 4.0), torch.float64) == {"inverse_bandwidth": 0.5, "outer_bandwidth": 4.0}
 
 
 def test_a_kernel_class_sees_matrices_only():

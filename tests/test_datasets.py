@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from fastagop import datasets
+from fastagop.datasets import loading
+from reproduce import settings
 
 HERE = Path(__file__).resolve()
 DATA_ROOT = Path(os.environ.get("FASTAGOP_DATA_ROOT", HERE.parents[2] / "shared" / "data"))
@@ -257,3 +260,33 @@ def test_a_path_may_be_a_name():
 def test_standardize_refuses(error, message, arguments):
     with pytest.raises(error, match=message):
         datasets.standardize(*arguments)
+
+
+def test_a_data_set_is_one_entry(tmp_path, monkeypatch):
+    """Its files are asked for, its labels checked and its name known, also to the commands of reproduce."""
+    images, labels = RNG.integers(0, 256, (6, 3, 2, 2), dtype=np.uint8), np.array([0, 11, 3, 4, 5, 2])
+
+    def read(root, split, download):
+        (root / "made" / f"{split}.bin").read_bytes()
+        return images, labels
+
+    entry = loading.Named("Made", read, points=6, classes=12, files="{split}.bin", folder="made", channels_first=True)
+    monkeypatch.setitem(loading.NAMED, "made", entry)
+    with pytest.raises(FileNotFoundError, match=r"made needs intact files train.bin in .*made: put them there or"):
+        datasets.load("made", tmp_path)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "train.bin").touch()
+    X, y = datasets.load("made", tmp_path, n=2)
+    np.testing.assert_array_equal(X, images[:2].reshape(2, 12) / np.float32(255))
+    assert y.tolist() == [0, 11]
+    assert settings.Experiment("made").channels_first
+    assert settings.points("made", None) == 6
+    with pytest.raises(ValueError, match=r"'svhn', 'made' or the path of an \.npz"):
+        datasets.load("none", tmp_path)
+    monkeypatch.setitem(loading.NAMED, "made", dataclasses.replace(entry, classes=10))
+    with pytest.raises(ValueError, match="made must hold labels from 0 to 9, got 0 to 11"):
+        datasets.load("made", tmp_path)
+
+
+def test_data_sets_have_the_points_that_are_said():
+    assert len(datasets.load("digits")[0]) == loading.NAMED["digits"].points

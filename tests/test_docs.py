@@ -11,8 +11,11 @@ import re
 from pathlib import Path
 
 import pytest
+from fastagop.kernels import backends
+from fastagop.kernels.profile import Kernel
 
 import fastagop
+from fastagop.solvers import table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "docs/mkdocs.yml"
@@ -30,6 +33,7 @@ def blocks(page: Path, kind: str) -> list[str]:
 def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page in their order, as a reader would enter them; files go to the working folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(backends, "_TABLE", dict(backends._TABLE))  # a page may register one
     names = {"__name__": "__main__"}
     for number, code in enumerate(blocks(page, "python"), 1):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
@@ -135,6 +139,30 @@ def test_reference_has_what_estimators_give():
             assert {f"::: fastagop.{name}", f"::: {module.__name__}.{name}"} & set(API.splitlines()), name
 
 
+def test_kernels_are_listed_where_users_choose_one():
+    """In the reference's table of formulas, the README's row, and the table of what KeOps and Triton serve."""
+    exported = {name: getattr(fastagop, name) for name in fastagop.__all__}
+    kernels = {name: kind for name, kind in exported.items() if inspect.isclass(kind) and issubclass(kind, Kernel)}
+    assert kernels.keys() - set(re.findall(r"^\| `(\w+)\(", API, re.MULTILINE)) == set()
+    (row,) = re.findall(r"^\| kernels \| .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert kernels.keys() - set(re.findall(r"`(\w+)\(", row)) == set()
+    on_devices = {name for name, kind in kernels.items() if not kind.radial and {"keops", "triton"} & vars(kind).keys()}
+    served = re.findall(r"^\| (`[A-Z][^|]*)\|", (ROOT / "docs/pages/choosing.md").read_text(), re.MULTILINE)
+    assert on_devices - set(re.findall(r"\w+", " ".join(served))) == set()
+
+
+@pytest.mark.parametrize("method", table.methods()[1:])
+def test_solvers_are_listed_where_users_choose_one(method):
+    """In the docstring of solve, in the tables of the pages, and in what a Solution says of its method."""
+    assert f'"{method}"' in inspect.getdoc(fastagop.solve)
+    assert re.search(rf'^    method: .*"{re.escape(method)}"', inspect.getdoc(fastagop.Solution), re.MULTILINE)
+    for page, row in (
+        ("choosing", rf'^\| `"{re.escape(method)}"`'),
+        ("solving", rf'^\| `method` \|.*"{re.escape(method)}"'),
+    ):
+        assert re.search(row, (ROOT / f"docs/pages/{page}.md").read_text(), re.MULTILINE), page
+
+
 def resolve(path: str):
     """What a dotted path names; a module goes before the function of its name."""
     names = path.split(".")
@@ -166,6 +194,8 @@ def test_commands_exist():
 
     text = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"python -m bench (\w+)", text)) <= set(CASES)
+    table = (ROOT / "docs/pages/benchmarks.md").read_text()
+    assert set(CASES) - {"suite"} <= set(re.findall(r"(?:`|-m bench )(\w+)(?![\w ]*-m)", table))
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n\n")[0]
     for extra in set(re.findall(r"pip install (?:-e )?\"\.\[(\w+)\]\"", text)):
         assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra

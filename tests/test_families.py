@@ -4,88 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import shutil
 
 import pytest
 import torch
 from fastagop.kernels.pair_backend import categories
+from pair_cases import KERNELS, on, truth
 
 import fastagop
-from fastagop import NTK, ArcCosine, Gaussian, Laplace, LpLaplace, Matern52, Polynomial, ProductLaplace
+from fastagop import NTK, ArcCosine, Gaussian, Laplace, LpLaplace, Polynomial, ProductLaplace
 
-KERNELS = {
-    "l1": ProductLaplace(3.0),
-    "lp": LpLaplace(1.4, 0.8, 3.0),
-    "lp below 1": LpLaplace(0.7, 0.7, 2.0),
-    "l2": LpLaplace(2.0, 1.3, 2.0),
-    "polynomial": Polynomial(3, 0.5, 0.2),
-    "linear": Polynomial(1, 0.0),
-    "arc-cosine 0": ArcCosine(0),
-    "arc-cosine 1": ArcCosine(1),
-    "arc-cosine 2": ArcCosine(2),
-    "ntk": NTK(1),
-    "deep ntk": NTK(4),
-    "sum": Laplace(3.0) + 0.5 * Polynomial(2),
-    "product": Gaussian(2.0) * Polynomial(3, 1.0, 0.3),
-    "mixed": ProductLaplace(4.0) * ArcCosine(1) + 2.0 * Matern52(2.0),
-}
 kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 # float32 points are exact in float64: what is left is the rounding of results, and of l1's sums.
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def acos(cosine):
-    """The angle; 0, without a derivative, where vectors are parallel to rounding."""
-    same = 1 - cosine < 1e-13
-    return torch.where(same, 0.0, torch.acos(torch.where(same, 0.0, cosine)))
-
-
-def defined(kernel, x, z):
-    """k(x, z) of pairs (..., d), differentiable in z, by its definition and by other steps than the library's."""
-    name = type(kernel).__name__
-    if name in ("Sum", "Product"):
-        a, b = defined(kernel.left, x, z), defined(kernel.right, x, z)
-        return a + b if name == "Sum" else a * b
-    if name == "Multiple":
-        return kernel.factor * defined(kernel.kernel, x, z)
-    if name == "Polynomial":
-        return (kernel.scale * (x * z).sum(-1) + kernel.offset) ** kernel.degree
-    if name in ("ProductLaplace", "LpLaplace"):
-        p, q = (1.0, 1.0) if name == "ProductLaplace" else (kernel.p, kernel.q)
-        ties = x == z  # which have no derivative
-        rho = torch.where(ties, 0.0, torch.where(ties, 1.0, x - z).abs() ** p).sum(-1)
-        equal = ties.all(-1)
-        return torch.where(equal, 1.0, torch.exp(-(torch.where(equal, 1.0, rho) ** (q / p)) / kernel.bandwidth**q))
-    if name in ("Laplace", "Gaussian", "Matern52"):
-        sq = ((x - z) ** 2).sum(-1)
-        r = torch.where(sq == 0, 1.0, sq).sqrt() / kernel.bandwidth
-        s = math.sqrt(5.0) * r
-        each = {"Laplace": torch.exp(-r), "Gaussian": torch.exp(-r * r / 2)}
-        return torch.where(sq == 0, 1.0, each.get(name, (1 + s + s * s / 3) * torch.exp(-s)))
-    a, b = torch.linalg.vector_norm(x, dim=-1), torch.linalg.vector_norm(z, dim=-1)
-    cosine = ((x / a[..., None]) * (z / b[..., None])).sum(-1)
-    theta = acos(cosine)
-    if name == "ArcCosine":
-        s, left = torch.sin(theta), math.pi - theta
-        J = (left, s + left * cosine, 3 * s * cosine + left * (1 + 2 * cosine**2))[kernel.order]
-        return (a * b) ** kernel.order * J / math.pi
-    total = cosine
-    for _ in range(kernel.depth):
-        value = (torch.sin(theta) + (math.pi - theta) * cosine) / math.pi
-        total = total * (math.pi - theta) / math.pi + value
-        cosine, theta = value, acos(value)
-    return a * b * total
-
-
-def truth(kernel, X, alpha, Z):
-    """(kernel matrix, gradients (m, K, d)) by automatic differentiation in float64."""
-    x, z = torch.broadcast_tensors(X.double()[:, None], Z.double())
-    z = z.clone().requires_grad_()
-    K = defined(kernel, x, z)
-    (slopes,) = torch.autograd.grad(K.sum(), z)
-    return K.detach(), torch.einsum("jc,jid->icd", alpha.double(), slopes)
 
 
 def apart(found, true):
@@ -129,8 +61,7 @@ def test_against_autograd(kernel, dtype, other, data):
         assert apart(fastagop.agop(kernel, X, alpha, given, center=True), M) <= 2 * close
 
 
-# Formulas compile for seconds each: one size serves all.
-COMPILED = ["l1", "lp", "lp below 1", "polynomial", "arc-cosine 0", "arc-cosine 1", "arc-cosine 2", "ntk"]
+COMPILED = on("keops")  # Formulas compile for seconds each: one size serves all.
 needs_keops = pytest.mark.skipif(
     importlib.util.find_spec("pykeops") is None or not (shutil.which("g++") or shutil.which("clang++")),
     reason="needs pykeops and a C++ compiler",
@@ -140,10 +71,10 @@ KEOPS = {"backend": "keops"}
 
 @needs_keops
 @dtypes
-@pytest.mark.parametrize("name", COMPILED)
-def test_keops(name, dtype, data):
+@pytest.mark.parametrize("kernel", COMPILED.values(), ids=list(COMPILED))
+def test_keops(kernel, dtype, data):
     """Products, gradients and the AGOP, against the definition; and against torch where that has no derivative."""
-    kernel, close = KERNELS[name], CLOSE[dtype]
+    close = CLOSE[dtype]
     X, alpha, Z = data[0][:, :5].to(dtype), data[1].to(dtype), data[2][:, :5].to(dtype)
     Z[0] = X[0]
     for where in (None, Z):

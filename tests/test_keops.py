@@ -20,6 +20,7 @@ from fastagop.kernels.keops_backend import pairs as keops_pairs
 from fastagop.kernels.keops_backend import reductions
 from fastagop.kernels.radial import Radial
 from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases
+from pair_cases import on
 
 import fastagop
 from fastagop import BackendUnavailable, ConjugateGradients, Gaussian, Laplace
@@ -259,9 +260,7 @@ def test_auto_leaves_it_to_whoever_asks(cloud, normal):
 
 # ---- Points that a CUDA kernel cannot hold, by KeOps' own account: there is no GPU here
 
-PAIRS = [fastagop.ProductLaplace(2.0), fastagop.LpLaplace(1.5, 1.0, 2.0), fastagop.Polynomial(2)]
-PAIRS += [fastagop.Polynomial(3), fastagop.ArcCosine(1)]
-WIDE = [*(case.kernel for case in cases(DEVICES, "keops")), *PAIRS]
+WIDE = [*(case.kernel for case in cases(DEVICES, "keops")), *on("keops").values()]
 CUDA = torch.device("cuda")
 
 

@@ -9,8 +9,8 @@ from fastagop.kernels.triton_backend import launch_config
 from fastagop.kernels.triton_backend.backend import has_products, input_precisions
 from fastagop.kernels.triton_backend.launch_config import Config
 from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases, one_of_each_class
+from pair_cases import on
 
-import fastagop
 from bench import machine_code
 from bench.machine_code import Code, Loop
 
@@ -23,6 +23,7 @@ NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= CHOSEN_W
 QUICK = [("update", "tf32", 80), ("matrix", "fp64", 90)]
 ENTRIES = [(*launch, chip) for launch in sorted(launch_config.TABLE[8]) for chip in CHIPS]
 # Test_every_launch has the Laplace kernel's; parameters are loaded, so one kernel of a class has the code of all.
+OF_PRODUCTS = [(operation, "fp16x3") for operation in ("matrix", "matmul")]
 FURTHER = [case for case in one_of_each_class(cases(DEVICES, "triton")) if case not in (LAPLACE, GAUSSIAN)]
 
 # Configurations that the table once had, and what was wrong with their machine code.
@@ -84,8 +85,9 @@ def test_further_profiles(operation, precision, weight, case, chip):
 @pytest.mark.parametrize(
     ("operation", "precision", "kernel"),
     [
-        *((*launch, fastagop.ProductLaplace(1.0)) for launch in launch_config.PLAIN),
-        *((operation, "fp16x3", fastagop.Polynomial(3)) for operation in ("matrix", "matmul")),
+        (*launch, kernel)
+        for kernel in {type(kernel): kernel for kernel in reversed(on("triton").values())}.values()  # a class's first
+        for launch in (launch_config.PLAIN if kernel.measure == "l1" else OF_PRODUCTS)
     ],
 )
 def test_kernels_that_are_not_radial(operation, precision, kernel, chip):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastagop import network
+from fastagop.network import sites
 
 LABELS = torch.arange(9) % 3
 
@@ -64,3 +65,34 @@ def test_a_layer_of_several_names_is_one_layer(function):
     tied = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2))
     if function is not network.collapse_split:  # which takes layers that are called once
         assert list(function(tied, X, "*")) == ["0", "3"]
+
+
+class LowRank(nn.Module):
+    """A Linear layer whose weight is a product of two factors."""
+
+    def __init__(self, d_in, d_out, rank):
+        super().__init__()
+        self.weight_up = nn.Parameter(torch.randn(d_out, rank))
+        self.weight_down = nn.Parameter(torch.randn(rank, d_in))
+        self.bias = nn.Parameter(torch.randn(d_out))
+
+    def forward(self, x):
+        return (x @ self.weight_down.T) @ self.weight_up.T + self.bias
+
+
+def test_an_entry_of_the_table_makes_a_class_of_layers_one_that_is_measured(monkeypatch):
+    """It has the AGOP and the correlations of a Linear layer with that product for a weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRank(6, 8, 2), nn.Tanh(), nn.Linear(8, 3)).double()
+    plain = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), model[2]).double()
+    plain[0].weight = nn.Parameter(model[0].weight_up @ model[0].weight_down)
+    plain[0].bias = model[0].bias
+    X = torch.randn(20, 6).double()
+    with pytest.warns(UserWarning, match=r"leave out '0' \(LowRank\): it has a forward of its own"):
+        assert list(network.nfa_correlation(model, X)) == ["2"]
+    row = sites.LayerKind("linear", weights=lambda module: (module.weight_up @ module.weight_down, module.bias))
+    monkeypatch.setitem(sites.LAYERS, LowRank, row)
+    for measure in (network.agop, network.nfa_correlation):
+        found, wanted = measure(model, X), measure(plain, X)
+        assert list(found) == ["0", "2"]
+        torch.testing.assert_close(dict(found), dict(wanted))

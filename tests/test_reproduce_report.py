@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from reproduce import everything, figures, report, settings
+import reproduce.__main__
+from reproduce import everything, figures, options, report, settings
 from reproduce.__main__ import FIGURES, main, parser
+from reproduce.about import About
+from reproduce.pictures import PICTURES
 
 SMALL = ["--dataset", "digits", "--n", "120", "--depth", "3", "--width", "32"]
 
@@ -140,20 +146,16 @@ def test_all_goes_on_past_what_cannot_be_made(tmp_path, monkeypatch, capsys):
         return 0
 
     monkeypatch.setattr(figures, "make", make)
-    monkeypatch.setattr(everything, "TEXTS", {"theory": []})
+    monkeypatch.setattr(everything, "TEXTS", {"theory": "Theory"})
     monkeypatch.setattr("reproduce.theory.main", lambda: print("numbers"))
-    monkeypatch.setattr(
-        "reproduce.grokking.command", lambda args: done.append(("grokking", args.quick, ["digits"], "d"))
-    )
-    monkeypatch.setattr(
-        "reproduce.conv_rfm.command", lambda args: done.append(("conv_rfm", args.quick, [args.dataset], args.data_root))
-    )
-    monkeypatch.setattr(
-        "reproduce.eigenvectors.command",
-        lambda args: done.append(("eigenvectors", args.quick, [args.dataset], args.data_root)),
-    )
+    for name, picture in PICTURES.items():
+
+        def drawn(args, name=name, reads=picture.ABOUT.reads_data):
+            done.append((name, args.quick, [args.dataset] if reads else ["digits"], args.data_root if reads else "d"))
+
+        monkeypatch.setattr(picture, "command", drawn)
     assert main(["all", "--quick", "--dataset", "digits", "--data-root", "d", "--out", str(tmp_path)]) == 1
-    assert [name for name, *_ in done] == [*FIGURES, "conv_rfm", "grokking", "eigenvectors"]
+    assert [name for name, *_ in done] == [*FIGURES, *PICTURES]
     assert {tuple(map(str, rest)) for _, *rest in done} == {("True", "['digits']", "d")}
     printed = capsys.readouterr().out
     assert "figure4: no svhn here" in printed
@@ -173,3 +175,34 @@ def test_quick_stands_in_for_what_is_not_given():
 def test_lessons_are_recorded(results):
     about = json.loads((results / "figure3.json").read_text())
     assert len(about["lessons"]) == 1
+
+
+def test_a_picture_is_a_module_and_its_name(tmp_path, monkeypatch, capsys):
+    """Its command, its options, its part of ``all``, of the page and of ``draw`` come with it."""
+    done = []
+    about = About("A new picture", "One sees this", "the new picture of a test", reads_data=False)
+    made = SimpleNamespace(NAME="new", ABOUT=about, add_options=lambda parser: options.add_out(parser, "out"))
+    made.command = lambda args: done.append(args.out) or 0
+    monkeypatch.setitem(PICTURES, "new", made)
+    monkeypatch.setattr(reproduce.__main__, "SHOWN", {"new": about})
+    assert main(["new", "--out", str(tmp_path / "a")]) == 0
+    assert "the new picture of a test" in parser().format_help()
+    (tmp_path / "new.csv").write_text("x\n1\n")
+    (tmp_path / "new.json").write_text(json.dumps({"runs": [{"settings": {}}], "lessons": []}))
+    assert main(["draw", "--out", str(tmp_path)]) == 0
+    assert "left as it is" in capsys.readouterr().out
+    monkeypatch.setattr(everything, "TEXTS", {})
+    assert main(["all", "--out", str(tmp_path)]) == 0
+    assert done == [tmp_path / "a", tmp_path]
+    assert "One sees this" in (tmp_path / report.NAME).read_text()
+    made.drawing = lambda settings, lines: (
+        done.append((settings, lines)) or pytest.importorskip("matplotlib.figure").Figure()
+    )
+    assert main(["draw", "--out", str(tmp_path)]) == 0
+    assert done[-1] == ({}, [{"x": "1"}])
+
+
+def test_every_command_is_in_the_readme():
+    text = (Path(reproduce.__file__).parent / "README.md").read_text()
+    (commands,) = (action for action in parser()._actions if action.choices)
+    assert [name for name in commands.choices if not re.search(rf"python -m reproduce {name}\b|`{name}`", text)] == []

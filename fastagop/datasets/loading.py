@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +15,6 @@ from fastagop.datasets import npz, raw_images
 from fastagop.kernels import checks
 
 __all__ = ["load", "standardize"]
-
-# torchvision reads a folder below root and needs these files there, whichever split is asked for.
-_MNIST = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-_CIFAR10 = "data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta"
-_FILES = {
-    "mnist": ("MNIST/raw", _MNIST),
-    "cifar10": ("cifar-10-batches-py", _CIFAR10),
-    "svhn": ("", "{split}_32x32.mat"),
-}
 
 
 def load(
@@ -106,17 +100,28 @@ def _affine(X: torch.Tensor, origin, unit, mean, scale) -> torch.Tensor:
 def _read(name: str | Path, root: Path, split: str, download: bool, n) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, ...) and all integer labels (N,) of a split; of an .npz the images that are asked for."""
     name = str(name)
-    if name == "digits":
-        return _digits(split)
-    if name in _FILES:
-        return _torchvision(name, root, split, download)
+    if name in NAMED:
+        return _named(name, root, split, download)
     if name.endswith(".npz"):
         return _npz(Path(name), split, n)
-    known = ", ".join(map(repr, ("digits", *_FILES)))
+    known = ", ".join(map(repr, NAMED))
     raise ValueError(f"name_or_path must be one of {known} or the path of an .npz, got {name!r}")
 
 
-def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+def _named(name: str, root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A data set by its name; whatever its reader raises says which files it needs, and where."""
+    known = NAMED[name]
+    if not known.files:
+        return known.read(root, split, download)
+    try:
+        return _sound(name, known.classes, *known.read(root, split, download))
+    except (PermissionError, ImportError):
+        raise
+    except (RuntimeError, OSError, ValueError, TypeError, LookupError, EOFError) as error:
+        raise _not_intact(name, root, split, download, error) from error
+
+
+def _digits(root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     images, labels = map(np.asarray, load_digits(return_X_y=True))
@@ -124,45 +129,94 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return (images[:cut] / 16, labels[:cut]) if split == "train" else (images[cut:] / 16, labels[cut:])
 
 
-def _torchvision(name: str, root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A data set in torchvision's layout, which fetches it, and reads all but MNIST."""
+def _torchvision() -> Any:
+    """torchvision's data sets, which fetch their files, and read all but MNIST's."""
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise ImportError(f"{name} is read by torchvision: pip install 'fastagop[reproduce]'") from error
-    try:
-        if name == "svhn":
-            svhn = datasets.SVHN(root, split=split, download=download)
-            return _sound(name, svhn.data, svhn.labels)
-        if name == "mnist":
-            if download:
-                datasets.MNIST(root, train=split == "train", download=True)
-            return raw_images.mnist(root / _FILES[name][0], split)
-        cifar = datasets.CIFAR10(root, train=split == "train", download=download)
-        return _sound(name, cifar.data, cifar.targets)
-    except PermissionError:
-        raise
-    except (RuntimeError, OSError, ValueError, TypeError, LookupError, EOFError) as error:
-        raise _not_intact(name, root, split, download, error) from error
+        raise ImportError("this data set is read by torchvision: pip install 'fastagop[reproduce]'") from error
+    return datasets
 
 
-def _sound(name: str, images, labels) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels that torchvision found intact, if there are as many and all labels are digits."""
+def _mnist(root: Path, split: str, download: bool) -> tuple[np.ndarray, np.ndarray]:
+    found = _torchvision()
+    if download:
+        found.MNIST(root, train=split == "train", download=True)
+    return raw_images.mnist(root / NAMED["mnist"].folder, split)
+
+
+def _cifar10(root: Path, split: str, download: bool) -> tuple[Any, Any]:
+    found = _torchvision().CIFAR10(root, train=split == "train", download=download)
+    return found.data, found.targets
+
+
+def _svhn(root: Path, split: str, download: bool) -> tuple[Any, Any]:
+    found = _torchvision().SVHN(root, split=split, download=download)
+    return found.data, found.labels
+
+
+@dataclass(frozen=True)
+class Named:
+    """A data set that ``load`` knows by name: an entry of ``NAMED``.
+
+    Attributes:
+        title: what figures call it.
+        read: (root, split, download) -> images (N, ...) of bytes, which are divided by 255, or of floats, which are not
+            (bytes alone where there are ``files``), and integer labels (N,).
+        points: of its training split.
+        classes: the labels are below it.
+        files: those that it needs, whichever split is asked for, with ", " between them; "" for one that is always
+            there. Errors of the reader are said with them.
+        folder: where they lie, below root.
+        channels_first: images are (channels, height, width), and not (height, width, channels).
+    """
+
+    title: str
+    read: Callable[[Path, str, bool], tuple[Any, Any]]
+    points: int
+    classes: int = 10
+    files: str = ""
+    folder: str = ""
+    channels_first: bool = False
+
+
+NAMED = {
+    "digits": Named("digits", _digits, points=1437),
+    "mnist": Named(
+        "MNIST",
+        _mnist,
+        points=60_000,
+        files="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte",
+        folder="MNIST/raw",
+    ),
+    "cifar10": Named(
+        "CIFAR-10",
+        _cifar10,
+        points=50_000,
+        files="data_batch_1, data_batch_2, data_batch_3, data_batch_4, data_batch_5, test_batch, batches.meta",
+        folder="cifar-10-batches-py",
+    ),
+    "svhn": Named("SVHN", _svhn, points=73_257, files="{split}_32x32.mat", channels_first=True),
+}
+
+
+def _sound(name: str, classes: int, images, labels) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels that a reader found intact, if there are as many and all labels are those of classes."""
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or len(images) == 0:
         raise raw_images.DamagedData(f"{name} must hold images of bytes, got {images.dtype} of shape {images.shape}")
     if labels.shape != images.shape[:1]:
         raise raw_images.DamagedData(f"{name} holds {len(images)} images and {len(labels)} labels")
-    if labels.min() < 0 or labels.max() > 9:
-        raise raw_images.DamagedData(f"{name} must hold labels from 0 to 9, got {labels.min()} to {labels.max()}")
+    if labels.min() < 0 or labels.max() >= classes:
+        span = f"{labels.min()} to {labels.max()}"
+        raise raw_images.DamagedData(f"{name} must hold labels from 0 to {classes - 1}, got {span}")
     return images, labels
 
 
 def _not_intact(name: str, root: Path, split: str, download: bool, error: Exception) -> Exception:
     """The error of a data set that is not there, not fetched, or damaged: which files it needs, and where."""
-    folder, files = _FILES[name]
-    place = (root / folder).resolve()
-    needed = files.format(split=split).split(", ")
+    place = (root / NAMED[name].folder).resolve()
+    needed = NAMED[name].files.format(split=split).split(", ")
     there = [file for file in needed if (place / file).exists()]
     remedy = "the download failed, put them there" if download else "put them there or pass download=True"
     message = f"{name} needs intact files {', '.join(needed)} in {place}: {remedy}"

@@ -310,8 +310,8 @@ class DeepRFMClassifier(Classifier, _DeepRFM):
         process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
             every rank fits the same data and ends with the same estimator. The first one keeps the checkpoint and
             the progress bar; callbacks run on every rank. Prediction is not shared.
-        solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "cholesky+cg", "eigh", "cg" (no
-            n x n matrix), ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``.
+        solver: of every solve, what ``fastagop.solve`` takes as its ``method``: "auto", a name such as "cg", or options
+            such as ``fastagop.ConjugateGradients(...)``.
         memory_limit: bytes that a solve or an AGOP may take.
         class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to
             the classes' sums of sample weights; they multiply sample weights. With ridge 0 every label is met

@@ -229,7 +229,7 @@ class Sharded(Local):
             if found is not None and (small := prepared.solve_small_in_float64(Y, rows, out)) is not None:
                 return small.to(torch.device("cpu")), prepared.plan.peak_bytes
             shared = {}
-            if prepared.plan.method == "cg":
+            if prepared.solver.multiplies:
                 shared["share"] = functools.partial(SharedProduct, request, product().rows)
             solved, _ = prepared.run(Y, rows, out, apart=found is not None, **shared)
             if found is not None:

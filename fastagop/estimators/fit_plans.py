@@ -157,13 +157,13 @@ def _solve_peak(prepared: PreparedSolve) -> int:
 
 
 def step_of(X, Y, regression: KernelRidge, share: int, task: AgopTask, diagonal: bool = False) -> Step:
-    """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of passes of "cg"."""
+    """A kernel regression and its AGOP; of ``share`` ranks each makes its part of the AGOP, and of products."""
     try:
         prepared = prepare(regression.kernel, X, Y, regression.options)
     except MemoryError as error:
         return Step({}, 0, "", str(error))
     plan = prepared.plan
-    apart = prepared.seconds() / (share if plan.method == "cg" else 1)
+    apart = prepared.seconds() / (share if prepared.solver.multiplies else 1)
     try:
         solver = prepared.solver
         seconds, peak = _agop_diagonal(X, Y, regression) if diagonal else _agop(X, Y, regression, task, solver)

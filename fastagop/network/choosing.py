@@ -12,7 +12,8 @@ from fastagop.network import model_access, sites
 from fastagop.network.model_access import Layers, first_names, listed
 from fastagop.network.sites import Kind, Site, own_forward
 
-SERVED = "Linear, Conv1d, Conv2d, Conv3d, MultiheadAttention or Embedding"
+_NAMES = [kind.__name__ for kind in sites.LAYERS]
+SERVED = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
 OWN = "it has a forward of its own"
 _SHOWN = 8  # A warning names at most so many layers.
 
@@ -60,7 +61,7 @@ class Chosen:
         what = f"leave it out, layers=[{rest}]" if rest else "name other layers"
         return (
             f"layers: {name!r} is a {type(site.module).__name__} with a forward of its own, not a plain "
-            f"torch.nn.Linear; {what}"
+            f"torch.nn.{getattr(sites.plain_class(site.module), '__name__', 'Linear')}; {what}"
         )
 
     def _matching(self, patterns: list[str], every: dict[str, nn.Module], kinds: tuple[Kind, ...]) -> dict[str, Site]:
@@ -146,12 +147,4 @@ def _module_name(name: str, site: Site) -> str:
 
 def reason(module: nn.Module) -> str:
     """Why a module that multiplies by weights cannot be measured."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return "a transposed convolution has no patches of its input"
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return "a recurrent layer multiplies by its weights where nothing is seen of it"
-    if isinstance(module, nn.EmbeddingBag):
-        return "a bag adds up its vectors unseen"
-    if isinstance(module, nn.Bilinear):
-        return "a bilinear form has no one input"
-    return OWN
+    return next((why for kind, why in sites.UNSERVED.items() if isinstance(module, kind)), OWN)

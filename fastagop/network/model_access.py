@@ -11,7 +11,7 @@ from torch import nn
 
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
-from fastagop.network.sites import own_forward
+from fastagop.network.sites import UNSERVED, own_forward, plain_class
 
 Source = torch.Tensor | Iterable[Any]
 Layers = str | Iterable[str] | None
@@ -93,23 +93,12 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-_WITH_WEIGHTS = (
-    nn.modules.conv._ConvNd,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.Bilinear,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
-
-
 def unserved(module: nn.Module) -> bool:
     """Whether a module multiplies by weights and is no Linear layer; normalisations only scale."""
-    if isinstance(module, _WITH_WEIGHTS):
-        return True
     if isinstance(module, (nn.Linear, nn.LayerNorm)) or type(module).__name__ == "RMSNorm":
         return False
+    if plain_class(module) is not None or isinstance(module, tuple(UNSERVED)):
+        return True
     return any("weight" in name and p.ndim > 1 for name, p in module.named_parameters(recurse=False))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,19 @@ from fastagop.plots.style import STAGES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MEASURES = {"nc1": r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", "nc2": r"NC2:  $||HH^T - \Sigma_{ETF}||_F$"}
+
+@dataclass(frozen=True)
+class _Measure:
+    """How a measure of the layers' records is drawn: its label, and whether its axis is logarithmic or begins at 0."""
+
+    label: str
+    log: bool
+
+
+_MEASURES = {
+    "nc1": _Measure(r"NC1:  tr $\Sigma_W$ / tr $\Sigma_B$", log=True),
+    "nc2": _Measure(r"NC2:  $||HH^T - \Sigma_{ETF}||_F$", log=False),
+}
 
 
 def collapse_curves(
@@ -41,12 +54,12 @@ def collapse_curves(
     """
     checks.choice("measure", measure, tuple(_MEASURES))
     curves = _stages(values, measure)
-    level = _floor(floor)
+    level, how = _floor(floor), _MEASURES[measure]
     axis = style.axes(ax)
-    if measure == "nc1":
+    if how.log:
         axis.set_yscale("log")
     for name, seeds in curves.items():
-        drawn = style.on_scale(seeds, measure == "nc1")
+        drawn = style.on_scale(seeds, how.log)
         at, stage = np.arange(1, drawn.shape[1] + 1), STAGES[name]
         low, high = (drawn.min(0), drawn.max(0)) if len(drawn) > 1 else (None, None)
         text = (labels or {}).get(name, stage.name)
@@ -56,10 +69,10 @@ def collapse_curves(
         text = f"rounding of {floor}" if isinstance(floor, str) else f"{level:.0e}"
         at = (0.02, level)  # left, where NC1 has not fallen yet
         axis.annotate(text, at, xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=8)
-    if measure == "nc2":
+    if not how.log:
         axis.set_ylim(bottom=0)
     style.whole_numbers(axis)
-    axis.set(xlabel="layer", ylabel=_MEASURES[measure])
+    axis.set(xlabel="layer", ylabel=how.label)
     if legend:
         axis.legend(frameon=False, fontsize=8)
     return axis

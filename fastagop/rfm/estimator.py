@@ -45,8 +45,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         verbose: 1 shows a progress bar on a terminal, and logs every step at INFO.
         process_group: a ``torch.distributed`` group whose ranks share the work of fit (``fastagop.distributed``);
             every rank fits the same data and ends with the same estimator. Prediction is not shared.
-        solver: method of every solve, as in ``fastagop.solve``: "auto", "cholesky", "cholesky+cg", "eigh", "cg" (no
-            n x n matrix), ``fastagop.CholeskyCG(...)`` or ``fastagop.ConjugateGradients(...)``.
+        solver: of every solve, what ``fastagop.solve`` takes as its ``method``: "auto", a name such as "cg", or options
+            such as ``fastagop.ConjugateGradients(...)``.
         memory_limit: bytes that a solve or an AGOP may take.
         scale: "standard" divides every feature by its (weighted) standard deviation first, a constant one by its size;
             None leaves units alone.

@@ -176,7 +176,7 @@ def plan(problem: Problem, method: str, dtype: torch.dtype, why: str) -> Plan:
     if not operator.kernel.radial:  # even blocks of few rows may take more than the workspace
         peak = max(peak, (n + alive * rows) * n * size)
     extra = 0 if X.dtype == dtype else X.numel() * size
-    work = n * n * d + (n**3 / 3 if method == "cholesky" else 9 * n**3) + 4.0 * n * n * problem.outputs
+    work = n * n * d + (9 * n**3 if method == "eigh" else n**3 / 3) + 4.0 * n * n * problem.outputs
     precision = f"{dtype_name(dtype)} factorisation"
     if dtype == X.dtype == torch.float32:
         described = operator.backend.describe_precision(operator.precision, X)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from fastagop import linalg
-from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.families.composition import Multiple
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.memory.matrices import empty_matrix
@@ -24,18 +23,6 @@ from fastagop.solvers import cg, direct
 from fastagop.solvers.found import Found, RowsAndResidual
 from fastagop.solvers.limits import times
 from fastagop.solvers.problem import Problem
-
-
-def refuse(kernel: Kernel, method: str, options: cg.ConjugateGradients) -> None:
-    """Refuse what stores half of a kernel matrix, for a kernel that is not radial."""
-    if kernel.radial:
-        return
-    wish = "method='cholesky+cg'" if method == "cholesky+cg" else "ConjugateGradients(store=True)"
-    if method == "cholesky+cg" or options.store:
-        raise BackendUnavailable(
-            f"{wish} cannot serve {kernel!r}: it stores half of a matrix with a diagonal of 1, for radial kernels; "
-            "use method='cholesky', 'eigh' or 'cg'"
-        )
 
 
 @dataclass(frozen=True)

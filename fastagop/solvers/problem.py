@@ -12,6 +12,7 @@ import torch
 
 from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.pair_backend.backend import blocks_alive
+from fastagop.kernels.plan import format_bytes
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 
@@ -134,6 +135,15 @@ class Problem:
         """Of how many of the points a problem fits, by what it takes; 0 where not even one does."""
         numbers = range(1, len(self.X))
         return bisect.bisect_right(numbers, self.room, key=lambda rows: memory(self.of_first(rows)))
+
+    def too_large(self, dtype: torch.dtype, memory: Callable[[Problem], int]) -> MemoryError:
+        """The error of a solver with a matrix in a dtype that needs more than the room there is."""
+        n = len(self.X)
+        return MemoryError(
+            f"solve with n = {n} needs {format_bytes(memory(self))} ({dtype} matrix of "
+            f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(self.room)} may be used; "
+            f"n up to about {self.most_points(memory)} fits. {self.advice.direct()}"
+        )
 
     @property
     def blocks_alive(self) -> int:

@@ -16,7 +16,7 @@ from fastagop.kernels.kernel_operator import KernelOperator, product_of_points
 from fastagop.kernels.plan import Plan, budget, format_bytes
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
-from fastagop.solvers import bandwidth, copies, float64_small, pairs, table
+from fastagop.solvers import bandwidth, copies, float64_small, table
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.limits import RESIDUAL, bound, relative, times, worst_column
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
@@ -115,7 +115,7 @@ class PreparedSolve:
             answer = task.answer(found.alpha)
             residuals = task.residuals(*found.unmet(answer.seen, task.target), answer)
         method = found.method or self.plan.method
-        rank = found.rank if method == "cg" else found.rank + len(Y) - len(problem.X)
+        rank = found.rank if self.solver.multiplies else found.rank + len(Y) - len(problem.X)
         solved = task.solved(
             answer,
             ridge=problem.ridge,
@@ -166,27 +166,23 @@ def prepare(kernel, X, Y, options: SolveOptions, sample_weight=None) -> Prepared
             least_jitter=options.least_jitter,
         )
 
-    pairs.refuse(kernel, method, iteration)
-    if method == "cg":
-        return _prepared(problem(_CG), "cg", None)
-    stored = problem("solve")
+    table.refuse(kernel, method, iteration)
+    operation = table.operation_of(method)
+    stored = problem(operation)
     if method != "auto":
         return _prepared(stored, method, None)
     first: MemoryError | None = None
     for name in table.order(stored):
-        if name == "cg":
-            if not stored.operator.serves(_CG):
+        if (other := table.operation_of(name)) != operation:
+            if not stored.operator.serves(other):
                 break
-            return _prepared(problem(_CG), "cg", f"no n x n matrix fits into {format_bytes(stored.room)}")
+            return _prepared(problem(other), name, f"no n x n matrix fits into {format_bytes(stored.room)}")
         try:
             return _prepared(stored, name, None)
         except MemoryError as error:
             first = first or error
     assert first is not None
     raise first
-
-
-_CG = "solve with method 'cg'"
 
 
 def _prepared(problem: Problem, method: str, reason: str | None) -> PreparedSolve:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,7 @@ from fastagop.kernels import calibration
 from fastagop.kernels.errors import BackendUnavailable
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.precision import dtype_name
+from fastagop.kernels.profile import Kernel
 from fastagop.solvers import cg, direct, full_refined, half, pairs, places
 from fastagop.solvers.found import Found
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
@@ -40,7 +42,9 @@ class Solver:
         run: (problem, plan, targets, ridges, dtype of alpha) -> ``Found``.
         keeps: whether k(X, X) is left in float64 when it has run.
         halves: whether half of a matrix is stored.
-        offered_with_reason_only: whether ``offers`` leaves it out where it has no reason to be taken.
+        multiplies: whether it stores no matrix and only multiplies by k(X, X): it then asks the backend for products,
+            ranks share these out, and the rank that it finds is its preconditioner's. So are all rows of its name.
+        offered: by ``offers``: "always", "with a reason" to be taken, or "never", as what nobody saves by.
     """
 
     name: str
@@ -53,7 +57,8 @@ class Solver:
     run: Callable[..., Found]
     keeps: bool = False
     halves: bool = False
-    offered_with_reason_only: bool = False
+    multiplies: bool = False
+    offered: Literal["always", "with a reason", "never"] = "always"
 
 
 def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | None]) -> Solver:
@@ -62,17 +67,17 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
         return direct.eigh_bytes(len(problem.X), problem.outputs) if eigh else problem.needed_bytes(dtype)
 
     def seconds(problem: Problem, plan: Plan) -> float:
-        found = problem.operator.seconds(plan, dtype)
+        found = problem.operator.seconds(plan, dtype, stored=True)
         if dtype == torch.float64:
             return found
         n, d = problem.X.shape
         pairs = 2.0 * min(n, _SAMPLE) * n if problem.ridge else _PASSES * float(n) * n  # in float64, after the factor
-        more = replace(plan, flops=pairs * d, method="gram")
-        return found + problem.operator.seconds(more, torch.float64, pairs / (float(n) * n))
+        more = replace(plan, flops=pairs * d)
+        return found + problem.operator.seconds(more, torch.float64, pairs / (float(n) * n), stored=True)
 
     def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
         if memory(problem) > problem.room:
-            raise _too_large(problem, dtype, memory)
+            raise problem.too_large(dtype, memory)
         return direct.plan(problem, name, dtype, f"{problem.operator.why}; {why}"), problem
 
     def run(problem: Problem, planned: Plan, Y: torch.Tensor, ridge, out: torch.dtype) -> Found:
@@ -88,6 +93,7 @@ def _direct(name: str, dtype: torch.dtype, reason: Callable[[Problem], str | Non
         plan=plan,
         run=run,
         keeps=dtype == torch.float64,
+        offered="never" if name == "eigh" else "always",
     )
 
 
@@ -97,7 +103,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
     def plan(problem: Problem, why: str) -> tuple[Plan, Problem]:
         peak = form.memory(problem)
         if peak > problem.room:
-            raise _too_large(problem, dtype, form.memory)
+            raise problem.too_large(dtype, form.memory)
         form.check_host(problem)
         places.check_disk(problem, form.dtypes)
         return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
@@ -116,15 +122,6 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
         run=form.run,
         keeps=form.keeps,
         halves=True,
-    )
-
-
-def _too_large(problem: Problem, dtype: torch.dtype, memory: Callable[[Problem], int]) -> MemoryError:
-    n = len(problem.X)
-    return MemoryError(
-        f"solve with n = {n} needs {format_bytes(memory(problem))} ({dtype} matrix of "
-        f"{format_bytes(n * n * dtype.itemsize)} and its workspace), but {format_bytes(problem.room)} may be used; "
-        f"n up to about {problem.most_points(memory)} fits. {problem.advice.direct()}"
     )
 
 
@@ -202,7 +199,7 @@ def _of_float32(problem: Problem) -> str | None:
 
 def _plan_full_refined(problem: Problem, why: str) -> tuple[Plan, Problem]:
     if full_refined.bytes_of(problem) > problem.room:
-        raise _too_large(problem, torch.float32, full_refined.bytes_of)
+        raise problem.too_large(torch.float32, full_refined.bytes_of)
     return full_refined.plan(problem, f"{problem.operator.why}; {why}"), problem
 
 
@@ -216,7 +213,7 @@ FULL_REFINED = Solver(
     plan=_plan_full_refined,
     run=full_refined.run,
     keeps=True,
-    offered_with_reason_only=True,
+    offered="with a reason",
 )
 EIGH = _direct("eigh", torch.float64, lambda problem: "eigh asked for; it runs in float64")
 CG = Solver(
@@ -228,6 +225,7 @@ CG = Solver(
     reason=lambda problem: "cg asked for",
     plan=cg.plan,
     run=cg.solve,
+    multiplies=True,
 )
 TABLE = (
     FULL_REFINED,
@@ -251,6 +249,14 @@ PAIRS = (
 )
 Method = str | ConjugateGradients | CholeskyCG
 OPTIONS = {ConjugateGradients: "cg", CholeskyCG: "cholesky+cg"}  # the methods that options are those of
+
+
+_OPERATIONS = {False: "solve", True: "solve with method 'cg'"}  # what a backend is asked for, by ``multiplies``
+
+
+def operation_of(method: str) -> str:
+    """The operation that a method asks a backend for; "auto" begins with the one that stores a matrix."""
+    return _OPERATIONS[any(solver.multiplies for solver in TABLE if solver.name == method)]
 
 
 def methods() -> tuple[str, ...]:
@@ -285,11 +291,11 @@ def _rows(problem: Problem) -> tuple[Solver, ...]:
 def offers(problem: Problem) -> list[str]:
     """What the rows of the table would take of seconds and bytes, in words."""
     lines = []
-    stores = problem.operator.serves("solve")  # a backend that only multiplies has nothing else to offer than "cg"
+    stores = problem.operator.serves("solve")  # a backend may only multiply
     for solver in _rows(problem):
-        if solver.name == "eigh" or not (stores or solver.name == "cg"):
+        if solver.offered == "never" or not (stores or solver.multiplies):
             continue
-        if solver.offered_with_reason_only and solver.reason(problem) is None:
+        if solver.offered == "with a reason" and solver.reason(problem) is None:
             continue
         try:
             plan, settled = solver.plan(problem, "")
@@ -300,13 +306,22 @@ def offers(problem: Problem) -> list[str]:
     return lines
 
 
+def refuse(kernel: Kernel, method: str, options: ConjugateGradients) -> None:
+    """Refuse what has no row for kernels that are not radial, or stores half of a matrix for its products."""
+    names = tuple(dict.fromkeys(solver.name for solver in PAIRS))
+    if kernel.radial or (method in ("auto", *names) and not options.store):
+        return
+    wish = "ConjugateGradients(store=True)" if options.store else f"method={method!r}"
+    halves = options.store or any(solver.halves for solver in TABLE if solver.name == method)
+    reason = "stores half of a matrix with a diagonal of 1, for radial kernels" if halves else "is for radial kernels"
+    raise BackendUnavailable(
+        f"{wish} cannot serve {kernel!r}: it {reason}; use method={', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+    )
+
+
 def choose(problem: Problem, method: str) -> tuple[Solver, str]:
     """(solver, why) for a method by name, the first of the table's rows of that name that has a reason to be taken."""
     for solver in _rows(problem):
         if solver.name == method and (reason := solver.reason(problem)) is not None:
             return solver, reason
-    assert not problem.operator.kernel.radial, method  # the table's last row of every name always has a reason
-    names = ", ".join(f"'{solver.name}'" for solver in PAIRS)
-    raise BackendUnavailable(
-        f"method={method!r} cannot serve {problem.operator.kernel!r}, it is for radial kernels; use one of {names}"
-    )
+    raise AssertionError(f"the last row of {method!r} must always have a reason")

@@ -53,15 +53,15 @@ class AngleProfile(PairKernel):
     @property
     def degree(self) -> int:
         """s, of homogeneity in each point."""
-        raise TypeError(f"{type(self).__name__} defines no degree; use a subclass such as ArcCosine or NTK")
+        raise self._lacks("degree, a property")
 
     def height(self, angles: Angles) -> torch.Tensor:
         """h(theta), a tensor of its own."""
-        raise TypeError(f"{type(self).__name__} defines no h; use a subclass such as ArcCosine or NTK")
+        raise self._lacks("height(angles)")
 
     def tangent(self, angles: Angles) -> torch.Tensor:
         """T(theta) = -h'(theta) / sin(theta), a tensor of its own; any number where vectors are parallel."""
-        raise TypeError(f"{type(self).__name__} defines no h'; use a subclass such as ArcCosine or NTK")
+        raise self._lacks("tangent(angles)")
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
         """Blocks of angles of the points."""

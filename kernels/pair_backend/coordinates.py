@@ -35,15 +35,15 @@ class CoordinateProfile(PairKernel):
     @property
     def power(self) -> float:
         """Power p of the differences |x_k - z_k| that are summed."""
-        raise TypeError(f"{type(self).__name__} defines no power; use a subclass such as ProductLaplace")
+        raise self._lacks("power, a property")
 
     def value_(self, rho: torch.Tensor) -> torch.Tensor:
         """Overwrite rho by phi(rho)."""
-        raise TypeError(f"{type(self).__name__} defines no phi; use a subclass such as ProductLaplace")
+        raise self._lacks("value_(rho)")
 
     def weight_(self, rho: torch.Tensor) -> torch.Tensor:
         """Overwrite rho by w = -p phi'(rho), zero where rho = 0."""
-        raise TypeError(f"{type(self).__name__} defines no phi; use a subclass such as ProductLaplace")
+        raise self._lacks("weight_(rho)")
 
     def blocks_alive(self) -> int:
         """Differences take a cache's worth beside these."""

@@ -22,11 +22,11 @@ class DotProfile(PairKernel):
 
     def value_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite t = x.z by kappa(t)."""
-        raise TypeError(f"{type(self).__name__} defines no kappa; use a subclass such as Polynomial")
+        raise self._lacks("value_(t), kappa of x.z")
 
     def slope_(self, t: torch.Tensor) -> torch.Tensor:
         """Overwrite t = x.z by kappa'(t)."""
-        raise TypeError(f"{type(self).__name__} defines no kappa; use a subclass such as Polynomial")
+        raise self._lacks("slope_(t), the derivative of kappa at x.z")
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
         """Blocks of products of the points."""

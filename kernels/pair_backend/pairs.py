@@ -51,7 +51,7 @@ class PairKernel(Kernel):
 
     def pairs(self, X: torch.Tensor, Z: torch.Tensor) -> Pairs:
         """The kernel at centers X and evaluation points Z."""
-        raise TypeError(f"{type(self).__name__} defines no pairs; use a subclass such as Polynomial or ProductLaplace")
+        raise self._lacks("pairs(X, Z)")
 
     def diagonal(self, X: torch.Tensor) -> torch.Tensor:
         """k(x, x) of each point (n,)."""
