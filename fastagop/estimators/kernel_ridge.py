@@ -229,7 +229,8 @@ def _predictor(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, regression:
     """The predictor whose AGOP is taken: of float64 points, by whoever serves them, where that is due."""
     if not wide:
         return Predictor(kernel, X, alpha, regression.precision, regression.backend)
-    log.info("agop: float32 coefficients would cost more than %.0e of the gradients: float64", rounding.LIMIT)
+    said = "agop: float32 coefficients would cost more than %.0e of the gradients; computing in float64"
+    log.info(said, rounding.LIMIT)
     return Predictor(kernel, X.double(), alpha, regression.precision, "auto")
 
 

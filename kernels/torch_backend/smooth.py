@@ -124,7 +124,7 @@ def pays(X: torch.Tensor, K: int) -> bool:
     (n, d), cpu = X.shape, X.device.type == "cpu"
     if X.dtype != torch.float32 or not cpu or d <= FEW or K == 0:
         return False
-    x = torch.empty(0, dtype=torch.float64)
+    x = torch.empty(0, dtype=torch.float64, device=X.device)
     narrow, wide = (costs(X, X, K, products_of(like, None, symmetric=True), symmetric=True) for like in (X, x))
     beside = (4.0 * n * K * d * d + 2.0 * n * n * d) / rate("gradient", "float64", X.device)
     return narrow["gradient"] + beside < min(wide.values())
