@@ -10,7 +10,7 @@ import torch
 
 import fastagop
 from fastagop import Laplace, commands
-from fastagop import plots as drawing
+from fastagop import plots as library
 from reproduce import files, options, plots
 from reproduce.about import About
 from reproduce.networks import Images
@@ -88,8 +88,8 @@ def draw(found: fastagop.Spectrum, images: Images, title: str) -> Figure:
     left, right = parts
     shown = images.unflattened(torch.as_tensor(found.vectors))
     shape = shown.shape[1:] if shown.shape[1] == 3 else shown.shape[2:]
-    drawing.eigenvectors(found, tuple(shape), figure=left)
-    drawing.spectrum(found, ax=right.subplots())
+    library.eigenvectors(found, tuple(shape), figure=left)
+    library.spectrum(found, ax=right.subplots())
     return figure
 
 

@@ -158,6 +158,8 @@ def test_eigenvectors(tmp_path, capsys):
     about = json.loads((tmp_path / "eigenvectors.json").read_text())
     assert about["lessons"][0] in capsys.readouterr().out
     assert_drawn(tmp_path / "eigenvectors.png")
+    assert main(["draw", "--out", str(tmp_path)]) == 0
+    assert "it shows matrices, which no table holds: python -m reproduce eigenvectors" in capsys.readouterr().out
 
 
 def test_committed_results_name_no_place_of_a_machine():
