@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from fastagop.kernels.gemm import matmul_nt
+from fastagop.kernels.memory import matrices
 
 CPU = torch.device("cpu")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
@@ -116,6 +117,7 @@ def _process_peak(run: Callable) -> int | None:
     except OSError:
         run()
         return None
+    matrices.give_back()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or freed memory that the process kept would serve the call unseen
     before = _status("VmRSS")

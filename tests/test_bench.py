@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastagop.kernels import calibration
+from fastagop.kernels.memory import matrices
 
 from bench import agop_cpu, clock, contenders, costs, harness, keops_cpu, machine, problems, report, suite
 from bench.__main__ import MEASURES, OPTIONS, Case, main, parser
@@ -162,7 +163,17 @@ def test_peak_bytes():
     def run():
         torch.ones(30_000_000).add_(1)
 
-    assert 110e6 < clock.peak_bytes(run, CPU) < 140e6
+    # What other threads of the process take meanwhile comes on top.
+    assert 110e6 < min(clock.peak_bytes(run, CPU) for _ in range(3)) < 140e6
+
+
+def test_peak_bytes_count_what_an_earlier_fit_has_left():
+    def run():
+        with matrices.kept_matrices():
+            matrices.empty_matrix(2048, 2048, torch.zeros(1), torch.float64).fill_(1.0)
+
+    run()
+    assert clock.peak_bytes(run, CPU) > 30e6
 
 
 # ---- The command line

@@ -75,6 +75,11 @@ def kept_matrices() -> Iterator[None]:
                 left -= len(buffer)
 
 
+def give_back() -> None:
+    """Give back what stays between fits."""
+    _spare.clear()
+
+
 def empty_matrix(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An uninitialised matrix for work within a call, on a tensor's device.
 
