@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastagop.estimators.rounding import loss_of
 from fastagop.kernels.checks import largest
 from fastagop.kernels.plan import computed_once
 from fastagop.kernels.profile import Profile
@@ -58,7 +59,7 @@ class MixedFit:
                 del G
                 G, _ = self._gradients(dtype)
             mean = G.mean(0) if center else G.new_zeros(G.shape[1:])
-            if _loss(G[index] - mean, exact - mean.double()) <= _LOSS:
+            if loss_of(G[index] - mean, exact - mean.double()) <= _LOSS:
                 break
         else:
             return None
@@ -90,14 +91,6 @@ class MixedFit:
         W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, len(index))])
         product = differences_at_few if len(index) < x.shape[1] else differences_product
         return product(W, self._scaled[0], x, z)
-
-
-def _loss(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """What errors of gradients (p, K, d) cost the AGOP of their points, of its size."""
-    found, exact = (part.double().reshape(-1, part.shape[2]) for part in (found, exact))
-    M = exact.T @ exact
-    size = float(torch.linalg.matrix_norm(M))
-    return float(torch.linalg.matrix_norm(found.T @ found - M)) / size if size > 0 else float("inf")
 
 
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:

@@ -8,6 +8,7 @@ from fastagop.kernels.gemm import random_signs
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.torch_backend import smooth, tiles
+from fastagop.kernels.torch_backend.products import differences_at_few
 
 LIMIT = 2e-6  # of the gradients: M is off by twice that, and float32 sums cost some more; 1e-5 is promised
 _LOSS = 8e-6  # of M at these points, sums and all; the errors of all points have no direction in common
@@ -50,6 +51,14 @@ def costs(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, we
     return lost > LIMIT * LIMIT * total
 
 
+def loss_of(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """What errors of gradients (p, K, d) cost the AGOP of their points, of its size."""
+    found, exact = (part.double().reshape(-1, part.shape[2]) for part in (found, exact))
+    M = exact.T @ exact
+    size = float(torch.linalg.matrix_norm(M))
+    return float(torch.linalg.matrix_norm(found.T @ found - M)) / size if size > 0 else float("inf")
+
+
 def line_of(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, weights) -> smooth.Line | None:
     """The line beside which float32 products of float64 coefficients lose little of M; None where there is none."""
     if not isinstance(kernel, Profile) or alpha.shape[1] == 0 or (line := smooth.Line.of(kernel, X)) is None:
@@ -57,11 +66,8 @@ def line_of(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, center: bool, 
     index, signs = _telling(alpha, weights)
     x, sums = X.double(), alpha @ signs
     z, W = x[index], torch.cat([kernel.weight_(tile) for _, tile in tiles.tiles(x, x[index], len(index))])
-    exact = torch.stack([(W * a) @ x - (W @ a)[:, None] * z for a in sums.T], 1)
-    pair = [exact, smooth.gradients(line, X, sums, X[index])]
+    pair = [smooth.gradients(line, X, sums, X[index]), differences_at_few(W, sums, x, z)]
     if weights is not None:
         pair = [g * weights[index].sqrt()[:, None, None] for g in pair]
-    pair = [(g - g.mean(0) if center else g).flatten(0, 1) for g in pair]
-    M, found = (g.T @ g for g in pair)
-    size = float(torch.linalg.matrix_norm(M))
-    return line if float(torch.linalg.matrix_norm(found - M)) <= _LOSS * size < float("inf") else None
+    found, exact = (g - g.mean(0) if center else g for g in pair)
+    return line if loss_of(found, exact) <= _LOSS else None
