@@ -125,6 +125,16 @@ def test_a_plan_counts_the_moments(normal):
         smooth.plan_rows(X, alpha, False, 10**5)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+@pytest.mark.parametrize(("n", "d", "K"), [(700, 60, 4), (1500, 20, 1), (400, 150, 8)])
+def test_a_plan_is_kept_to(n, d, K, spread, normal, tensor_memory):
+    """Also where classes have collapsed and near pairs are measured again."""
+    X = (normal(10, d).repeat(n // 10, 1) + spread * normal(n, d, seed=1)).float()
+    alpha, line = normal(n, K), smooth.Line.of(Gaussian(5.0), X)
+    rows, peak = smooth.plan_rows(X, alpha, True, 10**9)
+    assert tensor_memory(lambda: smooth.agop(line, X, alpha, rows, center=True))[1] <= peak
+
+
 def test_where_it_pays():
     x = torch.empty(1, dtype=F32)
     assert smooth.pays(x.expand(50_000, 1024), 10)

@@ -237,17 +237,16 @@ def _predictor(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, regression:
 def _beside_a_line(kernel: Kernel, X: torch.Tensor, alpha: torch.Tensor, task: AgopTask) -> torch.Tensor | None:
     """The AGOP of many float32 points and float64 coefficients with products in float32; None where they lose too much.
 
-    The others take a half to three quarters of the time of products in float64 (n = 8000 to 50,000, d = 1024).
+    ``python -m bench coefficients`` has it beside products in float64.
     """
     if len(X) <= problem.FULL_MATRIX_ROWS or not smooth.pays(X, alpha.shape[1]):
         return None
     with matmul_precision("highest", X.device):
-        line = rounding.line_of(kernel, X, alpha, task.center, task.weights)
         try:
             rows, _ = smooth.plan_rows(X, alpha, task.center, budget(task.limit, X.device))
         except MemoryError:
             return None
-        if line is None:
+        if (line := rounding.line_of(kernel, X, alpha, task.center, task.weights)) is None:
             return None
         log.info("agop: weights are a + b r^2 and a rest, which is multiplied in float32 and the line in float64")
         roots = None if task.weights is None else task.weights.sqrt().to(X.dtype)

@@ -24,7 +24,7 @@ from ..plan import RAISE_LIMIT, fitting_rows
 from ..profile import Profile
 from .agop import Means
 from .costs import costs, gradient_form_bytes, products_of
-from .distance import FEW, NEAR_OF_ROUNDED, squared_norms
+from .distance import FEW, NEAR_OF_ROUNDED, near_chunk, squared_norms, tile_bytes
 from .gradients import Near, Nearness, block_gradients, gradient_aim, products_at_once
 from .tiles import tiles
 
@@ -132,11 +132,12 @@ def pays(X: torch.Tensor, K: int) -> bool:
 
 def plan_rows(X: torch.Tensor, alpha: torch.Tensor, center: bool, room: int) -> tuple[int, int]:
     """(rows of a block, peak bytes) of ``agop``, or MemoryError."""
-    d, K = X.shape[1], alpha.shape[1]
-    held = 8 * K * d * (d + 3 + 2 * _MOMENTS_ROWS) + 32 * _CHUNK
+    (n, d), K, chunk = X.shape, alpha.shape[1], near_chunk(X.device)
+    held = 8 * K * d * (d + 3 + 2 * _MOMENTS_ROWS) + 8 * n * (d + 2) + 32 * _CHUNK
 
     def bytes_of(rows: int) -> int:
-        return held + 24 * rows * K * d + gradient_form_bytes(rows, X, alpha, X, center)
+        wide = 8 * rows * n + tile_bytes(rows, n, n, d, 8, chunk)  # distances in float64
+        return held + 24 * rows * K * d + wide + gradient_form_bytes(rows, X, alpha, X, center)
 
     return fitting_rows(bytes_of, room, len(X), "agop", RAISE_LIMIT, gradient_aim(X.device, K * d))
 
