@@ -28,7 +28,8 @@ def _gradients(kernel, X, alpha, Z, *, precision, backend) -> Call:
     return KernelOperator("gradients", kernel, X, Z, precision=precision, backend=backend).gradients(alpha)
 
 
-def _agop(kernel, X, alpha, Z, task: AgopTask, *, precision, backend) -> Call:
+def agop_call(kernel, X, alpha, Z, task: AgopTask, *, precision, backend) -> Call:
+    """The call of ``agop``, checked and planned."""
     checks.choice("reduction", task.reduction, ("mean", "sum"))
     checks.choice("method", task.method, ("auto", "gradient", "gram"))
     checks.flag("center", task.center)
@@ -37,7 +38,7 @@ def _agop(kernel, X, alpha, Z, task: AgopTask, *, precision, backend) -> Call:
 
 def _agop_of_arguments(kernel, X, alpha, Z, *, precision, backend, sample_weight, memory_limit, **task) -> Call:
     made = AgopTask(**task, limit=memory_limit, weights=sample_weight)
-    return _agop(kernel, X, alpha, Z, made, precision=precision, backend=backend)
+    return agop_call(kernel, X, alpha, Z, made, precision=precision, backend=backend)
 
 
 _PREPARED: dict[str, Callable[..., Call]] = {
@@ -199,4 +200,4 @@ def agop(
             a radial kernel nearly agree in float32, and the float64 weights that this needs do not fit into memory.
     """
     task = AgopTask(reduction, center, method, memory_limit, sample_weight)
-    return _agop(kernel, X, alpha, Z, task, precision=precision, backend=backend).run()
+    return agop_call(kernel, X, alpha, Z, task, precision=precision, backend=backend).run()

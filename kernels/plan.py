@@ -49,6 +49,8 @@ class AgopTask:
         method: "auto", "gradient" or "gram".
         limit: bytes that may be taken, or None.
         weights: of the evaluation points, as they were given, or None for 1 each.
+        rounded: the points, float64, are float32 ones: their distances have no more digits than that rounding left
+            them, and float64 products keep these of every pair, so that no near pair is measured again.
     """
 
     reduction: str = "mean"
@@ -56,6 +58,7 @@ class AgopTask:
     method: str = "auto"
     limit: float | None = None
     weights: torch.Tensor | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)

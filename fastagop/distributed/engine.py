@@ -17,7 +17,7 @@ from fastagop.distributed.communicator import Communicator
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.kernel_operator import KernelOperator, PointsProduct, scale_weights
-from fastagop.kernels.operations import agop as agop_here
+from fastagop.kernels.operations import agop_call
 from fastagop.kernels.pair_backend.backend import PairBackend
 from fastagop.kernels.plan import AgopTask, Plan, block_rows, budget
 from fastagop.kernels.precision import matmul_precision
@@ -81,9 +81,8 @@ class Local:
     def agop(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """The AGOP at X, of X's dtype at least."""
         kernel, X, _, precision, backend = predictor
-        arguments = {"reduction": task.reduction, "center": task.center, "method": task.method, "precision": precision}
-        arguments |= {"backend": backend, "memory_limit": task.limit, "sample_weight": task.weights}
-        return agop_here(kernel, X, predictor.rounded, **arguments)
+        with torch.no_grad():
+            return agop_call(kernel, X, predictor.rounded, None, task, precision=precision, backend=backend).run()
 
     def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """sum_i w_i sum_c (d f_c / d x_k)(X[i])^2 for each feature k: (d,), float64, O(d) memory beyond row blocks.
@@ -105,7 +104,7 @@ class Local:
         roots = None if weights is None else weights.sqrt()
         with matmul_precision(precision, X.device):
             M = torch_diagonal.agop_diagonal(
-                kernel, X, predictor.rounded, rows, center=task.center, roots=roots, **shared
+                kernel, X, predictor.rounded, rows, center=task.center, roots=roots, rounded=task.rounded, **shared
             )
         return scaled_(M, exponent)
 

@@ -220,7 +220,8 @@ def _agop_after(
             planned = max(planned, _FULL * len(X) ** 2)
         del matrix  # it is given back where it has become something else
         predictor = _predictor(kernel, X, alpha, regression, wide)
-        task = replace(task, weights=None if weights is None else weights.to(predictor.X))
+        weights = None if weights is None else weights.to(predictor.X)
+        task = replace(task, weights=weights, rounded=wide and X.dtype == torch.float32)
         M = engine.agop_diagonal(predictor, task) if diagonal else _agop(predictor, K, task, engine)
     return _of_size(M.double(), unit, size, heaviest), planned
 

@@ -27,6 +27,7 @@ from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
 from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, plan, products_of, wide_bytes
+from .distance import NEAR_OF_ROUNDED
 from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
@@ -90,9 +91,9 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, row_weights=None) -> tor
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
     if plan.method == "gradient":
         shift = dominant_offset(X)
-        blocks = weight_tiles(kernel, X, Z, plan.block, shift)
+        blocks = weight_tiles(kernel, X, Z, plan.block, shift, task.rounded)
         return gradient_form(blocks, alpha, X, Z, shift, task.center, roots=roots_of(row_weights))
-    W, how = weights(kernel, X, Z, plan.block), {"rows": plan.block, "row_weights": row_weights}
+    W, how = weights(kernel, X, Z, plan.block, task.rounded), {"rows": plan.block, "row_weights": row_weights}
     return agop_from_weights_(W, kernel, X, alpha, Z, task, symmetric=Z is X, **how)
 
 
@@ -179,12 +180,12 @@ def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
     return None if row_weights is None else row_weights.sqrt()
 
 
-def weights(kernel: Profile, X, Z, rows: int) -> torch.Tensor:
-    """W (m, n) stored; the diagonal is zero where Z is X."""
-    W = empty_matrix(len(Z), len(X), X)
+def weights(kernel: Profile, X, Z, rows: int, rounded: bool = False) -> torch.Tensor:
+    """W (m, n) stored; the diagonal is zero where Z is X. rounded: as of ``plan.AgopTask``."""
+    W, near = empty_matrix(len(Z), len(X), X), NEAR_OF_ROUNDED if rounded else None
     if Z is X:
-        return fill_symmetric(W, X, rows, kernel.weight_).fill_diagonal_(0.0)
-    for _, block in tiles(X, Z, rows, out=W):
+        return fill_symmetric(W, X, rows, kernel.weight_, near).fill_diagonal_(0.0)
+    for _, block in tiles(X, Z, rows, out=W, near=near):
         kernel.weight_(block)
     return W
 

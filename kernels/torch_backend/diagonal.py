@@ -45,6 +45,7 @@ def agop_diagonal(
     roots: torch.Tensor | None = None,
     span: tuple[int, int] | None = None,
     total: Callable = lambda value: value,
+    rounded: bool = False,
 ) -> torch.Tensor:
     """Diagonal of the AGOP at X, summed over points and outputs: (d,), float64.
 
@@ -56,6 +57,7 @@ def agop_diagonal(
         center: subtract the mean gradient of each output.
         roots: square roots of the points' weights (n,).
         span: first and last row that this process takes; ``total`` then adds a tensor over the processes.
+        rounded: as of ``plan.AgopTask``.
     """
     shift, d = dominant_offset(X), X.shape[1]
     out = X.new_zeros(d, dtype=torch.float64)
@@ -66,7 +68,7 @@ def agop_diagonal(
     for some in alpha.split(step, dim=1) if alpha.shape[1] else ():
         coefficients, means = some.contiguous(), Means(some.shape[1] * d, X) if center else None
         products = products_at_once(coefficients, X, shift, min(rows, len(Z)))
-        for row, W, near in weight_tiles(kernel, X, Z, rows, shift):
+        for row, W, near in weight_tiles(kernel, X, Z, rows, shift, rounded):
             if roots is not None:
                 W.mul_(roots[row, None])
             buffer = X.new_empty(len(W), some.shape[1], d)

@@ -8,7 +8,7 @@ import torch
 
 from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
-from .distance import measured_directly, near_chunk, squared_distances, squared_norms, tile_bytes
+from .distance import NEAR_OF_ROUNDED, measured_directly, near_chunk, squared_distances, squared_norms, tile_bytes
 from .gradients import Near, Nearness
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
@@ -105,9 +105,14 @@ def fit_rows(
     return fitting_rows(bytes_of, budget(None, X.device), max(1, m), op, aim=aim)
 
 
-def weight_tiles(kernel: Profile, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
-    """(rows of Z, their weights, their near pairs) block by block; shift: what the gradients' product subtracts."""
-    nearness = Nearness(X, Z, shift)
-    for row, block in tiles(X, Z, rows):
-        near = nearness.among(block, row)
+def weight_tiles(
+    kernel: Profile, X, Z, rows: int, shift, rounded: bool = False
+) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
+    """(rows of Z, their weights, their near pairs) block by block.
+
+    shift: what the gradients' product subtracts; rounded: as of ``plan.AgopTask``, which leaves no pair near.
+    """
+    nearness = None if rounded else Nearness(X, Z, shift)
+    for row, block in tiles(X, Z, rows, near=NEAR_OF_ROUNDED if rounded else None):
+        near = None if nearness is None else nearness.among(block, row)
         yield row, kernel.weight_(block), near
