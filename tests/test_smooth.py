@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from fastagop.kernels.torch_backend import smooth
+from fastagop.kernels.torch_backend import distance, smooth
 from fastagop.kernels.torch_backend.distance import FEW
 
 import fastagop
@@ -197,3 +197,23 @@ def test_float64_takes_over_where_the_rest_loses_too_much(normal, monkeypatch, c
     assert made == []
     assert "computing in float64" in caplog.text
     assert bool(M.any())
+
+
+@pytest.mark.usefixtures("many")
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("kernel", [Gaussian(1.0), Laplace(1.0)])
+def test_float64_measures_no_near_pair_of_rounded_points_again(kernel, diagonal, normal, monkeypatch):
+    """Every pair of a class of 100 is near for float64's own digits; float32 points have left r 1e-4 of its own."""
+    rows, measure = [], distance._measure_near
+    monkeypatch.setattr(distance, "_measure_near", lambda sq, *rest: (rows.append(len(sq)), measure(sq, *rest)))
+    monkeypatch.setattr(kernel_ridge, "_float64_pays", lambda *args: True)
+    monkeypatch.setattr(kernel_ridge, "_beside_a_line", lambda *args: None)
+    monkeypatch.setattr(kernel_ridge, "_weights_", lambda *args: None)  # no stored values: from the points
+    centers = torch.nn.functional.normalize(normal(7, 20), dim=1).repeat_interleave(100, 0)
+    X = (centers + 2e-4 * normal(700, 20, seed=2)).float()
+    regression = kernel_ridge.KernelRidge(kernel, 1e-3, "highest", "auto")
+    solved, M, _ = kernel_ridge.fit_and_agop(X, X[:, :2].sign(), regression, diagonal=diagonal)
+    assert max(rows, default=0) <= 16  # of a few points, whether float64 is due was asked
+    G = fastagop.gradients(kernel, X.double(), solved.alpha)
+    exact = G.square().sum((0, 1)) if diagonal else torch.einsum("icd,ice->de", G, G)
+    assert off(M, exact) <= 1e-7
