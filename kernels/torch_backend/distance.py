@@ -20,6 +20,7 @@ NEAR = {torch.float32: 2.0**-6, torch.float64: 2.0**-10}
 # In float64, pairs of points that were rounded to float32: the expansion's error in r, about eps |x|^2 / r, stays below
 # what that rounding has cost, 2^-24 |x|, down to much smaller distances.
 NEAR_OF_ROUNDED = 2.0**-36
+NEAR_OF_FLOAT32 = 2.0**-32  # and where r^2 is promised to a few eps of float32: 2^-52 / 2^-32 of it is lost
 
 _GROUP = 16  # fewer near columns than this are not worth a product of their own
 _REACH = 8.0  # a group takes in points up to this multiple of the near bound
@@ -32,6 +33,11 @@ FEW = 4  # features up to which all pairs are measured directly: no slower then 
 _FEWEST = 16  # rows of one step of a group's product, at least
 _CHEAP = 2**14  # items of points whose squares are formed: the product of pairs of rows costs more to start
 _CACHED = 2**16  # pairs that are measured at once there, small enough for a processor's cache
+# A near pair costs 3 to 7 microseconds on the CPU where crowds do not help. A float64 product of all pairs costs up to
+# 7 ns a pair more than a float32 one (d = 784), or less, among few features, as it needs no check. Where a fiftieth to
+# a fifth of the pairs are near, all are so measured in a third to a fortieth of the time (two cores of a Xeon).
+_MANY, _ROWS, _COLUMNS = 2**20, 64, 512  # pairs from which on so many rows and columns of them are looked at
+_NARROW, _CROWDED = 64, 1e-3  # features, share of near pairs
 _DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
 
@@ -51,7 +57,30 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int, chunk: int = _CHUNK
     pairs = min(rows * n, max(_FEWEST * n, chunk))
     work = max(5 * pairs * size, 16 * pairs + 3 * size * min(pairs * d, max(d, chunk)))
     copies = 4 if size == 4 else 2  # the float64 product takes its factors as they are
-    return size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
+    most = size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
+    if size == 8 or chunk == _CUDA_CHUNK or n * m < _MANY:
+        return most
+    return max(most, 8 * (n * (d + 2) + rows * n) + tile_bytes(rows, n, rows, d, 8, chunk) - 8 * rows * d)
+
+
+def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
+    """Whether float64 products of all pairs of float32 points take less than float32 ones with near pairs apart.
+
+    On the CPU they do among few features, where products are the least part of the work, and from a small share of near
+    pairs on, unless most of these are too near for float64 as well. A few rows and columns show it.
+    """
+    d = X.shape[1]
+    if X.dtype != torch.float32 or X.device.type != "cpu" or d <= FEW or len(X) * len(Z) < _MANY:
+        return False
+    columns, rows = (torch.arange(0, len(P), -(-len(P) // count)) for P, count in ((X, _COLUMNS), (Z, _ROWS)))
+    x, z = X[columns].double(), Z[rows].double()
+    sizes = squared_norms(z)[:, None] + squared_norms(x)
+    sq = torch.addmm(sizes, z, x.T, alpha=-2.0)
+    if Z is X:  # no point is its own neighbour
+        sq.masked_fill_(rows[:, None] == columns, torch.inf)
+    near, nearest = (int((sq < share * sizes).sum()) for share in (NEAR[torch.float32], NEAR_OF_FLOAT32))
+    few = _CROWDED * sq.numel()
+    return nearest <= few if d <= _NARROW else near > few and near > 2 * nearest
 
 
 def medians(X: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,16 @@ import torch
 
 from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
-from .distance import NEAR_OF_ROUNDED, measured_directly, near_chunk, squared_distances, squared_norms, tile_bytes
+from .distance import (
+    NEAR_OF_FLOAT32,
+    NEAR_OF_ROUNDED,
+    float64_pays,
+    measured_directly,
+    near_chunk,
+    squared_distances,
+    squared_norms,
+    tile_bytes,
+)
 from .gradients import Near, Nearness
 
 # Blocks alive at once while near pairs are measured again: the block, its copy of suspect rows, thresholds, mask.
@@ -41,6 +50,7 @@ def tiles(
         x2 = squared_norms(X)
         z2 = x2 if symmetric else squared_norms(Z)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
+    wide = InFloat64(X, min(rows, m)) if near is None and float64_pays(X, Z) else None
     if starts is None:
         starts = longest_first(m, rows) if lower else range(0, m, rows)
     for start in starts:
@@ -52,8 +62,30 @@ def tiles(
         else:
             block = buffer[: (stop - start) * width].view(stop - start, width)
         z, x, zz, xx = (Z, X, z2, x2) if whole else (Z[row], X[:width], _part(z2, row), _part(x2, slice(width)))
-        squared_distances(z, x, zz, xx, block, start if symmetric else None, near)
+        if wide is not None:
+            wide.squared_distances(z, width, block, start if symmetric else None)
+        else:
+            squared_distances(z, x, zz, xx, block, start if symmetric else None, near)
         yield row, block
+
+
+class InFloat64:
+    """Squared distances of float32 points by float64 products, which keep what rounding has left of nearly every pair.
+
+    Within the memory that ``tile_bytes`` counts.
+    """
+
+    def __init__(self, X: torch.Tensor, rows: int):
+        self.x = X.double()
+        self.x2 = squared_norms(self.x)
+        self.buffer = self.x.new_empty(rows * len(X))
+
+    def squared_distances(self, Z: torch.Tensor, width: int, out: torch.Tensor, self_offset: int | None) -> None:
+        """Write ||Z[i] - X[j]||^2 of the first so many points into out, (b, width), in out's dtype."""
+        z, x = Z.double(), self.x[:width]
+        sq = self.buffer[: len(z) * width].view(len(z), width)
+        squared_distances(z, x, squared_norms(z), self.x2[:width], sq, self_offset, NEAR_OF_FLOAT32)
+        out.copy_(sq)
 
 
 def _part(norms: torch.Tensor | None, row: slice) -> torch.Tensor | None:
