@@ -72,13 +72,14 @@ def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
     d = X.shape[1]
     if X.dtype != torch.float32 or X.device.type != "cpu" or d <= FEW or len(X) * len(Z) < _MANY:
         return False
-    columns, rows = (torch.arange(0, len(P), -(-len(P) // count)) for P, count in ((X, _COLUMNS), (Z, _ROWS)))
-    x, z = X[columns].double(), Z[rows].double()
+    x, z = (P[:: -(-len(P) // count)].double() for P, count in ((X, _COLUMNS), (Z, _ROWS)))
     sizes = squared_norms(z)[:, None] + squared_norms(x)
     sq = torch.addmm(sizes, z, x.T, alpha=-2.0)
-    if Z is X:  # no point is its own neighbour
-        sq.masked_fill_(rows[:, None] == columns, torch.inf)
-    near, nearest = (int((sq < share * sizes).sum()) for share in (NEAR[torch.float32], NEAR_OF_FLOAT32))
+
+    def within(share: float) -> int:  # one pair a row says nothing: points of Z may be those of X
+        return int((sq < share * sizes).sum(1).sub_(1).clamp_(min=0).sum())
+
+    near, nearest = within(NEAR[torch.float32]), within(NEAR_OF_FLOAT32)
     few = _CROWDED * sq.numel()
     return nearest <= few if d <= _NARROW else near > few and near > 2 * nearest
 
