@@ -34,6 +34,7 @@ from bench import (
     calibrate,
     cg_cpu,
     coefficients_cpu,
+    collapse_cpu,
     files,
     keops_cpu,
     machine_code,
@@ -76,6 +77,7 @@ MEASURES = {
         beyond_cpu.main, "l1 kernels, convolutions and networks of many outputs beside their peers, on the CPU"
     ),
     "cg": Case(cg_cpu.main, "conjugate gradients with and without their preconditioner, on the CPU: minutes"),
+    "collapse": Case(collapse_cpu.main, "the AGOP by the spread of classes, against xrfm and torch, on the CPU"),
     "coefficients": Case(
         coefficients_cpu.main, "AGOPs of coefficients that float32 does not hold, by products, on the CPU"
     ),

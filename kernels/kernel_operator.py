@@ -19,7 +19,7 @@ from .precision import dtype_name, matmul_precision
 from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
-from .torch_backend import matrix, tiles
+from .torch_backend import matrix, tiles, wide
 from .torch_backend.gradients import dominant_offset
 
 log = logging.getLogger("fastagop")
@@ -177,7 +177,7 @@ class KernelOperator:
             return X.new_zeros(X.shape[1], X.shape[1])
         with self.products():
             M = None
-            if task.center and self.kernel.radial and torch_agop.centring_cancels(at, scaled, weights):
+            if task.center and self.kernel.radial and wide.centring_cancels(at, scaled, weights):
                 M = _in_float64(at, scaled, task, weights)
             M = call.run(at, scaled, weights) if M is None else M
         M = amplitude.restore_squares(M.double().div_(divisor), exponent)  # may leave float32 on the way
@@ -286,7 +286,7 @@ def product_of_points(kernel: Kernel, X: torch.Tensor, columns: int) -> PointsPr
 
 def _in_float64(at: Points, alpha, task: AgopTask, weights) -> torch.Tensor | None:
     """The centred AGOP of float32 points by float64 weights; None, and a warning, where these do not fit."""
-    M = torch_agop.agop_in_float64(at, alpha, task, weights)
+    M = wide.agop_in_float64(at, alpha, task, weights)
     if M is None:
         warn(
             "agop: the gradients nearly agree, and what centring leaves of them is lost in float32; float64 weights do "

@@ -5,9 +5,14 @@ Truth is the sum of squared differences in float64.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+
 import pytest
 import torch
-from fastagop.kernels.torch_backend import distance, tiles
+from fastagop.kernels.plan import AgopTask
+from fastagop.kernels.scaling import Points
+from fastagop.kernels.torch_backend import costs, distance, tiles, wide
 
 import fastagop
 
@@ -31,12 +36,12 @@ def check(sq, true):
 
 
 @pytest.fixture
-def wide(monkeypatch):
+def in_float64(monkeypatch):
     """All float32 points with enough features are measured in float64."""
     monkeypatch.setattr(tiles, "float64_pays", lambda X, Z: X.dtype == F32 and X.shape[1] > distance.FEW)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("lower", [False, True])
 @pytest.mark.parametrize("rows", [30, 100, 256])
 @pytest.mark.parametrize("name", CLOUDS)
@@ -53,7 +58,7 @@ def test_blocks(name, rows, lower, cloud):
     assert seen == len(X)
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", CLOUDS)
 def test_two_sets_of_points_and_a_place_to_write_to(name, cloud):
     points = cloud(name, n=150, dtype=F32)
@@ -64,7 +69,7 @@ def test_two_sets_of_points_and_a_place_to_write_to(name, cloud):
     check(out, truth(Z, X))
 
 
-@pytest.mark.usefixtures("wide")
+@pytest.mark.usefixtures("in_float64")
 def test_matrices_are_symmetric_to_the_bit(cloud):
     X = cloud("collapsed 1e-3", dtype=F32)
     K = fastagop.kernel_matrix(fastagop.Laplace(1.0), X)
@@ -79,10 +84,10 @@ def test_operations_on_crowds(spread, d, normal, relative):
     centers = torch.nn.functional.normalize(normal(12, d))
     X = (centers.repeat_interleave(100, 0) + spread / d**0.5 * normal(1200, d, seed=2)).float()
     assert distance.float64_pays(X, X)
-    kernel, alpha, wide = fastagop.Laplace(1.0), normal(1200, 2, dtype=F32), X.double()
+    kernel, alpha, x = fastagop.Laplace(1.0), normal(1200, 2, dtype=F32), X.double()
     sq = truth(X, X)
     W = torch.where(sq > 0, torch.exp(-sq.sqrt()) / sq.sqrt(), 0.0)
-    G = torch.stack([(W * a) @ wide - (W @ a)[:, None] * wide for a in alpha.double().T], 1)
+    G = torch.stack([(W * a) @ x - (W @ a)[:, None] * x for a in alpha.double().T], 1)
     assert relative(fastagop.gradients(kernel, X, alpha), G) <= 2e-6
     M = torch.einsum("icd,ice->de", G, G) / len(X)
     for center in (False, True):
@@ -129,3 +134,47 @@ def test_memory_is_within_what_is_planned(rows, spread, d, normal, tensor_memory
     assert len(kept) == -(-len(X) // rows)
     n = len(X)
     assert taken <= 4 * rows * n + distance.tile_bytes(rows, n, n, d, 4)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_the_agop_of_crowds_in_float64(own, weighted, center, normal, relative, caplog):
+    """It says so, keeps float32's result type, and is as accurate as float32's rounding of the result allows."""
+    X, alpha = crowds(normal, 30, 1e-2, d=20), normal(1100, 2, dtype=F32)
+    Z, w = None if own else X[1:].clone(), normal(1100 - (not own), seed=4).square().float() if weighted else None
+    how = {"center": center, "method": "gradient"}
+    with caplog.at_level(logging.INFO, "fastagop"):
+        M = fastagop.agop(fastagop.Laplace(1.0), X, alpha, Z, sample_weight=w, **how)
+    assert "of the pairs are near; computing in float64" in caplog.text
+    assert M.dtype == F32
+    in_float64 = [None if t is None else t.double() for t in (X, alpha, Z, w)]
+    true = fastagop.agop(fastagop.Laplace(1.0), *in_float64[:3], sample_weight=in_float64[3], **how)
+    assert relative(M, true) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("d", "K", "count", "served"),
+    [
+        (20, 2, 30, True),
+        (20, 2, 1100, False),  # no pair is near
+        (20, 200, 30, False),  # products take longer than near pairs
+        (4, 2, 30, False),  # every difference is formed
+    ],
+)
+def test_when_the_agop_of_crowds_is_in_float64(d, K, count, served, normal):
+    X, alpha = crowds(normal, count, 1e-2 if count < 1100 else 0.0, d=d), normal(1100, K, dtype=F32)
+    task = AgopTask("sum", method="gradient")
+    made = costs.plan(X, alpha, X, task, "", symmetric=True)
+    points = Points(fastagop.Laplace(1.0), X, X, 1.0)
+    assert (wide.agop_of_crowds(points, alpha, task, made) is not None) == served
+    assert wide.agop_of_crowds(points, alpha, task, dataclasses.replace(made, method="gram")) is None
+    little = dataclasses.replace(made, peak_bytes=8 * X.numel())  # no room for float64 blocks
+    assert wide.agop_of_crowds(points, alpha, task, little) is None
+
+
+def test_the_agop_of_crowds_takes_what_is_planned(normal, tensor_memory):
+    X, alpha = crowds(normal, 30, 1e-2, n=1500, d=20), normal(1500, 2, dtype=F32)
+    planned = costs.plan(X, alpha, X, AgopTask("sum", method="gradient"), "", symmetric=True).peak_bytes
+    _, taken = tensor_memory(lambda: fastagop.agop(fastagop.Laplace(1.0), X, alpha, method="gradient"))
+    assert taken <= planned

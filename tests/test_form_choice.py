@@ -10,7 +10,7 @@ from fastagop.kernels import checks, reference
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.torch_backend import agop as torch_agop
-from fastagop.kernels.torch_backend import backend, costs, distance, gram, low_rank
+from fastagop.kernels.torch_backend import backend, costs, distance, gram, low_rank, wide
 from fastagop.kernels.torch_backend.gradients import Nearness, dominant_offset
 
 import fastagop
@@ -35,25 +35,25 @@ def test_centring_cancels_where_gradients_nearly_agree(c, cancels, n, which, m):
     points, alpha = pulled(c, n, which, m)
     if m == 64:  # every second is looked at
         points.Z[:] = points.Z.roll(1, 0).repeat_interleave(2, 0)[:64]
-    assert torch_agop.centring_cancels(points, alpha) == cancels
-    assert not torch_agop.centring_cancels(Points(points.kernel, *(t.double() for t in points[1:3])), alpha.double())
+    assert wide.centring_cancels(points, alpha) == cancels
+    assert not wide.centring_cancels(Points(points.kernel, *(t.double() for t in points[1:3])), alpha.double())
 
 
 def test_points_without_weight_hide_no_cancellation():
     points, alpha = pulled(10.0, m=4)
     points.Z[3, 1] = 1e4
-    assert not torch_agop.centring_cancels(points, alpha)
-    assert not torch_agop.centring_cancels(points, alpha, torch.ones(4))
-    assert torch_agop.centring_cancels(points, alpha, torch.tensor([1.0, 1.0, 1.0, 0.0]))
-    assert not torch_agop.centring_cancels(points, alpha, torch.zeros(4))
+    assert not wide.centring_cancels(points, alpha)
+    assert not wide.centring_cancels(points, alpha, torch.ones(4))
+    assert wide.centring_cancels(points, alpha, torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert not wide.centring_cancels(points, alpha, torch.zeros(4))
 
 
 def test_nothing_to_centre(monkeypatch):
     points, alpha = pulled(10.0)
-    assert not torch_agop.centring_cancels(points._replace(Z=points.Z[:1]), alpha)
-    assert not torch_agop.centring_cancels(points, alpha[:, :0])
+    assert not wide.centring_cancels(points._replace(Z=points.Z[:1]), alpha)
+    assert not wide.centring_cancels(points, alpha[:, :0])
     monkeypatch.setattr(torch_agop, "readable", lambda value: False)  # a CUDA graph is captured
-    assert not torch_agop.centring_cancels(points, alpha)
+    assert not wide.centring_cancels(points, alpha)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -68,11 +68,11 @@ def test_the_agop_in_float64(own, weighted, normal, relative):
     z = x if own else Z.double()
     least = 8 * (30 * 6 + 30 * 3 + (0 if own else 20 * 6)) + costs.gradient_form_bytes(1, x, a, z, True)
     task = AgopTask("sum", True, "gradient", least, w)
-    M = torch_agop.agop_in_float64(points, alpha, task, w)
+    M = wide.agop_in_float64(points, alpha, task, w)
     v = w.double() if weighted else None
     wanted = fastagop.agop(Laplace(2.0), x, a, z, reduction="sum", center=True, sample_weight=v)
     assert relative(M, wanted) <= 1e-12
-    assert torch_agop.agop_in_float64(points, alpha, AgopTask("sum", True, "gradient", least - 1, w), w) is None
+    assert wide.agop_in_float64(points, alpha, AgopTask("sum", True, "gradient", least - 1, w), w) is None
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

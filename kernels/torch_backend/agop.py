@@ -14,20 +14,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..calibration import rate
-from ..checks import largest, readable
-from ..gemm import add_squares_, random_signs, symmetrise_
+from ..checks import largest
+from ..gemm import add_squares_, symmetrise_
 from ..memory.matrices import empty_matrix
 from ..plan import ROWS, AgopTask, Plan, budget, on_gpu
 from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
-from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, plan, products_of, wide_bytes
-from .distance import NEAR_OF_ROUNDED
+from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, products_of
+from .distance import NEAR_OF_FLOAT32
 from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
@@ -45,10 +45,6 @@ GRAM_WARN_LOSS = 1e-7
 # by name may lose as many bits in them as in float32.
 PRODUCT_ROUNDING = {"bf16x3": (2.0**-16, 5e-5), "tf32": (2.0**-11, 5e-5)}
 EXPLICIT_LOSS_FACTOR = 32.0
-# Centred gradients are computed in float64 where rounding float32 weights would cost more of them than this, as seen at
-# about so many points.
-_CENTRED = 5e-7
-_POINTS = 32
 _WEIGHTS = 20  # stored weights and coefficients whose largest is within 2^-20 .. 2^20 are squared as they are
 # Where the gram form would lose digits of M the gradient form loses some, too (1e-3 at a spread of 1e-4 in float32):
 # float64 products are worth so many times its time.
@@ -182,7 +178,7 @@ def roots_of(row_weights: torch.Tensor | None) -> torch.Tensor | None:
 
 def weights(kernel: Profile, X, Z, rows: int, rounded: bool = False) -> torch.Tensor:
     """W (m, n) stored; the diagonal is zero where Z is X. rounded: as of ``plan.AgopTask``."""
-    W, near = empty_matrix(len(Z), len(X), X), NEAR_OF_ROUNDED if rounded else None
+    W, near = empty_matrix(len(Z), len(X), X), NEAR_OF_FLOAT32 if rounded else None
     if Z is X:
         return fill_symmetric(W, X, rows, kernel.weight_, near).fill_diagonal_(0.0)
     for _, block in tiles(X, Z, rows, out=W, near=near):
@@ -253,46 +249,6 @@ def choose_form(
 def _room(W: torch.Tensor, limit: float | None) -> int:
     """Bytes a call may take, its stored weights included: of what is free now these are no part."""
     return budget(limit, W.device) + (W.numel() * W.element_size() if limit is None else 0)
-
-
-def centring_cancels(at: Points, alpha, row_weights=None) -> bool:
-    """Whether gradients agree so nearly that float32 weights cannot hold what centring leaves of them.
-
-    From the float64 gradients of a few evaluation points, for a few random sums of the outputs.
-    """
-    kernel, X, Z, _ = at
-    m, K = len(Z), alpha.shape[1]
-    if X.dtype != torch.float32 or m < 2 or K == 0 or not readable(X):
-        return False
-    index = torch.arange(0, m, max(1, m // _POINTS), device=X.device)
-    wide, origin, z = alpha.double(), X.mean(0).double(), Z[index].double()
-    mixed = wide @ random_signs(K, 2, wide)
-    g = X.new_zeros(len(index), 2, X.shape[1], dtype=torch.float64)
-    for row in range(0, len(X), ROWS):
-        x = X[row : row + ROWS].double()
-        for _, W in tiles(x, z, len(z)):
-            g += block_gradients(kernel.weight_(W), None, mixed[row : row + ROWS], x, z, origin, torch.empty_like(g))
-    w = X.new_ones(len(index), dtype=torch.float64) if row_weights is None else row_weights[index].double()
-    if not bool(w.sum() > 0):
-        return False
-    mean = torch.einsum("i,icd->cd", w, g) / w.sum()
-    left = float(torch.einsum("i,icd->", w, (g - mean).square_()) / w.sum())
-    return torch.finfo(X.dtype).eps * math.sqrt(float(mean.square().sum())) > _CENTRED * math.sqrt(left)
-
-
-def agop_in_float64(at: Points, alpha, task: AgopTask, row_weights=None) -> torch.Tensor | None:
-    """``agop`` of float32 points with weights and products in float64; None where that does not fit into memory."""
-    kernel, X, Z, unit = at
-    symmetric, x, a = Z is X, X.double(), alpha.double()
-    room = budget(task.limit, X.device) - wide_bytes(X, alpha, Z, symmetric=symmetric)
-    z = x if symmetric else Z.double()
-    weights = None if row_weights is None else row_weights.double()
-    task = replace(task, limit=room, weights=weights)
-    try:
-        made = plan(x, a, z, task, "", symmetric=symmetric)
-    except MemoryError:
-        return None
-    return agop(Points(kernel, x, z, unit), a, task, made, weights)
 
 
 def stored_tiles(

@@ -13,7 +13,7 @@ from ..precision import describe_precision, dtype_name
 from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
-from . import costs, few, matrix
+from . import costs, few, matrix, wide
 from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
 from .gradients import (
     block_gradients,
@@ -85,7 +85,12 @@ class TorchBackend:
         symmetric = operator.symmetric and task.weights is None
         plan = costs.plan(operator.X, alpha, operator.Z, task, operator.why, symmetric=symmetric)
         if plan.method != "gradient" or not few.serves(operator.X, operator.Z, alpha.shape[1], plan.peak_bytes):
-            return Call(plan, lambda at, alpha, weights: torch_agop.agop(at, alpha, task, plan, weights))
+
+            def whole(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+                M = wide.agop_of_crowds(at, alpha, task, plan, weights)
+                return torch_agop.agop(at, alpha, task, plan, weights) if M is None else M
+
+            return Call(plan, whole)
 
         def run(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
             M = few.agop(at, alpha, task.center, weights)

@@ -10,6 +10,8 @@ and so are those of a few points, for which a product is prepared and checked lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..gemm import matmul_nt
@@ -37,7 +39,7 @@ _CACHED = 2**16  # pairs that are measured at once there, small enough for a pro
 # 7 ns a pair more than a float32 one (d = 784), or less, among few features, as it needs no check. Where a fiftieth to
 # a fifth of the pairs are near, all are so measured in a third to a fortieth of the time (two cores of a Xeon).
 _MANY, _ROWS, _COLUMNS = 2**20, 64, 512  # pairs from which on so many rows and columns of them are looked at
-_NARROW, _CROWDED = 64, 1e-3  # features, share of near pairs
+_NARROW, CROWDED = 64, 1e-3  # features, share of near pairs
 _DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
 
@@ -63,25 +65,41 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int, chunk: int = _CHUNK
     return max(most, 8 * (n * (d + 2) + rows * n) + tile_bytes(rows, n, rows, d, 8, chunk) - 8 * rows * d)
 
 
+def many_on_cpu(X: torch.Tensor, Z: torch.Tensor) -> bool:
+    """Whether float32 points have pairs enough on the CPU to look at some of them first."""
+    return X.dtype == torch.float32 and X.device.type == "cpu" and len(X) * len(Z) >= _MANY
+
+
+def near_shares(X: torch.Tensor, Z: torch.Tensor, shares: list[float], origin: Callable | None = None) -> list[float]:
+    """Which part of the pairs is nearer than each share of their squared norms, by a few rows and columns.
+
+    origin: X -> where norms are taken from, or None.
+    """
+    # By chance: regular steps would see some classes only where these take turns.
+    draw = torch.Generator().manual_seed(0)
+    order = (torch.randperm(len(P), generator=draw, device="cpu") for P in (X, Z))
+    x, z = (P[some[:count]].double() for P, some, count in zip((X, Z), order, (_COLUMNS, _ROWS), strict=True))
+    shift = None if origin is None else origin(x)
+    if shift is not None:
+        x, z = x - shift, z - shift
+    sizes = squared_norms(z)[:, None] + squared_norms(x)
+    sq = torch.addmm(sizes, z, x.T, alpha=-2.0)
+    # One pair a row says nothing: points of Z may be those of X.
+    near = [(sq < share * sizes).sum(1).sub_(1).clamp_(min=0) for share in shares]
+    return [float(found.sum()) / sq.numel() for found in near]
+
+
 def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
     """Whether float64 products of all pairs of float32 points take less than float32 ones with near pairs apart.
 
     On the CPU they do among few features, where products are the least part of the work, and from a small share of near
-    pairs on, unless most of these are too near for float64 as well. A few rows and columns show it.
+    pairs on, unless most of these are too near for float64 as well.
     """
     d = X.shape[1]
-    if X.dtype != torch.float32 or X.device.type != "cpu" or d <= FEW or len(X) * len(Z) < _MANY:
+    if not many_on_cpu(X, Z) or d <= FEW:
         return False
-    x, z = (P[:: -(-len(P) // count)].double() for P, count in ((X, _COLUMNS), (Z, _ROWS)))
-    sizes = squared_norms(z)[:, None] + squared_norms(x)
-    sq = torch.addmm(sizes, z, x.T, alpha=-2.0)
-
-    def within(share: float) -> int:  # one pair a row says nothing: points of Z may be those of X
-        return int((sq < share * sizes).sum(1).sub_(1).clamp_(min=0).sum())
-
-    near, nearest = within(NEAR[torch.float32]), within(NEAR_OF_FLOAT32)
-    few = _CROWDED * sq.numel()
-    return nearest <= few if d <= _NARROW else near > few and near > 2 * nearest
+    near, nearest = near_shares(X, Z, [NEAR[torch.float32], NEAR_OF_FLOAT32])
+    return nearest <= CROWDED if d <= _NARROW else near > max(CROWDED, 2.0 * nearest)
 
 
 def medians(X: torch.Tensor) -> torch.Tensor:

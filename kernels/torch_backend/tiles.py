@@ -10,7 +10,6 @@ from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
 from .distance import (
     NEAR_OF_FLOAT32,
-    NEAR_OF_ROUNDED,
     float64_pays,
     measured_directly,
     near_chunk,
@@ -145,6 +144,6 @@ def weight_tiles(
     shift: what the gradients' product subtracts; rounded: as of ``plan.AgopTask``, which leaves no pair near.
     """
     nearness = None if rounded else Nearness(X, Z, shift)
-    for row, block in tiles(X, Z, rows, near=NEAR_OF_ROUNDED if rounded else None):
+    for row, block in tiles(X, Z, rows, near=NEAR_OF_FLOAT32 if rounded else None):
         near = None if nearness is None else nearness.among(block, row)
         yield row, kernel.weight_(block), near
