@@ -79,7 +79,8 @@ MEASURES = {
     "cg": Case(cg_cpu.main, "conjugate gradients with and without their preconditioner, on the CPU: minutes"),
     "collapse": Case(collapse_cpu.main, "the AGOP by the spread of classes, against xrfm and torch, on the CPU"),
     "coefficients": Case(
-        coefficients_cpu.main, "AGOPs of coefficients that float32 does not hold, by products, on the CPU"
+        coefficients_cpu.main,
+        "the AGOP of coefficients that float32 does not hold, by the dtype of its products, on the CPU",
     ),
     "small": Case(
         small_cpu.main, "calls on 60 points beside plain torch, on the CPU: what a call costs before it computes"
@@ -124,8 +125,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", type=_device, help="cpu (default) or cuda; suite and calibrate")
     add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
     add("--out", type=Path, help="result file; default out/<case>_<device>.json")
-    add("--repeats", type=_count, help="default 3")
-    add("--n", type=_count, help="rows of one case instead of the case's own sizes; suite: default 50000 on CUDA")
+    add("--repeats", type=_count, help="how often each contender is timed; default 3")
+    add("--n", type=_count, help="points, in place of the case's own numbers; suite: default 50000 on CUDA")
     add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops, scale")
     add("--threads", type=_count, help="tables; default all")
     add("--only", nargs="+", choices=tables_contenders.CONTENDERS, metavar="NAME", help=f"tables; of {_NAMES}")

@@ -1,14 +1,17 @@
 """Average gradient outer products (AGOP) of kernel machines, and Deep RFM.
 
 Conventions: rows are samples. X (n, d) are training points (centers), Z (m, d) evaluation points, alpha (n, K)
-coefficients; a predictor is f_c(z) = sum_j alpha[j, c] k(z, X[j]). All tensors of one call share device and dtype,
-float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about three bf16 products) or "medium"
-(TF32), and means something for float32 on CUDA only.
+coefficients; a predictor is f_c(z) = sum_j alpha[j, c] k(z, X[j]). A bandwidth has the units of X. All tensors of one
+call share device and dtype, float32 or float64. ``precision`` is "highest" (float32-accurate), "high" (about three bf16
+products) or "medium" (TF32), and only concerns float32 on CUDA.
+
+"The paper" in docstrings is Beaglehole, Sukenik, Mondelli, Belkin, "Average gradient outer product as a mechanism for
+deep neural collapse", NeurIPS 2024, arXiv 2402.13728.
 
 With ``backend="triton"``, kernel_matrix, kernel_matmul, gradients and agop in its gradient form can be captured in a
 CUDA graph after one call to warm up, for agop with method="gradient": a capture runs that form and must not load
-another kernel. The host cannot look at values then: NaN is not refused, points must lie between 2^-20 and 2^20, and an
-offset far larger than the spread is not subtracted.
+another kernel. During a capture the host cannot look at values: NaN is not refused, points must lie between 2^-20 and
+2^20 in size, and an offset far larger than the spread is not subtracted.
 """
 
 import importlib

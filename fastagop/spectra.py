@@ -28,8 +28,8 @@ class Spectrum:
     Attributes:
         values: the k largest eigenvalues, in descending order, none below 0.
         vectors: unit eigenvectors (k, d), a row each, as directions are elsewhere; the first of a row's largest entries
-            is positive. Where eigenvalues coincide the vectors are one basis of many, as ``gaps`` tells.
-        gaps: each eigenvalue minus the next one of all d; the last stands on nothing, so its gap is its value. The
+            is positive. Where eigenvalues coincide (a gap of 0) the vectors are one basis of many.
+        gaps: each eigenvalue minus the next one of all d; the last of all d has no next one: its gap is its value. The
             subspace of the first j eigenvectors is as stable as gaps[j - 1] is large beside the matrix's error.
         trace: sum of all eigenvalues.
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares: 1 for one direction, d for equal ones.

@@ -189,7 +189,7 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
     """
     plain(name, value)
     if value.ndim != 2:
-        more = f"; {name}[:, None] is one of one column" if value.ndim == 1 else ""
+        more = f"; use {name}[:, None] for a single column" if value.ndim == 1 else ""
         if value.ndim == 1 and name in _POINTS:
             more = f"; {name}[None] is one point, {name}[:, None] is {len(value)} points of one feature"
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}{more}")
@@ -259,7 +259,7 @@ def sample_weight(value, Z: torch.Tensor, reduction: str) -> None:
     if not readable(value):
         return
     if not finite(value) or bool((value < 0).any()):
-        raise ValueError("sample_weight must be finite and >= 0, got NaN, infinity or a negative weight; mend these")
+        raise ValueError("sample_weight must be finite and >= 0, got NaN, infinity or a negative weight; correct these")
     if reduction == "sum" or bool((value > 0).any()):
         return
     if reduction == "mean":

@@ -11,11 +11,15 @@ _CARRIERS = frozenset({"fastagop", "torch", "sklearn", "joblib", "concurrent", "
 
 
 class BackendUnavailable(RuntimeError):
-    """The requested backend cannot serve this call; the message says why and what to install or change."""
+    """A RuntimeError: the requested backend cannot serve a call; the message says why and what to install or change."""
 
 
 class NumericalWarning(UserWarning):
-    """A result is usable but something had to be altered, or a residual is larger than the dtype promises."""
+    """A result is usable, but something had to be altered, or a residual is larger than the dtype promises.
+
+    The message says what happened and what to do, mostly a ridge above 0. It is a UserWarning: the filters of Python's
+    ``warnings`` module silence it or make it an error.
+    """
 
 
 def restated(error: Exception, text: str) -> Exception:

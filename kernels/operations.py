@@ -78,8 +78,8 @@ def kernel_matrix(
         out: tensor (n, m) to write into.
         ridge: added to the diagonal of k(X, X), for a solver of your own; needs Z omitted.
         precision: "highest", "high" or "medium"; see the package documentation.
-        backend: "auto", "torch", "triton" or "keops". KeOps (every operation but this one, which stores its result)
-            compiles a formula on first use, about ten seconds. "auto" takes torch, measured faster from 2 features on.
+        backend: "auto" (torch), "torch", "triton" (CUDA, float32) or "keops" (every operation but this one, which
+            stores its result; it compiles a formula on first use, about ten seconds). No other takes its place.
 
     Returns:
         Tensor (n, m) of X's dtype and device, without autograd history.
@@ -101,6 +101,9 @@ def kernel_matmul(
     backend: str = "auto",
 ) -> torch.Tensor:
     """Kernel product k(X, Z) V without ever holding k(X, Z).
+
+    Formula: out_ip = sum_j k(X[i], Z[j]) V_jp. ``kernel_matmul(kernel, X_new, X, alpha)`` gives the outputs at X_new of
+    the predictor with centers X and coefficients alpha.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
@@ -168,7 +171,8 @@ def agop(
     """Average gradient outer product of f_c(z) = sum_j alpha[j, c] k(z, X[j]) over the points Z.
 
     Formula: M = (1/m) sum_ic grad f_c(Z[i]) grad f_c(Z[i])^T (paper, section 3.3), symmetric and positive
-    semi-definite; with weights w, M = sum_i w_i sum_c grad f_c(Z[i]) grad f_c(Z[i])^T / sum_i w_i.
+    semi-definite, in units of f^2 / X^2; with weights w it is sum_i w_i sum_c grad f_c(Z[i]) grad f_c(Z[i])^T over
+    sum_i w_i.
 
     Args:
         kernel: a kernel such as ``Laplace(2.0)``.
@@ -186,7 +190,7 @@ def agop(
         precision, backend: as in ``kernel_matrix``.
         memory_limit: bytes the call may take beyond its inputs; default most of what is free.
         sample_weight: weights (m,) >= 0 of the evaluation points, of X's dtype and device; default 1 each. A weight of
-            2 is the same as that point written twice.
+            2 has the effect of writing that point twice.
 
     Returns:
         Tensor (d, d) of X's dtype and device, without autograd history.

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     redraw.add_options(_add(commands, "draw", text, partial(redraw.command, FIGURES)))
     text = "NFA correlation and collapse at every layer of a model of yours"
     nfa_table.add_options(_add(commands, "nfa_table", text, nfa_table.command))
-    text = "collapse of scikit-learn's digits in 20 layers, in seconds and offline"
+    text = "collapse of scikit-learn's digits in 20 layers, offline, in about half a minute"
     demo.add_options(_add(commands, "demo", text, demo.demo))
     _add(commands, "theory", "proposition A.1 and theorems 4.3 and 4.4 against numbers", _theory)
     return top

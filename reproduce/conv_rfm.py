@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--width", type=commands.count, default=64, help="random features of a layer; default %(default)s")
     add("--bandwidth", type=options.positive, default=1.0, help="L of the Laplace kernel; default %(default)s")
-    add("--ridge", type=options.positive, default=1e-3, help="default %(default)s")
+    add("--ridge", type=options.positive, default=1e-3, help=options.RIDGE)
     add("--seed", type=options.seed, default=0, help="of the random features; default %(default)s")
     options.add_location(parser, "out")
 

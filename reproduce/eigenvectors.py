@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--count", type=commands.count, default=12, help="eigenvectors; default %(default)s")
     add("--bandwidth", type=options.positive, default=10.0, help="L of the Laplace kernel; default %(default)s")
-    add("--ridge", type=options.positive, default=1e-3, help="default %(default)s")
+    add("--ridge", type=options.positive, default=1e-3, help=options.RIDGE)
     options.add_location(parser, "out")
 
 

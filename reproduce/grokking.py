@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--fraction", type=options.positive, help="of all pairs, for training; default 0.5")
     add("--iterations", type=commands.count, default=40, help="at most; default %(default)s")
     add("--power", type=options.positive, default=0.5, help="s of M = AGOP^s; default %(default)s")
-    add("--ridge", type=options.positive, default=1e-3, help="default %(default)s")
+    add("--ridge", type=options.positive, default=1e-3, help=options.RIDGE)
     add("--seed", type=options.seed, default=0, help="of the choice of training pairs; default %(default)s")
     options.add_out(parser, "out")
 

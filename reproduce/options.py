@@ -12,6 +12,8 @@ from fastagop import commands
 from fastagop.deep_rfm.random_features import COS_SCALE
 from reproduce.settings import DATASETS, DEPTH, KERNELS, POINTS, QUICK, RunLocation
 
+RIDGE = "mu, added to the diagonal of the kernel matrix; default %(default)s"
+
 
 def add_figure(parser: argparse.ArgumentParser) -> None:
     """Options of a Deep RFM figure; their defaults are the paper's settings."""
@@ -21,15 +23,16 @@ def add_figure(parser: argparse.ArgumentParser) -> None:
     _add_points(parser)
     add("--depth", type=commands.count, help=f"layers; default {DEPTH}")
     add("--width", type=commands.count, help="random features; default 1024 for ReLU, 4096 for cos")
-    add("--feature-scale", type=float, default=COS_SCALE, help="of cos features' Cauchy W; default %(default)s")
-    add("--ridge", type=float, default=0.0, help="default %(default)s")
+    add("--feature-scale", type=float, default=COS_SCALE, help="scale of cos features' Cauchy W; default %(default)s")
+    add("--ridge", type=float, default=0.0, help=RIDGE)
     text = "paper: Gaussian for ReLU on MNIST, else Laplace; default %(default)s"
     add("--kernel", choices=("paper", *KERNELS), default="paper", help=text)
     add("--bandwidth", type=float, default=2.0, help="L of the kernel; default %(default)s")
-    add("--agop-scale", choices=("max", "mean", "sum"), default="max", help="see README.md; default %(default)s")
+    text = "divide M by its largest entry (max), by the number of points (mean), or not (sum); default %(default)s"
+    add("--agop-scale", choices=("max", "mean", "sum"), default="max", help=text)
     text = "one run each: curves show their mean and range, strips the first; default 0"
     add("--seeds", type=seed, nargs="+", help=text)
-    add("--dtype", choices=("float32", "float64"), default="float32", help="default %(default)s")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of the features; default %(default)s")
     _add_standardize(parser, ", as the authors' code does")
     add_location(parser, "out")
 
@@ -42,7 +45,8 @@ def add_network_figure(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=commands.count, help="default 500 (MLP), 300 (ResNet), 600 (VGG)")
     add("--learning-rate", type=positive, help="default 0.05 (MLP, ResNet), 0.01 (VGG)")
     add("--momentum", type=float, help="default 0 (MLP, ResNet), 0.9 (VGG)")
-    add("--init-scale", type=positive, help="of the hidden layers; default 0.3, or 0.2 for ResNet and for MNIST")
+    text = "standard deviation of initial weights over sqrt(2 / d); default 0.3, or 0.2 for ResNet and for MNIST"
+    add("--init-scale", type=positive, help=text)
     add("--width", type=commands.count, help="of the hidden layers; default 512")
     add("--every", type=commands.count, help="epochs between measurements; default 10")
     text = "one run each: curves show their mean and one standard deviation; default 0 1 2, or 0 with --quick"

@@ -58,6 +58,47 @@ def test_commands_and_files_exist():
         assert (ROOT / path).exists(), path
 
 
+def prose_of_results():
+    """(page, text that it has to have), made from the committed result files."""
+    (layer,) = rows_of("scale_50000_cpu")
+    (run,) = json.loads((ROOT / "reproduce/results/figure3_n50000.json").read_text())["runs"]
+    quiet = [run["layers"][number - 1]["seconds"] for number in (2, 3, 10, 11, 12)]  # beside which no other work ran
+    solves = {row["n"]: row for row in rows_of("scale_cpu") if row["contender"] == "solve"}
+    factor = next(row for row in rows_of("scale_cpu") if row["contender"] == "potrf float64" and row["n"] == 20_000)
+    hours = f"20 layers and the readout in {run['seconds'] / 3600:.1f} hours"
+    least = json.loads((ROOT / "reproduce/results/demo.json").read_text())["runs"][0]["layers"][-1]["nc1_projected"]
+    yield "README.md", f"takes {layer['seconds'] / 60:.1f} minutes and {layer['peak_bytes'] / 1e9:.1f} GB"
+    yield "README.md", f"{layer['seconds'] / layer['floor']:.2f} times the time of its matrix products"
+    yield "README.md", f"took {run['seconds'] / 3600:.1f} hours"
+    yield "README.md", hours
+    yield "README.md", f"(NC1 {least:.0e})".replace("e-0", "e-")
+    yield "reproduce/README.md", hours
+    yield "reproduce/README.md", f"took {min(quiet):.0f} to {max(quiet):.0f} s"
+    yield "docs/pages/tables.md", f"n = 10,000 rows takes {solves[10_000]['peak_bytes'] / 1e9:.1f} GB"
+    yield "docs/pages/rfm.md", f"n = 20,000 takes {solves[20_000]['peak_bytes'] / 1e9:.1f} GB"
+    yield "docs/pages/benchmarks.md", f"took {layer['seconds']:.0f} s and {layer['peak_bytes'] / 1e9:.1f} GB"
+    share = solves[20_000]["seconds"] / factor["factor seconds"]
+    yield "docs/pages/benchmarks.md", f"solving take {share:.2f} of the time of SciPy's float64 factorisation"
+
+
+def rows_of(name):
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text())["rows"]
+
+
+def test_prose_has_the_numbers_of_the_committed_results():
+    pages = {page: " ".join((ROOT / page).read_text().split()) for page, _ in prose_of_results()}
+    assert [(page, text) for page, text in prose_of_results() if text not in pages[page]] == []
+
+
+def test_keops_is_faster_where_pages_say_so():
+    """choosing.md, scaling.md and the changelog: for float64 gradients and AGOPs of a single feature alone."""
+    faster = {(row["op"], row["d"], row["dtype"]) for row in rows_of("keops_cpu") if row["keops"] < row["torch"]}
+    assert faster == {("gradients", 1, "float64"), ("agop", 1, "float64")}
+    for page in ("choosing", "scaling", "changelog"):
+        text = " ".join((ROOT / f"docs/pages/{page}.md").read_text().split())
+        assert "for float64 gradients and AGOPs of a single feature" in text, page
+
+
 @pytest.mark.parametrize("case", re.findall(r"^<!-- (\w+) -->$", README, re.MULTILINE))
 def test_tables_are_the_committed_results(case):
     module = importlib.import_module(f"bench.{case}_cpu")

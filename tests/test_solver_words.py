@@ -88,7 +88,7 @@ def test_a_small_column_that_is_not_solved_is_said(method, normal):
     X = normal(60, 3, dtype=F32)
     X[30:] = X[:30] + 1e-5 * normal(30, 3, dtype=F32, seed=2)
     Y = torch.stack([1e4 * X.sum(1).sin(), normal(60, 1, dtype=F32, seed=3)[:, 0]], 1)
-    with pytest.warns(fastagop.NumericalWarning, match="the residual of one of the columns of Y, .* is .* of it"):
+    with pytest.warns(fastagop.NumericalWarning, match="one of them, compared with itself, has the relative residual"):
         found = fastagop.solve(Laplace(2.0), X, Y, method=method)
     assert found.residual < 1e-4
     left = fastagop.kernel_matrix(Laplace(2.0), X.double()) @ found.alpha.double() - Y
@@ -103,7 +103,7 @@ def test_a_small_column_that_is_not_solved_is_said(method, normal):
 def test_coefficients_below_float32_are_said_to_be_that(method, unit, factor, normal):
     """No ridge, rank or number of steps makes them larger."""
     X, Y = normal(20, 3, dtype=F32), normal(20, 2, seed=2, dtype=F32) * unit
-    with pytest.warns(fastagop.NumericalWarning, match="Multiply Y by a constant, or take float64 points") as caught:
+    with pytest.warns(fastagop.NumericalWarning, match="Multiply Y by a large constant, or take float64") as caught:
         fastagop.solve(factor * Laplace(2.0) if factor > 1 else Laplace(2.0), X, Y, ridge=1e-3, method=method)
     assert len(caught) == 1
 

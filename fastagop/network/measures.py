@@ -62,9 +62,9 @@ def agop(
         batch_size: samples of a tensor X that are taken at once; default 256.
         outputs: which outputs count: indices of them; or a function of what the model returns, or of that and the
             labels that the batches of X bring, with values (n,) or (n, k): a loss, a logit difference. Default all.
-        sketch: so many random combinations of a sample's outputs, with signs drawn anew for every sample, take their
-            place (2 or more): M is unbiased, and costs as much as ``sketch`` outputs do. Default: all outputs, exactly.
-        seed: of the signs, a number or a torch.Generator on the CPU; they do not depend on ``batch_size``.
+        sketch: number (2 or more) of random combinations, with signs drawn anew for every sample, that take the place
+            of a sample's outputs: M is unbiased, and costs as much as ``sketch`` outputs do. Default: all outputs.
+        seed: seed of the signs, a number or a torch.Generator on the CPU; they do not depend on ``batch_size``.
 
     Returns:
         By layer name, in the model's order, (d, d) on the layer's device, of its dtype, or float32 where that is

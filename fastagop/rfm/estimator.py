@@ -57,7 +57,7 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         scoring: name of a scikit-learn scorer or a function (estimator, X, y) -> number that ``early_stopping`` and
             validation rows go by; default accuracy, equal ones decided by the squared error of the outputs.
         metric_samples: number of rows, or fraction of them, that M is learnt from; the last solve has all. Default all.
-        time_limit: seconds that iterations may take: none begins that would end later, if it takes as long as the one
+        time_limit: seconds that iterations may take: none begins that would end later if it took as long as the one
             before. The first one is always made, and the last solve comes on top.
         random_state: seed of the rows held out and of those that M is learnt from.
         class_weight: weights of the classes, {label: weight}, or "balanced" for weights inversely proportional to

@@ -270,7 +270,7 @@ class RFMClassifierCV(base.ClassifierMixin, _Search):
         refit: fit the best setting to all rows.
         n_jobs: settings that are tried at a time, by joblib; each then has one torch thread. Results do not depend on
             the number, but None, which tries one after the other with all of torch's threads, may differ by roundings.
-        random_state: seed of settings and folds.
+        random_state: seed of the draws of settings and folds.
         scoring: name of a scikit-learn scorer or a function (estimator, X, y) -> number; default accuracy, or R^2.
         average: how many of the best settings are fitted to all rows and answer together, by the mean of their outputs.
         iterations: number of AGOPs at most.

@@ -38,13 +38,13 @@ class RFMTreeClassifier(Classifier, RFMTree):
             ``RFMClassifier``: each holds rows out, lets its best iteration predict, and solves with all rows at last.
         time_limit: seconds for the fit, shared out among leaves: no further iteration of a leaf begins beyond.
         random_state: seed of rows held out and of samples.
-        leaf_size: distinct rows that a leaf has at most. Only rows that nothing divides, or that have one label, are
-            more.
+        leaf_size: distinct rows that a leaf has at most. A leaf has more only where nothing divides its rows, or
+            where all of them have one label.
         split_samples: rows of which the machine that finds a split is made, at most.
         soft: let both sides answer near a split: sigmoid((projection - median) / (temperature * spread)) is the
             weight of the right one, and a leaf's weight the product along its path. The temperature, 0 among them, is
-            the one with the best score (``scoring``) on ``validation_fraction`` of each leaf's rows, of which its
-            metric is then not made.
+            the one with the best score (``scoring``) on ``validation_fraction`` of each leaf's rows, which then have
+            no part in its metric.
 
     Attributes:
         tree_: the splits; ``print(model.tree_)`` draws them. Directions are of the features as the kernel sees them.

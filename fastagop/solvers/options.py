@@ -18,7 +18,7 @@ class ConjugateGradients:
             memory is short. It takes 8 n rank bytes.
         max_iterations: steps at most; each is one pass over all pairs of points.
         progress: show a tqdm bar. Steps are logged at INFO to "fastagop" either way.
-        seed: of the pivots' draw.
+        seed: seed of the random draw of pivots.
         store: keep half of the kernel matrix in float64, 4 n^2 bytes: a step then costs n^2 K, and not n^2 d.
     """
 

@@ -48,8 +48,8 @@ class Solution:
         note: what is wrong with the problem itself, such as a bandwidth at which points look alike; "" where nothing.
         fallback: why a float32 factor gave way to the solver that ran, here or ("as before, ...") in an earlier solve
             of a fit; "" where none did.
-        column_residual: the largest residual of a column beside its own targets, of the merged system where there is
-            one: a small column's has no part in the others.
+        column_residual: the largest residual of a column of Y relative to that column, of the merged system where there
+            is one: the residual of a column of small targets hardly shows in ``residual``.
     """
 
     alpha: torch.Tensor
@@ -130,7 +130,7 @@ def _remedy(solution: Solution) -> str:
     alpha, narrow = solution.alpha, solution.alpha.dtype == torch.float32
     if not solution.jitter and alpha.numel() and largest(alpha) < torch.finfo(alpha.dtype).tiny:
         more = ", or take float64 points" if narrow else ""
-        return f"coefficients are smaller than {dtype_name(alpha.dtype)} holds. Multiply Y by a constant{more}"
+        return f"coefficients are smaller than {dtype_name(alpha.dtype)} holds. Multiply Y by a large constant{more}"
     ended = solution.stopped or solution.jitter > 0
     if solution.method == "cg" and (ended or not narrow):
         return "a larger rank, more max_iterations or a larger ridge helps"
@@ -158,8 +158,8 @@ def _altered(solution: Solution, columns: bool) -> list[str]:
         reported.append(f"the relative residual is {residual:.1e}")
     elif columns and not solution.column_residual <= _COLUMN * max(limit, solution.tolerance):
         reported.append(
-            f"the residual of one of the columns of Y, which are of different size, is {solution.column_residual:.1e} "
-            "of it"
+            "the columns of Y differ in size, and one of them, compared with itself, has the relative residual "
+            f"{solution.column_residual:.1e}"
         )
     return reported
 

@@ -238,8 +238,8 @@ def solve(
 
     Warns:
         NumericalWarning: once, when jitter was added, eigenvalues were dropped, "cg" ended before its tolerance, the
-            residual exceeds 1e-6 (float64) or 1e-3 (float32), copies contradict each other at ridge 0, or every kernel
-            value is 0 or 1.
+            residual exceeds 1e-6 (float64) or 1e-3 (float32), or that of a column twice as much, copies contradict
+            each other at ridge 0, or every kernel value is 0 or 1.
     """
     options = SolveOptions(ridge=ridge, method=method, precision=precision, backend=backend, memory_limit=memory_limit)
     prepared = prepare(kernel, X, Y, options, sample_weight)
