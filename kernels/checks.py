@@ -19,7 +19,7 @@ _POINTS = ("X", "Z")  # arguments whose rows are points
 
 def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
     """Refuse a word that is not one of the allowed ones; ``other``: what else the argument may be."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         beside = f", or {other}" if other else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {value!r}")
 

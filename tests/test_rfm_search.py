@@ -202,6 +202,7 @@ def test_kernels_without_an_exponent(flowers):
         ("space", "wide", "space must be a dict"),
         ("space", [1.0], "space must be a list of settings"),
         ("space", {"ridge": 1.0}, "space\\['ridge'\\] must be a list"),
+        ("space", {"ridge": {1.0, 2.0}}, "space\\['ridge'\\] must be a list"),
         ("space", [{"ridge": -1.0}], "ridge must be a finite number >= 0"),
         ("space", [{"bandwidth": "wide"}], "bandwidth must be a number"),
         ("n_settings", 0, "n_settings must be an integer >= 1"),

@@ -320,8 +320,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     if X.dtype == torch.float64:
         return False
     wide = rounding.costs(kernel, X, alpha, center, weights)
-    wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
-    return wide
+    return bool(engine.broadcast(X.new_full((1,), float(wide))))
 
 
 def _of_usual_weight(weights: torch.Tensor | None) -> tuple[torch.Tensor | None, float]:

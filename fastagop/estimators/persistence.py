@@ -15,7 +15,10 @@ from fastagop.estimators import files as storage
 from fastagop.estimators.types import Device
 
 _KIND = "fitted estimator"
-_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in", "_dtype_of_fit")
+_ATTRIBUTES = (
+    *("n_features_in_", "feature_names_in_", "classes_"),
+    *("_flat", "_torch_in", "_dtype_of_fit", "_diagonal_of_fit"),
+)
 # Parameters of the process that trained and not of the estimator, which has their defaults when it is loaded.
 _NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 

@@ -11,7 +11,7 @@ from fastagop.estimators import inputs
 from fastagop.estimators.base import Classifier, Regressor, Training
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels import checks
-from fastagop.kernels.errors import warn
+from fastagop.kernels.errors import restated, warn
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.rfm.machine import RecursiveFeatureMachine
@@ -110,8 +110,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         inputs.refuse_missing(name, y, "labels")
         try:
             found = inputs.labels(y)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"{name}: {error}") from error
         self._refuse_strangers(name, found)
         return found
 
@@ -198,8 +198,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         inputs.refuse_missing(name, y, "targets")
         try:
             y = inputs.targets(y)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"{name}: {error}") from error
         outputs = 1 if y.ndim == 1 else y.shape[1]
         if outputs != len(self._intercept) or (y.ndim == 1) != self._flat:
             kind = "(m,)" if self._flat else f"(m, {len(self._intercept)})"

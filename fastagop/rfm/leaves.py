@@ -25,7 +25,7 @@ from fastagop.kernels import checks
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.directions import leading
-from fastagop.rfm.preparation import SCALES, Preparation
+from fastagop.rfm.preparation import Preparation, check_scale
 from fastagop.rfm.splits import Growth, Tree
 from fastagop.rfm.validation import HeldOut, Lenient
 from fastagop.solvers import copies
@@ -259,7 +259,7 @@ class RFMTree(KernelEstimator):
 
     def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
-        return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
+        return inputs.narrowed("X", self._preparation.near(X), self._dtype)
 
     def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._preparation.near(X)
@@ -305,8 +305,7 @@ class RFMTree(KernelEstimator):
     def _check_parameters(self) -> None:
         """Refuse parameters that a fit could not use."""
         self._regression()
-        if self.scale not in SCALES:
-            raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
+        check_scale(self.scale)
         self._machine_of()._regression_and_rules()
         checks.integer("leaf_size", self.leaf_size, 2)
         checks.integer("split_samples", self.split_samples, 2)

@@ -9,8 +9,13 @@ import torch
 from fastagop.estimators import inputs
 from fastagop.kernels.profile import Kernel
 
-SCALES = (None, "standard")
 _CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
+
+
+def check_scale(value) -> None:
+    """Refuse a ``scale`` that is neither None nor "standard"."""
+    if value is not None and not (isinstance(value, str) and value == "standard"):
+        raise ValueError(f"scale must be None or 'standard', got {value!r}")
 
 
 @dataclass(frozen=True)

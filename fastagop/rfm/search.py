@@ -118,7 +118,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         weights = inputs.weights(sample_weight, len(rows))
         codes = self._codes(answers, weights)
         settings = settings_of(self.space, self.n_settings, self.kernel, random)
-        folds = folds_of(self.cv, self.validation_fraction, rows, answers, (codes, weights), random)
+        folds = folds_of(self, rows, answers, (codes, weights), random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
             model._regression_and_rules()
@@ -130,11 +130,11 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         self._report_failures(found, len(settings))
         settings = settings[: len(found)]
         self.cv_results_, self.n_splits_ = trials.table(settings, found), len(folds)
-        self._choose(settings, found)
+        chosen = self._choose(settings, found)
         trials.warn_of_no_score(type(self).__name__, self.cv_results_, self.best_index_)
         if self.refit:
             targets = answers if codes is not None else y
-            self.estimators_ = [model.fit(X, targets, sample_weight) for model in self._chosen]
+            self.estimators_ = [model.fit(X, targets, sample_weight) for model in chosen]
             self.best_estimator_ = self.estimators_[0]
         return self
 
@@ -189,8 +189,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         if left and len(found) == 1:
             warn(f"{type(self).__name__}: {self.stopped_}", UserWarning)
 
-    def _choose(self, settings: list[Setting], found: list[Trial]) -> None:
-        """Set the attributes of the best setting and iteration, and the estimators to refit."""
+    def _choose(self, settings: list[Setting], found: list[Trial]) -> list:
+        """Set the attributes of the best setting and iteration; returns the estimators to fit to all rows."""
         firsts, places, row = [], [], 0
         for index, trial in enumerate(found):
             if not trial.error:
@@ -203,7 +203,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         self.best_index_, self.best_iteration_ = firsts[order[0]], steps[0][1]
         self.best_params_ = dict(self.cv_results_["params"][self.best_index_])
         self.best_score_ = float(self.cv_results_["mean_test_score"][self.best_index_])
-        self._chosen = [self._estimator(settings[index], step) for index, step in steps]
+        return [self._estimator(settings[index], step) for index, step in steps]
 
     def _best(self, X):
         """The estimator that answers for rows X: the best one, or one whose outputs are the mean of the best few's."""

@@ -110,7 +110,8 @@ class RFMTreeRegressor(Regressor, RFMTree):
         fit_intercept: every leaf subtracts the mean of its targets, as in ``RFMRegressor``.
 
     Attributes:
-        intercept_: what the leaves' outputs are added to: the mean of all targets, or 0 without ``fit_intercept``.
+        intercept_: what the leaves' outputs are added to: the mean of all targets; without ``fit_intercept`` 0, but for
+            targets whose mean exceeds their spread more than four times.
     """
 
     _MACHINE = RFMRegressor
