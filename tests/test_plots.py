@@ -182,6 +182,10 @@ REFUSED = {
     "names": ("names must be of the 4 features", lambda: plots.diagonal(M, ["a"])),
     "M": ("M must be", lambda: plots.diagonal(np.ones((2, 3)))),
     "words": ("found must hold numbers", lambda: plots.spectrum(np.array(["a"]))),
+    "uneven rows": (
+        "found must hold numbers in rows of one length, got list",
+        lambda: plots.eigenvectors([[1, 2], [3]], (2, 1)),
+    ),
     "shape": (r"shape must be .* of 4 numbers, got \(3, 3\)", lambda: plots.eigenvectors(M, (3, 3))),
     "one side": ("shape must be .* of 4 numbers, got 4", lambda: plots.eigenvectors(M, 4)),
     "negative sides": ("shape must be .* of 4 numbers", lambda: plots.eigenvectors(M, (-2, -2))),

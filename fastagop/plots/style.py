@@ -49,7 +49,12 @@ def on_scale(values: np.ndarray, log: bool) -> np.ndarray:
 
 def array(name: str, value: Any, ndim: int | None) -> np.ndarray:
     """Numbers as a float64 array, of so many dimensions where that matters; ValueError by the argument's name."""
-    found = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    try:
+        found = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must hold numbers in rows of one length, got {type(value).__name__}: {error}"
+        ) from error
     if found.dtype.kind not in "fiu" or (ndim is not None and found.ndim != ndim):
         wanted = "numbers" if ndim is None else f"numbers in {ndim} dimension(s)"
         raise ValueError(f"{name} must hold {wanted}, got {found.dtype} of shape {found.shape}")
