@@ -54,7 +54,7 @@ class Training:
     weights: torch.Tensor | None
 
 
-class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
+class KernelEstimator(KernelParameter):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
     Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
@@ -83,11 +83,6 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     _torch_in: bool
     solution_: Solution
 
-    def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
-        for name in arguments.keys() - {"self", "__class__"}:
-            setattr(self, name, arguments[name])
-
     def __sklearn_clone__(self) -> Self:
         """A clone works with the same process group: a group is a connection, and cannot be copied."""
         group, self.process_group = self.process_group, None
@@ -101,12 +96,6 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies leave the process group behind."""
         return {**super().__getstate__(), "process_group": None}
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        tags.target_tags.required = True
-        return tags
 
     def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""

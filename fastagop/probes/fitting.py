@@ -23,9 +23,10 @@ from fastagop.kernels.errors import NumericalWarning, restated
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.probes import reading, scores
-from fastagop.probes.reading import Activations, Targets, take
+from fastagop.probes.reading import Activations, Targets
 from fastagop.probes.result import Aggregate, Probe, Probes, outputs, side_by_side
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
+from fastagop.rfm.validation import take
 
 BANDWIDTHS = (("median", 0.3), "median", ("median", 3.0))
 _FOLDS = 5  # of the rows that the combination is fitted on

@@ -212,8 +212,3 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
         held.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(codes)), held), held
-
-
-def take(rows, index: np.ndarray):
-    """Some rows of an array or a tensor."""
-    return rows[torch.as_tensor(index, device=rows.device)] if isinstance(rows, torch.Tensor) else rows[index]

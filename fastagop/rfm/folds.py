@@ -100,5 +100,5 @@ def _indices(pair, n: int, fold: int) -> Fold:
             raise TypeError(f"cv must give indices of rows or masks, got {part.dtype} in fold {fold}")
         if part.min() < -n or part.max() >= n:
             raise ValueError(f"cv: fold {fold} has rows from {part.min()} to {part.max()}, of {n} rows in all")
-        found.append(part)
+        found.append(part.astype(np.int64))  # torch takes uint8 for a mask, and no others
     return found[0], found[1]

@@ -34,7 +34,7 @@ _refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
+class _Search(SavedSearch, KernelParameter):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
@@ -65,17 +65,6 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     best_index_: int
     best_score_: float
     best_iteration_: int
-
-    def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
-        for name in arguments.keys() - {"self", "__class__"}:
-            setattr(self, name, arguments[name])
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        tags.target_tags.required = True
-        return tags
 
     def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""

@@ -182,6 +182,11 @@ def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.dev
     return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
 
 
+def take(rows, index: np.ndarray):
+    """Some rows of an array or a tensor."""
+    return rows[torch.from_numpy(index).to(rows.device)] if isinstance(rows, torch.Tensor) else rows[index]
+
+
 def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Places of those of n rows that a part of them leaves out, ascending; a part of None is all rows."""
     outside = torch.ones(n, dtype=torch.bool, device=device)
