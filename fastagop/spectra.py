@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,8 @@ def spectrum(
             bootstrap of a bare M, which does not tell how its samples vary.
     """
     if draws is not None and not isinstance(draws, (torch.Tensor, np.ndarray)):
+        if not isinstance(draws, Iterable):
+            raise TypeError(f"draws must be matrices (d, d), or one array (B, d, d), got {type(draws).__name__}")
         draws = list(draws)  # which may come one by one
     count = checks.integer("bootstrap", bootstrap, 0)
     level = _confidence(confidence)
@@ -295,8 +298,11 @@ def _resampled(
     samples: torch.Tensor, factor: float, count: int, random_state: int | np.random.Generator | None
 ) -> Iterable[torch.Tensor]:
     """AGOPs of samples drawn with replacement, one after the other."""
-    if random_state is not None and not isinstance(random_state, np.random.Generator):
-        checks.integer("random_state", random_state, 0)
+    whole = isinstance(random_state, numbers.Integral) and random_state >= 0 and not isinstance(random_state, bool)
+    if not (whole or random_state is None or isinstance(random_state, np.random.Generator)):
+        raise ValueError(
+            f"random_state must be an integer >= 0, a numpy.random.Generator or None, got {random_state!r}"
+        )
     generator = np.random.default_rng(random_state)
     for _ in range(count):
         times = torch.from_numpy(np.bincount(generator.integers(0, len(samples), len(samples)), minlength=len(samples)))

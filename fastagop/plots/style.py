@@ -57,8 +57,17 @@ def array(name: str, value: Any, ndim: int | None) -> np.ndarray:
         ) from error
     if found.dtype.kind not in "fiu" or (ndim is not None and found.ndim != ndim):
         wanted = "numbers" if ndim is None else f"numbers in {ndim} dimension(s)"
-        raise ValueError(f"{name} must hold {wanted}, got {found.dtype} of shape {found.shape}")
+        other = found.dtype == object and found.ndim == 0
+        got = type(value).__name__ if other else f"{found.dtype} of shape {found.shape}"
+        raise ValueError(f"{name} must hold {wanted}, got {got}")
     return found.astype(np.float64)
+
+
+def mapping(name: str, value: Any, of: str) -> Mapping[Any, Any]:
+    """A dictionary as it is, an empty one where none is given; TypeError where something else is."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary {of}, got {type(value).__name__}")
+    return value or {}
 
 
 def next_color(axis: Axes) -> str:
