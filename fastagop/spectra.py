@@ -105,18 +105,15 @@ def spectrum(
         TypeError, ValueError: naming the argument; M is not symmetric or has negative eigenvalues beyond rounding; a
             bootstrap of a bare M, which does not tell how its samples vary.
     """
-    if draws is not None and not isinstance(draws, (torch.Tensor, np.ndarray)):
-        if not isinstance(draws, Iterable):
-            raise TypeError(f"draws must be matrices (d, d), or one array (B, d, d), got {type(draws).__name__}")
-        draws = list(draws)  # which may come one by one
+    draws = None if draws is None else _listed(draws)
     count = checks.integer("bootstrap", bootstrap, 0)
     level = _confidence(confidence)
     _sources(M, gradients, draws, count)
     samples = None if gradients is None else _gradients(gradients)
-    given = None if draws is None else [_matrix(f"draws[{i}]", draw) for i, draw in enumerate(_listed(draws))]
+    given = None if draws is None else [_matrix(f"draws[{i}]", draw) for i, draw in enumerate(draws)]
     if given is not None and len(given) < 2:
         raise ValueError(f"draws must hold at least 2 matrices, got {len(given)}")
-    like = M if M is not None else gradients if gradients is not None else _listed(draws)[0]
+    like = next(part for part in (M, gradients, *(draws or ())) if part is not None)
     wide = _point(M, samples, given)
     d = len(wide)
     size = min(_DEFAULT, d) if k is None else checks.integer("k", k, 1, d)
@@ -185,7 +182,9 @@ def _matrix(name: str, value) -> torch.Tensor:
 
 
 def _listed(draws) -> list:
-    """The matrices of a list, or of one array (B, d, d)."""
+    """The matrices of a list, which may come one by one, or of one array (B, d, d)."""
+    if not isinstance(draws, Iterable):
+        raise TypeError(f"draws must be matrices (d, d), or one array (B, d, d), got {type(draws).__name__}")
     if isinstance(draws, (torch.Tensor, np.ndarray)) and draws.ndim != 3:
         raise ValueError(f"draws must be matrices (d, d), or one array (B, d, d), got shape {tuple(draws.shape)}")
     return list(draws)
