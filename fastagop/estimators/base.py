@@ -32,8 +32,8 @@ from fastagop.solvers.table import OPTIONS, Method, methods
 
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
-# Every probability is at least the smaller of these, the second over the number of classes, before rows are normalised:
-# least squares knows none better, and log losses of the RFM on small tables were best at 0.003 to 0.01.
+# Every probability is at least the smaller of these, the second over the number of classes, before rows are normalised.
+# Least squares does not tell smaller ones apart, and log losses of the RFM on small tables were best at 0.003 to 0.01.
 _LEAST, _LEAST_SUM = 0.005, 0.05
 
 

@@ -120,7 +120,7 @@ def _both(solved: Solved) -> Solved:
 
 
 def _fit_float64(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> float64_fit.Float64Fit | None:
-    """The solution of a small problem without copies, weights or wishes; None of any other."""
+    """The solution of a small problem without copies and weights, by "auto" on torch; None of any other."""
     limit = regression.memory_limit
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and regression.kernel.radial
     usual = plain and regression.backend in ("auto", "torch")

@@ -32,6 +32,7 @@ from fastagop.solvers import copies
 
 _TEMPERATURES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 _DIRECTIONS = 8  # of a metric, tried before a random one
+# Of the small machines that splits come from: all rows of a sample say which directions matter.
 _SPLIT = {"iterations": 2, "early_stopping": False, "metric_samples": None, "time_limit": None}
 
 
