@@ -22,7 +22,6 @@ from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autoca
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
-from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.directions import leading
 from fastagop.rfm.preparation import Preparation, check_scale
@@ -322,18 +321,16 @@ class RFMTree(KernelEstimator):
 
     def _steps(self, data, share: int):
         """([(name, how often, step)], bytes that the fit keeps), for rows that halve evenly."""
-        from fastagop.estimators.fit_plans import iteration_steps
-
-        (n, d), task = data.X.shape, AgopTask("sum", self.center)
-        depth = math.ceil(math.log2(max(1.0, n / self.leaf_size)))
-        regression, many, rows = self._regression(), 2**depth, math.ceil(n / 2**depth)
-        steps, sizes = [], [] if depth == 0 else [("split", many - 1, min(int(self.split_samples), n), 2)]
-        held = 0
-        for name, often, size, iterations in [*sizes, ("leaf", many, rows, int(self.iterations))]:
+        n, d = data.X.shape
+        many = 2 ** math.ceil(math.log2(max(1.0, n / self.leaf_size)))
+        leaf = ("leaf", many, math.ceil(n / many), self._machine_of())
+        split = ("split", many - 1, min(int(self.split_samples), n), self._machine_of(**_SPLIT))
+        steps, held = [], 0
+        for name, often, size, machine in (split, leaf) if many > 1 else (leaf,):
             part = replace(data, X=data.X[:size], Y=data.Y[:size])
-            found, held = iteration_steps(part, regression, share, task, (iterations, self.diagonal))
-            steps += [(f"{many if name == 'leaf' else many - 1} x {name} of {size} rows, {label}", often * times, step)
-                      for label, times, step in found]  # fmt: skip
+            found, held = machine._steps(self._regression(), part, share)
+            start = f"{often} x {name} of {size} rows, "
+            steps += [(start + label, often * times, step) for label, times, step in found]
         return steps, many * held + n * d * data.X.element_size()
 
 
