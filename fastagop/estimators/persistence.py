@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastagop.estimators import MODULES
 from fastagop.estimators import files as storage
@@ -71,6 +72,15 @@ def described(model) -> tuple[dict, dict]:
         description["solution"] = storage.pack_solution(model.solution_)
         tensors = {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}
     return tensors, {**description, **metadata}
+
+
+def parts_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """{"part": {"name": tensor}} of tensors called "part/name", as files of several machines have them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = value
+    return parts
 
 
 def load(path: str | os.PathLike[str], device: Device | None = None) -> Any:

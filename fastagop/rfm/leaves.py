@@ -285,12 +285,7 @@ class RFMTree(KernelEstimator):
         self.tree_ = Tree.unpacked(tensors["directions"], metadata["nodes"], self.n_features_in_)
         self._preparation = Preparation(tensors["offset"], tensors.get("unit"))
         self._shares, self.temperature_ = tensors["shares"].cpu().numpy(), float(metadata["temperature"])
-        parts: dict[str, dict] = {}
-        for name, value in tensors.items():
-            place, _, leaf_name = name.partition("/")
-            if leaf_name:
-                parts.setdefault(place, {})[leaf_name] = value
-        self.leaves_ = []
+        parts, self.leaves_ = persistence.parts_of(tensors), []
         for place, text in enumerate(metadata["leaves"]):
             leaf_tensors = parts[str(place)]
             if "answer" in text:
