@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop.estimators import inputs
+from fastagop.kernels import checks
 from fastagop.kernels.profile import Kernel
 
 _CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
@@ -36,9 +37,15 @@ class Preparation:
 
         Without a scale only offsets are subtracted that lie far from zero in every row, and only where the kernel
         sees differences.
+
+        Raises:
+            ValueError: differences leave float64.
         """
         if scale is not None:
-            return cls(*_moments(X.double(), weights))
+            offset, unit = _moments(X.double(), weights)
+            if not (checks.finite(offset) and checks.finite(unit)):
+                raise ValueError("X is so large that differences of its rows leave float64; divide X by a constant")
+            return cls(offset, unit)
         return cls(inputs.offsets(X) if kernel.shift_invariant else X.new_zeros(X.shape[1], dtype=torch.float64))
 
     def near(self, X: torch.Tensor) -> torch.Tensor:
