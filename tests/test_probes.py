@@ -375,6 +375,7 @@ BAD[[4, 7], 1] = np.nan
         ([noise(20, 3)], {"kernel": "laplace"}, "kernel must be a fastagop kernel"),
         ([noise(20, 3)], {"kernel": fastagop.LpLaplace}, "kernel must be a class that is made of a bandwidth, such as"),
         ([noise(20, 3)], {"kernel": fastagop.Polynomial}, "kernel must be a class .*, got Polynomial; give"),
+        ([noise(20, 3)], {"verbose": "yes"}, "verbose must be an integer >= 0, got 'yes'"),
         ([noise(20, 3)], {"scoring": "rocauc"}, "scoring must be None, the name of a scorer"),
         ([noise(20, 3)], {"validation_fraction": 1.0}, "validation_fraction must be a number between 0 and 1"),
         (

@@ -216,6 +216,7 @@ def test_kernels_without_an_exponent(flowers):
         ("cv", [(np.arange(9) < 5, np.arange(9) >= 5)], r"^cv must give .* masks \(60,\), got shape \(9,\) in fold 0"),
         ("validation_fraction", 1.0, "validation_fraction must be a number between 0 and 1"),
         ("refit", "yes", "refit"),
+        ("n_jobs", True, "n_jobs must be None or a whole number other than 0"),
         ("n_jobs", 0, "n_jobs must be None or a whole number other than 0"),
         ("n_jobs", "all", "n_jobs must be None or a whole number other than 0"),
         ("time_limit", -1, "time_limit must be"),

@@ -21,6 +21,7 @@ from fastagop.estimators import inputs, persistence, target_means
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_parameter import KernelParameter
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
+from fastagop.estimators.progress import check_verbose
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
@@ -169,8 +170,7 @@ class KernelEstimator(KernelParameter):
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
             raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
-        if not isinstance(self.verbose, bool):
-            checks.integer("verbose", self.verbose, 0)
+        check_verbose(self.verbose)
         if self.process_group is not None:
             Communicator(self.process_group, "fit", self._device)
 

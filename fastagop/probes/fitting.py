@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fastagop.estimators import inputs
-from fastagop.estimators.progress import Progress
+from fastagop.estimators.progress import Progress, check_verbose
 from fastagop.estimators.types import Device, DType, Rows, Scoring, Seed
 from fastagop.kernels import checks
 from fastagop.kernels.errors import NumericalWarning, restated
@@ -195,6 +195,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
     for center in given["centers"]:
         checks.flag("centers", center)
     checks.flag("aggregate", given["aggregate"])
+    check_verbose(given["verbose"])
     for bandwidth in given["bandwidths"]:
         _kernel(given["kernel"], bandwidth)
     scoring = scores.default(classes) if given["scoring"] is None else given["scoring"]

@@ -16,7 +16,7 @@ from sklearn.utils.metaestimators import available_if
 from fastagop.estimators import inputs
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.kernel_parameter import KernelParameter
-from fastagop.estimators.progress import Progress
+from fastagop.estimators.progress import Progress, check_verbose
 from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
@@ -133,10 +133,10 @@ class _Search(SavedSearch, KernelParameter):
             checks.integer(name, getattr(self, name), least)
         checks.flag("refit", self.refit)
         checks.kernel(self.kernel, settled=False)
-        if not isinstance(self.verbose, bool):
-            checks.integer("verbose", self.verbose, 0)
-        if self.n_jobs is not None and (not isinstance(self.n_jobs, (int, np.integer)) or self.n_jobs == 0):
-            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {self.n_jobs!r}")
+        check_verbose(self.verbose)
+        jobs = self.n_jobs
+        if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, (int, np.integer)) or jobs == 0):
+            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {jobs!r}")
         seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
