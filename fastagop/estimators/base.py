@@ -58,10 +58,10 @@ class Training:
 class KernelEstimator(KernelParameter):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
-    Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
-    ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then ``_with_bandwidth``, and
-    sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their coefficients) and
-    ``solution_`` (with a coefficient for every row).
+    Hooks: ``_validated_targets``, ``_targets`` and ``_original`` (see ``Classifier`` and ``Regressor``),
+    ``_training_points``, ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then
+    ``_with_bandwidth``, and sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and
+    their coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # These are the parameters of every subclass, beside the kernel.
@@ -104,6 +104,10 @@ class KernelEstimator(KernelParameter):
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         """(targets (n, K) in float64, class indices or None, weights) of what ``_validated_targets`` returned."""
+        raise NotImplementedError
+
+    def _original(self, data: Training) -> np.ndarray:
+        """Labels or targets of training rows as they were given, targets to the rounding of the fit."""
         raise NotImplementedError
 
     def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -285,6 +289,10 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
             inputs.finite_sum("class_weight", weights)
         return Y, codes, weights
 
+    def _original(self, data: Training) -> np.ndarray:
+        assert data.classes is not None
+        return self.classes_[data.classes.cpu().numpy()]
+
     def decision_function(self, X: Rows) -> Any:
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         outputs = self._outputs(X)
@@ -354,6 +362,10 @@ class Regressor(base.RegressorMixin, KernelEstimator):
             raise ValueError("y is so large that its differences leave float64; divide y by a constant")
         self._intercept = torch.from_numpy(mean).to(self._device)
         return Y, None, weights
+
+    def _original(self, data: Training) -> np.ndarray:
+        y = (data.Y.double() + self._intercept).cpu().numpy()
+        return y[:, 0] if self._flat else y
 
     @property
     def intercept_(self) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastagop.estimators import inputs
-from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.base import Classifier, Regressor
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels import checks
 from fastagop.kernels.errors import restated, warn
@@ -134,10 +134,6 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.where(y[:, None] == self.classes_, 1.0, -1.0)).to(self._device)
 
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        assert data.classes is not None
-        return self.classes_[data.classes[index].cpu().numpy()]
-
 
 class RFMRegressor(Regressor, RecursiveFeatureMachine):
     """Recursive feature machine, regressor: kernel ridge regression in a metric that it learns.
@@ -208,7 +204,3 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         return torch.tensor(y.reshape(len(y), -1), device=self._device) - self._intercept
-
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        y = (data.Y[index].double() + self._intercept).cpu().numpy()
-        return y[:, 0] if self._flat else y

@@ -53,7 +53,7 @@ class Constant:
 
 
 class RFMTree(KernelEstimator):
-    """What the trees share; hooks: ``_answers``, ``_widened``, ``_MACHINE``."""
+    """What the trees share; hooks: ``_widened``, ``_MACHINE``."""
 
     _MACHINE: type
     callbacks: Callbacks = ()
@@ -82,10 +82,6 @@ class RFMTree(KernelEstimator):
         """A clone, of parameters alone: a tree has no process group."""
         return BaseEstimator.__sklearn_clone__(self)  # pyright: ignore[reportReturnType]
 
-    def _answers(self, data: Training) -> np.ndarray:
-        """Labels or targets of the training rows, as they were given."""
-        raise NotImplementedError
-
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs of a leaf's machine as outputs (m, K) of the tree's."""
         raise NotImplementedError
@@ -113,7 +109,7 @@ class RFMTree(KernelEstimator):
         self._check_parameters()
         vars(self).pop("temperature_", None)  # A scorer that asks for it would take that of an earlier fit.
         data = self._training(X, y, sample_weight)
-        answers, random = self._answers(data), inputs.random(self.random_state)
+        answers, random = self._original(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)
         splitter = _Splitter(self, data, answers, random)
         growth = Growth(data.X, points.kept, points.group, int(self.leaf_size), splitter.directions, splitter.settled)

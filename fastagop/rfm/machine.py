@@ -41,7 +41,7 @@ _LEARNT = (
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
-    Hooks: ``_answers``, ``_codes``, ``_original``. What trees, searches and probes use beside public methods: before a
+    Hooks: ``_answers``, ``_codes``. What trees, searches and probes use beside public methods: before a
     fit ``_regression_and_rules``, ``_training`` and ``_given``; of a fitted machine ``_outputs_at``,
     ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
     """
@@ -76,10 +76,6 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         """Labels or targets as the kernel machine has them: +-1, or without the intercept; (m, K), float64."""
-        raise NotImplementedError
-
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        """Labels or targets of some training rows as they were given."""
         raise NotImplementedError
 
     @all_or_nothing
@@ -187,8 +183,9 @@ class RecursiveFeatureMachine(KernelEstimator):
             )
         codes = None if data.classes is None else data.classes.cpu().numpy()
         stay, out = validation.chosen(validation.split(n, codes, held, random), engine, data.X.device)
-        points, weights = data.X[out].double(), None if data.weights is None else data.weights[out].cpu().numpy()
-        y = self._original(data, out)
+        part = _rows_of(data, out)
+        weights = None if part.weights is None else part.weights.cpu().numpy()
+        y, points = self._original(part), part.X.double()
         rows = self._preparation.original(points).cpu().numpy()
         return HeldOut(points, rows, y, self._codes(y), weights, scorer), stay
 

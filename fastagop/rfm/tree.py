@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.base import Classifier, Regressor
 from fastagop.estimators.types import ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
@@ -88,10 +88,6 @@ class RFMTreeClassifier(Classifier, RFMTree):
     ):
         self._store(locals())
 
-    def _answers(self, data: Training) -> np.ndarray:
-        assert data.classes is not None
-        return self.classes_[data.classes.cpu().numpy()]
-
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         if len(leaf.classes_) == len(self.classes_):
             return outputs
@@ -150,10 +146,6 @@ class RFMTreeRegressor(Regressor, RFMTree):
     @property
     def _centred(self) -> bool:
         return self.fit_intercept
-
-    def _answers(self, data: Training) -> np.ndarray:
-        y = (data.Y.double() + self._intercept).cpu().numpy()
-        return y[:, 0] if self._flat else y
 
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         return outputs + (leaf._intercept - self._intercept)
