@@ -41,9 +41,9 @@ _LEARNT = (
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
-    Hooks: ``_answers``, ``_codes``. What trees, searches and probes use beside public methods: before a
-    fit ``_regression_and_rules``, ``_training`` and ``_given``; of a fitted machine ``_outputs_at``,
-    ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
+    Hooks: ``_answers``, ``_codes``. What trees, searches and probes use beside public methods: before a fit
+    ``_regression_and_rules``, ``_training`` and ``_given``, and ``_steps`` for its plan; of a fitted machine
+    ``_outputs_at``, ``_outputs_before_last_solve``, ``_unseen_rows``, ``_validation_ties``, ``_metric``, ``_centers``.
     """
 
     iterations: int
