@@ -345,7 +345,7 @@ class RFMRegressorCV(base.RegressorMixin, _Search):
     """``RFMRegressor`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Parameters, attributes and the way it chooses are those of ``RFMClassifierCV``, without ``class_weight`` and
-    ``classes_``; the default score is R^2.
+    ``classes_``; the default score is R^2, for which "holdout" holds out two rows at least, of four or more.
     """
 
     _Base = RFMRegressor
