@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,16 +105,15 @@ def spectrum(
         TypeError, ValueError: naming the argument; M is not symmetric or has negative eigenvalues beyond rounding; a
             bootstrap of a bare M, which does not tell how its samples vary.
     """
-    if draws is not None and not isinstance(draws, (torch.Tensor, np.ndarray)):
-        draws = list(draws)  # which may come one by one
+    draws = None if draws is None else _listed(draws)
     count = checks.integer("bootstrap", bootstrap, 0)
     level = _confidence(confidence)
     _sources(M, gradients, draws, count)
     samples = None if gradients is None else _gradients(gradients)
-    given = None if draws is None else [_matrix(f"draws[{i}]", draw) for i, draw in enumerate(_listed(draws))]
+    given = None if draws is None else [_matrix(f"draws[{i}]", draw) for i, draw in enumerate(draws)]
     if given is not None and len(given) < 2:
         raise ValueError(f"draws must hold at least 2 matrices, got {len(given)}")
-    like = M if M is not None else gradients if gradients is not None else _listed(draws)[0]
+    like = next(part for part in (M, gradients, *(draws or ())) if part is not None)
     wide = _point(M, samples, given)
     d = len(wide)
     size = min(_DEFAULT, d) if k is None else checks.integer("k", k, 1, d)
@@ -182,7 +182,9 @@ def _matrix(name: str, value) -> torch.Tensor:
 
 
 def _listed(draws) -> list:
-    """The matrices of a list, or of one array (B, d, d)."""
+    """The matrices of a list, which may come one by one, or of one array (B, d, d)."""
+    if not isinstance(draws, Iterable):
+        raise TypeError(f"draws must be matrices (d, d), or one array (B, d, d), got {type(draws).__name__}")
     if isinstance(draws, (torch.Tensor, np.ndarray)) and draws.ndim != 3:
         raise ValueError(f"draws must be matrices (d, d), or one array (B, d, d), got shape {tuple(draws.shape)}")
     return list(draws)
@@ -295,8 +297,11 @@ def _resampled(
     samples: torch.Tensor, factor: float, count: int, random_state: int | np.random.Generator | None
 ) -> Iterable[torch.Tensor]:
     """AGOPs of samples drawn with replacement, one after the other."""
-    if random_state is not None and not isinstance(random_state, np.random.Generator):
-        checks.integer("random_state", random_state, 0)
+    whole = isinstance(random_state, numbers.Integral) and random_state >= 0 and not isinstance(random_state, bool)
+    if not (whole or random_state is None or isinstance(random_state, np.random.Generator)):
+        raise ValueError(
+            f"random_state must be an integer >= 0, a numpy.random.Generator or None, got {random_state!r}"
+        )
     generator = np.random.default_rng(random_state)
     for _ in range(count):
         times = torch.from_numpy(np.bincount(generator.integers(0, len(samples), len(samples)), minlength=len(samples)))

@@ -19,7 +19,7 @@ _POINTS = ("X", "Z")  # arguments whose rows are points
 
 def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
     """Refuse a word that is not one of the allowed ones; ``other``: what else the argument may be."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         beside = f", or {other}" if other else ""
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {value!r}")
 
@@ -293,10 +293,10 @@ def spread(X: torch.Tensor, Z: torch.Tensor, largest: float) -> None:
     typical = max(float(points.abs().amax(1).median()) for points in (X, Z) if len(points))
     if 0 < typical < largest / bound:
         name, points = ("Z", Z) if Z is not X and float(X.abs().max()) < largest else ("X", X)
-        row = int(points.abs().amax(1).argmax())
+        row, wider = int(points.abs().amax(1).argmax()), " or use float64" if X.dtype != torch.float64 else ""
         raise ValueError(
             f"{name}[{row}] has an entry of size {largest:.1e} while half of the rows stay below {typical:.1e}: "
-            f"{X.dtype} cannot hold the distances of both; remove such rows (fill values?) or use float64"
+            f"{X.dtype} cannot hold the distances of both; remove such rows (fill values?){wider}"
         )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastagop.kernels import atomic_files
 
 from fastagop import CholeskyCG, DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace
 from fastagop.deep_rfm.checkpoint import _identity
 from fastagop.deep_rfm.layer import Settings
-from fastagop.estimators import files as storage
 from tests.test_estimators import blobs
 
 X, y = blobs()
@@ -186,7 +186,7 @@ def test_written_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
             return plain(*args)
 
         monkeypatch.setattr(os, name, spy)
-    storage.put(tmp_path / "a", b"1")
+    atomic_files.write(tmp_path / "a", b"1")
     folder = str(tmp_path)
     (settled, temporary), *rest = steps
     assert settled == "fsync"

@@ -299,6 +299,11 @@ REFUSED = {
     ),
     "batches without labels": (TypeError, "batches must give tuples", lambda: collapse.Accumulator().extend([X])),
     "no batches": (TypeError, "batches must be an iterable", lambda: collapse.Accumulator().extend(None)),
+    "features": (
+        TypeError,
+        "features must be a function",
+        lambda: collapse.Accumulator().extend([(X, LABELS)], "relu"),
+    ),
     "another kind": (TypeError, "other must be", lambda: collapse.Accumulator().merge({})),
     "another covariance": (
         ValueError,

@@ -263,3 +263,9 @@ def test_a_layer_of_no_images_gives_none_and_its_seed_is_checked():
 def test_a_layer_of_images_that_are_all_the_same_has_infinite_nc1():
     layer = fit_layer(torch.ones(6, 2, 5, 5), torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(3), 7), 0)
     assert set(layer.nc1.values()) == {float("inf")}
+
+
+def test_a_layer_whose_patches_say_nothing_leaves_them_as_they_are():
+    """Patches that are all one point have no gradients: M stays I, as in Deep RFM."""
+    layer = fit_layer(torch.ones(6, 1, 4, 4), torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(2), 7), 0)
+    assert torch.equal(layer.root, torch.eye(4))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from fastagop.kernels import checks
 from torch._subclasses import FakeTensorMode
 
 import fastagop
@@ -40,6 +41,7 @@ def test_a_fit_is_explained_and_not_run(make, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("explain ran the kernel")
 
+    checks.kernel(Laplace(1.0))  # a class of kernels is tried at its first use
     for method in ("value_", "weight_", "weight_from_value_"):
         monkeypatch.setattr(Laplace, method, refuse)
     model = make(kernel=KERNEL)
@@ -111,6 +113,16 @@ def test_labels_and_targets_on_meta():
         fastagop.explain(RFMRegressor(), meta(100), meta(100))
 
 
+def test_rows_without_weight_are_not_planned():
+    weights, labels = np.where(np.arange(60) < 20, 0.0, 1.0), np.arange(60) % 3
+    model = RFMClassifier(class_weight={0: 0.0})
+    assert "Classifier.fit: 40 rows, 5 features, 3 output(s)" in fastagop.explain(model, X, labels)
+    kept = int(((labels > 0) & (weights > 0)).sum())
+    assert f"Classifier.fit: {kept} rows, 5 features, 3 output(s)" in fastagop.explain(model, X, labels, weights)
+    model.fit(X, labels, weights)
+    assert len(model.solution_.alpha) == kept
+
+
 def test_solver_and_what_does_not_fit():
     assert "cg on torch" in fastagop.explain(RFMRegressor(solver="cg"), X, X[:, 0])
     assert "eigh on torch" in fastagop.explain(DeepRFMRegressor(solver="eigh", depth=1), X, X[:, 0])
@@ -126,6 +138,8 @@ def test_what_fit_refuses():
         (RFMRegressor(), np.full((60, 5), np.nan), X[:, 0], ValueError, "NaN"),
         (DeepRFMClassifier(depth=0), X, np.arange(60) % 2, ValueError, "depth must be"),
         (RFMClassifier(), X, X[:, 0], ValueError, "Unknown label type"),
+        (RFMClassifier(), X, np.zeros(60, int), ValueError, "y must hold at least two classes, got one class: 0"),
+        (RFMClassifier(class_weight={5: 1.0}), X, np.arange(60) % 2, ValueError, "class_weight names the label 5"),
     ]
     for model, data, y, error, words in cases:
         with pytest.raises(error, match=words):

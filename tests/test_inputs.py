@@ -358,6 +358,13 @@ def test_missing_labels_are_counted(name, kind):
 
 
 @classifiers
+def test_labels_without_an_order_are_named(name):
+    X, _ = data()
+    with pytest.raises(TypeError, match=r"^y must hold labels that have an order, got such of the types int, str; "):
+        MAKE[name]().fit(X, np.array([1, "one"] * 20, dtype=object))
+
+
+@classifiers
 @pytest.mark.parametrize("label", ["a", 3, 2.0, True])
 def test_the_label_of_one_class_is_written_plainly(name, label):
     X, _ = data()

@@ -214,3 +214,21 @@ def test_half_precision(dtype):
         assert found.nc1["features"] == pytest.approx(expected, rel=1e-4)
         alone = network.split(model.b, model.a(X).relu(), LABELS, activation)
         assert alone.nc1["features"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("activation", "error", "message"),
+    [
+        ("relu", TypeError, "activation must be a function of tensors such as torch.relu, or None, got 'relu'"),
+        (torch.sum, ValueError, r"activation must return a row for each of the 60 rows .*, got \(\)"),
+        (lambda h: h.tolist(), ValueError, "activation must return a row for each of the 60 rows .*, got list"),
+    ],
+)
+def test_activations_are_functions_that_keep_rows(activation, error, message):
+    X, model = torch.randn(60, 6), nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    for call in (
+        lambda: network.split(model[0], X, LABELS, activation),
+        lambda: network.collapse_split(model, X, LABELS, activation=activation),
+    ):
+        with pytest.raises(error, match=message):
+            call()

@@ -161,6 +161,18 @@ def test_a_dtype_set_after_fit_is_that_of_the_next_fit(n, tmp_path):
     assert model.fit(X, y).M_.dtype == np.float64
 
 
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_metric_of_the_identity_keeps_its_shape(fitted, tmp_path):
+    """No number of M = I tells whether it is a diagonal; ``diagonal`` may be set for the next fit."""
+    X, y = data()
+    model = RFMRegressor(iterations=0, diagonal=fitted).fit(X, y)
+    shape = (4,) if fitted else (4, 4)
+    model.set_params(diagonal=not fitted).save(tmp_path / "model")
+    for later in (model, fastagop.load(tmp_path / "model")):
+        assert later.M_.shape == shape
+    assert model.fit(X, y).M_.shape != shape
+
+
 @pytest.mark.parametrize("make", [RFMClassifier, RFMRegressor])
 def test_flags_of_numpy_as_grids_of_arrays_have_them(make, tmp_path):
     X, y = data()
@@ -229,6 +241,8 @@ def test_order_of_arguments(make):
         ("random_state", "seven"),
         ("random_state", -1),
         ("kernel", Laplace),
+        ("agop_scale", np.array(["max", "mean"])),
+        ("scale", np.array(["standard", "none"])),
     ],
 )
 def test_bad_parameters_are_named_before_any_work(make, name, value, monkeypatch):

@@ -159,6 +159,14 @@ def test_new_figures_are_of_pyplot(tmp_path):
         plt.close(figure)
 
 
+def test_names_and_measures_are_dictionaries():
+    with pytest.raises(TypeError, match=r"labels must be a dictionary \{stage: name\}, got list"):
+        plots.collapse_curves({"input": [1.0]}, labels=["input"])
+    for panels, nc1, name in (([M], None, "panels"), ({1: M}, [0.5], "nc1")):
+        with pytest.raises(TypeError, match=rf"{name} must be a dictionary \{{layer: .*\}}, got list"):
+            plots.gram_strip(panels, nc1=nc1)
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for call in (plots.require, lambda: plots.diagonal(M), lambda: plots.gram_strip({1: M})):
@@ -182,6 +190,11 @@ REFUSED = {
     "names": ("names must be of the 4 features", lambda: plots.diagonal(M, ["a"])),
     "M": ("M must be", lambda: plots.diagonal(np.ones((2, 3)))),
     "words": ("found must hold numbers", lambda: plots.spectrum(np.array(["a"]))),
+    "a model": ("M must hold numbers, got DeepRFMClassifier", lambda: plots.diagonal(fastagop.DeepRFMClassifier())),
+    "uneven rows": (
+        "found must hold numbers in rows of one length, got list",
+        lambda: plots.eigenvectors([[1, 2], [3]], (2, 1)),
+    ),
     "shape": (r"shape must be .* of 4 numbers, got \(3, 3\)", lambda: plots.eigenvectors(M, (3, 3))),
     "one side": ("shape must be .* of 4 numbers, got 4", lambda: plots.eigenvectors(M, 4)),
     "negative sides": ("shape must be .* of 4 numbers", lambda: plots.eigenvectors(M, (-2, -2))),

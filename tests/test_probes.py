@@ -365,6 +365,7 @@ BAD[[4, 7], 1] = np.nan
         ([noise(20, 3)], {"directions": 0}, "directions must be an integer >= 1"),
         ([[[1.0, 2.0], [3.0]] * 10], {}, r"^layer 0 must have shape \(n, d\), rows of the same length"),
         ([scipy.sparse.csr_array(noise(20, 3))], {}, "^layer 0 must be a dense array, got csr_array; use toarray"),
+        ([noise(20, 3)], {"validation": 3}, r"^validation must be a pair \(activations, y\), got int"),
         ([noise(20, 3)], {"y": 3}, r"^y must be labels \(n,\), .* got 3$"),
         ([noise(20, 3)], {"y": None}, r"^y must be labels \(n,\), .* got None$"),
         ([noise(20, 3)], {"bandwidths": "median"}, "bandwidths must be a sequence"),
@@ -374,6 +375,7 @@ BAD[[4, 7], 1] = np.nan
         ([noise(20, 3)], {"kernel": "laplace"}, "kernel must be a fastagop kernel"),
         ([noise(20, 3)], {"kernel": fastagop.LpLaplace}, "kernel must be a class that is made of a bandwidth, such as"),
         ([noise(20, 3)], {"kernel": fastagop.Polynomial}, "kernel must be a class .*, got Polynomial; give"),
+        ([noise(20, 3)], {"verbose": "yes"}, "verbose must be an integer >= 0, got 'yes'"),
         ([noise(20, 3)], {"scoring": "rocauc"}, "scoring must be None, the name of a scorer"),
         ([noise(20, 3)], {"validation_fraction": 1.0}, "validation_fraction must be a number between 0 and 1"),
         (

@@ -8,7 +8,16 @@ import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fastagop import ArcCosine, DeepRFMRegressor, Laplace, Polynomial, RFMClassifier, RFMRegressor, load
+from fastagop import (
+    ArcCosine,
+    DeepRFMRegressor,
+    Laplace,
+    Polynomial,
+    RFMClassifier,
+    RFMRegressor,
+    RFMTreeRegressor,
+    load,
+)
 from fastagop.rfm import coarse
 from fastagop.rfm.learning import Rules
 
@@ -68,6 +77,18 @@ def test_numbers_of_any_size():
         assert np.allclose(far.predict(Z * units), near.predict(Z), atol=1e-4)
     X[:, 0], X[:, 1] = X[:, 0] * 1e20, X[:, 1] * 1e-20  # their squares leave float32
     assert np.isfinite(model(dtype="float32").fit(X, y).M_).all()
+
+
+@pytest.mark.parametrize("make", [RFMRegressor, RFMTreeRegressor])
+def test_differences_that_leave_float64_are_refused(make):
+    X, y = data()
+    X[:2, 0] = 1.7e308, -1.7e308
+    for scale, message in (
+        ("standard", "^X is so large that differences of its rows leave float64; divide X by a constant$"),
+        (None, r"^X\[0\] .* torch.float64 cannot hold the distances of both; remove such rows \(fill values\?\)$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(make, scale=scale).fit(X, y)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

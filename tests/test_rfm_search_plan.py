@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from fastagop.kernels import checks
 from sklearn.model_selection import KFold, PredefinedSplit
 
 import fastagop
@@ -51,6 +52,7 @@ def test_nothing_runs_and_nothing_changes(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("explain ran the kernel")
 
+    checks.kernel(Laplace(1.0))  # a class of kernels is tried at its first use
     for method in ("value_", "weight_", "weight_from_value_"):
         monkeypatch.setattr(Laplace, method, refuse)
     generator = np.random.RandomState(3)

@@ -411,6 +411,10 @@ def test_plan(problem):
     assert "7 x split of 400 rows" in text
     assert "8 x leaf of 50 rows" in text
     assert "split" not in fastagop.explain(RFMTreeRegressor(), X, y)
+    for changes in ({"early_stopping": True}, {"early_stopping": False, "metric_samples": 90}):
+        of_tree, of_machine = (fastagop.explain(make(**changes), X, y) for make in (RFMTreeRegressor, RFMRegressor))
+        steps = [line.removeprefix("  1 x leaf of 400 rows, ").strip() for line in of_tree.splitlines()]
+        assert set(steps) > {line.strip() for line in of_machine.splitlines() if "iterations, 5 features" in line}
 
 
 def test_progress_is_logged(problem, caplog):

@@ -6,8 +6,18 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
-from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, NumericalWarning, RFMClassifier, RFMRegressor
+from fastagop import (
+    DeepRFMClassifier,
+    DeepRFMRegressor,
+    Gaussian,
+    NumericalWarning,
+    RFMClassifier,
+    RFMRegressor,
+    RFMRegressorCV,
+)
+from fastagop.rfm.folds import folds_of
 
 RNG = np.random.default_rng(0)
 X, Z = RNG.normal(size=(40, 4)), RNG.normal(size=(30, 4))
@@ -66,3 +76,26 @@ def test_every_altered_solve_is_reported(kind, how, solves):
     assert len(words) == solves
     for solution, text in zip(altered, words, strict=True):
         assert f"jitter {solution.jitter:.1e}" in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("scoring", "held"), [(None, 2), ("neg_mean_absolute_error", 1)])
+def test_a_search_holds_out_the_rows_that_its_score_needs(scoring, held):
+    """R^2 is defined for two rows or more; 0.2 of five rows are one."""
+    few = {"n_settings": 2, "iterations": 1, "cv": "holdout", "scoring": scoring, "random_state": 0}
+    search = RFMRegressorCV(**few).fit(X[:5], X[:5, 0])
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    (fold,) = folds_of(search, torch.from_numpy(X[:5]), X[:5, 0], (None, None), np.random.RandomState(0))
+    assert [len(part) for part in fold] == [5 - held, held]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64])
+def test_folds_of_tensors_by_integers_of_any_kind(kind):
+    """torch takes uint8 for a mask, and no other short integers: twice the first 20 of 40 rows would be all rows."""
+    train = np.tile(np.arange(20), 2)
+    found = []
+    for dtype, rows in ((np.int64, X), (kind, torch.from_numpy(X))):
+        cv = [(train.astype(dtype), np.arange(20, 40).astype(dtype))]
+        search = RFMRegressorCV(space=[{}], iterations=0, cv=cv, refit=False).fit(rows, np.sin(4 * X[:, 0]))
+        found.append(search.cv_results_["mean_test_score"])
+    np.testing.assert_array_equal(*found)

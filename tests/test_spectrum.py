@@ -202,6 +202,12 @@ REFUSED = {
     "bootstrap": (ValueError, "bootstrap must be an integer", lambda: spectrum(I, 1, -1)),
     "confidence": (ValueError, "confidence must be a number between 0 and 1", lambda: spectrum(I, confidence=95)),
     "seed": (ValueError, "random_state must be", lambda: spectrum(gradients=G, bootstrap=2, random_state="a")),
+    "a generator of another kind": (
+        ValueError,
+        "random_state must be an integer >= 0, a numpy.random.Generator or None, got RandomState",
+        lambda: spectrum(gradients=G, bootstrap=2, random_state=np.random.RandomState(0)),
+    ),
+    "a number of draws": (TypeError, r"draws must be matrices \(d, d\), .* got int", lambda: spectrum(draws=3)),
     "other gradients": (ValueError, "M must be the AGOP of gradients", lambda: spectrum(I, gradients=G, bootstrap=2)),
     "other width": (ValueError, "gradients must have 3", lambda: spectrum(np.eye(3), gradients=G, bootstrap=2)),
     "one sample": (ValueError, "at least 2 samples", lambda: spectrum(gradients=G[:1], bootstrap=2)),

@@ -325,6 +325,8 @@ def _features(X: Any, features: Callable[[Any], Any] | None) -> Any:
 
 def _pairs(batches: Iterable[Any], features: Callable[[Any], Any] | None) -> Iterable[tuple[Any, Any]]:
     """X and y of each batch, X made into features."""
+    if features is not None and not callable(features):
+        raise TypeError(f"features must be a function of X, such as a model, or None, got {type(features).__name__}")
     try:
         iter(batches)
     except TypeError:

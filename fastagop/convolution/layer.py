@@ -11,6 +11,7 @@ from fastagop import collapse, linalg
 from fastagop.convolution.machine import PatchMachine
 from fastagop.convolution.window import Window
 from fastagop.deep_rfm.random_features import RandomFeatures
+from fastagop.estimators.kernel_ridge import agop_divisor
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel
@@ -106,7 +107,8 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
     targets = 2.0 * torch.nn.functional.one_hot(labels, len(classes)).double() - 1.0
     machine = PatchMachine.fit(settings.kernel, patches, targets, settings.ridge)
     M = machine.agop()
-    M = M / M.diagonal().max().clamp_min(torch.finfo(M.dtype).tiny)
+    # As in Deep RFM, a constant predictor has nothing to say about features: the metric stays I.
+    M = M / agop_divisor(M, "max", 1.0) if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
     root = linalg.psd_sqrt(M)
     weight = RandomFeatures("relu", settings.width).draw(patches.shape[2], seed, patches).weight
     projected, features = _stages(patches, root, weight)

@@ -21,6 +21,7 @@ from fastagop.estimators import inputs, persistence, target_means
 from fastagop.estimators.calls import without_autograd_or_autocast
 from fastagop.estimators.kernel_parameter import KernelParameter
 from fastagop.estimators.kernel_ridge import AGOP_SCALES, KernelRidge
+from fastagop.estimators.progress import check_verbose
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Rows, Self
 from fastagop.kernels import backends, checks
 from fastagop.kernels.operations import kernel_matmul
@@ -32,8 +33,8 @@ from fastagop.solvers.table import OPTIONS, Method, methods
 
 # float32 holds every number of these dtypes.
 _HELD = ("float32", "float16", "bfloat16", "int16", "int8", "uint16", "uint8", "bool")
-# Every probability is at least the smaller of these, the second over the number of classes, before rows are normalised:
-# least squares knows none better, and log losses of the RFM on small tables were best at 0.003 to 0.01.
+# Every probability is at least the smaller of these, the second over the number of classes, before rows are normalised.
+# Least squares does not tell smaller ones apart, and log losses of the RFM on small tables were best at 0.003 to 0.01.
 _LEAST, _LEAST_SUM = 0.005, 0.05
 
 
@@ -54,13 +55,13 @@ class Training:
     weights: torch.Tensor | None
 
 
-class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
+class KernelEstimator(KernelParameter):
     """Base of estimators that end in a kernel machine; subclasses store their parameters and give the hooks below.
 
-    Hooks: ``_validated_targets`` and ``_targets`` (see ``Classifier`` and ``Regressor``), ``_training_points``,
-    ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then ``_with_bandwidth``, and
-    sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and their coefficients) and
-    ``solution_`` (with a coefficient for every row).
+    Hooks: ``_validated_targets``, ``_targets`` and ``_original`` (see ``Classifier`` and ``Regressor``),
+    ``_training_points``, ``_kernel_inputs``, ``_packed``, ``_restore``. ``fit`` calls ``_regression`` first, then
+    ``_with_bandwidth``, and sets ``_centers`` and ``_alpha`` (the points of the kernel machine, copies merged, and
+    their coefficients) and ``solution_`` (with a coefficient for every row).
     """
 
     # These are the parameters of every subclass, beside the kernel.
@@ -83,11 +84,6 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
     _torch_in: bool
     solution_: Solution
 
-    def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
-        for name in arguments.keys() - {"self", "__class__"}:
-            setattr(self, name, arguments[name])
-
     def __sklearn_clone__(self) -> Self:
         """A clone works with the same process group: a group is a connection, and cannot be copied."""
         group, self.process_group = self.process_group, None
@@ -102,18 +98,16 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         """Pickles and copies leave the process group behind."""
         return {**super().__getstate__(), "process_group": None}
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        tags.target_tags.required = True
-        return tags
-
     def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""
         raise TypeError(f"{type(self).__name__} is neither a classifier nor a regressor")
 
     def _targets(self, y: np.ndarray, weights: np.ndarray | None):
         """(targets (n, K) in float64, class indices or None, weights) of what ``_validated_targets`` returned."""
+        raise NotImplementedError
+
+    def _original(self, data: Training) -> np.ndarray:
+        """Labels or targets of training rows as they were given, targets to the rounding of the fit."""
         raise NotImplementedError
 
     def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -180,8 +174,7 @@ class KernelEstimator(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixi
         calls = self.callbacks
         if isinstance(calls, (str, bytes)) or not isinstance(calls, Sequence) or not all(map(callable, calls)):
             raise TypeError(f"callbacks must be a sequence of functions, got {calls!r}; pass () for none")
-        if not isinstance(self.verbose, bool):
-            checks.integer("verbose", self.verbose, 0)
+        check_verbose(self.verbose)
         if self.process_group is not None:
             Communicator(self.process_group, "fit", self._device)
 
@@ -296,6 +289,10 @@ class Classifier(base.ClassifierMixin, KernelEstimator):
             inputs.finite_sum("class_weight", weights)
         return Y, codes, weights
 
+    def _original(self, data: Training) -> np.ndarray:
+        assert data.classes is not None
+        return self.classes_[data.classes.cpu().numpy()]
+
     def decision_function(self, X: Rows) -> Any:
         """Outputs f(X): shape (m,) for two classes (positive means the second), (m, K) otherwise."""
         outputs = self._outputs(X)
@@ -365,6 +362,10 @@ class Regressor(base.RegressorMixin, KernelEstimator):
             raise ValueError("y is so large that its differences leave float64; divide y by a constant")
         self._intercept = torch.from_numpy(mean).to(self._device)
         return Y, None, weights
+
+    def _original(self, data: Training) -> np.ndarray:
+        y = (data.Y.double() + self._intercept).cpu().numpy()
+        return y[:, 0] if self._flat else y
 
     @property
     def intercept_(self) -> Any:

@@ -54,11 +54,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def put(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, settled on the disk (``fastagop.kernels.atomic_files``)."""
-    atomic_files.write(path, data)
-
-
 def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: dict) -> str:
     """Write tensors and their description as one file of a kind; returns its checksum."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -69,7 +64,7 @@ def write(path: Path, kind: str, tensors: Mapping[str, torch.Tensor], metadata: 
             "shorten the labels or the feature names"
         )
     digest = fingerprint(tensors, text)
-    put(path, save(tensors, metadata={"fastagop": FORMAT, "sha256": digest, "words": text}))
+    atomic_files.write(path, save(tensors, metadata={"fastagop": FORMAT, "sha256": digest, "words": text}))
     return digest
 
 
@@ -122,7 +117,7 @@ def restoring(path: Path) -> Iterator[None]:
 def write_json(path: Path, metadata: dict) -> None:
     """Write a description with its own checksum."""
     text = json.dumps(metadata, sort_keys=True)
-    put(path, json.dumps({**metadata, "sha256": fingerprint({}, text)}, indent=1).encode())
+    atomic_files.write(path, json.dumps({**metadata, "sha256": fingerprint({}, text)}, indent=1).encode())
 
 
 def read_json(path: Path) -> dict:

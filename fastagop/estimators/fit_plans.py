@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.base import clone
 
@@ -80,16 +79,17 @@ def data_of(estimator, X, y, sample_weight) -> Data:
         n, d = inputs.matrix(estimator, X, reset=True).shape
     if on_meta(X) or on_meta(y):
         assumed.append(assumption(device))
-    if on_meta(y):
-        K, many = (y.shape[1] if y.ndim == 2 else 1), hasattr(estimator, "class_weight")
-        if many:
-            K = _CLASSES
-            assumed.append(f"labels on meta hold no classes: {_CLASSES} are taken for granted")
-    else:
-        targets = estimator._validated_targets(y)
-        K = len(np.unique(targets)) if targets.ndim == 1 else targets.shape[1]
-    inputs.same_length("y", y, n)
+    classes, targets = hasattr(estimator, "class_weight"), y if on_meta(y) else estimator._validated_targets(y)
+    inputs.same_length("y", targets, n)
     weights = None if on_meta(sample_weight) else inputs.weights(sample_weight, n)
+    K = targets.shape[1] if targets.ndim == 2 else 1
+    if classes and on_meta(y):
+        K = _CLASSES
+        assumed.append(f"labels on meta hold no classes: {_CLASSES} are taken for granted")
+    elif classes:
+        kept = slice(None) if weights is None else weights > 0
+        Y, _, weights = estimator._targets(targets[kept], None if weights is None else weights[kept])
+        n, K = Y.shape
     n = n if weights is None else int((weights > 0).sum())
     blank = torch.zeros((1, 1), dtype=inputs.dtype(estimator.dtype), device=device)
     return Data(blank.expand(n, d), stand_in(blank.expand(n, K), device), tuple(assumed))

@@ -297,6 +297,13 @@ def labels(y) -> np.ndarray:
     refuse_missing("y", y, "labels")
     y = check_array(y, ensure_2d=False, dtype=None, input_name="y")  # pyright: ignore[reportArgumentType]
     y = column_or_1d(y, warn=True)
+    objects = set(y.tolist()) if y.dtype == object else set()
+    try:
+        sorted(objects)
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(label).__name__ for label in objects}))
+        text = f"y must hold labels that have an order, got such of the types {kinds}; make all of them texts"
+        raise TypeError(text) from error
     check_classification_targets(y)
     return y
 

@@ -120,7 +120,7 @@ def _both(solved: Solved) -> Solved:
 
 
 def _fit_float64(X, Y, regression: KernelRidge, engine: Local, rows: Rows) -> float64_fit.Float64Fit | None:
-    """The solution of a small problem without copies, weights or wishes; None of any other."""
+    """The solution of a small problem without copies and weights, by "auto" on torch; None of any other."""
     limit = regression.memory_limit
     plain = rows.plain and type(engine) is Local and regression.solver == "auto" and regression.kernel.radial
     usual = plain and regression.backend in ("auto", "torch")
@@ -321,8 +321,7 @@ def _float64_pays(kernel: Kernel, X, alpha, center: bool, weights, engine: Local
     if X.dtype == torch.float64:
         return False
     wide = rounding.costs(kernel, X, alpha, center, weights)
-    wide = bool(engine.broadcast(X.new_full((1,), float(wide))))
-    return wide
+    return bool(engine.broadcast(X.new_full((1,), float(wide))))
 
 
 def _of_usual_weight(weights: torch.Tensor | None) -> tuple[torch.Tensor | None, float]:

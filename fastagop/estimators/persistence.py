@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastagop.estimators import MODULES
 from fastagop.estimators import files as storage
 from fastagop.estimators.types import Device
 
 _KIND = "fitted estimator"
-_ATTRIBUTES = ("n_features_in_", "feature_names_in_", "classes_", "_flat", "_torch_in", "_dtype_of_fit")
+_ATTRIBUTES = (
+    *("n_features_in_", "feature_names_in_", "classes_"),
+    *("_flat", "_torch_in", "_dtype_of_fit", "_diagonal_of_fit"),
+)
 # Parameters of the process that trained and not of the estimator, which has their defaults when it is loaded.
 _NOT_SAVED = ("checkpoint_dir", "callbacks", "process_group")
 
@@ -68,6 +72,15 @@ def described(model) -> tuple[dict, dict]:
         description["solution"] = storage.pack_solution(model.solution_)
         tensors = {"centers": model._centers, "alpha": model.solution_.alpha, **tensors}
     return tensors, {**description, **metadata}
+
+
+def parts_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """{"part": {"name": tensor}} of tensors called "part/name", as files of several machines have them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = value
+    return parts
 
 
 def load(path: str | os.PathLike[str], device: Device | None = None) -> Any:

@@ -6,7 +6,15 @@ import logging
 
 from tqdm.auto import tqdm
 
+from fastagop.kernels import checks
+
 log = logging.getLogger("fastagop")
+
+
+def check_verbose(value) -> None:
+    """Refuse a ``verbose`` that is neither a flag nor a whole number."""
+    if not isinstance(value, bool):
+        checks.integer("verbose", value, 0)
 
 
 class Progress:

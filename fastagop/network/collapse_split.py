@@ -65,6 +65,7 @@ def split(layer: nn.Linear, X: torch.Tensor, y, activation: Activation | None = 
             f"layer must be a plain torch.nn.Linear, got a {type(layer).__name__} with a forward of its own, which "
             "need not multiply by its weight; give a torch.nn.Linear of the weight that it multiplies by"
         )
+    _check_activation(activation)
     if isinstance(X, torch.Tensor) and X.dtype in (torch.float16, torch.bfloat16):
         X = X.float()
     checks.matrix("X", X, columns=(layer.in_features, "layer"))
@@ -86,6 +87,12 @@ def _weights(layer: nn.Linear, X: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return found[-1]
 
 
+def _check_activation(activation: Activation | None) -> None:
+    """Refuse what is no nonlinearity."""
+    if activation is not None and not callable(activation):
+        raise TypeError(f"activation must be a function of tensors such as torch.relu, or None, got {activation!r}")
+
+
 def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, activation: Activation | None) -> Split:
     """The Split of features X (n, d) at a layer, computed in float32 at least."""
     dtype = torch.promote_types(torch.promote_types(X.dtype, W.dtype), torch.float32)
@@ -94,6 +101,9 @@ def _of_parts(X: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, y, ac
         projected = nn.functional.linear(X, W.to(dtype))
         out = projected if bias is None else projected + bias.to(dtype)
         features = out if activation is None else activation(out.clone())  # The activation may work in place.
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(X):
+        shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise ValueError(f"activation must return a row for each of the {len(X)} rows that it is given, got {shape}")
     return Split(*collapse.of_stages({"input": X, "projected": projected, "features": features}, y))
 
 
@@ -123,6 +133,7 @@ def collapse_split(
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
             no matrix, or the layer is called more than once, or hooks change its weight from batch to batch.
     """
+    _check_activation(activation)
     with lent(model), torch.no_grad():
         linear = model_access.linear_layers(model, layers)
         model_access.say_unmeasured(model, layers)

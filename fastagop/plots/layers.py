@@ -54,7 +54,7 @@ def collapse_curves(
     """
     checks.choice("measure", measure, tuple(_MEASURES))
     curves = _stages(values, measure)
-    level, how = _floor(floor), _MEASURES[measure]
+    level, how, names = _floor(floor), _MEASURES[measure], style.mapping("labels", labels, "{stage: name}")
     axis = style.axes(ax)
     if how.log:
         axis.set_yscale("log")
@@ -62,7 +62,7 @@ def collapse_curves(
         drawn = style.on_scale(seeds, how.log)
         at, stage = np.arange(1, drawn.shape[1] + 1), STAGES[name]
         low, high = (drawn.min(0), drawn.max(0)) if len(drawn) > 1 else (None, None)
-        text = (labels or {}).get(name, stage.name)
+        text = names.get(name, stage.name)
         curve(axis, at, drawn.mean(0), low, high, color=stage.color, marker=stage.marker, label=text)
     if level is not None:
         axis.axhline(level, color="0.4", linestyle="--", linewidth=1)

@@ -38,8 +38,7 @@ def gram_strip(
             drawn then; ``cosine_bar`` adds one.
         figure: a matplotlib Figure or SubFigure to draw into.
     """
-    if not isinstance(panels, Mapping):
-        raise TypeError(f"panels must be a dictionary {{layer: Gram matrix}}, got {type(panels).__name__}")
+    panels, values = style.mapping("panels", panels, "{layer: Gram matrix}"), style.mapping("nc1", nc1, "{layer: NC1}")
     if not panels:
         raise ValueError("panels must hold at least one Gram matrix, got none")
     matrices = {key: style.array(f"panels[{key!r}]", matrix, 2) for key, matrix in panels.items()}
@@ -57,7 +56,7 @@ def gram_strip(
     for axis, (key, matrix) in zip(axes, matrices.items(), strict=False):
         axis.imshow(matrix.astype(np.float32), cmap=DIVERGING, norm=scale)
         axis.set_title(f"layer {key}" if isinstance(key, (int, np.integer)) else str(key), fontsize=9, pad=3)
-        value = (nc1 or {}).get(key, math.nan)
+        value = values.get(key, math.nan)
         axis.set_xlabel(f"NC1 = {value:.1e}" if math.isfinite(value) else "", fontsize=8, labelpad=3)
         axis.set(xticks=[], yticks=[])
     axes[0].set_ylabel(label, fontsize=9)

@@ -49,11 +49,25 @@ def on_scale(values: np.ndarray, log: bool) -> np.ndarray:
 
 def array(name: str, value: Any, ndim: int | None) -> np.ndarray:
     """Numbers as a float64 array, of so many dimensions where that matters; ValueError by the argument's name."""
-    found = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    try:
+        found = value.detach().cpu().double().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must hold numbers in rows of one length, got {type(value).__name__}: {error}"
+        ) from error
     if found.dtype.kind not in "fiu" or (ndim is not None and found.ndim != ndim):
         wanted = "numbers" if ndim is None else f"numbers in {ndim} dimension(s)"
-        raise ValueError(f"{name} must hold {wanted}, got {found.dtype} of shape {found.shape}")
+        other = found.dtype == object and found.ndim == 0
+        got = type(value).__name__ if other else f"{found.dtype} of shape {found.shape}"
+        raise ValueError(f"{name} must hold {wanted}, got {got}")
     return found.astype(np.float64)
+
+
+def mapping(name: str, value: Any, of: str) -> Mapping[Any, Any]:
+    """A dictionary as it is, an empty one where none is given; TypeError where something else is."""
+    if value is not None and not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dictionary {of}, got {type(value).__name__}")
+    return value or {}
 
 
 def next_color(axis: Axes) -> str:

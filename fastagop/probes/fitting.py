@@ -16,16 +16,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fastagop.estimators import inputs
-from fastagop.estimators.progress import Progress
+from fastagop.estimators.progress import Progress, check_verbose
 from fastagop.estimators.types import Device, DType, Rows, Scoring, Seed
 from fastagop.kernels import checks
 from fastagop.kernels.errors import NumericalWarning, restated
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.probes import reading, scores
-from fastagop.probes.reading import Activations, Targets, take
+from fastagop.probes.reading import Activations, Targets
 from fastagop.probes.result import Aggregate, Probe, Probes, outputs, side_by_side
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
+from fastagop.rfm.validation import take
 
 BANDWIDTHS = (("median", 0.3), "median", ("median", 3.0))
 _FOLDS = 5  # of the rows that the combination is fitted on
@@ -194,6 +195,7 @@ def _settings(given: dict[str, Any], classes: np.ndarray | None) -> Settings:
     for center in given["centers"]:
         checks.flag("centers", center)
     checks.flag("aggregate", given["aggregate"])
+    check_verbose(given["verbose"])
     for bandwidth in given["bandwidths"]:
         _kernel(given["kernel"], bandwidth)
     scoring = scores.default(classes) if given["scoring"] is None else given["scoring"]

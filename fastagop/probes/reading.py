@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ import torch
 from fastagop.estimators import inputs
 from fastagop.kernels import checks
 from fastagop.kernels.errors import restated
+from fastagop.rfm.validation import check_fraction
 
 Layers = dict[Hashable, Any]  # activations (n, d) by layer, arrays or tensors
 Activations: TypeAlias = "Mapping[Any, Any] | Sequence[Any] | np.ndarray | torch.Tensor"  # as they are given
@@ -163,7 +163,8 @@ def same_columns(name: Hashable, rows, machine) -> None:
 def validation(given, found: Layers, known: Targets) -> tuple[Layers, Targets]:
     """Validation rows of the same layers, and their labels or targets."""
     if not isinstance(given, (tuple, list)) or len(given) != 2:
-        raise TypeError("validation must be a pair (activations, y)")
+        got = f"{len(given)} items" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise TypeError(f"validation must be a pair (activations, y), got {got}")
     try:
         held = layers(given[0])
     except (ValueError, TypeError) as error:
@@ -198,8 +199,7 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
     Raises:
         ValueError: a class, or y, has a single row.
     """
-    if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
+    check_fraction(fraction)
     codes = np.zeros(len(known.y), dtype=int) if known.codes is None else known.codes
     held = []
     for code in range(codes.max() + 1):
@@ -212,8 +212,3 @@ def split(known: Targets, fraction: float, random) -> tuple[np.ndarray, np.ndarr
         held.append(rows[: min(max(1, round(fraction * len(rows))), len(rows) - 1)])
     held = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(codes)), held), held
-
-
-def take(rows, index: np.ndarray):
-    """Some rows of an array or a tensor."""
-    return rows[torch.as_tensor(index, device=rows.device)] if isinstance(rows, torch.Tensor) else rows[index]

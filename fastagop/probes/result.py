@@ -168,9 +168,8 @@ class Probes:
             activations: of some of the layers that ``fit`` had, (m, d) each.
             y: their labels (m,), or targets (m,) or (m, K).
         """
-        y = reading.answers("y", y)
-        reading.same_rows("y", reading.layers(activations), y)
-        known = self._known(activations)
+        known, y = self._known(activations), reading.answers("y", y)
+        reading.same_rows("y", {name: rows for name, _, rows in known}, y)
         return {name: float(self._scorer(machine, inputs.on_cpu(rows), y)) for name, machine, rows in known}
 
     def __repr__(self) -> str:

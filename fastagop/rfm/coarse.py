@@ -168,7 +168,7 @@ class CoarseFold:
         return fold_bytes(self.points.X, self._Y.shape[1], len(self.held.points))
 
     def scores(self, estimator) -> Iterator[tuple[float, float]]:
-        """(score, tie) after 0, 1, ... AGOPs with the setting of an estimator, up to where a fit has to tell."""
+        """(score, tie) after 0, 1, ... AGOPs with an estimator's setting, up to where a usual fit has to take over."""
         regression, rules = estimator._regression_and_rules()
         if regression.ridge == 0 or not regression.kernel.radial:
             return
@@ -200,7 +200,7 @@ class CoarseFold:
 
     @without_autograd_or_autocast
     def _step(self, coarse: _CoarseRegression, view, state: State):
-        """((score, tie), alpha, K + ridge) of a kernel machine; None where a fit has to tell."""
+        """((score, tie), alpha, K + ridge) of a kernel machine; None where a usual fit has to take over."""
         if (solved := coarse.solve(state.squares.inner)) is None:
             return None
         outputs = coarse.outputs(state.squares.cross, solved[0])
@@ -209,7 +209,7 @@ class CoarseFold:
 
     @without_autograd_or_autocast
     def _next(self, coarse: _CoarseRegression, rules: Rules, state: State, alpha: torch.Tensor, K: torch.Tensor):
-        """The state in the metric of the AGOP; None where a fit has to tell."""
+        """The state in the metric of the AGOP; None where a usual fit has to take over."""
         coordinates = self._coordinates[rules.diagonal]
         M = coarse.agop(state.squares.inner, K, state.x, alpha, rules)
         if not bool(M.isfinite().all()):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from fastagop.estimators import inputs
-from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.base import Classifier, Regressor
 from fastagop.estimators.types import Callbacks, ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels import checks
-from fastagop.kernels.errors import warn
+from fastagop.kernels.errors import restated, warn
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.rfm.machine import RecursiveFeatureMachine
@@ -110,8 +110,8 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
         inputs.refuse_missing(name, y, "labels")
         try:
             found = inputs.labels(y)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"{name}: {error}") from error
         self._refuse_strangers(name, found)
         return found
 
@@ -133,10 +133,6 @@ class RFMClassifier(Classifier, RecursiveFeatureMachine):
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.where(y[:, None] == self.classes_, 1.0, -1.0)).to(self._device)
-
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        assert data.classes is not None
-        return self.classes_[data.classes[index].cpu().numpy()]
 
 
 class RFMRegressor(Regressor, RecursiveFeatureMachine):
@@ -198,8 +194,8 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
         inputs.refuse_missing(name, y, "targets")
         try:
             y = inputs.targets(y)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise restated(error, f"{name}: {error}") from error
         outputs = 1 if y.ndim == 1 else y.shape[1]
         if outputs != len(self._intercept) or (y.ndim == 1) != self._flat:
             kind = "(m,)" if self._flat else f"(m, {len(self._intercept)})"
@@ -208,7 +204,3 @@ class RFMRegressor(Regressor, RecursiveFeatureMachine):
 
     def _codes(self, y: np.ndarray) -> torch.Tensor:
         return torch.tensor(y.reshape(len(y), -1), device=self._device) - self._intercept
-
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        y = (data.Y[index].double() + self._intercept).cpu().numpy()
-        return y[:, 0] if self._flat else y

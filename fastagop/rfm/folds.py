@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +16,7 @@ from fastagop.rfm.trials import Fold
 
 
 def folds_of(
-    cv,
-    fraction,
+    search,
     rows: torch.Tensor,
     answers: np.ndarray,
     kinds: tuple[np.ndarray | None, np.ndarray | None],
@@ -27,8 +25,7 @@ def folds_of(
     """(rows to train on, rows to score on) of each fold; rows of weight zero are not drawn from.
 
     Args:
-        cv: "holdout", a number of folds, a splitter of scikit-learn, or (train, test) pairs.
-        fraction: of the rows, held out by "holdout".
+        search: whose ``cv`` is "holdout", a number of folds, a splitter of scikit-learn, or (train, test) pairs.
         rows, answers: of the fit.
         kinds: class indices (n,), or None in regression; weights (n,), or None.
         random: the generator.
@@ -36,16 +33,15 @@ def folds_of(
     Raises:
         ValueError, TypeError: naming cv or validation_fraction.
     """
-    codes, weights = kinds
+    cv, (codes, weights) = search.cv, kinds
     kept = np.arange(len(rows)) if weights is None else np.flatnonzero(weights)
     seed, codes = int(random.randint(2**31 - 1)), None if codes is None else codes[kept]
     if isinstance(cv, str):
         checks.choice("cv", cv, ("holdout",), "a number of folds, a splitter, or pairs of indices")
-        if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < float(fraction) < 1:
-            raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
+        validation.check_fraction(search.validation_fraction)
         if len(kept) < 2:
             raise ValueError(f"cv='holdout' needs at least two rows, got n_samples={len(kept)}; give more rows")
-        held = min(max(1, round(float(fraction) * len(kept))), len(kept) - 1)
+        held = validation.held_out_count(search, len(kept))
         drawn = [validation.split(len(kept), codes, held, np.random.RandomState(seed))]
     elif isinstance(cv, (int, np.integer)) and not isinstance(cv, bool):
         number = checks.integer("cv", cv, 2)
@@ -104,5 +100,5 @@ def _indices(pair, n: int, fold: int) -> Fold:
             raise TypeError(f"cv must give indices of rows or masks, got {part.dtype} in fold {fold}")
         if part.min() < -n or part.max() >= n:
             raise ValueError(f"cv: fold {fold} has rows from {part.min()} to {part.max()}, of {n} rows in all")
-        found.append(part)
+        found.append(part.astype(np.int64))  # torch takes uint8 for a mask, and no others
     return found[0], found[1]

@@ -118,7 +118,6 @@ class Learnt:
         ties: what decides between equal scores.
         best: the stage that predicts.
         coordinates: of the points (r, .), for the stages' centers.
-        stopped: why iterations ended early; "" where they did not.
     """
 
     stages: list[Stage]
@@ -128,7 +127,6 @@ class Learnt:
     ties: list[float]
     best: int
     coordinates: torch.Tensor
-    stopped: str
 
     @property
     def stage(self) -> Stage:
@@ -173,7 +171,7 @@ class Learner:
         )
         coordinates = metric.coordinates(points.X)
         Y, regression = points.Y.to(coordinates), served(self.regression, coordinates)
-        stages, records, scores, kept, stopped = [], [], [], None, ""
+        stages, records, scores, kept = [], [], [], None
         for index in range(rules.iterations):
             begin = time.perf_counter()
             solved, inner, _ = kernel_ridge.fit_and_agop(
@@ -199,7 +197,7 @@ class Learner:
         assert kept is not None
         best = max(range(len(scores)), key=lambda i: (*scores[i], -i)) if scores else len(stages) - 1
         firsts, ties = [score for score, _ in scores], [tie for _, tie in scores]
-        return Learnt(stages, kept, records, firsts, ties, best, coordinates, stopped)
+        return Learnt(stages, kept, records, firsts, ties, best, coordinates)
 
     def _scored(self, stages, scores, coordinates, solved: Solved, kept: Solved | None) -> Solved:
         """Add the last stage's score; the solution to keep is the best one's, or the last one's without scores."""

@@ -22,16 +22,16 @@ from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autoca
 from fastagop.estimators.progress import Progress
 from fastagop.estimators.types import Callbacks, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
-from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
 from fastagop.rfm.directions import leading
-from fastagop.rfm.preparation import SCALES, Preparation
+from fastagop.rfm.preparation import Preparation, check_scale
 from fastagop.rfm.splits import Growth, Tree
 from fastagop.rfm.validation import HeldOut, Lenient
 from fastagop.solvers import copies
 
 _TEMPERATURES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 _DIRECTIONS = 8  # of a metric, tried before a random one
+# Of the small machines that splits come from: all rows of a sample say which directions matter.
 _SPLIT = {"iterations": 2, "early_stopping": False, "metric_samples": None, "time_limit": None}
 
 
@@ -53,7 +53,7 @@ class Constant:
 
 
 class RFMTree(KernelEstimator):
-    """What the trees share; hooks: ``_answers``, ``_widened``, ``_MACHINE``."""
+    """What the trees share; hooks: ``_widened``, ``_MACHINE``."""
 
     _MACHINE: type
     callbacks: Callbacks = ()
@@ -82,10 +82,6 @@ class RFMTree(KernelEstimator):
         """A clone, of parameters alone: a tree has no process group."""
         return BaseEstimator.__sklearn_clone__(self)  # pyright: ignore[reportReturnType]
 
-    def _answers(self, data: Training) -> np.ndarray:
-        """Labels or targets of the training rows, as they were given."""
-        raise NotImplementedError
-
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs of a leaf's machine as outputs (m, K) of the tree's."""
         raise NotImplementedError
@@ -113,7 +109,7 @@ class RFMTree(KernelEstimator):
         self._check_parameters()
         vars(self).pop("temperature_", None)  # A scorer that asks for it would take that of an earlier fit.
         data = self._training(X, y, sample_weight)
-        answers, random = self._answers(data), inputs.random(self.random_state)
+        answers, random = self._original(data), inputs.random(self.random_state)
         points = copies.find(data.X, data.weights)
         splitter = _Splitter(self, data, answers, random)
         growth = Growth(data.X, points.kept, points.group, int(self.leaf_size), splitter.directions, splitter.settled)
@@ -259,7 +255,7 @@ class RFMTree(KernelEstimator):
 
     def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
-        return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
+        return inputs.narrowed("X", self._preparation.near(X), self._dtype)
 
     def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._preparation.near(X)
@@ -285,12 +281,7 @@ class RFMTree(KernelEstimator):
         self.tree_ = Tree.unpacked(tensors["directions"], metadata["nodes"], self.n_features_in_)
         self._preparation = Preparation(tensors["offset"], tensors.get("unit"))
         self._shares, self.temperature_ = tensors["shares"].cpu().numpy(), float(metadata["temperature"])
-        parts: dict[str, dict] = {}
-        for name, value in tensors.items():
-            place, _, leaf_name = name.partition("/")
-            if leaf_name:
-                parts.setdefault(place, {})[leaf_name] = value
-        self.leaves_ = []
+        parts, self.leaves_ = persistence.parts_of(tensors), []
         for place, text in enumerate(metadata["leaves"]):
             leaf_tensors = parts[str(place)]
             if "answer" in text:
@@ -305,8 +296,7 @@ class RFMTree(KernelEstimator):
     def _check_parameters(self) -> None:
         """Refuse parameters that a fit could not use."""
         self._regression()
-        if self.scale not in SCALES:
-            raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
+        check_scale(self.scale)
         self._machine_of()._regression_and_rules()
         checks.integer("leaf_size", self.leaf_size, 2)
         checks.integer("split_samples", self.split_samples, 2)
@@ -322,18 +312,16 @@ class RFMTree(KernelEstimator):
 
     def _steps(self, data, share: int):
         """([(name, how often, step)], bytes that the fit keeps), for rows that halve evenly."""
-        from fastagop.estimators.fit_plans import iteration_steps
-
-        (n, d), task = data.X.shape, AgopTask("sum", self.center)
-        depth = math.ceil(math.log2(max(1.0, n / self.leaf_size)))
-        regression, many, rows = self._regression(), 2**depth, math.ceil(n / 2**depth)
-        steps, sizes = [], [] if depth == 0 else [("split", many - 1, min(int(self.split_samples), n), 2)]
-        held = 0
-        for name, often, size, iterations in [*sizes, ("leaf", many, rows, int(self.iterations))]:
+        n, d = data.X.shape
+        many = 2 ** math.ceil(math.log2(max(1.0, n / self.leaf_size)))
+        leaf = ("leaf", many, math.ceil(n / many), self._machine_of())
+        split = ("split", many - 1, min(int(self.split_samples), n), self._machine_of(**_SPLIT))
+        steps, held = [], 0
+        for name, often, size, machine in (split, leaf) if many > 1 else (leaf,):
             part = replace(data, X=data.X[:size], Y=data.Y[:size])
-            found, held = iteration_steps(part, regression, share, task, (iterations, self.diagonal))
-            steps += [(f"{many if name == 'leaf' else many - 1} x {name} of {size} rows, {label}", often * times, step)
-                      for label, times, step in found]  # fmt: skip
+            found, held = machine._steps(self._regression(), part, share)
+            start = f"{often} x {name} of {size} rows, "
+            steps += [(start + label, often * times, step) for label, times, step in found]
         return steps, many * held + n * d * data.X.element_size()
 
 

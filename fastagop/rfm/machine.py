@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from fastagop.rfm import validation
 from fastagop.rfm.directions import Targets, leading
 from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
-from fastagop.rfm.preparation import SCALES, Preparation
+from fastagop.rfm.preparation import Preparation, check_scale
 from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pack_record, pack_score, unpack_record
 from fastagop.rfm.validation import HeldOut
 from fastagop.solvers.solution import Solution, warn_about
@@ -42,9 +41,9 @@ _LEARNT = (
 class RecursiveFeatureMachine(KernelEstimator):
     """The parts that the classifier and the regressor share; these say what an answer is to a scorer.
 
-    Hooks: ``_answers``, ``_codes``, ``_original``. What trees, searches and probes use beside public methods: before a
-    fit ``_regression_and_rules``, ``_training`` and ``_given``; of a fitted machine ``_outputs_at``,
-    ``_outputs_before_last_solve``, ``_unseen_rows`` and ``_validation_ties``.
+    Hooks: ``_answers``, ``_codes``. What trees, searches and probes use beside public methods: before a fit
+    ``_regression_and_rules``, ``_training`` and ``_given``, and ``_steps`` for its plan; of a fitted machine
+    ``_outputs_at``, ``_outputs_before_last_solve``, ``_unseen_rows``, ``_validation_ties``, ``_metric``, ``_centers``.
     """
 
     iterations: int
@@ -63,6 +62,7 @@ class RecursiveFeatureMachine(KernelEstimator):
     best_iteration_: int
     validation_score_: np.ndarray
     solution_: Solution
+    _diagonal_of_fit: bool  # what ``diagonal`` was in fit, whatever the parameter has become
     _unseen_rows: torch.Tensor  # places of the training rows that M is not made of; a loaded machine has none
     _validation_ties: np.ndarray  # what decides between equal scores in validation_score_
     _learnt: tuple[list[Stage], torch.Tensor] | None
@@ -74,12 +74,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         """Labels or targets of validation rows, checked; errors call them by that name."""
         raise NotImplementedError
 
-    def _codes(self, y: np.ndarray) -> torch.Tensor | None:
-        """Targets of +-1 (m, K) of labels; None in regression."""
-        raise NotImplementedError
-
-    def _original(self, data: Training, index: torch.Tensor) -> np.ndarray:
-        """Labels or targets of some training rows as they were given."""
+    def _codes(self, y: np.ndarray) -> torch.Tensor:
+        """Labels or targets as the kernel machine has them: +-1, or without the intercept; (m, K), float64."""
         raise NotImplementedError
 
     @all_or_nothing
@@ -116,6 +112,7 @@ class RecursiveFeatureMachine(KernelEstimator):
                 raise ValueError(f"X_val and y_val belong together: {'X_val' if X_val is None else 'y_val'} is missing")
             data, engine = self._owned(self._training(X, y, sample_weight), X), engine_of(self.process_group)
             given = None if X_val is None else self._given(X_val, y_val)
+        self._diagonal_of_fit = bool(self.diagonal)
         for name in _LEARNT:  # A scorer that asks for them would take those of an earlier fit for this one's.
             vars(self).pop(name, None)
         also = {} if given is None else {"X_val": given.points, "y_val": given.codes}
@@ -186,8 +183,9 @@ class RecursiveFeatureMachine(KernelEstimator):
             )
         codes = None if data.classes is None else data.classes.cpu().numpy()
         stay, out = validation.chosen(validation.split(n, codes, held, random), engine, data.X.device)
-        points, weights = data.X[out].double(), None if data.weights is None else data.weights[out].cpu().numpy()
-        y = self._original(data, out)
+        part = _rows_of(data, out)
+        weights = None if part.weights is None else part.weights.cpu().numpy()
+        y, points = self._original(part), part.X.double()
         rows = self._preparation.original(points).cpu().numpy()
         return HeldOut(points, rows, y, self._codes(y), weights, scorer), stay
 
@@ -236,12 +234,9 @@ class RecursiveFeatureMachine(KernelEstimator):
         regression, iterations = self._regression(), checks.integer("iterations", self.iterations, 0)
         for name in ("diagonal", "center", "early_stopping"):
             checks.flag(name, getattr(self, name))
-        if self.scale not in SCALES:
-            raise ValueError(f"scale must be None or 'standard', got {self.scale!r}")
+        check_scale(self.scale)
         if self.early_stopping:
-            fraction = self.validation_fraction
-            if isinstance(fraction, bool) or not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
-                raise ValueError(f"validation_fraction must be a number between 0 and 1, got {fraction!r}")
+            validation.check_fraction(self.validation_fraction)
         inputs.random(self.random_state)
         patience, seconds = self.n_iter_no_change, self.time_limit
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
@@ -254,7 +249,8 @@ class RecursiveFeatureMachine(KernelEstimator):
     def M_(self) -> Any:
         """The metric in the units of the data, scaled: (d, d), or (d,) with ``diagonal``; made when it is asked for."""
         check_is_fitted(self)
-        M = self._metric.matrix(self.n_features_in_, self.diagonal, self._centers, self._fitted_dtype)
+        diagonal = getattr(self, "_diagonal_of_fit", self.diagonal)  # files of earlier versions have no other
+        M = self._metric.matrix(self.n_features_in_, diagonal, self._centers, self._fitted_dtype)
         return self._like_fit_input(self._preparation.reported(M))
 
     @without_autograd_or_autocast
@@ -355,7 +351,7 @@ class RecursiveFeatureMachine(KernelEstimator):
 
     def _training_points(self, X: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         self._preparation = Preparation.of(X, weights, self.scale, self.kernel)
-        return inputs.narrowed("X", self._preparation.near(X), self._dtype).to(self._dtype)
+        return inputs.narrowed("X", self._preparation.near(X), self._dtype)
 
     def _kernel_inputs(self, X: torch.Tensor) -> torch.Tensor:
         return self._metric.points(self._preparation.near(X))

@@ -7,10 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from fastagop.estimators import inputs
+from fastagop.kernels import checks
 from fastagop.kernels.profile import Kernel
 
-SCALES = (None, "standard")
 _CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
+
+
+def check_scale(value) -> None:
+    """Refuse a ``scale`` that is neither None nor "standard"."""
+    if value is not None and not (isinstance(value, str) and value == "standard"):
+        raise ValueError(f"scale must be None or 'standard', got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,15 @@ class Preparation:
 
         Without a scale only offsets are subtracted that lie far from zero in every row, and only where the kernel
         sees differences.
+
+        Raises:
+            ValueError: differences leave float64.
         """
         if scale is not None:
-            return cls(*_moments(X.double(), weights))
+            offset, unit = _moments(X.double(), weights)
+            if not (checks.finite(offset) and checks.finite(unit)):
+                raise ValueError("X is so large that differences of its rows leave float64; divide X by a constant")
+            return cls(offset, unit)
         return cls(inputs.offsets(X) if kernel.shift_invariant else X.new_zeros(X.shape[1], dtype=torch.float64))
 
     def near(self, X: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from sklearn.utils.metaestimators import available_if
 from fastagop.estimators import inputs
 from fastagop.estimators.calls import all_or_nothing, without_autograd_or_autocast
 from fastagop.estimators.kernel_parameter import KernelParameter
-from fastagop.estimators.progress import Progress
+from fastagop.estimators.progress import Progress, check_verbose
 from fastagop.estimators.types import ClassWeight, Device, DType, Rows, Scoring, Seed, Self
 from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
@@ -34,7 +34,7 @@ _refitted = operator.attrgetter("refit")  # some methods are there only with it
 _PASSED = ("scale", "precision", "backend", "device", "dtype", "solver", "memory_limit")
 
 
-class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, KernelParameter):
+class _Search(SavedSearch, KernelParameter):
     """What the classifier and the regressor share; ``_Base`` is the estimator that they search for."""
 
     _Base: type
@@ -65,17 +65,6 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
     best_index_: int
     best_score_: float
     best_iteration_: int
-
-    def _store(self, arguments: dict) -> None:
-        """Keep the arguments of a constructor, as they are; that of a subclass may have others."""
-        for name in arguments.keys() - {"self", "__class__"}:
-            setattr(self, name, arguments[name])
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
-        tags.target_tags.required = True
-        return tags
 
     def _validated_targets(self, y) -> np.ndarray:
         """Targets or labels as an array, checked."""
@@ -118,7 +107,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         weights = inputs.weights(sample_weight, len(rows))
         codes = self._codes(answers, weights)
         settings = settings_of(self.space, self.n_settings, self.kernel, random)
-        folds = folds_of(self.cv, self.validation_fraction, rows, answers, (codes, weights), random)
+        folds = folds_of(self, rows, answers, (codes, weights), random)
         estimators = [self._estimator(setting, self.iterations) for setting in settings]
         for model in estimators:
             model._regression_and_rules()
@@ -130,11 +119,11 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         self._report_failures(found, len(settings))
         settings = settings[: len(found)]
         self.cv_results_, self.n_splits_ = trials.table(settings, found), len(folds)
-        self._choose(settings, found)
+        chosen = self._choose(settings, found)
         trials.warn_of_no_score(type(self).__name__, self.cv_results_, self.best_index_)
         if self.refit:
             targets = answers if codes is not None else y
-            self.estimators_ = [model.fit(X, targets, sample_weight) for model in self._chosen]
+            self.estimators_ = [model.fit(X, targets, sample_weight) for model in chosen]
             self.best_estimator_ = self.estimators_[0]
         return self
 
@@ -144,10 +133,10 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
             checks.integer(name, getattr(self, name), least)
         checks.flag("refit", self.refit)
         checks.kernel(self.kernel, settled=False)
-        if not isinstance(self.verbose, bool):
-            checks.integer("verbose", self.verbose, 0)
-        if self.n_jobs is not None and (not isinstance(self.n_jobs, (int, np.integer)) or self.n_jobs == 0):
-            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {self.n_jobs!r}")
+        check_verbose(self.verbose)
+        jobs = self.n_jobs
+        if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, (int, np.integer)) or jobs == 0):
+            raise ValueError(f"n_jobs must be None or a whole number other than 0 (-1: all cores), got {jobs!r}")
         seconds = None if self.time_limit is None else checks.nonnegative("time_limit", self.time_limit)
         patience = self.n_iter_no_change
         patience = None if patience is None else checks.integer("n_iter_no_change", patience, 1)
@@ -189,8 +178,8 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         if left and len(found) == 1:
             warn(f"{type(self).__name__}: {self.stopped_}", UserWarning)
 
-    def _choose(self, settings: list[Setting], found: list[Trial]) -> None:
-        """Set the attributes of the best setting and iteration, and the estimators to refit."""
+    def _choose(self, settings: list[Setting], found: list[Trial]) -> list:
+        """Set the attributes of the best setting and iteration; returns the estimators to fit to all rows."""
         firsts, places, row = [], [], 0
         for index, trial in enumerate(found):
             if not trial.error:
@@ -203,7 +192,7 @@ class _Search(SavedSearch, base.ClassNamePrefixFeaturesOutMixin, base.Transforme
         self.best_index_, self.best_iteration_ = firsts[order[0]], steps[0][1]
         self.best_params_ = dict(self.cv_results_["params"][self.best_index_])
         self.best_score_ = float(self.cv_results_["mean_test_score"][self.best_index_])
-        self._chosen = [self._estimator(settings[index], step) for index, step in steps]
+        return [self._estimator(settings[index], step) for index, step in steps]
 
     def _best(self, X):
         """The estimator that answers for rows X: the best one, or one whose outputs are the mean of the best few's."""
@@ -356,7 +345,7 @@ class RFMRegressorCV(base.RegressorMixin, _Search):
     """``RFMRegressor`` that chooses bandwidth, ridge, diagonal, centring, exponent and the number of iterations.
 
     Parameters, attributes and the way it chooses are those of ``RFMClassifierCV``, without ``class_weight`` and
-    ``classes_``; the default score is R^2.
+    ``classes_``; the default score is R^2, for which "holdout" holds out two rows at least, of four or more.
     """
 
     _Base = RFMRegressor

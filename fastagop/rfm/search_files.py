@@ -105,11 +105,7 @@ class SavedSearch:
 
     def _restore(self, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
         """Set the attributes that ``_packed`` gave."""
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            place, _, name = key.partition("/")
-            parts.setdefault(place, {})[name] = value
-        self.estimators_ = []
+        parts, self.estimators_ = persistence.parts_of(tensors), []
         for place, text in enumerate(metadata["machines"]):
             if text["estimator"] != self._Base.__name__:
                 raise ValueError(f"it is a search for {self._Base.__name__} and holds a {text['estimator']}")

@@ -102,7 +102,7 @@ def _drawn(search, X, y, sample_weight) -> tuple[list, _Folds]:
         weights = None if on_meta(sample_weight) else inputs.weights(sample_weight, len(rows))
         codes = search._codes(answers, weights)
     settings = settings_of(search.space, search.n_settings, search.kernel, random)
-    folds = folds_of(search.cv, search.validation_fraction, rows, answers, (codes, weights), random)
+    folds = folds_of(search, rows, answers, (codes, weights), random)
     estimators = [search._estimator(setting, search.iterations) for setting in settings]
     for model in estimators:
         model._regression_and_rules()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -147,7 +147,7 @@ def _stream(name: str, values, index: int, random: np.random.RandomState) -> Ite
     if hasattr(values, "rvs"):
         while True:
             yield _plain(values.rvs(random_state=random))
-    if isinstance(values, (str, Mapping)) or not hasattr(values, "__len__") or len(values) == 0:
+    if isinstance(values, (str, Mapping, Set)) or not hasattr(values, "__len__") or len(values) == 0:
         raise TypeError(f"space[{name!r}] must be a list of values or a distribution with rvs, got {values!r}")
     while True:
         for place in random.permutation(len(values)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastagop.estimators.base import Classifier, Regressor, Training
+from fastagop.estimators.base import Classifier, Regressor
 from fastagop.estimators.types import ClassWeight, Device, DType, Scoring, Seed
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
@@ -88,10 +88,6 @@ class RFMTreeClassifier(Classifier, RFMTree):
     ):
         self._store(locals())
 
-    def _answers(self, data: Training) -> np.ndarray:
-        assert data.classes is not None
-        return self.classes_[data.classes.cpu().numpy()]
-
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         if len(leaf.classes_) == len(self.classes_):
             return outputs
@@ -110,7 +106,8 @@ class RFMTreeRegressor(Regressor, RFMTree):
         fit_intercept: every leaf subtracts the mean of its targets, as in ``RFMRegressor``.
 
     Attributes:
-        intercept_: what the leaves' outputs are added to: the mean of all targets, or 0 without ``fit_intercept``.
+        intercept_: what the leaves' outputs are added to: the mean of all targets; without ``fit_intercept`` 0, but for
+            targets whose mean exceeds their spread more than four times.
     """
 
     _MACHINE = RFMRegressor
@@ -149,10 +146,6 @@ class RFMTreeRegressor(Regressor, RFMTree):
     @property
     def _centred(self) -> bool:
         return self.fit_intercept
-
-    def _answers(self, data: Training) -> np.ndarray:
-        y = (data.Y.double() + self._intercept).cpu().numpy()
-        return y[:, 0] if self._flat else y
 
     def _widened(self, leaf, outputs: torch.Tensor) -> torch.Tensor:
         return outputs + (leaf._intercept - self._intercept)

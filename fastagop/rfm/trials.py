@@ -185,12 +185,8 @@ def _parts(task: Task, train: np.ndarray, test: np.ndarray) -> tuple:
         weights = task.weights[train]
         if validation.takes_weights(scorer):
             scorer = functools.partial(scorer, sample_weight=task.weights[test])
-    return rows_of(task.X, train), task.y[train], weights, rows_of(task.X, test), task.y[test], scorer
-
-
-def rows_of(X, index: np.ndarray):
-    """Some rows of an array or a tensor."""
-    return X[torch.from_numpy(index).to(X.device)] if isinstance(X, torch.Tensor) else X[index]
+    X, X_test = (validation.take(task.X, part) for part in (train, test))
+    return X, task.y[train], weights, X_test, task.y[test], scorer
 
 
 class _Turn:

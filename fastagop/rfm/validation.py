@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,11 +182,22 @@ def chosen(part: tuple[np.ndarray, np.ndarray], engine: Local, device: torch.dev
     return tuple(engine.broadcast(torch.from_numpy(index).to(device)) for index in part)
 
 
+def take(rows, index: np.ndarray):
+    """Some rows of an array or a tensor."""
+    return rows[torch.from_numpy(index).to(rows.device)] if isinstance(rows, torch.Tensor) else rows[index]
+
+
 def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Places of those of n rows that a part of them leaves out, ascending; a part of None is all rows."""
     outside = torch.ones(n, dtype=torch.bool, device=device)
     outside[slice(None) if part is None else part] = False
     return outside.nonzero()[:, 0]
+
+
+def check_fraction(value) -> None:
+    """Refuse a ``validation_fraction`` that is no number between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise ValueError(f"validation_fraction must be a number between 0 and 1, got {value!r}")
 
 
 def held_out_count(model, n: int) -> int:
