@@ -309,7 +309,7 @@ def flag(name: str, value) -> None:
 def apart(name: str, value: torch.Tensor, *others: torch.Tensor) -> None:
     """Refuse a tensor to be written whose items share memory, or whose memory reaches into one that is read."""
     axes = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
-    if any(stride == 0 for stride, _ in axes) or (len(axes) == 2 and axes[1][0] < axes[0][0] * axes[0][1]):
+    if any(stride == 0 for stride, _ in axes) or (len(axes) == 2 and axes[1][0] <= axes[0][0] * (axes[0][1] - 1)):
         raise ValueError(f"{name} overlaps itself (strides {tuple(value.stride())}); pass a tensor of its own")
     first, last = _span(value)
     for other in others:

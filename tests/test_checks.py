@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -370,6 +371,23 @@ def test_control_groups(tmp_path, monkeypatch):
     assert free.host_bytes() == 30
 
 
+def test_what_is_free_stays_a_number_while_another_thread_forgets_it(monkeypatch):
+    """A reading that is taken back between a look at its age and its use is still that reading."""
+
+    class Forgetting(type(free._FREE)):
+        """A path whose comparison is the moment at which the other thread forgets."""
+
+        def __eq__(self, other):
+            free.forget()
+            return True
+
+        __hash__ = type(free._FREE).__hash__
+
+    places = (free._GROUPS, free._MOUNT, Forgetting(free._FREE))
+    monkeypatch.setattr(free, "_last", (time.monotonic() + 60.0, places, 123))
+    assert free.host_bytes() == 123
+
+
 @pytest.mark.parametrize("bandwidth", ["2", True, b"2"])
 def test_bandwidths_are_numbers(bandwidth):
     with pytest.raises(TypeError, match="bandwidth must be a number"):
@@ -433,6 +451,7 @@ def test_tensors_beside_each_other_share_no_memory():
     checks.apart("out", room[:0].view(0, 2), room)
     checks.apart("out", room.as_strided((2, 3), (3, 1)), torch.zeros(1))  # rows one after another
     checks.apart("out", room.as_strided((3, 2), (1, 3)), torch.zeros(1))
+    checks.apart("out", room.view(4, 5)[:, ::2], torch.zeros(1))  # every second column, to the last
     with pytest.raises(ValueError, match=r"out overlaps itself \(strides \(2, 1\)\)"):
         checks.apart("out", room.as_strided((2, 3), (2, 1)), torch.zeros(1))
 
