@@ -265,9 +265,9 @@ class Communicator:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as it can be sent: some cannot be pickled, and arrive as their text."""
+    """The error as it can be sent: some cannot be pickled, or not be made again, and arrive as their text."""
     try:
-        pickle.dumps(error)
+        pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
