@@ -83,13 +83,13 @@ class Amplitude:
     exponent: int
 
     def restore(self, gradients: torch.Tensor) -> torch.Tensor:
-        """The gradients themselves, in place where nothing changes."""
+        """The gradients themselves, written over those that are given."""
         if self.factor == 1.0 and self.exponent == 0:
             return gradients
         return scaled_(gradients.mul_(self.factor), self.exponent)
 
     def restore_squares(self, M: torch.Tensor, further: int = 0) -> torch.Tensor:
-        """The sums of squares themselves, times 2^further."""
+        """The sums of squares themselves, times 2^further, written over those that are given."""
         if self.factor != 1.0:
             M = M.mul_(self.factor).mul_(self.factor)
         return scaled_(M, 2 * self.exponent + further)
