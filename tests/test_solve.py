@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.radial import Radial
 
 import fastagop
 from fastagop import Gaussian, Laplace
@@ -492,3 +493,38 @@ def test_large_coefficients_under_a_ridge_need_no_jitter(kernel, ridge, method):
         solution = fastagop.solve(kernel, X, Y, ridge=ridge, method=method)
     assert solution.jitter == 0.0
     assert solution.residual < 1e-2  # .7 to .9 with jitter
+
+
+# ---- kernels of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike(Radial):
+    """1 at distance 0 and one other value everywhere else, whatever the bandwidth is: no positive definite kernel."""
+
+    elsewhere: float
+
+    def value_(self, sq):
+        return sq.copy_(torch.where(sq > 0, self.elsewhere, 1.0))
+
+
+OF_ONES_OWN = [*METHODS, "cg", fastagop.ConjugateGradients(rank=3), fastagop.ConjugateGradients(rank=0, store=True)]
+
+
+@pytest.mark.parametrize("method", OF_ONES_OWN, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(method, value, normal):
+    """No jitter helps such a matrix, and every larger one would be tried."""
+    X, Y = normal(30, 5), normal(30, 2, seed=2)
+    with pytest.raises(ValueError, match="kernel must have finite values at all distances"):
+        fastagop.solve(Alike(1.0, value), X, Y, ridge=1e-3, method=method)
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky+cg"])
+def test_jitter_rises_where_values_are_negative(method, normal):
+    """The largest row sum, of which the least jitter is a share, is below zero."""
+    X, Y = normal(30, 5, dtype=torch.float32), normal(30, 2, dtype=torch.float32, seed=2)
+    with pytest.warns(fastagop.NumericalWarning, match="jitter"):
+        found = fastagop.solve(Alike(1.0, -0.9), X, Y, ridge=1e-3, method=method)
+    assert found.jitter > 0
+    assert found.alpha.isfinite().all()

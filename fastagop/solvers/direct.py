@@ -20,7 +20,7 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg
 from fastagop.solvers.found import Found
-from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, finite_values, relative, times
 from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes, vectors_bytes
 
 log = logging.getLogger("fastagop")
@@ -315,7 +315,8 @@ def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False, *, least
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
     matrix = system.matrix
-    scale = matrix.largest_row_sum() + float(checks.tensor(system.ridge).min())
+    scale = finite_values(matrix.largest_row_sum()) + float(checks.tensor(system.ridge).min())
+    scale = scale if scale > 0 else 1.0  # values of the user's own kernels may be negative
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     rounding = torch.finfo(matrix.dtype).eps * scale
     jitter, plain = _factor(system, least, rounding, hopeful), None
@@ -381,6 +382,7 @@ def _refined_from_points(system: LinearSystem, found: Found, Y: torch.Tensor, st
 
 def eigh(system: LinearSystem, K: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
+    finite_values(system.matrix.largest_row_sum())
     ridge, root = system.ridge, torch.ones((), device=K.device)
     if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
         least = float(ridge.min())

@@ -40,6 +40,16 @@ def worst_column(R: torch.Tensor, Y: torch.Tensor) -> float:
     return grow * float(share.max()) if share.numel() else 0.0
 
 
+def finite_values(size: float) -> float:
+    """A number that is made of all kernel values of a system; refused where they are not all finite."""
+    if not math.isfinite(size):
+        raise ValueError(
+            "kernel must have finite values at all distances, and of two points of X it is NaN or infinite; mend the "
+            "methods of its class that compute values"
+        )
+    return size
+
+
 def zero_and_one(eps: float) -> tuple[float, float]:
     """Kernel values up to the first are 0 to rounding, and those from the second on 1."""
     return eps, 1.0 - 4.0 * eps
