@@ -495,6 +495,22 @@ def test_large_coefficients_under_a_ridge_need_no_jitter(kernel, ridge, method):
     assert solution.residual < 1e-2  # .7 to .9 with jitter
 
 
+# ---- weights
+
+
+@pytest.mark.parametrize("method", ["auto", "cg"])
+@pytest.mark.parametrize("kernel", [Laplace(2.0), fastagop.Polynomial(2)], ids=repr)
+def test_a_weight_below_what_the_ridge_may_be_divided_by_counts_as_none(kernel, method, normal):
+    """A likelihood of 1e-320, say: the ridge over it leaves float64."""
+    X, Y, w = normal(40, 5), normal(40, 2, seed=2), normal(40, 1, seed=3)[:, 0].abs() + 0.1
+    w[3] = 1e-320
+    found = fastagop.solve(kernel, X, Y, ridge=1e-3, method=method, sample_weight=w)
+    w[3] = 0.0
+    without = fastagop.solve(kernel, X, Y, ridge=1e-3, method=method, sample_weight=w)
+    torch.testing.assert_close(found.alpha, without.alpha, rtol=1e-4, atol=1e-6 * float(without.alpha.abs().max()))
+    assert found.residual <= 1e-6
+
+
 # ---- kernels of one's own
 
 
