@@ -16,7 +16,7 @@ from sklearn.base import clone
 
 import fastagop
 from fastagop import DeepRFMClassifier, Laplace, distributed
-from fastagop.distributed.communicator import Communicator, _portable
+from fastagop.distributed.communicator import Communicator, RankLost, _portable
 
 CASES = Path(__file__).with_name("rank_cases.py")
 
@@ -121,6 +121,22 @@ def test_errors_arrive_at_other_ranks(error):
     arrived = pickle.loads(pickle.dumps(_portable(error)))
     assert isinstance(arrived, type(error) if isinstance(error, ValueError) else RuntimeError)
     assert str(error) in str(arrived)
+
+
+def test_an_error_of_the_first_rank_is_shown_where_others_are_lost_too(alone, monkeypatch):
+    """Its own memory runs out while others wait for its part, say, which do not hear of it then."""
+
+    def lost(order):
+        raise RankLost("rank 0 of 2 lost another rank")
+
+    def job(request):
+        raise MemoryError("no more")
+
+    ranks = Communicator(alone, "solve", torch.device("cpu"))
+    monkeypatch.setattr(ranks, "_order", lost)
+    with pytest.raises(RankLost) as error:
+        ranks.run_on_root(job)
+    assert isinstance(error.value.__context__, MemoryError)
 
 
 @pytest.mark.parametrize("name", ["agop", "gradients", "kernel_matmul", "solve"])

@@ -188,13 +188,14 @@ class Communicator:
             return self._handle(V.to(self.wire).contiguous(), number, handle)
 
         try:
-            result, error = job(request), None
+            result = job(request)
         except RankLost:  # nobody is left to be told
             raise
         except Exception as raised:
-            result, error = None, _portable(raised)
+            self._order([_DONE, 0, 0, 0])  # in here, so that both errors are shown where other ranks are lost, too
+            return None, _portable(raised)
         self._order([_DONE, 0, 0, 0])
-        return result, error
+        return result, None
 
     def _handle(self, V: torch.Tensor, number: int, handle) -> torch.Tensor:
         """One product: V from the first rank to all, the parts of the answer back to it."""
