@@ -48,7 +48,7 @@ def _try(value: Kernel) -> None:
 
     Raises:
         TypeError: what a method returns is not what it was given, overwritten; or the class has parameters that are no
-            dataclass fields. ValueError: k(x, x) is not 1.
+            dataclass fields. ValueError: k(x, x) is not 1, or the weight there is not finite.
     """
     _check_fields(type(value))
     if isinstance(value, Profile):
@@ -74,6 +74,11 @@ def _try(value: Kernel) -> None:
             if method == "value_" and not abs((one := float(found[0, 0])) - 1.0) < 1e-6:
                 raise ValueError(
                     f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
+                )
+            if method == "weight_" and not math.isfinite(weight := float(found[0, 0])):
+                raise ValueError(
+                    f"kernel: {name}.weight_ must be 0 at distance 0, got {weight:g}; set it there, as "
+                    "masked_fill_(sq == 0, 0.0) does with a copy of what comes in"
                 )
     _TRIED.add(type(value))
 

@@ -491,6 +491,11 @@ OVERWRITES = lambda self, sq: sq.mul_(-0.5).exp_()  # noqa: E731
             TypeError,
             "Own.weight_from_value_ must overwrite the tensor",
         ),
+        (
+            {"value_": OVERWRITES, "weight_": lambda self, sq: sq.sqrt_().reciprocal_()},
+            ValueError,
+            "Own.weight_ must be 0 at distance 0, got inf",
+        ),
         ({"value_": lambda self, sq: sq.add_(2.0)}, ValueError, "Own.value_ must be 1 at distance 0, got 2"),
     ],
 )
