@@ -71,16 +71,27 @@ def _try(value: Kernel) -> None:
                     f"kernel: {name}.{method} must overwrite the tensor that it is given and return it, as "
                     "sq.mul_(-0.5).exp_() does; it returns another one"
                 )
-            if method == "value_" and not abs((one := float(found[0, 0])) - 1.0) < 1e-6:
-                raise ValueError(
-                    f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
-                )
+            if method == "value_":
+                _check_one(name, float(found[0, 0]))
             if method == "weight_" and not math.isfinite(weight := float(found[0, 0])):
                 raise ValueError(
                     f"kernel: {name}.weight_ must be 0 at distance 0, got {weight:g}; set it there, as "
                     "masked_fill_(sq == 0, 0.0) does with a copy of what comes in"
                 )
+    elif value.unit_diagonal and hasattr(type(value), "value_"):
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+        if type(zero) is not torch.Tensor:
+            return
+        _check_one(type(value).__name__, float(value.value_(zero)))  # pyright: ignore[reportAttributeAccessIssue]
     _TRIED.add(type(value))
+
+
+def _check_one(name: str, one: float) -> None:
+    """Refuse a class whose value at distance 0 is another one than 1, which diagonals are filled with."""
+    if not abs(one - 1.0) < 1e-6:
+        raise ValueError(
+            f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
+        )
 
 
 def _check_fields(kind: type) -> None:

@@ -513,6 +513,22 @@ def test_a_kernel_class_is_tried_once(methods, kind, text):
             call(_made(**methods))
 
 
+@dataclass(frozen=True)
+class _Twice(CoordinateProfile):
+    """Its value at distance 0 is 2, where kernels of sums over features have a diagonal of 1."""
+
+    power = 1.0
+
+    def value_(self, rho):
+        return rho.neg_().exp_().mul_(2.0)
+
+
+def test_a_kernel_of_sums_over_features_is_1_at_distance_0():
+    for kernel in (_Twice(), Laplace(1.0) * _Twice()):
+        with pytest.raises(ValueError, match=r"^kernel: _Twice\.value_ must be 1 at distance 0, got 2; write 2 \* k"):
+            fastagop.kernel_matrix(kernel, torch.ones(3, 2))
+
+
 def _later(self, sq):
     raise NotImplementedError("no weight yet")
 
