@@ -346,11 +346,11 @@ def _span(value: torch.Tensor) -> tuple[int, int]:
     return value.data_ptr(), value.data_ptr() + (reach + 1) * value.element_size()
 
 
-def points(X, Z, *, least: int = 1) -> torch.Tensor:
+def points(X, Z) -> torch.Tensor:
     """Check centers and evaluation points; returns the evaluation points, X itself where they are the same."""
     matrix("X", X)
-    if len(X) < least or X.shape[1] == 0:
-        raise ValueError(f"X must have at least {least} row(s) and one column, got shape {tuple(X.shape)}")
+    if len(X) == 0 or X.shape[1] == 0:
+        raise ValueError(f"X must have at least 1 row(s) and one column, got shape {tuple(X.shape)}")
     if Z is None or Z is X:
         return X
     matrix("Z", Z, like=X, columns=(X.shape[1], "X"))

@@ -225,10 +225,10 @@ class KernelOperator:
                 W = kernel.weight_(block)
                 yield row, W if weights is None else W.mul_(weights[row, None])
 
+        total = len(at.Z) if weights is None else weights.sum(dtype=torch.float64)
         with self.products():
-            mean = torch_agop.mean_gradient(blocks(), scaled, at.X, at.Z, dominant_offset(at.X))
-        factor = 1.0 if weights is None else len(at.Z) / weights.sum(dtype=torch.float64)
-        return amplitude.restore(mean * factor)
+            mean = torch_agop.mean_gradient(blocks(), scaled, at.X, at.Z, dominant_offset(at.X), total)
+        return amplitude.restore(mean)
 
 
 _FEW, _SAMPLE = 2048, 512  # points whose products are all looked at, and rows of more that stand for all

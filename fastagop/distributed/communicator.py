@@ -166,9 +166,9 @@ class Communicator:
         return everything.flatten(0, 1)[:count].to(like.device)
 
     def run_on_root(self, job: Callable, handle: Callable | None = None) -> Any:
-        """What job(ask) returns on the first rank, on every rank; its error too.
+        """What job(request) returns on the first rank, on every rank; its error too.
 
-        Other ranks wait. ask(V, number) makes every rank run serve(V, number) and gives the sum of the answers.
+        Other ranks wait. request(V, number) makes every rank run handle(V, number) and gives the sum of the answers.
         """
         if self.rank == 0:
             answer = self._run_as_root(job, handle)

@@ -60,9 +60,9 @@ def _part(norms: torch.Tensor | None, row: slice) -> torch.Tensor | None:
     return None if norms is None else norms[row]
 
 
-def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_, near: float | None = None) -> torch.Tensor:
+def fill_symmetric(out: torch.Tensor, X: torch.Tensor, rows: int, profile_) -> torch.Tensor:
     """Write profile_(||X[i] - X[j]||^2) into out: lower blocks are computed and mirrored, symmetric to the bit."""
-    for row, block in tiles(X, X, rows, lower=True, out=out, near=near):
+    for row, block in tiles(X, X, rows, lower=True, out=out):
         profile_(block)
         square = block[:, row.start :] if row.start else block
         below = square.tril(-1)
