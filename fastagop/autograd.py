@@ -217,8 +217,8 @@ def _in_unit(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
     size = max(checks.largest(points) for points in given[:2])
     wide = abs(math.frexp(size)[1] + exponent) > _SQUARED
     powers, restored = read.lengths(level)
-    copies = [t.to(torch.float64 if wide else t.dtype, copy=True) for t in given]
-    scaled = [scaled_(t, p * exponent) for t, p in zip(copies, powers, strict=True)]
+    scaled = [t.double() if wide else t for t in given]
+    scaled = [scaled_(t.clone(), p * exponent) if p else t for t, p in zip(scaled, powers, strict=True)]
     read = replace(read, kernel=read.kernel.set_params(bandwidth=math.ldexp(float(bandwidth), exponent)))
     found = zip(_by_blocks(read, level, scaled), restored, given, strict=False)
     return [scaled_(t, p * exponent).to(tensor.dtype) for t, p, tensor in found]
