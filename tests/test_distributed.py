@@ -123,6 +123,24 @@ def test_errors_arrive_at_other_ranks(error):
     assert str(error) in str(arrived)
 
 
+def test_other_ranks_do_not_wait_for_a_product_that_fails_on_the_first(alone, monkeypatch):
+    """They have made their parts and give them to it; then they hear of its error."""
+    took, plain = [], dist.reduce
+
+    def reduce(part, *args, **how):
+        took.append(part.clone())
+        return plain(part, *args, **how)
+
+    def handle(V, number):
+        raise MemoryError("no room for a block")
+
+    monkeypatch.setattr(dist, "reduce", reduce)
+    V = torch.ones(5, 2, dtype=torch.float64)
+    with pytest.raises(MemoryError, match="no room for a block"):
+        Communicator(alone, "solve", V.device).run_on_root(lambda request: request(V, 7), handle)
+    assert [(tuple(part.shape), float(part.sum())) for part in took] == [((5, 2), 0.0)]
+
+
 def test_an_error_of_the_first_rank_is_shown_where_others_are_lost_too(alone, monkeypatch):
     """Its own memory runs out while others wait for its part, say, which do not hear of it then."""
 

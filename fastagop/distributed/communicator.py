@@ -198,12 +198,23 @@ class Communicator:
         return result, None
 
     def _handle(self, V: torch.Tensor, number: int, handle) -> torch.Tensor:
-        """One product: V from the first rank to all, the parts of the answer back to it."""
+        """One product: V from the first rank to all, the parts of the answer back to it.
+
+        Where a product, whose number is above 0, fails on the first rank, it takes the other parts before it says so.
+        """
         with self.collective():
             dist.broadcast(V, self._first, group=self.group)
-        part = handle(V.to(self.device), number).to(self.wire).contiguous()
+        failed = None
+        try:
+            part = handle(V.to(self.device), number).to(self.wire).contiguous()
+        except Exception as raised:
+            if self.rank > 0 or number < 1:
+                raise
+            part, failed = torch.zeros_like(V), raised
         with self.collective():
             dist.reduce(part, self._first, group=self.group)
+        if failed is not None:
+            raise failed
         return part.to(self.device)
 
     def _order(self, order: list[int] | None) -> list[int]:
