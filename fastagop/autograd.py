@@ -27,6 +27,7 @@ from fastagop.kernels.torch_backend.derivatives import distances, values, weight
 
 _BLOCK_BYTES = 2**26  # of all work tensors of a block
 _ALIVE = 20  # such tensors at once, by the memory that a first derivative took
+_SQUARED = 50  # Points beyond 2^-50 and 2^50, in units of the bandwidth, have squares that float32 does not hold.
 _USUAL = 8  # Bandwidths beyond 2^-8 and 2^8 become the unit of length: every derivative divides by one more of them.
 
 
@@ -99,7 +100,7 @@ def _call(name: str, kernel: Kernel, rows: Tensor, others: Tensor | None, more: 
         named = dict(zip(_NAMES[name], (rows, others, *more), strict=True))
         _check(kernel, {**named, "bandwidth": bandwidth})
     if width is None:
-        width = rows.new_tensor(kernel.bandwidth)
+        width = rows.new_tensor(kernel.bandwidth, dtype=torch.float64)  # float32 may not hold it
     same = others is None or others is rows
     parameters = [f"{key} {value}" for key, value in kernel.get_params().items()]  # torch.compile follows this
     spec = ", ".join([name, type(kernel).__name__, "same" if same else "apart", *parameters])
@@ -213,10 +214,14 @@ def _in_unit(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:
     exponent = -math.frexp(float(bandwidth))[1]
     if abs(exponent) <= _USUAL:
         return _by_blocks(read, level, given)
+    size = max(checks.largest(points) for points in given[:2])
+    wide = abs(math.frexp(size)[1] + exponent) > _SQUARED
     powers, restored = read.lengths(level)
-    given = [scaled_(t.clone(), p * exponent) if p else t for t, p in zip(given, powers, strict=True)]
+    scaled = [t.double() if wide else t for t in given]
+    scaled = [scaled_(t.clone(), p * exponent) if p else t for t, p in zip(scaled, powers, strict=True)]
     read = replace(read, kernel=read.kernel.set_params(bandwidth=math.ldexp(float(bandwidth), exponent)))
-    return [scaled_(t, p * exponent) for t, p in zip(_by_blocks(read, level, given), restored, strict=True)]
+    found = zip(_by_blocks(read, level, scaled), restored, given, strict=False)
+    return [scaled_(t, p * exponent).to(tensor.dtype) for t, p, tensor in found]
 
 
 def _by_blocks(read: _Spec, level: int, given: Sequence[Tensor]) -> list[Tensor]:

@@ -48,14 +48,14 @@ def _try(value: Kernel) -> None:
 
     Raises:
         TypeError: what a method returns is not what it was given, overwritten; or the class has parameters that are no
-            dataclass fields. ValueError: k(x, x) is not 1.
+            dataclass fields. ValueError: k(x, x) is not 1, or the weight there is not finite.
     """
     _check_fields(type(value))
     if isinstance(value, Profile):
         sq, name = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device="cpu"), type(value).__name__
-        for method in ("value_", "weight_"):
+        for method in ("value_", "weight_", "weight_from_value_"):
             if getattr(type(value), method) is getattr(Profile, method):
-                continue  # says itself that it is missing
+                continue  # says itself that it is missing, or is not needed
             given = sq.clone()
             try:
                 found = getattr(value, method)(given)
@@ -63,16 +63,35 @@ def _try(value: Kernel) -> None:
                 continue
             if type(given) is not torch.Tensor:
                 return  # while a call is traced there are no numbers
-            if not isinstance(found, torch.Tensor) or not torch.equal(found, given):
+            if found is None and method == "weight_from_value_":  # as a class says that has none for its parameters
+                continue
+            # A NaN equals nothing, not even itself.
+            if found is not given and not (isinstance(found, torch.Tensor) and torch.equal(found, given)):
                 raise TypeError(
                     f"kernel: {name}.{method} must overwrite the tensor that it is given and return it, as "
                     "sq.mul_(-0.5).exp_() does; it returns another one"
                 )
-            if method == "value_" and not abs((one := float(found[0, 0])) - 1.0) < 1e-6:
+            if method == "value_":
+                _check_one(name, float(found[0, 0]))
+            if method == "weight_" and not math.isfinite(weight := float(found[0, 0])):
                 raise ValueError(
-                    f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
+                    f"kernel: {name}.weight_ must be 0 at distance 0, got {weight:g}; set it there, as "
+                    "masked_fill_(sq == 0, 0.0) does with a copy of what comes in"
                 )
+    elif value.unit_diagonal and hasattr(type(value), "value_"):
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+        if type(zero) is not torch.Tensor:
+            return
+        _check_one(type(value).__name__, float(value.value_(zero)))  # pyright: ignore[reportAttributeAccessIssue]
     _TRIED.add(type(value))
+
+
+def _check_one(name: str, one: float) -> None:
+    """Refuse a class whose value at distance 0 is another one than 1, which diagonals are filled with."""
+    if not abs(one - 1.0) < 1e-6:
+        raise ValueError(
+            f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
+        )
 
 
 def _check_fields(kind: type) -> None:
@@ -309,7 +328,7 @@ def flag(name: str, value) -> None:
 def apart(name: str, value: torch.Tensor, *others: torch.Tensor) -> None:
     """Refuse a tensor to be written whose items share memory, or whose memory reaches into one that is read."""
     axes = sorted((stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1)
-    if any(stride == 0 for stride, _ in axes) or (len(axes) == 2 and axes[1][0] < axes[0][0] * axes[0][1]):
+    if any(stride == 0 for stride, _ in axes) or (len(axes) == 2 and axes[1][0] <= axes[0][0] * (axes[0][1] - 1)):
         raise ValueError(f"{name} overlaps itself (strides {tuple(value.stride())}); pass a tensor of its own")
     first, last = _span(value)
     for other in others:
@@ -327,11 +346,11 @@ def _span(value: torch.Tensor) -> tuple[int, int]:
     return value.data_ptr(), value.data_ptr() + (reach + 1) * value.element_size()
 
 
-def points(X, Z, *, least: int = 1) -> torch.Tensor:
+def points(X, Z) -> torch.Tensor:
     """Check centers and evaluation points; returns the evaluation points, X itself where they are the same."""
     matrix("X", X)
-    if len(X) < least or X.shape[1] == 0:
-        raise ValueError(f"X must have at least {least} row(s) and one column, got shape {tuple(X.shape)}")
+    if len(X) == 0 or X.shape[1] == 0:
+        raise ValueError(f"X must have at least 1 row(s) and one column, got shape {tuple(X.shape)}")
     if Z is None or Z is X:
         return X
     matrix("Z", Z, like=X, columns=(X.shape[1], "X"))

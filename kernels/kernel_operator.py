@@ -181,10 +181,7 @@ class KernelOperator:
                 M = _in_float64(at, scaled, task, weights)
             M = call.run(at, scaled, weights) if M is None else M
         M = amplitude.restore_squares(M.double().div_(divisor), exponent)  # may leave float32 on the way
-        M = M.to(X.dtype)
-        if not checks.finite(M):
-            raise ValueError(f"alpha is so large that the AGOP leaves {X.dtype}; divide alpha by a constant")
-        return M
+        return in_dtype(M, X.dtype)
 
     def agop_from_weights_(
         self, W: torch.Tensor, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None
@@ -228,10 +225,10 @@ class KernelOperator:
                 W = kernel.weight_(block)
                 yield row, W if weights is None else W.mul_(weights[row, None])
 
+        total = len(at.Z) if weights is None else weights.sum(dtype=torch.float64)
         with self.products():
-            mean = torch_agop.mean_gradient(blocks(), scaled, at.X, at.Z, dominant_offset(at.X))
-        factor = 1.0 if weights is None else len(at.Z) / weights.sum(dtype=torch.float64)
-        return amplitude.restore(mean * factor)
+            mean = torch_agop.mean_gradient(blocks(), scaled, at.X, at.Z, dominant_offset(at.X), total)
+        return amplitude.restore(mean)
 
 
 _FEW, _SAMPLE = 2048, 512  # points whose products are all looked at, and rows of more that stand for all
@@ -294,6 +291,14 @@ def _in_float64(at: Points, alpha, task: AgopTask, weights) -> torch.Tensor | No
         )
     else:
         log.info("agop: centred gradients that nearly agree; computing in float64 by the torch backend")
+    return M
+
+
+def in_dtype(M: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float64 AGOP in a dtype, which must hold it."""
+    M = M.to(dtype)
+    if not checks.finite(M):
+        raise ValueError(f"alpha is so large that the AGOP leaves {dtype}; divide alpha by a constant")
     return M
 
 

@@ -60,11 +60,35 @@ def scale_points(kernel: Kernel, X: torch.Tensor, Z: torch.Tensor) -> Points:
     if X.dtype == torch.float64:  # the bandwidth in that unit is a float64 number, too
         exponent = max(wide - 1000, min(wide + 1000, exponent))
     checks.spread(X, Z, largest)
+    _check_lengths(kernel, exponent)
     symmetric, X = Z is X, scaled_(X.detach().clone(), -exponent)
     Z = X if symmetric else scaled_(Z.detach().clone(), -exponent)
     unit = math.ldexp(1.0, exponent)
     scaled = dataclasses.replace(kernel, bandwidth=_quotient(bandwidth, exponent))  # pyright: ignore[reportArgumentType]
     return Points(scaled, X, Z, unit)
+
+
+def _check_lengths(kernel: Any, exponent: int) -> None:
+    """Refuse a class of the user's own with a length beside its bandwidth, which does not follow into another unit.
+
+    Its values must be the same where distances and the bandwidth are divided by 2^exponent.
+    """
+    power, found = (2.0 if kernel.radial else getattr(kernel, "power", None)), []
+    if power is None:
+        return
+    length, exponent = max(1e-30, min(kernel.bandwidth, 1e30)), max(-100, min(100, exponent))
+    for bandwidth in (length, math.ldexp(length, -exponent)):
+        r = torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64, device="cpu") * bandwidth
+        try:
+            found.append(dataclasses.replace(kernel, bandwidth=bandwidth).value_(r.pow_(power)))
+        except (NotImplementedError, TypeError):  # a class without values
+            return
+    if bool(((found[0] - found[1]).abs() > 1e-9).any()):
+        raise TypeError(
+            f"kernel: {type(kernel).__name__}.value_ must depend on r / bandwidth alone where X is far from size 1 and "
+            "is computed in another unit of length, as its other lengths would stay what they are; give these as "
+            "multiples of the bandwidth, or bring X and all lengths to about 1"
+        )
 
 
 def _quotient(bandwidth: float, exponent: int) -> float:
@@ -83,13 +107,13 @@ class Amplitude:
     exponent: int
 
     def restore(self, gradients: torch.Tensor) -> torch.Tensor:
-        """The gradients themselves, in place where nothing changes."""
+        """The gradients themselves, written over those that are given."""
         if self.factor == 1.0 and self.exponent == 0:
             return gradients
         return scaled_(gradients.mul_(self.factor), self.exponent)
 
     def restore_squares(self, M: torch.Tensor, further: int = 0) -> torch.Tensor:
-        """The sums of squares themselves, times 2^further."""
+        """The sums of squares themselves, times 2^further, written over those that are given."""
         if self.factor != 1.0:
             M = M.mul_(self.factor).mul_(self.factor)
         return scaled_(M, 2 * self.exponent + further)

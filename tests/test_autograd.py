@@ -265,6 +265,20 @@ def test_near_pairs_keep_their_digits_in_float32():
     assert (found - true).norm() <= 1e-5 * true.norm()
 
 
+@pytest.mark.parametrize("kernel", [Laplace, Gaussian])
+@pytest.mark.parametrize("bandwidth", [1e-50, 1e-25, 1e17, 1e25, 1e50])
+def test_bandwidths_far_from_the_points(kernel, bandwidth):
+    """A kernel's own bandwidth may be beyond float32, and so may the points divided by it."""
+    X, found = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), []
+    for x in (X.requires_grad_(), X.detach().double().requires_grad_()):
+        K = autograd.kernel_matrix(kernel(bandwidth), x)
+        assert torch.equal(K, fastagop.kernel_matrix(kernel(bandwidth), x))
+        slope = torch.autograd.grad(K.sum(), x, create_graph=True)[0]
+        found.append((slope.detach(), torch.autograd.grad(slope[0].sum(), x)[0]))
+    for narrow, wide in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, wide.float(), rtol=1e-5, atol=0.0)
+
+
 def test_a_class_that_hides_another_is_refused():
     class Matern52(fastagop.Matern52):
         """Another kernel of that name."""

@@ -266,7 +266,7 @@ def test_stored_weights_of_crowds_that_count_otherwise(crowded, exponent):
 def test_mean_gradient_of_crowds(crowded):
     kernel, X, alpha, g, terms = crowded
     tiles = ((row, W) for row, W, _ in torch_agop.weight_tiles(kernel, X, X, 64, None))
-    mean = torch_agop.mean_gradient(tiles, alpha, X, X, None)
+    mean = torch_agop.mean_gradient(tiles, alpha, X, X, None, len(X))
     error = np.abs(long(mean) - g.mean(0)).max()
     assert error <= 16 * torch.finfo(torch.float32).eps * terms.mean(0).max()
 

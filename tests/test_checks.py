@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -370,6 +371,23 @@ def test_control_groups(tmp_path, monkeypatch):
     assert free.host_bytes() == 30
 
 
+def test_what_is_free_stays_a_number_while_another_thread_forgets_it(monkeypatch):
+    """A reading that is taken back between a look at its age and its use is still that reading."""
+
+    class Forgetting(type(free._FREE)):
+        """A path whose comparison is the moment at which the other thread forgets."""
+
+        def __eq__(self, other):
+            free.forget()
+            return True
+
+        __hash__ = type(free._FREE).__hash__
+
+    places = (free._GROUPS, free._MOUNT, Forgetting(free._FREE))
+    monkeypatch.setattr(free, "_last", (time.monotonic() + 60.0, places, 123))
+    assert free.host_bytes() == 123
+
+
 @pytest.mark.parametrize("bandwidth", ["2", True, b"2"])
 def test_bandwidths_are_numbers(bandwidth):
     with pytest.raises(TypeError, match="bandwidth must be a number"):
@@ -433,6 +451,7 @@ def test_tensors_beside_each_other_share_no_memory():
     checks.apart("out", room[:0].view(0, 2), room)
     checks.apart("out", room.as_strided((2, 3), (3, 1)), torch.zeros(1))  # rows one after another
     checks.apart("out", room.as_strided((3, 2), (1, 3)), torch.zeros(1))
+    checks.apart("out", room.view(4, 5)[:, ::2], torch.zeros(1))  # every second column, to the last
     with pytest.raises(ValueError, match=r"out overlaps itself \(strides \(2, 1\)\)"):
         checks.apart("out", room.as_strided((2, 3), (2, 1)), torch.zeros(1))
 
@@ -467,6 +486,16 @@ OVERWRITES = lambda self, sq: sq.mul_(-0.5).exp_()  # noqa: E731
             TypeError,
             "Own.weight_ must overwrite the tensor",
         ),
+        (
+            {"value_": OVERWRITES, "weight_from_value_": lambda self, k: 0.5 * k},
+            TypeError,
+            "Own.weight_from_value_ must overwrite the tensor",
+        ),
+        (
+            {"value_": OVERWRITES, "weight_": lambda self, sq: sq.sqrt_().reciprocal_()},
+            ValueError,
+            "Own.weight_ must be 0 at distance 0, got inf",
+        ),
         ({"value_": lambda self, sq: sq.add_(2.0)}, ValueError, "Own.value_ must be 1 at distance 0, got 2"),
     ],
 )
@@ -482,6 +511,22 @@ def test_a_kernel_class_is_tried_once(methods, kind, text):
     ):
         with pytest.raises(kind, match=text):
             call(_made(**methods))
+
+
+@dataclass(frozen=True)
+class _Twice(CoordinateProfile):
+    """Its value at distance 0 is 2, where kernels of sums over features have a diagonal of 1."""
+
+    power = 1.0
+
+    def value_(self, rho):
+        return rho.neg_().exp_().mul_(2.0)
+
+
+def test_a_kernel_of_sums_over_features_is_1_at_distance_0():
+    for kernel in (_Twice(), Laplace(1.0) * _Twice()):
+        with pytest.raises(ValueError, match=r"^kernel: _Twice\.value_ must be 1 at distance 0, got 2; write 2 \* k"):
+            fastagop.kernel_matrix(kernel, torch.ones(3, 2))
 
 
 def _later(self, sq):

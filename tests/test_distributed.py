@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.base import clone
 
 import fastagop
 from fastagop import DeepRFMClassifier, Laplace, distributed
-from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.communicator import Communicator, RankLost, _portable
 
 CASES = Path(__file__).with_name("rank_cases.py")
 
@@ -91,6 +92,69 @@ def test_one_rank_is_the_plain_call(alone, cloud, normal):
     shared, plain = (module.solve(Laplace(2.0), X, alpha, ridge=1e-3) for module in (distributed, fastagop))
     assert torch.equal(shared.alpha, plain.alpha)
     assert shared.residual == plain.residual
+
+
+@pytest.mark.parametrize(("length", "size"), [(1e25, 1e25), (1e-18, 1e-10), (1.0, 1e-18)])
+def test_points_and_coefficients_of_any_size(length, size, alone, cloud, normal, relative):
+    """Numbers whose squares leave float32 where those of the result do not."""
+    X, alpha = cloud("spread", 50, 6, dtype=torch.float32) * length, normal(50, 2, dtype=torch.float32) * size
+    kernel = Laplace(2.0 * length)
+    assert relative(distributed.agop(kernel, X, alpha), fastagop.agop(kernel, X, alpha)) <= 1e-6
+
+
+def test_a_result_beyond_the_dtype_is_refused(alone, cloud, normal):
+    X, alpha = cloud("spread", 50, 6, dtype=torch.float32) * 1e-25, normal(50, 2, dtype=torch.float32)
+    for module in (fastagop, distributed):
+        with pytest.raises(ValueError, match=r"alpha is so large that the AGOP leaves torch\.float32"):
+            module.agop(Laplace(2e-25), X, alpha)
+
+
+class Unrepeatable(Exception):
+    """An error whose class takes other arguments than its text."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.mark.parametrize("error", [ValueError("X is wrong"), Unrepeatable("one", "two")], ids=["plain", "own"])
+def test_errors_arrive_at_other_ranks(error):
+    arrived = pickle.loads(pickle.dumps(_portable(error)))
+    assert isinstance(arrived, type(error) if isinstance(error, ValueError) else RuntimeError)
+    assert str(error) in str(arrived)
+
+
+def test_other_ranks_do_not_wait_for_a_product_that_fails_on_the_first(alone, monkeypatch):
+    """They have made their parts and give them to it; then they hear of its error."""
+    took, plain = [], dist.reduce
+
+    def reduce(part, *args, **how):
+        took.append(part.clone())
+        return plain(part, *args, **how)
+
+    def handle(V, number):
+        raise MemoryError("no room for a block")
+
+    monkeypatch.setattr(dist, "reduce", reduce)
+    V = torch.ones(5, 2, dtype=torch.float64)
+    with pytest.raises(MemoryError, match="no room for a block"):
+        Communicator(alone, "solve", V.device).run_on_root(lambda request: request(V, 7), handle)
+    assert [(tuple(part.shape), float(part.sum())) for part in took] == [((5, 2), 0.0)]
+
+
+def test_an_error_of_the_first_rank_is_shown_where_others_are_lost_too(alone, monkeypatch):
+    """Its own memory runs out while others wait for its part, say, which do not hear of it then."""
+
+    def lost(order):
+        raise RankLost("rank 0 of 2 lost another rank")
+
+    def job(request):
+        raise MemoryError("no more")
+
+    ranks = Communicator(alone, "solve", torch.device("cpu"))
+    monkeypatch.setattr(ranks, "_order", lost)
+    with pytest.raises(RankLost) as error:
+        ranks.run_on_root(job)
+    assert isinstance(error.value.__context__, MemoryError)
 
 
 @pytest.mark.parametrize("name", ["agop", "gradients", "kernel_matmul", "solve"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.radial import Radial
 from fastagop.kernels.torch_backend import gradients as torch_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +53,38 @@ def test_all_outputs_at_once(kernel, name, K, dtype, cloud, normal, gradient_bou
     monkeypatch.setattr(torch_gradients, "LEAST_ROWS", 10**9)
     apart = fastagop.gradients(kernel, X, alpha).double()
     assert float((found - apart).norm()) <= 2 * gradient_bound(kernel, X, alpha) * float(apart.norm())
+
+
+# ---- weights of either sign
+
+
+@dataclass(frozen=True)
+class Wave(Radial):
+    """exp(-t) cos(3 t) with t = (r / L)^2 / 2, whose gradient weight is negative at some distances."""
+
+    def value_(self, sq):
+        t = sq.mul_(0.5 / self.bandwidth**2)
+        return t.copy_(torch.exp(-t) * torch.cos(3.0 * t))
+
+    def weight_(self, sq):
+        t = sq * (0.5 / self.bandwidth**2)
+        weight = torch.exp(-t) * (torch.cos(3.0 * t) + 3.0 * torch.sin(3.0 * t)) / self.bandwidth**2
+        return sq.copy_(weight.masked_fill_(sq == 0, 0.0))
+
+
+@dtypes
+@pytest.mark.parametrize("copies", [3, 20], ids=["stragglers", "crowds"])
+def test_near_pairs_of_negative_weight_count(copies, dtype, normal, relative):
+    """Points far from the origin have a few near ones, or many, and the weights of near pairs have either sign."""
+    centres, n = 10.0 * normal(300 // copies, 8), 300
+    X = (centres.repeat(copies, 1) + 0.1 * normal(n, 8, seed=2)).to(dtype)
+    alpha = normal(n, 2, seed=3).to(dtype)
+    x, kernel = X.double(), Wave(0.15)
+    apart = x[None] - x[:, None]
+    weight = kernel.weight_(apart.square().sum(2))
+    assert (weight < 0).any()
+    true = torch.einsum("ij,jc,ijd->icd", weight, alpha.double(), apart)
+    assert relative(fastagop.gradients(kernel, X, alpha), true) <= (2e-4 if dtype == torch.float32 else 1e-12)
 
 
 # ---- the reference itself

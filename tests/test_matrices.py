@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 
 import pytest
@@ -82,24 +83,37 @@ def test_memory_that_no_request_fits_is_given_back():
     with kept_matrices():
         empty_matrix(N, N, LIKE)
         other = empty_matrix(N, N + 1, LIKE)
-        kept = matrices._kept.get()
+        kept = matrices._here.kept
         assert kept is not None
         assert [len(buffer) for buffer, _ in kept.buffers] == [other.numel() * 4]
-    assert matrices._kept.get() is None
+    assert matrices._here.kept is None
 
 
 @pytest.mark.usefixtures("nothing_spare")
 def test_nothing_large_is_kept_and_nothing_in_another_thread(monkeypatch):
     monkeypatch.setattr(matrices, "_LARGE", 4 * N * N)
     with kept_matrices():
-        kept, seen = matrices._kept.get(), []
+        kept, seen = matrices._here.kept, []
         assert kept is not None
         empty_matrix(N, N + 1, LIKE)
         assert kept.buffers == []
-        thread = threading.Thread(target=lambda: seen.append(matrices._kept.get()))
+        thread = threading.Thread(target=lambda: seen.append(matrices._here.kept))
         thread.start()
         thread.join()
         assert seen == [None]
+
+
+@pytest.mark.usefixtures("nothing_spare")
+def test_a_thread_that_copies_the_context_of_a_fit_has_memory_of_its_own():
+    """As ``asyncio.to_thread`` does, and every thread of a Python without a global lock: two would take one buffer."""
+    with kept_matrices():
+        place, seen = empty_matrix(N, N, LIKE).data_ptr(), []
+        copied = contextvars.copy_context()
+        thread = threading.Thread(target=copied.run, args=(lambda: seen.append(empty_matrix(N, N, LIKE).data_ptr()),))
+        thread.start()
+        thread.join()
+        assert len(seen) == 1
+        assert seen != [place]
 
 
 def test_a_step_that_fails_ends_it():
@@ -110,4 +124,4 @@ def test_a_step_that_fails_ends_it():
 
     with pytest.raises(ZeroDivisionError):
         step()
-    assert matrices._kept.get() is None
+    assert matrices._here.kept is None

@@ -69,6 +69,18 @@ def test_weights_that_are_stored_count_for_the_copy(limit, cloud, normal, tensor
     assert [warning.category for warning in said] == [fastagop.NumericalWarning]
 
 
+def test_the_gradient_form_in_the_place_of_a_gram_form_keeps_to_the_limit(normal, tensor_memory):
+    """Of a kernel that is not radial and many outputs: gradients take far more than the gram form's matrices."""
+    X, alpha, kernel = normal(64, 100), normal(64, 200, seed=2), Laplace(2.0) + Polynomial(1)
+    X[1::2] = X[::2] + 1e-7 * X[1::2]
+    alpha[1::2] = -alpha[::2]
+    limit = 16e6
+    assert "method gram" in fastagop.explain("agop", kernel, X, alpha, memory_limit=limit)
+    M, taken = tensor_memory(lambda: fastagop.agop(kernel, X, alpha, memory_limit=limit))
+    assert taken <= limit
+    torch.testing.assert_close(M, fastagop.agop(kernel, X, alpha, method="gradient"))
+
+
 OF_PAIRS = [NTK(1), NTK(2), NTK(5), ArcCosine(0), ArcCosine(2), Polynomial(3)]
 OF_PAIRS += [Laplace(2.0) + NTK(3), 2.0 * Laplace(2.0) * NTK(2) * Polynomial(2)]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from fastagop.kernels import checks, gemm, reference, scaling
+from fastagop.kernels.radial import Radial
 from fastagop.kernels.scaling import Amplitude, in_range, scale_points
 
 import fastagop
@@ -83,6 +85,30 @@ def test_bandwidths_of_float32_points_end_where_floats_end():
     assert scale_points(Laplace(1e300), X, X).unit == 2.0**-99
     X = torch.tensor([[2.0**100, 0.0]])
     assert scale_points(Laplace(5e-324), X, X).kernel.bandwidth == 5e-324
+
+
+@dataclass(frozen=True)
+class Damped(Radial):
+    """exp(-r / L) cos(r / period), or with ``share`` exp(-u) cos(u / period), u = r / L: a length, or a share of L."""
+
+    period: float
+    share: bool = False
+
+    def value_(self, sq):
+        r = sq.sqrt_()
+        return r.copy_(torch.exp(-r / self.bandwidth) * torch.cos(r / self.period / (self.bandwidth**self.share)))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e8])
+def test_lengths_beside_the_bandwidth_are_refused_where_they_would_not_follow(size, normal):
+    """In a unit of length only the bandwidth changes; at usual sizes there is no such unit."""
+    X = normal(6, 3)
+    lengths, shares = Damped(2.0, 3.0), Damped(2.0, 1.5, True)
+    usual = fastagop.kernel_matrix(lengths, X)
+    torch.testing.assert_close(usual, fastagop.kernel_matrix(shares, X))
+    torch.testing.assert_close(usual, fastagop.kernel_matrix(Damped(2.0 * size, 1.5, True), X * size))
+    with pytest.raises(TypeError, match=r"Damped\.value_ must depend on r / bandwidth alone"):
+        fastagop.kernel_matrix(Damped(2.0 * size, 3.0 * size), X * size)
 
 
 @pytest.mark.parametrize(("factor", "exponent"), [(1.0, 0), (1.0, 3), (1.5, 0), (1.5, -4)])

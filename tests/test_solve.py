@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fastagop.kernels import reference
+from fastagop.kernels.radial import Radial
 
 import fastagop
 from fastagop import Gaussian, Laplace
@@ -492,3 +493,55 @@ def test_large_coefficients_under_a_ridge_need_no_jitter(kernel, ridge, method):
         solution = fastagop.solve(kernel, X, Y, ridge=ridge, method=method)
     assert solution.jitter == 0.0
     assert solution.residual < 1e-2  # .7 to .9 with jitter
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize("weight", [1e-320, 1e-40])
+@pytest.mark.parametrize("method", ["auto", "cg", "eigh"])
+@pytest.mark.parametrize("kernel", [Laplace(2.0), fastagop.Polynomial(2)], ids=repr)
+def test_a_weight_below_what_the_ridge_may_be_divided_by_counts_as_none(kernel, method, weight, normal):
+    """A likelihood of 1e-320, say: the ridge over it leaves float64."""
+    X, Y, w = normal(40, 5), normal(40, 2, seed=2), normal(40, 1, seed=3)[:, 0].abs() + 0.1
+    w[3] = weight
+    found = fastagop.solve(kernel, X, Y, ridge=1e-3, method=method, sample_weight=w)
+    w[3] = 0.0
+    without = fastagop.solve(kernel, X, Y, ridge=1e-3, method=method, sample_weight=w)
+    torch.testing.assert_close(found.alpha, without.alpha, rtol=1e-4, atol=1e-6 * float(without.alpha.abs().max()))
+    assert found.residual <= 1e-6
+
+
+# ---- kernels of one's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike(Radial):
+    """1 at distance 0 and one other value everywhere else, whatever the bandwidth is: no positive definite kernel."""
+
+    elsewhere: float
+
+    def value_(self, sq):
+        return sq.copy_(torch.where(sq > 0, self.elsewhere, 1.0))
+
+
+OF_ONES_OWN = [*METHODS, "cg", fastagop.ConjugateGradients(rank=3), fastagop.ConjugateGradients(rank=0, store=True)]
+
+
+@pytest.mark.parametrize("method", OF_ONES_OWN, ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(method, value, normal):
+    """No jitter helps such a matrix, and every larger one would be tried."""
+    X, Y = normal(30, 5), normal(30, 2, seed=2)
+    with pytest.raises(ValueError, match="kernel must have finite values at all distances"):
+        fastagop.solve(Alike(1.0, value), X, Y, ridge=1e-3, method=method)
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky+cg"])
+def test_jitter_rises_where_values_are_negative(method, normal):
+    """The largest row sum, of which the least jitter is a share, is below zero."""
+    X, Y = normal(30, 5, dtype=torch.float32), normal(30, 2, dtype=torch.float32, seed=2)
+    with pytest.warns(fastagop.NumericalWarning, match="jitter"):
+        found = fastagop.solve(Alike(1.0, -0.9), X, Y, ridge=1e-3, method=method)
+    assert found.jitter > 0
+    assert found.alpha.isfinite().all()

@@ -166,9 +166,9 @@ class Communicator:
         return everything.flatten(0, 1)[:count].to(like.device)
 
     def run_on_root(self, job: Callable, handle: Callable | None = None) -> Any:
-        """What job(ask) returns on the first rank, on every rank; its error too.
+        """What job(request) returns on the first rank, on every rank; its error too.
 
-        Other ranks wait. ask(V, number) makes every rank run serve(V, number) and gives the sum of the answers.
+        Other ranks wait. request(V, number) makes every rank run handle(V, number) and gives the sum of the answers.
         """
         if self.rank == 0:
             answer = self._run_as_root(job, handle)
@@ -188,21 +188,33 @@ class Communicator:
             return self._handle(V.to(self.wire).contiguous(), number, handle)
 
         try:
-            result, error = job(request), None
+            result = job(request)
         except RankLost:  # nobody is left to be told
             raise
         except Exception as raised:
-            result, error = None, _portable(raised)
+            self._order([_DONE, 0, 0, 0])  # in here, so that both errors are shown where other ranks are lost, too
+            return None, _portable(raised)
         self._order([_DONE, 0, 0, 0])
-        return result, error
+        return result, None
 
     def _handle(self, V: torch.Tensor, number: int, handle) -> torch.Tensor:
-        """One product: V from the first rank to all, the parts of the answer back to it."""
+        """One product: V from the first rank to all, the parts of the answer back to it.
+
+        Where a product, whose number is above 0, fails on the first rank, it takes the other parts before it says so.
+        """
         with self.collective():
             dist.broadcast(V, self._first, group=self.group)
-        part = handle(V.to(self.device), number).to(self.wire).contiguous()
+        failed = None
+        try:
+            part = handle(V.to(self.device), number).to(self.wire).contiguous()
+        except Exception as raised:
+            if self.rank > 0 or number < 1:
+                raise
+            part, failed = torch.zeros_like(V), raised
         with self.collective():
             dist.reduce(part, self._first, group=self.group)
+        if failed is not None:
+            raise failed
         return part.to(self.device)
 
     def _order(self, order: list[int] | None) -> list[int]:
@@ -265,9 +277,9 @@ class Communicator:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as it can be sent: some cannot be pickled, and arrive as their text."""
+    """The error as it can be sent: some cannot be pickled, or not be made again, and arrive as their text."""
     try:
-        pickle.dumps(error)
+        pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -22,7 +22,7 @@ from fastagop.kernels.pair_backend.backend import PairBackend
 from fastagop.kernels.plan import AgopTask, Plan, block_rows, budget
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile
-from fastagop.kernels.scaling import Points, scaled_
+from fastagop.kernels.scaling import Points, in_range, scaled_
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import costs, matrix
 from fastagop.kernels.torch_backend import diagonal as torch_diagonal
@@ -166,8 +166,9 @@ class Sharded(Local):
         limit = checks.memory_limit(task.limit)
         task = replace(task, limit=room if limit is None else limit)
         at = operator.points
+        inner, alpha, amplitude = in_range(at.kernel, at.X, alpha, at.unit, at.Z)
+        at, scaled = at._replace(kernel=inner), predictor._replace(kernel=inner, X=at.X, alpha=alpha)
         weights, divisor, exponent = scale_weights(task.weights, at.Z, task.reduction)
-        scaled = predictor._replace(kernel=at.kernel, X=at.X)
         with operator.products():
             M, stored = None, None
             if operator.backend.shares_triangle and ranks.size > 1 and weights is None:
@@ -179,7 +180,7 @@ class Sharded(Local):
                 task = replace(task, method="gradient") if alone else task
                 M = _rows_of_points(scaled, at.Z, weights, task, ranks)
         M = symmetrise_(ranks.total(M))  # sums over ranks come in an order of their own for every entry
-        return scaled_(M.div_(at.unit).div_(at.unit).div_(divisor), exponent)
+        return amplitude.restore_squares(M.div_(divisor), exponent)
 
     @torch.no_grad()
     def solve(self, kernel, X, Y, options: SolveOptions, rows: Rows | None = None, **of_points) -> Fit:

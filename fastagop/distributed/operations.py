@@ -8,7 +8,7 @@ import torch
 
 from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product, other
 from fastagop.kernels import operations
-from fastagop.kernels.kernel_operator import KernelOperator
+from fastagop.kernels.kernel_operator import KernelOperator, in_dtype
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.profile import Kernel
 from fastagop.solvers.solve import Solution, SolveOptions, warn_about
@@ -47,7 +47,7 @@ def agop(
         Tensor (d, d), the same bits on every rank.
     """
     task = AgopTask(reduction, center, method, memory_limit, sample_weight)
-    return Sharded(group).agop(Predictor(kernel, X, alpha, precision, backend), task, Z).to(X.dtype)
+    return in_dtype(Sharded(group).agop(Predictor(kernel, X, alpha, precision, backend), task, Z), X.dtype)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from fastagop.kernels import checks
 from fastagop.kernels.plan import Plan, block_rows, format_bytes
 from fastagop.solvers.found import Found, RowsAndResidual, measure_all
-from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, finite_values, relative, times
 from fastagop.solvers.options import ConjugateGradients
 from fastagop.solvers.preconditioner import PROPOSALS, ROWS, Matmul, preconditioner_of
 from fastagop.solvers.problem import Problem
@@ -155,6 +155,7 @@ def solve(
     while True:
         result = steps(jitter, bound(Y, out))
         iterations += result.iterations
+        finite_values(result.residual)
         if not result.singular or jitter >= MAX_JITTER * scale:
             break
         if not jitter:  # large coefficients may be the answer

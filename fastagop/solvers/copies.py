@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastagop.kernels.torch_backend.distance import medians
+from fastagop.solvers.limits import over_weights
 
 _ITEMS = 2**16  # of a block of rows, small enough for a cache
 _FEW, _PAIRS = 512, 2**22  # rows, and items of all their differences, up to which all pairs are compared at once
@@ -178,7 +179,7 @@ class Rows:
         return Given(
             group=group,
             share=self.share,
-            ridges=ridge / w,
+            ridges=over_weights(ridge, w),
             apart=apart,
             beyond=beyond,
             size=float(torch.linalg.vector_norm(Y.double()[live])),

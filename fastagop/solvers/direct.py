@@ -20,7 +20,7 @@ from fastagop.kernels.precision import dtype_name
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg
 from fastagop.solvers.found import Found
-from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, relative, times
+from fastagop.solvers.limits import MAX_JITTER, RESIDUAL, bound, finite_values, relative, times
 from fastagop.solvers.problem import WORKSPACE, Problem, needed_bytes, vectors_bytes
 
 log = logging.getLogger("fastagop")
@@ -31,6 +31,7 @@ _GOAL = 1e-9
 ENOUGH, ENOUGH_OF_FEW, _FEW = 1e-5, 1e-6, 2048
 _LAPACK = 2**22  # bytes of an eigendecomposition's buffers at most, which no allocator of torch sees
 _SMALL = 2**18  # bytes of a block of the matrix that no memory is too small for
+_LIGHT = 1e9  # times the number of points: a ridge over a weight beside which kernel values do not count
 _BLOCKS = 3  # of the matrix of a radial kernel, alive at once while it is filled
 _PASSES = 6  # over all pairs in float64 that refinement from the points takes at most, where a float64 matrix fits
 
@@ -126,12 +127,6 @@ class LinearSystem:
     steps: int
     out: torch.dtype
 
-    @property
-    def full(self) -> torch.Tensor:
-        """The matrix (n, n) of a system whose matrix is stored in full."""
-        assert self.matrix.K is not None
-        return self.matrix.K
-
     def residual(self, alpha: torch.Tensor, Y: torch.Tensor) -> float:
         """||(k + ridge) alpha - Y|| / ||Y|| with the matrix at hand."""
         return relative(self.matmul(alpha.double()).sub_(Y), Y)
@@ -219,7 +214,7 @@ def solve(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, dtypes: tuple[to
     build = functools.partial(system, problem.operator, ridge, plan, out)
     if plan.method == "eigh":
         eigen = build(dtype)
-        alpha, rank = eigh(eigen, eigen.full, Y)
+        alpha, rank = eigh(eigen, Y)
         return eigen.found(alpha, rank=rank)
     if dtype == torch.float32 and not _is_zero(ridge):
         if (found := _by_float32(problem, build(dtype), Y)) is not None:
@@ -315,7 +310,8 @@ def cholesky(system: LinearSystem, Y: torch.Tensor, wide: bool = False, *, least
     None where a float32 matrix needs jitter and a float64 one could be had (``wide``).
     """
     matrix = system.matrix
-    scale = matrix.largest_row_sum() + float(checks.tensor(system.ridge).min())
+    scale = finite_values(matrix.largest_row_sum()) + float(checks.tensor(system.ridge).min())
+    scale = scale if scale > 0 else 1.0  # values of the user's own kernels may be negative
     hopeful = wide and matrix.dtype == torch.float32 and not _is_zero(system.ridge)
     rounding = torch.finfo(matrix.dtype).eps * scale
     jitter, plain = _factor(system, least, rounding, hopeful), None
@@ -379,9 +375,12 @@ def _refined_from_points(system: LinearSystem, found: Found, Y: torch.Tensor, st
     return replace(better, iterations=found.iterations + outcome.iterations), not outcome.stopped
 
 
-def eigh(system: LinearSystem, K: torch.Tensor, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
+def eigh(system: LinearSystem, Y: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(alpha, rank) by eigendecomposition, without the eigenvalues that rounding made up or that alpha cannot bear."""
-    ridge, root = system.ridge, torch.ones((), device=K.device)
+    finite_values(system.matrix.largest_row_sum())
+    K, ridge = system.matrix.K, system.ridge
+    assert K is not None
+    root = torch.ones((), device=K.device)
     if isinstance(ridge, torch.Tensor):  # of W^1/2 (K + ridge W^-1) W^1/2, whose second part is a multiple of I
         least = float(ridge.min())
         root = (least / ridge).sqrt()[:, None]
@@ -392,6 +391,9 @@ def eigh(system: LinearSystem, K: torch.Tensor, Y: torch.Tensor) -> tuple[torch.
     while True:
         keep = values + ridge > cut
         alpha = root * (vectors @ (torch.where(keep, 1.0 / (values + ridge), 0.0)[:, None] * target))
+        if isinstance(system.ridge, torch.Tensor):  # points that weigh next to nothing, whose eigenvectors are rounding
+            of_rows = system.ridge[:, None]
+            alpha = torch.where(of_rows > _LIGHT * len(Y), (Y - system.check(alpha)[1]) / of_rows, alpha)
         excess = system.excess(alpha, Y)
         if not excess or int(keep.sum()) <= 1:
             return alpha, int(keep.sum())

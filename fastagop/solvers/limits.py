@@ -11,6 +11,7 @@ from fastagop.kernels.checks import largest
 # A residual above this is worth a warning: it is what each dtype can promise on a solvable problem.
 RESIDUAL = {torch.float32: 1e-3, torch.float64: 1e-6}
 _SEEN = 16  # values of a row
+_LARGEST = 1e290  # of what is added to the diagonal, so that products with it stay in float64
 MAX_JITTER = 1.0  # of the largest row sum: the solution is then all ridge, and nothing sensible is left to try
 
 
@@ -22,6 +23,11 @@ def bound(Y: torch.Tensor, dtype: torch.dtype) -> float:
 def times(diagonal: float | torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """A diagonal matrix, given as a number or (n,), times V."""
     return V * (diagonal[:, None] if isinstance(diagonal, torch.Tensor) else diagonal)
+
+
+def over_weights(ridge: float, weights: torch.Tensor) -> torch.Tensor:
+    """ridge / weight of each point, bounded: infinity times a coefficient of 0 would be NaN."""
+    return (ridge / weights).clamp_(max=_LARGEST)
 
 
 def relative(R: torch.Tensor, Y: torch.Tensor) -> float:
@@ -38,6 +44,16 @@ def worst_column(R: torch.Tensor, Y: torch.Tensor) -> float:
     size = torch.linalg.vector_norm(Y, dim=0)
     share = torch.linalg.vector_norm(R, dim=0) / torch.where(size > 0, size, math.inf)
     return grow * float(share.max()) if share.numel() else 0.0
+
+
+def finite_values(size: float) -> float:
+    """A number that is made of all kernel values of a system; refused where they are not all finite."""
+    if not math.isfinite(size):
+        raise ValueError(
+            "kernel must have finite values at all distances, and of two points of X it is NaN or infinite; mend the "
+            "methods of its class that compute values"
+        )
+    return size
 
 
 def zero_and_one(eps: float) -> tuple[float, float]:

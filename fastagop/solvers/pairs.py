@@ -105,7 +105,7 @@ def eigh(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype)
     """Solve by the eigendecomposition, without the eigenvalues that rounding made up."""
     problem, ridge, unit = _scaled(problem, ridge)
     system = _system(problem, plan, ridge, out)
-    alpha, rank = direct.eigh(system, system.full, Y)
+    alpha, rank = direct.eigh(system, Y)
     return _unscaled(system.found(alpha, rank=rank), unit)
 
 

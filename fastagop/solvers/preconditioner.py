@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fastagop.solvers.limits import finite_values
+
 PROPOSALS = 128  # pivots drawn at once
 ROWS = 4096  # rows of the preconditioner rotated at once
 _WIDE = 1e6  # ratio of eigenvalues from which a Gram matrix is not enough to make columns orthogonal
@@ -71,6 +73,7 @@ def pivoted_cholesky(columns: Matmul, diagonal: torch.Tensor, rank: int, enough:
         draw = torch.multinomial(left.cpu(), min(PROPOSALS, rank - r), replacement=True, generator=generator)
         index = draw.to(left.device)
         G = columns(index)
+        finite_values(float(G.sum()))
         kept, L = _accept(G[index].addmm_(F[index, :r], F[index, :r].T, alpha=-1.0), floor, generator)
         if not kept:
             break

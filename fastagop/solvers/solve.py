@@ -18,7 +18,7 @@ from fastagop.kernels.profile import Kernel
 from fastagop.kernels.scaling import scale_points
 from fastagop.solvers import bandwidth, copies, float64_small, table
 from fastagop.solvers.copies import Rows
-from fastagop.solvers.limits import RESIDUAL, bound, relative, times, worst_column
+from fastagop.solvers.limits import RESIDUAL, bound, over_weights, relative, times, worst_column
 from fastagop.solvers.options import CholeskyCG, ConjugateGradients
 from fastagop.solvers.places import check_place
 from fastagop.solvers.problem import HALF, Advice, Problem, Shared
@@ -262,7 +262,7 @@ def as_given(solution: Solution, kernel: Kernel, X: torch.Tensor, Y: torch.Tenso
     (y, unit), live = scale_targets(Y.double()), rows.live
     x, y, alpha = X.double()[live], y[live], solution.alpha.double()[live] / unit
     some, R = product_of_points(kernel, x, alpha.shape[1]).sampled(alpha)
-    R = R + (solution.ridge / rows.each[live][some])[:, None] * alpha[some] - y[some]
+    R = R + over_weights(solution.ridge, rows.each[live][some])[:, None] * alpha[some] - y[some]
     residual = relative(R * (len(y) / len(some)) ** 0.5, y)
     return replace(solution, residual=residual, residual_rows=len(Y) if len(some) == len(y) else len(some))
 
@@ -292,7 +292,7 @@ class _Task:
         """The task of targets as they were given (n, K); ``apart``: copies meet their own targets where they can."""
         y, unit = scale_targets(Y.double())
         target, weights = rows.means(y), rows.weights
-        ridges = ridge if weights is None or ridge == 0 else ridge / weights
+        ridges = ridge if weights is None or ridge == 0 else over_weights(ridge, weights)
         copied = rows.given(y, target, ridge, bound(y, out) if apart else 0.0)
         return cls(
             target=target,

@@ -19,9 +19,10 @@ def host_bytes() -> int:
     """The smaller of free memory and of what containers and job schedulers leave to this process."""
     global _last  # noqa: PLW0603 (one reading for the whole process)
     now, places = time.monotonic(), (_GROUPS, _MOUNT, _FREE)
-    if now - _last[0] > _FRESH or places != _last[1]:
-        _last = now, places, int(min(_free_bytes(), group_bytes()))
-    return _last[2]
+    known = _last  # another thread may replace it meanwhile
+    if now - known[0] > _FRESH or places != known[1]:
+        _last = known = now, places, int(min(_free_bytes(), group_bytes()))
+    return known[2]
 
 
 def forget() -> None:

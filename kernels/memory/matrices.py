@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import weakref
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,26 +48,32 @@ class _Kept:
         return [buffer for buffer, user in self.buffers if user() is None]
 
 
+class _OfThread(threading.local):
+    """What a thread keeps. A context variable's value would go along to threads that copy the context."""
+
+    kept: _Kept | None = None
+
+
 _GONE = weakref.ref(_Kept())  # of a user that is no more
-_kept: ContextVar[_Kept | None] = ContextVar("kept_matrices", default=None)
+_here = _OfThread()
 _spare: list[np.ndarray] = []  # what stays between fits; items come and go one at a time, whichever thread asks
 
 
 @contextlib.contextmanager
 def kept_matrices() -> Iterator[None]:
     """Within it, in this thread, memory of CPU matrices that are gone serves the next ones of their size."""
-    if _kept.get() is not None:
+    if _here.kept is not None:
         yield
         return
     kept = _Kept()
     with contextlib.suppress(IndexError):
         while True:
             kept.buffers.append((_spare.pop(), _GONE))
-    token = _kept.set(kept)
+    _here.kept = kept
     try:
         yield
     finally:
-        _kept.reset(token)
+        _here.kept = None
         left = _STAYS - sum(map(len, _spare))
         for buffer in kept.unused():
             if len(buffer) <= left:
@@ -92,7 +98,7 @@ def empty_matrix(rows: int, columns: int, like: torch.Tensor, dtype: torch.dtype
     size = rows * columns * dtype.itemsize
     if size < _PAGES:
         return like.new_empty(rows, columns, dtype=dtype)
-    kept = _kept.get() if size <= _LARGE else None
+    kept = _here.kept if size <= _LARGE else None
     make = np.empty if kept is None else kept.take
     return torch.from_numpy(make((rows, columns), _NUMPY[dtype]))
 

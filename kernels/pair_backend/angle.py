@@ -141,7 +141,7 @@ class AnglePairs(Pairs):
         w.mul_(factor)
         along.mul_(factor)
         part, z = torch.zeros_like(out), self.z[row]
-        add_differences(w, near, alpha, self.x, z, part, signed=True)
+        add_differences(w, near, alpha, self.x, z, part)
         part.addcmul_((along @ alpha)[:, :, None], z[:, None])
         out.addcmul_(part, self._length(row)[:, None, None])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,19 +119,20 @@ class PairBackend(TorchBackend):
             method = "gram" if allowed and seconds["gram"] < seconds["gradient"] else "gradient"
             why = _why(kernel)
         held = 8 * (3 * d * d + n * K) + (32 * K * d if task.center else 0) + _copies(operator)
-        if method == "gram":
 
-            def bytes_of(rows: int) -> int:
-                return gram_bytes(n, m, d, K, rows, alive)
-        else:
+        def gradient_bytes(rows: int) -> int:
+            return held + _gradient_bytes(operator, rows, K)
 
-            def bytes_of(rows: int) -> int:
-                return held + _gradient_bytes(operator, rows, K)
-
-        most = max(1, m) if method == "gradient" else max(n, m)
-        how = {"most": most, "limit": task.limit, "advice": (RAISE_LIMIT,), "why": why}
-        plan = self._plan("agop", method, operator, work[method], bytes_of, **how)
-        return Call(plan, lambda at, alpha, weights: _agop(at, alpha, weights, task, plan))
+        how = {"limit": task.limit, "advice": (RAISE_LIMIT,), "why": why}
+        if method == "gradient":
+            plan = self._plan("agop", method, operator, work[method], gradient_bytes, most=max(1, m), **how)
+            return Call(plan, lambda at, alpha, weights: _agop(at, alpha, weights, task, plan, plan.block))
+        bytes_of = functools.partial(gram_bytes, n, m, d, K, alive=alive)
+        plan = self._plan("agop", method, operator, work[method], bytes_of, most=max(n, m), **how)
+        # Where the gram form loses too much, the gradient form runs: in single rows where even these do not fit.
+        rows, peak = fitting_rows(gradient_bytes, max(limit, gradient_bytes(1)), max(1, m), "agop")
+        plan = replace(plan, peak_bytes=max(plan.peak_bytes, peak))
+        return Call(plan, lambda at, alpha, weights: _agop(at, alpha, weights, task, plan, rows))
 
     @staticmethod
     def _refuse_gram(kernel: Kernel, center: bool) -> None:
@@ -196,7 +199,10 @@ class PairProduct:
         return diagonal_of(self.kernel, self.X)
 
 
-def _agop(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None, task: AgopTask, plan: Plan) -> torch.Tensor:
+def _agop(
+    at: Points, alpha: torch.Tensor, weights: torch.Tensor | None, task: AgopTask, plan: Plan, rows: int
+) -> torch.Tensor:
+    """The AGOP by the plan's form; rows: of a block of the gradient form, which may take the gram form's place."""
     kernel, X, Z, _ = at
     if task.center and X.dtype == torch.float32:  # what centring leaves may be small
         x = X.double()
@@ -207,7 +213,7 @@ def _agop(at: Points, alpha: torch.Tensor, weights: torch.Tensor | None, task: A
             return M
         if task.method == "gram":
             warn_of_loss(loss)
-    return blocks.agop(kernel, X, alpha, Z, plan.block, center=task.center, weights=weights)
+    return blocks.agop(kernel, X, alpha, Z, rows, center=task.center, weights=weights)
 
 
 def _why(kernel: Kernel) -> str:

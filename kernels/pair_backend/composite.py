@@ -53,7 +53,7 @@ class RadialPairs(Pairs):
         near = self.near.among(sq, row)
         w = self.kernel.weight_(sq)
         w = w if factor is None else w.mul_(factor)
-        add_differences(w, near, alpha, self.X, self.Z[row], out, factor is not None, self.shift)
+        add_differences(w, near, alpha, self.X, self.Z[row], out, self.shift)
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(w, -w): the gradient is w (x - z)."""

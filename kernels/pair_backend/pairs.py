@@ -92,15 +92,7 @@ def add_differences(
     X: torch.Tensor,
     Z: torch.Tensor,
     out: torch.Tensor,
-    signed: bool,
     shift: torch.Tensor | None = None,
 ) -> None:
-    """out[i, c] += sum_j w_ij alpha_jc (x_j - z_i), w (b, n) is used up; near pairs as ``Nearness`` finds them.
-
-    ``signed``: w may be negative; near pairs are taken out by weights that are not, so both signs go by themselves.
-    """
-    part = torch.empty_like(out)
-    if signed and bool((w < 0).any()):
-        out -= block_gradients(w.neg().clamp_(min=0.0), near, alpha, X, Z, shift, part)
-        w.clamp_(min=0.0)
-    out += block_gradients(w, near, alpha, X, Z, shift, part)
+    """out[i, c] += sum_j w_ij alpha_jc (x_j - z_i), w (b, n) is used up; near pairs as ``Nearness`` finds them."""
+    out += block_gradients(w, near, alpha, X, Z, shift, torch.empty_like(out))

@@ -334,18 +334,15 @@ class Means:
         return apart
 
 
-def mean_gradient(blocks, alpha, X, Z, shift, roots=None) -> torch.Tensor:
-    """mean_i g_ic, float64 (K, d), from row blocks of weights.
-
-    With roots, the mean weighted by their squares; the rows of the weights have been multiplied by the roots then.
-    """
+def mean_gradient(blocks, alpha, X, Z, shift, total: float | torch.Tensor) -> torch.Tensor:
+    """sum_i w_i g_ic / total, float64 (K, d), from (rows of Z, their gradient weights times the points' weights w)."""
     columns, against = (X.new_zeros(size, dtype=torch.float64) for size in (len(X), (alpha.shape[1], X.shape[1])))
     origin = (X.mean(0) if shift is None else shift).double()  # float64 holds what near pairs differ by
     wide = alpha.double()
     for row, block in blocks:
-        W = block.double() if roots is None else block.double() * roots[row, None]
+        W = block.double()
         columns += W.sum(0)
         against += (W @ wide).T @ (Z[row].double() - origin)
     for part, x in zip((wide * columns[:, None]).split(256), X.split(256), strict=True):
         against -= part.T @ (x.double() - origin)
-    return against.div_(-len(Z) if roots is None else -roots.double().square().sum())
+    return against.div_(-total)

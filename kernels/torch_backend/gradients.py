@@ -305,28 +305,27 @@ def _by_feature(W, alpha, X, Z, out: torch.Tensor) -> torch.Tensor:
 def _take_(W, near: Near, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(rows, their near pairs' weights, zero elsewhere), taken out of W where they would spoil the product.
 
-    A row's near pairs stay in where the rounding that they bring, W |alpha| (|x| + |z|) eps, is below that of all other
-    pairs: bounded weights near a point change nothing then.
+    A row's near pairs stay in where the rounding that they bring, |W| |alpha| (|x| + |z|) eps, is below that of all
+    other pairs: bounded weights near a point change nothing then.
     """
-    rows, mask = near.rows, near.mask
-    taken, everything = W[rows].mul_(mask), W[rows]
+    everything = W[near.rows].abs_()
+    among = everything * near.mask
     x, z = near.x2.sqrt()[:, None], near.z2.sqrt()[:, None]
-    spoilt = torch.zeros_like(rows, dtype=torch.bool)
+    spoilt = torch.zeros_like(near.rows, dtype=torch.bool)
+
+    def rounding(weights: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return matmul_nt(weights, (x * size).T).addcmul_(matmul_nt(weights, size.T), z)
+
     for part in alpha.split(_OUTPUTS, 1):
         size = part.abs()
-        sizes = [size.T, (x * size).T]
-
-        def rounding(weights, sizes=sizes):
-            return matmul_nt(weights, sizes[1]).addcmul_(matmul_nt(weights, sizes[0]), z)
-
-        spoilt |= (rounding(taken) > 0.5 * rounding(everything)).any(1)  # more than the other pairs' part of it
-    del everything
+        spoilt |= (rounding(among, size) > 0.5 * rounding(everything, size)).any(1)  # more than the others' part of it
+    del everything, among
     if not bool(spoilt.any()):
         return None
-    if not bool(spoilt.all()):
-        rows, mask, taken = rows[spoilt], mask[spoilt], taken[spoilt]
-    W[rows] = W[rows].masked_fill_(mask, 0.0)
-    return rows, taken
+    rows, mask = near.rows[spoilt], near.mask[spoilt]
+    taken = W[rows]
+    W[rows] = taken.masked_fill(mask, 0.0)
+    return rows, taken.mul_(mask)
 
 
 def _add_crowds(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
@@ -383,7 +382,8 @@ def _add_directly(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
         longest = int(counts[done])
         step = max(1, chunk_of(X.device) // (longest * (K + d) + K * d))
         index = order[done : min(end, done + step)]
-        w, j = weights[index].topk(longest, dim=1, sorted=False)  # weights are not negative: zeros fill what is left
+        j = weights[index].abs_().topk(longest, dim=1, sorted=False).indices  # shorter rows are filled up with zeros
+        w = weights[index[:, None], j]
         terms = torch.bmm((w[:, :, None] * alpha[j]).transpose(1, 2), X[j] - Z[index, None])
         out.index_add_(0, rows[index], terms)
         done += step
