@@ -78,7 +78,10 @@ def test_a_block_of_distances_of_many_points():
     """One step of a group's product has sixteen rows then, and five copies of them exceed a chunk of differences."""
     rows, n, m, d, size = 256, 60_000, 500, 10, 4
     held = size * (4 * n * d + m * d + 4 * rows * d + 2 * (n + m)) + rows * n * (2 * size + 2)
-    assert distance.tile_bytes(rows, n, m, d, size) == held + 5 * 16 * n * size
+    narrow = held + 5 * 16 * n * size
+    wide = 8 * 128 * n + distance.tile_bytes(128, n, 128, d, 8)  # 128 rows in float64, which are rounded
+    assert distance.tile_bytes(rows, n, m, d, size) == wide > narrow
+    assert distance.tile_bytes(rows, n, 17, d, size) == narrow - size * (m - 17) * (d + 2)  # pairs too few for that
     few = 4000  # here a chunk of pairs with its differences does
     held = size * (4 * few * d + m * d + 4 * rows * d + 2 * (few + m)) + rows * few * (2 * size + 2)
     assert distance.tile_bytes(rows, few, m, d, size) == held + 16 * CHUNK + 3 * size * CHUNK

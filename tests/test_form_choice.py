@@ -52,7 +52,7 @@ def test_nothing_to_centre(monkeypatch):
     points, alpha = pulled(10.0)
     assert not wide.centring_cancels(points._replace(Z=points.Z[:1]), alpha)
     assert not wide.centring_cancels(points, alpha[:, :0])
-    monkeypatch.setattr(torch_agop, "readable", lambda value: False)  # a CUDA graph is captured
+    monkeypatch.setattr(wide, "readable", lambda value: False)  # a CUDA graph is captured
     assert not wide.centring_cancels(points, alpha)
 
 

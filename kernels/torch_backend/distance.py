@@ -40,6 +40,7 @@ _CACHED = 2**16  # pairs that are measured at once there, small enough for a pro
 # a fifth of the pairs are near, all are so measured in a third to a fortieth of the time (two cores of a Xeon).
 _MANY, _ROWS, _COLUMNS = 2**20, 64, 512  # pairs from which on so many rows and columns of them are looked at
 _NARROW, CROWDED = 64, 1e-3  # features, share of near pairs
+FLOAT64_ROWS = 128  # whose distances are made in float64 at a time
 _DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
 
@@ -62,7 +63,8 @@ def tile_bytes(rows: int, n: int, m: int, d: int, size: int, chunk: int = _CHUNK
     most = size * (2 * (n + m) + 4 * rows * d + (copies * n + m) * d) + rows * n * (2 * size + 2) + work
     if size == 8 or chunk == _CUDA_CHUNK or n * m < _MANY:
         return most
-    return max(most, 8 * (n * (d + 2) + rows * n) + tile_bytes(rows, n, rows, d, 8, chunk) - 8 * rows * d)
+    some = min(rows, FLOAT64_ROWS)  # of float64 distances, which are rounded
+    return max(most, 8 * some * n + tile_bytes(some, n, some, d, 8, chunk))
 
 
 def many_on_cpu(X: torch.Tensor, Z: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 from ..plan import AIM, budget, fitting_rows, longest_first
 from ..profile import Profile
 from .distance import (
+    FLOAT64_ROWS,
     NEAR_OF_FLOAT32,
     float64_pays,
     measured_directly,
@@ -77,14 +78,16 @@ class InFloat64:
     def __init__(self, X: torch.Tensor, rows: int):
         self.x = X.double()
         self.x2 = squared_norms(self.x)
-        self.buffer = self.x.new_empty(rows * len(X))
+        self.buffer = self.x.new_empty(min(rows, FLOAT64_ROWS) * len(X))
 
     def squared_distances(self, Z: torch.Tensor, width: int, out: torch.Tensor, self_offset: int | None) -> None:
         """Write ||Z[i] - X[j]||^2 of the first so many points into out, (b, width), in out's dtype."""
-        z, x = Z.double(), self.x[:width]
-        sq = self.buffer[: len(z) * width].view(len(z), width)
-        squared_distances(z, x, squared_norms(z), self.x2[:width], sq, self_offset, NEAR_OF_FLOAT32)
-        out.copy_(sq)
+        x, x2 = self.x[:width], self.x2[:width]
+        for start in range(0, len(Z), FLOAT64_ROWS):
+            z, offset = Z[start : start + FLOAT64_ROWS].double(), None if self_offset is None else self_offset + start
+            sq = self.buffer[: len(z) * width].view(len(z), width)
+            squared_distances(z, x, squared_norms(z), x2, sq, offset, NEAR_OF_FLOAT32)
+            out[start : start + FLOAT64_ROWS] = sq
 
 
 def _part(norms: torch.Tensor | None, row: slice) -> torch.Tensor | None:
