@@ -82,7 +82,7 @@ def test_a_block_of_distances_of_many_points():
     wide = 8 * 128 * n + distance.tile_bytes(128, n, 128, d, 8)  # 128 rows in float64, which are rounded
     assert distance.tile_bytes(rows, n, m, d, size) == wide > narrow
     assert distance.tile_bytes(rows, n, 17, d, size) == narrow - size * (m - 17) * (d + 2)  # pairs too few for that
-    few = 4000  # here a chunk of pairs with its differences does
+    few, m = 4000, 200  # here a chunk of pairs with its differences does
     held = size * (4 * few * d + m * d + 4 * rows * d + 2 * (few + m)) + rows * few * (2 * size + 2)
     assert distance.tile_bytes(rows, few, m, d, size) == held + 16 * CHUNK + 3 * size * CHUNK
 
