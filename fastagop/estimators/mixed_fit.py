@@ -18,6 +18,7 @@ from fastagop.kernels.plan import computed_once
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import tiles
+from fastagop.kernels.torch_backend.distance import around_mean
 from fastagop.kernels.torch_backend.products import (
     differences_and_losses,
     differences_at_few,
@@ -110,8 +111,7 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
     y, n = Y.double(), len(X)
     if X.shape[1] == 0 or not all(is_usual(largest(part)) for part in (X, y)):
         return ""
-    x = X.double()
-    x -= x.mean(0)
+    x, _ = around_mean(X)
     matrices = full_refined.Matrices.of(kernel, x, weights)
     some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
     if not tells_points_apart(some, eps):

@@ -16,6 +16,7 @@ from fastagop.kernels.checks import largest
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import few
+from fastagop.kernels.torch_backend.distance import around_mean
 from fastagop.solvers.limits import bound, relative, tells_points_apart, worst_column
 from fastagop.solvers.solution import Solution, Solved
 
@@ -54,7 +55,7 @@ def solve(
     if not (is_usual(largest(x)) and is_usual(largest(y))):
         return None
     if rounded and X.dtype == torch.float32:
-        x = x - x.mean(0)
+        x, _ = around_mean(x)
         sq = few.distances(x, x)
     else:  # by differences, so that near pairs keep their digits
         sq = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square_()

@@ -15,7 +15,7 @@ from fastagop.kernels.gemm import rows_of, times_few
 from fastagop.kernels.memory.matrices import empty_matrix
 from fastagop.kernels.plan import Plan
 from fastagop.kernels.profile import Profile
-from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
+from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, around_mean, squared_distances, squared_norms
 from fastagop.solvers import cg, direct, float64_small
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
@@ -157,7 +157,7 @@ def run(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dtype) 
 
 def _found(problem: Problem, Y: torch.Tensor, ridge, out: torch.dtype) -> Found | None:
     points = problem.operator.points
-    matrices = Matrices.of(points.kernel, points.X.double(), weights=False)
+    matrices = Matrices.of(points.kernel, around_mean(points.X)[0], weights=False)
     if (result := matrices.solve(Y, ridge, out)) is None:
         return None
 

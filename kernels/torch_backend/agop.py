@@ -27,7 +27,7 @@ from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
 from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, products_of
-from .distance import NEAR_OF_FLOAT32
+from .distance import NEAR_OF_FLOAT32, around_mean
 from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
@@ -85,6 +85,9 @@ def agop(at: Points, alpha, task: AgopTask, plan: Plan, row_weights=None) -> tor
     if len(Z) == 0 or alpha.shape[1] == 0 or (task.center and len(Z) == 1):
         return X.new_zeros(X.shape[1], X.shape[1], dtype=torch.float64)
     alpha = alpha.contiguous()  # products with a transposed one take several times as long
+    if task.rounded:
+        x, origin = around_mean(X)
+        X, Z = x, x if Z is X else Z - origin
     if plan.method == "gradient":
         shift = dominant_offset(X)
         blocks = weight_tiles(kernel, X, Z, plan.block, shift, task.rounded)

@@ -14,7 +14,7 @@ from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, few, matrix, wide
-from .distance import NEAR_OF_ROUNDED, squared_distances, squared_norms
+from .distance import NEAR_OF_ROUNDED, around_mean, squared_distances, squared_norms
 from .gradients import (
     block_gradients,
     chunk_of,
@@ -133,7 +133,8 @@ class FactorKernels:
 
         Distances of float32 points are as good as their rounding: these are the blocks of large problems.
         """
-        x, near = X.double(), NEAR_OF_ROUNDED if X.dtype == torch.float32 else None
+        rounded = X.dtype == torch.float32
+        x, near = (around_mean(X)[0], NEAR_OF_ROUNDED) if rounded else (X.double(), None)
         x2 = squared_norms(x)
 
         def write(out: torch.Tensor, start: int) -> torch.Tensor:

@@ -91,6 +91,16 @@ def near_shares(X: torch.Tensor, Z: torch.Tensor, shares: list[float], origin: C
     return [float(found.sum()) / sq.numel() for found in near]
 
 
+def around_mean(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(points in float64 around their mean, the mean): what they have in common is no part of any distance.
+
+    For float32 points, whose digits float64 keeps then.
+    """
+    x = X.double()
+    origin = x.mean(0)
+    return (x - origin if x is X else x.sub_(origin)), origin
+
+
 def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
     """Whether float64 products of all pairs of float32 points take less than float32 ones with near pairs apart.
 
@@ -100,7 +110,8 @@ def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
     d = X.shape[1]
     if not many_on_cpu(X, Z) or d <= FEW:
         return False
-    near, nearest = near_shares(X, Z, [NEAR[torch.float32], NEAR_OF_FLOAT32])
+    [near] = near_shares(X, Z, [NEAR[torch.float32]])
+    [nearest] = near_shares(X, Z, [NEAR_OF_FLOAT32], lambda x: x.mean(0))  # as ``around_mean``
     return nearest <= CROWDED if d <= _NARROW else near > max(CROWDED, 2.0 * nearest)
 
 

@@ -24,7 +24,7 @@ from ..plan import RAISE_LIMIT, fitting_rows
 from ..profile import Profile
 from .agop import Means
 from .costs import costs, gradient_form_bytes, products_of
-from .distance import FEW, NEAR_OF_ROUNDED, near_chunk, squared_norms, tile_bytes
+from .distance import FEW, NEAR_OF_ROUNDED, around_mean, near_chunk, squared_norms, tile_bytes
 from .gradients import Near, Nearness, block_gradients, gradient_aim, products_at_once
 from .tiles import tiles
 
@@ -176,8 +176,8 @@ def gradients(line: Line, X: torch.Tensor, alpha: torch.Tensor, Z: torch.Tensor)
 
 def _rest_tiles(line: Line, X, Z, rows: int, shift) -> Iterator[tuple[slice, torch.Tensor, Near | None]]:
     """As ``tiles.weight_tiles``, of what the line leaves of the weights."""
-    nearness, x = Nearness(X, Z, shift), X.double()
-    z, buffer = x if Z is X else Z.double(), X.new_empty(min(rows, len(Z)), len(X))
+    nearness, (x, origin) = Nearness(X, Z, shift), around_mean(X)
+    z, buffer = x if Z is X else Z.double().sub_(origin), X.new_empty(min(rows, len(Z)), len(X))
     for row, sq in tiles(x, z, rows, near=NEAR_OF_ROUNDED):
         block = buffer[: len(sq)].copy_(sq)
         near = nearness.among(block, row)

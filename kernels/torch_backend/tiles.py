@@ -11,6 +11,7 @@ from ..profile import Profile
 from .distance import (
     FLOAT64_ROWS,
     NEAR_OF_FLOAT32,
+    around_mean,
     float64_pays,
     measured_directly,
     near_chunk,
@@ -76,7 +77,7 @@ class InFloat64:
     """
 
     def __init__(self, X: torch.Tensor, rows: int):
-        self.x = X.double()
+        self.x, self.origin = around_mean(X)
         self.x2 = squared_norms(self.x)
         self.buffer = self.x.new_empty(min(rows, FLOAT64_ROWS) * len(X))
 
@@ -84,7 +85,8 @@ class InFloat64:
         """Write ||Z[i] - X[j]||^2 of the first so many points into out, (b, width), in out's dtype."""
         x, x2 = self.x[:width], self.x2[:width]
         for start in range(0, len(Z), FLOAT64_ROWS):
-            z, offset = Z[start : start + FLOAT64_ROWS].double(), None if self_offset is None else self_offset + start
+            z = Z[start : start + FLOAT64_ROWS].double().sub_(self.origin)
+            offset = None if self_offset is None else self_offset + start
             sq = self.buffer[: len(z) * width].view(len(z), width)
             squared_distances(z, x, squared_norms(z), x2, sq, offset, NEAR_OF_FLOAT32)
             out[start : start + FLOAT64_ROWS] = sq
