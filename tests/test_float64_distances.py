@@ -178,3 +178,24 @@ def test_the_agop_of_crowds_takes_what_is_planned(normal, tensor_memory):
     planned = costs.plan(X, alpha, X, AgopTask("sum", method="gradient"), "", symmetric=True).peak_bytes
     _, taken = tensor_memory(lambda: fastagop.agop(fastagop.Laplace(1.0), X, alpha, method="gradient"))
     assert taken <= planned
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_points_have_in_common_makes_no_pair_near(own, normal, monkeypatch):
+    """Rows of length 1 within 1e-5 of each other: all pairs are near, and none is around their mean."""
+    points, measured = torch.nn.functional.normalize(1.0 + 1e-5 * normal(2200, 100), dim=1).float(), []
+    X = points[:1100]
+    Z = X if own else points[1100:]
+    assert distance.float64_pays(X, Z)
+    measure = distance._measure_near
+    monkeypatch.setattr(distance, "_measure_near", lambda sq, *rest: (measured.append(len(sq)), measure(sq, *rest)))
+    found = torch.cat([block.clone() for _, block in tiles.tiles(X, Z, 128)])
+    assert not measured
+    check(found, truth(Z, X))
+    fill = fastagop.kernels.torch_backend.backend.FactorKernels().rows(fastagop.Laplace(1.0), X)
+    assert not measured
+    K = torch.cat([fill(X.new_empty(100, start + 100, dtype=F64), start)[-1:, :100] for start in range(0, 1100, 100)])
+    assert not measured
+    rows = torch.arange(99, 1100, 100)
+    exact = torch.exp(-truth(X[rows], X[:100]).sqrt())
+    assert float(((1 - K) / (1 - exact) - 1)[exact < 1].abs().max()) <= 1e-6
