@@ -77,7 +77,9 @@ MEASURES = {
         beyond_cpu.main, "l1 kernels, convolutions and networks of many outputs beside their peers, on the CPU"
     ),
     "cg": Case(cg_cpu.main, "conjugate gradients with and without their preconditioner, on the CPU: minutes"),
-    "collapse": Case(collapse_cpu.main, "the AGOP by the spread of classes, against xrfm and torch, on the CPU"),
+    "collapse": Case(
+        collapse_cpu.main, "AGOP and kernel matrix of collapsed classes beside xrfm and torch, on the CPU"
+    ),
     "coefficients": Case(
         coefficients_cpu.main,
         "the AGOP of coefficients that float32 does not hold, by the dtype of its products, on the CPU",

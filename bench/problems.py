@@ -83,13 +83,13 @@ def draw(n: int, d: int, K: int, kernel: Radial | None = LAPLACE, device: torch.
     return Problem(X.to(device), torch.randn(n, K, generator=generator).to(device), y.to(device), kernel)
 
 
-def collapsed(n: int, d: int, spread: float, device: torch.device = CPU) -> Problem:
-    """Unit rows of ten shuffled classes, collapsed to a spread around their centres.
+def collapsed(n: int, d: int, spread: float, device: torch.device = CPU, classes: int = CLASSES) -> Problem:
+    """Unit rows of shuffled classes, ten by default, collapsed to a spread around their centres.
 
     Sorted classes would hide near pairs: of a matrix in tiles, one in ten has any then.
     """
     generator = torch.Generator().manual_seed(0)
-    y = (torch.arange(n) % CLASSES)[torch.randperm(n, generator=generator)]
+    y = (torch.arange(n) % classes)[torch.randperm(n, generator=generator)]
     X = _around_centres(y, d, spread, generator)
     return Problem(X.to(device), torch.randn(n, 1, generator=generator).to(device), y.to(device))
 
@@ -130,5 +130,5 @@ def network(n: int, device: torch.device = CPU) -> Problem:
 
 
 def _around_centres(y: torch.Tensor, d: int, spread: float, generator: torch.Generator) -> torch.Tensor:
-    centres = torch.randn(CLASSES, d, generator=generator)
+    centres = torch.randn(max(CLASSES, int(y.max()) + 1), d, generator=generator)
     return torch.nn.functional.normalize(centres[y] + spread * torch.randn(len(y), d, generator=generator))
