@@ -297,7 +297,7 @@ def _resampled(
     samples: torch.Tensor, factor: float, count: int, random_state: int | np.random.Generator | None
 ) -> Iterable[torch.Tensor]:
     """AGOPs of samples drawn with replacement, one after the other."""
-    whole = isinstance(random_state, numbers.Integral) and random_state >= 0 and not isinstance(random_state, bool)
+    whole = isinstance(random_state, numbers.Integral) and int(random_state) >= 0 and not isinstance(random_state, bool)
     if not (whole or random_state is None or isinstance(random_state, np.random.Generator)):
         raise ValueError(
             f"random_state must be an integer >= 0, a numpy.random.Generator or None, got {random_state!r}"

@@ -72,8 +72,8 @@ def _try(value: Kernel) -> None:
                     "sq.mul_(-0.5).exp_() does; it returns another one"
                 )
             if method == "value_":
-                _check_one(name, float(found[0, 0]))
-            if method == "weight_" and not math.isfinite(weight := float(found[0, 0])):
+                _check_one(name, float(given[0, 0]))
+            if method == "weight_" and not math.isfinite(weight := float(given[0, 0])):
                 raise ValueError(
                     f"kernel: {name}.weight_ must be 0 at distance 0, got {weight:g}; set it there, as "
                     "masked_fill_(sq == 0, 0.0) does with a copy of what comes in"

@@ -196,7 +196,7 @@ def others(n: int, part: torch.Tensor | None, device: torch.device) -> torch.Ten
 
 def check_fraction(value) -> None:
     """Refuse a ``validation_fraction`` that is no number between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
         raise ValueError(f"validation_fraction must be a number between 0 and 1, got {value!r}")
 
 
