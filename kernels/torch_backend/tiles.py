@@ -46,12 +46,12 @@ def tiles(
         near: as of ``squared_distances``.
     """
     symmetric, m, n = Z is X, len(Z), len(X)
+    wide = InFloat64(X, min(rows, m)) if near is None and float64_pays(X, Z) else None
     x2 = z2 = None
-    if not measured_directly(min(rows, m) * n, X):
+    if wide is None and not measured_directly(min(rows, m) * n, X):
         x2 = squared_norms(X)
         z2 = x2 if symmetric else squared_norms(Z)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
-    wide = InFloat64(X, min(rows, m)) if near is None and float64_pays(X, Z) else None
     if starts is None:
         starts = longest_first(m, rows) if lower else range(0, m, rows)
     for start in starts:
