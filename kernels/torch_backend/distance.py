@@ -72,8 +72,8 @@ def many_on_cpu(X: torch.Tensor, Z: torch.Tensor) -> bool:
     return X.dtype == torch.float32 and X.device.type == "cpu" and len(X) * len(Z) >= _MANY
 
 
-def near_shares(X: torch.Tensor, Z: torch.Tensor, shares: list[float], origin: Callable | None = None) -> list[float]:
-    """Which part of the pairs is nearer than each share of their squared norms, by a few rows and columns.
+def near_share(X: torch.Tensor, Z: torch.Tensor, near: float, origin: Callable | None = None) -> float:
+    """Which part of the pairs is below that share of their squared norms, by a few rows and columns.
 
     origin: X -> where norms are taken from, or None.
     """
@@ -87,8 +87,7 @@ def near_shares(X: torch.Tensor, Z: torch.Tensor, shares: list[float], origin: C
     sizes = squared_norms(z)[:, None] + squared_norms(x)
     sq = torch.addmm(sizes, z, x.T, alpha=-2.0)
     # One pair a row says nothing: points of Z may be those of X.
-    near = [(sq < share * sizes).sum(1).sub_(1).clamp_(min=0) for share in shares]
-    return [float(found.sum()) / sq.numel() for found in near]
+    return float((sq < near * sizes).sum(1).sub_(1).clamp_(min=0).sum()) / sq.numel()
 
 
 def around_mean(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +109,8 @@ def float64_pays(X: torch.Tensor, Z: torch.Tensor) -> bool:
     d = X.shape[1]
     if not many_on_cpu(X, Z) or d <= FEW:
         return False
-    [near] = near_shares(X, Z, [NEAR[torch.float32]])
-    [nearest] = near_shares(X, Z, [NEAR_OF_FLOAT32], lambda x: x.mean(0))  # as ``around_mean``
+    near = near_share(X, Z, NEAR[torch.float32])
+    nearest = near_share(X, Z, NEAR_OF_FLOAT32, lambda x: x.mean(0))  # as ``around_mean``
     return nearest <= CROWDED if d <= _NARROW else near > max(CROWDED, 2.0 * nearest)
 
 

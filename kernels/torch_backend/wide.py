@@ -14,7 +14,7 @@ from ..plan import ROWS, AgopTask, Plan, budget
 from ..scaling import Points
 from .agop import agop
 from .costs import plan, wide_bytes
-from .distance import CROWDED, FEW, NEAR, many_on_cpu, near_shares
+from .distance import CROWDED, FEW, NEAR, many_on_cpu, near_share
 from .gradients import block_gradients, dominant_offset
 from .tiles import tiles
 
@@ -82,7 +82,7 @@ def agop_of_crowds(at: Points, alpha, task: AgopTask, made: Plan, row_weights=No
     X, Z, extra = at.X, at.Z, _PER_COLUMN * at.X.shape[1] * alpha.shape[1]
     if made.method != "gradient" or not many_on_cpu(X, Z) or X.shape[1] <= FEW or extra >= _NEAR:
         return None
-    [near] = near_shares(X, Z, [NEAR[X.dtype]], dominant_offset)
+    near = near_share(X, Z, NEAR[X.dtype], dominant_offset)
     if near <= CROWDED or min(_NEAR, _EACH_NEAR * near) <= extra:
         return None
     task = replace(task, method="gradient", limit=made.peak_bytes, rounded=True)
