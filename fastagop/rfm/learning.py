@@ -16,6 +16,7 @@ from fastagop.kernels import backends
 from fastagop.kernels.memory.matrices import kept_matrices
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
+from fastagop.rfm.validation import key
 from fastagop.solvers import copies, row_order
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solved
@@ -195,7 +196,7 @@ class Learner:
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
         assert kept is not None
-        best = max(range(len(scores)), key=lambda i: (*scores[i], -i)) if scores else len(stages) - 1
+        best = _best(scores) if scores else len(stages) - 1
         firsts, ties = [score for score, _ in scores], [tie for _, tie in scores]
         return Learnt(stages, kept, records, firsts, ties, best, coordinates)
 
@@ -204,7 +205,7 @@ class Learner:
         if self.score is None:
             return solved
         scores.append(self._agreed(self.score(stages[-1], coordinates)))
-        better = kept is None or all(scores[-1] > earlier for earlier in scores[:-1])
+        better = kept is None or _best(scores) == len(scores) - 1
         return solved if better else kept  # pyright: ignore[reportReturnType]
 
     def _agreed(self, score: tuple[float, float]) -> tuple[float, float]:
@@ -218,7 +219,7 @@ class Learner:
         patience = self.rules.patience
         if patience is None or not scores:
             return ""
-        best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
+        best = _best(scores)
         return f"no better score in {patience} iterations" if len(scores) - 1 - best >= patience else ""
 
     def _late(self, last: float, engine: Local) -> str:
@@ -231,3 +232,8 @@ class Learner:
         if not bool(engine.broadcast(over)):
             return ""
         return f"time_limit of {seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"
+
+
+def _best(scores: list[tuple[float, float]]) -> int:
+    """The first of the best pairs of a score and what decides between equal ones."""
+    return max(range(len(scores)), key=lambda i: (*key(*scores[i]), -i))
