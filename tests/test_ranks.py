@@ -759,3 +759,104 @@ def test_a_lost_rank_ends_the_others(normal, together):
     assert isinstance(lost, distributed.RankLost)
     assert "distributed.solve: rank 0 of 2 lost another rank" in str(lost)
     assert isinstance(died, KeyError)
+
+
+# ---- what fails on one rank
+
+
+class Mine(ValueError):
+    """What fails on one rank."""
+
+
+def fails_on(rank, what="mine"):
+    """A function of anything that fails on a rank; the others go on."""
+
+    def call(*args, **options):
+        if communicator.dist.get_rank() == rank:
+            raise Mine(what)
+        return 0.0
+
+    return call
+
+
+def check_told(results, failing, said):
+    """The rank that failed raises its error, the others one that names it."""
+    for rank, error in enumerate(results):
+        assert isinstance(error, Mine if rank == failing else RuntimeError), (rank, error)
+        assert rank == failing or re.search(said, str(error)), error
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_user_code_that_fails_on_one_rank_is_told_to_the_others(failing, normal, together, tmp_path, monkeypatch):
+    """They raise as well, instead of waiting for the rank at its next step, and the group can go on."""
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+    deep = {"depth": 2, "width": 8, "random_state": 0}
+    for make, how, said in (
+        (
+            RFMRegressor,
+            {"iterations": 2, "callbacks": [fails_on(failing)]},
+            r"callbacks.* failed on rank \d; its error",
+        ),
+        (
+            RFMRegressor,
+            {"iterations": 2, "scoring": fails_on(failing), "early_stopping": True},
+            "scoring failed on rank",
+        ),
+        (DeepRFMRegressor, {**deep, "callbacks": [fails_on(failing)]}, r"callbacks.* failed on rank \d; its error"),
+    ):
+        options = {"ridge": 0.1, "device": "cpu", "random_state": 0, **how}
+
+        def fit(rank, make=make, options=options):
+            return make(process_group=communicator.dist, **options).fit(X, y)
+
+        results = together(3, fit)
+        if "scoring" in options:  # The error of a scorer is told with its name.
+            assert str(results[failing]) == "scoring: the validation rows have no score, since mine"
+            results[failing] = Mine()
+        check_told(results, failing, said)
+    if failing == 0:  # which keeps the checkpoint
+        monkeypatch.setattr("fastagop.deep_rfm.checkpoint.Checkpoint.save", fails_on(0))
+
+        def kept(rank):
+            return DeepRFMRegressor(process_group=communicator.dist, checkpoint_dir=tmp_path, **deep).fit(X, y)
+
+        check_told(together(3, kept), 0, "checkpoint.* failed on rank 0")
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("what", ["fill_", "to", "matmul", "_factor"])
+def test_a_rank_that_fails_within_a_shared_solve_is_told_to_the_others(what, failing, normal, together, monkeypatch):
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
+    X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
+    plain, fails = getattr(SharedBlocks, what), fails_on(failing, "no memory")
+    again = fastagop.solve(Laplace(2.0), X, Y)
+
+    def once(self, *args):
+        fails()
+        return plain(self, *args)
+
+    def solve(rank):
+        return distributed.solve(Laplace(2.0), X, Y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedBlocks, what, once)
+        results = together(3, solve)
+    for rank, error in enumerate(results):
+        assert isinstance(error, (Mine, RuntimeError)), error
+        named = re.search(rf"rank {failing} (failed|could not)", str(error))
+        assert isinstance(error, Mine) if rank == failing else named or failing == 0, error
+    for found in together(3, solve):
+        assert torch.allclose(found.alpha, again.alpha, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_that_fails_on_another_rank_is_told(normal, together, monkeypatch):
+    X, Y = normal(60, 5), normal(60, 2, seed=1)
+    plain = engine.area_of_product
+
+    def area(*args):
+        fails_on(1)()
+        return plain(*args)
+
+    monkeypatch.setattr(engine, "area_of_product", area)
+    results = together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, ridge=0.1, method="cg"))
+    check_told(results, 1, "rank 1 failed; its error says why")

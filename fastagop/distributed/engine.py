@@ -115,6 +115,10 @@ class Local:
         """The first rank's tensor, on every rank."""
         return value
 
+    def together(self, work: Callable[[], Any], what: str, device: torch.device) -> Any:
+        """work(), which no rank goes on without; ``what`` it is in words."""
+        return work()
+
 
 class Sharded(Local):
     """The ranks of a ``torch.distributed`` group, each of which makes the same calls.
@@ -138,6 +142,10 @@ class Sharded(Local):
     def broadcast(self, value: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, on every rank."""
         return self.communicator("broadcast", value).broadcast(value)
+
+    def together(self, work: Callable[[], Any], what: str, device: torch.device) -> Any:
+        """work(); where it fails on one rank, every rank learns which."""
+        return Communicator(self.group, "fit", device).together(work, what)
 
     def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """As ``Local.agop_diagonal``; every rank takes its share of the rows."""

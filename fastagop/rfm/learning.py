@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -186,7 +187,8 @@ class Learner:
             metric, scale = metric.updated(inner, *update)
             score = scores[-1][0] if scores else None
             records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
-            self.after(index, records[-1], metric)
+            done, device = functools.partial(self.after, index, records[-1], metric), points.X.device
+            engine.together(done, "what follows an iteration (callbacks, warnings)", device)
             stopped = self._tired(scores) or self._late(time.perf_counter() - begin, engine)
             if stopped:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
@@ -204,7 +206,8 @@ class Learner:
         """Add the last stage's score; the solution to keep is the best one's, or the last one's without scores."""
         if self.score is None:
             return solved
-        scores.append(self._agreed(self.score(stages[-1], coordinates)))
+        score = functools.partial(self.score, stages[-1], coordinates)
+        scores.append(self._agreed(self.engine.together(score, "scoring", self.points.X.device)))
         better = kept is None or _best(scores) == len(scores) - 1
         return solved if better else kept  # pyright: ignore[reportReturnType]
 
