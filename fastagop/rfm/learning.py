@@ -135,6 +135,10 @@ class Learnt:
         """The stage that predicts, the best one."""
         return self.stages[self.best]
 
+    def everywhere(self) -> Metric:
+        """Its metric, of rows anywhere."""
+        return self.stage.metric.everywhere()
+
 
 Scored = Callable[[Stage, torch.Tensor], tuple[float, float]]
 
