@@ -84,10 +84,11 @@ class SharedBlocks(SymmetricBlocks):
         message = torch.zeros(row.stop - row.start + 1, row.stop, dtype=self.dtype, device=self.ranks.wire)
         if q in mine:
             try:
-                info = self._factor(mine[q], diagonal[row])
+                message[-1] = self._factor(mine[q], diagonal[row])
             except Exception as error:  # raised when the other ranks know
                 self._error = self._error or error
-            message[-1] = _FAILED if self._error else info
+            if self._error is not None:
+                message[-1] = _FAILED
             message[:-1].copy_(mine[q])
         return message, self.ranks.send(message, q % self.ranks.size)
 
