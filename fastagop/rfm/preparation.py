@@ -22,7 +22,7 @@ def check_scale(value) -> None:
 
 
 def warn_of_faint_kernel(model, first: torch.Tensor, weights: torch.Tensor | None, reported: set[str]) -> None:
-    """Say where a machine answers new rows by a constant, whatever they are, and which parameters change that.
+    """Say where the outputs of a machine for new rows are all but constant, and which parameters change that.
 
     Args:
         model: fitted.
@@ -38,7 +38,7 @@ def warn_of_faint_kernel(model, first: torch.Tensor, weights: torch.Tensor | Non
             where = " in the learned metric" if place else ""
             more = "" if model.scale else ", or scale='standard'"
             warn(
-                f"{type(model).__name__}: {finding}{where}, and predictions for new rows are all but constant: take a "
+                f"{type(model).__name__}: {finding}{where}, and outputs for new rows are all but constant: take a "
                 f"bandwidth of that size, such as kernel={type(model.kernel_).__name__}('median') has{more}"
             )
             return

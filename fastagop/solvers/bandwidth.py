@@ -106,7 +106,7 @@ def note(points: Points, given: Any, block: int = 256) -> str:
 
 @torch.no_grad()
 def faint(kernel: Any, X: torch.Tensor, ridge: float = 0.0) -> str:
-    """What to say where the predictor of points X (n, d) is all but constant at new rows; "" elsewhere.
+    """What to say where the outputs for new rows are all but constant, given points X (n, d); "" elsewhere.
 
     That is so where the kernel values of a point with all others sum to next to nothing, so that coefficients answer
     for their own points only; and where values differ so little from 1 that the ridge outweighs all that is left of
