@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import pkgutil
 import re
 import threading
 import warnings
@@ -860,3 +861,24 @@ def test_a_product_that_fails_on_another_rank_is_told(normal, together, monkeypa
     monkeypatch.setattr(engine, "area_of_product", area)
     results = together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, ridge=0.1, method="cg"))
     check_told(results, 1, "rank 1 failed; its error says why")
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("fastagop.distributed.engine.KernelOperator.mean_gradient", {"method": "gradient", "center": True}),
+        ("fastagop.distributed.engine.torch_agop.weights", {"method": "gram"}),
+        ("fastagop.distributed.engine.torch_gram.gram_form", {"method": "gram"}),
+    ],
+)
+def test_a_share_of_an_agop_that_fails_on_one_rank_is_told(place, how, normal, together, monkeypatch):
+    X, alpha = normal(60, 5), normal(60, 8, seed=1)
+    plain = fastagop.agop(Laplace(2.0), X, alpha, **how)
+    with monkeypatch.context() as patch:
+        owner, name = place.rsplit(".", 1)
+        real = pkgutil.resolve_name(place)
+        patch.setattr(pkgutil.resolve_name(owner), name, lambda *args, **more: fails_on(1)() or real(*args, **more))
+        results = together(2, lambda rank: distributed.agop(Laplace(2.0), X, alpha, **how))
+    check_told(results, 1, "its share failed on rank 1; its error says why")
+    for found in together(2, lambda rank: distributed.agop(Laplace(2.0), X, alpha, **how)):
+        torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-11)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastagop.kernels import checks
 from fastagop.kernels.plan import budget, longest_first
 
 # What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
@@ -305,6 +306,11 @@ class Communicator:
         with self.collective():
             dist.broadcast_object_list(box, self._first, group=self.group)
         return box[0]
+
+
+def other(X, Z):
+    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
+    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and checks.same(X, Z) else Z
 
 
 def _portable(error: Exception) -> Exception:

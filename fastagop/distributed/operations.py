@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product, other
+from fastagop.distributed.communicator import other
+from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product
 from fastagop.kernels import operations
 from fastagop.kernels.kernel_operator import KernelOperator, in_dtype
 from fastagop.kernels.plan import AgopTask
