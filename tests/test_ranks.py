@@ -882,3 +882,25 @@ def test_a_share_of_an_agop_that_fails_on_one_rank_is_told(place, how, normal, t
     check_told(results, 1, "its share failed on rank 1; its error says why")
     for found in together(2, lambda rank: distributed.agop(Laplace(2.0), X, alpha, **how)):
         torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rows_of_a_result_that_fail_on_one_rank_are_told(failing, normal, together, monkeypatch):
+    X, alpha = normal(60, 5), normal(60, 3, seed=1)
+    calls = {
+        "gradients": lambda rank: distributed.gradients(Laplace(2.0), X, alpha),
+        "kernel_matmul": lambda rank: distributed.kernel_matmul(Laplace(2.0), X, X.clone(), alpha),
+        "diagonal": lambda rank: Sharded(None).agop_diagonal(
+            Predictor(Laplace(2.0), X, alpha), AgopTask("sum", True, "auto", None, None)
+        ),
+    }
+    places = {name: (shared.operations, name) for name in ("gradients", "kernel_matmul")}
+    places["diagonal"] = (engine.torch_diagonal, "agop_diagonal")
+    calls["triangle"] = lambda rank: distributed.kernel_matmul(Laplace(2.0), X, None, alpha)
+    places["triangle"] = (shared, "area_of_product")
+    for name, call in calls.items():
+        real = getattr(*places[name])
+        with monkeypatch.context() as patch:
+            patch.setattr(*places[name], lambda *args, real=real, **more: fails_on(failing)() or real(*args, **more))
+            check_told(together(2, call), failing, f"its share failed on rank {failing}; its error says why")
+        assert all(isinstance(found, torch.Tensor) for found in together(2, call))

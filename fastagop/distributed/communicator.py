@@ -6,6 +6,7 @@ Everything travels by collectives of ``torch.distributed``; nothing here opens a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -29,6 +30,10 @@ MEETING = (-11, -12)  # numbers of requests within which ranks wait for each oth
 
 class RankLost(RuntimeError):
     """Another process of the group died, or did not answer within the group's timeout."""
+
+
+class RankFailed(RuntimeError):
+    """Something failed on another process of the group, whose own error says what."""
 
 
 class Communicator:
@@ -104,7 +109,7 @@ class Communicator:
         """work(), the same step on every rank; where it fails on one of them, no rank goes on without it.
 
         Raises:
-            BaseException: what work raised here. RuntimeError: it failed on another rank, which is named.
+            BaseException: what work raised here. RankFailed: it failed on another rank, which is named.
         """
         result, error = None, None
         try:
@@ -115,8 +120,22 @@ class Communicator:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"distributed.{self.op}: {what} failed on rank {failed[0]}; its error says why")
+            raise RankFailed(f"distributed.{self.op}: {what} failed on rank {failed[0]}; its error says why")
         return result
+
+    def shared(self, work: Callable[[Callable], Any], what: str) -> Any:
+        """work(total), which comes to each ``total`` on every rank; where it fails before one, as ``together``."""
+
+        def total(value: torch.Tensor) -> torch.Tensor:
+            self.together(lambda: None, what)
+            return self.total(value)
+
+        try:
+            return work(total)
+        except (RankLost, RankFailed):
+            raise
+        except Exception as error:
+            return self.together(functools.partial(_raised, error), what)
 
     def _disagree(self, call: str, tensors: dict, everyone: list[list[int]]) -> None:
         """Name what differs; every rank sees the same hashes, so every rank comes here."""
@@ -170,19 +189,23 @@ class Communicator:
         row = max(1, torch.Size(tail).numel() * like.element_size())
         step = max(1, min(share, max(_PIECE_ROWS, _PIECE // row)))
         everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self.wire)
-        pending = []
+        pending, failed = [], None
         for offset in range(0, share, step):
             width = min(step, share - offset)
             start, stop = min(last, first + offset), min(last, first + offset + width)
             places = [part[offset : offset + width] for part in everything]
             piece = places[self.rank]
-            if stop > start:
-                piece[: stop - start] = compute(start, stop)
+            if stop > start and failed is None:
+                try:
+                    piece[: stop - start] = compute(start, stop)
+                except Exception as error:  # raised when the other ranks know
+                    failed = error
             with self.collective():
                 pending.append(dist.all_gather(places, piece, group=self.group, async_op=True))
         with self.collective():
             for work in pending:
                 work.wait()
+        self.together(functools.partial(_raised, failed), "its share")
         return everything.flatten(0, 1)[:count].to(like.device)
 
     def run_on_root(self, job: Callable, handle: Callable | None = None) -> Any:
@@ -306,6 +329,12 @@ class Communicator:
         with self.collective():
             dist.broadcast_object_list(box, self._first, group=self.group)
         return box[0]
+
+
+def _raised(error: Exception | None) -> None:
+    """Raise an error that there is."""
+    if error is not None:
+        raise error
 
 
 def other(X, Z):

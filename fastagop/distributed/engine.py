@@ -151,7 +151,8 @@ class Sharded(Local):
     def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """As ``Local.agop_diagonal``; every rank takes its share of the rows."""
         ranks = self.communicator("agop", predictor.X)
-        return self._diagonal(predictor, task, span=ranks.rows(len(predictor.X)), total=ranks.total)
+        span = ranks.rows(len(predictor.X))
+        return ranks.shared(lambda total: self._diagonal(predictor, task, span=span, total=total), _SHARE)
 
     def agop(self, predictor: Predictor, task: AgopTask, Z: torch.Tensor | None = None) -> torch.Tensor:
         """The AGOP at Z, default X, in float64; partial sums (d, d) are added in float64."""

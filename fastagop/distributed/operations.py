@@ -91,8 +91,8 @@ def kernel_matmul(
             V,
         )
     with operator.products():
-        rows = block_of_product(X, V.shape[1], room)
-        return ranks.total(area_of_product(operator.points.kernel, operator.points.X, V, rows, ranks))
+        rows, at = block_of_product(X, V.shape[1], room), operator.points
+        return ranks.total(ranks.together(lambda: area_of_product(at.kernel, at.X, V, rows, ranks), "its share"))
 
 
 @torch.no_grad()
