@@ -160,10 +160,10 @@ def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
         finding = "0 to rounding: no point says anything about another"
     else:
         finding = "1 to rounding: all points look alike"
-    return (
-        f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. Their typical "
-        f"distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
-    )
+    text = f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. "
+    if typical == 0:
+        return f"{text}Most of them are equal here, at any bandwidth: other or more features are needed"
+    return f"{text}Their typical distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
 
 
 def _counts(values: torch.Tensor) -> tuple[int, int, int]:
