@@ -19,6 +19,7 @@ from fastagop.solvers.limits import zero_and_one
 _SAMPLE = 1024  # points whose pairs stand for all in a median distance
 _GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
+_FEWEST, _SOME = 8, 512  # points whose values with so many others nearly always show that they are of use
 _ROWS = 4096  # points whose distances to these are made at once
 _FAINT = 0.01  # sum of the kernel values of a point with all others, beside its own, or what they are less than 1
 _OUTWEIGHED = 0.1  # of the ridge: the trace of what the kernel matrix has beside its mean
@@ -115,28 +116,33 @@ def faint(kernel: Any, X: torch.Tensor, ridge: float = 0.0) -> str:
     n = len(X)
     if n < 2 or not kernel.radial:
         return ""
+    some = X[_places(n, _SOME).to(X.device)]  # parts of the sums nearly always show that nothing is wrong
+    return _faint(kernel, some, ridge, _FEWEST, n) and _faint(kernel, X, ridge, _FEW, n)
+
+
+def _faint(kernel: Any, X: torch.Tensor, ridge: float, rows: int, all_: int) -> str:
+    """``faint`` by so many rows of the kernel matrix of points, some of all there are."""
+    n = len(X)
     scaled, x, _, unit = scale_points(kernel, X, X)
-    places = _places(n, _FEW).to(x.device)
+    places = _places(n, rows).to(x.device)
     few, each = x[places].double(), torch.arange(len(places), device=x.device)
-    sums, typical = few.new_zeros(len(few)), []
+    sums = few.new_zeros(len(few))
     for start in range(0, n, _ROWS):
-        apart = torch.cdist(few, x[start : start + _ROWS].double())
-        typical.append(float(apart.median()))
-        values = scaled.value_(apart.square_())
+        values = scaled.value_(torch.cdist(few, x[start : start + _ROWS].double()).square_())
         own = (places >= start) & (places < start + _ROWS)
         values[each[own], places[own] - start] = 0.0
         sums += values.sum(1)
     sum_, left = float(sums.median()), float((n - 1 - sums).mean())
     if sum_ <= _FAINT:
         finding = f"a point's kernel values with all others sum to {sum_:.1e}: points say next to nothing about others"
-    elif left <= min(_OUTWEIGHED * ridge, _FAINT * (n - 1)):
+    elif left <= min(_OUTWEIGHED * ridge, _FAINT * (all_ - 1)):
         finding = (
             f"the kernel values of different points are 1 but for {left / (n - 1):.1e}, which the ridge {ridge:.3g} "
             "outweighs: points look alike"
         )
     else:
         return ""
-    distance = sorted(typical)[len(typical) // 2] * unit
+    distance = float(torch.cdist(few, x[_places(n, _SAMPLE).to(x.device)].double()).median()) * unit
     return f"at bandwidth {kernel.bandwidth:.3g} {finding}. Their typical distance is {distance:.3g}"
 
 
