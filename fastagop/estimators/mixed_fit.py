@@ -17,8 +17,7 @@ from fastagop.kernels.checks import largest
 from fastagop.kernels.plan import computed_once
 from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
-from fastagop.kernels.torch_backend import tiles
-from fastagop.kernels.torch_backend.distance import around_mean
+from fastagop.kernels.torch_backend.distance import around_mean, squared_distances, squared_norms
 from fastagop.kernels.torch_backend.products import (
     differences_and_losses,
     differences_at_few,
@@ -89,7 +88,8 @@ class MixedFit:
     def _exact(self, index: torch.Tensor) -> torch.Tensor:
         """The gradients at some of the points (p, K, d) in float64, with weights that were not rounded."""
         x, z = self.x, self.x[index]
-        W = torch.cat([self.kernel.weight_(sq) for _, sq in tiles.tiles(x, z, len(index))])
+        sq = x.new_empty(len(index), len(x))
+        W = self.kernel.weight_(squared_distances(z, x, squared_norms(z), squared_norms(x), sq, index))
         product = differences_at_few if len(index) < x.shape[1] else differences_product
         return product(W, self._scaled[0], x, z)
 
@@ -97,7 +97,7 @@ class MixedFit:
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
     """Most bytes beyond the points: three matrices and their fill, then gradients that are taken again in float64."""
     (n, d), K = X.shape, Y.shape[1]
-    return 16 * n * n + max(8 * n * n, 16 * n * (K * (d + 1) + 2)) + 20 * n * (d + K + 8)
+    return 16 * n * n + max(8 * n * n, 16 * n * (K * (d + 1) + 2)) + 36 * n * (d + K + 8)
 
 
 def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights: bool) -> MixedFit | str:

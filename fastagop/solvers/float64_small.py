@@ -17,7 +17,7 @@ from fastagop.kernels.profile import Profile
 from fastagop.kernels.scaling import is_usual
 from fastagop.kernels.torch_backend import few
 from fastagop.kernels.torch_backend.distance import around_mean
-from fastagop.solvers.limits import bound, relative, tells_points_apart, worst_column
+from fastagop.solvers.limits import both, bound, tells_points_apart
 from fastagop.solvers.solution import Solution, Solved
 
 MAX_POINTS = 512
@@ -71,7 +71,8 @@ def solve(
         return None
     alpha = wide.to(out)
     left = torch.mm(alpha.double().T, A).T.sub_(y)  # A is symmetric: its rows are read once
-    seconds, residual = time.perf_counter() - start, relative(left, y)
+    residual, of_column = both(left, y)
+    seconds = time.perf_counter() - start
     found = Solution(
         alpha=alpha,
         residual=residual,
@@ -83,6 +84,6 @@ def solve(
         rank=n,
         seconds=seconds,
         residual_rows=n,
-        column_residual=residual if y.shape[1] == 1 else worst_column(left, y),
+        column_residual=of_column,
     )
     return SmallSolve(Solved(found, alpha), x, sq, A)

@@ -15,7 +15,15 @@ from fastagop.kernels.gemm import rows_of, times_few
 from fastagop.kernels.memory.matrices import empty_matrix
 from fastagop.kernels.plan import Plan
 from fastagop.kernels.profile import Profile
-from fastagop.kernels.torch_backend.distance import NEAR_OF_ROUNDED, around_mean, squared_distances, squared_norms
+from fastagop.kernels.torch_backend.distance import (
+    FEW,
+    NEAR_OF_ROUNDED,
+    around_mean,
+    factors,
+    near_again_,
+    squared_distances,
+    squared_norms,
+)
 from fastagop.solvers import cg, direct, float64_small
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
@@ -49,12 +57,18 @@ class Matrices:
     def of(cls, kernel: Profile, x: torch.Tensor, weights: bool) -> Matrices:
         """Those of points x (n, d) in float64, which were rounded to float32."""
         n, of_x = len(x), squared_norms(x)
+        pair = factors(x, of_x) if x.shape[1] > FEW else None
         K, A = empty_matrix(n, n, x), empty_matrix(n, n, x, torch.float32)
         W = empty_matrix(n, n, x, torch.float32) if weights else None
         for start in range(0, n, _ROWS):
             stop = min(n, start + _ROWS)
             sq, rounded = K[start:stop, start:], A[start:stop, start:]
-            squared_distances(x[start:stop], x[start:], of_x[start:stop], of_x[start:], sq, 0, NEAR_OF_ROUNDED)
+            part = x[start:stop], x[start:], of_x[start:stop], of_x[start:]
+            if pair is None:
+                squared_distances(*part, sq, 0)
+            else:
+                torch.mm(pair[0][start:stop], pair[1][start:].T, out=sq)
+                near_again_(sq, *part, 0, NEAR_OF_ROUNDED)
             upper = sq[:, : stop - start].triu()  # its diagonal is zero
             torch.add(upper, upper.T, out=sq[:, : stop - start])  # symmetric to the bit, as all that is made of it
             if W is not None:
@@ -132,7 +146,7 @@ def by_factor(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
 def bytes_of(problem: Problem) -> int:
     """Most bytes that the solver takes."""
     (n, d), wide = problem.X.shape, problem.needed_bytes(torch.float64)
-    return max(wide, _ITEM * n * n + 8 * n * (d + 10 * problem.outputs))
+    return max(wide, _ITEM * n * n + 8 * n * (3 * d + 4 + 10 * problem.outputs))
 
 
 def plan(problem: Problem, why: str) -> Plan:

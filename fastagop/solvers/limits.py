@@ -46,6 +46,14 @@ def worst_column(R: torch.Tensor, Y: torch.Tensor) -> float:
     return grow * float(share.max()) if share.numel() else 0.0
 
 
+def both(R: torch.Tensor, Y: torch.Tensor) -> tuple[float, float]:
+    """(``relative``, ``worst_column``) of all rows, of the same norms."""
+    of_r, of_y = (torch.linalg.vector_norm(part, dim=0).tolist() for part in (R, Y))
+    size = math.hypot(*of_y)
+    shares = [r / y for r, y in zip(of_r, of_y, strict=True) if y > 0]
+    return (math.hypot(*of_r) / size if size > 0 else 0.0), max(shares, default=0.0)
+
+
 def finite_values(size: float) -> float:
     """A number that is made of all kernel values of a system; refused where they are not all finite."""
     if not math.isfinite(size):

@@ -138,7 +138,7 @@ def squared_distances(
     z2: torch.Tensor | None,
     x2: torch.Tensor | None,
     out: torch.Tensor,
-    self_offset: int | None = None,
+    selves: int | torch.Tensor | None = None,
     near: float | None = None,
 ) -> torch.Tensor:
     """Write ||Z[i] - X[j]||^2 into out, shape (b, n).
@@ -147,7 +147,7 @@ def squared_distances(
         Z, X: points (b, d) and (n, d).
         z2, x2: their squared norms, where not ``measured_directly``.
         out: result; any strides that a matrix product can write to.
-        self_offset: where Z is rows of X, the column of X that row 0 of Z is; these pairs are zero by index.
+        selves: where Z is rows of X, the number of the first one, or of each (b,); these pairs are zero by index.
         near: share of the squared norms below which pairs are measured again; default by dtype.
     """
     if out.numel() == 0:
@@ -157,10 +157,21 @@ def squared_distances(
     assert z2 is not None
     assert x2 is not None
     torch.add(matmul_nt(-2.0 * Z, X, x2, out), z2[:, None], out=out)
+    return near_again_(out, Z, X, z2, x2, selves, near)
+
+
+def near_again_(
+    out: torch.Tensor,
+    Z: torch.Tensor,
+    X: torch.Tensor,
+    z2: torch.Tensor,
+    x2: torch.Tensor,
+    selves: int | torch.Tensor | None = None,
+    near: float | None = None,
+) -> torch.Tensor:
+    """Measure near pairs of ||Z[i] - X[j]||^2, which a product has written into out; arguments as there."""
     near = NEAR[out.dtype] if near is None else near
-    symmetric = None if self_offset is None else torch.diagonal(out, self_offset)
-    if symmetric is not None:
-        symmetric.fill_(torch.inf)  # never near; set to zero below
+    _fill_selves(out, selves, torch.inf)  # never near
     suspects = out.amin(1) < near * (z2 + x2.amax())
     if suspects.any():
         rows = suspects.nonzero().squeeze(1)
@@ -171,9 +182,24 @@ def squared_distances(
         _measure_near(sub, mask, z, X, zz, x2, near)
         if not everything:
             out[rows] = sub
-    if symmetric is not None:
-        symmetric.zero_()
+    _fill_selves(out, selves, 0.0)
     return out
+
+
+def _fill_selves(out: torch.Tensor, selves: int | torch.Tensor | None, value: float) -> None:
+    if isinstance(selves, torch.Tensor):
+        out.scatter_(1, selves[:, None], value)
+    elif selves is not None:
+        torch.diagonal(out, selves).fill_(value)
+
+
+def factors(X: torch.Tensor, x2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices whose product L R^T has ||x_i - x_j||^2: norms among its columns save two passes over the result.
+
+    It rounds as the expansion does, and is left to ``near_again_`` as that is.
+    """
+    ones = torch.ones_like(x2)
+    return torch.column_stack([-2.0 * X, x2, ones]), torch.column_stack([X, ones, x2])
 
 
 def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 from ..gemm import matmul_nt, symmetrise_
 
 _ROWS = 256  # of a block of weights that are made wider
+# Products of large matrices with few columns take up to a third longer where these are not a multiple of so many (MKL).
+_COLUMNS = 8
 
 
 def differences_product(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
@@ -41,8 +43,10 @@ def differences_at_few(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z:
 def _differences(W, alpha, X, Z, beside: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(the differences' product, W times the columns beside it)."""
     (n, d), K = X.shape, alpha.shape[1]
-    further = () if beside is None else (beside,)
-    right = torch.cat([(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha, *further], 1)  # s comes along
+    columns = [(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha]  # s comes along
+    columns += [] if beside is None else [beside]
+    left_over = -sum(part.shape[1] for part in columns) % _COLUMNS
+    right = torch.cat([*columns, alpha.new_zeros(n, left_over)], 1)
     if W.dtype == right.dtype:
         found = matmul_nt(W, right.T)
     else:
