@@ -20,7 +20,7 @@ from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
 from .torch_backend import matrix, tiles, wide
-from .torch_backend.gradients import dominant_offset
+from .torch_backend.distance import dominant_offset
 
 log = logging.getLogger("fastagop")
 

@@ -11,7 +11,8 @@ from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import backend, costs, distance, gram, low_rank, wide
-from fastagop.kernels.torch_backend.gradients import Nearness, dominant_offset
+from fastagop.kernels.torch_backend.distance import dominant_offset
+from fastagop.kernels.torch_backend.gradients import Nearness
 
 import fastagop
 from fastagop import Gaussian, Laplace

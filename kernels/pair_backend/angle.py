@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from ..torch_backend.distance import squared_distances, squared_norms
+from ..torch_backend.distance import common_offset, norms_from, squared_distances, squared_norms
 from ..torch_backend.gradients import Nearness
 from .pairs import PairKernel, Pairs, add_differences
 
@@ -87,15 +87,16 @@ class AnglePairs(Pairs):
         self.kernel = kernel
         self.x, self.nx = _unit(X)
         self.z, self.nz = (self.x, self.nx) if self.symmetric else _unit(Z)
-        self.x2 = squared_norms(self.x)
-        self.z2 = self.x2 if self.symmetric else squared_norms(self.z)
-        self.near = Nearness(self.x, self.z, None)
+        self.origin = common_offset(self.x)
+        self.x2 = norms_from(self.x, self.origin)
+        self.z2 = self.x2 if self.symmetric else norms_from(self.z, self.origin)
+        self.near = Nearness(self.x, self.z, self.origin)
 
     def _squares(self, row: slice, width: int | None) -> torch.Tensor:
         x, z = self.x[:width], self.z[row]
         sq = self.X.new_empty(len(z), len(x))
-        squared_distances(z, x, self.z2[row], self.x2[:width], sq, row.start if self.symmetric else None)
-        return sq
+        start = row.start if self.symmetric else None
+        return squared_distances(z, x, self.z2[row], self.x2[:width], sq, start, origin=self.origin)
 
     def _angles(self, row: slice, sq: torch.Tensor) -> Angles:
         """Angles of squared distances, which are kept; zero vectors are at right angles."""
@@ -105,7 +106,7 @@ class AnglePairs(Pairs):
         sq.clamp_(max=4.0)
         opposite = 4.0 - sq
         if bool((sq > _OPPOSITE).any()):
-            far = squared_distances(z, -x, self.z2[row], self.x2[:width], torch.empty_like(sq))
+            far = squared_distances(z, -x, squared_norms(z), squared_norms(x), torch.empty_like(sq))
             opposite = torch.where(sq > _OPPOSITE, far.clamp_(max=4.0), opposite)
         sine = (sq * opposite).sqrt_().mul_(0.5)
         theta = torch.atan2(sq.sqrt(), opposite.sqrt_()).mul_(2.0)
@@ -141,7 +142,7 @@ class AnglePairs(Pairs):
         w.mul_(factor)
         along.mul_(factor)
         part, z = torch.zeros_like(out), self.z[row]
-        add_differences(w, near, alpha, self.x, z, part)
+        add_differences(w, near, alpha, self.x, z, part, self.origin)
         part.addcmul_((along @ alpha)[:, :, None], z[:, None])
         out.addcmul_(part, self._length(row)[:, None, None])
 

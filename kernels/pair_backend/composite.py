@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from ..profile import Kernel, Profile
-from ..torch_backend.distance import squared_distances, squared_norms
-from ..torch_backend.gradients import Nearness, dominant_offset
+from ..torch_backend.distance import common_offset, dominant_offset, norms_from, squared_distances
+from ..torch_backend.gradients import Nearness
 from .pairs import PairKernel, Pairs, add_differences
 
 
@@ -33,15 +33,17 @@ class RadialPairs(Pairs):
     def __init__(self, kernel: Profile, X: torch.Tensor, Z: torch.Tensor):
         super().__init__(X, Z)
         self.kernel, self.shift = kernel, dominant_offset(X)
-        self.x2 = squared_norms(X)
-        self.z2 = self.x2 if self.symmetric else squared_norms(Z)
+        self.origin = common_offset(X)
+        self.x2 = norms_from(X, self.origin)
+        self.z2 = self.x2 if self.symmetric else norms_from(Z, self.origin)
         self.near = Nearness(X, Z, self.shift)
 
     def _squares(self, row: slice, width: int | None) -> torch.Tensor:
         z = self.Z[row]
         sq = self.X.new_empty(len(z), len(self.X[:width]))
         start = row.start if self.symmetric else None
-        return squared_distances(z, self.X[:width], self.z2[row], self.x2[:width], sq, start)
+        norms = self.z2[row], self.x2[:width]
+        return squared_distances(z, self.X[:width], *norms, sq, start, origin=self.origin)
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
         """phi of a block of distances."""

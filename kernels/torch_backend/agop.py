@@ -27,8 +27,8 @@ from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
 from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, products_of
-from .distance import NEAR_OF_FLOAT32, around_mean
-from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
+from .distance import NEAR_OF_FLOAT32, around_mean, dominant_offset
+from .gradients import Near, Nearness, block_gradients, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..profile import Profile, weight_at_zero, weight_slope
-from .distance import squared_distances, squared_norms
+from .distance import common_offset, norms_from, squared_distances
 
 
 def distances(Z: Tensor, X: Tensor, offset: int | None) -> Tensor:
@@ -33,7 +33,9 @@ class _SquaredDistances(torch.autograd.Function):
     def forward(ctx: Any, Z: Tensor, X: Tensor, offset: int | None) -> Tensor:
         ctx.save_for_backward(Z, X)
         out = Z.new_empty(len(Z), len(X))
-        return squared_distances(Z, X, squared_norms(Z), squared_norms(X), out, offset)
+        origin = common_offset(X)
+        norms = norms_from(Z, origin), norms_from(X, origin)
+        return squared_distances(Z, X, *norms, out, offset, origin=origin)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
