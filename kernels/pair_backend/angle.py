@@ -23,6 +23,7 @@ from .pairs import PairKernel, Pairs, add_differences
 
 # Unit vectors that are this close, or this close to opposite, are parallel to rounding.
 _PARALLEL = (16 * torch.finfo(torch.float64).eps) ** 2
+_SQUARED = 400  # rows beyond 2^-400 and 2^400 have squares that float64 does not hold
 _OPPOSITE = 3.0  # squared distances from which the one to the opposite vector is measured, too
 
 
@@ -76,7 +77,7 @@ class AngleProfile(PairKernel):
 
 def lengths(X: torch.Tensor) -> torch.Tensor:
     """||x|| of each row, whatever its size (n,)."""
-    return torch.linalg.vector_norm(X, dim=1)
+    return _unit(X)[1]
 
 
 class AnglePairs(Pairs):
@@ -158,5 +159,11 @@ class AnglePairs(Pairs):
 
 def _unit(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows over their lengths, lengths); a zero row stays zero."""
-    n = lengths(X)
-    return X / torch.where(n > 0, n, 1.0)[:, None], n
+    if not X.numel():
+        return X, X.new_zeros(len(X))
+    size = X.abs().amax(1, keepdim=True)
+    usual = (size == 0).logical_or_((size >= 2.0**-_SQUARED) & (size <= 2.0**_SQUARED))
+    unit = torch.where(usual, 1.0, torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1))
+    x = X / unit  # powers of two: nothing rounds
+    n = torch.linalg.vector_norm(x, dim=1)
+    return x / torch.where(n > 0, n, 1.0)[:, None], n * unit[:, 0]
