@@ -23,7 +23,7 @@ from fastagop.kernels import checks, operations, radial
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scaled_
-from fastagop.kernels.torch_backend.derivatives import distances, values, weights
+from fastagop.kernels.torch_backend.derivatives import crowds, distances, towards, values, weights
 
 _BLOCK_BYTES = 2**26  # of all work tensors of a block
 _ALIVE = 20  # such tensors at once, by the memory that a first derivative took
@@ -366,13 +366,12 @@ def _matmul(spec: _Spec, start: int, total: int, rows, others, V, bandwidth) -> 
 
 
 def _gradients(spec: _Spec, start: int, total: int, rows, others, alpha, bandwidth) -> Tensor:
-    """sum_j w_ij alpha_jc (x_j - z_i), around the centers' mean: an offset of all points would cancel."""
+    """sum_j w_ij alpha_jc (x_j - z_i), around centres: an offset of all points, or of a crowd, would cancel."""
     dtype, (sq, unit) = rows.dtype, _scaled(spec, start, rows, others, bandwidth)
     weight = (weights(sq, spec.kernel) * unit).double()
-    rows, others, alpha = rows.double(), others.double(), alpha.double()  # near pairs cancel in float32
-    origin = others.detach().mean(0)
-    towards = torch.matmul(weight[:, None, :] * alpha.T, others - origin)
-    return (towards - (weight @ alpha)[:, :, None] * (rows - origin)[:, None, :]).to(dtype)
+    shared = crowds(sq / unit, rows, others, start if spec.same else None)
+    rows, others = shared.around(rows.double(), others.double())  # near pairs cancel in float32
+    return towards(weight[:, None, :] * alpha.double().T, rows, others, shared).to(dtype)
 
 
 def _agop(spec: _Spec, start: int, total: int, *tensors) -> Tensor:

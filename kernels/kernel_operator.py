@@ -20,7 +20,7 @@ from .profile import Kernel, Profile
 from .scaling import Points, in_range, scale_points, scaled_
 from .torch_backend import agop as torch_agop
 from .torch_backend import matrix, tiles, wide
-from .torch_backend.gradients import dominant_offset
+from .torch_backend.distance import dominant_offset
 
 log = logging.getLogger("fastagop")
 
@@ -184,17 +184,17 @@ class KernelOperator:
         return in_dtype(M, X.dtype)
 
     def agop_from_weights_(
-        self, W: torch.Tensor, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None
+        self, W: torch.Tensor, alpha: torch.Tensor, center: bool, weights: torch.Tensor | None = None, limit=None
     ) -> torch.Tensor:
         """The AGOP at X, summed, float64, from stored weights (n, n) of the scaled points; W is overwritten.
 
         W has a zero diagonal; W and alpha may be wider than X. weights (n,) count the evaluation points. The result is
-        that of the scaled points.
+        that of the scaled points. limit: bytes that the call may take, W included, as of ``plan.AgopTask``.
         """
         X = self.points.X
         with self.products():
             inner = self.backend.inner_kernels(X, self.precision)
-            task = AgopTask("sum", center)
+            task = AgopTask("sum", center, limit=checks.memory_limit(limit))
             how = {"symmetric": True, "rows": _ROWS, "kernels": inner, "row_weights": weights}
             return torch_agop.agop_from_weights_(W, self.points.kernel, X, alpha, X, task, **how)
 

@@ -340,3 +340,28 @@ def test_forward_mode_over_reverse_mode_gives_second_derivatives_of_same_points(
         dual = torch.autograd.forward_ad.make_dual(alpha, torch.ones_like(alpha))
         moved = torch.autograd.forward_ad.unpack_dual(autograd.kernel_matmul(Laplace(1.2), X, None, dual)).tangent
     torch.testing.assert_close(moved, fastagop.kernel_matmul(Laplace(1.2), X, X, torch.ones_like(alpha)))
+
+
+@pytest.mark.parametrize("kernel", [Laplace(1.2), Gaussian(1.2)], ids=repr)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_derivatives_among_collapsed_points(offset, name, kernel, cloud):
+    """Products around one mean for all points lose the ratio of spread and distance of their digits (Laplace: 1e-6)."""
+    points = cloud("collapsed 1e-9", n=30, d=6) + offset
+    points = points[points.unique(dim=0, return_inverse=True)[1].unique()]  # a kink has no derivative
+    X, Z, bandwidth = points[:15], points[15:], torch.tensor(1.2, dtype=torch.float64)
+    alpha, V = torch.linspace(-1, 2, 2 * len(X), dtype=X.dtype).view(-1, 2), torch.ones(len(Z), 2, dtype=X.dtype)
+    both = []
+    for f in (
+        lambda X, Z: call(name, kernel, X, Z, alpha, V),
+        lambda X, Z: plain(name, kernel, X, Z, alpha, V, bandwidth),
+    ):
+        given = X.clone().requires_grad_(), Z.clone().requires_grad_()
+        found = f(*given)
+        weights = torch.linspace(1, 3, found.numel(), dtype=X.dtype).view(found.shape)
+        once = torch.autograd.grad((found * weights).sum(), given, create_graph=True)
+        steps = [torch.linspace(-1, 1, t.numel(), dtype=X.dtype).view(t.shape).cos() for t in once]
+        twice = torch.autograd.grad(sum((g * s).sum() for g, s in zip(once, steps, strict=True)), given)
+        both.append([*once, *twice])
+    for got, true in zip(*both, strict=True):
+        assert float((got - true).norm() / true.norm()) <= 1e-9

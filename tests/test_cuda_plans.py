@@ -254,14 +254,14 @@ def test_halves_are_padded(n, bytes_):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_halves_of_a_fits_weights_are_counted(dtype, monkeypatch, cloud, normal):
-    """The copy in the points' dtype, and its halves, come beside the weights that a fit has left."""
+    """The halves of weights in the points' dtype come beside the memory that a fit has left for these."""
     monkeypatch.setattr(torch_agop, "rate", lambda form, products, device: {"gram": 1e12, "gradient": 1.0}[form])
     monkeypatch.setattr(costs, "rate", torch_agop.rate)
     X, alpha = cloud("spread", n=300, d=5, dtype=torch.float32), normal(300, 4, dtype=torch.float32)
     W = torch_agop.weights(Laplace(2.0), X, X, 64).to(dtype)
-    wide = dtype == torch.float64
-    needed = costs.gram_form_bytes(64, X, alpha, X, wide, symmetric=True, products="fp16x3")
-    assert needed >= 4 * 300 * (300 * (4 if wide else 2))
+    needed = costs.gram_form_bytes(64, X, alpha, X, symmetric=True, products="fp16x3")
+    needed += 300 * 300 * (dtype.itemsize - 4)
+    assert needed >= 300 * 300 * (dtype.itemsize + 4)
     made = []
     for limit in (needed, needed - 1):
         task = AgopTask("sum", limit=limit)

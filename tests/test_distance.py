@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastagop.kernels.torch_backend import distance, tiles
 from fastagop.kernels.torch_backend.distance import factors, medians, near_again_, squared_distances, squared_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import fastagop
+from fastagop import NTK, Laplace, autograd
 
 # Relative error of r^2: the expansion of a pair that is not near costs a few eps / NEAR, and NEAR is 2^-6 in
 # float32 and 2^-10 in float64; near pairs are far better. Roundings of both norms, the product and two sums: 4 eps.
@@ -200,6 +204,33 @@ def test_medians_by_sorting(n, normal):
     on_cuda = type("Sorted", (), {"is_cuda": True, "sort": X.sort, "__len__": lambda self: n})()
     assert torch.equal(medians(on_cuda), X.median(0).values)
     assert torch.equal(medians(X), X.median(0).values)
+
+
+@pytest.mark.parametrize("d", [20, 600])  # a few columns of the product at a time from 512 on
+@pytest.mark.parametrize("m", [1, 300])
+def test_what_float64_points_have_in_common_makes_no_pair_near(m, d, cloud, monkeypatch):
+    """All pairs are near before it is subtracted, and each would take a thousand times as long as by a product."""
+    X = cloud("offset", n=600, d=d)
+    Z = cloud("offset", n=300, d=d, seed=1)[:m]
+    monkeypatch.setattr(distance, "_measure_near", None)
+    [(_, block)] = tiles.tiles(X, Z, m)
+    check(block, truth(Z, X))
+    for kernel in (Laplace(2.0) + Laplace(3.0), NTK(1)):
+        assert bool(fastagop.kernel_matrix(kernel, X, Z).isfinite().all())
+    Z.requires_grad_()
+    autograd.kernel_matrix(Laplace(2.0), X, Z).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["spread", "collapsed 1e-3", "nested", "line", "pairs", "identical"])
+@pytest.mark.parametrize("shared", [1.0, 30.0, 1e6])
+def test_near_pairs_beside_what_all_points_share(shared, name, cloud):
+    """Subtracting it would round coordinates that it is no part of; near pairs are measured without."""
+    X = 1e-9 * cloud(name, d=20)
+    X[:, :3] += shared
+    X[:, 3:6] *= 1e9
+    for points in (X, X.clone()):
+        for row, block in tiles.tiles(X, points, 50):
+            check(block, truth(points[row], X))
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -149,6 +149,18 @@ def test_many_outputs_take_the_gram_form_and_cancellation_the_other(data, caplog
     assert torch.equal(M, fastagop.agop(Polynomial(2), close, a, method="gradient"))
 
 
+def test_float64_points_choose_no_form_that_loses_their_digits():
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.nn.functional.normalize(torch.randn(2, 30, generator=generator, dtype=torch.float64))
+    X = centres[torch.arange(80) % 2] + 1e-5 * torch.randn(80, 30, generator=generator, dtype=torch.float64)
+    kernel = NTK(1)
+    Y = torch.randn(2, 20, generator=generator, dtype=torch.float64)[torch.arange(80) % 2]
+    alpha = fastagop.solve(kernel, X, Y, ridge=1e-3).alpha
+    assert "method gram" in fastagop.explain("agop", kernel, X, alpha)
+    true = fastagop.agop(kernel, X, alpha, method="gradient")
+    assert apart(fastagop.agop(kernel, X, alpha), true) <= 1e-12
+
+
 @kernels
 def test_blocks(kernel, data):
     """Blocks of few rows give what one block gives; k(X, X) is symmetric to the bit, its diagonal k(x, x)."""

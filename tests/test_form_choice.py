@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fastagop.kernels import checks, reference
+from fastagop.kernels.kernel_operator import KernelOperator
 from fastagop.kernels.plan import AgopTask
 from fastagop.kernels.scaling import Points
 from fastagop.kernels.torch_backend import agop as torch_agop
 from fastagop.kernels.torch_backend import backend, costs, distance, gram, low_rank, wide
-from fastagop.kernels.torch_backend.gradients import Nearness, dominant_offset
+from fastagop.kernels.torch_backend.distance import dominant_offset
+from fastagop.kernels.torch_backend.gradients import Nearness
 
 import fastagop
 from fastagop import Gaussian, Laplace
@@ -100,6 +103,34 @@ def test_units_of_stored_weights(method, a, b, normal, relative):
     )
     assert relative(scaled / 2.0 ** (2 * (a + b)), plain) <= 1e-5
     assert torch.equal(alpha, given)
+
+
+def stored(X, dtype):
+    """Weights of points in a dtype, in memory of their own."""
+    return torch_agop.weights(Laplace(2.0), X.double(), X.double(), 64).to(dtype).clone()
+
+
+def test_wider_weights_are_narrowed_in_their_own_memory(normal, relative, tensor_memory, monkeypatch):
+    monkeypatch.setattr(low_rank, "_ROWS", 16)
+    monkeypatch.setattr(torch_agop, "ROWS", 16)
+    X, alpha, task = normal(600, 8, dtype=torch.float32), normal(600, 60, dtype=torch.float32), AgopTask("sum")
+    how = {"symmetric": True, "rows": 16}
+    W = stored(X, torch.float64)
+    M, most = tensor_memory(lambda: torch_agop.agop_from_weights_(W, Laplace(2.0), X, alpha, X, task, **how))
+    assert relative(M, fastagop.agop(Laplace(2.0), X.double(), alpha.double(), reduction="sum")) <= 1e-6
+    assert most < 3 * 600**2  # a float32 copy of the weights takes 4 bytes an item
+    by_columns = stored(X, torch.float64).T.contiguous().T
+    assert torch.equal(torch_agop.agop_from_weights_(by_columns, Laplace(2.0), X, alpha, X, task, **how), M)
+
+
+@pytest.mark.parametrize(("limit", "form"), [(None, "float64"), (8 * 400**2, "gradient")])
+def test_stored_weights_keep_to_a_limit(limit, form, cloud, normal, caplog):
+    """Where float32 loses digits, their float64 copy needs memory that the caller may not have left."""
+    X, alpha = cloud("collapsed 1e-4", n=400, d=8, dtype=torch.float32), normal(400, 60, dtype=torch.float32)
+    operator = KernelOperator("agop", Laplace(2.0), X)
+    with caplog.at_level(logging.INFO, "fastagop"):
+        operator.agop_from_weights_(stored(X, torch.float32), alpha, center=False, limit=limit)
+    assert form in caplog.text.partition("running the")[2]
 
 
 def test_the_weighted_mean_gradient(normal, relative):

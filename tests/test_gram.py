@@ -182,6 +182,19 @@ def test_centred_gradients_are_weighed_by_what_is_left_of_them(cloud, normal):
     assert centred > 100 * plain
 
 
+@pytest.mark.parametrize("part", [low_rank.mean_part, low_rank.leading_part])
+@pytest.mark.parametrize("own", [True, False])
+def test_centring_leaves_nothing_of_a_mean_that_dwarfs_the_rest(part, own, normal, relative):
+    X = torch.nn.functional.normalize(normal(2, 50))[torch.arange(200) % 2] + 1e-3 * normal(200, 50, seed=2)
+    Z, alpha, kernel = X if own else X[:120].clone(), normal(200, 5, seed=3), Gaussian(10.0)
+    alpha -= alpha.mean(0)  # gradients agree to four digits
+    W = torch_agop.weights(kernel, X, Z, 64)
+    taken = part(W, own)
+    loss = torch_gram.CancellationEstimate(W, X, alpha, Z, True).amplification(taken) * torch.finfo(X.dtype).eps
+    true = fastagop.agop(kernel, X, alpha, Z, center=True, method="gradient", reduction="sum")
+    assert relative(gram(W, X, alpha, Z, taken, center=True), true) < 10.0 * loss
+
+
 @pytest.mark.parametrize(("name", "form", "dtype", "rank"), [
     ("spread", "gram", torch.float32, 1),  # nothing to guard against
     ("collapsed 3e-1", "gram", torch.float32, low_rank.RANK),

@@ -223,6 +223,30 @@ def test_gradients_are_differences(make, parameters, shape, scale):
     assert np.abs(found - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
 
 
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(("size", "held"), [(1e-200, False), (1e-150, True), (1e150, True), (1e200, False)])
+def test_a_metric_that_float64_does_not_hold_in_the_units_of_the_data(size, held, diagonal):
+    X, y = data()
+    fitted = model(diagonal=diagonal).fit(size * X, y)
+    assert fitted.score(size * X, y) > 0.9
+    if held:
+        assert np.isfinite(fitted.M_).all()
+        assert fitted.M_.any()
+    else:
+        with pytest.raises(ValueError, match=r"X: M_ would leave torch.float64 .* fit X times a constant"):
+            _ = fitted.M_
+
+
+def test_gradients_that_the_dtype_of_the_rows_does_not_hold():
+    X, y = data()
+    X = 1e-39 * torch.from_numpy(X)
+    fitted = model().fit(X, y)
+    assert bool(fitted.gradients(X[:3]).isfinite().all())
+    for rows in (X[:3].float(), X[:3].float().numpy()):
+        with pytest.raises(ValueError, match=r"X: gradients would leave torch.float32 .* vary by .*e-40 to"):
+            fitted.gradients(rows)
+
+
 # ---- units in which the default bandwidth says nothing
 
 

@@ -12,7 +12,7 @@ from fastagop.kernels.radial import Radial
 from fastagop.kernels.scaling import Amplitude, in_range, scale_points
 
 import fastagop
-from fastagop import Gaussian, GeneralisedLaplace, Laplace, LpLaplace, Matern52, ProductLaplace
+from fastagop import ArcCosine, Gaussian, GeneralisedLaplace, Laplace, LpLaplace, Matern52, ProductLaplace
 from fastagop.solvers.solve import scale_targets, unscale_coefficients
 
 
@@ -276,3 +276,26 @@ def test_squares_of_gradients_that_leave_float64_are_refused_by_name(normal):
     model = fastagop.RFMRegressor(kernel=ProductLaplace(2.0 * unit), iterations=1, ridge=1e-3, dtype="float64")
     with pytest.raises(ValueError, match=r"so large that gradients leave torch\.float64"):
         model.fit(unit * X.numpy(), X[:, 0].numpy())
+
+
+@pytest.mark.parametrize("size", [2.0**-1000, 2.0**-500, 2.0**500, 2.0**1000])
+@pytest.mark.parametrize("name", ["sum", "product", "multiple", "angle"])
+def test_kernels_that_are_not_radial_at_any_size(name, size, normal):
+    """Their values and gradients are those at size 1, per unit of length; squares of the points leave float64."""
+
+    def at(unit):
+        kernel = {"sum": Laplace(2.0 * unit) + Gaussian(3.0 * unit), "product": Laplace(2.0 * unit) * Gaussian(unit)}
+        return {**kernel, "multiple": 2.0 * Laplace(unit), "angle": ArcCosine(0)}[name]
+
+    X, alpha = normal(20, 6), normal(20, 2, seed=2)
+    X[3] = X[4] * (1 + 1e-9)
+    one = size * X
+    for Z in (None, X[:7] + 0.1):
+        z = None if Z is None else size * Z
+        K, G = fastagop.kernel_matrix(at(size), one, z), fastagop.gradients(at(size), one, alpha, z)
+        torch.testing.assert_close(K, fastagop.kernel_matrix(at(1.0), X, Z), rtol=1e-12, atol=1e-12)
+        true = fastagop.gradients(at(1.0), X, alpha, Z)
+        assert float((G * size - true).abs().max() / true.abs().max()) <= 1e-12
+    if size == 2.0**-1000:
+        with pytest.raises(ValueError, match="X is so small or so large that gradients leave"):
+            fastagop.agop(at(size), one, alpha, method="gradient")

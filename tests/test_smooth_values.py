@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastagop.kernels.torch_backend import low_rank
-from fastagop.kernels.torch_backend.gradients import dominant_offset
+from fastagop.kernels.torch_backend.distance import dominant_offset
 
 EPS = torch.finfo(torch.float32).eps
 

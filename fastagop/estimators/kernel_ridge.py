@@ -277,7 +277,7 @@ def _agop(
     operator = KernelOperator("agop", kernel, X, precision=precision, backend=backend)
     if isinstance(W, SymmetricBlocks):
         return operator.agop_from_tiles(_tiles_(W, X, alpha, task), alpha, task.center, task.weights)
-    return operator.agop_from_weights_(W, alpha, task.center, task.weights)
+    return operator.agop_from_weights_(W, alpha, task.center, task.weights, task.limit)
 
 
 def _weights_(
@@ -301,7 +301,7 @@ def _weights_(
 def full_bytes(X: torch.Tensor, outputs: int, limit: float | None) -> int:
     """Bytes of a full float64 matrix beside half of it, where the gram form is faster and they fit, else 0.
 
-    The half is given back before products in X's dtype take a copy of as many bytes.
+    Products in X's dtype take no more: they are of numbers in the full one's memory.
     """
     products, needed = costs.products_of(X, None, symmetric=True), _FULL * len(X) ** 2
     seconds = costs.costs(X, X, outputs, products, symmetric=True)

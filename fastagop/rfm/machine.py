@@ -278,8 +278,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         centers = self._centers.double()
         points = self._metric.points_onto(centers, near, torch.finfo(self._fitted_dtype).eps)
         g = gradients(self.kernel_, centers, self._alpha.double(), points)
-        g = self._metric.pulled_back(g)
-        return self._like_input(g if self._preparation.unit is None else g / self._preparation.unit, X)
+        return self._like_input(self._preparation.slopes(self._metric.pulled_back(g), X), X)
 
     @without_autograd_or_autocast
     def directions(self, k: int | None = None) -> Directions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastagop.estimators import inputs
@@ -88,13 +89,39 @@ class Preparation:
         """A metric (d, d), or its diagonal (d,), of the features as the kernel sees them, for those of the data.
 
         In float64 where units were divided by: squares of units leave float32 early.
+
+        Raises:
+            ValueError: float64 does not hold it.
         """
         if self.unit is None:
             return M
         if M.ndim == 1:
-            return M.double() / self.unit / self.unit
+            return self._held("M_", M, M.double() / self.unit / self.unit, torch.float64)
         upper = (M.double() / self.unit / self.unit[:, None]).triu()
-        return upper + upper.triu(1).T  # symmetric to the bit
+        return self._held("M_", M, upper + upper.triu(1).T, torch.float64)  # symmetric to the bit
+
+    def slopes(self, g: torch.Tensor, X) -> torch.Tensor:
+        """Gradients (m, K, d) at the features as the kernel sees them, for those of the data, X of some kind.
+
+        Raises:
+            ValueError: X's dtype does not hold them.
+        """
+        known = getattr(X, "dtype", None)
+        tensor = isinstance(X, torch.Tensor) and X.is_floating_point()
+        dtype = X.dtype if tensor else torch.float32 if known == np.float32 else torch.float64
+        return self._held("gradients", g, g if self.unit is None else g / self.unit, dtype)
+
+    def _held(self, name: str, given: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The value in the units of the data of what is given, where a dtype holds it, if only in part."""
+        size = checks.largest(value)
+        lost = size == 0.0 and self.unit is not None and checks.largest(given) > 0.0
+        if lost or not size <= torch.finfo(dtype).max:
+            units = self.unit
+            spread = "" if units is None else f", which vary by {float(units.min()):.1e} to {float(units.max()):.1e}"
+            raise ValueError(
+                f"X: {name} would leave {dtype} in the units of its features{spread}; fit X times a constant"
+            )
+        return value
 
 
 def _moments(X: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

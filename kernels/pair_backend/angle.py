@@ -17,12 +17,13 @@ from typing import ClassVar
 
 import torch
 
-from ..torch_backend.distance import squared_distances, squared_norms
+from ..torch_backend.distance import common_offset, norms_from, squared_distances, squared_norms
 from ..torch_backend.gradients import Nearness
 from .pairs import PairKernel, Pairs, add_differences
 
 # Unit vectors that are this close, or this close to opposite, are parallel to rounding.
 _PARALLEL = (16 * torch.finfo(torch.float64).eps) ** 2
+_SQUARED = 400  # rows beyond 2^-400 and 2^400 have squares that float64 does not hold
 _OPPOSITE = 3.0  # squared distances from which the one to the opposite vector is measured, too
 
 
@@ -76,7 +77,7 @@ class AngleProfile(PairKernel):
 
 def lengths(X: torch.Tensor) -> torch.Tensor:
     """||x|| of each row, whatever its size (n,)."""
-    return torch.linalg.vector_norm(X, dim=1)
+    return _unit(X)[1]
 
 
 class AnglePairs(Pairs):
@@ -87,15 +88,16 @@ class AnglePairs(Pairs):
         self.kernel = kernel
         self.x, self.nx = _unit(X)
         self.z, self.nz = (self.x, self.nx) if self.symmetric else _unit(Z)
-        self.x2 = squared_norms(self.x)
-        self.z2 = self.x2 if self.symmetric else squared_norms(self.z)
-        self.near = Nearness(self.x, self.z, None)
+        self.origin = common_offset(self.x)
+        self.x2 = norms_from(self.x, self.origin)
+        self.z2 = self.x2 if self.symmetric else norms_from(self.z, self.origin)
+        self.near = Nearness(self.x, self.z, self.origin)
 
     def _squares(self, row: slice, width: int | None) -> torch.Tensor:
         x, z = self.x[:width], self.z[row]
         sq = self.X.new_empty(len(z), len(x))
-        squared_distances(z, x, self.z2[row], self.x2[:width], sq, row.start if self.symmetric else None)
-        return sq
+        start = row.start if self.symmetric else None
+        return squared_distances(z, x, self.z2[row], self.x2[:width], sq, start, origin=self.origin)
 
     def _angles(self, row: slice, sq: torch.Tensor) -> Angles:
         """Angles of squared distances, which are kept; zero vectors are at right angles."""
@@ -105,7 +107,7 @@ class AnglePairs(Pairs):
         sq.clamp_(max=4.0)
         opposite = 4.0 - sq
         if bool((sq > _OPPOSITE).any()):
-            far = squared_distances(z, -x, self.z2[row], self.x2[:width], torch.empty_like(sq))
+            far = squared_distances(z, -x, squared_norms(z), squared_norms(x), torch.empty_like(sq))
             opposite = torch.where(sq > _OPPOSITE, far.clamp_(max=4.0), opposite)
         sine = (sq * opposite).sqrt_().mul_(0.5)
         theta = torch.atan2(sq.sqrt(), opposite.sqrt_()).mul_(2.0)
@@ -141,7 +143,7 @@ class AnglePairs(Pairs):
         w.mul_(factor)
         along.mul_(factor)
         part, z = torch.zeros_like(out), self.z[row]
-        add_differences(w, near, alpha, self.x, z, part)
+        add_differences(w, near, alpha, self.x, z, part, self.origin)
         part.addcmul_((along @ alpha)[:, :, None], z[:, None])
         out.addcmul_(part, self._length(row)[:, None, None])
 
@@ -157,5 +159,11 @@ class AnglePairs(Pairs):
 
 def _unit(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows over their lengths, lengths); a zero row stays zero."""
-    n = lengths(X)
-    return X / torch.where(n > 0, n, 1.0)[:, None], n
+    if not X.numel():
+        return X, X.new_zeros(len(X))
+    size = X.abs().amax(1, keepdim=True)
+    usual = (size == 0).logical_or_((size >= 2.0**-_SQUARED) & (size <= 2.0**_SQUARED))
+    unit = torch.where(usual, 1.0, torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1))
+    x = X / unit  # powers of two: nothing rounds
+    n = torch.linalg.vector_norm(x, dim=1)
+    return x / torch.where(n > 0, n, 1.0)[:, None], n * unit[:, 0]

@@ -15,6 +15,7 @@ from ..plan import RAISE_LIMIT, AgopTask, Call, Plan, budget, fitting_rows
 from ..precision import dtype_name
 from ..profile import Kernel
 from ..scaling import Points
+from ..torch_backend.agop import GRAM_LIMIT
 from ..torch_backend.backend import FactorKernels, TorchBackend
 from ..torch_backend.distance import near_chunk
 from ..torch_backend.gram import warn_of_loss
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..kernel_operator import KernelOperator
 
 _LOSS = 1e-7  # of M, in the gram form: beyond it the gradient form runs
+_LOSS_OF_FLOAT64 = GRAM_LIMIT[torch.float64]  # where float64 points have the digits, and nobody asked for that form
 
 
 class PairBackend(TorchBackend):
@@ -209,7 +211,8 @@ def _agop(
         X, Z, alpha = x, x if Z is X else Z.double(), alpha.double()
     if plan.method == "gram":
         M, loss = gram(kernel, X, alpha, Z, plan.block, weights)
-        if loss <= _LOSS:
+        exact = task.method == "auto" and X.dtype == torch.float64 and not task.rounded
+        if loss <= (_LOSS_OF_FLOAT64 if exact else _LOSS):
             return M
         if task.method == "gram":
             warn_of_loss(loss)

@@ -6,11 +6,15 @@ over pairs. A radial kernel's pairs are here, too, as parts of such kernels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from .. import checks
 from ..profile import Kernel, Profile
-from ..torch_backend.distance import squared_distances, squared_norms
-from ..torch_backend.gradients import Nearness, dominant_offset
+from ..scaling import scale_points, scaled_
+from ..torch_backend.distance import common_offset, dominant_offset, norms_from, squared_distances
+from ..torch_backend.gradients import Nearness
 from .pairs import PairKernel, Pairs, add_differences
 
 
@@ -27,21 +31,31 @@ def diagonal_of(kernel: Kernel, X: torch.Tensor) -> torch.Tensor:
     return kernel.diagonal(X) if isinstance(kernel, PairKernel) else X.new_ones(len(X))
 
 
+_SQUARED = 400  # points beyond 2^-400 and 2^400 have differences whose squares float64 does not hold
+
+
 class RadialPairs(Pairs):
-    """A radial kernel at its points, in their own unit of length."""
+    """A radial kernel at its points; in a unit of length only where squares would leave float64."""
 
     def __init__(self, kernel: Profile, X: torch.Tensor, Z: torch.Tensor):
         super().__init__(X, Z)
-        self.kernel, self.shift = kernel, dominant_offset(X)
-        self.x2 = squared_norms(X)
-        self.z2 = self.x2 if self.symmetric else squared_norms(Z)
+        size = max(map(checks.largest, (X, Z))) if checks.readable(X) else 1.0
+        self.exponent = 0
+        if 0 < size < 2.0**-_SQUARED or 2.0**_SQUARED < size < math.inf:
+            kernel, X, Z, unit = scale_points(kernel, X, Z)
+            self.exponent = math.frexp(unit)[1] - 1
+        self.kernel, self.x, self.z, self.shift = kernel, X, Z, dominant_offset(X)
+        self.origin = common_offset(X)
+        self.x2 = norms_from(X, self.origin)
+        self.z2 = self.x2 if self.symmetric else norms_from(Z, self.origin)
         self.near = Nearness(X, Z, self.shift)
 
     def _squares(self, row: slice, width: int | None) -> torch.Tensor:
-        z = self.Z[row]
-        sq = self.X.new_empty(len(z), len(self.X[:width]))
+        z, x = self.z[row], self.x[:width]
+        sq = x.new_empty(len(z), len(x))
         start = row.start if self.symmetric else None
-        return squared_distances(z, self.X[:width], self.z2[row], self.x2[:width], sq, start)
+        norms = self.z2[row], self.x2[:width]
+        return squared_distances(z, x, *norms, sq, start, origin=self.origin)
 
     def values(self, row: slice, width: int | None = None) -> torch.Tensor:
         """phi of a block of distances."""
@@ -53,11 +67,16 @@ class RadialPairs(Pairs):
         near = self.near.among(sq, row)
         w = self.kernel.weight_(sq)
         w = w if factor is None else w.mul_(factor)
-        add_differences(w, near, alpha, self.X, self.Z[row], out, self.shift)
+        if not self.exponent:
+            add_differences(w, near, alpha, self.x, self.z[row], out, self.shift)
+            return
+        part = torch.zeros_like(out)
+        add_differences(w, near, alpha, self.x, self.z[row], part, self.shift)
+        out.add_(scaled_(part, -self.exponent))
 
     def combination(self, row: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(w, -w): the gradient is w (x - z)."""
-        w = self.kernel.weight_(self._squares(row, None))
+        w = scaled_(self.kernel.weight_(self._squares(row, None)), -2 * self.exponent)
         return w, w.neg()
 
 

@@ -27,8 +27,8 @@ from ..profile import Profile
 from ..scaling import Points, scaled_
 from . import gram as torch_gram
 from .costs import costs, flops, gradient_form_beside, gram_form_bytes, halves_bytes, products_of
-from .distance import NEAR_OF_FLOAT32, around_mean
-from .gradients import Near, Nearness, block_gradients, dominant_offset, products_at_once
+from .distance import NEAR_OF_FLOAT32, around_mean, dominant_offset
+from .gradients import Near, Nearness, block_gradients, products_at_once
 from .low_rank import RANK, LowRank, leading_part, mean_part
 from .tiles import fill_symmetric, tiles, weight_tiles
 
@@ -141,8 +141,7 @@ def agop_from_weights_(
     wide, x = decision.dtype, X.to(decision.dtype)
     z = x if symmetric else Z.to(wide)
     lower = kernels.lower if wide == X.dtype else torch_gram.lower_s
-    if W.dtype != wide:
-        W = empty_matrix(len(W), W.shape[1], W, wide).copy_(W)
+    W = _in_dtype_(W, wide)
     part = decision.low_rank.to(wide)
     M = torch_gram.gram_form(W, x, alpha.to(wide), z, part, center=task.center, rows=rows, lower=lower, roots=roots)
     eps = torch.finfo(X.dtype).eps
@@ -208,10 +207,11 @@ def choose_form(
     more = torch_gram.low_rank_flops(m, n, d, K, RANK) / float64_rate
 
     def fits(dtype: torch.dtype, rank: int) -> bool:
-        wide, split = W.dtype != dtype, word["gram"] if dtype == X.dtype else ""
+        wide, split = _is_copied(W, dtype), word["gram"] if dtype == X.dtype else ""
         if not wide and not halves_bytes(n, split):
             return True
-        return gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=symmetric, products=split) <= room
+        left = 0 if wide else W.numel() * (W.element_size() - dtype.itemsize)  # of their memory, by narrowed weights
+        return left + gram_form_bytes(rows, X, alpha, Z, wide, rank, symmetric=symmetric, products=split) <= room
 
     if not explicit and cost["gram"] > cost["gradient"]:
         wide = X.dtype != torch.float64 and fits(torch.float64, 1)
@@ -247,6 +247,24 @@ def choose_form(
         chosen = f"{decision.form} form in {decision.dtype}{rank}"
         log.info("agop: the plain gram form would lose %.0e of M in %s; running the %s", plain, X.dtype, chosen)
     return decision
+
+
+def _is_copied(W: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether W takes more memory in another dtype: narrower numbers have room where it is."""
+    return W.dtype != dtype and (W.element_size() < dtype.itemsize or not W.is_contiguous())
+
+
+def _in_dtype_(W: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """W in a dtype, in its own memory unless it ``_is_copied``."""
+    if W.dtype == dtype:
+        return W
+    if _is_copied(W, dtype):
+        return empty_matrix(len(W), W.shape[1], W, dtype).copy_(W)
+    narrow = W.view(-1).view(dtype)[: W.numel()].view(W.shape)
+    for start in range(0, len(W), ROWS):  # what is written lies before all that is still to be read
+        row = slice(start, start + ROWS)
+        narrow[row] = W[row].to(dtype)
+    return narrow
 
 
 def _room(W: torch.Tensor, limit: float | None) -> int:

@@ -14,12 +14,18 @@ from ..profile import Profile
 from ..scaling import Points
 from . import agop as torch_agop
 from . import costs, few, matrix, wide
-from .distance import NEAR_OF_ROUNDED, around_mean, squared_distances, squared_norms
+from .distance import (
+    NEAR_OF_ROUNDED,
+    around_mean,
+    common_offset,
+    dominant_offset,
+    norms_from,
+    squared_distances,
+)
 from .gradients import (
     block_gradients,
     chunk_of,
     columns_at_once,
-    dominant_offset,
     gradient_aim,
     gradient_bytes,
     products_at_once,
@@ -135,11 +141,12 @@ class FactorKernels:
         """
         rounded = X.dtype == torch.float32
         x, near = (around_mean(X)[0], NEAR_OF_ROUNDED) if rounded else (X.double(), None)
-        x2 = squared_norms(x)
+        origin = None if rounded else common_offset(x)
+        x2 = norms_from(x, origin)
 
         def write(out: torch.Tensor, start: int) -> torch.Tensor:
             stop = start + len(out)
-            squared_distances(x[start:stop], x[:stop], x2[start:stop], x2[:stop], out, start, near)
+            squared_distances(x[start:stop], x[:stop], x2[start:stop], x2[:stop], out, start, near, origin)
             return kernel.value_(out)
 
         return write

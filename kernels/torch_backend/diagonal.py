@@ -13,7 +13,8 @@ import torch
 from ..plan import RAISE_LIMIT, ROWS, block_rows
 from ..profile import Profile
 from .agop import Means
-from .gradients import LEAST_ROWS, block_gradients, columns_at_once, dominant_offset, products_at_once
+from .distance import dominant_offset
+from .gradients import LEAST_ROWS, block_gradients, columns_at_once, products_at_once
 from .tiles import BLOCKS_ALIVE, weight_tiles
 
 _COLUMNS = 2**16  # entries of one point's gradients that are made at once

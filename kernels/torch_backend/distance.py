@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import readable
 from ..gemm import matmul_nt
 
 # A pair is near when r^2 < NEAR * (||x||^2 + ||z||^2). The expansion of a pair that is not near has a relative
@@ -40,6 +41,7 @@ _CACHED = 2**16  # pairs that are measured at once there, small enough for a pro
 # a fifth of the pairs are near, all are so measured in a third to a fortieth of the time (two cores of a Xeon).
 _MANY, _ROWS, _COLUMNS = 2**20, 64, 512  # pairs from which on so many rows and columns of them are looked at
 _NARROW, CROWDED = 64, 1e-3  # features, share of near pairs
+_STEP = 512  # points less an offset that are multiplied at once, at least; and looked at for an offset
 FLOAT64_ROWS = 128  # whose distances are made in float64 at a time
 _DIRECT = 2**16  # differences up to which all are formed: 35 microseconds, which product and check take for any block
 
@@ -126,6 +128,36 @@ def squared_norms(X: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ij,ij->i", X, X)
 
 
+def norms_from(X: torch.Tensor, origin: torch.Tensor | None) -> torch.Tensor:
+    """Squared norms of the points less the origin, where there is one (n,)."""
+    if origin is None:
+        return squared_norms(X)
+    return torch.cat([squared_norms(part - origin) for part in X.split(256)])
+
+
+def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
+    """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
+
+    Elsewhere centring would round the very differences that collapsed classes live on. None in a CUDA graph's capture.
+    """
+    if not readable(X):
+        return None
+    mean = X.mean(0)
+    return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None
+
+
+def common_offset(X: torch.Tensor) -> torch.Tensor | None:
+    """``dominant_offset`` of float64 points, looked for among a few of them first; None where no product needs it.
+
+    What all points share makes all pairs near, each of which would be measured by itself. The product around it leaves
+    of r^2 what it leaves elsewhere, a few eps / NEAR of it: rounding a point less the offset, by eps of that, is less.
+    """
+    if X.dtype != torch.float64 or X.shape[1] <= FEW or not readable(X):
+        return None
+    some = X[:: max(1, len(X) // _STEP)]
+    return None if dominant_offset(some) is None else dominant_offset(X)
+
+
 def measured_directly(pairs: int, X: torch.Tensor) -> bool:
     """Whether ``squared_distances`` of so many pairs of points like X needs no norms."""
     d = X.shape[1]
@@ -140,15 +172,17 @@ def squared_distances(
     out: torch.Tensor,
     selves: int | torch.Tensor | None = None,
     near: float | None = None,
+    origin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write ||Z[i] - X[j]||^2 into out, shape (b, n).
 
     Args:
         Z, X: points (b, d) and (n, d).
-        z2, x2: their squared norms, where not ``measured_directly``.
+        z2, x2: their squared norms from the origin, where not ``measured_directly``.
         out: result; any strides that a matrix product can write to.
         selves: where Z is rows of X, the number of the first one, or of each (b,); these pairs are zero by index.
         near: share of the squared norms below which pairs are measured again; default by dtype.
+        origin: what the product subtracts from the points first, such as ``common_offset``.
     """
     if out.numel() == 0:
         return out
@@ -156,7 +190,14 @@ def squared_distances(
         return _measure_all(Z, X, out)
     assert z2 is not None
     assert x2 is not None
-    torch.add(matmul_nt(-2.0 * Z, X, x2, out), z2[:, None], out=out)
+    if origin is None:
+        torch.add(matmul_nt(-2.0 * Z, X, x2, out), z2[:, None], out=out)
+    else:
+        z, step = (Z - origin).mul_(-2.0), max(_STEP, near_chunk(X.device) // X.shape[1])
+        for start in range(0, len(X), step):  # never all points again
+            some = slice(start, start + step)
+            torch.addmm(x2[some], z, (X[some] - origin).T, out=out[:, some])
+        out.add_(z2[:, None])
     return near_again_(out, Z, X, z2, x2, selves, near)
 
 

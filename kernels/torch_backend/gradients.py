@@ -17,7 +17,7 @@ import torch
 from ..checks import readable
 from ..gemm import accumulate_, matmul_nt
 from ..plan import AIM
-from .distance import FEW, NEAR, medians, squared_distances, squared_norms
+from .distance import FEW, NEAR, medians, norms_from, squared_distances, squared_norms
 
 # Around a local centre, in float64, a pair is served when r^2 is at least this share of its squared norms there: the
 # error of its term is then below 2^15 eps of float64, and 2^5 eps for float64 points.
@@ -73,8 +73,8 @@ class Nearness:
         self.X, self.Z, self.symmetric = X, Z, Z is X
         self.few = X.shape[1] <= FEW  # every difference is formed there
         if not self.few:
-            self.x2 = _norms_from(X, shift)
-            self.z2 = self.x2 if self.symmetric else _norms_from(Z, shift)
+            self.x2 = norms_from(X, shift)
+            self.z2 = self.x2 if self.symmetric else norms_from(Z, shift)
             self._most = self.x2.amax()
             self._plain: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -152,12 +152,6 @@ class Nearness:
         some = mask.any(1)
         rows, mask = (rows, mask) if bool(some.all()) else (rows[some], mask[some])
         return Near(rows, mask, self.x2, z2[rows]) if len(rows) else None
-
-
-def _norms_from(X: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-    if shift is None:
-        return squared_norms(X)
-    return torch.cat([squared_norms(part - shift) for part in X.split(256)])
 
 
 def block_gradients(
@@ -387,14 +381,3 @@ def _add_directly(weights, alpha, X, Z, rows, out: torch.Tensor) -> None:
         terms = torch.bmm((w[:, :, None] * alpha[j]).transpose(1, 2), X[j] - Z[index, None])
         out.index_add_(0, rows[index], terms)
         done += step
-
-
-def dominant_offset(X: torch.Tensor) -> torch.Tensor | None:
-    """The mean of X where it dwarfs the spread (subtracting it is then exact and saves digits), else None.
-
-    Elsewhere centring would round the very differences that collapsed classes live on. None in a CUDA graph's capture.
-    """
-    if not readable(X):
-        return None
-    mean = X.mean(0)
-    return mean if mean @ mean > 0.99 * squared_norms(X).mean() else None

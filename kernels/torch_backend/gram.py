@@ -179,7 +179,8 @@ def _add_low_rank(half, E, X, alpha, Z, s, low_rank: LowRank, rows: int, along) 
     P, Q = low_rank.P.double(), low_rank.Q.double()
     if along is not None:
         v = along.double()[:, None]
-        P = P - v * (v.T @ P)
+        for _ in range(2):  # what rounding leaves of it is multiplied by the mean gradient, which may be far larger
+            P = P - v * (v.T @ P)
     against = low_rank.project(E, P)
     alpha, s, d = alpha.double(), s.double(), X.shape[1]
 

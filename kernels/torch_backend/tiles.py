@@ -12,9 +12,11 @@ from .distance import (
     FLOAT64_ROWS,
     NEAR_OF_FLOAT32,
     around_mean,
+    common_offset,
     float64_pays,
     measured_directly,
     near_chunk,
+    norms_from,
     squared_distances,
     squared_norms,
     tile_bytes,
@@ -47,10 +49,11 @@ def tiles(
     """
     symmetric, m, n = Z is X, len(Z), len(X)
     wide = InFloat64(X, min(rows, m)) if near is None and float64_pays(X, Z) else None
-    x2 = z2 = None
+    x2 = z2 = origin = None
     if wide is None and not measured_directly(min(rows, m) * n, X):
-        x2 = squared_norms(X)
-        z2 = x2 if symmetric else squared_norms(Z)
+        origin = common_offset(X) if near is None else None
+        x2 = norms_from(X, origin)
+        z2 = x2 if symmetric else norms_from(Z, origin)
     buffer = X.new_empty(min(rows, m) * n if out is None else 0)
     if starts is None:
         starts = longest_first(m, rows) if lower else range(0, m, rows)
@@ -66,7 +69,7 @@ def tiles(
         if wide is not None:
             wide.squared_distances(z, width, block, start if symmetric else None)
         else:
-            squared_distances(z, x, zz, xx, block, start if symmetric else None, near)
+            squared_distances(z, x, zz, xx, block, start if symmetric else None, near, origin)
         yield row, block
 
 

@@ -14,8 +14,8 @@ from ..plan import ROWS, AgopTask, Plan, budget
 from ..scaling import Points
 from .agop import agop
 from .costs import plan, wide_bytes
-from .distance import CROWDED, FEW, NEAR, many_on_cpu, near_share
-from .gradients import block_gradients, dominant_offset
+from .distance import CROWDED, FEW, NEAR, dominant_offset, many_on_cpu, near_share
+from .gradients import block_gradients
 from .tiles import tiles
 
 log = logging.getLogger("fastagop")

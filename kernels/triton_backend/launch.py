@@ -18,8 +18,8 @@ from ..plan import AgopTask, Plan
 from ..profile import Kernel, Profile
 from ..scaling import Points
 from ..torch_backend import agop as torch_agop
-from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, squared_norms
-from ..torch_backend.gradients import Nearness, block_gradients, chunk_of, dominant_offset, gradient_bytes
+from ..torch_backend.distance import NEAR, NEAR_OF_ROUNDED, dominant_offset, squared_norms
+from ..torch_backend.gradients import Nearness, block_gradients, chunk_of, gradient_bytes
 from .agop import _gradient_kernel, _gram_kernel
 from .cholesky import _update_kernel
 from .launch_config import GROUPS, PRODUCTS, Config, config
