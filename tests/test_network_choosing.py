@@ -96,3 +96,5 @@ def test_an_entry_of_the_table_makes_a_class_of_layers_one_that_is_measured(monk
         found, wanted = measure(model, X), measure(plain, X)
         assert list(found) == ["0", "2"]
         torch.testing.assert_close(dict(found), dict(wanted))
+    with pytest.raises(ValueError, match="kind must be one of 'linear', 'convolution', 'embedding', got 'conv'"):
+        sites.LayerKind("conv")
