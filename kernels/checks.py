@@ -21,13 +21,26 @@ def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
     """Refuse a word that is not one of the allowed ones; ``other``: what else the argument may be."""
     if not isinstance(value, str) or value not in allowed:
         beside = f", or {other}" if other else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {shown(value)}")
+
+
+def shown(value) -> str:
+    """A value as errors say it: as it is written, or its kind and size where that is long."""
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple, set, dict)) and len(value) > 8:
+        return f"a {kind} of {len(value)} items"
+    text = repr(value)
+    if len(text) <= 100 and "\n" not in text:
+        return text
+    return f"{kind} of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"an object of the class {kind}"
 
 
 def kernel(value, *, settled: bool = True) -> None:
     """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
     if not isinstance(value, Kernel):
-        raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
+        of_class = isinstance(value, type) and issubclass(value, Kernel)
+        given = f"the class; use {value.__name__}(...) with its parameters" if of_class else shown(value)
+        raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {given}")
     if not unsettled(value):
         for part in value.parts:
             kernel(part)
@@ -152,7 +165,8 @@ def memory_limit(value) -> int | None:
 def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
-        remedy = "pass its alpha" if hasattr(value, "alpha") else f"use torch.as_tensor({name})"
+        numbers_of = f"{name}.to_numpy()" if hasattr(value, "to_numpy") else name  # torch reads no DataFrame
+        remedy = "pass its alpha" if hasattr(value, "alpha") else f"use torch.as_tensor({numbers_of})"
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
     if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return
@@ -211,6 +225,11 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
         more = f"; use {name}[:, None] for a single column" if value.ndim == 1 else ""
         if value.ndim == 1 and name in _POINTS:
             more = f"; {name}[None] is one point, {name}[:, None] is {len(value)} points of one feature"
+        elif value.ndim == 1 and name == "Y" and not value.is_floating_point():
+            more = (
+                "; for labels use 2.0 * torch.nn.functional.one_hot(Y.long()).to(X) - 1.0, a column for each class; "
+                "for numbers Y[:, None].to(X)"
+            )
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}{more}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; convert it with {name}.float()")
