@@ -32,7 +32,8 @@ def shown(value) -> str:
     text = repr(value)
     if len(text) <= 100 and "\n" not in text:
         return text
-    return f"{kind} of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"an object of the class {kind}"
+    shape = getattr(value, "shape", None)
+    return f"an object of the class {kind}" if shape is None else f"{kind} of shape {tuple(shape)}"
 
 
 def kernel(value, *, settled: bool = True) -> None:
