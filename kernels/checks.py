@@ -166,9 +166,14 @@ def memory_limit(value) -> int | None:
 def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
-        numbers_of = f"{name}.to_numpy()" if hasattr(value, "to_numpy") else name  # torch reads no DataFrame
-        remedy = "pass its alpha" if hasattr(value, "alpha") else f"use torch.as_tensor({numbers_of})"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
+        remedy = ""
+        if hasattr(value, "alpha"):
+            remedy = "; pass its alpha"
+        elif hasattr(value, "to_numpy"):  # torch reads no DataFrame
+            remedy = f"; use torch.as_tensor({name}.to_numpy())"
+        elif hasattr(value, "__array__") or isinstance(value, (list, tuple, numbers.Number)):
+            remedy = f"; use torch.as_tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{remedy}")
     if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return
     refusals = (

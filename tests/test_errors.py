@@ -127,6 +127,26 @@ FIRST_MISTAKES = {
         ValueError,
         r"got shape \(40, 3, 1\); X.reshape\(len\(X\), -1\) makes it one",
     ),
+    "a list of stages": (
+        lambda: fastagop.collapse.of_stages([X], LABELS),
+        TypeError,
+        r"stages must be a dictionary \{name: features\}, got an object of the class list",
+    ),
+    "an estimator for a matrix": (
+        lambda: fastagop.spectrum(fastagop.RFMClassifier()),
+        TypeError,
+        "M must be a torch.Tensor, got RFMClassifier$",
+    ),
+    "the activations of one layer": (
+        lambda: fastagop.probes.fit(X, LABELS),
+        ValueError,
+        r"got \(40, 3\); \[activations\] is a single layer",
+    ),
+    "an array for a module": (
+        lambda: fastagop.DeepRFMRegressor(depth=1, width=4, ridge=1.0).fit(X, X[:, 0]).to_module()(X.numpy()),
+        TypeError,
+        r"x must be a torch.Tensor, got ndarray; use torch.as_tensor\(x\)",
+    ),
     "labels that are no numbers": (
         lambda: fastagop.collapse.nc1(X, LABELS.numpy().astype(str)),
         TypeError,
