@@ -34,7 +34,8 @@ def checked(result: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor
     """Refuse a result that has left its dtype, as powers of large points do; unread while a CUDA graph is captured."""
     if result.numel() and readable(result) and not all(bool(end.isfinite()) for end in torch.aminmax(result)):
         wider = "" if dtype == torch.float64 else ", or use float64"
-        raise ValueError(f"X is so large that {what} leave {dtype}; divide X by a constant{wider}")
+        own = "; some are NaN: look at the methods of a class of your own, too" if bool(result.isnan().any()) else ""
+        raise ValueError(f"X is so large that {what} leave {dtype}; divide X by a constant{wider}{own}")
     return result
 
 
