@@ -217,7 +217,7 @@ def _solve(p: Problem) -> list[Term]:
 
 def _refinement(p: Problem) -> list[Term]:
     n, each, steps = float(p.n), p.depth, _steps(p)
-    passes = f"{steps:.1f} steps: 8 n² of K, and once more; 4 n² of L"
+    passes = f"{steps:.1f} steps: 8 n² of k(X, X), and once more; 4 n² of L"
     return [
         Term("CG", passes, (8 * (steps + 1) + 4 * steps) * n * n, "skinny", each, True),
         Term("CG", f"{steps:.1f} steps: 2 n / 32 in triangular solves", steps * n / 16, "step", each, True),

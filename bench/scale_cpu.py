@@ -106,6 +106,8 @@ def floors(n: int, d: int, K: int, rate: dict[str, float]) -> dict[str, float]:
 
 def main(out: Path, n: int | None = None, d: list[int] | None = None) -> None:
     """Measure every contender at every size that memory holds, each in a process of its own."""
+    if d and len(d) > 1:
+        raise ValueError(f"scale takes one --d, got {len(d)}")
     width = d[0] if d else D
     rate, rows = rates(), []
     there = present(CONTENDERS)

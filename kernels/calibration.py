@@ -60,6 +60,13 @@ def cpuinfo() -> dict[str, str]:
         return {}
 
 
+@functools.cache
+def cache_bytes() -> int:
+    """Bytes of the cache that Linux names: the last level of Intel's processors, a core's second of AMD's; else 0."""
+    size, _, unit = cpuinfo().get("cache size", "").partition(" ")
+    return int(size) * 1024 if size.isdigit() and unit == "KB" else 0
+
+
 def path(device: torch.device) -> Path:
     """The device's file.
 

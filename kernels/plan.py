@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar, overload
 
 import torch
 
-from .memory.free import host_bytes
+from .memory.free import host_bytes, plenty
 
 T = TypeVar("T")
 
@@ -107,6 +107,11 @@ def _share(device: torch.device) -> float:
 def budget(limit: float | None, device: torch.device) -> int:
     """Bytes a call may take beyond its inputs: the caller's limit, else most of what is free."""
     return int(limit) if limit is not None else int(0.9 * available_bytes(device))
+
+
+def fits(needed: int, limit: float | None, device: torch.device) -> bool:
+    """Whether a call may take so many bytes; for a small part of what was free, memory is not read at every step."""
+    return (limit is None and device.type == "cpu" and plenty(needed)) or needed <= budget(limit, device)
 
 
 RAISE_LIMIT = "raise memory_limit, or free memory"  # advice of calls that take one

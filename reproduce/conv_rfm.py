@@ -40,13 +40,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{_POINTS[True]} points where --n is not given: half a minute")
     text = f"square images: {DATASETS}; default %(default)s"
-    add("--dataset", default="cifar10", help=text)
+    add("--dataset", action=options.Once, default="cifar10", help=text)
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--width", type=commands.count, default=64, help="random features of a layer; default %(default)s")
     add("--bandwidth", type=options.positive, default=1.0, help="L of the Laplace kernel; default %(default)s")
     add("--ridge", type=options.positive, default=1e-3, help=options.RIDGE)
     add("--seed", type=options.seed, default=0, help="of the random features; default %(default)s")
-    options.add_location(parser, "out")
+    options.add_location(parser, "out", checkpoint=False)
 
 
 def command(args: argparse.Namespace) -> int:
@@ -58,12 +58,13 @@ def command(args: argparse.Namespace) -> int:
     images = shape.unflattened(flat).contiguous()
     kernel, start = Laplace(args.bandwidth), time.perf_counter()
     settings = [ConvLayerSettings(kernel, Window(*window), args.width, args.ridge) for window in WINDOWS]
-    rows = run(images.to(options.run_location(args).torch_device), y, settings, args.seed)
+    device = options.run_location(args).torch_device
+    rows = run(images.to(device), y, settings, args.seed)
     stem = args.out / NAME
     about = {"dataset": args.dataset.rpartition("/")[2], "n": len(y), "windows": WINDOWS, "width": args.width}
     about |= {"kernel": repr(kernel), "ridge": args.ridge, "seed": args.seed}
     written = plots.save(drawing(about, rows), stem)
-    origin = {"settings": about, "environment": files.environment("cpu"), "seconds": time.perf_counter() - start}
+    origin = {"settings": about, "environment": files.environment(device), "seconds": time.perf_counter() - start}
     files.write_csv(stem.with_suffix(".csv"), rows)
     files.write_json(stem.with_suffix(".json"), {"runs": [origin], "lessons": [lesson(rows)]})
     print(f"\n{lesson(rows)}\nwrote {', '.join(map(str, written))}, {stem}.csv and {stem}.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,12 @@ def lesson(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def check(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Refuse a scale of cos features where no row has any."""
+    if args.feature_scale is not None and all(features != "cos" for _, features in rows):
+        raise ValueError("--feature-scale must not be given here: it is that of cos features, and all rows have ReLU's")
+
+
 def _rows(features: str, *datasets: str) -> tuple[Row, ...]:
     return tuple((dataset, features) for dataset in datasets)
 
@@ -104,6 +111,7 @@ FAMILY = Family(
     settings=settings.Settings,
     recorded=("settings", "environment", "seconds", "peak_resident_bytes", "readout", "accuracy", "layers"),
     lessons=lessons,
+    check=check,
 )
 _GRAM, _CURVES = "Gram matrices of $M_l^{1/2}X_l$ in Deep RFM", "Neural collapse in Deep RFM"
 _SIMPLEX = (

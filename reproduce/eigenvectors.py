@@ -34,12 +34,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
     add("--quick", action="store_true", help=f"{_POINTS[True]} points where --n is not given")
-    add("--dataset", default="mnist", help=f"square images: {DATASETS}; default %(default)s")
+    text = f"square images: {DATASETS}; default %(default)s"
+    add("--dataset", action=options.Once, default="mnist", help=text)
     add("--n", type=commands.count, help=f"training points, the first in file order; default {_POINTS[False]}")
     add("--count", type=commands.count, default=12, help="eigenvectors; default %(default)s")
     add("--bandwidth", type=options.positive, default=10.0, help="L of the Laplace kernel; default %(default)s")
     add("--ridge", type=options.positive, default=1e-3, help=options.RIDGE)
-    options.add_location(parser, "out")
+    options.add_location(parser, "out", checkpoint=False)
 
 
 def command(args: argparse.Namespace) -> int:
@@ -47,11 +48,13 @@ def command(args: argparse.Namespace) -> int:
     plots.require()
     n, start = args.n or _POINTS[args.quick], time.perf_counter()
     X, y = load(args.dataset, args.data_root, n=n, download=args.download)
+    if args.count > X.shape[1]:
+        raise ValueError(f"--count must be at most {X.shape[1]}, the pixels of an image, got {args.count}")
     X, y = (part.to(options.run_location(args).torch_device) for part in (X, y))
     kernel, Y = Laplace(args.bandwidth), 2.0 * torch.nn.functional.one_hot(y).to(X.dtype) - 1.0
     alpha = fastagop.solve(kernel, X, Y, ridge=args.ridge).alpha
     M, slopes = fastagop.agop(kernel, X, alpha), fastagop.gradients(kernel, X, alpha)
-    found = fastagop.spectrum(M, min(args.count, X.shape[1]), bootstrap=_DRAWS, gradients=slopes, random_state=0)
+    found = fastagop.spectrum(M, args.count, bootstrap=_DRAWS, gradients=slopes, random_state=0)
     about = {"dataset": args.dataset.rpartition("/")[2], "n": len(y), "kernel": repr(kernel), "ridge": args.ridge}
     origin = {"settings": about, "environment": files.environment(X.device), "seconds": time.perf_counter() - start}
     stem, said = args.out / NAME, lesson(found)

@@ -22,7 +22,7 @@ from reproduce.settings import DATASETS
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--quick", action="store_true", help="few points, layers and epochs: minutes on two CPU cores")
-    text = f"{DATASETS}; repeat for several; default: each figure's own"
+    text = f"{DATASETS}; repeat for several, of which pictures of one data set show the first; default: each its own"
     parser.add_argument("--dataset", action="append", default=[], help=text)
     options.add_location(parser, "out")
 
@@ -32,7 +32,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     absent, failed = [], []
     for name in (*TEXTS, *shown):
         print(f"\n==== {name}", flush=True)
-        given = [] if name in TEXTS else _forwarded(args, shown[name].reads_data)
+        given = [] if name in TEXTS else _forwarded(args, shown[name])
         ready = parser().parse_args([name, *given])
         try:
             _write_text(name, ready, args.out) if name in TEXTS else ready.command(ready)
@@ -45,14 +45,15 @@ def command(parser: Callable[[], argparse.ArgumentParser], shown: Mapping[str, r
     return 1 if failed else 0
 
 
-def _forwarded(args: argparse.Namespace, reads_data: bool) -> list[str]:
-    """The options of a picture, with those that say where data are for one that reads any."""
+def _forwarded(args: argparse.Namespace, picture: report.Shown) -> list[str]:
+    """The options of a picture: those that say where data are for one that reads any, what to keep for one of runs."""
     given = ["--out", str(args.out)] + (["--quick"] if args.quick else [])
-    if not reads_data:
+    if not picture.reads_data:
         return given
-    given += ["--device", args.device, *(word for dataset in args.dataset for word in ("--dataset", dataset))]
+    datasets = args.dataset if picture.has_runs else args.dataset[:1]
+    given += ["--device", args.device, *(word for dataset in datasets for word in ("--dataset", dataset))]
     given += ["--data-root", args.data_root] if args.data_root else []
-    return given + ["--download"] * args.download + ["--keep-checkpoint"] * args.keep_checkpoint
+    return given + ["--download"] * args.download + ["--keep-checkpoint"] * (args.keep_checkpoint and picture.has_runs)
 
 
 def _write_text(name: str, args: argparse.Namespace, out: Path) -> None:

@@ -34,6 +34,8 @@ class Family:
     settings: type[Any]  # This is the class of the runs' settings.
     recorded: tuple[str, ...]  # These keys of a run's record enter the figure's .json, where the record has them.
     lessons: Callable[[Runs], list[str]] = lambda _: []  # They are printed below the tables.
+    # It takes the rows and the options, and refuses an option that none of the rows can use.
+    check: Callable[[Sequence[Row], argparse.Namespace], None] = lambda rows, args: None
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Figure:
     @property
     def reads_data(self) -> bool:
         """Whether it reads a data set, as every figure of the paper does."""
+        return True
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether it is made of runs, as every figure of the paper is."""
         return True
 
     @property
@@ -72,6 +79,7 @@ def make(name: str, figure: Figure, args: argparse.Namespace) -> int:
     """
     plots.require()
     location, family = options.run_location(args), figure.family
+    family.check(rows_of(figure.rows, args.dataset), args)
     rows, missing = present(figure, args, location)
     done = [[runs.run(family.procedure, settings, location) for settings in row] for row in rows]
     written = plots.save(family.draw(figure.kind, done, figure.title), args.out / name)

@@ -125,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     text = "module:function that returns your trained model, importable from here; default %(default)s, an example"
     add("--model", default="reproduce.nfa_table:example", help=text)
-    add("--dataset", default="digits", help=f"{DATASETS}; default %(default)s")
+    add("--dataset", action=options.Once, default="digits", help=f"{DATASETS}; default %(default)s")
     add("--n", type=commands.count, help="points, the first in file order; default all")
     add("--shape", type=commands.count, nargs="+", help="of one input, for example 1 28 28; default flat")
     add("--layers", nargs="+", help='names or patterns of layers, for example "classifier.*"; default all')

@@ -23,7 +23,7 @@ def add_figure(parser: argparse.ArgumentParser) -> None:
     _add_points(parser)
     add("--depth", type=commands.count, help=f"layers; default {DEPTH}")
     add("--width", type=commands.count, help="random features; default 1024 for ReLU, 4096 for cos")
-    add("--feature-scale", type=float, default=COS_SCALE, help="scale of cos features' Cauchy W; default %(default)s")
+    add("--feature-scale", type=float, help=f"scale of cos features' Cauchy W; default {COS_SCALE}")
     add("--ridge", type=float, default=0.0, help=RIDGE)
     text = "paper: Gaussian for ReLU on MNIST, else Laplace; default %(default)s"
     add("--kernel", choices=("paper", *KERNELS), default="paper", help=text)
@@ -67,15 +67,26 @@ def _add_standardize(parser: argparse.ArgumentParser, remark: str) -> None:
     parser.add_argument("--standardize", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
-def add_location(parser: argparse.ArgumentParser, out: str, data: bool = True) -> None:
-    """Options that say where to read (where there are files to read), compute and write."""
+def add_location(parser: argparse.ArgumentParser, out: str, data: bool = True, checkpoint: bool = True) -> None:
+    """Options that say where to read (where there are files to read), compute and write, and what to keep."""
     add = parser.add_argument
-    parser.set_defaults(data_root=None, download=False)
+    parser.set_defaults(data_root=None, download=False, keep_checkpoint=False)
     if data:
         add_data(parser)
     add("--device", type=_device, default="auto", help="cpu, cuda, cuda:1, ...; default CUDA where there is one")
     add_out(parser, out)
-    add("--keep-checkpoint", action="store_true", help="keep the trained layers of a complete run")
+    if checkpoint:
+        add("--keep-checkpoint", action="store_true", help="keep the trained layers of a complete run")
+
+
+class Once(argparse.Action):
+    """An option that other commands take several times, and this one once."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Store the value; a second one is refused."""
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} must be given once here, got {getattr(namespace, self.dest)} and {values}")
+        setattr(namespace, self.dest, values)
 
 
 def add_out(parser: argparse.ArgumentParser, out: str) -> None:

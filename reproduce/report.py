@@ -52,6 +52,11 @@ class Shown(Protocol):
         """Whether it reads a data set."""
         ...
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether it is made of runs, one or more a data set, that are resumed and keep checkpoints."""
+        ...
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""

@@ -66,6 +66,8 @@ def run(procedure: Procedure, settings: Experiment, location: RunLocation) -> Ru
         reused = is_complete(folder)
         if reused:
             print("complete, nothing to compute")
+            if location.keep_checkpoint and not (folder / procedure.checkpoint).exists():
+                print("its trained layers were not kept; remove the folder to compute them again")
             record = files.read_record(folder / "record.json", settings.recorded, procedure.parts)
         else:
             record = _compute(procedure, settings, location, folder)

@@ -100,15 +100,15 @@ def paper(
     kernel: str = "paper",
     width: int | None = None,
     depth: int | None = None,
-    feature_scale: float = COS_SCALE,
+    feature_scale: float | None = None,
     quick: bool = False,
     **changes: Any,
 ) -> Settings:
     """The paper's settings for a data set and a feature map (appendix C), changed as asked for.
 
     n None is 50,000, or what the data set has; kernel "paper" is Gaussian for ReLU on MNIST and Laplace otherwise;
-    width None is 1024 for ReLU and 4096 for cos; depth None is 20; feature_scale is for cos only. ``quick`` stands in
-    for whichever of n, width and depth is None.
+    width None is 1024 for ReLU and 4096 for cos; depth None is 20; feature_scale is for cos only, None is 0.05.
+    ``quick`` stands in for whichever of n, width and depth is None.
     """
     if quick:
         n = min(QUICK["n"], points(dataset, None)) if n is None else n
@@ -116,7 +116,9 @@ def paper(
     if kernel == "paper":
         kernel = "gaussian" if (dataset, features) == ("mnist", "relu") else "laplace"
     width = WIDTHS[features] if width is None else width
-    scale = feature_scale if features == "cos" else None
+    scale = None
+    if features == "cos":
+        scale = COS_SCALE if feature_scale is None else feature_scale
     size = points(dataset, n)
     return Settings(dataset, features, size, kernel, width, scale, depth=depth or DEPTH, **changes)
 

@@ -111,7 +111,8 @@ class Training:
         """Add a row for every Linear layer: NFA correlation, and NC1 and NC2 at its three stages."""
         start = time.perf_counter()
         try:
-            splits = network.collapse_split(self.model, self.X, self.labels)
+            linear = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)]
+            splits = network.collapse_split(self.model, self.X, self.labels, linear)
         except ValueError as error:
             hint = "choose a smaller --learning-rate or --init-scale"
             raise ValueError(f"training diverged before epoch {self.epoch}, {hint}: {error}") from error

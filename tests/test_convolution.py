@@ -269,3 +269,19 @@ def test_a_layer_whose_patches_say_nothing_leaves_them_as_they_are():
     """Patches that are all one point have no gradients: M stays I, as in Deep RFM."""
     layer = fit_layer(torch.ones(6, 1, 4, 4), torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(2), 7), 0)
     assert torch.equal(layer.root, torch.eye(4))
+
+
+def test_a_layer_under_transforms():
+    """Images one by one, and derivatives of each, are what the batch gives."""
+    X, y = images(6, 1, 5), torch.arange(6) % 3
+    layer = fit_layer(X, y, ConvLayerSettings(Laplace(1.0), Window(3, padding=1), width=4), 0)
+
+    def one(image):
+        return layer(image[None])[0]
+
+    assert torch.equal(torch.func.vmap(one)(X), layer(X))
+    assert torch.equal(torch.func.vmap(layer)(X.view(2, 3, 1, 5, 5)), layer(X).view(2, 3, 4, 5, 5))
+    each = torch.stack([torch.func.jacrev(one)(image) for image in X])
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(one))(X), each)
+    with pytest.raises(ValueError, match="images must be finite"):
+        layer(X / 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastagop.kernels.torch_backend.distance import medians, squared_distances, squared_norms
+from fastagop.kernels.torch_backend.distance import factors, medians, near_again_, squared_distances, squared_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,3 +200,17 @@ def test_medians_by_sorting(n, normal):
     on_cuda = type("Sorted", (), {"is_cuda": True, "sort": X.sort, "__len__": lambda self: n})()
     assert torch.equal(medians(on_cuda), X.median(0).values)
     assert torch.equal(medians(X), X.median(0).values)
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_rows_in_any_order_are_zero_from_themselves(cloud, name):
+    X = cloud(name, dtype=torch.float64)
+    index = torch.randint(0, len(X), (40,), generator=torch.Generator().manual_seed(0))
+    check(measure(X[index], X, index), truth(X[index], X))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_norms_among_the_factors_make_the_same_distances(cloud, name):
+    X = cloud(name, dtype=torch.float64)
+    x2, (left, right) = squared_norms(X), factors(X, squared_norms(X))
+    check(near_again_(left @ right.T, X, X, x2, x2, 0), truth(X, X))

@@ -106,7 +106,7 @@ def test_a_class_that_no_validation_row_has(scoring):
     with pytest.warns(UserWarning, match="no validation row has the label 2") as told:
         model = RFMClassifier(iterations=2, scoring=scoring).fit(X, rare, X_val=X_val, y_val=y_val)
     assert len([one for one in told if "no validation row" in str(one.message)]) == 1
-    assert np.isneginf(model.validation_score_).all()
+    assert np.isnan(model.validation_score_).all()
 
 
 def test_held_out_rows_have_every_class_that_has_two():

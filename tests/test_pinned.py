@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastagop.kernels import plan
 from fastagop.kernels.memory import free
 
 from fastagop.solvers import pinned
@@ -93,6 +94,22 @@ def test_memory_that_was_returned_is_seen_at_once(cache, monkeypatch):
     assert [free.host_bytes(), free.host_bytes()] == [3, 3]
     pinned.give_back(torch.device("cuda"))
     assert free.host_bytes() == 5
+    free.forget()
+
+
+def test_a_small_part_of_free_memory_is_there_without_another_reading(monkeypatch):
+    readings = iter([3200, 50])
+    monkeypatch.setattr(free, "_free_bytes", lambda: next(readings))
+    free.forget()
+    assert not free.plenty(0)  # nothing has been read
+    free.host_bytes()
+    assert (free.plenty(100), free.plenty(101)) == (True, False)
+    assert plan.fits(100, None, torch.device("cpu"))
+    assert not plan.fits(100, 99, torch.device("cpu"))  # the caller's limit counts in any case
+    later = free.time.monotonic() + 2.0
+    monkeypatch.setattr(free.time, "monotonic", lambda: later)
+    assert not free.plenty(100)
+    assert not plan.fits(100, None, torch.device("cpu"))  # it was read again
     free.forget()
 
 

@@ -173,7 +173,7 @@ def test_steps_of_conjugate_gradients():
     p = Problem(depth=3)
     assert named("CG", "triangular", p).count == pytest.approx(8 / 3 * p.n / 16)
     passes = [8 * (steps + 1) + 4 * steps for steps in STEPS[:3]]  # K is read twice a product, for each triangle
-    assert named("CG", "of K", p).count == pytest.approx(sum(passes) / 3 * p.n**2)
+    assert named("CG", "of k(X, X)", p).count == pytest.approx(sum(passes) / 3 * p.n**2)
 
 
 def test_other_ways_take_longer():

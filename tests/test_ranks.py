@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
+import pkgutil
 import re
 import threading
 import warnings
@@ -759,3 +760,147 @@ def test_a_lost_rank_ends_the_others(normal, together):
     assert isinstance(lost, distributed.RankLost)
     assert "distributed.solve: rank 0 of 2 lost another rank" in str(lost)
     assert isinstance(died, KeyError)
+
+
+# ---- what fails on one rank
+
+
+class Mine(ValueError):
+    """What fails on one rank."""
+
+
+def fails_on(rank, what="mine"):
+    """A function of anything that fails on a rank; the others go on."""
+
+    def call(*args, **options):
+        if communicator.dist.get_rank() == rank:
+            raise Mine(what)
+        return 0.0
+
+    return call
+
+
+def check_told(results, failing, said):
+    """The rank that failed raises its error, the others one that names it."""
+    for rank, error in enumerate(results):
+        assert isinstance(error, Mine if rank == failing else RuntimeError), (rank, error)
+        assert rank == failing or re.search(said, str(error)), error
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_user_code_that_fails_on_one_rank_is_told_to_the_others(failing, normal, together, tmp_path, monkeypatch):
+    """They raise as well, instead of waiting for the rank at its next step, and the group can go on."""
+    X, y = normal(50, 4).numpy(), normal(50, seed=1).numpy()
+    deep = {"depth": 2, "width": 8, "random_state": 0}
+    for make, how, said in (
+        (
+            RFMRegressor,
+            {"iterations": 2, "callbacks": [fails_on(failing)]},
+            r"callbacks.* failed on rank \d; its error",
+        ),
+        (
+            RFMRegressor,
+            {"iterations": 2, "scoring": fails_on(failing), "early_stopping": True},
+            "scoring failed on rank",
+        ),
+        (DeepRFMRegressor, {**deep, "callbacks": [fails_on(failing)]}, r"callbacks.* failed on rank \d; its error"),
+    ):
+        options = {"ridge": 0.1, "device": "cpu", "random_state": 0, **how}
+
+        def fit(rank, make=make, options=options):
+            return make(process_group=communicator.dist, **options).fit(X, y)
+
+        results = together(3, fit)
+        if "scoring" in options:  # The error of a scorer is told with its name.
+            assert str(results[failing]) == "scoring: the validation rows have no score, since mine"
+            results[failing] = Mine()
+        check_told(results, failing, said)
+    if failing == 0:  # which keeps the checkpoint
+        monkeypatch.setattr("fastagop.deep_rfm.checkpoint.Checkpoint.save", fails_on(0))
+
+        def kept(rank):
+            return DeepRFMRegressor(process_group=communicator.dist, checkpoint_dir=tmp_path, **deep).fit(X, y)
+
+        check_told(together(3, kept), 0, "checkpoint.* failed on rank 0")
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("what", ["fill_", "to", "matmul", "_factor"])
+def test_a_rank_that_fails_within_a_shared_solve_is_told_to_the_others(what, failing, normal, together, monkeypatch):
+    monkeypatch.setattr("fastagop.solvers.problem.FULL_MATRIX_ROWS", 64)
+    X, Y = normal(150, 5, dtype=torch.float32), normal(150, 2, seed=1, dtype=torch.float32)
+    plain, fails = getattr(SharedBlocks, what), fails_on(failing, "no memory")
+    again = fastagop.solve(Laplace(2.0), X, Y)
+
+    def once(self, *args):
+        fails()
+        return plain(self, *args)
+
+    def solve(rank):
+        return distributed.solve(Laplace(2.0), X, Y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedBlocks, what, once)
+        results = together(3, solve)
+    for rank, error in enumerate(results):
+        assert isinstance(error, (Mine, RuntimeError)), error
+        named = re.search(rf"rank {failing} (failed|could not)", str(error))
+        assert isinstance(error, Mine) if rank == failing else named or failing == 0, error
+    for found in together(3, solve):
+        assert torch.allclose(found.alpha, again.alpha, rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_that_fails_on_another_rank_is_told(normal, together, monkeypatch):
+    X, Y = normal(60, 5), normal(60, 2, seed=1)
+    plain = engine.area_of_product
+
+    def area(*args):
+        fails_on(1)()
+        return plain(*args)
+
+    monkeypatch.setattr(engine, "area_of_product", area)
+    results = together(2, lambda rank: distributed.solve(Laplace(2.0), X, Y, ridge=0.1, method="cg"))
+    check_told(results, 1, "rank 1 failed; its error says why")
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        ("fastagop.distributed.engine.KernelOperator.mean_gradient", {"method": "gradient", "center": True}),
+        ("fastagop.distributed.engine.torch_agop.weights", {"method": "gram"}),
+        ("fastagop.distributed.engine.torch_gram.gram_form", {"method": "gram"}),
+    ],
+)
+def test_a_share_of_an_agop_that_fails_on_one_rank_is_told(place, how, normal, together, monkeypatch):
+    X, alpha = normal(60, 5), normal(60, 8, seed=1)
+    plain = fastagop.agop(Laplace(2.0), X, alpha, **how)
+    with monkeypatch.context() as patch:
+        owner, name = place.rsplit(".", 1)
+        real = pkgutil.resolve_name(place)
+        patch.setattr(pkgutil.resolve_name(owner), name, lambda *args, **more: fails_on(1)() or real(*args, **more))
+        results = together(2, lambda rank: distributed.agop(Laplace(2.0), X, alpha, **how))
+    check_told(results, 1, "its share failed on rank 1; its error says why")
+    for found in together(2, lambda rank: distributed.agop(Laplace(2.0), X, alpha, **how)):
+        torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rows_of_a_result_that_fail_on_one_rank_are_told(failing, normal, together, monkeypatch):
+    X, alpha = normal(60, 5), normal(60, 3, seed=1)
+    calls = {
+        "gradients": lambda rank: distributed.gradients(Laplace(2.0), X, alpha),
+        "kernel_matmul": lambda rank: distributed.kernel_matmul(Laplace(2.0), X, X.clone(), alpha),
+        "diagonal": lambda rank: Sharded(None).agop_diagonal(
+            Predictor(Laplace(2.0), X, alpha), AgopTask("sum", True, "auto", None, None)
+        ),
+    }
+    places = {name: (shared.operations, name) for name in ("gradients", "kernel_matmul")}
+    places["diagonal"] = (engine.torch_diagonal, "agop_diagonal")
+    calls["triangle"] = lambda rank: distributed.kernel_matmul(Laplace(2.0), X, None, alpha)
+    places["triangle"] = (shared, "area_of_product")
+    for name, call in calls.items():
+        real = getattr(*places[name])
+        with monkeypatch.context() as patch:
+            patch.setattr(*places[name], lambda *args, real=real, **more: fails_on(failing)() or real(*args, **more))
+            check_told(together(2, call), failing, f"its share failed on rank {failing}; its error says why")
+        assert all(isinstance(found, torch.Tensor) for found in together(2, call))

@@ -78,7 +78,10 @@ def prose_of_results():
     yield "README.md", hours
     yield "README.md", f"(NC1 {least:.0e})".replace("e-0", "e-")
     yield "reproduce/README.md", hours
-    yield "reproduce/README.md", f"20 layers and the readout in {mnist['seconds'] / 3600:.1f} hours on the same machine"
+    yield (
+        "reproduce/README.md",
+        f"20 layers and the readout in {mnist['seconds'] / 3600:.1f} hours on the same computer",
+    )
     yield "README.md", f"MNIST (Gaussian) in {mnist['seconds'] / 3600:.1f}"
     yield "reproduce/README.md", f"took {min(quiet):.0f} to {max(quiet):.0f} s"
     yield "docs/pages/tables.md", f"n = 10,000 rows takes {solves[10_000]['peak_bytes'] / 1e9:.1f} GB"

@@ -204,6 +204,7 @@ def network_measures(one: training.Training) -> list[tuple[float, float, float]]
 
 
 @pytest.mark.parametrize(("network", "dataset"), [("resnet", "digits"), ("vgg", "sixteen")])
+@pytest.mark.filterwarnings("error:network measures leave out")  # The trunk is not what the figures are about.
 def test_convolutional_networks_train_and_measure(tmp_path, network, dataset):
     if dataset == "sixteen":  # VGG's poolings want images of 16 x 16
         X = np.random.default_rng(0).random((40, 16, 16, 3), np.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,7 @@ from fastagop import (
 )
 from fastagop.rfm import coarse
 from fastagop.rfm.learning import Rules
+from fastagop.solvers import bandwidth
 
 
 def data(n=60, d=5, seed=0):
@@ -217,3 +221,52 @@ def test_gradients_are_differences(make, parameters, shape, scale):
     expected = np.stack([(f(Z + e) - f(Z - e)) / (2 * e.max()) for e in steps], 1)
     found = fit.gradients(Z)[:, -1]  # of the second class
     assert np.abs(found - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
+
+
+# ---- units in which the default bandwidth says nothing
+
+
+def told(fit) -> list[str]:
+    """What a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit()
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("iterations", [0, 2])
+@pytest.mark.parametrize("n", [300, 600])
+def test_a_bandwidth_that_leaves_constants_is_told(n, iterations):
+    """Kernel values need not be 0 or 1 to rounding for predictions to be worth nothing."""
+    random = np.random.default_rng(0)
+    X = random.normal(size=(n + 100, 6))
+    y = X[:, 0] * X[:, 1] + X[:, 2]
+    train, test = slice(0, n), slice(n, None)
+    for unit, words in ((200.0, "sum to .*next to nothing about others"), (1e-8, "look alike"), (3e-7, "look alike")):
+        model = RFMRegressor(iterations=iterations)
+        (text,) = told(lambda model=model, unit=unit: model.fit(unit * X[train], y[train]))
+        assert re.search(f"at bandwidth 10 .*{words}", text)
+        assert abs(model.score(unit * X[test], y[test])) < 0.1
+        if "all but constant" in text:
+            assert "such as kernel=Laplace('median') has, or scale='standard'" in text
+    for how in ({"scale": "standard"}, {"kernel": Laplace("median")}, {"ridge": 1e9, "scale": "standard"}):
+        weights = {} if iterations else {"sample_weight": np.full(n, 1e-9)}
+        assert (
+            told(lambda how=how, w=weights: RFMRegressor(iterations=0, **how).fit(200.0 * X[train], y[train], **w))
+            == []
+        )
+
+
+def test_what_tells_that_a_kernel_is_faint():
+    X = torch.arange(5000, dtype=torch.float64)[:, None]
+    for L, ridge, words in (
+        (0.1, 0.0, "sum to 9.1e-05"),
+        (0.3, 0.0, ""),
+        (1e9, 0.0, ""),
+        (1e9, 1e4, "but for 1.7e-06, which the ridge 1e+04 outweighs"),
+        (1e3, 1e9, ""),  # a ridge that outweighs everything is no matter of the bandwidth
+    ):
+        for unit in (1.0, 2.0**60):
+            text = bandwidth.faint(Laplace(L * unit), X * unit, ridge)
+            assert (words in text) if words else text == ""
+    assert bandwidth.faint(Laplace(1e-3), X[:1]) == ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastagop.kernels import reference
+from fastagop.kernels import calibration, reference
 
 import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMRegressor
-from fastagop.solvers import preconditioner
+from fastagop.solvers import full_refined, preconditioner
+from fastagop.solvers.limits import both, worst_column
+from fastagop.solvers.limits import relative as relative_size
 
 EPS = 2.0**-52
 
@@ -129,3 +131,30 @@ def test_the_least_rows_keep_their_direction(dtype):
     expected = np.array([exact / np.hypot(*exact), [0.0, 0.0], [-0.6, 0.8]])
     np.testing.assert_allclose(normalised(rows).numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(normalised(rows).numpy()[0], [0.447, 0.894], rtol=2e-3)
+
+
+@pytest.mark.parametrize(("n", "outputs"), [(700, 1), (1000, 3)])
+def test_a_matrix_in_full_or_half_of_it_makes_the_same_fit(n, outputs, normal, relative, monkeypatch):
+    X, Y = normal(n, 9), normal(n, outputs)
+    fits = []
+    for cache in (0, 2**40):
+        monkeypatch.setattr(calibration, "cache_bytes", lambda cache=cache: cache)
+        fits.append(fastagop.RFMRegressor(iterations=2, device="cpu").fit(X, Y))
+        matrices = full_refined.Matrices.of(Laplace(10.0), X.double(), weights=True)
+        assert matrices.whole == (cache > 0)
+        K, V = reference.kernel_matrix(Laplace(10.0), X), Y.double()
+        assert relative(matrices.matmul(V), K @ V) <= 1e-12
+        assert relative(matrices.full(), K) <= 1e-12
+        assert torch.equal(matrices.W, matrices.W.T)
+        assert torch.equal(matrices.A.triu(), matrices.full().float().triu())
+    assert relative(fits[0].M_, fits[1].M_) <= 1e-6
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_residuals_of_all_and_of_the_worst_column(columns, normal):
+    R, Y = normal(50, columns).double(), normal(50, columns).double()
+    Y[:, -1] *= 1e60
+    R[:, -1] *= 1e50
+    for y in (Y, torch.cat([Y, torch.zeros(50, 1)], 1), 0.0 * Y):
+        r = torch.cat([R, torch.ones(50, y.shape[1] - columns)], 1).double()
+        assert both(r, y) == pytest.approx((relative_size(r, y), worst_column(r, y)), rel=1e-14)

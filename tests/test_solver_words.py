@@ -192,6 +192,12 @@ def test_a_note_says_what_and_how_far(unit):
     assert "is 0 or 1 to rounding: points are equal to it or have nothing in common" in both
 
 
+def test_equal_points_ask_for_no_bandwidth_of_zero():
+    assert note(torch.zeros(5, 2), 1.0).endswith(
+        "look alike. Most of them are equal here, at any bandwidth: other or more features are needed"
+    )
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_one_point_has_no_distance(n):
     assert note(torch.zeros(n, 2), 1.0) == ""

@@ -50,7 +50,8 @@ class Window:
             normalise: divide every patch by its length, whatever that is; a patch of zeros stays.
 
         Raises:
-            ValueError: images of another shape or dtype, smaller than the window, or not finite.
+            ValueError: images of another shape or dtype, smaller than the window, or not finite. Inside transforms of
+                torch.func (vmap, jacrev) no number can be asked for, and NaN goes through.
         """
         checks.plain("images", images)
         if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
@@ -61,7 +62,7 @@ class Window:
             raise ValueError(f"images must have channels and pixels, got shape {tuple(images.shape)}")
         for side in images.shape[2:]:
             self.positions(side)
-        if not checks.finite(images):
+        if not (torch._C._are_functorch_transforms_active() or checks.finite(images)):
             raise ValueError("images must be finite, but hold NaN or infinity")
         found = unfold(images, self.size, padding=self.padding, stride=self.stride).mT.contiguous()
         if normalise:

@@ -151,16 +151,23 @@ class _DeepRFM(_Layers, KernelEstimator):
                 before = self._layers[-1].record.solution if self._layers else None
                 layer, made = training.layer(points, start.seeds[index], rest, before)
                 points, rest = made.points, made.rest
-                warn_about(layer.record.solution, reported, _POINTS, which=f"of layer {index + 1}")
                 self._layers.append(layer)
-                if start.checkpoint is not None:
-                    start.checkpoint.save(index, layer, made.features)
-                event = LayerEvent(index, depth, layer.record, made.projected, made.features, training.classes)
-                for callback in self.callbacks:
-                    callback(event)
+                done = functools.partial(self._after, index, layer, made, training, start, reported)
+                what = "what follows a layer (checkpoint, callbacks, warnings)"
+                training.engine.together(done, what, points.device)
                 nc1 = layer.record.nc1
                 progress.step(**{"nc1": f"{nc1['projected']:.1e}"} if "projected" in nc1 else {})
         return points
+
+    def _after(self, index: int, layer: Layer, made, training: LayerTraining, start: _Start, reported: set) -> None:
+        """Warn of what a layer's solve altered, save the layer, and call callbacks."""
+        warn_about(layer.record.solution, reported, _POINTS, which=f"of layer {index + 1}")
+        if start.checkpoint is not None:
+            start.checkpoint.save(index, layer, made.features)
+        depth = training.settings.depth
+        event = LayerEvent(index, depth, layer.record, made.projected, made.features, training.classes)
+        for callback in self.callbacks:
+            callback(event)
 
     def _begin(self, settings: Settings, data: Training, seeds: list[int]) -> _Start:
         """The first layer, or the one after those that the checkpoint folder holds."""

@@ -18,8 +18,9 @@ from fastagop.kernels.gemm import LIBRARY, PanelProducts, subtract_product_
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 _DTYPES = (torch.float64, torch.float32)
-_FILL, _COPY, _FACTOR, _PRODUCT, _SOLVE, _DROP = range(6)
-_FIRST = -1  # numbers of these requests; those of other products are positive
+_FILL, _COPY, _DROP, _PRODUCT, _FACTOR, _SOLVE = range(6)  # of these ``_SOLVE`` has the numbers ``MEETING``
+_FIRST = -1  # numbers of these requests go down from here; those of other products are positive
+_FAILED = -1.0  # in place of the pivot that fails, of a rank that could not make its block row
 
 
 class SharedBlocks(SymmetricBlocks):
@@ -42,7 +43,12 @@ class SharedBlocks(SymmetricBlocks):
         return slice(q * self.rows, min(self.n, (q + 1) * self.rows))
 
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
-        """As ``SymmetricBlocks.cholesky_``, by the library's products; all ranks are told of the pivot that fails."""
+        """As ``SymmetricBlocks.cholesky_``, by the library's products; all ranks are told of the pivot that fails.
+
+        Raises:
+            Exception: what failed on this rank, which takes part to the end. RuntimeError: another rank has failed.
+        """
+        self._error: Exception | None = None
         diagonal = checks.tensor(diagonal, torch.float64).expand(self.n)
         mine = dict(zip(self._mine(self.count), self.blocks, strict=True))
         sent = self._send(0, mine, diagonal)
@@ -51,18 +57,25 @@ class SharedBlocks(SymmetricBlocks):
             self.ranks.wait(work)
             row = self._span(q)
             if failed := int(head[-1, 0]):
+                if failed == _FAILED:
+                    raise self._error or RuntimeError(f"rank {q % self.ranks.size} could not make its part of a factor")
                 return row.start + failed
             done, L = head[:-1, : row.start].to(self.device), head[:-1, row.start :].to(self.device)
             divide_ = self._divisor(L.contiguous())
             if q + 1 < self.count and q + 1 not in mine:  # it comes while this rank's rows are updated
                 sent = self._send(q + 1, mine, diagonal)
             for p in sorted(p for p in mine if p > q):
-                panel = mine[p][:, row]
-                if row.start:
-                    subtract_product_(panel, mine[p][:, : row.start], done)
-                divide_(panel)
+                try:
+                    panel = mine[p][:, row]
+                    if row.start:
+                        subtract_product_(panel, mine[p][:, : row.start], done)
+                    divide_(panel)
+                except Exception as error:  # raised when the other ranks know
+                    self._error = self._error or error
                 if p == q + 1:
                     sent = self._send(p, mine, diagonal)
+        if self._error is not None:
+            raise self._error
         return 0
 
     def _send(self, q: int, mine: dict[int, torch.Tensor], diagonal: torch.Tensor):
@@ -70,15 +83,25 @@ class SharedBlocks(SymmetricBlocks):
         row = self._span(q)
         message = torch.zeros(row.stop - row.start + 1, row.stop, dtype=self.dtype, device=self.ranks.wire)
         if q in mine:
-            block, square = mine[q], mine[q][:, row.start :]
-            square.diagonal().copy_(diagonal[row])
-            if row.start:
-                LIBRARY.subtract_square_(square, LIBRARY.ready(block[:, : row.start]))
-            L, info = torch.linalg.cholesky_ex(square)
-            square.copy_(L)
-            message[:-1].copy_(block)
-            message[-1] = float(info)
+            try:
+                message[-1] = self._factor(mine[q], diagonal[row])
+            except Exception as error:  # raised when the other ranks know
+                self._error = self._error or error
+            if self._error is not None:
+                message[-1] = _FAILED
+            message[:-1].copy_(mine[q])
         return message, self.ranks.send(message, q % self.ranks.size)
+
+    def _factor(self, block: torch.Tensor, diagonal: torch.Tensor) -> float:
+        """Factor the square at the end of a block row, given its diagonal; 0, or which pivot failed."""
+        before = block.shape[1] - len(block)
+        square = block[:, before:]
+        square.diagonal().copy_(diagonal)
+        if before:
+            LIBRARY.subtract_square_(square, LIBRARY.ready(block[:, :before]))
+        L, info = torch.linalg.cholesky_ex(square)
+        square.copy_(L)
+        return float(info)
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """This rank's rows of (L L^T)^-1 B, zero elsewhere; B is the same on every rank."""
@@ -116,7 +139,7 @@ class RankBlocks:
     def answer(self, V: torch.Tensor, number: int) -> torch.Tensor:
         """This rank's part of the answer to a request, float64."""
         what, which = divmod(_FIRST - number, 2)
-        dtype, nothing = _DTYPES[which], V.new_zeros(1, 1)
+        dtype, nothing = _DTYPES[which], torch.zeros_like(V)
         if what == _FILL:
             self.held[dtype] = self.fill(self.held.get(dtype) or SharedBlocks(self.n, dtype, self.ranks))
             return nothing
@@ -129,7 +152,8 @@ class RankBlocks:
         blocks = self.held[dtype]
         if what == _FACTOR:
             failed = blocks.cholesky_(V[:, 0])
-            return nothing + (failed if self.ranks.rank == 0 else 0)
+            nothing[0] = failed if self.ranks.rank == 0 else 0
+            return nothing
         V = V.to(dtype)
         return (blocks.matmul(V) if what == _PRODUCT else blocks.solve(V)).double()
 
@@ -176,7 +200,7 @@ class AskedBlocks:
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
         """Factor with a diagonal by the library's products; 0, or which pivot failed."""
         diagonal = torch.as_tensor(diagonal, dtype=torch.float64, device=self.device).expand(self.n)
-        return int(self._ask(_FACTOR, diagonal[:, None]))
+        return int(self._ask(_FACTOR, diagonal[:, None])[0])
 
     def solve(self, B: torch.Tensor) -> torch.Tensor:
         """(L L^T)^-1 B."""

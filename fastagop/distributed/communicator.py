@@ -6,6 +6,7 @@ Everything travels by collectives of ``torch.distributed``; nothing here opens a
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastagop.kernels import checks
 from fastagop.kernels.plan import budget, longest_first
 
 # What travels while the next rows are computed: bytes worth sending, in as many rows as a matrix product needs.
@@ -23,10 +25,15 @@ _PIECE, _PIECE_ROWS = 2**22, 256
 _HASHED = 2**22  # bytes hashed at once
 _COMPARED = 6  # tensors that one call compares, at most
 _ASK, _DONE = 1, 0
+MEETING = (-11, -12)  # numbers of requests within which ranks wait for each other
 
 
 class RankLost(RuntimeError):
     """Another process of the group died, or did not answer within the group's timeout."""
+
+
+class RankFailed(RuntimeError):
+    """Something failed on another process of the group, whose own error says what."""
 
 
 class Communicator:
@@ -98,6 +105,38 @@ class Communicator:
             self._disagree(call, tensors, everyone)
         return result, min(row[-1] for row in everyone)
 
+    def together(self, work: Callable[[], Any], what: str) -> Any:
+        """work(), the same step on every rank; where it fails on one of them, no rank goes on without it.
+
+        Raises:
+            BaseException: what work raised here. RankFailed: it failed on another rank, which is named.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as raised:  # raised below, after the other ranks were told
+            error = raised
+        failed = [rank for rank, number in enumerate(self.everyone(int(error is not None))) if number]
+        if error is not None:
+            raise error
+        if failed:
+            raise RankFailed(f"distributed.{self.op}: {what} failed on rank {failed[0]}; its error says why")
+        return result
+
+    def shared(self, work: Callable[[Callable], Any], what: str) -> Any:
+        """work(total), which comes to each ``total`` on every rank; where it fails before one, as ``together``."""
+
+        def total(value: torch.Tensor) -> torch.Tensor:
+            self.together(lambda: None, what)
+            return self.total(value)
+
+        try:
+            return work(total)
+        except (RankLost, RankFailed):
+            raise
+        except Exception as error:
+            return self.together(functools.partial(_raised, error), what)
+
     def _disagree(self, call: str, tensors: dict, everyone: list[list[int]]) -> None:
         """Name what differs; every rank sees the same hashes, so every rank comes here."""
         other = next(rank for rank, row in enumerate(everyone) if row[:-1] != everyone[0][:-1])
@@ -150,19 +189,23 @@ class Communicator:
         row = max(1, torch.Size(tail).numel() * like.element_size())
         step = max(1, min(share, max(_PIECE_ROWS, _PIECE // row)))
         everything = torch.empty(self.size, share, *tail, dtype=like.dtype, device=self.wire)
-        pending = []
+        pending, failed = [], None
         for offset in range(0, share, step):
             width = min(step, share - offset)
             start, stop = min(last, first + offset), min(last, first + offset + width)
             places = [part[offset : offset + width] for part in everything]
             piece = places[self.rank]
-            if stop > start:
-                piece[: stop - start] = compute(start, stop)
+            if stop > start and failed is None:
+                try:
+                    piece[: stop - start] = compute(start, stop)
+                except Exception as error:  # raised when the other ranks know
+                    failed = error
             with self.collective():
                 pending.append(dist.all_gather(places, piece, group=self.group, async_op=True))
         with self.collective():
             for work in pending:
                 work.wait()
+        self.together(functools.partial(_raised, failed), "its share")
         return everything.flatten(0, 1)[:count].to(like.device)
 
     def run_on_root(self, job: Callable, handle: Callable | None = None) -> Any:
@@ -170,22 +213,26 @@ class Communicator:
 
         Other ranks wait. request(V, number) makes every rank run handle(V, number) and gives the sum of the answers.
         """
+        failed = None
         if self.rank == 0:
             answer = self._run_as_root(job, handle)
         else:
             while (order := self._order(None))[0] == _ASK:
                 V = torch.empty(order[1], order[2], dtype=torch.float64, device=self.wire)
-                self._handle(V, order[3], handle)
+                failed = self._handle(V, order[3], handle)[1] or failed
             answer = None
         result, error = self._broadcast(answer)
         if error is not None:
-            raise error
+            raise failed or error
         return result
 
     def _run_as_root(self, job: Callable, handle: Callable | None):
         def request(V: torch.Tensor, number: int) -> torch.Tensor:
             self._order([_ASK, *V.shape, number])
-            return self._handle(V.to(self.wire).contiguous(), number, handle)
+            answer, failed = self._handle(V.to(self.wire).contiguous(), number, handle)
+            if failed is not None:
+                raise failed
+            return answer
 
         try:
             result = job(request)
@@ -197,25 +244,33 @@ class Communicator:
         self._order([_DONE, 0, 0, 0])
         return result, None
 
-    def _handle(self, V: torch.Tensor, number: int, handle) -> torch.Tensor:
-        """One product: V from the first rank to all, the parts of the answer back to it.
+    def _handle(self, V: torch.Tensor, number: int, handle) -> tuple[torch.Tensor, Exception | None]:
+        """One product: V from the first rank to all, the parts of the answer, of V's shape, back to it.
 
-        Where a product, whose number is above 0, fails on the first rank, it takes the other parts before it says so.
+        Returns:
+            (the sum of the parts on the first rank, what failed here or, on the first rank, anywhere). A rank that
+            fails sends its number with a part of zeros, so that the first one can tell the others.
+
+        Raises:
+            Exception: of a request within which ranks wait for each other, numbered ``MEETING``.
         """
         with self.collective():
             dist.broadcast(V, self._first, group=self.group)
-        failed = None
+        sent, failed = V.new_zeros(V.numel() + self.size), None
         try:
-            part = handle(V.to(self.device), number).to(self.wire).contiguous()
+            sent[: V.numel()] = handle(V.to(self.device), number).to(self.wire).flatten()
+        except RankLost:
+            raise
         except Exception as raised:
-            if self.rank > 0 or number < 1:
+            if number in MEETING:
                 raise
-            part, failed = torch.zeros_like(V), raised
+            sent[: V.numel()], failed = 0.0, raised
+            sent[V.numel() + self.rank] = 1.0
         with self.collective():
-            dist.reduce(part, self._first, group=self.group)
-        if failed is not None:
-            raise failed
-        return part.to(self.device)
+            dist.reduce(sent, self._first, group=self.group)
+        if self.rank == 0 and failed is None and bool((lost := sent[V.numel() :] > 0).any()):
+            failed = RuntimeError(f"distributed.{self.op}: rank {int(lost.nonzero()[0])} failed; its error says why")
+        return sent[: V.numel()].view_as(V).to(self.device), failed
 
     def _order(self, order: list[int] | None) -> list[int]:
         """What the first rank wants next."""
@@ -274,6 +329,17 @@ class Communicator:
         with self.collective():
             dist.broadcast_object_list(box, self._first, group=self.group)
         return box[0]
+
+
+def _raised(error: Exception | None) -> None:
+    """Raise an error that there is."""
+    if error is not None:
+        raise error
+
+
+def other(X, Z):
+    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
+    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and checks.same(X, Z) else Z
 
 
 def _portable(error: Exception) -> Exception:

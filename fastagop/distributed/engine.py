@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastagop.distributed.blocks import AskedBlocks, RankBlocks
-from fastagop.distributed.communicator import Communicator
+from fastagop.distributed.communicator import Communicator, other
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import symmetrise_
 from fastagop.kernels.kernel_operator import KernelOperator, PointsProduct, scale_weights
@@ -38,6 +38,7 @@ from fastagop.solvers.solve import Solved, SolveOptions, as_given, prepare
 from fastagop.solvers.symmetric_blocks import SymmetricBlocks
 
 _UNLIMITED = 2**62  # bytes: checks the arguments of a call whose memory another rank plans
+_SHARE = "its share"  # what a rank may fail to make, in words
 
 
 class Predictor(NamedTuple):
@@ -115,6 +116,10 @@ class Local:
         """The first rank's tensor, on every rank."""
         return value
 
+    def together(self, work: Callable[[], Any], what: str, device: torch.device) -> Any:
+        """work(), which no rank goes on without; ``what`` it is in words."""
+        return work()
+
 
 class Sharded(Local):
     """The ranks of a ``torch.distributed`` group, each of which makes the same calls.
@@ -139,10 +144,15 @@ class Sharded(Local):
         """The first rank's tensor, on every rank."""
         return self.communicator("broadcast", value).broadcast(value)
 
+    def together(self, work: Callable[[], Any], what: str, device: torch.device) -> Any:
+        """work(); where it fails on one rank, every rank learns which."""
+        return Communicator(self.group, "fit", device).together(work, what)
+
     def agop_diagonal(self, predictor: Predictor, task: AgopTask) -> torch.Tensor:
         """As ``Local.agop_diagonal``; every rank takes its share of the rows."""
         ranks = self.communicator("agop", predictor.X)
-        return self._diagonal(predictor, task, span=ranks.rows(len(predictor.X)), total=ranks.total)
+        span = ranks.rows(len(predictor.X))
+        return ranks.shared(lambda total: self._diagonal(predictor, task, span=span, total=total), _SHARE)
 
     def agop(self, predictor: Predictor, task: AgopTask, Z: torch.Tensor | None = None) -> torch.Tensor:
         """The AGOP at Z, default X, in float64; partial sums (d, d) are added in float64."""
@@ -331,9 +341,13 @@ def _stored_weights(at: Points, alpha: torch.Tensor, task: AgopTask, size: int) 
 def _rows_of_gram(predictor: Predictor, task: AgopTask, max_rows: int, ranks: Communicator) -> torch.Tensor | None:
     """This rank's block rows of the gram form; None where it would lose digits, or another rank says so."""
     kernel, X, alpha, _, _ = predictor
-    W = torch_agop.weights(kernel, X, X, max_rows)
     dtypes = [X.dtype, torch.float64]
-    here = torch_agop.choose_form(W, X, predictor.rounded, X, task, symmetric=True)
+
+    def weighed() -> tuple[torch.Tensor, Any]:
+        W = torch_agop.weights(kernel, X, X, max_rows)
+        return W, torch_agop.choose_form(W, X, predictor.rounded, X, task, symmetric=True)
+
+    W, here = ranks.together(weighed, _SHARE)
     rank = here.low_rank.rank if here.low_rank else 0
     rank, place = divmod(ranks.everyone(2 * rank + dtypes.index(here.dtype))[0], 2)  # the first rank decides
     if rank == 0:
@@ -342,8 +356,8 @@ def _rows_of_gram(predictor: Predictor, task: AgopTask, max_rows: int, ranks: Co
     wide = dtypes[place]
     P, Q = (ranks.broadcast(part) for part in _parts(here.low_rank, W.new_zeros(len(X), rank)))
     x, part, first = X.to(wide), LowRank(P, Q, symmetric=True).to(wide), ranks.rank == 0
-    shared = {"rows": rows, "starts": starts, "all_else": first}
-    return torch_gram.gram_form(W.to(wide), x, alpha.to(wide), x, part, center=task.center, **shared)
+    options = {"center": task.center, "rows": rows, "starts": starts, "all_else": first}
+    return ranks.together(lambda: torch_gram.gram_form(W.to(wide), x, alpha.to(wide), x, part, **options), _SHARE)
 
 
 def _parts(low_rank: LowRank | None, blank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -363,22 +377,23 @@ def _rows_of_points(predictor: Predictor, Z, weights, task: AgopTask, ranks: Com
     alpha, (first, last) = predictor.rounded, ranks.rows(len(Z))
     share = Z[first:last] if ranks.size > 1 else Z
     part = None if weights is None else weights[first:last]
-    operator = KernelOperator("agop", kernel, X, share, precision=precision, backend=backend)
-    M = operator.agop(alpha, replace(task, reduction="sum", weights=part)).run().double()
-    if task.center and ranks.size > 1 and len(Z) > 0:
-        size = float(len(share) if part is None else part.sum(dtype=torch.float64))
+    merges = task.center and ranks.size > 1 and len(Z) > 0
+    size = float(len(share) if part is None else part.sum(dtype=torch.float64))
+
+    def of_share() -> tuple[torch.Tensor, torch.Tensor]:
+        operator = KernelOperator("agop", kernel, X, share, precision=precision, backend=backend)
+        M = operator.agop(alpha, replace(task, reduction="sum", weights=part)).run().double()
         mean = X.new_zeros(alpha.shape[1], X.shape[1], dtype=torch.float64)
-        if size > 0:
+        if merges and size > 0:
             gradient = AgopTask(method="gradient", limit=task.limit)
             rows = costs.plan(X, alpha, share, gradient, "", symmetric=False).block
             mean += operator.mean_gradient(alpha, part, rows)
+        return M, mean
+
+    M, mean = ranks.together(of_share, _SHARE)
+    if merges:
         both = ranks.total(torch.cat([(size * mean).flatten(), mean.new_tensor([size])]))
         if both[-1] > 0:
             apart = mean - (both[:-1] / both[-1]).view_as(mean)
             M += size * (apart.T @ apart)
     return M
-
-
-def other(X, Z):
-    """Z where it is not X: ranks must also agree on that, as it decides who does what."""
-    return None if isinstance(X, torch.Tensor) and isinstance(Z, torch.Tensor) and checks.same(X, Z) else Z

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product, other
+from fastagop.distributed.communicator import other
+from fastagop.distributed.engine import Predictor, Sharded, area_of_product, block_of_product
 from fastagop.kernels import operations
 from fastagop.kernels.kernel_operator import KernelOperator, in_dtype
 from fastagop.kernels.plan import AgopTask
@@ -90,8 +91,8 @@ def kernel_matmul(
             V,
         )
     with operator.products():
-        rows = block_of_product(X, V.shape[1], room)
-        return ranks.total(area_of_product(operator.points.kernel, operator.points.X, V, rows, ranks))
+        rows, at = block_of_product(X, V.shape[1], room), operator.points
+        return ranks.total(ranks.together(lambda: area_of_product(at.kernel, at.X, V, rows, ranks), "its share"))
 
 
 @torch.no_grad()

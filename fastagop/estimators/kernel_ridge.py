@@ -14,7 +14,7 @@ from fastagop.estimators import float64_fit, mixed_fit, rounding
 from fastagop.kernels import checks
 from fastagop.kernels.families.composition import Multiple
 from fastagop.kernels.kernel_operator import KernelOperator
-from fastagop.kernels.plan import AgopTask, budget
+from fastagop.kernels.plan import AgopTask, budget, fits
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel, Profile
 from fastagop.kernels.scaling import scale_points
@@ -144,7 +144,7 @@ def takes_mixed(X: torch.Tensor, Y: torch.Tensor, regression: KernelRidge) -> bo
     if not (usual and X.dtype == torch.float32 and X.device.type == "cpu" and few_thousand):
         return False
     needed, limit = mixed_fit.bytes_of(X, Y), regression.memory_limit
-    return (limit is None and needed <= _READ) or needed <= budget(limit, X.device)
+    return (limit is None and needed <= _READ) or fits(needed, limit, X.device)
 
 
 def fit_and_agop(

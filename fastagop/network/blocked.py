@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from fastagop.network import model_access
-from fastagop.network.choosing import Chosen
+from fastagop.network.choosing import Chosen, listed
 from fastagop.network.gradient_hooks import Call, Run, Taps
 from fastagop.network.lending import replaced
 from fastagop.network.sites import Site, forwards
@@ -35,7 +35,7 @@ def refuse_blocked(chosen: Chosen, taps: Taps, run: Run, inputs: torch.Tensor) -
     }
     refused = [name for name in blocked if not chosen.may_skip(name)]
     if refused:
-        rest = model_access.listed(other for other in chosen.sites if other not in blocked)
+        rest = listed(other for other in chosen.sites if other not in blocked)
         raise ValueError(
             f"layers: the model's outputs depend on {refused[0]!r}, but {reasons[refused[0]]}, so that its AGOP is "
             "unknown; " + (f"leave it out, layers=[{rest}]" if rest else "measure a model that lets gradients through")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,12 +13,14 @@ from fastagop import collapse
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
+from fastagop.network.choosing import Chosen
 from fastagop.network.labels import Labels
 from fastagop.network.lending import lent, refuse_transforms, replaced
 from fastagop.network.model_access import Layers, Source
 from fastagop.network.readout import bare
+from fastagop.network.results import ByLayer
 from fastagop.network.sample_independence import refuse_neighbours
-from fastagop.network.sites import own_forward
+from fastagop.network.sites import Site, forwards, own_forward
 from fastagop.network.targets import Target
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -116,7 +117,7 @@ def collapse_split(
     *,
     activation: Activation | None = torch.relu,
     batch_size: int | None = None,
-) -> dict[str, Split]:
+) -> ByLayer[Split]:
     """``split`` of each Linear layer of a model, on the features that its samples have there.
 
     Args:
@@ -127,7 +128,8 @@ def collapse_split(
             layer's output, seen another way or shifted and scaled.
 
     Returns:
-        Split by layer name, in the model's order.
+        Split by layer name, in the model's order; ``skipped`` says by name which layers are left out and why. Warns of
+        them, unless ``layers`` is given.
 
     Raises:
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
@@ -135,27 +137,27 @@ def collapse_split(
     """
     _check_activation(activation)
     with lent(model), torch.no_grad():
-        linear = model_access.linear_layers(model, layers)
-        model_access.say_unmeasured(model, layers)
-        gathered = _Inputs(linear)
+        chosen = Chosen(model, layers, ("linear",), whole=True)
+        gathered = _Inputs(chosen.sites)
         labels = Labels(y)
         gathered.run(model, X, batch_size, labels, find_bare=activation is not None)
         y = labels.settle()
-        model_access.refuse_uncalled(linear, gathered.rows, layers)
-        return {
+        chosen.finish({site for name, site in chosen.sites.items() if name in gathered.rows})
+        chosen.say()
+        found = {
             name: _of_parts(
                 torch.cat(gathered.rows[name]), *gathered.weights[name], y, gathered.after(name, activation)
             )
-            for name in linear
-            if name in gathered.rows
+            for name in chosen.sites
         }
+        return ByLayer(found, chosen.skipped)
 
 
 class _Inputs:
     """What enters each layer, batch by batch, its weight and bias, and the names of the layers without nonlinearity."""
 
-    def __init__(self, linear: Mapping[str, nn.Linear]):
-        self.linear, self.bare = linear, set()
+    def __init__(self, linear: Mapping[str, Site]):
+        self.linear, self.bare = dict(linear), set()
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._called: set[str] = set()
@@ -168,7 +170,7 @@ class _Inputs:
                 refuse_neighbours(model, inputs, Target(model, None).runs(None))
                 tried = True
             self._called.clear()
-            with replaced({layer: partial(self._note, name, layer) for name, layer in self.linear.items()}):
+            with replaced(forwards(self.linear.values(), self._note)):
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
                 self.bare = bare(model, {name: self.linear[name] for name in self._called}, inputs)
@@ -178,7 +180,8 @@ class _Inputs:
         """The activation, where one follows the layer."""
         return None if name in self.bare else activation
 
-    def _note(self, name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    def _note(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        name = site.name
         if name in self._called:
             raise NotAMatrixError(f"layers: {name!r} is called more than once, so it has no one input; leave it out")
         refuse_transforms(name, NotAMatrixError)
@@ -186,13 +189,13 @@ class _Inputs:
             shape = tuple(input.shape)
             raise NotAMatrixError(f"layers: the input of {name!r} must be a matrix (n, d), got {shape}; leave it out")
         self._called.add(name)
-        weights = layer.weight, layer.bias
+        weights = weight, bias
         if name not in self.weights:
-            self.weights[name] = (weights[0].clone(), None if weights[1] is None else weights[1].clone())
+            self.weights[name] = (weight.clone(), None if bias is None else bias.clone())
         elif not all(_equal(now, then) for now, then in zip(weights, self.weights[name], strict=True)):
             raise NotAMatrixError(f"layers: the weight of {name!r} changes from batch to batch; leave it out")
         self.rows.setdefault(name, []).append(input.clone())  # The model may go on to change it in place.
-        return nn.functional.linear(input, *weights)
+        return site.compute(input, weight, bias)
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

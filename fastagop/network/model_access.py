@@ -1,125 +1,19 @@
-"""A user's torch model as the measures need it: its Linear layers, its batches and outputs."""
+"""A user's torch model as the measures need it: its batches and outputs."""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastagop.kernels import checks
-from fastagop.kernels.errors import warn
-from fastagop.network.sites import UNSERVED, own_forward, plain_class
 
 Source = torch.Tensor | Iterable[Any]
 Layers = str | Iterable[str] | None
-T = TypeVar("T")
 
 BATCH = 256  # This many samples are taken at a time where the caller names no other number.
-_SHOWN = 8  # A warning names at most so many layers.
-
-
-def linear_layers(model: nn.Module, patterns: Layers) -> dict[str, nn.Linear]:
-    """The model's Linear layers by name, in its order; or those that match a pattern such as "classifier.*".
-
-    Those with a forward of their own are left out, and refused where they were asked for.
-    """
-    every = dict(model.named_modules(remove_duplicate=patterns is None))
-    linear = {name: module for name, module in every.items() if isinstance(module, nn.Linear)}
-    if patterns is not None and linear:
-        linear = _matching(linear, named(patterns), every)
-    plain = {name: layer for name, layer in linear.items() if not own_forward(layer)}
-    if patterns is None or not linear:
-        if not plain:
-            which = " with torch's own forward" if linear else ""
-            raise ValueError(
-                f"model must have a torch.nn.Linear layer{which} to measure, this {type(model).__name__} has none"
-            )
-        return plain
-    for name, layer in linear.items():
-        if name not in plain:
-            what = f"leave it out, layers=[{listed(plain)}]" if plain else "name other layers"
-            raise TypeError(
-                f"layers: {name!r} is a {type(layer).__name__} with a forward of its own, not a plain torch.nn.Linear; "
-                f"{what}"
-            )
-    return linear
-
-
-def first_names(found: Mapping[str, T], key: Callable[[T], Any]) -> dict[str, T]:
-    """One name for each of them: a module that a model has under several names is one layer, by the first of these."""
-    firsts: dict[Any, str] = {}
-    for name, each in found.items():
-        firsts.setdefault(key(each), name)
-    return {name: found[name] for name in firsts.values()}
-
-
-def named(layers: str | Iterable[str]) -> list[str]:
-    """The names and patterns of layers that a caller gave."""
-    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(
-            f"layers must be names or patterns of layers, as model.named_modules() has them, got {checks.shown(layers)}"
-        )
-    return [str(pattern) for pattern in found]
-
-
-def _matching(linear: dict[str, nn.Linear], patterns: list[str], every: dict[str, nn.Module]) -> dict[str, nn.Linear]:
-    if not patterns:
-        raise ValueError(f"layers must be None for all or name at least one, there are {listed(linear)}")
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in linear):
-            other = next((name for name in every if fnmatch.fnmatchcase(name, pattern) and unserved(every[name])), None)
-            if other is not None:
-                kind = type(every[other]).__name__
-                raise TypeError(f"layers: {other!r} must be a torch.nn.Linear, the kind that is served, got a {kind}")
-            raise ValueError(f"layers: no Linear layer is called {pattern!r}, there are {listed(linear)}")
-    found = {name: layer for name, layer in linear.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-    return first_names(found, id)
-
-
-def refuse_uncalled(linear: Iterable[str], ran: Container[str], layers: Layers) -> None:
-    """Refuse layers that were asked for and did not run, and a model that runs none."""
-    silent = [name for name in linear if name not in ran]
-    if silent and (layers is not None or len(silent) == len(list(linear))):
-        raise ValueError(
-            f"layers: the model's forward does not call {listed(silent)}, so there is no input to measure; "
-            "leave it out of layers"
-        )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in an error message."""
-    return ", ".join(map(repr, names))
-
-
-def unserved(module: nn.Module) -> bool:
-    """Whether a module multiplies by weights and is no Linear layer; normalisations only scale."""
-    if isinstance(module, (nn.Linear, nn.LayerNorm)) or type(module).__name__ == "RMSNorm":
-        return False
-    if plain_class(module) is not None or isinstance(module, tuple(UNSERVED)):
-        return True
-    return any("weight" in name and p.ndim > 1 for name, p in module.named_parameters(recurse=False))
-
-
-def say_unmeasured(model: nn.Module, layers: Layers) -> None:
-    """Warn, where all layers were asked for, of those that have weights and cannot be measured."""
-    if layers is not None:
-        return
-    left_out = [
-        f"{name!r} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if unserved(module) or (isinstance(module, nn.Linear) and own_forward(module))
-    ]
-    if left_out:
-        shown = ", ".join(left_out[:_SHOWN]) + (f" and {len(left_out) - _SHOWN} more" if left_out[_SHOWN:] else "")
-        warn(
-            f"network measures serve torch.nn.Linear layers and leave out {shown}; name the layers to measure, "
-            "layers=..., to silence this",
-            UserWarning,
-        )
 
 
 def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -9,12 +9,13 @@ from torch import nn
 
 from fastagop.network import model_access
 from fastagop.network.lending import replaced
+from fastagop.network.sites import Site, forwards
 
 _SAMPLES = 8  # So many rows are tried.
 
 
 @torch.no_grad()
-def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor) -> set[str]:
+def bare(model: nn.Module, linear: Mapping[str, Site], inputs: torch.Tensor) -> set[str]:
     """Names of the layers, each called once, of whose output h the model's outputs f are an affine function.
 
     Then f(P) + f(-P) = 2 f(0) and f(2P) + f(0) = 2 f(P), which no usual nonlinearity fulfils for a P of both signs that
@@ -22,27 +23,25 @@ def bare(model: nn.Module, linear: Mapping[str, nn.Linear], inputs: torch.Tensor
     """
     inputs = inputs[:_SAMPLES]
     returned: dict[str, torch.Tensor] = {}
-    forwards: dict[nn.Module, Callable] = {layer: _keeping(name, layer, returned) for name, layer in linear.items()}
-    with replaced(forwards):
+
+    def keep(site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = site.compute(input, weight, bias)
+        returned[site.name] = out.clone()  # The model may go on to change it in place.
+        return out
+
+    with replaced(forwards(linear.values(), keep)):
         out = model_access.outputs(model, inputs)
     found = set()
     for name, h in returned.items():
-        eps = max(model_access.rounding(out), model_access.rounding(h), model_access.rounding(linear[name].weight))
-        if _affine(_outputs_given(model, linear[name], inputs), h, eps):
+        module = linear[name].module
+        weight, _ = linear[name].layer.weights(module)
+        eps = max(model_access.rounding(out), model_access.rounding(h), model_access.rounding(weight))
+        if _affine(_outputs_given(model, module, inputs), h, eps):
             found.add(name)
     return found
 
 
-def _keeping(name: str, layer: nn.Linear, to: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(input: torch.Tensor) -> torch.Tensor:
-        out = type(layer).forward(layer, input)
-        to[name] = out.clone()  # The model may go on to change it in place.
-        return out
-
-    return forward
-
-
-def _outputs_given(model: nn.Module, layer: nn.Linear, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def _outputs_given(model: nn.Module, layer: nn.Module, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model's outputs as a function of what the layer returns."""
 
     def f(h: torch.Tensor) -> torch.Tensor:

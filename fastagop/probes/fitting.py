@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from fastagop.estimators import inputs
 from fastagop.estimators.progress import Progress, check_verbose
 from fastagop.estimators.types import Device, DType, Rows, Scoring, Seed
 from fastagop.kernels import checks
-from fastagop.kernels.errors import NumericalWarning, restated
+from fastagop.kernels.errors import NumericalWarning, restated, warn
 from fastagop.kernels.profile import Kernel
 from fastagop.kernels.radial import Laplace
 from fastagop.probes import reading, scores
 from fastagop.probes.reading import Activations, Targets
 from fastagop.probes.result import Aggregate, Probe, Probes, outputs, side_by_side
 from fastagop.rfm.estimator import RFMClassifier, RFMRegressor
-from fastagop.rfm.validation import take
+from fastagop.rfm.validation import key, take
 
 BANDWIDTHS = (("median", 0.3), "median", ("median", 3.0))
 _FOLDS = 5  # of the rows that the combination is fitted on
@@ -115,7 +116,7 @@ def fit(
         ValueError, TypeError: naming the argument, and the layer where it is one's.
 
     Warns:
-        NumericalWarning: naming the layer, of the machine that is kept.
+        NumericalWarning: naming the layer, of the machine that is kept. UserWarning: scores are NaN.
     """
     layers, known = reading.read(activations, y)
     settings, random = _settings(locals(), known.classes), inputs.random(random_state)
@@ -268,7 +269,7 @@ def _search(X, y, X_val, y_val, settings: Settings) -> tuple[Any, Any, dict]:
                 machine.fit(X, y, X_val=X_val, y_val=y_val)
                 tried[bandwidth, center] = machine.validation_score_
                 place = machine.best_iteration_
-                rank = machine.validation_score_[place], machine._validation_ties[place]
+                rank = key(machine.validation_score_[place], machine._validation_ties[place])
                 if best is None or rank > best[0]:
                     best, chosen = (rank, machine), (bandwidth, center)
     assert best is not None
@@ -310,6 +311,8 @@ def _aggregate(inside, y, outside, y_val, machines: dict, scorer) -> Aggregate:
     model: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000) if classes else Ridge())
     model.fit(side_by_side(inside), y)
     score = float(scorer(model, side_by_side(outside), y_val))
+    if math.isnan(score):
+        warn("scoring: the score of the aggregate is NaN on the rows held out", UserWarning)
     parts = np.split(np.atleast_2d(model[-1].coef_), len(machines), axis=1)
     weights = dict(zip(machines, (part.item() if part.size == 1 else part for part in parts), strict=True))
     return Aggregate(score, weights, model, machines, scorer)

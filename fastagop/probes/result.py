@@ -12,6 +12,7 @@ from fastagop.estimators import inputs
 from fastagop.estimators.types import Rows
 from fastagop.probes import reading
 from fastagop.probes.reading import Activations
+from fastagop.rfm.validation import key
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,8 +140,8 @@ class Probes:
 
     @property
     def best_layer(self) -> Hashable:
-        """The layer with the best score, the first of equal ones."""
-        return max(self.layers, key=lambda name: self.layers[name].score)
+        """The layer with the best score, the first of equal ones; a score that is NaN counts as the worst."""
+        return max(self.layers, key=lambda name: key(self.layers[name].score, 0.0))
 
     def _known(self, activations) -> list[tuple[Hashable, Any, Any]]:
         """[(layer, its estimator, activations)] of the layers that are given."""

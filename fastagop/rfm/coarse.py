@@ -227,12 +227,10 @@ class CoarseFold:
         held, weights = self.held, self._counted
         if not self._default:
             return held.score(view, outputs)
-        codes = held.codes
-        assert codes is not None
         if (classes := getattr(view, "classes_", None)) is not None:
             score = accuracy(classes, outputs, held.y, weights)
         else:
-            score = r_squared(outputs, codes, weights)
+            score = r_squared(outputs, held.codes, weights)
         return held.score(view, outputs) if score is None else (score, held.tie(outputs))
 
 

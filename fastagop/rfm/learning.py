@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fastagop.kernels import backends
 from fastagop.kernels.memory.matrices import kept_matrices
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.records import IterationRecord
+from fastagop.rfm.validation import key
 from fastagop.solvers import copies, row_order
 from fastagop.solvers.copies import Rows
 from fastagop.solvers.solution import Solved
@@ -133,6 +135,10 @@ class Learnt:
         """The stage that predicts, the best one."""
         return self.stages[self.best]
 
+    def everywhere(self) -> Metric:
+        """Its metric, of rows anywhere."""
+        return self.stage.metric.everywhere()
+
 
 Scored = Callable[[Stage, torch.Tensor], tuple[float, float]]
 
@@ -185,7 +191,8 @@ class Learner:
             metric, scale = metric.updated(inner, *update)
             score = scores[-1][0] if scores else None
             records.append(IterationRecord(solved.solution, scale, time.perf_counter() - begin, score))
-            self.after(index, records[-1], metric)
+            done, device = functools.partial(self.after, index, records[-1], metric), points.X.device
+            engine.together(done, "what follows an iteration (callbacks, warnings)", device)
             stopped = self._tired(scores) or self._late(time.perf_counter() - begin, engine)
             if stopped:
                 log.info("RFM: %s, after %d of %d iterations", stopped, index + 1, rules.iterations)
@@ -195,7 +202,7 @@ class Learner:
             stages.append(Stage(metric, solved.alpha))
             kept = self._scored(stages, scores, coordinates, solved, kept)
         assert kept is not None
-        best = max(range(len(scores)), key=lambda i: (*scores[i], -i)) if scores else len(stages) - 1
+        best = _best(scores) if scores else len(stages) - 1
         firsts, ties = [score for score, _ in scores], [tie for _, tie in scores]
         return Learnt(stages, kept, records, firsts, ties, best, coordinates)
 
@@ -203,8 +210,9 @@ class Learner:
         """Add the last stage's score; the solution to keep is the best one's, or the last one's without scores."""
         if self.score is None:
             return solved
-        scores.append(self._agreed(self.score(stages[-1], coordinates)))
-        better = kept is None or all(scores[-1] > earlier for earlier in scores[:-1])
+        score = functools.partial(self.score, stages[-1], coordinates)
+        scores.append(self._agreed(self.engine.together(score, "scoring", self.points.X.device)))
+        better = kept is None or _best(scores) == len(scores) - 1
         return solved if better else kept  # pyright: ignore[reportReturnType]
 
     def _agreed(self, score: tuple[float, float]) -> tuple[float, float]:
@@ -218,7 +226,7 @@ class Learner:
         patience = self.rules.patience
         if patience is None or not scores:
             return ""
-        best = max(range(len(scores)), key=lambda i: (*scores[i], -i))
+        best = _best(scores)
         return f"no better score in {patience} iterations" if len(scores) - 1 - best >= patience else ""
 
     def _late(self, last: float, engine: Local) -> str:
@@ -231,3 +239,8 @@ class Learner:
         if not bool(engine.broadcast(over)):
             return ""
         return f"time_limit of {seconds:g} s: {spent:.3g} s spent, another iteration takes {last:.3g} s"
+
+
+def _best(scores: list[tuple[float, float]]) -> int:
+    """The first of the best pairs of a score and what decides between equal ones."""
+    return max(range(len(scores)), key=lambda i: (*key(*scores[i]), -i))

@@ -147,7 +147,7 @@ class RFMTree(KernelEstimator):
             changes["time_limit"] = max(0.0, left / (count - len(self.leaves_)))
         weights = None if data.weights is None else data.weights[rows].cpu().numpy()
         leaf_rows = self._like_fit_input(data.X[rows])
-        with validation.few_rows() if count > 1 else contextlib.nullcontext():
+        with validation.few_rows(leaf=True) if count > 1 else contextlib.nullcontext():
             return self._machine_of(**changes).fit(leaf_rows, leaf_answers, sample_weight=weights)
 
     def _tempered(self, data: Training, answers: np.ndarray, members: list[torch.Tensor], random) -> float:
@@ -159,14 +159,11 @@ class RFMTree(KernelEstimator):
             return 0.0
         near, index = data.X[held].double(), held.cpu().numpy()
         weights = None if data.weights is None else data.weights[held].cpu().numpy()
-        codes, scorer = (
-            None if data.classes is None else data.Y[held].double(),
-            validation.scorer_of(self, self.scoring),
-        )
+        codes, scorer = data.Y[held].double(), validation.scorer_of(self, self.scoring)
         judge = HeldOut(near, self._preparation.original(near).cpu().numpy(), answers[index], codes, weights, scorer)
         with validation.few_rows():
             scores = [judge.score(self, outputs) for outputs in self._mixed(near, _TEMPERATURES, self._before)]
-        return _TEMPERATURES[max(range(len(scores)), key=lambda i: (*scores[i], -i))]
+        return _TEMPERATURES[max(range(len(scores)), key=lambda i: (*validation.key(*scores[i]), -i))]
 
     def _unseen(self, leaf, rows: torch.Tensor, random) -> torch.Tensor:
         """Some of a leaf's rows, of which its iterations were not made; at most the share to hold out."""

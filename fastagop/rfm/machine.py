@@ -26,7 +26,7 @@ from fastagop.rfm import validation
 from fastagop.rfm.directions import Targets, leading
 from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
-from fastagop.rfm.preparation import Preparation, check_scale
+from fastagop.rfm.preparation import Preparation, check_scale, warn_of_faint_kernel
 from fastagop.rfm.records import Directions, IterationEvent, IterationRecord, pack_record, pack_score, unpack_record
 from fastagop.rfm.validation import HeldOut
 from fastagop.solvers.solution import Solution, warn_about
@@ -115,8 +115,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         self._diagonal_of_fit = bool(self.diagonal)
         for name in _LEARNT:  # A scorer that asks for them would take those of an earlier fit for this one's.
             vars(self).pop(name, None)
-        also = {} if given is None else {"X_val": given.points, "y_val": given.codes}
         said = f"X_val {'None' if given is None else 'given'}"
+        also = {} if given is None else {"X_val": given.points, "y_val": given.codes}
         shared_fits.agree(self, said, X=data.X, Y=data.Y, sample_weight=data.weights, **also)
         random = inputs.random(self.random_state)
         held, learn = self._held_out(data, given, random, engine)
@@ -126,9 +126,8 @@ class RecursiveFeatureMachine(KernelEstimator):
         points, reported = MergedPoints.of(part.X, part.Y, part.weights), set()
         regression = self._with_bandwidth(regression, points.X)
         points = points.by_class(part.X, part.classes)
-        learnt = self._learn(points, regression, rules, held, reported)
-        self.iterations_, self.best_iteration_ = learnt.records, learnt.best
-        self._metric = learnt.stage.metric.everywhere()
+        first, learnt = points.X, self._learn(points, regression, rules, held, reported)
+        self.iterations_, self.best_iteration_, self._metric = learnt.records, learnt.best, learnt.everywhere()
         if held is not None:
             self.validation_score_, self._validation_ties = np.array(learnt.scores), np.array(learnt.ties)
         if learn is None:
@@ -139,6 +138,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         self._learnt, self._seen = ([stage.bare for stage in learnt.stages], learnt.coordinates), Targets.of(points)
         self.solution_, self._alpha = solved.solution, solved.alpha
         warn_about(self.solution_, reported, which="after the last iteration")
+        warn_of_faint_kernel(self, first, data.weights, reported)
         return self
 
     def _owned(self, data: Training, X) -> Training:

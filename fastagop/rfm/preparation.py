@@ -8,7 +8,9 @@ import torch
 
 from fastagop.estimators import inputs
 from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
 from fastagop.kernels.profile import Kernel
+from fastagop.solvers.bandwidth import faint
 
 _CONSTANT = 16.0  # roundings of a mean that the spread of a constant feature may come to
 
@@ -17,6 +19,29 @@ def check_scale(value) -> None:
     """Refuse a ``scale`` that is neither None nor "standard"."""
     if value is not None and not (isinstance(value, str) and value == "standard"):
         raise ValueError(f"scale must be None or 'standard', got {value!r}")
+
+
+def warn_of_faint_kernel(model, first: torch.Tensor, weights: torch.Tensor | None, reported: set[str]) -> None:
+    """Say where the outputs of a machine for new rows are all but constant, and which parameters change that.
+
+    Args:
+        model: fitted.
+        first: points as the kernel has them before there is a metric.
+        weights: of the rows, or None.
+        reported: what the fit has warned of.
+    """
+    if "bandwidth" in reported:
+        return
+    ridge = float(model.ridge) if weights is None else 0.0  # The ridge of a row is over its weight.
+    for place, points in enumerate([first] if model._metric.root is None else [first, model._centers]):
+        if finding := faint(model.kernel_, points, ridge):
+            where = " in the learned metric" if place else ""
+            more = "" if model.scale else ", or scale='standard'"
+            warn(
+                f"{type(model).__name__}: {finding}{where}, and outputs for new rows are all but constant: take a "
+                f"bandwidth of that size, such as kernel={type(model.kernel_).__name__}('median') has{more}"
+            )
+            return
 
 
 @dataclass(frozen=True)

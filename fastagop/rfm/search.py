@@ -96,7 +96,7 @@ class _Search(SavedSearch, KernelParameter):
             ValueError, TypeError: naming the parameter or argument, or what every fit failed with.
 
         Warns:
-            UserWarning: fits failed, no setting but the first was begun in time, or none has a score.
+            UserWarning: fits failed, no setting but the first was begun in time, or scores are NaN.
         """
         random, seconds, patience = self._generator_and_limits()
         for refitted in ("estimators_", "best_estimator_"):  # of an earlier fit
@@ -159,7 +159,7 @@ class _Search(SavedSearch, KernelParameter):
             for trial in trials.run(estimators, task, self.n_jobs):
                 if trial is not None:
                     found.append(trial)
-                    known = [np.max(t.means()[0]) for t in found if not t.error]
+                    known = [score for t in found for score in t.means()[0] if not np.isnan(score)]
                     progress.step(**({"best": f"{max(known):.4g}"} if known else {}))
         return found
 

@@ -136,9 +136,10 @@ def _trial(estimator, task: Task, always: bool, shared: dict[int, CoarseFold]) -
     return Trial(scores[:, :steps], ties[:, :steps], seconds, error, note, not full)
 
 
-def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[float, float]]:
-    """(the first of the best mean scores, that score and what decides between equal ones)."""
-    keys = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+def best(scores: np.ndarray, ties: np.ndarray) -> tuple[int, tuple[bool, float, float]]:
+    """(the first of the best mean scores, its ``validation.key``)."""
+    pairs = [(round(float(s), _DIGITS), round(float(t), _DIGITS)) for s, t in zip(scores, ties, strict=True)]
+    keys = [validation.key(*pair) for pair in pairs]
     step = max(range(len(keys)), key=lambda i: (*keys[i], -i))
     return step, keys[step]
 
@@ -221,12 +222,19 @@ def _alone(fewer: bool) -> Iterator[list[warnings.WarningMessage]]:
 
 
 def warn_of_no_score(name: str, results: dict[str, Any], best_index: int) -> None:
-    """Say that no setting of a search has a score, as where some fold lacks a class; scikit-learn's warn, too."""
+    """Say that settings of a search have no score, as where some fold lacks a class; scikit-learn's warn, too."""
+    lost = int((np.isnan(results["mean_test_score"]) & (results["error"] == "")).sum())
     if not math.isfinite(score := results["mean_test_score"][best_index]):
         note = results["note"][best_index]
         warn(
             f"{name}: the best mean score is {score}, and the squared error of the outputs chose among the settings"
             + (f"; their fits noted: {note}" if note else ""),
+            UserWarning,
+        )
+    elif lost:
+        warn(
+            f"{name}: {lost} of {len(results['params'])} rows of cv_results_ have no score, since scoring was NaN on a "
+            "fold; cv_results_['note'] says more",
             UserWarning,
         )
 

@@ -25,6 +25,7 @@ _ASKED = (
     "a scorer may ask the estimator for predict, decision_function or predict_proba of these rows, and for no results "
     "of the fit, which goes on"
 )
+_NONE = "scoring: the score of the validation rows is NaN"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class HeldOut:
     Attributes:
         points: the rows as the kernel sees them before a metric (m, d), float64.
         X, y: the rows and their labels or targets as scikit-learn's scorers take them.
-        codes: targets (m, K) as the kernel machine has them; the squared error decides between equal scores. Or None.
+        codes: targets (m, K) as the kernel machine has them; the squared error decides between equal scores.
         weights: of the rows (m,), or None.
         scorer: (estimator, X, y) -> a number, the larger the better.
         told: what has been warned of.
@@ -43,7 +44,7 @@ class HeldOut:
     points: torch.Tensor
     X: Any
     y: np.ndarray
-    codes: torch.Tensor | None
+    codes: torch.Tensor
     weights: np.ndarray | None
     scorer: Any
     told: list[str] = field(default_factory=list)
@@ -54,6 +55,9 @@ class HeldOut:
         Args:
             model: the estimator, whose ``predict`` and the like are asked for what it makes of the outputs.
             outputs: of its kernel machine, float64.
+
+        Warns:
+            UserWarning: once, of a score that is NaN.
         """
         options = {} if self.weights is None or not takes_weights(self.scorer) else {"sample_weight": self.weights}
         try:
@@ -65,11 +69,19 @@ class HeldOut:
             if not (missing := self._missing(model)):
                 raise restated(error, f"scoring: the validation rows have no score, since {error}") from error
             text = f"scoring: no validation row has the label {missing[0]!r}, and the scorer refuses them ({error})"
-            if not self.told:
-                self.told.append(f"{text}; the squared error of the outputs decides")
-                warn(self.told[0], UserWarning)
+            self._say(f"{text}; the squared error of the outputs decides")
             score = math.nan
-        return -math.inf if math.isnan(score) else score, self.tie(outputs)
+        if math.isnan(score):
+            self._say(
+                f"{_NONE}, which counts as the worst; the squared error of the outputs decides between such scores"
+            )
+        return score, self.tie(outputs)
+
+    def _say(self, text: str) -> None:
+        """Warn, once."""
+        if not self.told:
+            self.told.append(text)
+            warn(text, UserWarning)
 
     def _missing(self, model) -> list:
         """The labels of a classifier that no row has."""
@@ -77,8 +89,6 @@ class HeldOut:
 
     def tie(self, outputs: torch.Tensor) -> float:
         """What decides between equal scores: the (weighted) mean squared error of the outputs, negative."""
-        if self.codes is None:
-            return 0.0
         errors = (outputs - self.codes).square().mean(1).cpu().numpy()
         return -float(np.average(errors, weights=self.weights))
 
@@ -95,7 +105,7 @@ class Lenient:
 
     def __call__(self, model, X, y, **options) -> float:
         """The score of (estimator, X, y), or NaN."""
-        with few_rows():
+        with few_rows(leaf=True):
             try:
                 return float(self.scorer(model, X, y, **options))
             except ValueError:
@@ -103,11 +113,22 @@ class Lenient:
 
 
 @contextlib.contextmanager
-def few_rows() -> Iterator[None]:
-    """While few rows are scored, scikit-learn does not warn of scores that they do not define."""
+def few_rows(leaf: bool = False) -> Iterator[None]:
+    """While few rows are scored, scikit-learn does not warn of scores that they do not define.
+
+    Nor does ``HeldOut`` while the rows are those of a leaf, of which the others may have a score.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)
+        if leaf:
+            warnings.filterwarnings("ignore", message=_NONE, category=UserWarning)
         yield
+
+
+def key(score: float, tie: float) -> tuple[bool, float, float]:
+    """What is larger for a better (score, tie): of equal scores, and of those that are NaN, the tie decides."""
+    known = not math.isnan(score)
+    return known, score if known else 0.0, tie
 
 
 def accuracy(classes: np.ndarray, outputs: torch.Tensor, y: np.ndarray, weights: np.ndarray | None) -> float:

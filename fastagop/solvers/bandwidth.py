@@ -19,6 +19,9 @@ from fastagop.solvers.limits import zero_and_one
 _SAMPLE = 1024  # points whose pairs stand for all in a median distance
 _GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 _FEW = 64  # points whose pairs show in nearly every problem that values differ
+_ROWS = 4096  # points whose distances to these are made at once
+_FAINT = 0.01  # sum of the kernel values of a point with all others, beside its own, or what they are less than 1
+_OUTWEIGHED = 0.1  # of the ridge: the trace of what the kernel matrix has beside its mean
 
 
 @torch.no_grad()
@@ -101,6 +104,42 @@ def note(points: Points, given: Any, block: int = 256) -> str:
     return _finding(given, float(distances.median()) * unit, zeros, ones)
 
 
+@torch.no_grad()
+def faint(kernel: Any, X: torch.Tensor, ridge: float = 0.0) -> str:
+    """What to say where the outputs for new rows are all but constant, given points X (n, d); "" elsewhere.
+
+    That is so where the kernel values of a point with all others sum to next to nothing, so that coefficients answer
+    for their own points only; and where values differ so little from 1 that the ridge outweighs all that is left of
+    the kernel matrix without its mean. A sample of the rows of the kernel matrix tells.
+    """
+    n = len(X)
+    if n < 2 or not kernel.radial:
+        return ""
+    scaled, x, _, unit = scale_points(kernel, X, X)
+    places = _places(n, _FEW).to(x.device)
+    few, each = x[places].double(), torch.arange(len(places), device=x.device)
+    sums, typical = few.new_zeros(len(few)), []
+    for start in range(0, n, _ROWS):
+        apart = torch.cdist(few, x[start : start + _ROWS].double())
+        typical.append(float(apart.median()))
+        values = scaled.value_(apart.square_())
+        own = (places >= start) & (places < start + _ROWS)
+        values[each[own], places[own] - start] = 0.0
+        sums += values.sum(1)
+    sum_, left = float(sums.median()), float((n - 1 - sums).mean())
+    if sum_ <= _FAINT:
+        finding = f"a point's kernel values with all others sum to {sum_:.1e}: points say next to nothing about others"
+    elif left <= min(_OUTWEIGHED * ridge, _FAINT * (n - 1)):
+        finding = (
+            f"the kernel values of different points are 1 but for {left / (n - 1):.1e}, which the ridge {ridge:.3g} "
+            "outweighs: points look alike"
+        )
+    else:
+        return ""
+    distance = sorted(typical)[len(typical) // 2] * unit
+    return f"at bandwidth {kernel.bandwidth:.3g} {finding}. Their typical distance is {distance:.3g}"
+
+
 def _note_of_pairs(points: Points, given: Any) -> str:
     """As ``note`` for a kernel that is not radial and has a bandwidth, from the pairs of a sample of the points."""
     scaled, X, _, unit = points
@@ -121,10 +160,10 @@ def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
         finding = "0 to rounding: no point says anything about another"
     else:
         finding = "1 to rounding: all points look alike"
-    return (
-        f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. Their typical "
-        f"distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
-    )
+    text = f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. "
+    if typical == 0:
+        return f"{text}Most of them are equal here, at any bandwidth: other or more features are needed"
+    return f"{text}Their typical distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
 
 
 def _counts(values: torch.Tensor) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ _UNKNOWN = 4 * 2**30  # bytes to go by where the system does not say
 
 
 _FRESH = 0.05  # seconds that a reading is good for: it takes longer than a small call, and so does filling memory
+_LATELY, _MANY_TIMES = 1.0, 32  # seconds; of free memory so small a part may be taken without another look
 _last: tuple[float, tuple, int] = (-math.inf, (), 0)
 
 
@@ -23,6 +24,13 @@ def host_bytes() -> int:
     if now - known[0] > _FRESH or places != known[1]:
         _last = known = now, places, int(min(_free_bytes(), group_bytes()))
     return known[2]
+
+
+def plenty(needed: int) -> bool:
+    """Whether so many bytes are a small part of what was free at the last reading, which was made lately."""
+    taken, places, free = _last
+    lately = places == (_GROUPS, _MOUNT, _FREE) and time.monotonic() - taken < _LATELY
+    return lately and _MANY_TIMES * needed <= free
 
 
 def forget() -> None:

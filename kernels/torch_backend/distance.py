@@ -198,8 +198,13 @@ def factors(X: torch.Tensor, x2: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
     It rounds as the expansion does, and is left to ``near_again_`` as that is.
     """
-    ones = torch.ones_like(x2)
-    return torch.column_stack([-2.0 * X, x2, ones]), torch.column_stack([X, ones, x2])
+    d = X.shape[1]
+    left, right = (X.new_empty(len(X), d + 2) for _ in range(2))
+    torch.mul(X, -2.0, out=left[:, :d])
+    right[:, :d] = X
+    left[:, d] = right[:, d + 1] = x2
+    left[:, d + 1] = right[:, d] = 1.0
+    return left, right
 
 
 def _measure_all(Z: torch.Tensor, X: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

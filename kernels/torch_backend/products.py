@@ -47,6 +47,7 @@ def _differences(W, alpha, X, Z, beside: torch.Tensor | None) -> tuple[torch.Ten
     columns += [] if beside is None else [beside]
     left_over = -sum(part.shape[1] for part in columns) % _COLUMNS
     right = torch.cat([*columns, alpha.new_zeros(n, left_over)], 1)
+    del columns
     if W.dtype == right.dtype:
         found = matmul_nt(W, right.T)
     else:
