@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import numbers
 
 import numpy as np
 import torch
 
+from . import first_use
 from .errors import BackendUnavailable
-from .profile import Kernel, Profile, unsettled
+from .profile import Kernel, unsettled
 
 PRECISIONS = ("highest", "high", "medium")
 _POINTS = ("X", "Z")  # arguments whose rows are points
@@ -21,90 +21,35 @@ def choice(name: str, value, allowed: tuple[str, ...], other: str = "") -> None:
     """Refuse a word that is not one of the allowed ones; ``other``: what else the argument may be."""
     if not isinstance(value, str) or value not in allowed:
         beside = f", or {other}" if other else ""
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{beside}, got {shown(value)}")
+
+
+def shown(value) -> str:
+    """A value as errors say it: as it is written, or its kind and size where that is long."""
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple, set, dict)) and len(value) > 8:
+        return f"a {kind} of {len(value)} items"
+    text = repr(value)
+    if len(text) <= 100 and "\n" not in text:
+        return text
+    shape = getattr(value, "shape", None)
+    return f"an object of the class {kind}" if shape is None else f"{kind} of shape {tuple(shape)}"
 
 
 def kernel(value, *, settled: bool = True) -> None:
     """Refuse what is no kernel, and (``settled``) one whose bandwidth is still to be chosen from points."""
     if not isinstance(value, Kernel):
-        raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {value!r}")
+        of_class = isinstance(value, type) and issubclass(value, Kernel)
+        given = f"the class; use {value.__name__}(...) with its parameters" if of_class else shown(value)
+        raise TypeError(f"kernel must be a fastagop kernel such as fastagop.Laplace(2.0), got {given}")
     if not unsettled(value):
         for part in value.parts:
             kernel(part)
-        if type(value) not in _TRIED:
-            _try(value)
+        first_use.try_once(value)
     elif settled:
         raise ValueError(
             f"kernel must have a number for a bandwidth here, got {value!r}; use fastagop.settled(kernel, X), which "
             "takes the median distance of points, or a number"
-        )
-
-
-_TRIED: set[type] = set()  # classes of kernels
-
-
-def _try(value: Kernel) -> None:
-    """Try a class once, which may be anybody's: a profile that returns another tensor leaves distances as values.
-
-    Raises:
-        TypeError: what a method returns is not what it was given, overwritten; or the class has parameters that are no
-            dataclass fields. ValueError: k(x, x) is not 1, or the weight there is not finite.
-    """
-    _check_fields(type(value))
-    if isinstance(value, Profile):
-        sq, name = torch.tensor([[0.0, 1.0]], dtype=torch.float64, device="cpu"), type(value).__name__
-        for method in ("value_", "weight_", "weight_from_value_"):
-            if getattr(type(value), method) is getattr(Profile, method):
-                continue  # says itself that it is missing, or is not needed
-            given = sq.clone()
-            try:
-                found = getattr(value, method)(given)
-            except NotImplementedError:  # as a class says that is asked for values only
-                continue
-            if type(given) is not torch.Tensor:
-                return  # while a call is traced there are no numbers
-            if found is None and method == "weight_from_value_":  # as a class says that has none for its parameters
-                continue
-            # A NaN equals nothing, not even itself.
-            if found is not given and not (isinstance(found, torch.Tensor) and torch.equal(found, given)):
-                raise TypeError(
-                    f"kernel: {name}.{method} must overwrite the tensor that it is given and return it, as "
-                    "sq.mul_(-0.5).exp_() does; it returns another one"
-                )
-            if method == "value_":
-                _check_one(name, float(given[0, 0]))
-            if method == "weight_" and not math.isfinite(weight := float(given[0, 0])):
-                raise ValueError(
-                    f"kernel: {name}.weight_ must be 0 at distance 0, got {weight:g}; set it there, as "
-                    "masked_fill_(sq == 0, 0.0) does with a copy of what comes in"
-                )
-    elif value.unit_diagonal and hasattr(type(value), "value_"):
-        zero = torch.zeros(1, dtype=torch.float64, device="cpu")
-        if type(zero) is not torch.Tensor:
-            return
-        _check_one(type(value).__name__, float(value.value_(zero)))  # pyright: ignore[reportAttributeAccessIssue]
-    _TRIED.add(type(value))
-
-
-def _check_one(name: str, one: float) -> None:
-    """Refuse a class whose value at distance 0 is another one than 1, which diagonals are filled with."""
-    if not abs(one - 1.0) < 1e-6:
-        raise ValueError(
-            f"kernel: {name}.value_ must be 1 at distance 0, got {one:g}; write {one:g} * kernel for a multiple"
-        )
-
-
-def _check_fields(kind: type) -> None:
-    """Refuse a class whose parameters nobody sees: comparison, repr, files and devices go by dataclass fields."""
-    made = vars(kind)
-    if "__dataclass_fields__" in made:
-        return
-    named = [name for name, of in inspect.get_annotations(kind).items() if "ClassVar" not in str(of)]
-    if named or "__init__" in made:
-        own = f"parameters ({', '.join(named)})" if named else "an __init__"
-        raise TypeError(
-            f"kernel: {kind.__name__} has {own} of its own and is no dataclass, so that they would be in no repr, "
-            "comparison or file; write @dataclass(frozen=True) above the class, with parameters as its fields"
         )
 
 
@@ -152,8 +97,14 @@ def memory_limit(value) -> int | None:
 def plain(name: str, value) -> None:
     """Refuse anything but a dense tensor whose items lie in memory one by one."""
     if not isinstance(value, torch.Tensor):
-        remedy = "pass its alpha" if hasattr(value, "alpha") else f"use torch.as_tensor({name})"
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}; {remedy}")
+        remedy = ""
+        if hasattr(value, "alpha"):
+            remedy = "; pass its alpha"
+        elif hasattr(value, "to_numpy"):  # torch reads no DataFrame
+            remedy = f"; use torch.as_tensor({name}.to_numpy())"
+        elif hasattr(value, "__array__") or isinstance(value, (list, tuple, numbers.Number)):
+            remedy = f"; use torch.as_tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{remedy}")
     if type(value) is torch.Tensor and value.layout == torch.strided and not (value.is_nested or value.is_quantized):
         return
     refusals = (
@@ -211,6 +162,11 @@ def matrix(name: str, value, *, like: torch.Tensor | None = None, rows=None, col
         more = f"; use {name}[:, None] for a single column" if value.ndim == 1 else ""
         if value.ndim == 1 and name in _POINTS:
             more = f"; {name}[None] is one point, {name}[:, None] is {len(value)} points of one feature"
+        elif value.ndim == 1 and name == "Y" and not value.is_floating_point():
+            more = (
+                "; for labels use 2.0 * torch.nn.functional.one_hot(Y.long()).to(X) - 1.0, a column for each class; "
+                "for numbers Y[:, None].to(X)"
+            )
         raise ValueError(f"{name} must be a matrix, got shape {tuple(value.shape)}{more}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}; convert it with {name}.float()")

@@ -25,6 +25,7 @@ FLAT = {"kernels": 16, "fastagop": 9}  # files that lie beside the folders
 # The floors of the house from the ground up: a module imports from floors below its own and from its own room.
 FLOORS = (
     ("kernels.errors", "kernels.profile", "kernels.memory", "kernels.reference", "kernels.atomic_files"),
+    ("kernels.first_use",),
     ("kernels.checks", "kernels.plan", "kernels.precision", "kernels.scaling", "kernels.gemm", "kernels.calibration"),
     ("kernels.torch_backend",),
     ("kernels.pair_backend",),

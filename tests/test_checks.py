@@ -529,6 +529,31 @@ def test_a_kernel_of_sums_over_features_is_1_at_distance_0():
             fastagop.kernel_matrix(kernel, torch.ones(3, 2))
 
 
+def _fall(self, sq):
+    """Exp(-r^2 / 2), whose weight at L = 1 is the value itself but at 0."""
+    return sq.mul_(-0.5).exp_()
+
+
+@pytest.mark.parametrize(
+    ("base", "methods", "text"),
+    [
+        (
+            Radial,
+            {"value_": _fall, "weight_": lambda self, sq: _fall(self, sq).mul_(2.0)},
+            "weight_ must give .* 0.9335 at",
+        ),
+        (Laplace, {"value_": _fall, "weight_": _fall}, "weight_beside_ must give"),  # what is inherited is another's
+    ],
+    ids=["of the class", "inherited"],
+)
+def test_weights_that_do_not_belong_to_the_values_are_refused(base, methods, text):
+    """A wrong derivative would give a wrong AGOP without a word."""
+    kernel = type("Own", (base,), methods)(1.0)
+    for call in (fastagop.kernel_matrix, fastagop.settled):
+        with pytest.raises(ValueError, match=rf"^kernel: Own\.{text}"):
+            call(kernel, torch.randn(4, 2))
+
+
 def _later(self, sq):
     raise NotImplementedError("no weight yet")
 

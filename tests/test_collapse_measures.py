@@ -9,7 +9,6 @@ divides Sigma_B by d where the paper's definition, and so fastagop, divides by K
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 from fractions import Fraction
 
@@ -377,11 +376,3 @@ def test_what_was_added_in_inference_mode_can_be_added_to():
         X = np.concatenate([features(seed=1), features(seed=2)])
         whole = collapse.nc1(X, np.tile(LABELS, 2), metric="pinv")
         assert accumulator.nc1(metric="pinv") == pytest.approx(whole, rel=1e-12)
-
-
-def test_an_accumulator_has_every_measure():
-    """What of two matrices or of several stages there is has no form over batches."""
-    functions = {name for name in collapse.__all__ if inspect.isfunction(getattr(collapse, name))}
-    assert functions - {"gram", "of_stages"} <= {
-        name for name in vars(collapse.Accumulator) if not name.startswith("_")
-    }

@@ -15,6 +15,7 @@ from fastagop.kernels import backends
 from fastagop.kernels.profile import Kernel
 
 import fastagop
+from fastagop.deep_rfm import random_features
 from fastagop.solvers import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def test_reference_has_every_public_name():
         (members,) = re.findall(rf"^::: fastagop\.{name}\n    options:\n      members: \[(.*)\]$", API, re.MULTILINE)
         own = {key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         public = set(getattr(module, "__all__", {key for key in own if not key.startswith("_")}))
-        assert public - {"Array"} == set(members.split(", ")), name
+        assert public - {"Array"} == set(members.split(", ")), f"list it in docs/pages/api.md, at fastagop.{name}"
 
 
 def test_reference_has_what_estimators_give():
@@ -161,6 +162,19 @@ def test_solvers_are_listed_where_users_choose_one(method):
         ("solving", rf'^\| `method` \|.*"{re.escape(method)}"'),
     ):
         assert re.search(row, (ROOT / f"docs/pages/{page}.md").read_text(), re.MULTILINE), page
+
+
+@pytest.mark.parametrize("name", random_features.FEATURES)
+def test_feature_maps_are_listed_where_users_choose_one(name):
+    """In the docstring of the classifier, to which the regressor's refers, and in the table of parameters."""
+    assert f'"{name}"' in inspect.getdoc(fastagop.DeepRFMClassifier)
+    (row,) = re.findall(r"^\| `features` \|.*$", (ROOT / "docs/pages/deep_rfm.md").read_text(), re.MULTILINE)
+    assert f'`"{name}"`' in row
+
+
+@pytest.mark.parametrize("name", sorted(set(fastagop.collapse.__all__) - {"EqualMeansError", "of_stages"}))
+def test_measures_of_collapse_are_listed_where_users_choose_one(name):
+    assert re.search(rf"`{name}\b", (ROOT / "docs/pages/measures.md").read_text()), "name it in docs/pages/measures.md"
 
 
 def resolve(path: str):
@@ -195,7 +209,8 @@ def test_commands_exist():
     text = "\n".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"python -m bench (\w+)", text)) <= set(CASES)
     table = (ROOT / "docs/pages/benchmarks.md").read_text()
-    assert set(CASES) - {"suite"} <= set(re.findall(r"(?:`|-m bench )(\w+)(?![\w ]*-m)", table))
+    listed = set(re.findall(r"(?:`|-m bench )(\w+)(?![\w ]*-m)", table))
+    assert set(CASES) - {"suite"} - listed == set(), "name it in the table of docs/pages/benchmarks.md"
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n\n")[0]
     for extra in set(re.findall(r"pip install (?:-e )?\"\.\[(\w+)\]\"", text)):
         assert re.search(rf"^{extra} = ", extras, re.MULTILINE), extra

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from fastagop.kernels.families.dot_product import DotProduct
 from fastagop.kernels.pair_backend import categories
 from pair_cases import KERNELS, on, truth
 
@@ -352,6 +353,21 @@ def test_what_a_kernel_declares():
     assert product.left == Laplace(2.0)
     with pytest.raises(ValueError, match="Invalid parameter 'middle'"):
         product.set_params(middle=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logarithm(DotProduct):
+    """ln(x.z), which is no number where x.z is negative."""
+
+    def value_(self, t):
+        return t.log_()
+
+
+def test_a_class_that_gives_nan_is_told_so(data):
+    with pytest.raises(
+        ValueError, match=r"leave torch.float32; .*; some are NaN: look at the methods of a class of your"
+    ):
+        fastagop.kernel_matrix(Logarithm(), data[0])
 
 
 REFUSED = [  # (a call on points X and targets Y, error, what it says)

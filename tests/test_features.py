@@ -17,7 +17,7 @@ from fastagop.deep_rfm.random_features import FeatureKind, RandomFeatures
 LIKE = torch.empty(0, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["relu", "cos"])
+@pytest.mark.parametrize("name", random_features.FEATURES)
 def test_seed_and_dtype(name):
     wide = RandomFeatures(name, 11).draw(7, 3, LIKE)
     again = RandomFeatures(name, 11).draw(7, 3, LIKE)
@@ -56,7 +56,7 @@ def test_phases_fill_the_whole_circle():
     assert float(bias.var()) == pytest.approx(math.pi**2 / 3, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["relu", "cos"])
+@pytest.mark.parametrize("name", random_features.FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("beside", [False, True])
 def test_drawn_beside_a_gpu(name, dtype, beside, monkeypatch):
@@ -138,12 +138,16 @@ def test_a_kind_is_one_entry_of_the_table(tanh, normal, tmp_path):
 def test_a_kind_that_is_not_there(tanh, normal, tmp_path, monkeypatch):
     X = normal(20, 3)
     fastagop.DeepRFMRegressor(**tanh, feature_scale=0.5).fit(X, X[:, 0]).save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"the positive scale of features='cos' or 'tanh' and None otherwise, got 0.5"):
+    scaled = " or ".join(
+        repr(name) for name, kind in random_features.FEATURES.items() if kind.default_scale is not None
+    )
+    assert scaled.endswith("or 'tanh'")
+    with pytest.raises(ValueError, match=f"the positive scale of features={scaled} and None otherwise, got 0.5"):
         fastagop.DeepRFMRegressor(feature_scale=0.5).fit(X, X[:, 0])
     monkeypatch.delitem(random_features.FEATURES, "tanh")
     with pytest.raises(ValueError, match="model: its layers have features 'tanh', which this version"):
         fastagop.load(tmp_path / "model")
-    with pytest.raises(ValueError, match="features must be one of 'relu', 'cos', got 'tanh'"):
+    with pytest.raises(ValueError, match=r"features must be one of 'relu', 'cos'.*, got 'tanh'"):
         fastagop.DeepRFMRegressor(**tanh).fit(X, X[:, 0])
 
 

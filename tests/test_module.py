@@ -13,6 +13,7 @@ from kernel_cases import MODULE, KernelCase, cases
 
 import fastagop
 from fastagop.deep_rfm.module import DeepRFMModule, Readout
+from fastagop.deep_rfm.random_features import FEATURES
 
 CASES = [case.at(0.9) for case in cases(MODULE)]  # about the distances of unit points
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -313,14 +314,14 @@ def test_an_offset_is_added_to_the_outputs(form, normal):
     assert "readout.offset" not in plain.state_dict()
 
 
-@pytest.mark.parametrize("features", ["relu", "cos"])
+@pytest.mark.parametrize("features", FEATURES)
 def test_is_the_estimators_layers_in_sequence(features):
     """A layer is a module by itself: it returns what transform does, its buffers are copies, and casts spare it."""
     model, X = fitted(features=features, dtype="float64")
     module = model.to_module()
     entering = X
     for index, layer in enumerate(module.layers):
-        expected = {"agop", "root", "weight"} | ({"bias"} if features == "cos" else set())
+        expected = {"agop", "root", "weight"} | ({"bias"} if model._layers[0].bias is not None else set())
         assert set(layer.state_dict()) == expected
         entering = layer.half()(entering)
         assert torch.equal(entering, torch.from_numpy(model.transform(X.numpy(), layer=index + 1)))

@@ -100,6 +100,8 @@ def test_an_entry_of_the_table_makes_a_class_of_layers_one_that_is_measured(monk
         torch.testing.assert_close(dict(found), dict(wanted))
     found, wanted = (network.collapse_split(each, X, torch.arange(20) % 3)["0"].nc1 for each in (model, plain))
     assert found == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="kind must be one of 'linear', 'convolution', 'embedding', got 'conv'"):
+        sites.LayerKind("conv")
 
 
 class Dense(nn.Module):

@@ -205,4 +205,5 @@ def test_a_picture_is_a_module_and_its_name(tmp_path, monkeypatch, capsys):
 def test_every_command_is_in_the_readme():
     text = (Path(reproduce.__file__).parent / "README.md").read_text()
     (commands,) = (action for action in parser()._actions if action.choices)
-    assert [name for name in commands.choices if not re.search(rf"python -m reproduce {name}\b|`{name}`", text)] == []
+    lacking = [name for name in commands.choices if not re.search(rf"python -m reproduce {name}\b|`{name}`", text)]
+    assert lacking == [], "name it in reproduce/README.md"

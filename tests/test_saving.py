@@ -177,12 +177,17 @@ def test_devices(saved):
 
 def test_own_kernels_by_name(tmp_path):
     from fastagop.kernels import radial
+    from fastagop.kernels.profile import without_duplicates_
 
-    class Cubed(Laplace):
+    class Cubed(radial.Radial):
         """exp(-r / L)^3"""
 
         def value_(self, sq):
-            return super().value_(sq).pow_(3)
+            return sq.sqrt_().mul_(-3.0 / self.bandwidth).exp_()
+
+        def weight_(self, sq):
+            r = without_duplicates_(sq).sqrt()
+            return self.value_(sq).mul_(3.0 / self.bandwidth).div_(r)
 
     model = DeepRFMClassifier(Cubed(6.0), **SMALL).fit(X, y)
     model.save(tmp_path / "model")

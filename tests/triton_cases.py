@@ -18,6 +18,7 @@ from fastagop.kernels.triton_backend import launch_config, pair_launch, stored_p
 from fastagop.kernels.triton_backend.backend import TritonBackend, has_products
 from fastagop.kernels.triton_backend.launch import DevicePoints
 from fastagop.kernels.triton_backend.launch_config import interpreted
+from fastagop.kernels.triton_backend.profile import constants_of, device_profile
 from fastagop.kernels.triton_backend.split import operand
 from fastagop.kernels.triton_backend.tiles import tile_of
 from kernel_cases import DEVICES, GAUSSIAN, LAPLACE, cases
@@ -183,6 +184,30 @@ def test_further_profiles(case, spread):
     off = (fastagop.kernel_matrix(narrow, X, **TRITON).cpu().double() - truth).abs()
     # A power's logarithm is rounded, and exp multiplies that by its size: (1 - ln k) k, 0 where k is.
     assert bool((off <= 16 * EPS * (truth - torch.xlogy(truth, truth))).all())
+
+
+@triton.jit
+def _profile_kernel(sq_at, out, constants_at, n, PROFILE: tl.constexpr, WEIGHT: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    sq = tl.load(sq_at + at, at < n, 1.0)
+    tl.store(out + at, PROFILE(sq, constants_at, WEIGHT), at < n)
+
+
+@pytest.mark.parametrize("case", cases(DEVICES, "triton"), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_profiles_by_themselves(case, dtype):
+    """No value exceeds 1 by a rounding, the weight is 0 where r^2 is, and where r^2 is infinite both of them are."""
+    kernel, sq = case.kernel, torch.logspace(-12, 2, 20_001, dtype=dtype, device=DEVICE)
+    sq = torch.cat([sq.new_tensor([0.0, torch.inf]), sq])
+    value, weight = torch.empty_like(sq), torch.empty_like(sq)
+    for out, of_weight in ((value, False), (weight, True)):
+        constants, profile = constants_of(kernel, out), device_profile(kernel)
+        launch = _profile_kernel[(triton.cdiv(len(sq), 1024),)]
+        launch(sq, out, constants, len(sq), PROFILE=profile, WEIGHT=of_weight, SIZE=1024)
+    assert value[:2].tolist() == [1.0, 0.0]
+    assert weight[:2].tolist() == [0.0, 0.0]
+    assert float(value.max()) == 1.0
+    assert bool(weight.isfinite().all())
 
 
 NOT_RADIAL = list(on("triton").values())

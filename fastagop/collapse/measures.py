@@ -182,6 +182,8 @@ def of_stages(
     Raises:
         TypeError, ValueError: as ``nc1``, but for class means that coincide.
     """
+    if not isinstance(stages, Mapping):
+        raise TypeError(f"stages must be a dictionary {{name: features}}, got {checks.shown(stages)}")
     found_nc1, found_nc2 = {}, {}
     for name, X in stages.items():
         try:

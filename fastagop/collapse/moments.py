@@ -218,7 +218,8 @@ def checked(X, y) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """X as a tensor, and the row numbers of each class, two classes at least."""
     X = floating("X", X)
     if X.ndim != 2 or 0 in X.shape:
-        raise ValueError(f"X must be a non-empty matrix (n, d), got shape {tuple(X.shape)}")
+        more = "; X.reshape(len(X), -1) makes it one" if X.ndim > 2 else ""
+        raise ValueError(f"X must be a non-empty matrix (n, d), got shape {tuple(X.shape)}{more}")
     labels, rows = by_class(y, len(X))
     if len(labels) < 2:
         raise ValueError(f"y must have at least 2 classes, got only the label {labels[0]}")
@@ -236,7 +237,10 @@ def by_class(y, n: int) -> tuple[list[int], list[torch.Tensor]]:
     checks.unmasked("y", y)
     y = np.asarray(y)
     if y.dtype.kind not in "iu" and y.size:
-        raise TypeError(f"y must hold integer labels, got {dtype or y.dtype}; number the classes, e.g. with np.unique")
+        raise TypeError(
+            f"y must hold integer labels, got {dtype or y.dtype}; number the classes, e.g. by "
+            "np.unique(y, return_inverse=True)[1]"
+        )
     if y.shape != (n,):
         raise ValueError(f"y must have one label for each of the {n} rows of X, got shape {y.shape}")
     labels, sizes = np.unique(y, return_counts=True)

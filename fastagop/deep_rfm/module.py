@@ -162,6 +162,8 @@ class DeepRFMModule(FixedPrecision):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """decision_function (classifier) or predict (regressor) of rows x (m, d)."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}; use torch.as_tensor(x)")
         f = self.readout(self.layers(x.double()))
         f = f[:, 1] if self.binary else f.squeeze(1) if self.flat else f
         return f.to(x.dtype) if x.is_floating_point() else f

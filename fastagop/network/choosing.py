@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fastagop.kernels import checks
 from fastagop.kernels.errors import warn
 from fastagop.network import sites
 from fastagop.network.model_access import Layers
@@ -162,7 +163,9 @@ def _patterns(layers: str | Iterable[str]) -> list[str]:
     """The names and patterns of layers that a caller gave."""
     found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     if not all(isinstance(pattern, str) for pattern in found):
-        raise TypeError(f"layers must be names or patterns of layers, as model.named_modules() has them, got {found}")
+        raise TypeError(
+            f"layers must be names or patterns of layers, as model.named_modules() has them, got {checks.shown(layers)}"
+        )
     return [str(pattern) for pattern in found]
 
 

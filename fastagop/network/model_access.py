@@ -39,7 +39,8 @@ def _check_source(X, batch_size) -> None:
         if X.ndim == 0:
             raise ValueError("X must have samples along its first dimension, got a scalar")
     elif not isinstance(X, Iterable) or isinstance(X, (str, bytes, Mapping)) or hasattr(X, "__array__"):
-        raise TypeError(f"X must be a torch.Tensor or an iterable of batches, got {type(X).__name__}")
+        remedy = "; use torch.as_tensor(X)" if hasattr(X, "__array__") else ""
+        raise TypeError(f"X must be a torch.Tensor or an iterable of batches, got {type(X).__name__}{remedy}")
     elif isinstance(X, tuple) and X and all(isinstance(part, torch.Tensor) for part in X):
         raise TypeError(
             "X must be a tensor or an iterable of batches, got a tuple of tensors: [(inputs, labels)] is one batch "

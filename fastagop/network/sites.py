@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastagop.kernels import checks
+
 Kind = Literal["linear", "convolution", "embedding"]
 KINDS: tuple[Kind, ...] = ("linear", "convolution", "embedding")
 MATRICES: tuple[Kind, ...] = ("linear", "convolution")  # those that have a matrix W which multiplies their input
@@ -67,6 +69,9 @@ class LayerKind:
     rows: Callable[[Any, torch.Tensor], torch.Tensor] = _last_axis
     methods: tuple[str, ...] = ("forward",)
     parts: tuple[str, ...] = ("",)
+
+    def __post_init__(self) -> None:
+        checks.choice("kind", self.kind, KINDS)
 
 
 _CONVOLUTION = LayerKind(

@@ -46,7 +46,8 @@ def layers(activations) -> Layers:
         found: Layers = dict(activations)
     elif isinstance(activations, (torch.Tensor, np.ndarray)):
         if activations.ndim != 3:
-            raise ValueError(f"activations must have shape (layers, n, d), got {tuple(activations.shape)}")
+            more = "; [activations] is a single layer" if activations.ndim == 2 else ""
+            raise ValueError(f"activations must have shape (layers, n, d), got {tuple(activations.shape)}{more}")
         found = dict(enumerate(activations))
     elif isinstance(activations, Sequence) and not isinstance(activations, (str, bytes)):
         found = dict(enumerate(activations))

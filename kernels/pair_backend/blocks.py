@@ -37,7 +37,8 @@ def checked(result: torch.Tensor, what: str, dtype: torch.dtype) -> torch.Tensor
         size, remedy = (
             ("small or so large", "bring X to about 1") if what == "gradients" else ("large", "divide X by a constant")
         )
-        raise ValueError(f"X is so {size} that {what} leave {dtype}; {remedy}{wider}")
+        own = "; some are NaN: look at the methods of a class of your own, too" if bool(result.isnan().any()) else ""
+        raise ValueError(f"X is so {size} that {what} leave {dtype}; {remedy}{wider}{own}")
     return result
 
 
