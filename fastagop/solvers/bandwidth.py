@@ -116,15 +116,15 @@ def faint(kernel: Any, X: torch.Tensor, ridge: float = 0.0) -> str:
     n = len(X)
     if n < 2 or not kernel.radial:
         return ""
-    some = X[_places(n, _SOME).to(X.device)]  # parts of the sums nearly always show that nothing is wrong
-    return _faint(kernel, some, ridge, _FEWEST, n) and _faint(kernel, X, ridge, _FEW, n)
-
-
-def _faint(kernel: Any, X: torch.Tensor, ridge: float, rows: int, all_: int) -> str:
-    """``faint`` by so many rows of the kernel matrix of points, some of all there are."""
-    n = len(X)
     scaled, x, _, unit = scale_points(kernel, X, X)
-    places = _places(n, rows).to(x.device)
+    alike = min(_OUTWEIGHED * ridge, _FAINT * (n - 1))
+    # Parts of the sums nearly always show that nothing is wrong; a point's own value is 1.
+    some = x[:: -(-n // _SOME)].double()
+    values = scaled.value_(torch.cdist(x[_places(n, _FEWEST).to(x.device)].double(), some).square_())
+    sums = values.sum(1)
+    if float(sums.median()) > 1.0 + _FAINT and len(some) - float(sums.mean()) > alike:
+        return ""
+    places = _places(n, _FEW).to(x.device)
     few, each = x[places].double(), torch.arange(len(places), device=x.device)
     sums = few.new_zeros(len(few))
     for start in range(0, n, _ROWS):
@@ -135,7 +135,7 @@ def _faint(kernel: Any, X: torch.Tensor, ridge: float, rows: int, all_: int) -> 
     sum_, left = float(sums.median()), float((n - 1 - sums).mean())
     if sum_ <= _FAINT:
         finding = f"a point's kernel values with all others sum to {sum_:.1e}: points say next to nothing about others"
-    elif left <= min(_OUTWEIGHED * ridge, _FAINT * (all_ - 1)):
+    elif left <= alike:
         finding = (
             f"the kernel values of different points are 1 but for {left / (n - 1):.1e}, which the ridge {ridge:.3g} "
             "outweighs: points look alike"
