@@ -315,6 +315,9 @@ def targets(y) -> np.ndarray:
     refuse_no_rows("y", y)
     y = numpy("y", y)
     refuse_missing("y", y, "targets")
+    plain = type(y) is np.ndarray and y.dtype.kind == "f" and y.itemsize <= 8 and y.ndim in (1, 2) and y.size > 0
+    if plain and np.isfinite(y).all():
+        return y.astype(np.float64, copy=False)  # what scikit-learn would come to in ten times the time
     return np.asarray(check_array(y, ensure_2d=False, dtype="float64", input_name="y"))
 
 
