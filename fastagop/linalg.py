@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastagop.kernels import checks
+
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 log = logging.getLogger("fastagop")
 
@@ -152,7 +154,7 @@ def eigh(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     try:
         values, vectors = torch.linalg.eigh(A)
-        if bool(values.isfinite().all() & vectors.isfinite().all()):
+        if checks.finite(values) and checks.finite(vectors):
             return values, vectors
         reason = "it returned NaN"
     except RuntimeError as error:  # of some failures cuSOLVER's is a plain one

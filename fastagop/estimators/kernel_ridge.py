@@ -60,6 +60,8 @@ class KernelRidge:
         if solution is None:
             return self
         gave_way = as_before(solution.fallback) if solution.fallback else self.gave_way
+        if (gave_way, solution.jitter) == (self.gave_way, self.least_jitter):
+            return self
         return replace(self, gave_way=gave_way, least_jitter=solution.jitter)
 
     @property

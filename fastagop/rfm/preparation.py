@@ -34,15 +34,15 @@ def warn_of_faint_kernel(model, first: torch.Tensor, weights: torch.Tensor | Non
     if "bandwidth" in reported:
         return
     ridge = float(model.ridge) if weights is None else 0.0  # The ridge of a row is over its weight.
-    for place, points in enumerate([first] if model._metric.root is None else [first, model._centers]):
-        if finding := faint(model.kernel_, points, ridge):
-            where = " in the learned metric" if place else ""
-            more = "" if model.scale else ", or scale='standard'"
-            warn(
-                f"{type(model).__name__}: {finding}{where}, and outputs for new rows are all but constant: take a "
-                f"bandwidth of that size, such as kernel={type(model.kernel_).__name__}('median') has{more}"
-            )
-            return
+    if not (finding := faint(model.kernel_, model._centers, ridge)):
+        return
+    earlier = faint(model.kernel_, first, ridge)  # Where the first metric shows it already, distances in it say more.
+    where = "" if earlier or model._metric.root is None else " in the learned metric"
+    more = "" if model.scale else ", or scale='standard'"
+    warn(
+        f"{type(model).__name__}: {earlier or finding}{where}, and outputs for new rows are all but constant: take a "
+        f"bandwidth of that size, such as kernel={type(model.kernel_).__name__}('median') has{more}"
+    )
 
 
 @dataclass(frozen=True)
