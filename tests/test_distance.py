@@ -238,6 +238,9 @@ def test_rows_in_any_order_are_zero_from_themselves(cloud, name):
     X = cloud(name, dtype=torch.float64)
     index = torch.randint(0, len(X), (40,), generator=torch.Generator().manual_seed(0))
     check(measure(X[index], X, index), truth(X[index], X))
+    Z = X[index] + 1.0  # it goes by the index, not by what the points come to
+    moved = near_again_(truth(Z, X), Z, X, squared_norms(Z), squared_norms(X), index)
+    assert bool((moved[torch.arange(40), index] == 0).all())
 
 
 @pytest.mark.parametrize("name", CLOUDS)
