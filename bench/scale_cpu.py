@@ -23,6 +23,8 @@ from bench.contenders import present
 from fastagop.deep_rfm.layer import Settings, train_layer
 
 SIZES, D = (2_000, 5_000, 10_000, 20_000), 512
+# Most bytes by items of the matrix in full; 7 of those that have no number here.
+_BYTES = {"potrf float64": 9, "torch's potrf float64": 9, "potrf float32": 5, "xrfm's solve": 13}
 _RATE = 4096  # rows of the products whose rates the floors are made of
 
 
@@ -65,12 +67,21 @@ def potrf(dtype: type) -> Callable[[problems.Problem], np.ndarray]:
     return run
 
 
+def torch_potrf(problem: problems.Problem) -> np.ndarray:
+    """As ``potrf`` in float64, by the LAPACK that PyTorch brings: SciPy's crashes on some processors."""
+    A = fastagop.kernel_matrix(problem.kernel, problem.X.double()).mT
+    failed, start = torch.empty((), dtype=torch.int32), time.perf_counter()
+    torch.linalg.cholesky_ex(A, out=(A, failed))
+    return np.array([time.perf_counter() - start, int(failed)])
+
+
 CONTENDERS: dict[str, Callable] = {
     "solve": solve,
     "agop": agop,
     "layer": layer,
     "xrfm's solve": lambda problem: peers.xrfm_solve(problem.X, problem.alpha, problem.kernel.bandwidth),
     "potrf float64": potrf(np.float64),
+    "torch's potrf float64": torch_potrf,
     "potrf float32": potrf(np.float32),
 }
 
@@ -113,7 +124,7 @@ def main(out: Path, n: int | None = None, d: list[int] | None = None) -> None:
     there = present(CONTENDERS)
     for size in (n,) if n else SIZES:
         for name in there:
-            needed = {"potrf float64": 9, "potrf float32": 5, "xrfm's solve": 13}.get(name, 7) * size * size
+            needed = _BYTES.get(name, 7) * size * size
             if needed > 0.9 * available_bytes(clock.CPU):
                 continue
             place = {"n": size, "contender": name}

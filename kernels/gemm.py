@@ -55,8 +55,12 @@ def rows_of(V: torch.Tensor) -> torch.Tensor:
 
 
 def times_few(A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-    """R A^T (p, m) for a large A (m, k) and few rows R (p, k): from eight on, they come first in the product."""
-    return torch.mm(R, A.T) if len(R) >= 8 and not _onednn(A, R) else matmul_nt(A, R).T
+    """R A^T (p, m) for a large A (m, k) and few rows R (p, k).
+
+    From eight rows on they come first in the product, but on Intel's processors, which take two thirds longer for that.
+    """
+    few_first = len(R) >= 8 and not _onednn(A, R) and cpuinfo().get("vendor_id") != "GenuineIntel"
+    return torch.mm(R, A.T) if few_first else matmul_nt(A, R).T
 
 
 class PanelProducts:
@@ -70,8 +74,13 @@ class PanelProducts:
     word = "float32"
     note = ""
 
-    def ready(self, A: torch.Tensor) -> Any:
-        """A (rows, d) made ready for several products."""
+    def ready(self, A: torch.Tensor, diagonal: torch.Tensor | None = None) -> Any:
+        """A (rows, d) made ready for several products.
+
+        Args:
+            A: rows of a factor.
+            diagonal: of what A A^T will be subtracted from (rows,), where products may choose their digits by it.
+        """
         return _dense(A)
 
     def subtract_(self, C: torch.Tensor, A: Any, B: Any) -> None:

@@ -343,7 +343,7 @@ def test_what_is_chosen_as_memory_shrinks(large):
     X, Y = torch.empty(20_000, 100, device="meta"), torch.empty(20_000, 3, device="meta")
     X, Y = (torch.zeros(1).expand(t.shape) for t in (X, Y))
     n2 = 20_000**2
-    rows = [(p.solver.name, p.solver.stores) for p in methods_by_room(X, Y, [12 * n2, 6.7 * n2, 5.5 * n2, 3 * n2, n2])]
+    rows = [(p.solver.name, p.solver.stores) for p in methods_by_room(X, Y, [12 * n2, 7 * n2, 5.5 * n2, 3 * n2, n2])]
     both, factor = "half of a float64 matrix and of its float32 factor", "half of a float32 factor"
     quick = min(
         (half.in_place_seconds, half.from_points_seconds), key=lambda f: f(methods_by_room(X, Y, [n2])[0].problem)
@@ -378,7 +378,7 @@ def test_files_need_no_memory(tmp_path):
         place: prepare(Laplace(1.0), X, Y, SolveOptions(method=CholeskyCG(place=place))).plan.peak_bytes
         for place in ("device", str(tmp_path))
     }
-    assert memory["device"] > 6 * 20_000**2 > 10 * memory[str(tmp_path)]
+    assert memory["device"] > 6 * 20_000**2 > 9 * memory[str(tmp_path)]
 
 
 # ---- conjugate gradients on a stored matrix

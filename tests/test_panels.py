@@ -24,7 +24,7 @@ class Emulated(PanelProducts):
     def __init__(self, parts: int = 3, inner: int = INNER):
         self.parts, self.inner = parts, inner
 
-    def ready(self, A):
+    def ready(self, A, diagonal=None):
         """(h, l, e) of A = e (h + l / 2048), with e the power of two at the largest entry of a row."""
         e = torch.exp2(torch.floor(torch.log2(A.abs().amax(1, keepdim=True).double())))
         h = (A / e).half().double()

@@ -90,7 +90,7 @@ class Counted(PanelProducts):
     def __init__(self):
         self.products = self.triangles = self.split = 0
 
-    def ready(self, A):
+    def ready(self, A, diagonal=None):
         self.split += A.numel()
         return A.contiguous()
 

@@ -116,7 +116,7 @@ def test_apply_changes_every_item_once_and_sets_the_diagonal():
 
 def test_rows_of_a_block():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_rows(10**5, cpu) == ROWS["cpu"] == 768
+    assert default_rows(10**5, cpu) == ROWS["cpu"] == 1024
     assert default_rows(10**5, cuda) == ROWS["cuda"] == 4096
     assert default_rows(80, cpu) == 10
     assert default_rows(81, cpu) == 11

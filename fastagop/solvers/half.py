@@ -17,13 +17,15 @@ from typing import NamedTuple
 import torch
 
 from fastagop.kernels import calibration
-from fastagop.kernels.gemm import LIBRARY, PanelProducts
+from fastagop.kernels.gemm import PanelProducts
 from fastagop.kernels.memory.free import host_bytes
 from fastagop.kernels.plan import Plan, format_bytes
 from fastagop.kernels.torch_backend.distance import near_chunk, tile_bytes
+from fastagop.kernels.torch_backend.panels import MixedPanels
 from fastagop.kernels.torch_backend.tiles import BLOCKS_ALIVE
 from fastagop.solvers import cg, direct, pinned
 from fastagop.solvers.direct import LinearSystem
+from fastagop.solvers.factor_products import may_round, mixed, products_of
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.options import CholeskyCG  # noqa: F401 (pickles of earlier versions look for it here)
@@ -78,19 +80,6 @@ class HalfMatrix:
         return self.blocks.solve(B)
 
 
-def products_of(problem: Problem) -> PanelProducts:
-    """What a float32 factor of half a matrix multiplies by: the backend's products, or the library's where faster.
-
-    Consumer chips' float32 is, and ranks take the library's, too.
-    """
-    if problem.shared is not None:
-        return LIBRARY
-    operator, device = problem.operator, problem.X.device
-    panels = operator.backend.factor_kernels(torch.float32, operator.precision).panels
-    theirs, library = (calibration.rate("gradient", way.word, device) for way in (panels, LIBRARY))
-    return panels if theirs >= library else LIBRARY
-
-
 # ---- what each takes
 
 
@@ -100,7 +89,8 @@ def refined_bytes(problem: Problem) -> int:
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
     streamed = 8 * (_beside(problem) - _BESIDE) * rows * n  # of the products' float64 rows
-    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + max(4 * _beside(problem) * rows * n, streamed))
+    factored = 4 * (_beside(problem) + may_round(problem)) * rows * n  # two block rows in bfloat16 are one in float32
+    return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + max(factored, streamed))
 
 
 def in_place_bytes(problem: Problem) -> int:
@@ -192,12 +182,13 @@ def _step_seconds(problem: Problem) -> float:
 # ---- what each does
 
 
-def plan(problem: Problem, method: str, why: str, precision: str, peak: int) -> Plan:
+def plan(problem: Problem, method: str, why: str, form: Form, peak: int) -> Plan:
     """The plan of one of the three forms."""
     n, d = problem.X.shape
     work = float(n) * n * d + n**3 / 3.0 + 8.0 * n * n * problem.outputs
     rows = default_rows(n, problem.X.device)
-    precision = precision.replace("float32 factor", f"float32 factor{products_of(problem).note}")
+    note = MixedPanels.note if form.keeps and may_round(problem) else products_of(problem).note
+    precision = form.precision.replace("float32 factor", f"float32 factor{note}")
     backend = problem.operator.backend.name
     return Plan("solve", backend, method, why, precision=precision, flops=work, peak_bytes=peak, block=rows)
 
@@ -210,33 +201,44 @@ def refined(problem: Problem, plan: Plan, Y: torch.Tensor, ridge, out: torch.dty
     fill = filler_of(problem.operator)
     K = fill(_blocks(problem, torch.float64))
     factor = K.to(torch.float32)
-    failed = factor.cholesky_(1.0 + ridge, products_of(problem))
-    if failed:
-        reason = f"pivot {failed} of the float32 factor is not positive"
-    else:
-        tolerance = problem.half.tolerance
-        options = cg.ConjugateGradients(tolerance=tolerance, max_iterations=_most_steps(problem))
-
-        def matmul(V: torch.Tensor) -> torch.Tensor:
-            return K.matmul(V).add_(times(ridge, V))
-
-        result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
-        if not result.singular and (not result.stopped or result.residual <= max(_GOOD, tolerance)):
-            return Found(
-                alpha=result.alpha,
-                jitter=0.0,
-                iterations=result.iterations,
-                rank=len(K),
-                dtype=torch.float32,
-                measure=measure_all(matmul),
-                measured=result.measured,
-                K=K if problem.shared is None else None,
-                tolerance=tolerance,
-            )
-        reason = f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
-    log.info("solve: %s; a float64 factor takes over, in place", reason)
+    products = mixed(factor, 1.0 + ridge) if may_round(problem) else products_of(problem)
+    found = _refined_by(products, problem, K, factor, Y, ridge, out)
+    if isinstance(found, str) and isinstance(products, MixedPanels) and products.has_rounded:
+        log.info("solve: %s; its products were partly bfloat16's, and float32's take over", found)
+        factor.drop()
+        factor = K.to(torch.float32)
+        found = _refined_by(products_of(problem), problem, K, factor, Y, ridge, out)
+    if isinstance(found, Found):
+        return found
+    log.info("solve: %s; a float64 factor takes over, in place", found)
     factor.drop()
-    return replace(_in_place(problem, K, fill, Y, ridge, out), method="cholesky", fallback=reason)
+    return replace(_in_place(problem, K, fill, Y, ridge, out), method="cholesky", fallback=found)
+
+
+def _refined_by(products: PanelProducts, problem: Problem, K, factor, Y: torch.Tensor, ridge, out) -> Found | str:
+    """What is found by a float32 factor that is made by these products, in a copy of K; or why it is no good."""
+    if failed := factor.cholesky_(1.0 + ridge, products):
+        return f"pivot {failed} of the float32 factor is not positive"
+    tolerance = problem.half.tolerance
+    options = cg.ConjugateGradients(tolerance=tolerance, max_iterations=_most_steps(problem))
+
+    def matmul(V: torch.Tensor) -> torch.Tensor:
+        return K.matmul(V).add_(times(ridge, V))
+
+    result = cg.conjugate_gradients(matmul, Y, functools.partial(_by_factor, factor), options, bound(Y, out))
+    if result.singular or (result.stopped and result.residual > max(_GOOD, tolerance)):
+        return f"{result.iterations} steps on a float32 factor left {result.residual:.0e}: {result.stopped}"
+    return Found(
+        alpha=result.alpha,
+        jitter=0.0,
+        iterations=result.iterations,
+        rank=len(K),
+        dtype=torch.float32,
+        measure=measure_all(matmul),
+        measured=result.measured,
+        K=K if problem.shared is None else None,
+        tolerance=tolerance,
+    )
 
 
 def _most_steps(problem: Problem) -> int:

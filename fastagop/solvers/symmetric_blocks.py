@@ -10,30 +10,25 @@ of wider rows it would gather in pageable memory first.
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastagop.kernels import checks
 from fastagop.kernels.gemm import LIBRARY, PanelProducts, rows_of, times_few
 from fastagop.kernels.memory.matrices import empty_matrix
-from fastagop.kernels.plan import format_bytes
-from fastagop.solvers import pinned
+from fastagop.solvers import mapped, pinned
 from fastagop.solvers.staging import Staging
 
 # Rows of a block: products with few rows are slow, and a block's own columns are work beside the one long product. On
-# two cores of a Zen 3 (n = 16,000, float32) 512 to 2048 rows factor at 153 to 158 GFLOP/s, 768 at 158, where products
-# of this size reach 171; a GPU wants larger ones and fewer launches.
-ROWS = {"cpu": 768, "cuda": 4096}
+# two cores of a Zen 3 (n = 16,000, float32) 512 to 2048 rows factor at 153 to 158 GFLOP/s, where products of this size
+# reach 171. By bfloat16 products (a Xeon, n = 20,000) it takes 4.7 s with 768 rows, which one core multiplies, 3.4 with
+# 1024, 3.5 with 1536. A GPU wants larger ones and fewer launches.
+ROWS = {"cpu": 1024, "cuda": 4096}
 # Rows of a triangle by whose inverse, half of it zeros, a float32 panel is multiplied; a larger triangle is halved.
-INVERTED = {"cpu": 192, "cuda": 4096}
+INVERTED = {"cpu": 256, "cuda": 4096}
 FILL = 256  # rows that are filled at once: the work beside a block is a few times as much
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class SymmetricBlocks:
@@ -80,12 +75,7 @@ class SymmetricBlocks:
             return [empty_matrix(*shape, like) for shape in shapes]
         if self.place == "host":
             return pinned.matrices(shapes, self.dtype)
-        sizes = [rows * columns for rows, columns in shapes]
-        with tempfile.TemporaryFile(dir=self.place, prefix="fastagop-") as file:  # unlinked before it is written
-            _reserve(file.fileno(), max(1, sum(sizes)) * self.dtype.itemsize, self.place)
-            flat = np.memmap(file, _NUMPY[self.dtype], "w+", shape=(max(1, sum(sizes)),))
-        parts = torch.from_numpy(flat)[: sum(sizes)].split(sizes)
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return mapped.matrices(shapes, self.dtype, self.place)
 
     def __len__(self) -> int:
         return self.n
@@ -196,6 +186,11 @@ class SymmetricBlocks:
         """The largest sum of a row of the matrix."""
         return float(self.matmul(torch.ones(self.n, 1, dtype=self.dtype, device=self.device)).max())
 
+    def largest_beside_diagonal(self) -> float:
+        """The largest item that is not on the diagonal; 0 where none is larger."""
+        parts = ((block[:, : row.start], block[:, row.start :].tril(-1)) for row, block in self._streamed())
+        return max(float(part.max()) for pair in parts for part in pair if part.numel())
+
     def cholesky_(self, diagonal: float | torch.Tensor, products: PanelProducts = LIBRARY) -> int:
         """Overwrite the matrix A, with another diagonal, by its factor L, A = L L^T.
 
@@ -233,7 +228,7 @@ class SymmetricBlocks:
         there = self._on_device(q)
         square, done = there[:, row.start :], None
         if row.start:
-            done = products.ready(there[:, : row.start])
+            done = products.ready(there[:, : row.start], square.diagonal())
             products.subtract_square_(square, done)
         L, info = torch.linalg.cholesky_ex(square)
         if int(info):
@@ -259,7 +254,7 @@ class SymmetricBlocks:
             return lambda panel: products.times_triangle_(panel, triangle)
         half = -(-len(L) // 2)
         first, second = self._divisor(L[:half, :half], products), self._divisor(L[half:, half:], products)
-        between = products.ready(L[half:, :half])
+        between = products.ready(L[half:, :half], torch.linalg.vector_norm(L[half:], dim=1).square_())
 
         def divide_(panel: torch.Tensor) -> None:
             first(panel[:, :half])
@@ -360,21 +355,6 @@ def _divided(L: torch.Tensor, X: torch.Tensor, *, transposed: bool) -> torch.Ten
     """(L^-1 X^T)^T, or with L^T; without gaps in both LAPACK takes an eighth of the time."""
     L = L.contiguous()
     return torch.linalg.solve_triangular(L.mT if transposed else L, X.T.contiguous(), upper=transposed).T
-
-
-def _reserve(file: int, size: int, place: str | Path) -> None:
-    """Take a file's bytes on the disk where the system can: to write where a disk is full ends the process."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file, 0, size)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that does not know how
-            return
-        raise MemoryError(
-            f"place={os.fspath(place)!r} lacks the {format_bytes(size)} that blocks of the matrix take "
-            f"({error.strerror}); give a folder on a larger disk, or fewer points"
-        ) from error
 
 
 def default_rows(n: int, device: torch.device) -> int:

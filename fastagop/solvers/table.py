@@ -106,7 +106,7 @@ def _half(name: str, dtype: torch.dtype, form: half.Form, reason: Callable[[Prob
             raise problem.too_large(dtype, form.memory)
         form.check_host(problem)
         places.check_disk(problem, form.dtypes)
-        return half.plan(problem, name, f"{problem.operator.why}; {why}", form.precision, peak), problem
+        return half.plan(problem, name, f"{problem.operator.why}; {why}", form, peak), problem
 
     def seconds(problem: Problem, plan: Plan) -> float:
         return form.seconds(problem)

@@ -142,7 +142,7 @@ class _SplitPanels(PanelProducts):
     word = "fp16x3"
     note = " by three fp16 products"
 
-    def ready(self, A: torch.Tensor) -> Any:
+    def ready(self, A: torch.Tensor, diagonal: torch.Tensor | None = None) -> Any:
         """The rows of A, split into halves for products of fp16 numbers."""
         return _launch().split_rows(A)
 
