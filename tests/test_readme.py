@@ -64,11 +64,12 @@ def prose_of_results():
     mnist, run = json.loads((ROOT / "reproduce/results/figure3_n50000.json").read_text())["runs"]
     quiet = [run["layers"][number - 1]["seconds"] for number in (2, 3, 10, 11, 12)]  # beside which no other work ran
     solves = {row["n"]: row for row in rows_of("scale_cpu") if row["contender"] == "solve"}
-    factor = next(row for row in rows_of("scale_cpu") if row["contender"] == "potrf float64" and row["n"] == 20_000)
+    factor = next(row for row in rows_of("scale_cpu") if "torch's" in row["contender"] and row["n"] == 20_000)
     hours = f"20 layers and the readout in {run['seconds'] / 3600:.1f} hours"
     least = json.loads((ROOT / "reproduce/results/demo.json").read_text())["runs"][0]["layers"][-1]["nc1_projected"]
-    yield "README.md", f"takes {layer['seconds'] / 60:.1f} minutes and {layer['peak_bytes'] / 1e9:.1f} GB"
-    yield "README.md", f"{layer['seconds'] / layer['floor']:.2f} times the time of its matrix products"
+    seconds = layer["first_seconds"]
+    yield "README.md", f"takes {seconds / 60:.1f} minutes and {layer['peak_bytes'] / 1e9:.1f} GB"
+    yield "README.md", f"{seconds / layer['floor']:.2f} times the time of its matrix products"
     yield "README.md", f"took {run['seconds'] / 3600:.1f} hours"
     ours, theirs = (
         next(row["error"] for row in rows_of("collapse_cpu") if row["spread"] == 1e-4 and row["contender"] == name)
@@ -84,9 +85,9 @@ def prose_of_results():
     yield "reproduce/README.md", f"took {min(quiet):.0f} to {max(quiet):.0f} s"
     yield "docs/pages/tables.md", f"n = 10,000 rows takes {solves[10_000]['peak_bytes'] / 1e9:.1f} GB"
     yield "docs/pages/rfm.md", f"n = 20,000 takes {solves[20_000]['peak_bytes'] / 1e9:.1f} GB"
-    yield "docs/pages/benchmarks.md", f"took {layer['seconds']:.0f} s and {layer['peak_bytes'] / 1e9:.1f} GB"
+    yield "docs/pages/benchmarks.md", f"took {seconds:.0f} s and {layer['peak_bytes'] / 1e9:.1f} GB"
     share = solves[20_000]["seconds"] / factor["factor seconds"]
-    yield "docs/pages/benchmarks.md", f"solving take {share:.2f} of the time of SciPy's float64 factorisation"
+    yield "docs/pages/benchmarks.md", f"solving take {share:.2f} of the time of LAPACK's float64 factorisation"
 
 
 def rows_of(name):

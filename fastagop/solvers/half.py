@@ -89,7 +89,7 @@ def refined_bytes(problem: Problem) -> int:
     rows = default_rows(n, problem.X.device)
     wide, narrow = (_stored(problem, dtype) for dtype in (torch.float64, torch.float32))
     streamed = 8 * (_beside(problem) - _BESIDE) * rows * n  # of the products' float64 rows
-    factored = 4 * (_beside(problem) + may_round(problem)) * rows * n  # two block rows in bfloat16 are one in float32
+    factored = 4 * _beside(problem) * rows * n + (MixedPanels.bytes_of(n, rows) if may_round(problem) else 0)
     return wide + max(_fill_bytes(problem), narrow + _vectors(problem) + max(factored, streamed))
 
 

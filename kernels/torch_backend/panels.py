@@ -22,14 +22,16 @@ from ..gemm import LIBRARY, PanelProducts, subtract_product_
 _SHARE = 0.1
 _ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 _FEWEST = 256  # columns from which bfloat16 is the faster
+# Columns that are multiplied at once: the library packs both factors of a product into memory that it takes anew, which
+# the system clears at .5 GB/s on some virtual machines.
+_CHUNK = 4096
 
 
 class _Ready(NamedTuple):
-    """Rows of a factor made ready: (columns, these without gaps) in float32, and the other columns in bfloat16."""
+    """Rows of a factor made ready: columns and what they hold, without gaps, in float32 and in bfloat16."""
 
     fine: list[tuple[slice, torch.Tensor]]
-    coarse: list[slice]
-    rounded: torch.Tensor | None
+    coarse: list[tuple[slice, torch.Tensor]]
 
 
 class MixedPanels(PanelProducts):
@@ -54,19 +56,30 @@ class MixedPanels(PanelProducts):
         self._n, self._rows, self._least = n, rows, least
         self._width = _FEWEST if rows % _FEWEST == 0 else rows  # of a part
         self.has_rounded, self._rooms = False, dict[str, torch.Tensor]()
+        self._sizes = {"left": rows * n, "rows": rows * min(n, _CHUNK), "product": rows * rows}
+
+    @staticmethod
+    def bytes_of(n: int, rows: int) -> int:
+        """Most bytes that rounded rows and products take, with the library's copies of what it multiplies."""
+        return torch.bfloat16.itemsize * rows * (n + 3 * min(n, _CHUNK) + rows)
 
     def ready(self, A: torch.Tensor, diagonal: torch.Tensor | None = None) -> _Ready:
         """Rows of a factor, each part of them in float32 or bfloat16; without a diagonal all in float32."""
-        rounded = [] if diagonal is None or A.shape[1] < _FEWEST else self._rounded(A, diagonal)
+        rounded = [] if diagonal is None or A.shape[1] < _FEWEST else self._small(A, diagonal)
         if not any(rounded):
-            return _Ready([(slice(None), LIBRARY.ready(A))], [], None)
+            return _Ready([(slice(None), LIBRARY.ready(A))], [])
         self.has_rounded, width = True, A.shape[1] // len(rounded)
         fine = [(columns, A[:, columns].contiguous()) for columns in _runs(rounded, False, width)]
-        coarse = _runs(rounded, True, width)
-        left = A.shape[1] >= self._rows  # of a block: one such is in use at a time, but several parts of its square
-        return _Ready(fine, coarse, self._in_bfloat16(A, coarse, "left" if left else None))
+        of_block = A.shape[1] < self._rows  # of these several are in use at a time
+        room = A.new_empty(A.numel(), dtype=torch.bfloat16) if of_block else self._room("left", A.numel())
+        coarse, start = [], 0
+        for columns in _runs(rounded, True, width, _CHUNK):
+            part = _rounded(A[:, columns], room[start:])
+            coarse.append((columns, part))
+            start += part.numel()
+        return _Ready(fine, coarse)
 
-    def _rounded(self, A: torch.Tensor, diagonal: torch.Tensor) -> list[bool]:
+    def _small(self, A: torch.Tensor, diagonal: torch.Tensor) -> list[bool]:
         """Which parts of A's columns may be rounded; all of them are one where they are not whole parts."""
         width = self._width if A.shape[1] % self._width == 0 else A.shape[1]
         taken = torch.linalg.vector_norm(A.unflatten(1, (-1, width)), dim=2).square_()
@@ -84,15 +97,15 @@ class MixedPanels(PanelProducts):
         """C -= A B^T in place, B ready."""
         for columns, part in B.fine:
             subtract_product_(C, A[:, columns], part)
-        if B.rounded is not None:
-            self._subtract_rounded_(C, self._in_bfloat16(A, B.coarse, "rows"), B.rounded)
+        for columns, part in B.coarse:
+            self._subtract_rounded_(C, _rounded(A[:, columns], self._room("rows", len(A) * part.shape[1])), part)
 
     def subtract_square_(self, C: torch.Tensor, A: _Ready) -> None:
         """C -= A A^T in place, A ready."""
         for _, part in A.fine:
             LIBRARY.subtract_square_(C, part)
-        if A.rounded is not None:
-            self._subtract_rounded_(C, A.rounded, A.rounded)
+        for _, part in A.coarse:
+            self._subtract_rounded_(C, part, part)
 
     def times_triangle_(self, A: torch.Tensor, T: _Ready) -> None:
         """A <- A T^T in place, T ready and lower triangular."""
@@ -100,35 +113,30 @@ class MixedPanels(PanelProducts):
         LIBRARY.times_triangle_(A, triangle)
 
     def _subtract_rounded_(self, C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
-        product = self._room("product", len(A), len(B))
+        product = self._room("product", C.numel()).view(C.shape)
         torch.mm(A, B.T, out=product)
         C.sub_(product)
 
-    def _in_bfloat16(self, A: torch.Tensor, columns: list[slice], room: str | None) -> torch.Tensor:
-        """Columns of A beside each other, in the room of that name or in memory of their own."""
-        wide = sum(some.stop - some.start for some in columns)
-        out = A.new_empty(len(A), wide, dtype=torch.bfloat16) if room is None else self._room(room, len(A), wide)
-        start = 0
-        for some in columns:
-            stop = start + some.stop - some.start
-            out[:, start:stop].copy_(A[:, some])
-            start = stop
-        return out
-
-    def _room(self, name: str, rows: int, columns: int) -> torch.Tensor:
+    def _room(self, name: str, items: int) -> torch.Tensor:
         """Uninitialised bfloat16 memory, which the next call with the name overwrites: fresh pages take as long."""
-        if name not in self._rooms or self._rooms[name].numel() < rows * columns:
-            self._rooms[name] = torch.empty(rows * columns, dtype=torch.bfloat16, device="cpu")
-        return self._rooms[name][: rows * columns].view(rows, columns)
+        if name not in self._rooms or len(self._rooms[name]) < items:
+            self._rooms[name] = torch.empty(max(items, self._sizes[name]), dtype=torch.bfloat16, device="cpu")
+        return self._rooms[name][:items]
 
 
-def _runs(flags: list[bool], wanted: bool, width: int) -> list[slice]:
-    """The columns of neighbouring parts with a flag, each of that width."""
+def _rounded(A: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """A in bfloat16, written into a room."""
+    return room[: A.numel()].view(A.shape).copy_(A)
+
+
+def _runs(flags: list[bool], wanted: bool, width: int, most: int = 2**62) -> list[slice]:
+    """The columns of neighbouring parts with a flag, each of that width; not more than ``most`` in one slice."""
     runs: list[slice] = []
     for part, flag in enumerate(flags):
         if flag is wanted:
-            first = runs.pop().start if runs and runs[-1].stop == part * width else part * width
-            runs.append(slice(first, (part + 1) * width))
+            start, stop = part * width, (part + 1) * width
+            joined = runs and runs[-1].stop == start and stop - runs[-1].start <= most
+            runs.append(slice(runs.pop().start if joined else start, stop))
     return runs
 
 
