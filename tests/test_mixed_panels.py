@@ -200,3 +200,13 @@ def test_only_a_factor_beside_a_matrix_is_rounded():
     assert prepared.solver.run == half.REFINED.run
     text = fastagop.explain("solve", Laplace(6.0), X, Y, method=ConjugateGradients(store=True))
     assert "bfloat16" not in text
+
+
+@pytest.mark.usefixtures("tiles")
+def test_a_backends_own_products_come_first(monkeypatch):
+    """As Triton's split ones, which the interpreter runs on the CPU."""
+    X, Y = problem()
+    prepared = fastagop.solvers.solve.prepare(Laplace(6.0), X, Y, fastagop.solvers.solve.SolveOptions())
+    assert factor_products.may_round(prepared.problem)
+    monkeypatch.setattr(factor_products, "products_of", lambda problem: PanelProducts())
+    assert not factor_products.may_round(prepared.problem)

@@ -25,8 +25,12 @@ def products_of(problem: Problem) -> PanelProducts:
 
 
 def may_round(problem: Problem) -> bool:
-    """Whether a factor beside k(X, X) in float64 is made by ``MixedPanels``: by one process, on a CPU with tiles."""
-    return problem.shared is None and problem.X.device.type == "cpu" and has_tiles()
+    """Whether a factor beside k(X, X) in float64 is made by ``MixedPanels``: by one process, on a CPU with tiles.
+
+    A backend's own products come first.
+    """
+    alone = problem.shared is None and problem.X.device.type == "cpu"
+    return alone and has_tiles() and products_of(problem) is LIBRARY
 
 
 def mixed(blocks: SymmetricBlocks, diagonal: float | torch.Tensor) -> MixedPanels:
