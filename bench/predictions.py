@@ -76,7 +76,7 @@ def _loop(operation: str, products: str, words: str, peak: Callable[[Chip], floa
 
 
 def _split_pays(chip: Chip) -> bool:
-    """Whether a float32 factor's products are the faster ones as three fp16 products, as ``half.products_of`` asks."""
+    """Whether a float32 factor's products are the faster ones as three fp16 products, as ``products_of`` asks."""
     return LOOPS["panel", "fp16x3"][chip.capability] * chip.fp16 / 3.0 >= 0.8 * chip.fp32
 
 
