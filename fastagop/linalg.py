@@ -91,7 +91,10 @@ def scale_lower_(A: torch.Tensor, root: torch.Tensor, rows: int = _BLOCK) -> tor
 
 
 def cholesky_solve(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 B with L in A's lower triangle, block by block so that A is never copied."""
+    """(L L^T)^-1 B with L in A's lower triangle; block by block where the library would copy A: it has gaps."""
+    if A.is_contiguous() and not A.is_cuda:  # half the time of the blocks
+        half = torch.linalg.solve_triangular(A, B, upper=False)
+        return torch.linalg.solve_triangular(A.mT, half, upper=True).contiguous()
     n, X, rows = len(A), B.clone(), _rows(A)
     starts = range(0, n, rows)
     for start in starts:

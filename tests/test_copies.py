@@ -12,7 +12,7 @@ from fastagop.kernels import reference
 import fastagop
 from fastagop import DeepRFMClassifier, Gaussian, Laplace, RFMClassifier, RFMRegressor
 from fastagop.deep_rfm.layer import normalise_rows
-from fastagop.solvers import copies
+from fastagop.solvers import copies, near_rows
 
 DTYPES = [torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -104,6 +104,33 @@ def test_all_pairs_agree_with_a_plain_search(normal):
     left = apart[np.ix_(kept, kept)] + 1e9 * np.eye(len(kept))
     assert (left >= 0.99 * limit * np.minimum(size[kept][:, None], size[kept])).all()
     assert 0 < rows.merged < 360
+
+
+@dtypes
+@pytest.mark.parametrize("n", [60, 600])
+@pytest.mark.parametrize("exponent", [0.0, 0.8, -0.8])
+def test_one_pair_of_copies(dtype, n, exponent, normal):
+    """Wherever they stand, of every size, to the bit or to a rounding."""
+    X = normal(n, 7, dtype=dtype) * torch.finfo(dtype).max ** exponent
+    assert copies.find(X).plain
+    for i, j in ((0, n - 1), (30, 31), (n // 9, n // 2)):
+        for copy in (X[i], torch.nextafter(X[i], torch.full_like(X[i], torch.inf))):
+            Z = X.clone()
+            Z[j] = copy
+            rows = copies.find(Z)
+            assert (rows.merged, rows.plain) == (1, False)
+            assert rows.group[i] == rows.group[j]
+
+
+@dtypes
+def test_many_rows_in_crowds_that_some_projections_tell_apart(dtype, normal):
+    X = normal(600, 3, dtype=dtype)
+    place = near_rows._places(X, None)[0]
+    one = np.zeros_like(place)  # 500 rows agree in the first one, halves in the second, pairs in the third
+    one[500:, 0], one[:, 1], one[:, 2] = np.arange(100) + 1, np.arange(600) // 250, np.arange(600) // 2
+    label = near_rows._crowds(one, np.full(600, 0.25))
+    assert all(label[i] == label[i + 1] for i in range(0, 500, 2))
+    assert len(np.unique(label)) == 350
 
 
 def test_the_order_given_does_not_matter(normal):

@@ -609,9 +609,12 @@ def test_passes_take_these_rows(rows, normal, relative, monkeypatch):
         torch.linalg, "solve_triangular", lambda L, B, **how: solves.append(len(L)) or solve(L, B, **how)
     )
     monkeypatch.setattr(linalg, "_rows", lambda A: rows)
-    A, V = normal(101, 101) / 30 + 3.0 * torch.eye(101, dtype=torch.float64), normal(101, 3)
-    assert relative(linalg.cholesky_solve(A, V), torch.cholesky_solve(V, A.tril())) <= 1e-13
-    assert len(solves) == 2 * -(-101 // rows)
+    A, V = normal(101, 112)[:, :101] / 30 + 3.0 * torch.eye(101, dtype=torch.float64), normal(101, 3)
+    wide = torch.zeros(101, 112, dtype=torch.float64)[:, :101].copy_(A)
+    for matrix, count in ((wide, 2 * -(-101 // rows)), (A, 2)):  # rows with gaps between them, as on CUDA, and without
+        solves.clear()
+        assert relative(linalg.cholesky_solve(matrix, V), torch.cholesky_solve(V, A.tril())) <= 1e-13
+        assert len(solves) == count
     symmetric = A.triu(1) + A.triu(1).T + 2.0 * torch.eye(101, dtype=torch.float64)
     assert relative(linalg.upper_matmul(A, 2.0, V), symmetric @ V) <= 1e-14
 

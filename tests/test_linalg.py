@@ -121,15 +121,25 @@ def test_restore_lower(dtype, n, rows, normal):
 
 @sizes
 @pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("gaps", [0, 3])
 @dtypes
-def test_cholesky_solve(n, K, dtype, definite, normal, relative):
+def test_cholesky_solve(n, K, gaps, dtype, definite, normal, relative):
     A, B = definite(n, dtype), normal(n, K, dtype=dtype)
-    factored = torch.linalg.cholesky(A) + torch.full_like(A, torch.nan).triu(1)  # above the diagonal is not read
+    factored = A.new_empty(n, n + gaps)[:, :n]
+    factored.copy_(torch.linalg.cholesky(A) + torch.full_like(A, torch.nan).triu(1))  # above the diagonal is not read
     before = factored.clone(), B.clone()
     X = linalg.cholesky_solve(factored, B)
     assert relative(A.double() @ X.double(), B) <= 3 * rounding(n, dtype)
     assert torch.equal(B, before[1])
     assert torch.equal(factored.tril(), before[0].tril())
+
+
+@pytest.mark.parametrize("gaps", [0, 3])
+def test_cholesky_solve_never_copies_the_matrix(gaps, definite, normal, tensor_memory):
+    A, B = definite(800, torch.float64), normal(800, 3)
+    factored = A.new_empty(800, 800 + gaps)[:, :800].copy_(torch.linalg.cholesky(A))
+    _, peak = tensor_memory(lambda: linalg.cholesky_solve(factored, B))
+    assert peak <= 0.5 * A.nbytes
 
 
 @sizes

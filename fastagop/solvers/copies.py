@@ -12,14 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastagop.kernels.torch_backend.distance import medians
+from fastagop.solvers import near_rows
 from fastagop.solvers.limits import over_weights
 
-_ITEMS = 2**16  # of a block of rows, small enough for a cache
-_FEW, _PAIRS = 512, 2**22  # rows, and items of all their differences, up to which all pairs are compared at once
-_DIRECTIONS = 3  # random projections that rows must agree in before they are compared
-_ROUNDS = 8  # representatives tried for every candidate at once; larger crowds are thinned out first
-_SAMPLE = 256  # rows that say how far apart points are
 _MIX = (-7046029254386353131, -4417276706812531889)  # odd 64-bit multipliers
 
 
@@ -207,7 +202,7 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
         Rows. Cost: O(n d + n log n) time, O(n + block) memory, where no crowd of rows is within rounding of each other.
     """
     device, n = X.device, len(X)
-    if weights is None and _all_apart(X):
+    if weights is None and near_rows.all_apart(X):
         return alone(X)
     every = torch.arange(n, device=device)
     w = torch.ones(n, dtype=torch.float64, device=device) if weights is None else weights.to(device, torch.float64)
@@ -224,22 +219,6 @@ def find(X: torch.Tensor, weights: torch.Tensor | None = None) -> Rows:
     weight = _sums(point, w[live], count)
     plain = len(first) == n and bool((w == 1).all())
     return Rows(kept=live[first], left=left, group=group, weight=weight, each=w, equal=equal, plain=plain)
-
-
-def _all_apart(X: torch.Tensor) -> bool:
-    """Whether few rows are so far from each other, by the distances of all pairs, that no two are copies."""
-    n, d = X.shape
-    if not 2 <= n <= _FEW or n * n * d > _PAIRS or X.is_cuda or not X.any():
-        return False
-    wide = _wide(X, torch.frexp(X.abs().max())[1])
-    longest = float(torch.linalg.vector_norm(wide, dim=1).max())
-    least = float(torch.pdist(wide.to(X.dtype)).min())  # in float32 ten times as fast, and to a few eps
-    return least > 1.001 * _tolerance(X) * longest
-
-
-def _tolerance(X: torch.Tensor) -> float:
-    """What a dtype's rounding makes of a row, as a share of its size."""
-    return (4 + 0.5 * X.shape[1] ** 0.5) * torch.finfo(X.dtype).eps
 
 
 def alone(X: torch.Tensor) -> Rows:
@@ -263,19 +242,16 @@ def _points(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     keys, same = torch.unique(_keys(X), return_inverse=True)
     n, every = len(X), torch.arange(len(X), device=X.device)
     first = torch.full((len(keys),), n, device=X.device).scatter_reduce_(0, same, every, "amin")
-    other = torch.cat([(X[s] != X[first[same[s]]]).any(1) for s in _slices(X)]) if len(first) < n else every[:0] > 0
+    other = every[:0] > 0
+    if len(first) < n:
+        other = torch.cat([(X[s] != X[first[same[s]]]).any(1) for s in near_rows.slices(X)])
     if bool(other.any()):  # two different rows with one key
         same[other] = len(first) + torch.arange(int(other.sum()), device=X.device)
         first = torch.cat([first, every[other]])
-    leader = torch.from_numpy(_leaders(X if len(first) == n and bool((first == every).all()) else X[first]))
+    leader = torch.from_numpy(near_rows.leaders(X if len(first) == n and bool((first == every).all()) else X[first]))
     leader = leader.to(X.device)
     numbers, joined = torch.unique(leader, return_inverse=True)  # ascending: the order by contents stays
     return joined[same], first[numbers], torch.bincount(joined, minlength=len(numbers)) == 1
-
-
-def _slices(X: torch.Tensor) -> list[slice]:
-    rows = max(1, _ITEMS // max(1, X.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(X), rows)]
 
 
 def _keys(X: torch.Tensor) -> torch.Tensor:
@@ -285,107 +261,9 @@ def _keys(X: torch.Tensor) -> torch.Tensor:
     factors = (factors | 1).to(X.device)
     integers = torch.int32 if X.element_size() == 4 else torch.int64
     keys = torch.empty(len(X), dtype=torch.int64, device=X.device)
-    for s in _slices(X):
+    for s in near_rows.slices(X):
         bits = (X[s] + 0.0).contiguous().view(integers).to(torch.int64)  # + 0: minus zero is zero
         for factor, shift in zip(_MIX, (32, 29), strict=True):  # round numbers differ in their high bits only
             bits.mul_(factor).bitwise_xor_(bits >> shift)
         keys[s] = bits.mul_(factors).sum(1)
     return keys
-
-
-def _leaders(U: torch.Tensor) -> np.ndarray:
-    """For rows no two of which are equal, the number of the first row that each is within rounding of, or its own."""
-    leader = np.arange(len(U))
-    if len(U) < 2 or U.shape[1] == 0:
-        return leader
-    exponent = torch.frexp(U.abs().max())[1]
-    place, length, tolerance = _places(U, exponent)
-    label = _crowds(place, tolerance + 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length)
-    rows = np.flatnonzero(np.bincount(label)[label] > 1)
-    for turn in range(len(rows)):
-        if len(rows) == 0:
-            break
-        if turn == _ROUNDS:
-            rows = _thinned(U, exponent, tolerance, rows, label)
-        _, at, inverse = np.unique(label[rows], return_index=True, return_inverse=True)
-        head = rows[at[inverse]]  # the first row of each crowd that is left
-        near = _distances(U, exponent, rows, head) < np.minimum(tolerance[rows], tolerance[head])
-        near[at] = True
-        leader[rows[near]] = head[near]
-        rows = rows[~near]
-    return leader
-
-
-def _wide(U: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Rows in float64, in a power-of-two unit in which their squares stay in range."""
-    return torch.ldexp(U.double(), -exponent)
-
-
-def _places(U: torch.Tensor, exponent: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(projections on random directions (n, 3), lengths (n,), distance within which each row's copies lie (n,)).
-
-    That distance is a few eps of the row's length, or of the cloud's spread if that is less: points beside a large
-    offset may differ by little of their length and still be told apart.
-    """
-    sample = _wide(U[:: -(-len(U) // _SAMPLE)], exponent)
-    middle = medians(sample)
-    spread = float(torch.linalg.vector_norm(sample - middle, dim=1).median())
-    generator = torch.Generator().manual_seed(1)
-    directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
-    directions = (directions / torch.linalg.vector_norm(directions, dim=0)).to(U.device)
-    parts = []
-    for s in _slices(U):
-        wide = _wide(U[s], exponent)
-        sizes = [torch.linalg.vector_norm(part, dim=1)[:, None] for part in (wide, wide - middle)]
-        parts.append(torch.cat([wide @ directions, *sizes], 1))
-    found = torch.cat(parts).cpu().numpy()
-    length, apart = found[:, -2], np.maximum(found[:, -1], spread)
-    eps = _tolerance(U)
-    one = apart < eps * length  # all points are one to rounding
-    return found[:, :_DIRECTIONS], length, eps * np.where(one, length, np.minimum(length, apart))
-
-
-def _crowds(place: np.ndarray, reach: np.ndarray) -> np.ndarray:
-    """A number for each row, equal for rows that may be copies: their projections are within reach of each other."""
-    order = np.argsort(place[:, 0], kind="stable")
-    far = np.maximum.accumulate(place[order, 0] + reach[order])
-    label = np.empty(len(place), dtype=np.int64)
-    label[order] = np.cumsum(np.append(False, place[order[1:], 0] > far[:-1]))
-    for k in range(1, _DIRECTIONS):
-        farthest = np.zeros(label.max() + 1)
-        np.maximum.at(farthest, label, reach)
-        order = np.lexsort((place[:, k], label))
-        same = label[order[1:]] == label[order[:-1]]
-        near = np.diff(place[order, k]) <= farthest[label[order[1:]]]
-        label[order] = np.cumsum(np.append(False, ~(same & near)))
-    return label
-
-
-def _distances(U: torch.Tensor, exponent: torch.Tensor, rows: np.ndarray, heads: np.ndarray) -> np.ndarray:
-    """Distances of pairs of rows, float64."""
-    found, step = np.empty(len(rows)), max(1, _ITEMS // U.shape[1])
-    for start in range(0, len(rows), step):
-        i, j = (torch.from_numpy(index[start : start + step]).to(U.device) for index in (rows, heads))
-        apart = torch.linalg.vector_norm(_wide(U[i], exponent) - _wide(U[j], exponent), dim=1)
-        found[start : start + step] = apart.cpu().numpy()
-    return found
-
-
-def _thinned(U, exponent, tolerance: np.ndarray, rows: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The rows, without those of each crowd that are near no other: crowds of distinct points stop here.
-
-    Squared distances come from products around the crowd's first row, within which differences lose no digits.
-    """
-    kept = []
-    order = rows[np.argsort(label[rows], kind="stable")]
-    for crowd in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
-        x = _wide(U[torch.from_numpy(crowd).to(U.device)], exponent)
-        x = x - x[:1]
-        squares, farthest = x.square().sum(1), torch.from_numpy(tolerance[crowd]).to(U.device)
-        slack = 1e-12 * float(squares.max())
-        for start in range(0, len(crowd), 256):
-            sq = squares[start : start + 256, None] + squares - 2.0 * (x[start : start + 256] @ x.T)
-            reach = torch.minimum(farthest[start : start + 256, None], farthest)
-            near = (sq <= reach.square() + slack).sum(1) > 1  # itself is one
-            kept.append(crowd[start : start + 256][near.cpu().numpy()])
-    return np.sort(np.concatenate(kept)) if kept else rows[:0]
