@@ -43,11 +43,14 @@ def differences_at_few(W: torch.Tensor, alpha: torch.Tensor, X: torch.Tensor, Z:
 def _differences(W, alpha, X, Z, beside: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(the differences' product, W times the columns beside it)."""
     (n, d), K = X.shape, alpha.shape[1]
-    columns = [(alpha.unsqueeze(2) * X.unsqueeze(1)).reshape(n, K * d), alpha]  # s comes along
-    columns += [] if beside is None else [beside]
-    left_over = -sum(part.shape[1] for part in columns) % _COLUMNS
-    right = torch.cat([*columns, alpha.new_zeros(n, left_over)], 1)
-    del columns
+    more = 0 if beside is None else beside.shape[1]
+    used = K * (d + 1) + more
+    right = alpha.new_empty(n, used + -used % _COLUMNS)
+    torch.mul(alpha.unsqueeze(2), X.unsqueeze(1), out=right[:, : K * d].unflatten(1, (K, d)))
+    right[:, K * d : used - more] = alpha  # s comes along
+    if beside is not None:
+        right[:, used - more : used] = beside
+    right[:, used:] = 0.0
     if W.dtype == right.dtype:
         found = matmul_nt(W, right.T)
     else:
