@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
+import tracemalloc
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_rows_of_work_on_a_gpu_are_aligned(columns, apart):
     for made in (matrices.empty_matrix(3, columns, like), matrices.wide_rows(3, columns, like)):
         assert made.shape == (3, columns)
         assert made.stride() == (apart, 1)
+
+
+@pytest.mark.usefixtures("nothing_spare")
+def test_memory_of_a_fit_begins_with_a_huge_page_and_a_matrix_alone_takes_no_more_than_it_holds():
+    with kept_matrices():
+        assert [empty_matrix(N + i, N, LIKE).data_ptr() % 2**21 for i in range(3)] == [0] * 3
+    tracemalloc.start()
+    try:
+        alone = empty_matrix(N, N, LIKE)
+        assert tracemalloc.get_traced_memory()[0] <= alone.nbytes + 2**14
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.usefixtures("nothing_spare")
