@@ -17,13 +17,16 @@ _USUAL = 100  # exponent of a float64 number up to which squares of what is far 
 
 def all_apart(X: torch.Tensor) -> bool:
     """Whether it takes little to see that no two rows of X (n, d) are copies; False says nothing."""
-    return _far_apart(X) if len(X) <= _FEW else _uncrowded(X)
+    n, d = X.shape
+    if n < 2 or d == 0:
+        return False
+    few = n <= _FEW and n * n * d <= _PAIRS and not X.is_cuda
+    return _far_apart(X) if few else _uncrowded(X)
 
 
 def _far_apart(X: torch.Tensor) -> bool:
     """Whether few rows are so far from each other, by the distances of all pairs, that no two are copies."""
-    n, d = X.shape
-    if n < 2 or n * n * d > _PAIRS or X.is_cuda or not X.any():
+    if not X.any():
         return False
     wide = torch.ldexp(X.double(), -torch.frexp(X.abs().max())[1])
     longest = float(torch.linalg.vector_norm(wide, dim=1).max())
@@ -32,11 +35,8 @@ def _far_apart(X: torch.Tensor) -> bool:
 
 
 def _uncrowded(X: torch.Tensor) -> bool:
-    """Whether no two of many rows agree in their projections, so that none need be compared."""
-    if X.shape[1] == 0:
-        return False
-    _, label = _labels(X, _exponent(X))
-    return int(np.bincount(label).max()) == 1
+    """Whether no two rows agree in their projections, so that none need be compared."""
+    return int(np.bincount(_labels(X, _exponent(X))[1]).max()) == 1
 
 
 def _tolerance(X: torch.Tensor) -> float:
