@@ -133,6 +133,20 @@ def test_many_rows_in_crowds_that_some_projections_tell_apart(dtype, normal):
     assert len(np.unique(label)) == 350
 
 
+@dtypes
+@pytest.mark.parametrize(("n", "d", "period"), [(1024, 10, 2), (2000, 30, 8), (400, 64, 2)])
+def test_a_tight_cluster_does_not_hide_copies_by_where_its_rows_stand(dtype, n, d, period, normal):
+    """Every second or eighth row is one blank with noise, and one more a copy of it to rounding."""
+    X = normal(n, d, dtype=dtype)
+    X[::period] = normal(1, d, dtype=dtype, seed=2) + 100 * eps(dtype) * X[::period]
+    X[1] = X[0]
+    X[1, 0] = torch.nextafter(X[0, 0], torch.tensor(9.0, dtype=dtype))
+    orders = [torch.arange(n)] + [torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    ones = torch.ones(n, dtype=torch.float64)
+    found = [rows for order in orders for rows in (copies.find(X[order]), copies.find(X[order], ones))]
+    assert len({rows.merged for rows in found}) == 1
+
+
 def test_the_order_given_does_not_matter(normal):
     X, Y = normal(50, 6).repeat(3, 1), normal(150, 2, seed=2)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(0))

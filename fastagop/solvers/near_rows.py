@@ -35,8 +35,13 @@ def _far_apart(X: torch.Tensor) -> bool:
 
 
 def _uncrowded(X: torch.Tensor) -> bool:
-    """Whether no two rows agree in their projections, so that none need be compared."""
-    return int(np.bincount(_labels(X, _exponent(X))[1]).max()) == 1
+    """Whether no two rows agree in their projections, so that none need be compared.
+
+    Within reach is what rounding makes of a row's whole length, which is more than ``leaders`` asks for and, unlike the
+    spread of some of the rows, does not depend on the order given.
+    """
+    place, length = _projected(X, _exponent(X), None)
+    return int(np.bincount(_crowds(place, _tolerance(X) * length + _slack(X, length))).max()) == 1
 
 
 def _tolerance(X: torch.Tensor) -> float:
@@ -88,7 +93,12 @@ def _wide(U: torch.Tensor, exponent: torch.Tensor | None) -> torch.Tensor:
 def _labels(U: torch.Tensor, exponent: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """(distance within which each row's copies lie, a number equal for rows that may be copies), (n,) each."""
     place, length, tolerance = _places(U, exponent)
-    return tolerance, _crowds(place, tolerance + 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length)
+    return tolerance, _crowds(place, tolerance + _slack(U, length))
+
+
+def _slack(U: torch.Tensor, length: np.ndarray) -> np.ndarray:
+    """What rounding makes of the projections of rows of some length."""
+    return 4 * U.shape[1] ** 0.5 * np.finfo(np.float64).eps * length
 
 
 def _places(U: torch.Tensor, exponent: torch.Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,10 +110,18 @@ def _places(U: torch.Tensor, exponent: torch.Tensor | None) -> tuple[np.ndarray,
     sample = _wide(U[:: -(-len(U) // _SAMPLE)], exponent)
     middle = medians(sample)
     spread = float(torch.linalg.vector_norm(sample - middle, dim=1).median())
+    place, length, apart = _projected(U, exponent, middle)
+    apart, eps = np.maximum(apart, spread), _tolerance(U)
+    one = apart < eps * length  # all points are one to rounding
+    return place, length, eps * np.where(one, length, np.minimum(length, apart))
+
+
+def _projected(U: torch.Tensor, exponent: torch.Tensor | None, middle: torch.Tensor | None) -> tuple[np.ndarray, ...]:
+    """(projections on random directions (n, 3), lengths (n,) and, where a middle is given, distances from it (n,))."""
     generator = torch.Generator().manual_seed(1)
     directions = torch.randn(U.shape[1], _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
     directions = (directions / torch.linalg.vector_norm(directions, dim=0)).to(U.device)
-    found = directions.new_empty(len(U), _DIRECTIONS + 2)
+    found = directions.new_empty(len(U), _DIRECTIONS + 1 + (middle is not None))
     blocks = slices(U)
     room = directions.new_empty(len(U[blocks[0]]), U.shape[1])  # for all: new pages take as long
     for s in blocks:
@@ -111,13 +129,11 @@ def _places(U: torch.Tensor, exponent: torch.Tensor | None) -> tuple[np.ndarray,
         if exponent is not None:
             wide.copy_(torch.ldexp(wide, -exponent))
         found[s, :_DIRECTIONS] = wide @ directions
-        found[s, -2] = torch.linalg.vector_norm(wide, dim=1)
-        found[s, -1] = torch.linalg.vector_norm(wide.sub_(middle), dim=1)
-    found = found.cpu().numpy()
-    length, apart = found[:, -2], np.maximum(found[:, -1], spread)
-    eps = _tolerance(U)
-    one = apart < eps * length  # all points are one to rounding
-    return found[:, :_DIRECTIONS], length, eps * np.where(one, length, np.minimum(length, apart))
+        found[s, _DIRECTIONS] = torch.linalg.vector_norm(wide, dim=1)
+        if middle is not None:
+            found[s, -1] = torch.linalg.vector_norm(wide.sub_(middle), dim=1)
+    parts = found.cpu().numpy()
+    return parts[:, :_DIRECTIONS], *parts.T[_DIRECTIONS:]
 
 
 def _crowds(place: np.ndarray, reach: np.ndarray) -> np.ndarray:
