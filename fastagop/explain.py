@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastagop.estimates import assumption, default_device, on_meta, stand_in
+from fastagop.kernels import checks
 from fastagop.kernels.operations import agop, gradients, kernel_matmul, kernel_matrix, prepared
 from fastagop.solvers.solve import PreparedSolve, SolveOptions, prepare, solve
 
@@ -83,7 +84,11 @@ def _unknown(op) -> str:
             f"explain({op.__name__!r}, ...) plans it for one process, and the documentation's page "
             "'Beyond one device' says what ranks share"
         )
-    return f"op must be one of {names} or that function, or an estimator of fastagop, got {op!r}"
+    asked = f"op must be one of {names} or that function, or an estimator of fastagop, got"
+    if hasattr(op, "steps") and hasattr(op, "named_steps"):
+        last = "explain(pipeline[-1], pipeline[:-1].fit_transform(X), y) plans its last step's fit"
+        return f"{asked} a {type(op).__name__}; {last}"
+    return f"{asked} {checks.shown(op)}"
 
 
 def _held(value) -> bool:

@@ -171,3 +171,14 @@ def test_other_functions_of_the_same_name(arguments):
             fastagop.explain(op, *arguments("agop"))
     with pytest.raises(TypeError, match=r"^agop\(\) "):
         fastagop.explain("agop", Laplace(1.0), torch.ones(2, 2))
+
+
+def test_a_pipeline_is_told_to_give_its_last_step():
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    pipeline = make_pipeline(StandardScaler(), fastagop.RFMRegressor())
+    with pytest.raises(
+        ValueError, match=r"got a Pipeline; explain\(pipeline\[-1\], pipeline\[:-1\].fit_transform\(X\), y\)"
+    ):
+        fastagop.explain(pipeline, torch.zeros(9, 2), torch.zeros(9))

@@ -84,7 +84,7 @@ def test_rows_of_any_kind(name, kind):
         (lambda X, y: (X.to("meta"), y), ValueError, "^X must hold numbers.*meta"),
         (lambda X, y: (X.to(torch.complex64), y), ValueError, "Complex data not supported: X"),
         (lambda X, y: (X[:, 0], y), ValueError, "Expected 2D array: X .*Reshape your data"),
-        (lambda X, y: (X[None], y), ValueError, "Expected 2D array: X"),
+        (lambda X, y: (X[None], y), ValueError, r"Expected 2D array: X .*X.reshape\(len\(X\), -1\)"),
         (lambda X, y: (X[:0], y[:0]), ValueError, "^X must have at least one row"),
         (lambda X, y: (X[:, :0], y), ValueError, "^X must have at least one row and one column"),
         (lambda X, y: (X / 0, y), ValueError, "^X holds NaN or infinity"),

@@ -424,3 +424,17 @@ def test_unknown_and_missing_layers(found):
     for call in (probes.predict, probes.decision_function, probes.aggregate.predict):
         with pytest.raises(ValueError, match=rf"^layer {first!r} must have {d} columns, as in probes.fit, got 2$"):
             call(narrow)
+
+
+def test_labels_to_score_are_those_of_fit(normal):
+    """Digits scored by a probe of "above 4", and the other way about: neither may pass for a score."""
+    X, y = normal(200, 6), torch.arange(200) % 10
+    two, ten = fastagop.probes.fit([X], y > 4, **QUICK), fastagop.probes.fit([X], y, **QUICK)
+    assert two.score([X], (y > 4).long()) == two.score([X], y > 4)
+    words = fastagop.probes.fit([X], np.where(y.numpy() > 4, "hi", "lo"), **QUICK)
+    for found, given in ((two, y), (ten, y > 4), (words, np.where(y.numpy() > 4, "HI", "LO"))):
+        with pytest.raises(ValueError, match="y must hold labels that fit has seen"):
+            found.score([X], given)
+    both = fastagop.probes.fit({"a": X, "b": X}, y > 4, **QUICK, aggregate=True).aggregate
+    with pytest.raises(ValueError, match="y must hold labels that fit has seen"):
+        both.score_of({"a": X, "b": X}, y)

@@ -61,6 +61,7 @@ def test_a_solution_in_words():
     ({"residual": 0.9e-4, "dtype": F32}, None),
     ({"residual": 0.9e-2, "tolerance": 1e-2, "method": "cg"}, None),
     ({"jitter": 2e-9, "ridge": 0.0}, "jitter 2.0e-09 was added to the diagonal beyond the ridge 0.0e+00"),
+    ({"jitter": 2e-9, "ridge": 0.0, "alpha": F32}, "jitter 2.0e-09 was added to the diagonal beyond the ridge 0.0e+00"),
 ])  # fmt: skip
 def test_what_is_warned_of(changes, words):
     remedy = "a larger ridge makes the problem well posed"
@@ -68,6 +69,12 @@ def test_what_is_warned_of(changes, words):
         remedy = f"float32 does not hold coefficients of this size: float64 points or {remedy}"
     if changes.get("ridge") == 0.0:
         remedy = "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+        if changes.get("alpha") == F32:
+            remedy = (
+                "the kernel matrix is singular to rounding here, or coefficients are larger than float32 bears. "
+                "Float64 points, a bandwidth nearer to the points' distances or a ridge above 0 makes the problem "
+                "well posed"
+            )
     assert said(solution(**changes)) == ([] if words is None else [f"solve: {words}; {remedy}"])
 
 

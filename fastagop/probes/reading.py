@@ -134,6 +134,16 @@ def answers(name: str, y) -> np.ndarray:
     return y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
 
 
+def refuse_other_labels(y: np.ndarray, classes: np.ndarray | None) -> None:
+    """Refuse labels to score that ``fit`` has not seen: they would count as rows of no class. None: regression."""
+    if classes is None:
+        return
+    known, found = classes.tolist(), np.unique(y).tolist()
+    mistaken = y.dtype.kind == "b" and not set(known) <= {False, True}  # True == 1, which is another label here
+    if mistaken or not set(found) <= set(known):
+        raise ValueError(f"y must hold labels that fit has seen, {known}, got {found}")
+
+
 def _two_whole(y: np.ndarray) -> bool:
     """Whether floats are labels such as 0.0 and 1.0."""
     return len(y) > 0 and bool(np.isfinite(y).all()) and bool((y == np.round(y)).all()) and len(np.unique(y)) == 2

@@ -103,9 +103,13 @@ class Aggregate:
         Args:
             activations: of every layer that ``fit`` had, (m, d) each.
             y: their labels (m,), or targets (m,) or (m, K).
+
+        Raises:
+            ValueError: labels that ``fit`` has not seen.
         """
         found, y = reading.layers(activations), reading.answers("y", y)
         reading.same_rows("y", found, y)
+        reading.refuse_other_labels(y, getattr(self.model, "classes_", None))
         return float(self._scorer(self.model, self._outputs(found), y))
 
     def __repr__(self) -> str:
@@ -168,9 +172,13 @@ class Probes:
         Args:
             activations: of some of the layers that ``fit`` had, (m, d) each.
             y: their labels (m,), or targets (m,) or (m, K).
+
+        Raises:
+            ValueError: labels that ``fit`` has not seen.
         """
         known, y = self._known(activations), reading.answers("y", y)
         reading.same_rows("y", {name: rows for name, _, rows in known}, y)
+        reading.refuse_other_labels(y, self.classes)
         return {name: float(self._scorer(machine, inputs.on_cpu(rows), y)) for name, machine, rows in known}
 
     def __repr__(self) -> str:

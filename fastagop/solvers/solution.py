@@ -137,7 +137,13 @@ def _remedy(solution: Solution) -> str:
     if solution.ridge > 0:
         more = "float32 does not hold coefficients of this size: float64 points or " if narrow else ""
         return f"{more}a larger ridge makes the problem well posed"
-    return "the kernel matrix is singular to rounding here. A ridge above 0 makes the problem well posed"
+    singular = "the kernel matrix is singular to rounding here"
+    if narrow:
+        return (
+            f"{singular}, or coefficients are larger than float32 bears. Float64 points, a bandwidth nearer to the "
+            "points' distances or a ridge above 0 makes the problem well posed"
+        )
+    return f"{singular}. A ridge above 0 makes the problem well posed"
 
 
 def _altered(solution: Solution, columns: bool) -> list[str]:
