@@ -207,13 +207,10 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
         return torch.from_numpy(np.array(X, order="C"))
     tensor = dense("X", X)
     if tensor.ndim != 2:
-        how = "X.reshape(-1, 1) for a single feature or X.reshape(1, -1) for a single sample"
-        if tensor.ndim > 2:
-            how = "X.reshape(len(X), -1)"
-        raise ValueError(
-            f"Expected 2D array: X must be a matrix (samples, features), got shape {tuple(X.shape)}. Reshape your "
-            f"data with {how}"
-        )
+        few = "X.reshape(-1, 1) for a single feature or X.reshape(1, -1) for a single sample"
+        how = few if tensor.ndim < 2 else "X.reshape(len(X), -1)"
+        asked = f"Expected 2D array: X must be a matrix (samples, features), got shape {tuple(X.shape)}"
+        raise ValueError(f"{asked}. Reshape your data with {how}")
     if 0 in tensor.shape:
         raise ValueError(f"X must have at least one row and one column, got shape {tuple(X.shape)}")
     validate_data(estimator, X, reset=reset, skip_check_array=True)  # pyright: ignore[reportArgumentType]
