@@ -190,9 +190,11 @@ def test_centring_leaves_nothing_of_a_mean_that_dwarfs_the_rest(part, own, norma
     alpha -= alpha.mean(0)  # gradients agree to four digits
     W = torch_agop.weights(kernel, X, Z, 64)
     taken = part(W, own)
-    loss = torch_gram.CancellationEstimate(W, X, alpha, Z, True).amplification(taken) * torch.finfo(X.dtype).eps
+    amplified = torch_gram.CancellationEstimate(W, X, alpha, Z, True).amplification(taken)
+    loss = torch_agop.LOSS_PER_EPS * torch.finfo(X.dtype).eps * amplified
     true = fastagop.agop(kernel, X, alpha, Z, center=True, method="gradient", reduction="sum")
-    assert relative(gram(W, X, alpha, Z, taken, center=True), true) < 10.0 * loss
+    # A third of the loss to three times it, by how a library orders its sums; what one projection leaves of the mean is 150.
+    assert relative(gram(W, X, alpha, Z, taken, center=True), true) < 4.0 * loss
 
 
 @pytest.mark.parametrize(("name", "form", "dtype", "rank"), [

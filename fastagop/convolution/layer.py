@@ -15,6 +15,7 @@ from fastagop.estimators.kernel_ridge import agop_divisor
 from fastagop.kernels import checks
 from fastagop.kernels.precision import matmul_precision
 from fastagop.kernels.profile import Kernel
+from fastagop.solvers import copies
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
     M = M / agop_divisor(M, "max", 1.0) if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
     root = linalg.psd_sqrt(M)
     weight = RandomFeatures("relu", settings.width).draw(patches.shape[2], seed, patches).weight
-    projected, features = _stages(patches, root, weight)
-    stages = {"input": patches, "projected": projected, "features": features}
-    flat = {name: stage.flatten(1) for name, stage in stages.items()}
-    nc1, nc2 = collapse.of_stages(flat, labels)
+    rows = copies.find(patches.flatten(1))  # a product may round equal images apart, by where they lie in memory
+    points = rows.take(patches)
+    stages = dict(zip(("input", "projected", "features"), (points, *_stages(points, root, weight)), strict=True))
+    nc1, nc2 = collapse.of_stages({name: rows.all(stage.flatten(1)) for name, stage in stages.items()}, labels)
     fitted = targets - (settings.ridge + machine.jitter) * machine.alpha  # K alpha, as the equations say
     accuracy = float((fitted.argmax(1) == labels).double().mean())
     return ConvLayer(settings.window, root, weight, nc1, nc2, machine.jitter, machine.residual, accuracy)
