@@ -8,12 +8,14 @@ from collections.abc import Callable
 import torch
 
 from fastagop.kernels import checks
+from fastagop.kernels.gemm import matmul_nt, subtract_product_
 
 LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 log = logging.getLogger("fastagop")
 
 _BLOCK = 256
 _CUDA_BLOCK = 1024
+_UPPER_BLOCK, _INVERTED = 192, 96  # the work beside the large products is least (n = 2000, two cores of a Zen 5)
 
 
 def cholesky_lower_(
@@ -55,6 +57,52 @@ def _update(A: torch.Tensor, start: int, stop: int) -> None:
     A[start:stop, start:stop].sub_((done @ done.T).tril_())
     if stop < len(A):
         A[stop:, start:stop].addmm_(A[stop:, :start], done.T, alpha=-1.0)
+
+
+def cholesky_upper_(A: torch.Tensor, block: int = _UPPER_BLOCK) -> int:
+    """Factor A = U U^T into A's own upper triangle and diagonal, for float32 factors that precondition or are refined.
+
+    As ``cholesky_lower_``, from the last column block to the first: of U's rows all that a column block's one product
+    takes lies to its right, without a copy. Panels are divided by products with inverses of triangles.
+
+    Args:
+        A: symmetric (n, n), of which the upper triangle and the diagonal are read; what lies below the blocks on the
+            diagonal is left as it was.
+        block: columns of a block.
+
+    Returns:
+        0, or the number of rows that were left when a pivot failed.
+    """
+    for start in range((len(A) - 1) // block * block, -1, -block):
+        stop = min(len(A), start + block)
+        if stop < len(A):
+            subtract_product_(A[:stop, start:stop], A[:stop, stop:], A[start:stop, stop:])
+        if failed := _upper_columns_(A, start, stop):
+            return failed
+    return 0
+
+
+def _upper_columns_(A: torch.Tensor, start: int, stop: int) -> int:
+    """Turn columns, from which what lies right of them is subtracted, into those of U; returns as ``cholesky_upper_``.
+
+    Wide ones by halves: the inverse of a triangle, half of it zeros, is as much work as the rest of a column block.
+    """
+    if stop - start > _INVERTED:
+        middle = (start + stop) // 2
+        if failed := _upper_columns_(A, middle, stop):
+            return failed
+        subtract_product_(A[:middle, start:middle], A[:middle, middle:stop], A[start:middle, middle:stop])
+        return _upper_columns_(A, start, middle)
+    panel, square = A[:start, start:stop], A[start:stop, start:stop]
+    L, info = torch.linalg.cholesky_ex(square.flip(0, 1))  # reads the lower triangle, which was the upper one
+    if int(info):
+        return stop - int(info) + 1
+    U = L.flip(0, 1).contiguous()
+    square.copy_(U)
+    if start:
+        one = torch.eye(len(U), dtype=A.dtype, device=A.device)
+        panel.copy_(matmul_nt(panel, torch.linalg.solve_triangular(U, one, upper=True)))
+    return 0
 
 
 def _block(A: torch.Tensor) -> int:

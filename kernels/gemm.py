@@ -159,17 +159,16 @@ def _dense(B: torch.Tensor) -> torch.Tensor:
 def _onednn(A: torch.Tensor, B: torch.Tensor) -> bool:
     return (
         A.dtype == torch.float32
-        and _favoured()
         and A.device.type == "cpu"
+        and favours_onednn()
         and len(A) >= _FEWEST
         and A.numel() * len(B) >= _LEAST
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
 @functools.cache
-def _favoured() -> bool:
-    """Whether oneDNN's products are the faster ones on this processor."""
+def favours_onednn() -> bool:
+    """Whether oneDNN is there, and its float32 products are the faster ones on this processor."""
     about = cpuinfo()
-    return about.get("vendor_id") == "AuthenticAMD" and "avx512f" in about.get("flags", "").split()
+    wide = about.get("vendor_id") == "AuthenticAMD" and "avx512f" in about.get("flags", "").split()
+    return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

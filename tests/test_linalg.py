@@ -110,6 +110,37 @@ def test_cholesky_of_a_singular_matrix_is_no_success_with_nan():
 
 
 @dtypes
+@pytest.mark.parametrize("n", [1, 2, 47, 95, 96, 97, 191, 192, 193, 289, 500])  # both sides of every edge of a block
+def test_upper_cholesky(dtype, n, definite, relative):
+    A = definite(n, dtype)
+    whole, A = A.clone(), A.masked_fill(torch.ones(n, n, dtype=torch.bool).tril(-1), torch.nan)  # nothing reads there
+    assert linalg.cholesky_upper_(A) == 0
+    U = A.triu()
+    assert relative(U @ U.T, whole) <= 2 * rounding(n, dtype)
+    expected = torch.linalg.cholesky(whole.double().flip(0, 1)).flip(0, 1)
+    assert relative(U, expected) <= 6 * rounding(n, dtype)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 50, 99, 100, 101, 150])
+def test_upper_cholesky_blocks(block, definite, relative):
+    A = definite(150)
+    whole = A.clone()
+    assert linalg.cholesky_upper_(A, block=block) == 0
+    assert relative(A.triu() @ A.triu().T, whole) <= 2 * rounding(150, torch.float64)
+    below = torch.ones_like(A, dtype=torch.bool).tril(-block)
+    assert torch.equal(A[below], whole[below])  # to the bit
+
+
+@dtypes
+@pytest.mark.parametrize("left", [2, 3, 95, 96, 97, 192, 193, 300])
+def test_upper_cholesky_reports_the_failing_pivot(dtype, left, definite):
+    A = definite(300, dtype)
+    A[left - 1, left - 2] = A[left - 2, left - 1] = 2.0  # the minor from there to the end has a negative determinant
+    failed = left - 1
+    assert linalg.cholesky_upper_(A) == failed
+
+
+@dtypes
 @pytest.mark.parametrize(("n", "rows"), [(1, 256), (30, 7), (30, 30), (30, 1), (600, 256)])
 def test_restore_lower(dtype, n, rows, normal):
     A = normal(n, n, dtype=dtype)

@@ -20,7 +20,7 @@ LAYOUTS = {
 @pytest.fixture(params=[True, False], ids=["oneDNN", "torch.mm"])
 def library(request, monkeypatch):
     """Products of any size by one library, whatever processor this is."""
-    monkeypatch.setattr(gemm, "_favoured", lambda: request.param)
+    monkeypatch.setattr(gemm, "favours_onednn", lambda: request.param)
     monkeypatch.setattr(gemm, "_FEWEST", 1)
     monkeypatch.setattr(gemm, "_LEAST", 1)
 
@@ -36,7 +36,7 @@ def library(request, monkeypatch):
 )
 def test_where_onednn_is_the_faster_library(about, favoured, monkeypatch):
     monkeypatch.setattr(gemm, "cpuinfo", lambda: about)
-    assert gemm._favoured.__wrapped__() == favoured
+    assert gemm.favours_onednn.__wrapped__() == favoured
 
 
 @pytest.mark.usefixtures("library")

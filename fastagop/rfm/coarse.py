@@ -32,8 +32,8 @@ from fastagop.rfm.learning import MergedPoints, Rules
 from fastagop.rfm.metric import Metric
 from fastagop.rfm.validation import HeldOut, accuracy, r_squared
 from fastagop.solvers.bandwidth import settled_at
-from fastagop.solvers.full_refined import by_factor, factor_
 from fastagop.solvers.limits import relative, tells_points_apart
+from fastagop.solvers.single_factor import factor_
 from fastagop.solvers.solve import scale_targets
 
 RESIDUAL = 1e-3  # of the targets, that a coarse solve may leave
@@ -256,12 +256,12 @@ class _CoarseRegression:
         if not tells_points_apart(K[::step, ::step], eps):
             return None
         K.diagonal().add_(self.ridge if self.weights is None else self.ridge / self.weights)
-        if (L := factor_(empty_matrix(len(K), len(K), K).copy_(K))) is None:
+        if (factor := factor_(empty_matrix(len(K), len(K), K).copy_(K))) is None:
             return None
-        alpha = by_factor(L, self.Y)
+        alpha = factor.solve(self.Y)
         left = self.Y - torch.mm(K, alpha)
         if not relative(left, self.Y) <= _REFINED:
-            alpha = alpha + by_factor(L, left)
+            alpha = alpha + factor.solve(left)
             left = self.Y - torch.mm(K, alpha)
         return (alpha.contiguous(), K) if relative(left, self.Y) <= RESIDUAL else None
 

@@ -1,7 +1,7 @@
 """Direct solve of some thousand float32 points on the CPU: k(X, X) in float64 and a float32 factor, both in full.
 
-The factor is LAPACK's and preconditions conjugate gradients, whose steps read k(X, X) once for all outputs. A float64
-factor takes twice the time of a float32 one, which is most of a solve's; the steps take a tenth of it.
+The factor preconditions conjugate gradients, whose steps read k(X, X) once for all outputs. A float64 factor takes
+twice the time of a float32 one, which is most of a solve's; the steps take a tenth of it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastagop.solvers import cg, direct, float64_small
 from fastagop.solvers.found import Found, measure_all
 from fastagop.solvers.limits import bound, times
 from fastagop.solvers.problem import Problem
+from fastagop.solvers.single_factor import factor_
 
 log = logging.getLogger("fastagop")
 
@@ -125,33 +126,18 @@ class Matrices:
             out: the dtype that bounds coefficients.
         """
         self.A.diagonal().add_(ridge)
-        if (L := factor_(self.A)) is None:
+        if (factor := factor_(self.A)) is None:
             return None
 
         def matmul(V: torch.Tensor) -> torch.Tensor:
             return self.matmul(V).add_(times(ridge, V))
 
         def precondition(R: torch.Tensor) -> torch.Tensor:
-            return by_factor(L, R.float()).double()
+            return factor.solve(R.float()).double()
 
         options = cg.ConjugateGradients(tolerance=TOLERANCE, max_iterations=STEPS)
         found = cg.conjugate_gradients(matmul, Y, precondition, options, bound(Y, out))
         return None if found.singular or found.stopped else found
-
-
-def factor_(A: torch.Tensor) -> torch.Tensor | None:
-    """L of A = L L^T, whose upper triangle is read; None where a pivot fails. A's memory holds L by columns.
-
-    LAPACK works by columns: A's rows are those of its transpose, whose lower triangle it turns into L in place.
-    """
-    L, failed = A.mT, torch.empty((), dtype=torch.int32, device=A.device)
-    torch.linalg.cholesky_ex(L, out=(L, failed))
-    return None if int(failed) else L
-
-
-def by_factor(L: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 R; for few columns in a fraction of the time that LAPACK's solver takes."""
-    return torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, R, upper=False), upper=True)
 
 
 def bytes_of(problem: Problem) -> int:
