@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from .families.composition import Combining
-from .profile import Formulas, Kernel, Profile, bounded_factor, multiply_, nearest_factor, without_duplicates_
+from .profile import Formulas, Kernel, Profile, bounded_factor, multiply_, without_duplicates_
 
 # KeOps' Powf, IntInv(3) and / IntCst(3) have float32's digits only: powers are taken by Log, thirds by roots.
 _INVERSE = "Elem(c, 0)"
@@ -77,18 +77,13 @@ if WEIGHT:
 
     def weight_(self, sq: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by exp(-r / L) / (L r), zero where r = 0."""
-        r = sq.sqrt_()
-        return self._share_(r, torch.mul(r, nearest_factor(-1.0 / self.bandwidth, r)).exp_())
+        return self.weight_beside_(sq, multiply_(sq.sqrt(), -1.0 / self.bandwidth).exp_())
 
     def weight_beside_(self, sq: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Overwrite r^2 by k / (L r), zero where r = 0."""
-        return self._share_(sq.sqrt_(), value)
-
-    def _share_(self, r: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Overwrite r by k / (L r), zero where r = 0."""
-        torch.div(value, r, out=r)
-        multiply_(r, 1.0 / self.bandwidth)
-        return torch.nan_to_num_(r, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
+        sq.rsqrt_().mul_(value)  # half the time of a root and a division
+        multiply_(sq, 1.0 / self.bandwidth)
+        return torch.nan_to_num_(sq, posinf=0.0, neginf=0.0)  # only r = 0 makes an infinity
 
     def weight_from_value_(self, value: torch.Tensor) -> torch.Tensor:
         """Overwrite k by -k / (L^2 ln k), zero where k = 1."""

@@ -160,6 +160,35 @@ def test_gradients_that_float32_would_spoil_go_on_in_float64():
     assert losses[1] < 0.2 * losses[0]
 
 
+def test_short_sums_come_before_float64(monkeypatch):
+    """They lose half and less of what long ones lose, and are left out where that would not do."""
+    random = torch.Generator().manual_seed(0)
+    X = torch.randn(2000, 10, generator=random)
+    Y = (X[:, :1] * X[:, 1:2] + X[:, 2:3]).sub_(1.0)
+    fit = mixed_fit.fit(Laplace(10.0), X, Y, 1e-3, weights=True)
+    assert isinstance(fit, mixed_fit.MixedFit)
+    G, losses = fit._gradients(torch.float32)
+    index = fit._telling(losses)
+    exact = fit._exact(index)
+    long, short = (rounding.loss_of(G[index], exact) for G in (G, fit._gradients(torch.float32, short=True)[0]))
+    assert short < 0.7 * long
+    ways, gradients = [], mixed_fit.MixedFit._gradients
+
+    def noted(self, dtype, short=False):
+        ways.append((dtype, short))
+        return gradients(self, dtype, short)
+
+    monkeypatch.setattr(mixed_fit.MixedFit, "_gradients", noted)
+    first, second, third = (torch.float32, False), (torch.float32, True), (torch.float64, True)
+    expected = fit.agop(False, False)
+    for limit, taken in ((2 * long, [first]), (0.9 * long, [first, second]), (0.2 * long, [first, third])):
+        ways.clear()
+        monkeypatch.setattr(mixed_fit, "_LOSS", limit)
+        M = fit.agop(False, False)
+        assert ways == taken
+        assert torch.linalg.norm(M - expected) < 4 * long * torch.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5])
 @pytest.mark.parametrize("center", [False, True])
 def test_a_small_crowd_among_others_spoils_no_metric(spread, center):

@@ -7,6 +7,7 @@ what that costs M, and where it is more than ``_LOSS`` the AGOP of larger proble
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ from fastagop.solvers.solve import scale_targets
 
 SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
 _LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
+_OF_SHORT = 3.0  # times ``_LOSS``: what short sums of float32 may mend; beyond it float64 is next
 _POINTS = 24  # with the largest coefficients, as many with the largest bounds of rounding, and as many others
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
 
@@ -54,16 +56,15 @@ class MixedFit:
         G, losses = self._gradients(torch.float32)
         index = self._telling(losses)
         exact = self._exact(index)
-        for dtype in (torch.float32, torch.float64):
-            if dtype != G.dtype:
+        loss = _loss(G, index, exact, center)
+        for dtype, most in ((torch.float32, _OF_SHORT * _LOSS), (torch.float64, math.inf)):
+            if _LOSS < loss <= most:
                 del G
-                G, _ = self._gradients(dtype)
-            mean = G.mean(0) if center else G.new_zeros(G.shape[1:])
-            if loss_of(G[index] - mean, exact - mean.double()) <= _LOSS:
-                break
-        else:
+                G, _ = self._gradients(dtype, short=True)
+                loss = _loss(G, index, exact, center)
+        if not loss <= _LOSS:
             return None
-        M = outer_products(G.sub_(mean) if center else G, False, diagonal=diagonal)
+        M = outer_products(G, center, diagonal=diagonal)
         return M if self._scaled[1] == 1.0 else M.mul_(self._scaled[1]).mul_(self._scaled[1])
 
     @computed_once
@@ -71,12 +72,15 @@ class MixedFit:
         """(coefficients that gradients are taken of, what they were divided by)."""
         return scale_targets(self.solved.alpha, SQUARABLE)
 
-    def _gradients(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the outputs at the points (n, K, d), with products in a dtype, and what these may lose (n,)."""
+    def _gradients(self, dtype: torch.dtype, short: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the outputs at the points (n, K, d), with products in a dtype, and what these may lose (n,).
+
+        ``short``: as of ``products.differences_and_losses``.
+        """
         W = self.matrices.W
         assert W is not None
         x = self.x.to(dtype)
-        return differences_and_losses(W, self._scaled[0].to(dtype), x, x)
+        return differences_and_losses(W, self._scaled[0].to(dtype), x, x, short)
 
     def _telling(self, losses: torch.Tensor) -> torch.Tensor:
         """Numbers of the points whose gradients tell what float32 costs, given bounds of it at each (n,)."""
@@ -92,6 +96,12 @@ class MixedFit:
         W = self.kernel.weight_(squared_distances(z, x, squared_norms(z), squared_norms(x), sq, index))
         product = differences_at_few if len(index) < x.shape[1] else differences_product
         return product(W, self._scaled[0], x, z)
+
+
+def _loss(G: torch.Tensor, index: torch.Tensor, exact: torch.Tensor, center: bool) -> float:
+    """What errors of gradients G (n, K, d) cost M, by those that are exact at some points; less the mean of all."""
+    mean = G.mean(0) if center else G.new_zeros(G.shape[1:])
+    return loss_of(G[index] - mean, exact - mean.double())
 
 
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
