@@ -193,7 +193,7 @@ def test_centring_leaves_nothing_of_a_mean_that_dwarfs_the_rest(part, own, norma
     amplified = torch_gram.CancellationEstimate(W, X, alpha, Z, True).amplification(taken)
     loss = torch_agop.LOSS_PER_EPS * torch.finfo(X.dtype).eps * amplified
     true = fastagop.agop(kernel, X, alpha, Z, center=True, method="gradient", reduction="sum")
-    # A third of the loss to three times it, by how a library orders its sums; what one projection leaves of the mean is 150.
+    # A third of it to three times, by how a library orders its sums; what one projection leaves of the mean is 150.
     assert relative(gram(W, X, alpha, Z, taken, center=True), true) < 4.0 * loss
 
 
