@@ -10,7 +10,15 @@ import torch
 from fastagop.kernels import reference
 
 import fastagop
-from fastagop import GeneralisedLaplace, Laplace, ProductLaplace, RFMClassifierCV, RFMRegressor, RFMRegressorCV
+from fastagop import (
+    Gaussian,
+    GeneralisedLaplace,
+    Laplace,
+    ProductLaplace,
+    RFMClassifierCV,
+    RFMRegressor,
+    RFMRegressorCV,
+)
 from fastagop.estimators import kernel_ridge, mixed_fit, rounding
 from fastagop.estimators.kernel_ridge import KernelRidge
 from fastagop.rfm import trials
@@ -187,6 +195,29 @@ def test_short_sums_come_before_float64(monkeypatch):
         M = fit.agop(False, False)
         assert ways == taken
         assert torch.linalg.norm(M - expected) < 4 * long * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_memory_held_before_says_nothing_of_a_bandwidth(whole, monkeypatch):
+    """Of k(X, X) only one triangle may have been written."""
+    empty = full_refined.empty_matrix
+    monkeypatch.setattr(full_refined, "empty_matrix", lambda *args: empty(*args).fill_(0.5))
+    monkeypatch.setattr(full_refined, "_IN_CACHE", 0 if whole else float("inf"))
+    X, Y = _points(700, "plain")
+    assert mixed_fit.fit(Gaussian(1e-3), X, Y, 1e-3, weights=True) == ""
+    assert isinstance(mixed_fit.fit(Gaussian(3.0), X, Y, 1e-3, weights=True), mixed_fit.MixedFit)
+
+
+@pytest.mark.parametrize("seed", [50, 52])
+def test_errors_that_have_a_direction_in_common_are_seen(seed):
+    """Those at the points of largest coefficients cancel by chance (seed 52), those of all others add up."""
+    rng = np.random.default_rng(seed)
+    X = rng.standard_normal((900, 1))
+    X[:18] *= 30
+    X, Y = X.astype(np.float32), rng.standard_normal((900, 5)).astype(np.float32)
+    options = {"kernel": Gaussian(4.3), "iterations": 1, "ridge": 1.67e-3, "device": "cpu", "agop_scale": "sum"}
+    found, exact = (RFMRegressor(dtype=dtype, **options).fit(X, Y).M_ for dtype in ("float32", "float64"))
+    assert np.linalg.norm(found - exact) < 1e-5 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-4, 1e-5])

@@ -12,6 +12,7 @@ import fastagop
 from fastagop import DeepRFMClassifier, DeepRFMRegressor, Gaussian, Laplace, RFMClassifier, RFMRegressor
 from fastagop.estimators import inputs, kernel_ridge, rounding, target_means
 from fastagop.estimators.progress import Progress
+from fastagop.rfm import preparation
 from fastagop.solvers import copies
 
 F32, F64 = torch.float32, torch.float64
@@ -31,7 +32,7 @@ def test_an_offset_is_the_median_and_its_spread_that_between_quartiles(n, copied
         values = near.clone()
         values[:below] -= 100.0
         values[above:] += 1000.0
-        return float(inputs.offsets(values.repeat(copied)[:, None]))
+        return float(preparation.offsets(values.repeat(copied)[:, None]))
 
     assert found() == found(below=low) == found(above=high + 1) == float(near[middle])
     assert found(below=low + 1) == found(above=high) == 0.0
@@ -41,7 +42,7 @@ def test_an_offset_is_the_median_and_its_spread_that_between_quartiles(n, copied
 @pytest.mark.parametrize(("middle", "is_offset"), [(2.01, True), (1.99, False)])
 def test_an_offset_exceeds_its_spread_four_times(middle, is_offset, sign):
     column = sign * (middle + torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.5], dtype=F64))  # half between quartiles
-    assert float(inputs.offsets(column[:, None])) == (sign * middle if is_offset else 0.0)
+    assert float(preparation.offsets(column[:, None])) == (sign * middle if is_offset else 0.0)
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]])

@@ -229,3 +229,40 @@ def test_sketches_in_narrower_dtypes(dtype):
     for name, M in exact.items():
         assert found[name].dtype == torch.float32
         assert float((found[name] - M).norm()) <= 3 * found.standard_error[name] + 0.02 * float(M.norm())
+
+
+@pytest.mark.parametrize("mask", [[True, False], [True, False, True], (np.True_,), [torch.tensor(True)], True])
+def test_a_mask_is_no_list_of_indices(mask):
+    with pytest.raises(TypeError, match="^outputs must be None, a function of the model's output, or indices"):
+        network.agop(nn.Sequential(nn.Linear(5, 3)), torch.ones(6, 5), outputs=mask)
+
+
+@pytest.mark.parametrize(
+    ("model", "X"),
+    [
+        (nn.Linear(5, 3), torch.ones(9, 7)),
+        (nn.Linear(5, 3), torch.ones(9)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), torch.ones(9, 1, 8, 8)),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.ones(9, 4)),
+        (nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3)), torch.ones(9, 4)),
+    ],
+    ids=["Linear", "numbers", "Conv2d", "BatchNorm1d", "LayerNorm"],
+)
+def test_samples_of_another_shape_are_named(model, X):
+    shape = str(tuple(X.shape[1:])).replace("(", r"\(").replace(")", r"\)")
+    text = f"^X must have samples of a shape that the model takes; it fails on samples of shape {shape} "
+    with pytest.raises(ValueError, match=text):
+        network.agop(nn.Sequential(model), X)
+
+
+def test_models_of_several_inputs_are_told_how():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, X, other):
+            return self.layer(X) + other
+
+    with pytest.raises(TypeError, match="model must take one tensor, a batch of X; a model of several inputs"):
+        network.agop(Two(), torch.ones(6, 5))

@@ -10,7 +10,7 @@ import torch
 
 import fastagop
 from fastagop import DeepRFMRegressor, Laplace, RFMClassifier, RFMRegressor
-from fastagop.estimators import inputs
+from fastagop.rfm import preparation
 
 
 def smooth(n=150, d=4, seed=0):
@@ -76,23 +76,43 @@ def test_what_lies_around_zero_is_left_alone():
         rng.integers(0, 2, size=(50, 3)).astype(float),
         np.zeros((5, 3)),
     ):
-        assert not inputs.offsets(torch.from_numpy(X)).any()
-    assert inputs.offsets(torch.full((1, 2), 5.0)).tolist() == [5.0, 5.0]
+        assert not preparation.offsets(torch.from_numpy(X)).any()
+    assert preparation.offsets(torch.full((1, 2), 5.0)).tolist() == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("spread", [1e-5, 5e-6])
+def test_clusters_keep_their_digits(spread, share):
+    """Most rows in one tight cluster: its place is no offset, since rows elsewhere lose digits by subtracting it."""
+    rng = np.random.default_rng(0)
+    y = (rng.random(300) > share).astype(int) * (1 + rng.integers(0, 3, 300))
+    X = (rng.normal(size=(4, 20))[y] + spread * rng.normal(size=(300, 20))).astype(np.float32)
+    Y = rng.normal(size=(300, 3))
+    options = {"kernel": Laplace(4.0), "iterations": 1, "ridge": 0.1, "agop_scale": "sum", "device": "cpu"}
+    found, exact = (RFMRegressor(dtype=dtype, **options).fit(X, Y).M_ for dtype in ("float32", "float64"))
+    assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("values", [3, 4])
+def test_a_few_values_far_from_an_offset_are_let_go(values):
+    column = torch.cat([1e6 + torch.arange(40.0), 0.25 * torch.arange(1.0, 1 + values)])
+    assert bool(preparation.offsets(column[:, None]).any()) == (values == 3)
+    assert preparation.offsets(column.double()[:, None]).any()  # float64 has digits to lose
 
 
 def test_offsets_know_values_not_rows():
     """Copies, the order of rows and the blocks that columns are sorted in do not matter."""
     X = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 7)) + 1e4)
-    once = inputs.offsets(X)
+    once = preparation.offsets(X)
     assert (once - 1e4).abs().max() < 1
-    assert torch.equal(inputs.offsets(X.repeat(3, 1)[torch.randperm(180)]), once)
-    assert torch.equal(inputs.offsets(torch.cat([X, X[:5], X[:1].repeat(300, 1)])), once)
-    sorted_at_once = inputs._SORTED
+    assert torch.equal(preparation.offsets(X.repeat(3, 1)[torch.randperm(180)]), once)
+    assert torch.equal(preparation.offsets(torch.cat([X, X[:5], X[:1].repeat(300, 1)])), once)
+    sorted_at_once = preparation._SORTED
     try:
-        inputs._SORTED = 130
-        assert torch.equal(inputs.offsets(X), once)
+        preparation._SORTED = 130
+        assert torch.equal(preparation.offsets(X), once)
     finally:
-        inputs._SORTED = sorted_at_once
+        preparation._SORTED = sorted_at_once
 
 
 @pytest.mark.parametrize("make", [RFMRegressor, DeepRFMRegressor])

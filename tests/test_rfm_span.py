@@ -30,6 +30,9 @@ def both(monkeypatch):
     return fits
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no metric was learnt:fastagop.NumericalWarning")
+
+
 def wide(n=14, d=30, seed=0):
     """(X, y): fewer rows than features."""
     rng = np.random.default_rng(seed)

@@ -422,3 +422,20 @@ def test_progress_is_logged(problem, caplog):
     with caplog.at_level("INFO", "fastagop"):
         RFMTreeRegressor(**PLAIN, verbose=1).fit(X, y)
     assert "RFM tree: leaf 8 of 8, rows 50" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_beyond_the_dtype_go_where_float64_sends_them(dtype):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((600, 5))
+    y = X[:, 0] + np.sin(2 * X[:, 1])
+    far = np.array([[1e39, -1e39, 0.0, 0.0, 0.0], [1e200] * 5, [-1e308] * 5])
+    options = {"leaf_size": 150, "iterations": 1, "random_state": 0}
+    model = RFMTreeRegressor(dtype=dtype, **options).fit(X, y)
+    wide = RFMTreeRegressor(dtype="float64", **options).fit(X, y)
+    for soft in (True, False):
+        np.testing.assert_allclose(
+            model.set_params(soft=soft).predict(far), wide.set_params(soft=soft).predict(far), atol=1e-5
+        )
+    np.testing.assert_allclose(model.transform(far).sum(1), 1.0)
+    assert np.array_equal(model.apply(far), wide.apply(far))

@@ -22,7 +22,6 @@ from fastagop.kernels import checks
 from fastagop.kernels.precision import dtype_name
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_SORTED = 2**22  # Columns are sorted together up to this many items.
 FAR = 4.0  # An offset is subtracted where it exceeds the spread around it so many times.
 _LISTED = 5  # Columns that an error names.
 _SHORT = 60  # Letters of a reason of torch's that an error repeats.
@@ -233,32 +232,6 @@ def narrowed(name: str, value: torch.Tensor, to: torch.dtype) -> torch.Tensor:
             f"{remedy} {name} by a constant, or use dtype='float64'"
         )
     return found
-
-
-def offsets(X: torch.Tensor) -> torch.Tensor:
-    """The offset of each column without which a narrower dtype keeps its differences: (d,), float64, mostly zero.
-
-    It is the median of a column's distinct values where that exceeds their spread (between quartiles) many times, as
-    in time stamps and coordinates: there the subtraction is exact. Copies of rows, their order and a few fill values
-    do not change it.
-    """
-    out = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
-    step = max(1, _SORTED // len(X))
-    for start in range(0, X.shape[1], step):
-        values = _sorted_rows(X[:, start : start + step].T.contiguous())
-        count = torch.ones_like(values, dtype=torch.int64)
-        count[:, 1:] = values[:, 1:] != values[:, :-1]
-        count = count.cumsum(1)  # It counts the distinct values up to each place.
-        last = count[:, -1:] - 1
-        places = torch.searchsorted(count, torch.cat([last // 4, last // 2, 3 * last // 4], 1) + 1)
-        low, middle, high = values.gather(1, places).double().unbind(1)
-        out[start : start + step] = torch.where(middle.abs() > FAR * (high - low), middle, 0.0)
-    return out
-
-
-def _sorted_rows(values: torch.Tensor) -> torch.Tensor:
-    """Every row in ascending order; on the CPU by NumPy, which takes a tenth of torch's time."""
-    return values.sort(1).values if values.is_cuda else torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 def refuse_missing(name: str, y, what: str) -> None:

@@ -31,7 +31,8 @@ from fastagop.solvers.solution import Solution, Solved
 from fastagop.solvers.solve import scale_targets
 
 SQUARABLE = 2.0**30  # coefficients beyond it, or below its inverse, are scaled: float32 holds their squares then
-_LOSS = 1e-5  # of M, what is promised; the errors of many points' gradients have no direction in common, M's is less
+_LOSS = 1e-5  # of M, what is promised; errors of many points that have no direction in common cost M less
+_AT_MOST = 3.0  # times ``_LOSS`` that M may be off by, as points at regular places tell
 _OF_SHORT = 3.0  # times ``_LOSS``: what short sums of float32 may mend; beyond it float64 is next
 _POINTS = 24  # with the largest coefficients, as many with the largest bounds of rounding, and as many others
 _FEW = 64  # rows whose kernel values say whether a bandwidth says anything
@@ -99,9 +100,24 @@ class MixedFit:
 
 
 def _loss(G: torch.Tensor, index: torch.Tensor, exact: torch.Tensor, center: bool) -> float:
-    """What errors of gradients G (n, K, d) cost M, by those that are exact at some points; less the mean of all."""
+    """What errors of gradients G (n, K, d) cost M, by those that are exact at some points; less the mean of all.
+
+    Errors of many points that have a direction in common add up to more than they do at these: ``_AT_MOST`` times as
+    much may come of the points at regular places, the first of these, as they stand for all.
+    """
     mean = G.mean(0) if center else G.new_zeros(G.shape[1:])
-    return loss_of(G[index] - mean, exact - mean.double())
+    found, exact = G[index] - mean, exact - mean.double()
+    even = min(len(G), _POINTS)
+    size = torch.linalg.matrix_norm(_squares(exact))
+    change = torch.linalg.matrix_norm(_squares(found[:even]) - _squares(exact[:even])) * (len(G) / even)
+    of_all = torch.linalg.matrix_norm(_squares(exact[:even])) * (len(G) / even)
+    return max(loss_of(found, exact), float(change / torch.maximum(of_all, size)) / _AT_MOST)
+
+
+def _squares(g: torch.Tensor) -> torch.Tensor:
+    """sum_i sum_c g_ic g_ic^T (d, d) of gradients g (p, K, d), float64."""
+    g = g.double().reshape(-1, g.shape[2])
+    return g.T @ g
 
 
 def bytes_of(X: torch.Tensor, Y: torch.Tensor) -> int:
@@ -123,7 +139,7 @@ def fit(kernel: Profile, X: torch.Tensor, Y: torch.Tensor, ridge: float, weights
         return ""
     x, _ = around_mean(X)
     matrices = full_refined.Matrices.of(kernel, x, weights)
-    some, eps = matrices.K[:: n // _FEW, :: n // _FEW].tril(), torch.finfo(X.dtype).eps
+    some, eps = matrices.K[:: n // _FEW, :: n // _FEW].triu(), torch.finfo(X.dtype).eps
     if not tells_points_apart(some, eps):
         return ""
     found = matrices.solve(y, ridge, torch.float64)

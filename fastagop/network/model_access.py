@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,12 @@ from fastagop.kernels import checks
 Source = torch.Tensor | Iterable[Any]
 Layers = str | Iterable[str] | None
 
+# What torch says where the shapes of a layer and of its input do not go together.
+_MISFIT = re.compile(
+    "shapes cannot be multiplied|must match the size|to have .* channels|Given normalized_shape|size mismatch|"
+    "expected .*input.* (to|got)|shape .* is invalid for input|running_mean should contain",
+    re.IGNORECASE,
+)
 BATCH = 256  # This many samples are taken at a time where the caller names no other number.
 
 
@@ -96,11 +103,23 @@ def called(model: Callable, inputs: torch.Tensor) -> Any:
     """
     try:
         return model(inputs.clone())
+    except TypeError as error:
+        if "required positional argument" not in str(error):
+            raise
+        raise TypeError(
+            "model must take one tensor, a batch of X; a model of several inputs is measured inside a module that makes "
+            f"them of one tensor ({error})"
+        ) from error
     except RuntimeError as error:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         held = next((p.dtype for p in parameters if p.is_floating_point()), inputs.dtype)
         if inputs.dtype == held or not (inputs.is_floating_point() or _wants_numbers(model, error)):
-            raise
+            if _MISFIT.search(str(error)) is None:
+                raise
+            shape = tuple(inputs.shape[1:])
+            raise ValueError(
+                f"X must have samples of a shape that the model takes; it fails on samples of shape {shape} ({error})"
+            ) from error
         text = (
             f"X must have the dtype of the model's parameters, {held}, got {inputs.dtype}; use X.to({held}) ({error})"
         )

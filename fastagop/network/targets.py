@@ -72,12 +72,19 @@ def _indices(outputs) -> list[int]:
             raise TypeError(f"{wrong}, got an array of shape {tuple(outputs.shape)} and {outputs.dtype}")
         outputs = outputs.tolist()
     try:
-        found = [operator.index(outputs)] if not isinstance(outputs, Iterable) else [*map(operator.index, outputs)]
+        found = [*map(_index, outputs)] if isinstance(outputs, Iterable) else [_index(outputs)]
     except TypeError:
         raise TypeError(f"{wrong}, got {outputs!r}") from None
-    if not found or isinstance(outputs, (str, bytes, bool)):
+    if not found or isinstance(outputs, (str, bytes)):
         raise ValueError(f"{wrong}, at least one, got {outputs!r}")
     return found
+
+
+def _index(value) -> int:
+    """A number that counts; a truth value does not, since a mask would pass for the outputs 0 and 1."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(bool)):
+        raise TypeError("a mask")
+    return operator.index(value)
 
 
 def _take(out: torch.Tensor, columns: list[int] | slice) -> torch.Tensor:

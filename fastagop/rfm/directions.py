@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastagop import linalg
+from fastagop.kernels.errors import warn
 from fastagop.rfm.learning import MergedPoints
 from fastagop.rfm.metric import Metric
 
@@ -48,6 +49,16 @@ class Targets:
         products = (share[:, None] * projections).T @ targets
         found = torch.where(bound > 0, products / torch.where(bound > 0, bound, 1.0), 0.0).clamp_(-1.0, 1.0)
         return found[:, 1] if second else found.gather(1, found.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def warn_of_identity(model, metric: Metric) -> None:
+    """Say where a model was fitted with no AGOP, so that its metric tells no feature from another, and what does."""
+    if metric.M is None and model.best_iteration_ == 0:
+        warn(
+            f"{type(model).__name__}: no metric was learnt (best_iteration_ = 0), so that M_ is the "
+            "identity, in which all features count the same; outputs depend most on the features of which "
+            "((model.gradients(X) * X.std(0)) ** 2).sum((0, 1)) is largest"
+        )
 
 
 def leading(

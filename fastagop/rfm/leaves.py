@@ -240,7 +240,7 @@ class RFMTree(KernelEstimator):
         check_is_fitted(self)
         total = torch.zeros(self.n_features_in_, dtype=torch.float64, device="cpu")
         for leaf, share in zip(self.leaves_, self._shares, strict=True):
-            found = None if isinstance(leaf, Constant) else checks.tensor(leaf.feature_importances_).cpu()
+            found = None if isinstance(leaf, Constant) else checks.tensor(leaf._importances()).cpu()
             if found is not None and bool(torch.isfinite(found).all()):
                 total += share * found
         known = float(total.sum())

@@ -23,7 +23,7 @@ from fastagop.kernels.errors import restated
 from fastagop.kernels.operations import gradients
 from fastagop.kernels.plan import AgopTask
 from fastagop.rfm import validation
-from fastagop.rfm.directions import Targets, leading
+from fastagop.rfm.directions import Targets, leading, warn_of_identity
 from fastagop.rfm.learning import Learner, Learnt, MergedPoints, Rules, Stage
 from fastagop.rfm.metric import Metric, Span
 from fastagop.rfm.preparation import Preparation, check_scale, warn_of_faint_kernel
@@ -293,6 +293,7 @@ class RecursiveFeatureMachine(KernelEstimator):
         """
         check_is_fitted(self)
         k = None if k is None else checks.integer("k", k, 1, self.n_features_in_)
+        warn_of_identity(self, self._metric)
         eps = torch.finfo(self._fitted_dtype).eps
         vectors, values, along = leading(self._metric, self._centers, self.n_features_in_, k, eps)
         correlations = self._seen.correlations(along, second=len(getattr(self, "classes_", ())) == 2)
@@ -337,9 +338,14 @@ class RecursiveFeatureMachine(KernelEstimator):
     def feature_importances_(self) -> Any:
         """How much each feature counts in the learned metric: (d,), the diagonal of ``M_`` over its sum.
 
-        With ``scale="standard"`` it is that of the standardised features, which do not depend on units.
+        With ``scale="standard"`` it is that of the standardised features. Warns where no metric was learnt.
         """
         check_is_fitted(self)
+        warn_of_identity(self, self._metric)
+        return self._importances()
+
+    def _importances(self) -> Any:
+        """``feature_importances_`` without a word."""
         spread = self._metric.spread(self.n_features_in_, self._centers)
         return self._like_fit_input((spread / spread.sum()).to(torch.float64))
 

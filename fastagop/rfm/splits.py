@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastagop.kernels.checks import largest
+
 FAINT = 1e-3  # a leaf is not asked where its weight is less, unless its side was the heavier one in every split
 _EVEN = 0.25  # share of the points on the smaller side from which on a split is taken without looking further
 _ROUNDING = 64.0  # eps of the largest projection by which two must differ to lie on different sides
@@ -73,8 +75,13 @@ class Tree:
         """(leaf, rows that it answers for, their weights, float64) of points (m, d), from the left.
 
         The weights of a row sum to 1, but for those of leaves that are too light to be asked. At temperature 0 every
-        row has one leaf, and the weight 1.
+        row has one leaf, and the weight 1. Points so large that their projections would leave float64, or infinite
+        since they left their own dtype, are moved to where they do not.
         """
+        wide = torch.finfo(torch.float64).max / (4.0 * max(1, points.shape[1]))
+        most = min(torch.finfo(points.dtype).max, wide)
+        if not largest(points) <= most:
+            points = points.clamp(-most, most)
         every = torch.arange(len(points), device=points.device)
         stack = [(0, every, points.new_ones(len(points), dtype=torch.float64), every >= 0)]
         while stack:
