@@ -233,7 +233,7 @@ def test_sketches_in_narrower_dtypes(dtype):
 
 @pytest.mark.parametrize("mask", [[True, False], [True, False, True], (np.True_,), [torch.tensor(True)], True])
 def test_a_mask_is_no_list_of_indices(mask):
-    with pytest.raises(TypeError, match="^outputs must be None, a function of the model's output, or indices"):
+    with pytest.raises(TypeError, match=r"^outputs must be None, a function of the model's output, or indices"):
         network.agop(nn.Sequential(nn.Linear(5, 3)), torch.ones(6, 5), outputs=mask)
 
 
@@ -264,5 +264,5 @@ def test_models_of_several_inputs_are_told_how():
         def forward(self, X, other):
             return self.layer(X) + other
 
-    with pytest.raises(TypeError, match="model must take one tensor, a batch of X; a model of several inputs"):
+    with pytest.raises(TypeError, match="model must take one tensor, a batch of X; one of several inputs"):
         network.agop(Two(), torch.ones(6, 5))

@@ -429,13 +429,12 @@ def test_rows_beyond_the_dtype_go_where_float64_sends_them(dtype):
     rng = np.random.default_rng(0)
     X = rng.standard_normal((600, 5))
     y = X[:, 0] + np.sin(2 * X[:, 1])
-    far = np.array([[1e39, -1e39, 0.0, 0.0, 0.0], [1e200] * 5, [-1e308] * 5])
     options = {"leaf_size": 150, "iterations": 1, "random_state": 0}
     model = RFMTreeRegressor(dtype=dtype, **options).fit(X, y)
     wide = RFMTreeRegressor(dtype="float64", **options).fit(X, y)
-    for soft in (True, False):
-        np.testing.assert_allclose(
-            model.set_params(soft=soft).predict(far), wide.set_params(soft=soft).predict(far), atol=1e-5
-        )
-    np.testing.assert_allclose(model.transform(far).sum(1), 1.0)
-    assert np.array_equal(model.apply(far), wide.apply(far))
+    for far in ([[1e39, -1e39, 0.0, 0.0, 0.0]], [[1e200] * 5], [[-1e308] * 5]):
+        for soft in (True, False):
+            found, expected = (m.set_params(soft=soft).predict(far) for m in (model, wide))
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(model.transform(far)).sum(), 1.0)
+        assert np.array_equal(model.apply(far), wide.apply(far))

@@ -196,6 +196,8 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             for (module, name, buffer, numbers), version in zip(held, versions, strict=True):
                 if name in module._buffers:
                     module._buffers[name] = buffer
+                if buffer.requires_grad and buffer.grad_fn is not None and not buffer._is_view():
+                    buffer.detach_()  # it was updated by numbers that gradients were taken of
                 if version is None or version != buffer._version:
                     buffer.copy_(numbers) if buffer.shape == numbers.shape else buffer.set_(numbers)
 

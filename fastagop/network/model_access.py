@@ -107,7 +107,7 @@ def called(model: Callable, inputs: torch.Tensor) -> Any:
         if "required positional argument" not in str(error):
             raise
         raise TypeError(
-            "model must take one tensor, a batch of X; a model of several inputs is measured inside a module that makes "
+            "model must take one tensor, a batch of X; one of several inputs is measured inside a module that makes "
             f"them of one tensor ({error})"
         ) from error
     except RuntimeError as error:
