@@ -127,13 +127,22 @@ def parser() -> argparse.ArgumentParser:
     add("--device", type=_device, help="cpu (default) or cuda; suite and calibrate")
     add("--result", type=Path, help="for report; default bench/results/operations_cpu.json")
     add("--out", type=Path, help="result file; default out/<case>_<device>.json")
-    add("--repeats", type=_count, help="how often each contender is timed; default 3")
-    add("--n", type=_count, help="points, in place of the case's own numbers; suite: default 50000 on CUDA")
+    add("--repeats", type=_count, help=f"how often each contender is timed; default 3; {_taking('repeats')}")
+    add(
+        "--n",
+        type=_count,
+        help=f"points, in place of the case's own numbers; suite: default 50000 on CUDA; {_taking('n')}",
+    )
     add("--d", type=_count, nargs="+", help="features; suite: default 1024 3072 on CUDA; agop, keops, scale")
     add("--threads", type=_count, help="tables; default all")
     add("--only", nargs="+", choices=tables_contenders.CONTENDERS, metavar="NAME", help=f"tables; of {_NAMES}")
     add("--quick", action="store_const", const=True, help="tables: three tables, two folds, no plot")
     return made
+
+
+def _taking(option: str) -> str:
+    """The cases that take an option, in words."""
+    return f"of {', '.join(name for name, options in OPTIONS.items() if option in options)}"
 
 
 def _described() -> str:

@@ -120,6 +120,16 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor] | None] = {
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "none": None,
+}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add = parser.add_argument
@@ -130,6 +140,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", type=commands.count, nargs="+", help="of one input, for example 1 28 28; default flat")
     add("--layers", nargs="+", help='names or patterns of layers, for example "classifier.*"; default all')
     add("--loss", choices=LOSSES, help="that the model was trained with, for its FACT correlations; default none")
+    text = 'that follows the model\'s Linear layers, for the column "features"; default %(default)s'
+    add("--activation", choices=ACTIVATIONS, default="relu", help=text)
     options.add_data(parser)
 
 
@@ -146,9 +158,12 @@ def command(args: argparse.Namespace) -> int:
     X, y = load(args.dataset, args.data_root, n=args.n, download=args.download)
     if args.shape and X[0].numel() != math.prod(args.shape):
         raise ValueError(f"--shape {args.shape} has {math.prod(args.shape)} items, but an input has {X[0].numel()}")
+    shaped = X.view(-1, *args.shape) if args.shape else X
     try:
-        print(table(model, X.view(-1, *args.shape) if args.shape else X, y, args.layers, loss=LOSSES.get(args.loss)))
-    except RuntimeError as error:
+        print(table(model, shaped, y, args.layers, ACTIVATIONS[args.activation], LOSSES.get(args.loss)))
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and "samples of a shape" not in str(error):
+            raise
         shape = tuple(args.shape or X.shape[1:])
         raise ValueError(f"the model refuses inputs of shape {shape} ({error}); --shape says what it wants") from error
     return 0

@@ -397,3 +397,38 @@ def test_sparse_rows_are_refused_with_what_a_pipeline_can_do(name):
     assert "FunctionTransformer(lambda X: X.toarray(), accept_sparse=True)" in str(info.value)
     piped = make_pipeline(remedy, MAKE[name]()).fit(scipy.sparse.csr_array(X), y)
     np.testing.assert_array_equal(piped.predict(scipy.sparse.csr_array(X)), model.predict(X))
+
+
+@pytest.mark.parametrize("name", ["RFMClassifier", "RFMRegressor"])
+def test_gaps_are_named_by_column(name):
+    pandas = pytest.importorskip("pandas")
+    X, y = data()
+    frame = pandas.DataFrame(X, columns=list("abcd"))
+    frame.loc[3, "b"], frame.loc[5, "d"] = np.nan, np.inf
+    text = r"^Input X contains NaN, in 'b', 'd': leave such rows out, or fill them in, as with SimpleImputer"
+    with pytest.raises(ValueError, match=text):
+        MAKE[name]().fit(frame, y)
+    model = MAKE[name]().fit(pandas.DataFrame(X, columns=list("abcd")), y)
+    with pytest.raises(ValueError, match=text):
+        model.predict(frame)
+    with pytest.raises(ValueError, match=r"^Input X contains NaN: leave such rows out"):
+        MAKE[name]().fit(frame.to_numpy(), y)
+
+
+def test_dates_in_arrays_are_refused():
+    days = np.arange(60).astype("datetime64[D]")[:, None]
+    with pytest.raises(TypeError, match="X holds dates: use numbers, as"):
+        RFMRegressor().fit(days, np.arange(60.0))
+    with pytest.raises(TypeError, match="X holds durations: use numbers, as"):
+        RFMRegressor().fit(days - days[0], np.arange(60.0))
+
+
+@pytest.mark.parametrize("labels", [[True, False], [3, 5], [np.True_, np.False_], [np.int8(3), np.int8(5)]], ids=repr)
+def test_labels_that_lay_among_missing_ones(labels):
+    """Of object dtype, as pandas leaves them."""
+    X, _ = data()
+    y = np.empty(len(X), dtype=object)
+    y[:] = [labels[i % 2] for i in range(len(X))]
+    found = RFMClassifier(iterations=1).fit(X, y)
+    assert found.classes_.dtype.kind in "bi"
+    assert found.classes_.tolist() == sorted(labels)

@@ -186,7 +186,7 @@ class Mixture(nn.Module):
         self.conv, self.own, self.rnn = nn.Conv1d(1, 1, 1), Own(), nn.GRU(4, 4, batch_first=True)
         self.attention, self.table = nn.MultiheadAttention(4, 2, batch_first=True), nn.Embedding(3, 4)
         self.bilinear, self.cell = nn.Bilinear(4, 4, 4), nn.LSTMCell(4, 4)
-        self.norm, self.batch, self.act = nn.LayerNorm((1, 4)), nn.BatchNorm1d(1), nn.PReLU(4)
+        self.norm, self.batch, self.act = nn.LayerNorm((1, 4)), nn.BatchNorm1d(1), nn.PReLU(4, 0.0)
         self.a, self.o = nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x):

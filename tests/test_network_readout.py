@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -232,3 +234,33 @@ def test_activations_are_functions_that_keep_rows(activation, error, message):
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "between", [torch.tanh, nn.GELU(), lambda h: 2.0 * torch.relu(h)], ids=["tanh", "GELU", "scaled"]
+)
+def test_an_activation_that_is_not_the_models_is_told(between):
+    """Features are what the activation given makes of a layer's output; the next one's input shows the model's own."""
+    model, X = Net(BARE["itself"], between), torch.randn(60, 6)
+    with pytest.warns(UserWarning, match="collapse_split: what enters 'b' is not the activation of what 'a' returns"):
+        network.collapse_split(model, X, LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = network.collapse_split(model, X, LABELS, activation=between)
+        network.collapse_split(Net(BARE["itself"]), X, LABELS)
+        network.collapse_split(model, X, LABELS, "b")  # nothing after it tells
+    assert found["a"].nc1["features"] == pytest.approx(found["b"].nc1["input"], rel=1e-4)
+
+
+def test_layers_side_by_side_say_nothing_of_each_other():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return torch.tanh(self.a(x)) * torch.tanh(self.b(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.collapse_split(Heads(), torch.randn(60, 6), LABELS, activation=torch.tanh)

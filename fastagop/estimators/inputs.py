@@ -202,7 +202,15 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
             if not reset:  # Names that do not match come first.
                 validate_data(estimator, X, reset=False, skip_check_array=True)
             raise refusal
-        X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
+        if isinstance(X, np.ndarray) and X.dtype.kind in "mM":
+            what = "dates" if X.dtype.kind == "M" else "durations"
+            raise TypeError(f"X holds {what}: use numbers, as (X - X.min(0)) / numpy.timedelta64(1, 'D')")
+        try:
+            X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
+        except ValueError as error:
+            if not str(error).startswith("Input X contains"):
+                raise
+            raise ValueError(f"{str(error).partition('.')[0]}{_gaps(X)}") from error
         return torch.from_numpy(np.array(X, order="C"))
     tensor = dense("X", X)
     if tensor.ndim != 2:
@@ -217,6 +225,17 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
     if not checks.finite(tensor):
         raise ValueError(f"X holds NaN or infinity{checks.first_bad(tensor)}; leave such rows out, or fill them in")
     return tensor
+
+
+def _gaps(X) -> str:
+    """Which columns of a frame hold NaN or infinity, and what to do about it."""
+    names = []
+    if hasattr(X, "columns"):
+        bad = ~np.isfinite(np.asarray(X, dtype=np.float64)).all(0)
+        names = [repr(name) for name, gone in zip(X.columns, bad, strict=True) if gone]
+    where = f", in {', '.join(names[:_LISTED])}" + (f" and {len(names) - _LISTED} more" if names[_LISTED:] else "")
+    how = "leave such rows out, or fill them in, as with SimpleImputer(add_indicator=True) (docs: RFM on tables)"
+    return f"{where if names else ''}: {how}"
 
 
 def narrowed(name: str, value: torch.Tensor, to: torch.dtype) -> torch.Tensor:
@@ -277,6 +296,8 @@ def labels(y) -> np.ndarray:
         kinds = ", ".join(sorted({type(label).__name__ for label in objects}))
         text = f"y must hold labels that have an order, got such of the types {kinds}; make all of them texts"
         raise TypeError(text) from error
+    if objects and len({type(label) for label in objects}) == 1:  # booleans and integers among what was missing once
+        y = np.array(y.tolist()) if isinstance(next(iter(objects)), (bool, int, np.bool_, np.integer)) else y
     check_classification_targets(y)
     return y
 

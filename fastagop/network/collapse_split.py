@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from fastagop import collapse
 from fastagop.kernels import checks
+from fastagop.kernels.errors import warn
 from fastagop.kernels.precision import matmul_precision
 from fastagop.network import model_access
 from fastagop.network.choosing import Chosen
@@ -24,6 +26,9 @@ from fastagop.network.sites import Site, forwards, own_forward
 from fastagop.network.targets import Target
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+_SAMPLES = 8  # rows that show whether the activation is the model's
+_ALIKE = 0.02  # of the largest number; a few roundings of bfloat16
+_SHOWN = 3  # layers that a warning names
 
 
 class NotAMatrixError(ValueError):
@@ -129,7 +134,8 @@ def collapse_split(
 
     Returns:
         Split by layer name, in the model's order; ``skipped`` says by name which layers are left out and why. Warns of
-        them, unless ``layers`` is given.
+        them, unless ``layers`` is given, and of layers whose "features" do not enter the next one: the activation is
+        not read from the model.
 
     Raises:
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
@@ -144,6 +150,13 @@ def collapse_split(
         y = labels.settle()
         chosen.finish({site for name, site in chosen.sites.items() if name in gathered.rows})
         chosen.say()
+        if activation is not None and (others := gathered.not_followed_by(activation)):
+            warn(
+                f"collapse_split: {others}: another nonlinearity, a normalisation or a sum comes between, which "
+                "'features' leave out; pass the model's own activation, as in activation=torch.tanh, for the layers "
+                "that it follows",
+                UserWarning,
+            )
         found = {
             name: _of_parts(
                 torch.cat(gathered.rows[name]), *gathered.weights[name], y, gathered.after(name, activation)
@@ -179,6 +192,22 @@ class _Inputs:
     def after(self, name: str, activation: Activation | None) -> Activation | None:
         """The activation, where one follows the layer."""
         return None if name in self.bare else activation
+
+    def not_followed_by(self, activation: Activation) -> str:
+        """Which layers are followed by something else than the activation before the next layer, in words."""
+        found = []
+        for name, after in itertools.pairwise(self.weights):  # in the order of their calls
+            x, seen = (self.rows[of][0][:_SAMPLES] for of in (name, after))
+            W, bias = self.weights[name]
+            if name in self.bare or seen.shape != (len(x), len(W)) or torch.equal(seen, x):
+                continue  # the next layer sees something else anyway
+            h = nn.functional.linear(x.to(W.dtype), W, bias)
+            made = activation(h.clone())
+            size = max(float(part.abs().max()) for part in (h, seen)) if len(x) else 0.0
+            same = isinstance(made, torch.Tensor) and made.shape == seen.shape
+            if same and not float((made - seen).abs().max()) <= _ALIKE * size:
+                found.append(f"what enters {after!r} is not the activation of what {name!r} returns")
+        return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if found[_SHOWN:] else "")
 
     def _note(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         name = site.name

@@ -169,7 +169,8 @@ def _finding(kernel: Any, typical: float, zeros: int, ones: int) -> str:
     text = f"at bandwidth {kernel.bandwidth:.3g} every kernel value of two different points is {finding}. "
     if typical == 0:
         return f"{text}Most of them are equal here, at any bandwidth: other or more features are needed"
-    return f"{text}Their typical distance is {typical:.3g}: take a bandwidth of that size, or scale the features"
+    remedy = "take a bandwidth of that size or, where units of features differ, scale them first"
+    return f"{text}Their typical distance is {typical:.3g}: {remedy}"
 
 
 def _counts(values: torch.Tensor) -> tuple[int, int, int]:
