@@ -192,7 +192,8 @@ def test_a_note_says_what_and_how_far(unit):
     three = [[0.0, 0.0], [3.0, 0.0], [1.5, 27**0.5 / 2]]
     X = unit * torch.tensor(three, dtype=F64)
     start = f"at bandwidth {1e-3 * unit:.3g} every kernel value of two different points is "
-    end = f". Their typical distance is {3 * unit:.3g}: take a bandwidth of that size or, where units of features differ, scale them first"
+    remedy = "take a bandwidth of that size or, where units of features differ, scale them first"
+    end = f". Their typical distance is {3 * unit:.3g}: {remedy}"
     assert note(X, 1e-3 * unit) == f"{start}0 to rounding: no point says anything about another{end}"
     assert "is 1 to rounding: all points look alike" in note(X, 1e20 * unit)
     both = note(torch.cat([X, X]), 1e-3 * unit)
