@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -263,6 +265,23 @@ def test_a_layer_of_no_images_gives_none_and_its_seed_is_checked():
 def test_a_layer_of_images_that_are_all_the_same_has_infinite_nc1():
     layer = fit_layer(torch.ones(6, 2, 5, 5), torch.arange(6) % 2, ConvLayerSettings(Laplace(1.0), Window(3), 7), 0)
     assert set(layer.nc1.values()) == {float("inf")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_that_contradict_each_other_count_as_one_with_their_mean(dtype):
+    """Without a ridge; a small one leads to the same."""
+    some = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    images = torch.cat([some, some[:2], some[:1]])
+    y = torch.cat([torch.arange(12) % 3, torch.tensor([1, 2, 1])])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer, near = (
+            fit_layer(images, y, ConvLayerSettings(Laplace(2.0), Window(3), 7, ridge), 0) for ridge in (0.0, 1e-7)
+        )
+    assert layer.jitter == 0.0
+    assert layer.residual < 1e-9
+    assert layer.accuracy == near.accuracy == pytest.approx(13 / 15)
+    assert torch.linalg.norm(layer.root - near.root) < 1e-4 * torch.linalg.norm(near.root)
 
 
 def test_a_layer_whose_patches_say_nothing_leaves_them_as_they_are():

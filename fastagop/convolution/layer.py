@@ -106,19 +106,34 @@ def fit_layer(images: torch.Tensor, y: torch.Tensor, settings: ConvLayerSettings
         raise ValueError(f"y must have two classes or more, got {len(classes)}")
     patches = settings.window.patches(images).detach()
     targets = 2.0 * torch.nn.functional.one_hot(labels, len(classes)).double() - 1.0
-    machine = PatchMachine.fit(settings.kernel, patches, targets, settings.ridge)
-    M = machine.agop()
+    rows = copies.find(patches.flatten(1))
+    machine, M, fitted = _learnt(settings, patches, targets, rows)
     # As in Deep RFM, a constant predictor has nothing to say about features: the metric stays I.
     M = M / agop_divisor(M, "max", 1.0) if bool(M.any()) else torch.eye(len(M), dtype=M.dtype, device=M.device)
     root = linalg.psd_sqrt(M)
     weight = RandomFeatures("relu", settings.width).draw(patches.shape[2], seed, patches).weight
-    rows = copies.find(patches.flatten(1))  # a product may round equal images apart, by where they lie in memory
-    points = rows.take(patches)
+    points = rows.take(patches)  # a product may round equal images apart, by where they lie in memory
     stages = dict(zip(("input", "projected", "features"), (points, *_stages(points, root, weight)), strict=True))
     nc1, nc2 = collapse.of_stages({name: rows.all(stage.flatten(1)) for name, stage in stages.items()}, labels)
-    fitted = targets - (settings.ridge + machine.jitter) * machine.alpha  # K alpha, as the equations say
     accuracy = float((fitted.argmax(1) == labels).double().mean())
     return ConvLayer(settings.window, root, weight, nc1, nc2, machine.jitter, machine.residual, accuracy)
+
+
+def _learnt(
+    settings: ConvLayerSettings, patches: torch.Tensor, targets: torch.Tensor, rows: copies.Rows
+) -> tuple[PatchMachine, torch.Tensor, torch.Tensor]:
+    """(the kernel machine, its patch AGOP, its outputs at the images).
+
+    Without a ridge equal images have no solution but where their targets agree: as in Deep RFM, one with the mean of
+    their targets stands for them, and counts as often.
+    """
+    merged = settings.ridge == 0.0 and rows.merged > 0
+    points = rows.take(patches) if merged else patches
+    targets = rows.means(targets) if merged else targets
+    machine = PatchMachine.fit(settings.kernel, points, targets, settings.ridge)
+    weight = rows.weight.to(points).repeat_interleave(points.shape[1]) if merged else None
+    fitted = targets - (settings.ridge + machine.jitter) * machine.alpha  # K alpha, as the equations say
+    return machine, machine.agop(sample_weight=weight), rows.all(fitted) if merged else fitted
 
 
 def _stages(patches: torch.Tensor, root: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
