@@ -206,12 +206,12 @@ def matrix(estimator, X, *, reset: bool) -> torch.Tensor:
             what = "dates" if X.dtype.kind == "M" else "durations"
             raise TypeError(f"X holds {what}: use numbers, as (X - X.min(0)) / numpy.timedelta64(1, 'D')")
         try:
-            X = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])
+            found = validate_data(estimator, X, reset=reset, dtype=[np.float64, np.float32])  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             if not str(error).startswith("Input X contains"):
                 raise
             raise ValueError(f"{str(error).partition('.')[0]}{_gaps(X)}") from error
-        return torch.from_numpy(np.array(X, order="C"))
+        return torch.from_numpy(np.array(found, order="C"))
     tensor = dense("X", X)
     if tensor.ndim != 2:
         few = "X.reshape(-1, 1) for a single feature or X.reshape(1, -1) for a single sample"
@@ -231,7 +231,7 @@ def _gaps(X) -> str:
     """Which columns of a frame hold NaN or infinity, and what to do about it."""
     names = []
     if hasattr(X, "columns"):
-        bad = ~np.isfinite(np.asarray(X, dtype=np.float64)).all(0)
+        bad = np.asarray(~np.isfinite(np.asarray(X, dtype=np.float64)).all(0)).tolist()
         names = [repr(name) for name, gone in zip(X.columns, bad, strict=True) if gone]
     where = f", in {', '.join(names[:_LISTED])}" + (f" and {len(names) - _LISTED} more" if names[_LISTED:] else "")
     how = "leave such rows out, or fill them in, as with SimpleImputer(add_indicator=True) (docs: RFM on tables)"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter, UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from fastagop.kernels.precision import Switch
@@ -186,7 +186,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)
         for name, buffer in module.named_buffers(recurse=False)
-        if not (isinstance(buffer, UninitializedTensorMixin) or buffer.is_meta)
+        if not (isinstance(buffer, UninitializedBuffer) or buffer.is_meta)
     ]
     versions = [None if buffer.is_inference() else buffer._version for _, _, buffer, _ in held]
     try:
@@ -199,7 +199,7 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
                 if buffer.requires_grad and buffer.grad_fn is not None and not buffer._is_view():
                     buffer.detach_()  # it was updated by numbers that gradients were taken of
                 if version is None or version != buffer._version:
-                    buffer.copy_(numbers) if buffer.shape == numbers.shape else buffer.set_(numbers)
+                    buffer.resize_(numbers.shape).copy_(numbers)
 
 
 def _hooked(module: nn.Module) -> set[str]:
