@@ -423,12 +423,21 @@ def test_dates_in_arrays_are_refused():
         RFMRegressor().fit(days - days[0], np.arange(60.0))
 
 
-@pytest.mark.parametrize("labels", [[True, False], [3, 5], [np.True_, np.False_], [np.int8(3), np.int8(5)]], ids=repr)
-def test_labels_that_lay_among_missing_ones(labels):
-    """Of object dtype, as pandas leaves them."""
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([True, False], "bool"), ([3, 5], "int"), ([np.int8(3), 5], "int")], ids=repr
+)
+def test_labels_that_are_objects_are_told_their_dtype(labels, kind):
+    """As pandas leaves them beside missing ones; scikit-learn's metrics refuse them, too."""
     X, _ = data()
     y = np.empty(len(X), dtype=object)
     y[:] = [labels[i % 2] for i in range(len(X))]
-    found = RFMClassifier(iterations=1).fit(X, y)
-    assert found.classes_.dtype.kind in "bi"
-    assert found.classes_.tolist() == sorted(labels)
+    with pytest.raises(ValueError, match=rf"^y must hold labels of a dtype .* use y.astype\({kind}\)$"):
+        RFMClassifier(iterations=1).fit(X, y)
+    RFMClassifier(iterations=1).fit(X, y.astype(kind)).score(X, y.astype(kind))
+
+
+def test_gaps_of_nullable_columns_are_named():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": pandas.array([1, 2, None, 4], dtype="Int64"), "b": [1.0, 2.0, 3.0, 4.0]})
+    with pytest.raises(ValueError, match=r"^Input X contains NaN, in 'a': leave such rows out"):
+        RFMRegressor().fit(frame, [1.0, 2.0, 3.0, 4.0])

@@ -90,36 +90,3 @@ def test_data_parallel_models_are_refused_on_several_devices(inside):
         with pytest.raises(ValueError, match=message):
             measure()
     assert state(model) == before
-
-
-class Counting(nn.Module):
-    """Counts its calls in place and anew, and keeps the largest input, in evaluation mode as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("anew", torch.zeros(()))
-        self.register_buffer("most", torch.empty(0))
-
-    def forward(self, X):
-        self.calls += 1 + 0 * X.sum()  # as part of a graph
-        self.anew = self.anew + 1
-        with torch.no_grad():
-            self.most.resize_(5).copy_(X.amax(0))
-        return self.layer(X)
-
-
-def test_buffers_that_a_forward_updates_are_given_back():
-    model, X = Counting(), torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    held = dict(model.named_buffers())
-    network.agop(model, X)
-    network.nfa_correlation(model, X)
-    network.collapse_split(model, X, torch.arange(12) % 2)
-    for name, buffer in model.named_buffers():
-        assert buffer is held[name]
-        assert not buffer.requires_grad
-    assert (float(model.calls), float(model.anew), tuple(model.most.shape)) == (0.0, 0.0, (0,))
-    with pytest.raises(ValueError, match="samples of a shape that the model takes"):
-        network.agop(model, torch.ones(4, 7))
-    assert float(model.calls) == 0.0

@@ -252,15 +252,43 @@ def test_an_activation_that_is_not_the_models_is_told(between):
     assert found["a"].nc1["features"] == pytest.approx(found["b"].nc1["input"], rel=1e-4)
 
 
-def test_layers_side_by_side_say_nothing_of_each_other():
-    class Heads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+class Towers(nn.Module):
+    """Layers that are called one after the other and do not feed each other."""
 
-        def forward(self, x):
-            return torch.tanh(self.a(x)) * torch.tanh(self.b(x))
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
 
+    def forward(self, x):
+        left, right = torch.relu(self.a(x)), torch.relu(self.b(x + 1.0))
+        return torch.relu(self.c(left)) * torch.relu(self.d(right))
+
+
+class Heads(Towers):
+    """A mean and a variance, of which the mean goes on."""
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        mean, variance = self.b(h), self.c(h)
+        return torch.relu(self.d(torch.relu(mean))) * torch.relu(variance)
+
+
+@pytest.mark.parametrize("model", [Towers, Heads])
+def test_layers_side_by_side_say_nothing_of_each_other(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        network.collapse_split(Heads(), torch.randn(60, 6), LABELS, activation=torch.tanh)
+        network.collapse_split(model(), torch.randn(60, 6), LABELS)
+
+
+def test_layers_between_those_named_say_nothing():
+    layers = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.collapse_split(nn.Sequential(*layers), torch.randn(60, 6), LABELS, ["0", "4"])
+
+
+def test_an_activation_of_float32_serves_half_precision():
+    model = nn.Sequential(nn.Linear(6, 6), nn.PReLU(), nn.Linear(6, 3)).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network.collapse_split(model, torch.randn(60, 6).bfloat16(), LABELS, activation=nn.PReLU())

@@ -6,6 +6,7 @@ anything become the dtype that a fit computes in.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import numbers
 import operator
@@ -231,8 +232,10 @@ def _gaps(X) -> str:
     """Which columns of a frame hold NaN or infinity, and what to do about it."""
     names = []
     if hasattr(X, "columns"):
-        bad = np.asarray(~np.isfinite(np.asarray(X, dtype=np.float64)).all(0)).tolist()
-        names = [repr(name) for name, gone in zip(X.columns, bad, strict=True) if gone]
+        with contextlib.suppress(TypeError, ValueError):  # a kind of frame that tells less
+            numbers = X.to_numpy(dtype=np.float64, na_value=np.nan) if hasattr(X, "isna") else np.asarray(X, np.float64)
+            bad = np.asarray(~np.isfinite(numbers).all(0)).tolist()
+            names = [repr(name) for name, gone in zip(map(str, X.columns), bad, strict=True) if gone]
     where = f", in {', '.join(names[:_LISTED])}" + (f" and {len(names) - _LISTED} more" if names[_LISTED:] else "")
     how = "leave such rows out, or fill them in, as with SimpleImputer(add_indicator=True) (docs: RFM on tables)"
     return f"{where if names else ''}: {how}"
@@ -296,8 +299,10 @@ def labels(y) -> np.ndarray:
         kinds = ", ".join(sorted({type(label).__name__ for label in objects}))
         text = f"y must hold labels that have an order, got such of the types {kinds}; make all of them texts"
         raise TypeError(text) from error
-    if objects and len({type(label) for label in objects}) == 1:  # booleans and integers among what was missing once
-        y = np.array(y.tolist()) if isinstance(next(iter(objects)), (bool, int, np.bool_, np.integer)) else y
+    if objects and all(isinstance(label, (bool, int, np.bool_, np.integer)) for label in objects):
+        kind = "bool" if all(isinstance(label, (bool, np.bool_)) for label in objects) else "int"
+        text = "y must hold labels of a dtype of their own, got numbers as objects, as missing ones leave them"
+        raise ValueError(f"{text}; use y.astype({kind})")
     check_classification_targets(y)
     return y
 

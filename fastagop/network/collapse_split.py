@@ -134,8 +134,8 @@ def collapse_split(
 
     Returns:
         Split by layer name, in the model's order; ``skipped`` says by name which layers are left out and why. Warns of
-        them, unless ``layers`` is given, and of layers whose "features" do not enter the next one: the activation is
-        not read from the model.
+        them, unless ``layers`` is given, and, where none is left out, of layers whose "features" do not enter the next
+        one: the activation is not read from the model.
 
     Raises:
         TypeError, ValueError: naming the argument, as in ``agop``. NotAMatrixError, a ValueError: a layer's input is
@@ -150,7 +150,8 @@ def collapse_split(
         y = labels.settle()
         chosen.finish({site for name, site in chosen.sites.items() if name in gathered.rows})
         chosen.say()
-        if activation is not None and (others := gathered.not_followed_by(activation)):
+        whole = activation is not None and layers is None and not chosen.skipped
+        if activation is not None and whole and (others := gathered.not_followed_by(model, activation)):
             warn(
                 f"collapse_split: {others}: another nonlinearity, a normalisation or a sum comes between, which "
                 "'features' leave out; pass the model's own activation, as in activation=torch.tanh, for the layers "
@@ -174,6 +175,7 @@ class _Inputs:
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.weights: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._called: set[str] = set()
+        self._some = torch.empty(0, device="cpu")  # the first samples
 
     def run(self, model: nn.Module, X: Source, batch_size: int | None, labels: Labels, find_bare: bool) -> None:
         """Send all samples through the model, and take the batches' labels."""
@@ -183,6 +185,7 @@ class _Inputs:
                 refuse_neighbours(model, inputs, Target(model, None).runs(None))
                 tried = True
             self._called.clear()
+            self._some = inputs[:_SAMPLES] if i == 0 else self._some
             with replaced(forwards(self.linear.values(), self._note)):
                 model_access.outputs(model, inputs)
             if i == 0 and find_bare:
@@ -193,21 +196,40 @@ class _Inputs:
         """The activation, where one follows the layer."""
         return None if name in self.bare else activation
 
-    def not_followed_by(self, activation: Activation) -> str:
-        """Which layers are followed by something else than the activation before the next layer, in words."""
+    def not_followed_by(self, model: nn.Module, activation: Activation) -> str:
+        """Which layers are followed by something else than the activation before the next layer, in words.
+
+        A layer is next if what enters it depends on what the one before returns. All Linear layers are recorded, or
+        others may lie between them.
+        """
         found = []
         for name, after in itertools.pairwise(self.weights):  # in the order of their calls
             x, seen = (self.rows[of][0][:_SAMPLES] for of in (name, after))
-            W, bias = self.weights[name]
-            if name in self.bare or seen.shape != (len(x), len(W)) or torch.equal(seen, x):
+            W, bias = (None if part is None else part.float() for part in self.weights[name])
+            if name in self.bare or W is None or seen.shape != (len(x), len(W)) or seen.device != W.device:
                 continue  # the next layer sees something else anyway
-            h = nn.functional.linear(x.to(W.dtype), W, bias)
+            with matmul_precision("highest", W.device):
+                h = nn.functional.linear(x.float(), W, bias)
             made = activation(h.clone())
             size = max(float(part.abs().max()) for part in (h, seen)) if len(x) else 0.0
             same = isinstance(made, torch.Tensor) and made.shape == seen.shape
-            if same and not float((made - seen).abs().max()) <= _ALIKE * size:
+            unlike = same and not float((made - seen.float()).abs().max()) <= _ALIKE * size
+            if unlike and self._feeds(model, name, after, h.to(seen.dtype), seen):
                 found.append(f"what enters {after!r} is not the activation of what {name!r} returns")
         return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if found[_SHOWN:] else "")
+
+    def _feeds(self, model: nn.Module, name: str, after: str, h: torch.Tensor, seen: torch.Tensor) -> bool:
+        """Whether what enters a layer changes with what another one returns."""
+        entered: list[torch.Tensor] = []
+
+        def note(site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            entered.append(input.clone())
+            return site.compute(input, weight, bias)
+
+        other = {self.linear[name].module: lambda input: torch.zeros_like(h)}
+        with replaced({**forwards([self.linear[after]], note), **other}):
+            model_access.outputs(model, self._some, finite=False)
+        return len(entered) == 1 and not torch.equal(entered[0], seen)
 
     def _note(self, site: Site, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         name = site.name

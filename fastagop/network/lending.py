@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from fastagop.kernels.precision import Switch
@@ -97,7 +97,6 @@ def lent(model: nn.Module) -> Iterator[None]:
         for part in (_one_at_a_time(model), _FUSED.at(False), _uncompiled(), _evaluating(model), _made_weights(model)):
             stack.enter_context(part)
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(_kept_buffers(model))
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -176,30 +175,6 @@ def _made_weights(model: nn.Module) -> Iterator[None]:
             parametrize._cache.pop(key, None)
         if parametrize._cache_enabled:
             parametrize._cache.update(cached)
-
-
-@contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Buffers that a forward updates in evaluation mode as well (counters, observers) get their numbers back."""
-    held = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for name, buffer in module.named_buffers(recurse=False)
-        if not (isinstance(buffer, UninitializedBuffer) or buffer.is_meta)
-    ]
-    versions = [None if buffer.is_inference() else buffer._version for _, _, buffer, _ in held]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (module, name, buffer, numbers), version in zip(held, versions, strict=True):
-                if name in module._buffers:
-                    module._buffers[name] = buffer
-                if buffer.requires_grad and buffer.grad_fn is not None and not buffer._is_view():
-                    buffer.detach_()  # it was updated by numbers that gradients were taken of
-                if version is None or version != buffer._version:
-                    buffer.resize_(numbers.shape).copy_(numbers)
 
 
 def _hooked(module: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,11 +17,15 @@ Layers = str | Iterable[str] | None
 
 # What torch says where the shapes of a layer and of its input do not go together.
 _MISFIT = re.compile(
-    "shapes cannot be multiplied|must match the size|to have .* channels|Given normalized_shape|size mismatch|"
+    "shapes cannot be multiplied|must match the size|to have .* channels|Given normalized_shape|"
     "expected .*input.* (to|got)|shape .* is invalid for input|running_mean should contain",
     re.IGNORECASE,
 )
 BATCH = 256  # This many samples are taken at a time where the caller names no other number.
+
+
+class MisfitError(ValueError, RuntimeError):
+    """The model refuses the shape of a batch of X."""
 
 
 def batches(X, batch_size: int | None, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -104,7 +109,7 @@ def called(model: Callable, inputs: torch.Tensor) -> Any:
     try:
         return model(inputs.clone())
     except TypeError as error:
-        if "required positional argument" not in str(error):
+        if _takes_one(model):
             raise
         raise TypeError(
             "model must take one tensor, a batch of X; one of several inputs is measured inside a module that makes "
@@ -117,13 +122,25 @@ def called(model: Callable, inputs: torch.Tensor) -> Any:
             if _MISFIT.search(str(error)) is None:
                 raise
             shape = tuple(inputs.shape[1:])
-            raise ValueError(
-                f"X must have samples of a shape that the model takes; it fails on samples of shape {shape} ({error})"
+            raise MisfitError(
+                "X must have samples of a shape that the model takes, in batches of any size; it fails on "
+                f"{len(inputs)} samples of shape {shape} ({error})"
             ) from error
         text = (
             f"X must have the dtype of the model's parameters, {held}, got {inputs.dtype}; use X.to({held}) ({error})"
         )
         raise TypeError(text) from error
+
+
+def _takes_one(model: Callable) -> bool:
+    """Whether a model can be called with one tensor, or cannot be asked."""
+    try:
+        inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def _wants_numbers(model: Callable, error: RuntimeError) -> bool:
