@@ -301,7 +301,7 @@ def labels(y) -> np.ndarray:
         raise TypeError(text) from error
     if objects and all(isinstance(label, (bool, int, np.bool_, np.integer)) for label in objects):
         kind = "bool" if all(isinstance(label, (bool, np.bool_)) for label in objects) else "int"
-        text = "y must hold labels of a dtype of their own, got numbers as objects, as missing ones leave them"
+        text = "Unknown label type: y holds numbers as objects, as missing ones leave them"  # in scikit-learn's words
         raise ValueError(f"{text}; use y.astype({kind})")
     check_classification_targets(y)
     return y
