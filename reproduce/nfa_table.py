@@ -161,9 +161,7 @@ def command(args: argparse.Namespace) -> int:
     shaped = X.view(-1, *args.shape) if args.shape else X
     try:
         print(table(model, shaped, y, args.layers, ACTIVATIONS[args.activation], LOSSES.get(args.loss)))
-    except (RuntimeError, ValueError) as error:
-        if isinstance(error, ValueError) and "samples of a shape" not in str(error):
-            raise
+    except RuntimeError as error:
         shape = tuple(args.shape or X.shape[1:])
         raise ValueError(f"the model refuses inputs of shape {shape} ({error}); --shape says what it wants") from error
     return 0

@@ -305,6 +305,23 @@ def test_nfa_table_of_a_model_with_tokens(capsys, monkeypatch):
         assert f"--model '{model}' cannot be imported and called without" in capsys.readouterr().err
 
 
+def test_nfa_table_takes_the_activation(capsys, monkeypatch):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+
+    monkeypatch.setitem(__import__("sys").modules, "mine", type("mine", (), {"build": staticmethod(build)}))
+    rows = {}
+    for activation in ("relu", "tanh"):
+        assert main(["nfa_table", "--model", "mine:build", "--n", "50", "--activation", activation]) == 0
+        rows[activation] = [line.split("|")[1].split() for line in capsys.readouterr().out.splitlines()[1:]]
+    first, second = rows["tanh"]
+    assert first[2] == second[0]  # what follows the first layer is what enters the second
+    assert rows["relu"][0][2] != first[2]
+    assert main(["nfa_table", "--model", "mine:build", "--n", "50", "--shape", "8", "8"]) == 2
+    assert "--shape says what it wants" in capsys.readouterr().err
+
+
 def test_nfa_table_takes_a_loader():
     X, y = torch.randn(30, 64), torch.arange(30) % 3
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=7)

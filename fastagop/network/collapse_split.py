@@ -150,8 +150,10 @@ def collapse_split(
         y = labels.settle()
         chosen.finish({site for name, site in chosen.sites.items() if name in gathered.rows})
         chosen.say()
-        whole = activation is not None and layers is None and not chosen.skipped
-        if activation is not None and whole and (others := gathered.not_followed_by(model, activation)):
+        others = ""
+        if activation is not None and layers is None and not chosen.skipped:
+            others = gathered.not_followed_by(model, activation)
+        if others:
             warn(
                 f"collapse_split: {others}: another nonlinearity, a normalisation or a sum comes between, which "
                 "'features' leave out; pass the model's own activation, as in activation=torch.tanh, for the layers "
